@@ -1,0 +1,54 @@
+"""What a number format is: a name, a block, and two functions between floats and bytes.
+
+A format file (`q4_k.py`, `iq4.py`, …) knows blocks only. Rows, experts, threads,
+compilation and checking live once, in `engine.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from moequant.errors import FormatError
+
+Effort = Literal["fast", "default", "best"]
+
+Encode = Callable[[Tensor, Tensor, Effort], Tensor]
+"""(x f32 [n, block], w f32 [n, block] > 0, effort) -> uint8 [n, block_bytes], minimising sum(w * (x - q)**2)."""
+
+Decode = Callable[[Tensor], Tensor]
+"""uint8 [n, block_bytes] -> f32 [n, block], bit for bit what ggml decodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One ggml weight type.
+
+    `block` weights in a row share `block_bytes` bytes. `magnitude` is the exponent p of
+    the factor (c·mean(x²) + x²)^(p/2) that multiplies the importance when scales and
+    codes are searched: 0 is importance alone, 1 is ggml's own objective.
+    """
+
+    name: str
+    ggml_type: int
+    block: int
+    block_bytes: int
+    encode: Encode
+    decode: Decode
+    magnitude: float = 0.0
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight, scales included."""
+        return 8 * self.block_bytes / self.block
+
+    def row_bytes(self, n_in: int) -> int:
+        """Bytes of one packed row of `n_in` weights; FormatError when the block does not divide it."""
+        if n_in % self.block:
+            raise FormatError(
+                f"{self.name} packs {self.block} weights at a time and cannot hold rows of {n_in}"
+            )
+        return n_in // self.block * self.block_bytes
