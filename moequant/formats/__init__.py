@@ -1,0 +1,49 @@
+"""Number formats: every ggml weight type, packed and unpacked in torch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moequant.errors import FormatError
+from moequant.formats import engine, plain
+from moequant.formats.base import Effort, Format
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        plain.F32,
+        plain.F16,
+        plain.BF16,
+    )
+}
+
+
+def get(name: str) -> Format:
+    """The format of that ggml name; FormatError lists the names that exist."""
+    try:
+        return FORMATS[name]
+    except KeyError:
+        raise FormatError(f"no format is called {name!r}; known are {', '.join(FORMATS)}") from None
+
+
+def quantize(
+    fmt: Format | str,
+    weights: Tensor,
+    importance: Tensor | None = None,
+    effort: Effort = "default",
+    *,
+    magnitude: float | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """Pack weights [..., rows, in] into uint8 [..., rows, row_bytes]; see `engine.quantize`."""
+    fmt = get(fmt) if isinstance(fmt, str) else fmt
+    return engine.quantize(fmt, weights, importance, effort, magnitude=magnitude, threads=threads)
+
+
+def dequantize(fmt: Format | str, packed: Tensor, *, threads: int | None = None) -> Tensor:
+    """Unpack uint8 [..., rows, row_bytes] into f32 [..., rows, in]; see `engine.dequantize`."""
+    fmt = get(fmt) if isinstance(fmt, str) else fmt
+    return engine.dequantize(fmt, packed, threads=threads)
+
+
+__all__ = ["FORMATS", "Effort", "Format", "dequantize", "get", "quantize"]

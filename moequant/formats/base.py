@@ -17,7 +17,10 @@ from moequant.errors import FormatError
 Effort = Literal["fast", "default", "best"]
 
 Encode = Callable[[Tensor, Tensor, Effort], Tensor]
-"""(x f32 [n, block], w f32 [n, block] > 0, effort) -> uint8 [n, block_bytes], minimising sum(w * (x - q)**2)."""
+"""(x f32 [n, block], w f32 [n, block] > 0, effort) -> uint8 [n, block_bytes], minimising sum(w * (x - q)**2).
+
+x is finite and at most `Format.limit` in size; it may hold zeros and subnormals. Blocks are independent.
+"""
 
 Decode = Callable[[Tensor], Tensor]
 """uint8 [n, block_bytes] -> f32 [n, block], bit for bit what ggml decodes."""
@@ -29,7 +32,8 @@ class Format:
 
     `block` weights in a row share `block_bytes` bytes. `magnitude` is the exponent p of
     the factor (c·mean(x²) + x²)^(p/2) that multiplies the importance when scales and
-    codes are searched: 0 is importance alone, 1 is ggml's own objective.
+    codes are searched: 0 is importance alone, 1 is ggml's own objective. The mean is
+    over the block, and c is `spread`.
     """
 
     name: str
@@ -39,6 +43,8 @@ class Format:
     encode: Encode
     decode: Decode
     magnitude: float = 0.0
+    spread: float = 2.0
+    limit: float = 65504.0  # the largest weight in size: scales are f16
 
     @property
     def bits(self) -> float:

@@ -1,0 +1,169 @@
+"""From tensors to packed bytes and back, for every format.
+
+A tensor is cut into tiles of whole blocks, whatever its rows and experts; each tile is
+checked, weighted, and handed to the format's own `encode`. Working memory is a few
+tiles a thread. Threads take tiles in turn, each running single-threaded kernels:
+OpenMP inside such short kernels spends its time at barriers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from moequant.errors import FormatError
+from moequant.formats.base import Effort, Format
+from moequant.formats.kernel import TILE
+
+# Importance below this share of its expert's mean is raised to it: a channel that calibration
+# never excited must still be stored as what it is, not as zeros.
+FLOOR = 1e-4
+
+
+def quantize(
+    fmt: Format,
+    weights: Tensor,
+    importance: Tensor | None = None,
+    effort: Effort = "default",
+    *,
+    magnitude: float | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """Pack weights [..., rows, in] (any float dtype) -> uint8 [..., rows, row_bytes].
+
+    importance [..., in], all >= 0, is one weight per input channel, shared by the rows;
+    None means all equal. Only ratios within a block matter. `magnitude` overrides the
+    format's exponent. `threads` None means one per core on a CPU.
+
+    FormatError: rows that the block does not divide, shapes that do not match, NaN,
+    infinity, or a weight beyond `fmt.limit` (with its expert, row and column).
+    """
+    row_bytes = fmt.row_bytes(weights.shape[-1])
+    stack = weights if weights.ndim == 3 else weights.reshape(-1, *weights.shape[-2:])
+    per_expert = None if importance is None else _check_importance(weights, importance)
+    exponent = fmt.magnitude if magnitude is None else magnitude
+    out = torch.empty((stack[..., 0].numel() * row_bytes,), dtype=torch.uint8, device=weights.device)
+    blocks = out.view(-1, fmt.block_bytes)
+
+    def work(first: int, last: int) -> None:
+        x = _read(stack, fmt, first, last)
+        _check_weights(x, fmt, stack, first)
+        w = _weigh(x, _importance_of(per_expert, stack, fmt, first, last), exponent, fmt.spread)
+        blocks[first:last] = _encode(fmt, x, w, effort)
+
+    _for_each_tile(work, len(blocks), fmt.block, threads, weights.device)
+    return out.view(*weights.shape[:-1], row_bytes)
+
+
+def dequantize(fmt: Format, packed: Tensor, *, threads: int | None = None) -> Tensor:
+    """Unpack uint8 [..., rows, row_bytes] -> f32 [..., rows, in], bit for bit what ggml decodes."""
+    if packed.dtype != torch.uint8 or packed.shape[-1] % fmt.block_bytes:
+        raise FormatError(
+            f"{fmt.name} unpacks uint8 rows of whole {fmt.block_bytes}-byte blocks, "
+            f"not {packed.dtype} {list(packed.shape)}"
+        )
+    blocks = packed.reshape(-1, fmt.block_bytes)
+    out = torch.empty((len(blocks), fmt.block), dtype=torch.float32, device=packed.device)
+
+    def work(first: int, last: int) -> None:
+        out[first:last] = fmt.decode(blocks[first:last])
+
+    _for_each_tile(work, len(blocks), fmt.block, threads, packed.device)
+    return out.view(*packed.shape[:-1], packed.shape[-1] // fmt.block_bytes * fmt.block)
+
+
+def _for_each_tile(
+    work: Callable[[int, int], None], n_blocks: int, block: int, threads: int | None, device: torch.device
+) -> None:
+    """Call work(first, last) for consecutive ranges of blocks that cover `n_blocks`."""
+    step = TILE[device.type] // block
+    starts = range(0, n_blocks, step)
+    if threads is None:
+        threads = os.cpu_count() or 1 if device.type == "cpu" else 1
+    if threads == 1 or len(starts) == 1:
+        for first in starts:
+            work(first, min(first + step, n_blocks))
+        return
+    # set_num_threads is per calling thread, so the caller's own setting survives.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for done in [pool.submit(work, first, min(first + step, n_blocks)) for first in starts]:
+            done.result()
+
+
+def _read(stack: Tensor, fmt: Format, first: int, last: int) -> Tensor:
+    """f32 [last - first, block]: those blocks of stack [E, rows, in], in memory order or not."""
+    if stack.is_contiguous():
+        return stack.view(-1, fmt.block)[first:last].to(torch.float32)
+    per_row = stack.shape[-1] // fmt.block
+    rows = torch.arange(first // per_row, -(-last // per_row), device=stack.device)
+    x = stack[rows // stack.shape[1], rows % stack.shape[1]].to(torch.float32).view(-1, fmt.block)
+    skip = first % per_row
+    return x[skip : skip + last - first]
+
+
+def _check_weights(x: Tensor, fmt: Format, stack: Tensor, first: int) -> None:
+    """FormatError naming the first weight of x that is NaN, infinite or beyond the limit."""
+    low, high = torch.aminmax(x)
+    if bool((low >= -fmt.limit) & (high <= fmt.limit)):
+        return
+    at = int((~(x.abs() <= fmt.limit)).flatten().nonzero()[0]) + first * fmt.block
+    row, column = divmod(at, stack.shape[-1])
+    expert, row = divmod(row, stack.shape[1])
+    value = float(stack[expert, row, column])
+    raise FormatError(
+        f"{fmt.name} cannot hold weight {value:g} at expert {expert}, row {row}, column {column}: "
+        f"weights must be finite and within ±{fmt.limit:g}; is the checkpoint damaged?"
+    )
+
+
+def _check_importance(weights: Tensor, importance: Tensor) -> Tensor:
+    """f32 [E, in] with mean 1 in each expert and a positive floor; FormatError when it cannot be that."""
+    expected = (*weights.shape[:-2], weights.shape[-1])
+    if importance.shape != expected:
+        raise FormatError(
+            f"importance of weights {list(weights.shape)} must be {list(expected)}, one value per expert and "
+            f"input channel, not {list(importance.shape)}"
+        )
+    per_expert = importance.to(weights.device, torch.float64).reshape(-1, weights.shape[-1])
+    bad = ~(torch.isfinite(per_expert) & (per_expert >= 0))
+    if bool(bad.any()):
+        expert, column = bad.nonzero()[0].tolist()
+        raise FormatError(
+            f"importance {float(per_expert[expert, column]):g} at expert {expert}, column {column}: "
+            "it must be finite and not negative; recompute the statistics"
+        )
+    mean = per_expert.mean(-1, keepdim=True)
+    # An expert that saw nothing has no opinion: all its channels count the same.
+    per_expert = torch.where(mean > 0, per_expert / mean, torch.ones_like(per_expert))
+    return per_expert.clamp_min(FLOOR).to(torch.float32)
+
+
+def _importance_of(
+    per_expert: Tensor | None, stack: Tensor, fmt: Format, first: int, last: int
+) -> Tensor | None:
+    """f32 [last - first, block]: the importance of those blocks."""
+    if per_expert is None:
+        return None
+    per_row = stack.shape[-1] // fmt.block
+    block = torch.arange(first, last, device=stack.device)
+    expert = block // (per_row * stack.shape[1])
+    return per_expert.view(-1, fmt.block)[expert * per_row + block % per_row]
+
+
+def _weigh(x: Tensor, importance: Tensor | None, exponent: float, spread: float) -> Tensor:
+    """Weights of the squared error, f32 like x: importance · (spread + x²/mean(x²))^(exponent/2), per block."""
+    if exponent == 0:
+        return torch.ones_like(x) if importance is None else importance
+    # Divided by the mean, which no choice within a block depends on: subnormals and 65504 are as safe as 1.
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-38)
+    square = (x / scale).square()
+    factor = (spread + square / square.mean(-1, keepdim=True).clamp_min(1e-30)) ** (exponent / 2)
+    return factor if importance is None else importance * factor
+
+
+def _encode(fmt: Format, x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+    return fmt.encode(x, w, effort)
