@@ -236,7 +236,7 @@ class Llama:
         return self._decode(ids, every=True)
 
     def generate(self, ids: Sequence[int], n: int) -> list[int]:
-        """The `n` greedy continuations of `ids`; fewer when a token that ends generation comes, which is kept."""
+        """`n` greedy continuations of `ids`; fewer when a token that ends generation comes, which is kept."""
         self._start(len(ids) + n)
         out: list[int] = []
         feed = list(ids)
