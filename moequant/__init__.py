@@ -1,0 +1,3 @@
+"""moequant: mixture-of-experts aware quantization."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Calibration: what the router does and what every weight is fed."""
