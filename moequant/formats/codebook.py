@@ -1,0 +1,69 @@
+"""What the formats with a table of values share: nearest values, fits, f16 scales, bit fields.
+
+The tables themselves are read from the installed `gguf` package.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+F16_MAX = 65504.0
+TINY = 1e-30  # stands for 0 where something divides by it
+
+
+def midpoints(levels: Sequence[float]) -> list[float]:
+    """Halfway points of ascending levels: x belongs to level i when mid[i-1] < x <= mid[i]."""
+    return [(a + b) / 2 for a, b in itertools.pairwise(levels)]
+
+
+def nearest(t: Tensor, mids: Sequence[float], values: Sequence[float]) -> Tensor:
+    """The value whose interval holds t; values has one more entry than mids. Shape of t, f32."""
+    if not torch.compiler.is_compiling():
+        table = torch.tensor(values, dtype=torch.float32, device=t.device)
+        return table[torch.bucketize(t, torch.tensor(mids, dtype=torch.float32, device=t.device))]
+    # A chain of compares stays in vector registers, where a table look-up would not.
+    found = torch.full_like(t, values[0])
+    for mid, value in zip(mids, values[1:], strict=True):
+        found = torch.where(t > mid, value, found)
+    return found
+
+
+def halve(scale: Tensor) -> Tensor:
+    """scale rounded to f16 and back, inside f16's finite range."""
+    return scale.clamp(-F16_MAX, F16_MAX).to(torch.float16).to(torch.float32)
+
+
+def half_bytes(scale: Tensor) -> Tensor:
+    """f32 [n] -> uint8 [n, 2], little-endian f16."""
+    half = scale.clamp(-F16_MAX, F16_MAX).to(torch.float16)
+    return half.contiguous().view(torch.uint8).view(-1, 2)
+
+
+def half_from(packed: Tensor) -> Tensor:
+    """uint8 [n, 2], little-endian f16 -> f32 [n]."""
+    return packed.contiguous().view(torch.float16).view(-1).to(torch.float32)
+
+
+def u16_bytes(value: Tensor) -> Tensor:
+    """int [n, k] in 0..65535 -> uint8 [n, 2 k], little-endian."""
+    return torch.stack([value & 255, value >> 8], -1).to(torch.uint8).flatten(1)
+
+
+def u16_from(packed: Tensor) -> Tensor:
+    """uint8 [n, 2 k], little-endian -> int32 [n, k]."""
+    pair = packed.to(torch.int32).view(len(packed), -1, 2)
+    return pair[..., 0] | pair[..., 1] << 8
+
+
+def inverse(scale: Tensor) -> Tensor:
+    """1/scale, and 0 where the scale is 0 or so small that 1/scale is not a number one can use."""
+    return torch.where(scale.abs() > TINY, 1 / scale, torch.zeros_like(scale))
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator for denominator >= 0, and 0 where it is 0."""
+    return torch.where(denominator > TINY, numerator / denominator, torch.zeros_like(numerator))

@@ -1,0 +1,181 @@
+"""IQ4_NL and IQ4_XS: 4-bit codes into 16 unevenly spaced values.
+
+IQ4_NL, 32 weights in 18 bytes: f16 d, then 16 bytes whose low nibbles are codes 0..15
+and whose high nibbles are codes 16..31. A weight is d · VALUES[code].
+
+IQ4_XS, 256 weights in 136 bytes: f16 d, u16 of eight 2-bit high parts, 4 bytes of eight
+4-bit low parts of the sub-scales l (0..63), then 8 x 16 bytes of codes as above. A weight
+is d · (l - 32) · VALUES[code].
+
+Search: for fixed codes q the best scale is a/b with a = sum(w·x·q), b = sum(w·q²), and it
+gains a²/b over storing zeros. A fan of scales of both signs (the values are not symmetric)
+is tried, each refitted so. For IQ4_XS, d is fitted to those scales, and the levels around
+them are compared by the error of the codes they give.
+"""
+
+from __future__ import annotations
+
+import torch
+from gguf import quants
+from torch import Tensor
+
+from moequant.formats.base import Effort, Format
+from moequant.formats.codebook import half_bytes, half_from, halve, inverse, midpoints, nearest, ratio
+
+VALUES = [float(v) for v in quants.IQ4_NL.kvalues]
+MIDS = midpoints(VALUES)
+CODES = [float(i) for i in range(16)]
+
+# Where the largest weight may land among the values (negative: with a negative scale), most useful first:
+# chosen greedily for the least error on Gaussian blocks with log-normal importance.
+LANDINGS = (-128, 114, -138, -108, 122, -122, 108, -132, 92, -102, 128, -116)
+# (landings tried per block, refits of the best one, super-block scales proposed, rounds over them)
+BUDGET = {"fast": (4, 1, 8, 1), "default": (12, 1, 16, 1), "best": (64, 2, 64, 3)}
+GROUP = 4  # scales a kernel tries at once: its sums stay in registers
+
+
+def fit(x: Tensor, w: Tensor, inverses: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """x, w [k, m], inverses [c, m] -> c times (a, b), [m]: sum(w·x·q), sum(w·q²) of the codes at each."""
+    fits = []
+    for inv in inverses.unbind():
+        q = nearest(x * inv, MIDS, VALUES)
+        wq = w * q
+        fits.append(((wq * x).sum(0), (wq * q).sum(0)))
+    return fits
+
+
+def try_scales(x: Tensor, w: Tensor, inverses: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair (a, b), [m], of the largest gain a²/b: the given one or that of a scale in inverses [c, m]."""
+    gain = a * ratio(a, b)
+    for new_a, new_b in fit(x, w, inverses):
+        new_gain = new_a * ratio(new_a, new_b)
+        better = new_gain > gain
+        gain = torch.where(better, new_gain, gain)
+        a, b = torch.where(better, new_a, a), torch.where(better, new_b, b)
+    return a, b
+
+
+def try_levels(x: Tensor, w: Tensor, d: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """d [n], scale [8, n] -> the best levels near scale/d [8, n], their error [n] less that of storing
+    zeros, and the best d [n] for the codes they give."""
+    middle = (scale * inverse(d)).round()
+    options = [(middle + step).clamp(-32, 31) for step in (0, -1, 1)]
+    fits = fit(x, w, torch.stack([inverse(d * level).view(-1) for level in options]))
+    level, best = options[0], torch.full_like(scale, torch.inf)
+    best_a, best_b = torch.zeros_like(scale), torch.zeros_like(scale)
+    for option, (a, b) in zip(options, fits, strict=True):
+        a, b, step = a.view_as(scale), b.view_as(scale), d * option
+        error = step * (step * b - 2 * a)  # sum(w (x - step q)²) - sum(w x²)
+        better = error < best
+        best = torch.where(better, error, best)
+        level = torch.where(better, option, level)
+        best_a, best_b = torch.where(better, a, best_a), torch.where(better, b, best_b)
+    return level, best.sum(0), ratio((level * best_a).sum(0), (level * level * best_b).sum(0))
+
+
+def propose(scale: Tensor, curvature: Tensor, reach: Tensor) -> Tensor:
+    """d [n] whose multiples -32..31 come closest to the scales [8, n], in the metric of their curvature.
+
+    `reach` [t]: the multiples tried for the scale that is largest in size.
+    """
+    lowest, highest = scale.amin(0), scale.amax(0)
+    d = torch.where(highest > -lowest, highest, lowest) / reach[:, None]
+    level = (scale[:, None] * inverse(d)).round().clamp(-32, 31)  # [8, t, n]
+    weighted = curvature[:, None] * level
+    d = ratio((weighted * scale[:, None]).sum(0), (weighted * level).sum(0))
+    error = (curvature[:, None] * (scale[:, None] - d * level).square()).sum(0)
+    return d.gather(0, error.argmin(0, keepdim=True))[0]
+
+
+def codes(x: Tensor, inv: Tensor) -> Tensor:
+    """x [32, m], inv [m] -> uint8 [16, m]: the code of row i below that of row i + 16."""
+    code = nearest(x * inv, MIDS, CODES)
+    return (code[:16] + 16 * code[16:]).to(torch.uint8)
+
+
+def search_scale(x: Tensor, w: Tensor, effort: Effort) -> tuple[Tensor, Tensor]:
+    """x, w [32, m] -> the a and b (see `fit`), [m], of each column's best scale."""
+    count, refits, _, _ = BUDGET[effort]
+    lowest, highest = x.amin(0), x.amax(0)
+    peak = inverse(torch.where(highest > -lowest, highest, lowest))
+    landings = torch.tensor(LANDINGS, dtype=torch.float32, device=x.device)[:count]
+    if count > len(LANDINGS):
+        spread = torch.linspace(60, 160, count // 2, device=x.device)
+        landings = torch.cat([spread, -spread])
+    a = b = torch.zeros_like(peak)
+    for i in range(0, len(landings), GROUP):
+        a, b = try_scales(x, w, landings[i : i + GROUP, None] * peak, a, b)
+    for _ in range(refits):
+        a, b = try_scales(x, w, inverse(ratio(a, b))[None], a, b)
+    return a, b
+
+
+def encode_nl(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+    """IQ4_NL: x, w [n, 32] -> uint8 [n, 18]."""
+    columns = x.t().contiguous()
+    scale = ratio(*search_scale(columns, w.t().contiguous(), effort))
+    return torch.cat([half_bytes(scale), codes(columns, inverse(halve(scale))).t()], 1)
+
+
+def encode_xs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+    """IQ4_XS: x, w [n, 256] -> uint8 [n, 136]."""
+    n = len(x)
+    columns = x.view(n, 8, 32).permute(2, 1, 0).reshape(32, 8 * n)
+    weight = w.view(n, 8, 32).permute(2, 1, 0).reshape(32, 8 * n)
+    a, b = search_scale(columns, weight, effort)
+    _, _, tries, rounds = BUDGET[effort]
+    reach = torch.linspace(24, 32, tries // 2, device=x.device)
+    scale = ratio(a, b).view(8, n)
+    d = propose(scale, b.view(8, n), torch.cat([-reach, reach - 1]))
+    best = torch.full_like(d, torch.inf)
+    best_d, best_level = d, torch.zeros_like(scale)
+    for _ in range(rounds):
+        d = halve(d)
+        level, error, better_d = try_levels(columns, weight, d, scale)
+        won = error < best
+        best = torch.where(won, error, best)
+        best_d, best_level = torch.where(won, d, best_d), torch.where(won, level, best_level)
+        d = better_d
+    nibbles = codes(columns, inverse(best_d * best_level).view(-1))
+    return _pack_xs(best_d, best_level, nibbles.view(16, 8, n))
+
+
+def decode_nl(packed: Tensor) -> Tensor:
+    """IQ4_NL: uint8 [n, 18] -> f32 [n, 32]."""
+    return half_from(packed[:, :2])[:, None] * _unpack_nibbles(packed[:, 2:])
+
+
+def decode_xs(packed: Tensor) -> Tensor:
+    """IQ4_XS: uint8 [n, 136] -> f32 [n, 256]."""
+    n = len(packed)
+    at = torch.arange(8, device=packed.device)
+    high = packed[:, 2 + at // 4] >> (at % 4 * 2).to(torch.uint8) & 3
+    low = packed[:, 4 + at // 2] >> (at % 2 * 4).to(torch.uint8) & 15
+    level = (low | high << 4).to(torch.float32) - 32
+    step = half_from(packed[:, :2])[:, None] * level
+    return (step[:, :, None] * _unpack_nibbles(packed[:, 8:].reshape(n, 8, 16))).view(n, 256)
+
+
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    """uint8 [..., 16] -> f32 [..., 32], the values."""
+    table = torch.tensor(VALUES, device=packed.device)
+    return table[torch.cat([packed & 15, packed >> 4], -1).to(torch.int32)]
+
+
+def _pack_xs(d: Tensor, level: Tensor, nibbles: Tensor) -> Tensor:
+    """d [n], level [8, n] in -32..31, nibbles uint8 [16, 8, n] -> uint8 [n, 136]."""
+    stored = (level + 32).to(torch.uint8).t()
+    low, high = stored & 15, stored >> 4
+    return torch.cat(
+        [
+            half_bytes(d),
+            high[:, ::4] | high[:, 1::4] << 2 | high[:, 2::4] << 4 | high[:, 3::4] << 6,
+            low[:, ::2] | low[:, 1::2] << 4,
+            nibbles.permute(2, 1, 0).reshape(-1, 128),
+        ],
+        1,
+    )
+
+
+IQ4_NL = Format("IQ4_NL", 20, 32, 18, encode_nl, decode_nl, magnitude=1.0)
+IQ4_XS = Format("IQ4_XS", 23, 256, 136, encode_xs, decode_xs, magnitude=1.0)
