@@ -1,0 +1,80 @@
+"""Writes calib/manifest.json from what lies in calib/text and calib/eval and from the generators.
+
+    python scripts/build_calib_manifest.py            write it
+    python scripts/build_calib_manifest.py --check    fail when the one there is out of date
+
+Refuses text that is not UTF-8, and any document or long line that both splits share: evaluation on
+calibrated text flatters.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from moequant import bundled, generators
+
+ROOT = Path(__file__).parents[1] / "calib"
+FOLDERS: dict[bundled.Split, str] = {"calibration": "text", "evaluation": "eval"}
+# Another seed for each split, and about as many bytes as the written domains have.
+GENERATED: dict[bundled.Split, tuple[int, int]] = {"calibration": (1, 24_000), "evaluation": (2, 8_000)}
+# Shorter lines ("</table>", "    return None") are bound to come up twice.
+LONG_LINE = 40
+
+
+def written(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The manifest entry of one folder of files, and their texts."""
+    files = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+    texts = tuple((folder / file).read_bytes().decode() for file in files)
+    size, sha256 = bundled.digest(texts)
+    return {"kind": "written", "files": files, "bytes": size, "sha256": sha256}, texts
+
+
+def generated(domain: str, seed: int, size: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The manifest entry of one generated domain, and its texts."""
+    texts = generators.generate(domain, seed, size)
+    total, sha256 = bundled.digest(texts)
+    return {"kind": "generated", "seed": seed, "bytes": total, "sha256": sha256}, texts
+
+
+def describe(root: Path, split: bundled.Split) -> tuple[dict[str, Any], set[str]]:
+    """The section of one split, and its documents and long lines."""
+    parts = {
+        folder.name: written(folder)
+        for folder in sorted((root / FOLDERS[split]).iterdir())
+        if folder.is_dir()
+    }
+    if clash := parts.keys() & generators.DOMAINS.keys():
+        sys.exit(
+            f"{root / FOLDERS[split]}: {sorted(clash)} are names of generated domains; rename the folders"
+        )
+    parts |= {domain: generated(domain, *GENERATED[split]) for domain in generators.DOMAINS}
+    if empty := [domain for domain, (entry, _) in parts.items() if not entry["bytes"]]:
+        sys.exit(f"{root / FOLDERS[split]}: no text in {empty}")
+    texts = [text for _, found in parts.values() for text in found]
+    lines = {line for text in texts for line in text.splitlines()}
+    section = {"folder": FOLDERS[split], "domains": {domain: parts[domain][0] for domain in sorted(parts)}}
+    return section, {*texts, *(line for line in lines if len(line) > LONG_LINE)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write calib/manifest.json.")
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help="the folder that holds text/, eval/ and manifest.json"
+    )
+    options = parser.parse_args()
+    sections, content = zip(*(describe(options.root, split) for split in FOLDERS), strict=True)
+    if shared := content[0] & content[1]:
+        sys.exit(f"{options.root}: in both splits: {min(shared)!r} and {len(shared) - 1} more")
+    made = json.dumps({"splits": dict(zip(FOLDERS, sections, strict=True))}, indent=1) + "\n"
+    file = options.root / "manifest.json"
+    if not options.check:
+        file.write_text(made, encoding="utf-8", newline="\n")
+    elif not file.is_file() or file.read_text(encoding="utf-8") != made:
+        sys.exit(f"{file} is out of date; run python {Path(__file__).name}")
+
+
+if __name__ == "__main__":
+    main()
