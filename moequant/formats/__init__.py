@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moequant.errors import FormatError
-from moequant.formats import engine, plain
+from moequant.formats import engine, legacy, plain, q2_k, q3_k, q4_k, q6_k
 from moequant.formats.base import Effort, Format
 
 FORMATS: dict[str, Format] = {
@@ -14,6 +14,16 @@ FORMATS: dict[str, Format] = {
         plain.F32,
         plain.F16,
         plain.BF16,
+        legacy.Q4_0,
+        legacy.Q4_1,
+        legacy.Q5_0,
+        legacy.Q5_1,
+        legacy.Q8_0,
+        q2_k.Q2_K,
+        q3_k.Q3_K,
+        q4_k.Q4_K,
+        q4_k.Q5_K,
+        q6_k.Q6_K,
     )
 }
 

@@ -1,0 +1,58 @@
+"""How blocks lie in memory while they are searched, and the few bit fields that formats share.
+
+A search looks at many candidate scales for each sub-block. Here `LANES` neighbouring blocks
+lie side by side, so that one vector instruction serves as many blocks and every reduction
+over the weights of a sub-block is a plain sum of vectors: [tiles, sub-blocks, weights, LANES].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LANES = 16
+
+
+def to_lanes(x: Tensor, sub: int, fill: float = 0.0) -> Tensor:
+    """[n, block] -> [ceil(n / LANES), block / sub, sub, LANES]; missing blocks hold `fill`."""
+    n, block = x.shape
+    if n % LANES:
+        x = torch.cat([x, x.new_full((-n % LANES, block), fill)])
+    return x.view(-1, LANES, block // sub, sub).permute(0, 2, 3, 1).contiguous()
+
+
+def from_lanes(x: Tensor, n: int) -> Tensor:
+    """[tiles, ..., LANES] -> [n, everything between, flat]; the inverse of `to_lanes`."""
+    return x.movedim(-1, 1).reshape(x.shape[0] * LANES, -1)[:n]
+
+
+def half(x: Tensor) -> Tensor:
+    """x rounded to what an f16 scale can hold, as f32."""
+    return x.clamp(-65504.0, 65504.0).to(torch.float16).to(torch.float32)
+
+
+def read_half(packed: Tensor, at: int) -> Tensor:
+    """f32 [n, 1]: the little-endian f16 at byte `at` of each block."""
+    return packed[:, at : at + 2].contiguous().view(torch.float16).to(torch.float32)
+
+
+def half_bytes(x: Tensor) -> Tensor:
+    """f32 [n] -> uint8 [n, 2]: the bytes of f16."""
+    return x.to(torch.float16).view(-1, 1).view(torch.uint8)
+
+
+def join_nibbles(codes: Tensor, run: int) -> Tensor:
+    """uint8 [n, block] of 4-bit codes -> [n, block / 2]: of each 2 · run codes, the second run goes high."""
+    low, high = codes.view(len(codes), -1, 2, run).unbind(2)
+    return (low | high << 4).reshape(len(codes), -1)
+
+
+def split_nibbles(packed: Tensor, run: int) -> Tensor:
+    """uint8 [n, block / 2] -> [n, block]; the inverse of `join_nibbles`."""
+    runs = packed.reshape(len(packed), -1, 1, run)
+    return torch.cat([runs & 15, runs >> 4], 2).view(len(packed), -1)
+
+
+def positive_half(x: Tensor) -> Tensor:
+    """x >= 0 rounded to f16, but never to zero unless it is zero: as f32."""
+    return torch.where(x > 0, half(x).clamp_min(2.0**-24), 0.0)

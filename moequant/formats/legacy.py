@@ -1,0 +1,96 @@
+"""Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: blocks of 32 with one f16 scale, and in the _1 types an f16 minimum.
+
+    _0: weight = d · (code - middle)        _1: weight = d · code + m
+
+| bytes | holds |
+|---|---|
+| 2 | d, f16 |
+| 0 or 2 | _1 types: m, f16 |
+| 0 or 4 | 5-bit types: bit 4 of the codes, one bit a weight, lowest first |
+| 16 or 32 | low 4 bits (weight l in the low, l + 16 in the high nibble of byte l), or an int8 each |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moequant.formats.affine import Affine
+from moequant.formats.affine import search_block as search_affine
+from moequant.formats.base import Effort, Format
+from moequant.formats.layout import half_bytes, join_nibbles, read_half, split_nibbles
+from moequant.formats.symmetric import Symmetric
+from moequant.formats.symmetric import search_block as search_symmetric
+
+
+def _join_bits(bits: Tensor) -> Tensor:
+    """uint8 [n, 32] of 0 or 1 -> [n, 4], lowest first."""
+    place = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.view(-1, 4, 8) << place).sum(-1, dtype=torch.uint8)
+
+
+def _split_bits(packed: Tensor) -> Tensor:
+    """uint8 [n, 4] -> [n, 32]; the inverse of `_join_bits`."""
+    place = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] >> place & 1).view(-1, 32)
+
+
+def _code_bytes(codes: Tensor, bits: int) -> list[Tensor]:
+    """uint8 codes [n, 32] of 4 or 5 bits -> the parts of the block that hold them."""
+    high = [_join_bits(codes >> 4)] if bits == 5 else []
+    return [*high, join_nibbles(codes & 15, 16)]
+
+
+def _read_codes(packed: Tensor, bits: int, at: int) -> Tensor:
+    """uint8 [n, 32]: the 4- or 5-bit codes that start at byte `at`."""
+    if bits == 4:
+        return split_nibbles(packed[:, at:], 16)
+    return split_nibbles(packed[:, at + 4 :], 16) | _split_bits(packed[:, at : at + 4]) << 4
+
+
+def _symmetric(name: str, ggml_type: int, bits: int) -> Format:
+    middle = 1 << (bits - 1)
+    grid = Symmetric(sub=32, low=-middle, high=middle - 1)
+
+    def encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+        fit = search_symmetric(grid, x, w, effort)
+        codes = (fit.codes + middle).to(torch.uint8)
+        return torch.cat([half_bytes(fit.d), *_code_bytes(codes, bits)], 1)
+
+    def decode(packed: Tensor) -> Tensor:
+        return (_read_codes(packed, bits, 2).to(torch.int8) - middle) * read_half(packed, 0)
+
+    return Format(name, ggml_type, 32, 2 + 4 * bits, encode, decode, magnitude=1.0, spread=1.0)
+
+
+def _affine(name: str, ggml_type: int, bits: int) -> Format:
+    grid = Affine(sub=32, top=(1 << bits) - 1)
+
+    def encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+        fit = search_affine(grid, x, w, effort)
+        return torch.cat([half_bytes(fit.d), half_bytes(-fit.dmin), *_code_bytes(fit.codes, bits)], 1)
+
+    def decode(packed: Tensor) -> Tensor:
+        return _read_codes(packed, bits, 4) * read_half(packed, 0) + read_half(packed, 2)
+
+    return Format(name, ggml_type, 32, 4 + 4 * bits, encode, decode, magnitude=1.0, spread=1.0)
+
+
+def _q8_0() -> Format:
+    grid = Symmetric(sub=32, low=-127, high=127)
+
+    def encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+        fit = search_symmetric(grid, x, w, effort)
+        return torch.cat([half_bytes(fit.d), fit.codes.view(torch.uint8)], 1)
+
+    def decode(packed: Tensor) -> Tensor:
+        return packed[:, 2:].contiguous().view(torch.int8) * read_half(packed, 0)
+
+    return Format("Q8_0", 8, 32, 34, encode, decode)
+
+
+Q4_0 = _symmetric("Q4_0", 2, 4)
+Q4_1 = _affine("Q4_1", 3, 4)
+Q5_0 = _symmetric("Q5_0", 6, 5)
+Q5_1 = _affine("Q5_1", 7, 5)
+Q8_0 = _q8_0()
