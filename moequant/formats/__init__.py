@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moequant.errors import FormatError
-from moequant.formats import engine, legacy, plain, q2_k, q3_k, q4_k, q6_k
+from moequant.formats import engine, iq4, legacy, plain, q2_k, q3_k, q4_k, q6_k
 from moequant.formats.base import Effort, Format
 
 FORMATS: dict[str, Format] = {
@@ -24,6 +24,8 @@ FORMATS: dict[str, Format] = {
         q4_k.Q4_K,
         q4_k.Q5_K,
         q6_k.Q6_K,
+        iq4.IQ4_NL,
+        iq4.IQ4_XS,
     )
 }
 
