@@ -18,7 +18,7 @@ from moequant import bundled, generators
 ROOT = Path(__file__).parents[1] / "calib"
 FOLDERS: dict[bundled.Split, str] = {"calibration": "text", "evaluation": "eval"}
 # Another seed for each split, and about as many bytes as the written domains have.
-GENERATED: dict[bundled.Split, tuple[int, int]] = {"calibration": (1, 24_000), "evaluation": (2, 8_000)}
+GENERATED: dict[bundled.Split, tuple[int, int]] = {"calibration": (1, 16_000), "evaluation": (2, 4_000)}
 # Shorter lines ("</table>", "    return None") are bound to come up twice.
 LONG_LINE = 40
 
