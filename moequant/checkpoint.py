@@ -82,6 +82,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         del refs["lm_head.weight"]
         tied = True
     weights = _assemble(family, config, refs)
+    embedding = next(weight for weight in weights if weight.role is Role.EMBEDDING)
+    if embedding.shape != (config["vocab_size"], config["hidden_size"]):
+        raise CheckpointError(
+            f"{path}: the embedding is {list(embedding.shape)}, config.json says "
+            f"{[config['vocab_size'], config['hidden_size']]} (vocab_size, hidden_size)"
+        )
     if tied:
         weights = tuple(
             replace(weight, input="model.norm:out") if weight.role is Role.EMBEDDING else weight
@@ -150,9 +156,7 @@ def _read_into(file: BinaryIO, ref: TensorRef, offset: int, out: Tensor) -> None
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]
         if not count:
-            raise CheckpointError(
-                f"{ref.file}: ends inside tensor {ref.name}; is the download complete?"
-            )
+            raise CheckpointError(f"{ref.file}: ends inside tensor {ref.name}; is the download complete?")
         view = view[count:]
 
 
@@ -186,7 +190,9 @@ def _read_headers(folder: Path) -> dict[str, TensorRef]:
     for name in shards:
         for ref in _read_header(folder / name):
             if ref.name in refs:
-                raise CheckpointError(f"{folder}: tensor {ref.name} is in two shards, {name} and {refs[ref.name].file.name}")
+                raise CheckpointError(
+                    f"{folder}: tensor {ref.name} is in two shards, {name} and {refs[ref.name].file.name}"
+                )
             refs[ref.name] = ref
     if absent := sorted(weight_map.keys() - refs.keys()):
         raise CheckpointError(f"{folder}: {absent[0]} is in the index but not in {weight_map[absent[0]]}")
@@ -208,9 +214,7 @@ def _read_header(path: Path) -> Iterable[TensorRef]:
     start = 8 + length
     end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end > size:
-        raise CheckpointError(
-            f"{path}: truncated, {size} bytes of {end}; is the download complete?"
-        )
+        raise CheckpointError(f"{path}: truncated, {size} bytes of {end}; is the download complete?")
     for name, entry in header.items():
         begin, stop = entry["data_offsets"]
         yield TensorRef(name, tuple(entry["shape"]), entry["dtype"], path, start + begin, start + stop)
@@ -228,7 +232,9 @@ def _assemble(family: Family, config: dict[str, Any], refs: dict[str, TensorRef]
     for ref in refs.values():
         claims = [(rule, match) for regex, rule in patterns if (match := regex.fullmatch(ref.name))]
         if not claims and not any(regex.fullmatch(ref.name) for regex in ignored):
-            raise FamilyError(f"{family.name}: tensor {ref.name} {list(ref.shape)} is unknown; nothing is dropped silently")
+            raise FamilyError(
+                f"{family.name}: tensor {ref.name} {list(ref.shape)} is unknown; nothing is dropped silently"
+            )
         if claims and ref.dtype not in _DTYPES:
             raise CheckpointError(
                 f"tensor {ref.name} is stored as {ref.dtype}; expected {', '.join(_DTYPES)} (convert the checkpoint first)"
@@ -288,11 +294,15 @@ def _weight(
             raise CheckpointError(f"{where}: experts {gone} of {experts} missing; is the download complete?")
         refs = tuple(parts[expert] for expert in range(experts))
         if len(parts) != experts or len({(ref.shape, ref.dtype) for ref in refs}) != 1:
-            raise CheckpointError(f"{where}: experts differ in number, shape or dtype from config.json's {experts}")
+            raise CheckpointError(
+                f"{where}: experts differ in number, shape or dtype from config.json's {experts}"
+            )
         rows = refs[0].shape[0]
         shape = (experts, *refs[0].shape)
         start, stop = 0, rows
-        param_rows = {Part.WHOLE: (0, rows), Part.FIRST_HALF: (0, rows), Part.SECOND_HALF: (rows, 2 * rows)}[rule.part]
+        param_rows = {Part.WHOLE: (0, rows), Part.FIRST_HALF: (0, rows), Part.SECOND_HALF: (rows, 2 * rows)}[
+            rule.part
+        ]
     heads = int(config[rule.rope]) if rule.rope else 0
     return Weight(
         name=rule.gguf.replace("{l}", str(layer)),

@@ -84,7 +84,9 @@ def packed_bytes(format_name: str, weight: Weight) -> int:
     """Bytes of `weight` in that format; PlanError when the format's block does not divide the rows."""
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[format_name]]
     if weight.n_in % block:
-        raise PlanError(f"{weight.name}: {format_name} needs rows of a multiple of {block}, not {weight.n_in}")
+        raise PlanError(
+            f"{weight.name}: {format_name} needs rows of a multiple of {block}, not {weight.n_in}"
+        )
     return weight.numel // block * block_bytes
 
 

@@ -54,7 +54,8 @@ def normalized(family: Family, config: Config) -> dict[str, Any]:
                 raise FamilyError(f"config.json lacks {key.config!r}, which {family.name} needs")
             full[key.config] = key.default
     for name, allowed in family.fixed.items():
-        if name in full and full[name] not in allowed and not _unused_window(name, full):
+        values = full[name] if isinstance(full.get(name), list) else [full.get(name, allowed[0])]
+        if any(value not in allowed for value in values) and not _unused_window(name, full):
             raise FamilyError(
                 f"config key {name} = {full[name]!r}: llama.cpp's {family.gguf_arch!r} implements only "
                 f"{' or '.join(map(repr, allowed))}, the file would compute something else"

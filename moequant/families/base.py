@@ -57,7 +57,11 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A model family as tables. `fixed` maps config keys to the only values that the runtime implements."""
+    """A model family as tables.
+
+    `fixed` maps config keys to the only values that the runtime implements; of a list,
+    every element must be one of them.
+    """
 
     name: str
     architectures: tuple[str, ...]

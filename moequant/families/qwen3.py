@@ -12,6 +12,6 @@ QWEN3 = Family(
         "hidden_act": ("silu",),
         "attention_bias": (False,),
         "use_sliding_window": (False,),
-        "layer_types": (None,),
+        "layer_types": (None, "full_attention"),
     },
 )

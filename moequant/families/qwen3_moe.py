@@ -22,7 +22,7 @@ QWEN3_MOE = Family(
         "attention_bias": (False,),
         "norm_topk_prob": (True,),
         "decoder_sparse_step": (1,),
-        "mlp_only_layers": ([], None),
+        "mlp_only_layers": (None,),
         "use_sliding_window": (False,),
     },
     experts_key="num_experts",

@@ -36,9 +36,11 @@ def rope_metadata(config: Config) -> list[tuple[str, str, Any]]:
 
     Raises FamilyError for a scaling that GGUF cannot express or that is not known here.
     """
-    scaling = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    scaling = dict(config.get("rope_parameters") or {})
+    if older := dict(config.get("rope_scaling") or {}):
+        scaling = scaling | older | {"rope_type": older.get("rope_type", older.get("type"))}
     theta = scaling.get("rope_theta", config.get("rope_theta", 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type", "default")
     if unknown := sorted(scaling.keys() - _SCALING_KEYS):
         raise FamilyError(f"rope scaling {kind!r}: key {unknown[0]} is not supported yet")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:

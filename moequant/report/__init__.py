@@ -1,0 +1,5 @@
+"""What a conversion did, as a value and as text."""
+
+from moequant.report.summary import Report
+
+__all__ = ["Report"]

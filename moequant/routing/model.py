@@ -37,7 +37,9 @@ def build_model(
     with torch.no_grad():
         for weight in checkpoint.weights:
             if weight.param not in params:
-                raise CheckpointError(f"{weight.param}: transformers' {type(model).__name__} has no such parameter")
+                raise CheckpointError(
+                    f"{weight.param}: transformers' {type(model).__name__} has no such parameter"
+                )
             target = params[weight.param]
             start, stop = weight.param_rows
             if len(weight.shape) > 1:
@@ -66,4 +68,6 @@ def _check_filled(model: nn.Module, params: dict[str, nn.Parameter], filled: set
     """Every parameter has its values: nothing runs on uninitialised memory."""
     shared = {"lm_head.weight"} if tied else set()
     if empty := sorted(params.keys() - filled - shared):
-        raise CheckpointError(f"{type(model).__name__}: nothing in the checkpoint fills {', '.join(empty[:3])}")
+        raise CheckpointError(
+            f"{type(model).__name__}: nothing in the checkpoint fills {', '.join(empty[:3])}"
+        )

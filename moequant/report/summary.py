@@ -1,0 +1,168 @@
+"""The table at the end of `convert`: what changed, what each expert saw and lost, what it cost."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moequant.checkpoint import Checkpoint
+from moequant.compare import Comparison, Estimate
+from moequant.meter import StageCost
+from moequant.values import Calibration, ExpertLoss, Plan
+
+WORST = 5
+"""Experts listed as hit worst."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything a conversion knows at its end; `summary` is what the command line prints."""
+
+    model: Path
+    out: Path
+    file_bytes: int
+    checkpoint: Checkpoint
+    plan: Plan
+    calibration: Calibration | None
+    losses: tuple[ExpertLoss, ...]
+    comparison: Comparison | None
+    stages: tuple[StageCost, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of weight data per weight of the model."""
+        return 8 * self.plan.bytes / sum(weight.numel for weight in self.checkpoint.weights)
+
+    def renderable(self) -> RenderableType:
+        """The report for a rich console."""
+        parts: list[RenderableType] = [_before_after(self), _types(self.plan)]
+        if self.calibration is not None and self.calibration.routes:
+            parts += [_routing(self.calibration), *_unseen(self.calibration), _worst(self.losses)]
+        if self.checkpoint.n_experts == 0:
+            parts.append(Text("note: a dense model, there are no experts to treat one by one"))
+        parts.append(_stages(self.stages))
+        return Group(*parts)
+
+    def summary(self, width: int = 100) -> str:
+        """The report as plain text."""
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        console.print(self.renderable())
+        file = console.file
+        assert isinstance(file, io.StringIO)
+        return file.getvalue().rstrip() + "\n"
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table in the house style: the first column left, numbers right."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index else "left")
+    return made
+
+
+def size(count: int) -> str:
+    """Bytes as people say them, in powers of ten like file managers and download pages."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def _before_after(report: Report) -> Table:
+    made = table(str(report.out), "", "before", "after", "change")
+    source = report.checkpoint.source_bytes
+    weights = sum(weight.numel for weight in report.checkpoint.weights)
+    made.add_row("size", size(source), size(report.file_bytes), f"{report.file_bytes / source - 1:+.1%}")
+    made.add_row("bits per weight", f"{8 * source / weights:.2f}", f"{report.bits_per_weight:.2f}", "")
+    found = report.comparison
+    if found is not None:
+        base, now = found.base_perplexity, found.perplexity
+        made.add_row("perplexity", _pm(base, 3), _pm(now, 3), f"{now.value / base.value - 1:+.2%}")
+        made.add_row("KL divergence, mean", "", _pm(found.kl_mean, 5), "")
+        made.add_row("KL divergence, median / 99 %", "", f"{found.kl_median:.5f} / {found.kl_99:.4f}", "")
+        made.add_row("same top token", "", f"{found.same_top:.2%}", "")
+        made.caption = f"{found.tokens:,} tokens scored; text: {found.source}"
+        made.caption_justify = "left"
+    return made
+
+
+def _pm(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.value:.{digits}f} ± {estimate.error:.{digits}f}"
+
+
+def _types(plan: Plan) -> Table:
+    made = table("types", "format", "tensors", "size", "why")
+    rows = Counter((choice.format, choice.reason) for choice in plan.choices)
+    for (name, reason), count in rows.items():
+        total = sum(c.bytes for c in plan.choices if (c.format, c.reason) == (name, reason))
+        made.add_row(name, str(count), size(total), reason)
+    made.columns[3].justify = "left"
+    return made
+
+
+def _routing(calibration: Calibration) -> Table:
+    made = table(
+        f"calibration: {calibration.tokens:,} tokens of {calibration.source}, tokens an expert",
+        "layer",
+        "min",
+        "median",
+        "max",
+        "unseen",
+    )
+    for route in calibration.routes:
+        tokens = route.tokens
+        made.add_row(
+            str(route.layer),
+            f"{int(tokens.min()):,}",
+            f"{int(tokens.median()):,}",
+            f"{int(tokens.max()):,}",
+            str(int((tokens == 0).sum())),
+        )
+    return made
+
+
+def _unseen(calibration: Calibration) -> list[Text]:
+    """Experts that calibration never reached, by name: they are quantized on their layer's statistics."""
+    names = [
+        f"{route.layer}.{expert}"
+        for route in calibration.routes
+        for expert in (route.tokens == 0).nonzero()[:, 0].tolist()
+    ]
+    if not names:
+        return []
+    return [
+        Text(
+            f"{len(names)} experts saw no token and were quantized with their layer's pooled importance "
+            f"(layer.expert): {', '.join(names)}"
+        )
+    ]
+
+
+def _worst(losses: tuple[ExpertLoss, ...]) -> Table:
+    made = table("worst-hit experts", "layer.expert", "projection", "format", "relative error", "tokens")
+    rows = [
+        (float(loss.error[expert]), loss, expert)
+        for loss in losses
+        if loss.role.is_expert
+        for expert in range(len(loss.error))
+    ]
+    for error, loss, expert in sorted(rows, key=lambda row: -row[0])[:WORST]:
+        seen = "" if loss.tokens is None else f"{int(loss.tokens[expert]):,}"
+        made.add_row(f"{loss.layer}.{expert}", str(loss.role), loss.format, f"{error:.3%}", seen)
+    return made
+
+
+def _stages(stages: tuple[StageCost, ...]) -> Table:
+    made = table("cost", "stage", "seconds", "peak memory")
+    for cost in stages:
+        made.add_row(cost.name, f"{cost.seconds:.1f}", size(cost.peak_bytes))
+    return made

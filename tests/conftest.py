@@ -1,0 +1,32 @@
+"""Fixtures that several test files share; models are built once a session and never changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import models
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    """`tiny("mixtral", **changes)`: the folder of a tiny random checkpoint of that family."""
+    built: dict[str, Path] = {}
+
+    def get(family: str, **changes: object) -> Path:
+        key = repr((family, sorted(changes.items())))
+        if key not in built:
+            built[key] = models.build(tmp_path_factory.mktemp(family), family, **changes)
+        return built[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def mix() -> Path:
+    """The shared trained Mixtral checkpoint; the test skips where it is absent."""
+    path = models.SHARED / "models" / "mix"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not on this machine")
+    return path

@@ -1,0 +1,125 @@
+"""Tiny random checkpoints of each family, built with transformers, with a tokenizer trained on the spot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SHARED = Path(__file__).parents[2] / "shared"
+"""Trained checkpoints and text that some machines have beside the checkout; tests skip without them."""
+
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+VOCAB = 384
+
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.08,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "mixtral": {
+        "intermediate_size": 512,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
+    "qwen3_moe": {
+        "head_dim": 32,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 256,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "sliding_window": None,
+    },
+    "olmoe": {
+        "num_key_value_heads": 4,
+        "intermediate_size": 256,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+    },
+    "llama": {"intermediate_size": 512},
+    "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
+}
+"""One config a family; shapes are not square where the format allows, so that transposes show."""
+
+TEXT = [
+    "The router sends every token to two of its experts and adds their outputs.",
+    "def quantize(weights, importance):\n    return round(weights / scale)\n",
+    "1 + 2 = 3, 10 * 12 = 120; \u00fcber stra\u00dfe \u4f60\u597d \U0001f600",
+] * 20
+
+
+def tokenizer(vocab: int = VOCAB) -> Tokenizer:
+    """A byte-level BPE with Qwen2's split, trained on a few lines."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(TEXT, trainer)
+    return made
+
+
+def build(
+    folder: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    save: Any = None,
+    **changes: Any,
+) -> Path:
+    """Save a random model of `family` in `folder` and return it; `changes` override its config."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **(COMMON | CONFIGS[family] | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            if name.endswith(("mlp.gate.weight", "gate_up_proj", "q_proj.weight")):
+                parameter.mul_(2.0)
+    model.to(dtype).save_pretrained(folder, **(save or {}))
+    tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": "<|endoftext|>",
+                "add_bos_token": False,
+            }
+        )
+    )
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of a saved config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -1,0 +1,107 @@
+"""Calibration statistics against sums taken by hooks on transformers' own eager experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM
+
+from moequant.checkpoint import open_checkpoint
+from moequant.corpus import Rows
+from moequant.errors import CheckpointError
+from moequant.routing.calibrate import calibrate
+from moequant.routing.experts import EXPERTS
+from moequant.routing.model import build_model
+from tests import models
+
+MOE = ["mixtral", "qwen3_moe", "olmoe"]
+
+
+def rows(count: int = 6, length: int = 64, seed: int = 0) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, models.VOCAB, (count, length), generator=generator)
+    return Rows(ids, ("test",) * count, "random ids", ids.numel())
+
+
+@pytest.mark.parametrize("family", models.CONFIGS)
+def test_our_experts_give_the_eager_logits(tiny, family: str) -> None:
+    folder = tiny(family)
+    ours = build_model(open_checkpoint(folder), EXPERTS)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    with torch.inference_mode():
+        assert (ours(rows().ids).logits - theirs(rows().ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_moments_equal_a_float64_reference(tiny, family: str) -> None:
+    """Every expert's moments recomputed from the block's input and the router's own output, in float64."""
+    folder = tiny(family)
+    checkpoint = open_checkpoint(folder)
+    calibration = calibrate(checkpoint, rows())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    seen: list[tuple[torch.Tensor, ...]] = []
+    block = model.model.layers[1].mlp
+    block.experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    with torch.inference_mode():
+        for row in rows().ids:
+            model(row[None])
+    hidden, index, gate = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    up, down = (calibration.inputs[f"model.layers.1.mlp.experts:{side}"] for side in ("up", "down"))
+    for expert in range(checkpoint.n_experts):
+        token, slot = torch.where(index == expert)
+        x, g = hidden[token], gate[token, slot].double()
+        one, two = linear(x, block.experts.gate_up_proj[expert]).chunk(2, -1)
+        inner = torch.nn.functional.silu(one) * two
+        for sums, inputs in ((up, x), (down, inner)):
+            assert sums.tokens[expert] == len(token)
+            torch.testing.assert_close(
+                sums.moment[expert], inputs.double().square().sum(0), rtol=1e-4, atol=1e-9
+            )
+            gated = (g[:, None] * inputs.double()).square().sum(0)
+            torch.testing.assert_close(sums.gated_moment[expert], gated, rtol=1e-4, atol=1e-9)
+            torch.testing.assert_close(sums.gate_mass[expert], g.sum(), rtol=1e-5, atol=1e-9)
+
+
+def test_dense_moments_and_the_head(tiny) -> None:
+    folder = tiny("olmoe")
+    checkpoint = open_checkpoint(folder)
+    calibration = calibrate(checkpoint, rows())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    seen: dict[str, torch.Tensor] = {}
+    for name in ("lm_head", "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.k_proj"):
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: args[0].double().square().sum((0, 1))})
+        )
+    with torch.inference_mode():
+        model(rows().ids)
+    pairs = {
+        "model.norm:out": "lm_head",
+        "model.layers.0.self_attn.o_proj": "model.layers.0.self_attn.o_proj",
+        "model.layers.1.self_attn.q_proj": "model.layers.1.self_attn.k_proj",
+    }
+    for ours, theirs in pairs.items():
+        torch.testing.assert_close(calibration.inputs[ours].moment[0], seen[theirs], rtol=1e-4, atol=1e-9)
+        assert int(calibration.inputs[ours].tokens) == rows().ids.numel()
+
+
+def test_token_counts_add_up(tiny) -> None:
+    checkpoint = open_checkpoint(tiny("mixtral"))
+    calibration = calibrate(checkpoint, rows())
+    assert [route.layer for route in calibration.routes] == [0, 1]
+    for route in calibration.routes:
+        assert int(route.tokens.sum()) == 2 * rows().ids.numel()
+        assert (
+            abs(float(route.gate_mass.sum()) - rows().ids.numel()) < 1e-2
+        )  # Mixtral's top-k weights add up to 1
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path) -> None:
+    folder = models.build(tmp_path, "qwen3_moe")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.v_proj\.weight: 1 of"):
+        calibrate(open_checkpoint(folder), rows())
