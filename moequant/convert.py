@@ -133,7 +133,7 @@ def compare_with_file(checkpoint: Checkpoint, file: Path, rows: Rows) -> Compari
 def _texts(opened: Opened, settings: Settings) -> tuple[Rows | None, Rows | None]:
     """Calibration rows (None when no type needs them) and evaluation rows (None when not wanted)."""
     encoder = load_encoder(opened.checkpoint.path)
-    bos = opened.tokenizer.bos_id if opened.tokenizer.add_bos else None
+    bos = opened.tokenizer.ids.get("bos") if opened.tokenizer.add_bos else None
     config = opened.checkpoint.config
     limits = {"max_length": int(config["max_position_embeddings"]), "vocab_size": int(config["vocab_size"])}
     calib = evaluation = None

@@ -200,4 +200,4 @@ class GgufWeights:
                 f"{self.path}: {weight.name} is {self.shape(weight.name)}, expected {weight.shape}"
             )
         values = gguf.dequantize(self.data(weight.name), self.tensors[weight.name].tensor_type)
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(weight.shape)
+        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(weight.shape)
