@@ -1,18 +1,19 @@
-"""Train the tiny Qwen3-MoE model that ships in demo/ (about 9 MB of bf16) on a CPU, from text any machine has.
+"""Train the tiny Qwen3-MoE that ships in demo/ (9 MB of bf16) on a CPU, from text that any machine has.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 python scripts/train_demo.py --minutes 35 -o demo
 
 The text is the standard library of the interpreter that runs this program (source code, docstrings and
-the language reference that `pydoc` carries), calib/text of this repository, and the seeded generators of
-moequant.generators. calib/eval is never read for training: the program ends by measuring the model on it.
+the language reference that `pydoc` carries), the calibration text of this repository, and its generators
+of JSON, CSV, logs and arithmetic under a seed of their own. The evaluation text is never trained on: the
+program ends by measuring the model on it.
+
 Initial weights, tokenizer and the order of the rows follow from --seed alone. With --minutes the schedule
 follows the clock, so the number of steps is the machine's; --steps repeats a run of that many steps.
 
 The two malloc settings keep glibc from handing every large activation back to the kernel and faulting it
-in again; without them a step takes several times as long.
+in again; without them a step takes several times as long. OMP_NUM_THREADS=1 suits a machine that has other
+work: the threads of one small matrix product wait for each other.
 """
-
-from __future__ import annotations
 
 import ast
 import math
@@ -33,7 +34,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-ROOT = Path(__file__).parent.parent
+from moequant import bundled, generators
+
 END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # The pre-tokenizer of Qwen2, which llama.cpp knows as "qwen2". No NFC normalizer: llama.cpp applies none.
 QWEN2_SPLIT = (
@@ -46,6 +48,7 @@ CHAT_TEMPLATE = (
 )
 # llama.cpp's perplexity window; rows of this length make every position it scores a trained one.
 ROW = 512
+BATCH = 8  # rows per step
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,7 @@ class Recipe:
     seed: int
     minutes: float
     steps: int
-    batch: int  # rows per step
-    rate: float  # peak learning rate of Muon; AdamW's is a tenth
+    rate: float  # peak learning rate of Muon; AdamW's is a quarter of it
     balance: float  # weight of the load-balancing loss
 
 
@@ -90,15 +92,13 @@ def docstrings(code: str) -> str:
     return "\n\n".join(text for node in nodes if (text := ast.get_docstring(node)))
 
 
-def folder(path: Path) -> dict[str, str]:
-    """Text files below `path`, by the domain their name starts with."""
-    return {str(p.relative_to(path)): p.read_text("utf-8") for p in sorted(path.rglob("*")) if p.is_file()}
-
-
-def corpus() -> tuple[Source, ...]:
-    """Everything the model is trained on."""
-    written = Source("calib", tuple(folder(ROOT / "calib" / "text").values()), 6)
-    return (*standard_library(), written)
+def corpus(seed: int) -> tuple[Source, ...]:
+    """Everything the model is trained on. The little prose there is counts several times."""
+    written = [d for texts in bundled.texts("calibration").values() for d in texts]
+    # The calibration and evaluation splits use the generator seeds 1 and 2.
+    structured = [d for name in generators.DOMAINS for d in generators.generate(name, 1000 + seed, 350_000)]
+    bundle = Source("calibration", tuple(written), 12), Source("structured", tuple(structured), 1)
+    return standard_library() + bundle
 
 
 def train_tokenizer(sources: tuple[Source, ...], size: int) -> PreTrainedTokenizerFast:
@@ -125,7 +125,7 @@ def rows(sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerFast, seed: 
     end = [tokenizer.eos_token_id]
     encoded = {s.name: [end + tokenizer.encode(d, verbose=False) for d in s.documents] for s in sources}
     for name, documents in encoded.items():
-        print(f"{name:>10}: {len(documents)} documents, {sum(map(len, documents)):,} tokens")
+        print(f"{name:>12}: {len(documents)} documents, {sum(map(len, documents)):,} tokens")
     shuffler = random.Random(seed)
     while True:
         epoch = [document for s in sources for document in encoded[s.name] * s.repeats]
@@ -172,7 +172,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3MoeForCausa
         norm_topk_prob=True,
         max_position_embeddings=2048,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        # The end of text also pads, but is a token to learn: pad_token_id would keep its embedding at zero.
+        pad_token_id=None,
         experts_implementation="sorted",
     )
     torch.manual_seed(seed)
@@ -217,8 +218,8 @@ def optimizers(model: Qwen3MoeForCausalLM, rate: float) -> tuple[Muon, torch.opt
     named = dict(model.named_parameters())
     hidden = [n for n in named if n.endswith(("_proj.weight", "gate_up_proj", "down_proj"))]
     others = [p for n, p in named.items() if n not in hidden]
-    adam = torch.optim.AdamW(others, lr=rate / 10, betas=(0.9, 0.95), weight_decay=0.01)
-    adam.param_groups[0]["initial_lr"] = rate / 10
+    adam = torch.optim.AdamW(others, lr=rate / 4, betas=(0.9, 0.95), weight_decay=0.01)
+    adam.param_groups[0]["initial_lr"] = rate / 4
     return Muon([named[n] for n in hidden], rate), adam
 
 
@@ -236,10 +237,10 @@ def train(model: Qwen3MoeForCausalLM, data: Iterator[Tensor], recipe: Recipe, ou
     while (progress := run_share(step, time.monotonic() - begin, recipe)) < 1:
         for group in (g for o in steppers for g in o.param_groups):
             group["lr"] = group["initial_lr"] * schedule(progress)
-        batch = torch.stack([next(data) for _ in range(recipe.batch)])
+        batch = torch.stack([next(data) for _ in range(BATCH)])
         answer = model(batch[:, :-1], output_router_logits=True, use_cache=False)
         loss = F.cross_entropy(answer.logits.flatten(0, 1), batch[:, 1:].flatten())
-        (loss + recipe.balance * answer.aux_loss).backward()
+        (loss + recipe.balance * sum(map(imbalance, answer.router_logits))).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in steppers:
             optimizer.step()
@@ -247,7 +248,7 @@ def train(model: Qwen3MoeForCausalLM, data: Iterator[Tensor], recipe: Recipe, ou
         step, losses = step + 1, [*losses, loss.item()]
         now = time.monotonic()
         if now - printed > 20:
-            speed = len(losses) * recipe.batch * ROW / (now - printed)
+            speed = len(losses) * BATCH * ROW / (now - printed)
             mean = sum(losses) / len(losses)
             print(f"{progress:6.1%}  step {step:5}  loss {mean:.3f}  {speed:,.0f} tokens/s", flush=True)
             printed, losses = now, []
@@ -255,6 +256,17 @@ def train(model: Qwen3MoeForCausalLM, data: Iterator[Tensor], recipe: Recipe, ou
             save(model, out)
             saved = now
     return step
+
+
+def imbalance(router_logits: Tensor) -> Tensor:
+    """[T, E] of one layer -> the Switch Transformer's load-balancing loss; 1 when evenly loaded.
+
+    transformers pools the layers before multiplying, so that one layer may make up for another.
+    """
+    probabilities = router_logits.softmax(dim=-1)
+    experts = probabilities.shape[1]
+    load = probabilities.topk(2).indices.flatten().bincount(minlength=experts) / probabilities.shape[0]
+    return experts / 2 * (load * probabilities.mean(dim=0)).sum()
 
 
 def run_share(step: int, seconds: float, recipe: Recipe) -> float:
@@ -274,18 +286,21 @@ def save(model: Qwen3MoeForCausalLM, out: Path) -> None:
 
 @torch.no_grad()
 def losses_by_domain(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> dict[str, tuple[float, int]]:
-    """Domain of calib/eval -> (nats per token, tokens), over rows of 512 scored in full."""
-    totals: dict[str, tuple[float, int]] = {}
-    for name, text in folder(ROOT / "calib" / "eval").items():
-        for row in torch.tensor([tokenizer.eos_token_id, *tokenizer.encode(text, verbose=False)]).split(ROW):
-            nats = F.cross_entropy(model(row[None, :-1]).logits[0].float(), row[1:], reduction="sum").item()
-            total, tokens = totals.get(name, (0.0, 0))
-            totals[name] = (total + nats, tokens + len(row) - 1)
-    return {name: (total / tokens, tokens) for name, (total, tokens) in totals.items()}
+    """Domain of the evaluation text -> (summed nats, tokens scored), in windows of 512."""
+    sums: dict[str, tuple[float, int]] = {}
+    for name, documents in bundled.texts("evaluation").items():
+        tokens = tokenizer.encode(END + END.join(documents), verbose=False)
+        windows = [w for w in torch.tensor(tokens).split(ROW) if len(w) > 1]
+        logits = (model(w[None, :-1]).logits[0] for w in windows)
+        nats = sum(
+            F.cross_entropy(x, w[1:], reduction="sum").item() for x, w in zip(logits, windows, strict=True)
+        )
+        sums[name] = nats, sum(len(w) - 1 for w in windows)
+    return sums
 
 
 def report(out: Path) -> None:
-    """Print perplexity per domain of calib/eval, and every expert's share of the tokens, from the saved file."""
+    """Print the saved model's perplexity per domain, and every expert's share of the tokens."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     model = Qwen3MoeForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     counts = torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
@@ -297,14 +312,13 @@ def report(out: Path) -> None:
     layers = [layer.mlp.experts for layer in model.model.layers]
     ALL_EXPERTS_FUNCTIONS.register("counted", count)
     model.set_experts_implementation("counted")
-    domains = losses_by_domain(model, tokenizer)
-    for name, (nats, tokens) in domains.items():
-        print(f"{name:>32}  {tokens:7,} tokens  loss {nats:.3f}  perplexity {math.exp(nats):8.2f}")
-    if total := sum(tokens for _, tokens in domains.values()):
-        mean = sum(nats * tokens for nats, tokens in domains.values()) / total
-        print(f"{'all':>32}  {total:7,} tokens  loss {mean:.3f}  perplexity {math.exp(mean):8.2f}")
-        for index, share in enumerate(counts / counts.sum(dim=1, keepdim=True)):
-            print(f"layer {index}: token share per expert", *(f"{s:.1%}" for s in share))
+    sums = losses_by_domain(model, tokenizer)
+    sums["all"] = tuple(map(sum, zip(*sums.values(), strict=True)))
+    for name, (nats, tokens) in sums.items():
+        mean = nats / tokens
+        print(f"{name:>14}  {tokens:7,} tokens  loss {mean:.3f}  perplexity {math.exp(mean):7.2f}")
+    for index, shares in enumerate(counts / counts.sum(dim=1, keepdim=True)):
+        print(f"layer {index}: token share per expert", *(f"{share:.1%}" for share in shares))
 
 
 def main(
@@ -312,20 +326,21 @@ def main(
     minutes: Annotated[float, typer.Option(help="Wall-clock budget of the training loop.")] = 35,
     steps: Annotated[int, typer.Option(help="Train this many steps instead of by the clock.")] = 0,
     seed: Annotated[int, typer.Option(help="Initial weights and data order.")] = 0,
-    batch: Annotated[int, typer.Option(help="Rows of 512 tokens per step.")] = 8,
-    rate: Annotated[float, typer.Option(help="Peak learning rate of Muon; AdamW gets a tenth.")] = 0.03,
-    balance: Annotated[float, typer.Option(help="Weight of the load-balancing loss.")] = 0.003,
+    rate: Annotated[float, typer.Option(help="Peak learning rate of Muon; AdamW gets a quarter.")] = 0.03,
+    balance: Annotated[float, typer.Option(help="Weight of the load-balancing loss.")] = 0.005,
 ) -> None:
-    """Train the demo model and measure it on calib/eval."""
+    """Train the demo model and measure it on text it has not seen."""
     ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
-    sources = corpus()
+    sources = corpus(seed)
     tokenizer = train_tokenizer(sources, size=2048)
     model = new_model(tokenizer, seed)
     tokenizer.save_pretrained(out, save_jinja_files=False)
-    recipe = Recipe(seed, minutes, steps, batch, rate, balance)
+    recipe = Recipe(seed, minutes, steps, rate, balance)
     taken = train(model.train(), rows(sources, tokenizer, seed), recipe, out)
     save(model, out)
-    print(f"{taken} steps of {batch} x {ROW} tokens, {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(
+        f"{taken} steps of {BATCH} x {ROW} tokens, {sum(p.numel() for p in model.parameters()):,} parameters"
+    )
     report(out)
 
 
