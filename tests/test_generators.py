@@ -87,7 +87,7 @@ def value(term: str) -> Fraction | None:
     """The exact value of a term of numbers, signs and brackets; None for anything else."""
     if match := re.fullmatch(r"\s*([0-9a-f]+) \(base (\d+)\)\s*", term):
         return Fraction(int(match[1], int(match[2])))
-    if not re.fullmatch(r"[\d\s+\-*/^()]*\d[\d\s()]*", term):
+    if not re.fullmatch(r"[\d\s+\-*/^()]*\d[\s)]*", term) or term.count("(") != term.count(")"):
         return None
     exact = re.sub(r"\d+", r"Fraction(\g<0>)", term.strip()).replace("^", "**")
     return Fraction(eval(exact))
