@@ -1,14 +1,14 @@
 """A Hugging Face tokenizer as the `tokenizer.*` keys of a GGUF file.
 
-Two kinds exist on both sides: byte-level BPE (llama.cpp's "gpt2" with a named pre-tokenizer) and BPE with blanks
-as "▁" and byte fallback (llama.cpp's "llama"). Everything else is refused. tokenizer.json is the only source of
-the vocabulary.
+Two kinds exist on both sides: byte-level BPE (llama.cpp's "gpt2" with a named pre-tokenizer) and BPE with
+blanks as "▁" and byte fallback (llama.cpp's "llama"). Everything else is refused. tokenizer.json is the only
+source of the vocabulary.
 
 llama.cpp gives the same ids as tokenizer.json except where `TokenizerSpec.notes` says otherwise:
 
 * It does not normalise. Behind an NFC normalizer (Qwen, OLMo), text that is not NFC gets other ids.
-* It matches added tokens literally, the longest anywhere first; flags like lstrip, rstrip and single_word are lost.
-* A metaspace pre-tokenizer (as opposed to the Prepend normalizer of Mixtral and Llama 2) adds no blank to text that
+* It matches added tokens literally, the longest first; flags like lstrip, rstrip and single_word are lost.
+* A metaspace pre-tokenizer (unlike the Prepend normalizer of Mixtral and Llama 2) adds no blank to text that
   starts with one; llama.cpp does.
 * Some of its regular expressions approximate Unicode classes (see `tokenizer_pre`).
 """
@@ -27,6 +27,7 @@ from tokenizers.models import BPE
 from moequant.containers import tokenizer_pre, tokenizer_special, tokenizer_spm
 from moequant.errors import TokenizerError
 
+_FLAGS = ("lstrip", "rstrip", "single_word")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -42,7 +43,7 @@ class TokenizerSpec:
     ids:            role (bos, eos, eot, eom, unknown, padding) to id.
     space_prefix:   whether a blank is put in front of a text, for "llama" only.
     chat_templates: (name, Jinja source), "default" first.
-    notes:          one sentence per known difference from Hugging Face; empty means the same ids on every text.
+    notes:          one sentence per known difference from Hugging Face; empty means the same ids always.
     """
 
     model: str
@@ -117,8 +118,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, spec: TokenizerSpec, vocab_size: int)
     tokens, kinds = list(spec.tokens), list(spec.types)
     if len(tokens) > vocab_size:
         raise TokenizerError(
-            f"tokenizer.json: {len(tokens)} token ids but the embedding has {vocab_size} rows; expected at most as "
-            "many ids as rows; remove the added tokens the model was never given"
+            f"tokenizer.json: {len(tokens)} token ids but the embedding has {vocab_size} rows; expected no more "
+            "ids than rows; remove the added tokens that the model was never given"
         )
     taken = set(tokens)
     for i in range(len(tokens), vocab_size):
@@ -170,16 +171,7 @@ def _byte_level(
 ) -> _Algorithm:
     row = tokenizer_pre.recognise(raw.get("pre_tokenizer"))
     whole = bool(raw["model"].get("ignore_merges"))
-    name = row.whole if whole else row.merging
-    if name is None:
-        # Taking whole words changes nothing when merging leads to them anyway.
-        name = row.merging or row.whole
-        if not _merging_reaches_all(vocab, merges):
-            raise TokenizerError(
-                f"tokenizer.json: llama.cpp's pre-tokenizer {name!r} has ignore_merges={not whole}, this tokenizer "
-                f"has {whole}, and the two give different ids for its vocabulary"
-            )
-    assert name is not None
+    name = row.name(whole, lambda: _merging_reaches_all(vocab, merges))
     if len(set(merges)) != len(merges):
         raise TokenizerError("tokenizer.json: a merge is listed twice; expected every pair once")
     if bad := next((pair for pair in merges if " " in pair[0] or " " in pair[1]), None):
@@ -190,12 +182,15 @@ def _byte_level(
         raise TokenizerError(
             "tokenizer.json: no merges; expected at least one, llama.cpp loads no file without"
         )
+    notes = [row.difference] if row.difference else []
+    if row.joins_digits and any(left[-1:].isdigit() and right[:1].isdigit() for left, right in merges):
+        notes.append("numbers: llama.cpp joins digits that Hugging Face keeps apart")
     return _Algorithm(
         pre=name if has_bos else tokenizer_pre.name_without_bos(name),
         scores=None,
         merges=tuple(f"{left} {right}" for left, right in merges),
         space_prefix=None,
-        notes=[row.difference] if row.difference else [],
+        notes=notes,
     )
 
 
@@ -215,8 +210,8 @@ def _sentencepiece(
     texts = {text for text, _ in vocab}
     if missing := [b for b in range(256) if f"<0x{b:02X}>" not in texts]:
         raise TokenizerError(
-            f"tokenizer.json: byte_fallback without token <0x{missing[0]:02X}>; expected all 256 byte tokens, "
-            "llama.cpp aborts without"
+            f"tokenizer.json: byte_fallback without token <0x{missing[0]:02X}>; expected all 256 byte "
+            "tokens, llama.cpp aborts without"
         )
     prefix, notes = tokenizer_spm.space_prefix(raw)
     own = [text for i, (text, _) in enumerate(vocab) if i not in added]
@@ -292,7 +287,7 @@ def _vocabulary(
         byte = spm and _BYTE_TOKEN.fullmatch(text)
         table[i] = (text, Kind.BYTE if byte else Kind.NORMAL)
     table |= {i: _added_entry(token, spm) for i, token in added.items()}
-    if unknown in vocab:
+    if unknown is not None and unknown in vocab:
         table[vocab[unknown]] = (unknown, Kind.UNKNOWN)
     owner: dict[str, int] = {}
     for i, (text, _) in sorted(table.items()):
@@ -310,8 +305,8 @@ def _added_entry(token: AddedToken, spm: bool) -> tuple[str, Kind]:
     if token.special:
         return text, Kind.CONTROL
     if spm and tokenizer_spm.METASPACE in text:
-        # llama.cpp looks for user-defined tokens in the text before it turns blanks into "▁". Hugging Face looks
-        # after that if the token is "normalized"; otherwise only a literal "▁" matches, which merging finds too.
+        # llama.cpp looks for user-defined tokens before it turns blanks into "▁". Hugging Face looks after
+        # that if the token is "normalized"; otherwise only a literal "▁" matches, which merging finds too.
         blank = text.replace(tokenizer_spm.METASPACE, " ")
         return (blank, Kind.USER_DEFINED) if token.normalized else (text, Kind.NORMAL)
     return text, Kind.USER_DEFINED
@@ -351,10 +346,10 @@ def _normalization_notes(backend: Tokenizer, added: Mapping[int, AddedToken], sp
                 break
         if not spm and normalizer.normalize_str(" A b  ") != " A b  ":
             raise TokenizerError(
-                "tokenizer.json: its normalizer changes plain ASCII text; expected none or a Unicode normal form"
+                "tokenizer.json: its normalizer changes ASCII text; expected none or a Unicode normal form"
             )
     for token in added.values():
-        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if getattr(token, flag)]
+        flags = [flag for flag in _FLAGS if getattr(token, flag)]
         if flags:
             notes.append(f"added token {token.content!r}: {', '.join(flags)} is ignored by llama.cpp")
         elif (

@@ -1,15 +1,15 @@
+# ruff: noqa: RUF001 - the expressions name letters of many scripts.
 """Which llama.cpp pre-tokenizer does what a tokenizer.json's `pre_tokenizer` does.
 
-llama.cpp knows pre-tokenizers by name (`tokenizer.ggml.pre`), each a list of regular expressions compiled into it
-plus the switch `ignore_merges`. A name is chosen here by comparing structure: the splits of tokenizer.json, step
-by step, with those that the name stands for. Nothing depends on the vocabulary, so a retrained or extended
-tokenizer is recognised as well as the published one.
+llama.cpp knows pre-tokenizers by name (`tokenizer.ggml.pre`): each is a list of regular expressions compiled
+into it, plus the switch `ignore_merges`. A name is chosen here by comparing structure: the splits of
+tokenizer.json, step by step, with those that the name stands for. Nothing depends on the vocabulary, so a
+retrained or extended tokenizer is recognised as well as the published one.
 
-Names that mean the same splitting are interchangeable; where the presence of a BOS token decides a default of
-llama.cpp (glm4, chatglm-bpe), the right one is picked.
+Several names may mean the same splitting; the table keeps one for each setting of `ignore_merges`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unicodedata import normalize
@@ -40,16 +40,22 @@ def _cased(contraction: str, number: str) -> str:
 
 
 _O200K = _cased(f"{_CONTRACTION}?", r"\p{N}{1,3}")
-_QWEN35 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_TAIL}"
+_QWEN35 = (
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_TAIL}"
+)
 _DEEPSEEK_WORDS = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_TAIL}"
 )
-# Every Latin, Greek, Cyrillic, Armenian … letter with case, as the first DeepSeek tokenizers list them.
+# Every Latin, Greek, Cyrillic, Armenian … letter with case, as the first DeepSeek tokenizers list them. The
+# escapes are letters that a normal form would replace, and their ranges with them.
 _DEEPSEEK_LETTERS = (
-    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗ"
-    r"ὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗ"
-    r"Ａ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
+    r"\s?"
+    "[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ"
+    "-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126"
+    "ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-"
+    "𑣟𞤀-𞥃]+"
 )
 _DEEPSEEK_CJK = r"[一-龥ࠀ-一가-퟿]+"
 
@@ -59,26 +65,46 @@ _EACH_DIGIT = "each digit"
 
 
 def _split(regex: str) -> str:
-    return f"split {normalize('NFC', regex)}"
+    return f"split {regex}"
 
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
     """One splitting and the names llama.cpp has for it.
 
-    steps:      as `describe` returns them.
-    merging:    name that always merges, None when there is none.
-    whole:      name that takes a word found in the vocabulary whole (`ignore_merges`), None when there is none.
-    difference: what llama.cpp is known to split otherwise, empty when nothing is.
+    steps:        as `describe` returns them.
+    merging:      name that always merges, None when there is none.
+    whole:        name that takes a word of the vocabulary whole (`ignore_merges`), None when there is none.
+    prefer_whole: `whole` splits more exactly than `merging`.
+    joins_digits: llama.cpp keeps runs of digits together, which shows if the vocabulary has merges for them.
+    difference:   what llama.cpp is known to split otherwise, empty when nothing is.
     """
 
     steps: Steps
     merging: str | None
     whole: str | None = None
+    prefer_whole: bool = False
+    joins_digits: bool = False
     difference: str = ""
 
+    def name(self, ignore_merges: bool, merging_reaches_all: Callable[[], bool]) -> str:
+        """The name to write for a tokenizer with this splitting.
 
-_MARKS = "words with combining marks or letters without case may be split otherwise by llama.cpp"
+        `merging_reaches_all` is asked only if the wanted name has the other `ignore_merges`, which changes
+        nothing when every token is what its own text merges to. Raises TokenizerError when it does.
+        """
+        for whole in (True, False) if self.prefer_whole else (ignore_merges, not ignore_merges):
+            name = self.whole if whole else self.merging
+            if name is not None and (whole == ignore_merges or merging_reaches_all()):
+                return name
+        raise TokenizerError(
+            f"tokenizer.json: ignore_merges={ignore_merges}, but llama.cpp's {self.whole or self.merging!r} has "
+            "the opposite and gives this vocabulary other ids; expected tokens that their own text merges to"
+        )
+
+
+_BLANKS = "a blank before a blank of another kind (U+2003, U+3000 …) may be split otherwise by llama.cpp"
+_CASE = "letters outside A-Z may be split otherwise by llama.cpp where their case changes"
 
 TABLE: tuple[PreTokenizer, ...] = (
     PreTokenizer((_GPT2,), "gpt-2"),
@@ -86,8 +112,16 @@ TABLE: tuple[PreTokenizer, ...] = (
     PreTokenizer((_split(_cl100k(r"\p{N}{1,3}")), _BYTES), "dbrx", "llama-bpe"),
     PreTokenizer((_split(_cl100k(r"\p{N}")), _BYTES), "qwen2"),
     PreTokenizer((_split(_QWEN35), _BYTES), "qwen35"),
-    PreTokenizer((_split(_O200K), _BYTES), "gpt-4o", difference=_MARKS),
-    PreTokenizer((_split(_cased("", r"\p{N}")), _BYTES), None, "tekken", difference=_MARKS),
+    # "gpt-4o" itself takes combining marks for punctuation, which breaks up Hindi, Thai and many emoji.
+    PreTokenizer(
+        (_split(_O200K), _BYTES), "gpt-4o", "granite-embed-multi-97m", prefer_whole=True, difference=_CASE
+    ),
+    PreTokenizer(
+        (_split(_cased("", r"\p{N}")), _BYTES),
+        None,
+        "tekken",
+        difference=f"{_CASE}, or words with combining marks",
+    ),
     PreTokenizer(
         (
             _split(r"\p{N}{1,3}"),
@@ -108,6 +142,8 @@ TABLE: tuple[PreTokenizer, ...] = (
             _BYTES,
         ),
         "deepseek-llm",
+        joins_digits=True,
+        difference=_BLANKS,
     ),
     PreTokenizer(
         (
@@ -119,6 +155,7 @@ TABLE: tuple[PreTokenizer, ...] = (
             _BYTES,
         ),
         "deepseek-coder",
+        difference=_BLANKS,
     ),
     PreTokenizer(
         (
@@ -133,7 +170,8 @@ TABLE: tuple[PreTokenizer, ...] = (
     PreTokenizer(
         (
             _split(
-                rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_TAIL}"
+                rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}"
+                rf"| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_TAIL}"
             ),
             _BYTES,
         ),
@@ -152,11 +190,11 @@ TABLE: tuple[PreTokenizer, ...] = (
     PreTokenizer(
         (_split(r"\d{1,3}(?=(?:\d{3})*\b)"), _split(_O200K), _BYTES),
         "tiny_aya",
-        difference="llama.cpp splits some numbers, and words with combining marks, otherwise",
+        difference="llama.cpp splits blanks before numbers otherwise, and no words where their case changes",
     ),
 )
 
-# With no BOS token, llama.cpp would invent id 11 for it under these names; their twins leave it unset.
+# Without a BOS token llama.cpp would take id 11 for it under these names; their twins leave it unset.
 _WITHOUT_BOS = {"dbrx": "chatglm-bpe", "llama-bpe": "glm4"}
 
 
@@ -173,7 +211,7 @@ def describe(pre_tokenizer: Mapping[str, Any] | None) -> Steps:
     if kind == "ByteLevel":
         if pre_tokenizer.get("add_prefix_space"):
             raise TokenizerError(
-                "tokenizer.json: ByteLevel with add_prefix_space=true has no llama.cpp equivalent; expected false"
+                "tokenizer.json: ByteLevel has add_prefix_space=true; expected false, llama.cpp adds no blank here"
             )
         return (_GPT2 if pre_tokenizer.get("use_regex", True) else _BYTES,)
     if kind == "Digits":
@@ -188,9 +226,7 @@ def _describe_split(step: Mapping[str, Any]) -> str:
     regex = pattern.get("Regex")
     if regex is None:
         return f"split string {pattern.get('String')!r} {step.get('behavior')} {step.get('invert')}"
-    # Some files hold line breaks where others hold their escapes, or compatibility letters where others
-    # hold the plain ones (the Kelvin sign and K); both mean the same here.
-    regex = normalize("NFC", regex)
+    # Some files hold line breaks where others hold their escapes.
     regex = regex.replace("\r", r"\r").replace("\n", r"\n")
     how = (step.get("behavior"), bool(step.get("invert")))
     covers_everything = regex.endswith((r"|\s+", r"|\s"))
@@ -203,7 +239,8 @@ def recognise(pre_tokenizer: Mapping[str, Any] | None) -> PreTokenizer:
     """The table row of a byte-level pre-tokenizer; TokenizerError with its steps when there is none."""
     steps = describe(pre_tokenizer)
     for row in TABLE:
-        if row.steps == steps:
+        # A file may have been through a normal form, which turns the Kelvin sign into K and the like.
+        if [normalize("NFC", step) for step in row.steps] == [normalize("NFC", step) for step in steps]:
             return row
     raise TokenizerError(
         f"tokenizer.json: no llama.cpp pre-tokenizer is known to do these steps: {_one_line(steps)}; "

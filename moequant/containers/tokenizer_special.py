@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - DeepSeek spells its special tokens with fullwidth bars.
 """Special token ids, what is put around a text, and chat templates: the files beside tokenizer.json."""
 
 import json
@@ -146,9 +147,9 @@ def added_around(
 ) -> Added:
     """What llama.cpp should add around a text.
 
-    tokenizer.json's post-processor is what Hugging Face runs (transformers 5 reads no other source when the file
-    exists). One exception: `add_bos_token: true` in tokenizer_config.json without such a post-processor, as in
-    DeepSeek-V3, was obeyed by transformers 4 and is how those models were trained, so it is obeyed here.
+    tokenizer.json's post-processor is what Hugging Face runs (transformers 5 reads nothing else when the file
+    exists). One exception: `add_bos_token: true` in tokenizer_config.json without such a post-processor, as
+    in DeepSeek-V3, was obeyed by transformers 4 and is how those models were trained, so it is obeyed here.
     """
     notes: list[str] = []
     out: dict[str, int] = {}
@@ -158,7 +159,7 @@ def added_around(
         adds[role] = len(tokens) == 1
         if len(tokens) > 1:
             notes.append(
-                f"Hugging Face adds {' '.join(tokens)} around a text; llama.cpp can add one token, so adds none"
+                f"Hugging Face adds {' '.join(tokens)} around a text; llama.cpp can add one, so adds none"
             )
         elif tokens:
             token = lookup(tokens[0])
@@ -178,7 +179,7 @@ def added_around(
 
 
 def chat_templates(folder: Path, settings: Settings) -> tuple[tuple[str, str], ...]:
-    """(name, template) pairs, "default" first when there is one; template files win over tokenizer_config.json."""
+    """(name, template) pairs, "default" first; template files win over tokenizer_config.json."""
     templates: dict[str, str] = {}
     inline = settings.tokenizer.get("chat_template")
     if inline is None:

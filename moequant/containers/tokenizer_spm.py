@@ -1,14 +1,14 @@
 """SentencePiece-style BPE (a metaspace for blanks, byte fallback) as llama.cpp's "llama" tokenizer.
 
-llama.cpp stores no merges for it: two neighbours join whenever their joined text is a token, the highest score
-first, the leftmost of equals first. Hugging Face's BPE joins listed pairs in order of rank. Both do the same if
-each token's score is the negated rank of the one merge that can make it:
+llama.cpp stores no merges for it: two neighbours join whenever their joined text is a token, the highest
+score first, the leftmost of equals first. Hugging Face's BPE joins listed pairs in order of rank. Both do
+the same if each token's score is the negated rank of the one merge that ever makes it:
 
-A token T that its own text encodes to is made by one pair (l, r) there. Merging is local: a symbol's inside is
-merged exactly as its text would be alone, as long as nothing crosses its ends. So wherever T appears at all, it
-was made by that pair, and no other split of T is ever adjacent. Only a token that its own text does *not* encode
-to can be joined by llama.cpp and not by Hugging Face, and only if that text ends as two symbols; those are
-counted and reported.
+A token T that its own text encodes to is made there by one pair (l, r). Merging is local: the inside of a
+symbol is merged exactly as its text would be alone, as long as nothing crosses its ends. So wherever T
+appears, that pair made it, and no other split of T is ever adjacent. Only a token that its own text does
+*not* encode to can be joined by llama.cpp and not by Hugging Face, and only if that text ends as two
+symbols; those are counted and reported.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
