@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from moequant.formats.kernel import kernel
 
 F16_MAX = 65504.0
 TINY = 1e-30  # stands for 0 where something divides by it
@@ -67,3 +70,33 @@ def inverse(scale: Tensor) -> Tensor:
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator / denominator for denominator >= 0, and 0 where it is 0."""
     return torch.where(denominator > TINY, numerator / denominator, torch.zeros_like(numerator))
+
+
+class Ladder(NamedTuple):
+    """The sub-scales a super-block can store: lowest, lowest + step, … highest times its d."""
+
+    lowest: int
+    highest: int
+    step: int
+
+    def snap(self, level: Tensor) -> Tensor:
+        """The nearest rung."""
+        rung = ((level - self.lowest) / self.step).round() * self.step + self.lowest
+        return rung.clamp(self.lowest, self.highest)
+
+
+@kernel
+def propose(x: Tensor, scale: Tensor, curvature: Tensor, reach: Tensor, ladder: Ladder) -> Tensor:
+    """d [n] whose multiples on the ladder come closest to the scales [s, n], weighted by their curvature.
+
+    reach [t]: the multiples tried for the scale that is largest in size. x, the weights, only tells
+    `kernel` how many there are.
+    """
+    lowest, highest = scale.amin(0), scale.amax(0)
+    d = torch.where(highest >= -lowest, highest, lowest) / reach[:, None]
+    for _ in range(2):
+        level = ladder.snap(scale[:, None] * inverse(d))  # [s, t, n]
+        weighted = curvature[:, None] * level
+        d = ratio((weighted * scale[:, None]).sum(0), (weighted * level).sum(0))
+    error = (curvature[:, None] * (scale[:, None] - d * level).square()).sum(0)
+    return d.gather(0, error.argmin(0, keepdim=True))[0]

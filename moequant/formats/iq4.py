@@ -20,11 +20,23 @@ from gguf import quants
 from torch import Tensor
 
 from moequant.formats.base import Effort, Format
-from moequant.formats.codebook import half_bytes, half_from, halve, inverse, midpoints, nearest, ratio
+from moequant.formats.codebook import (
+    Ladder,
+    half_bytes,
+    half_from,
+    halve,
+    inverse,
+    midpoints,
+    nearest,
+    propose,
+    ratio,
+)
+from moequant.formats.kernel import kernel
 
 VALUES = [float(v) for v in quants.IQ4_NL.kvalues]
 MIDS = midpoints(VALUES)
 CODES = [float(i) for i in range(16)]
+LADDER = Ladder(-32, 31, 1)
 
 # Where the largest weight may land among the values (negative: with a negative scale), most useful first:
 # chosen greedily for the least error on Gaussian blocks with log-normal importance.
@@ -44,6 +56,7 @@ def fit(x: Tensor, w: Tensor, inverses: Tensor) -> list[tuple[Tensor, Tensor]]:
     return fits
 
 
+@kernel
 def try_scales(x: Tensor, w: Tensor, inverses: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The pair (a, b), [m], of the largest gain a²/b: the given one or that of a scale in inverses [c, m]."""
     gain = a * ratio(a, b)
@@ -55,11 +68,12 @@ def try_scales(x: Tensor, w: Tensor, inverses: Tensor, a: Tensor, b: Tensor) -> 
     return a, b
 
 
+@kernel
 def try_levels(x: Tensor, w: Tensor, d: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """d [n], scale [8, n] -> the best levels near scale/d [8, n], their error [n] less that of storing
     zeros, and the best d [n] for the codes they give."""
     middle = (scale * inverse(d)).round()
-    options = [(middle + step).clamp(-32, 31) for step in (0, -1, 1)]
+    options = [(middle + step).clamp(LADDER.lowest, LADDER.highest) for step in (0, -1, 1)]
     fits = fit(x, w, torch.stack([inverse(d * level).view(-1) for level in options]))
     level, best = options[0], torch.full_like(scale, torch.inf)
     best_a, best_b = torch.zeros_like(scale), torch.zeros_like(scale)
@@ -73,20 +87,7 @@ def try_levels(x: Tensor, w: Tensor, d: Tensor, scale: Tensor) -> tuple[Tensor, 
     return level, best.sum(0), ratio((level * best_a).sum(0), (level * level * best_b).sum(0))
 
 
-def propose(scale: Tensor, curvature: Tensor, reach: Tensor) -> Tensor:
-    """d [n] whose multiples -32..31 come closest to the scales [8, n], in the metric of their curvature.
-
-    `reach` [t]: the multiples tried for the scale that is largest in size.
-    """
-    lowest, highest = scale.amin(0), scale.amax(0)
-    d = torch.where(highest > -lowest, highest, lowest) / reach[:, None]
-    level = (scale[:, None] * inverse(d)).round().clamp(-32, 31)  # [8, t, n]
-    weighted = curvature[:, None] * level
-    d = ratio((weighted * scale[:, None]).sum(0), (weighted * level).sum(0))
-    error = (curvature[:, None] * (scale[:, None] - d * level).square()).sum(0)
-    return d.gather(0, error.argmin(0, keepdim=True))[0]
-
-
+@kernel
 def codes(x: Tensor, inv: Tensor) -> Tensor:
     """x [32, m], inv [m] -> uint8 [16, m]: the code of row i below that of row i + 16."""
     code = nearest(x * inv, MIDS, CODES)
@@ -126,7 +127,7 @@ def encode_xs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
     _, _, tries, rounds = BUDGET[effort]
     reach = torch.linspace(24, 32, tries // 2, device=x.device)
     scale = ratio(a, b).view(8, n)
-    d = propose(scale, b.view(8, n), torch.cat([-reach, reach - 1]))
+    d = propose(columns, scale, b.view(8, n), torch.cat([-reach, reach - 1]), LADDER)
     best = torch.full_like(d, torch.inf)
     best_d, best_level = d, torch.zeros_like(scale)
     for _ in range(rounds):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ggml
 import gguf
 import numpy as np
 import torch
 from torch import Tensor
 
 from moequant.formats.base import Effort, Format
+from tests.formats import ggml
 
 
 def weights(kind: str, rows: int = 16, columns: int = 1024, seed: int = 0) -> Tensor:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from checks import decodes_like_others, nasty_blocks, random_bytes, ratio_to_ggml, survives, weights
 
-from moequant.formats.base import Format
+from moequant.formats.base import Effort, Format
 from moequant.formats.iq4 import IQ4_NL, IQ4_XS
+from tests.formats.checks import (
+    decodes_like_others,
+    nasty_blocks,
+    random_bytes,
+    ratio_to_ggml,
+    survives,
+    weights,
+)
 
 FORMATS = pytest.mark.parametrize("fmt", [IQ4_NL, IQ4_XS], ids=lambda f: f.name)
 
@@ -37,6 +44,6 @@ def test_more_effort_never_loses(fmt: Format) -> None:
 
 @FORMATS
 @pytest.mark.parametrize("effort", ["fast", "default", "best"])
-def test_nasty_blocks(fmt: Format, effort: str) -> None:
+def test_nasty_blocks(fmt: Format, effort: Effort) -> None:
     bad = [name for name, (x, w) in nasty_blocks(fmt).items() if not survives(fmt, x, w, effort)]
     assert bad == []

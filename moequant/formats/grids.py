@@ -1,0 +1,338 @@
+"""The search of the formats whose codes point into a grid: IQ3_*, IQ2_* and IQ1_*.
+
+Weights come in groups of 4 or 8; a code names one grid point, a row of values. Sub-blocks of
+16 or 32 weights have a scale d · level with an odd level. IQ3 and IQ2 store the signs apart.
+
+The grid point nearest to a group under its importance is looked for in a short list: each
+weight is rounded to a level by itself, which gives a key, and a table holds for each key the
+points that lie closest. Weights are laid out [group, parts, m], m sub-blocks of `parts` groups,
+so that all of it is elementwise over the sub-blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from gguf import quants
+from torch import Tensor
+
+from moequant.formats.base import Effort
+from moequant.formats.codebook import Ladder, halve, inverse, propose, ratio
+from moequant.formats.kernel import kernel
+
+LISTED = 8  # grid points a kernel compares at once
+DOWN = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Rows of `group` values, each `low + step · c` with c = 0..highest; the highest has `extra` more.
+
+    A row is held as a word: c of weight i in `bits` bits from bit i · bits, the row's number from
+    bit 16. With a `delta`, all values of a group are shifted by it: up, or down if bit 28 is set.
+    """
+
+    name: str
+    group: int
+    bits: int
+    highest: int
+    low: float
+    step: float
+    extra: float = 0.0
+    delta: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A format's sub-blocks of `sub` weights, whose scales are d · unit · level."""
+
+    grid: Grid
+    sub: int
+    unit: float
+    ladder: Ladder
+    # Where the largest weight of a sub-block may land, in highest values, most useful first: chosen greedily
+    # for the least error over Gaussian and heavy tails, even and uneven importance.
+    landings: tuple[float, ...]
+    even: bool = False  # every 8 weights have an even number of signs
+    signed: bool = False  # no signs are stored: the grid has negative values
+    one_delta: bool = False  # a sub-block shifts all its groups the same way
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How long to search: scales tried per sub-block, lists of near rows, rounds of levels and d."""
+
+    scales: int
+    lists: int
+    rounds: int
+
+
+class Rows(NamedTuple):
+    """Rows chosen for sub-blocks, as words int32 [parts, m]; what they save, f32 [m].
+
+    a, b: sum(w·x·v) and sum(w·v²). At a scale s the rows save 2·s·a - s²·b of the error sum(w·x²).
+    """
+
+    word: Tensor
+    a: Tensor
+    b: Tensor
+    saved: Tensor
+
+
+class Fit(NamedTuple):
+    """What a search ends with: d [n], level [S, n], words [parts, S, n], sign bits [sub / 8, S, n]."""
+
+    d: Tensor
+    level: Tensor
+    word: Tensor
+    signs: Tensor
+
+    def rows(self) -> Tensor:
+        """int32 [n, groups]: row numbers, in the order of the weights."""
+        eights = self.signs.shape[0]  # groups of four come as all low halves of eight, then the high ones
+        ordered = self.word.reshape(-1, eights, *self.word.shape[1:]).permute(3, 2, 1, 0)
+        return (ordered >> 16 & 0xFFF).flatten(1)
+
+    def downs(self) -> Tensor:
+        """int32 [n, groups]: 1 where the row is shifted down."""
+        return (self.word.permute(2, 1, 0) >= DOWN).to(torch.int32).flatten(1)
+
+    def sign_bytes(self) -> Tensor:
+        """int32 [n, 32]: bit i of a byte is the sign of weight i of eight."""
+        return self.signs.permute(2, 1, 0).flatten(1)
+
+    def scales(self) -> Tensor:
+        """int32 [n, S]: l of the level 2 l + 1."""
+        return (self.level.t().to(torch.int32) - 1) // 2
+
+    def signs_and_scales(self) -> Tensor:
+        """uint8 [n, 32]: for each 32 weights a u32 with 4 x 7 signs and l above them."""
+        signs = self.sign_bytes().view(-1, 8, 4) & 127
+        low = signs[..., 0] | signs[..., 1] << 7 | signs[..., 2] << 14 | signs[..., 3] << 21
+        field = low.to(torch.int64) | self.scales().to(torch.int64) << 28
+        return (
+            (field[..., None] >> torch.arange(0, 32, 8, device=field.device) & 255).to(torch.uint8).flatten(1)
+        )
+
+
+BUDGETS: dict[Effort, Budget] = {
+    "fast": Budget(4, 1, 1),
+    "default": Budget(6, 1, 1),
+    "best": Budget(24, 4, 3),
+}
+
+
+@cache
+def points(name: str) -> Tensor:
+    """f32 [points, group]: the grid of gguf's class of that name."""
+    source: Any = getattr(quants, name)
+    source.init_grid()
+    return torch.from_numpy(source.grid.reshape(source.grid_shape).astype("float32"))
+
+
+class Near(NamedTuple):
+    """Words of rows near each key, nearest first, int32 [LISTED, keys], all shifted down or all up.
+
+    The key of a group: its c as digits, the first weight the most significant.
+    """
+
+    word: Tensor
+    down: bool
+
+
+@cache
+def near_lists(grid: Grid, lists: int, down: bool, device: torch.device) -> list[Near]:
+    """The `lists` · LISTED nearest rows of every key."""
+    rows = points(grid.name)
+    c = ((rows - grid.low) / grid.step).floor().to(torch.int32)
+    places = torch.arange(grid.group, dtype=torch.int32) * grid.bits
+    words = (c << places).sum(1, dtype=torch.int32) | torch.arange(len(rows), dtype=torch.int32) << 16
+    levels = grid.low + grid.step * torch.arange(grid.highest + 1, dtype=torch.float32)
+    levels[-1] += grid.extra
+    keys = torch.cartesian_prod(*[levels] * grid.group)
+    near = words[torch.cdist(keys, rows).topk(LISTED * lists, largest=False).indices] | (DOWN if down else 0)
+    return [Near(part.contiguous().to(device), down) for part in near.t().view(lists, LISTED, -1)]
+
+
+def value(grid: Grid, word: Tensor, i: int) -> Tensor:
+    """Value of weight i in rows given as words, f32."""
+    c = word >> (grid.bits * i) & ((1 << grid.bits) - 1)
+    v = c.to(torch.float32) * grid.step + grid.low
+    if grid.extra:
+        v = torch.where(c == grid.highest, v + grid.extra, v)
+    return torch.where(word < DOWN, v + grid.delta, v - grid.delta) if grid.delta else v
+
+
+@kernel
+def closest(
+    x: Tensor, w: Tensor, grid: Grid, near: Near, inv: Tensor, found: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """x, w [group, parts, m], inv [m] -> words, errors [parts, m] of the best rows: `found` or one of `near`.
+
+    Of t = x · inv, the error is sum(w (t - row)²) less sum(w t²).
+    """
+    t = (x * inv).unbind()
+    shift = grid.low - grid.delta if near.down else grid.low + grid.delta
+    key = torch.zeros_like(t[0], dtype=torch.int32)
+    for ti in t:
+        c = ((ti - shift) * (1 / grid.step) + 0.5).floor().clamp(0, grid.highest)
+        key = key * (grid.highest + 1) + c.to(torch.int32)
+    pull = [-2 * wi * ti for wi, ti in zip(w.unbind(), t, strict=True)]
+    word, least = found or (torch.zeros_like(key), torch.full_like(t[0], torch.inf))
+    for row in near.word.unbind():
+        new = row[key]
+        error = torch.zeros_like(least)
+        for i, wi in enumerate(w.unbind()):
+            v = value(grid, new, i)
+            error = error + v * (wi * v + pull[i])
+        better = error < least
+        least = torch.where(better, error, least)
+        word = torch.where(better, new, word)
+    return word, least
+
+
+@kernel
+def keep(x: Tensor, w: Tensor, grid: Grid, word: Tensor, step: Tensor | None, best: Rows) -> Rows:
+    """Of `best` and the rows `word`, what saves more: at the scale step [m], None for the best one."""
+    a = b = torch.zeros_like(x[0])
+    for i in range(grid.group):
+        v = value(grid, word, i)
+        wv = w[i] * v
+        a, b = a + wv * x[i], b + wv * v
+    a, b = a.sum(0), b.sum(0)
+    scale = ratio(a.clamp_min(0), b) if step is None else step
+    saved = scale * (2 * a - scale * b)
+    better = saved > best.saved
+    return Rows(*(torch.where(better, new, old) for new, old in zip((word, a, b, saved), best, strict=True)))
+
+
+def nearest_rows(layout: Layout, lists: list[Near], x: Tensor, w: Tensor, inv: Tensor) -> Tensor:
+    """Words int32 [parts, m] of the rows nearest to x · inv, inv [m], under the importance w."""
+    ups = [near for near in lists if not near.down]
+    downs = [near for near in lists if near.down]
+    if not layout.one_delta:
+        return _closest_of(layout.grid, ups + downs, x, w, inv)[0]
+    up, up_error = _closest_of(layout.grid, ups, x, w, inv)
+    down, down_error = _closest_of(layout.grid, downs, x, w, inv)
+    return torch.where(down_error.sum(0) < up_error.sum(0), down, up)
+
+
+def _closest_of(grid: Grid, lists: list[Near], x: Tensor, w: Tensor, inv: Tensor) -> tuple[Tensor, Tensor]:
+    found = closest(x, w, grid, lists[0], inv, None)
+    for near in lists[1:]:
+        found = closest(x, w, grid, near, inv, found)
+    return found
+
+
+def nothing(x: Tensor, parts: int, m: int) -> Rows:
+    """The rows that anything is better than."""
+    zero = torch.zeros(m, device=x.device)
+    return Rows(torch.zeros(parts, m, dtype=torch.int32, device=x.device), zero, zero, zero - torch.inf)
+
+
+@kernel
+def fold_signs(x: Tensor, w: Tensor, even: bool) -> tuple[Tensor, Tensor]:
+    """x, w [8, ...] -> sizes f32 [8, ...] to be matched by positive values, and sign bits int32 [...].
+
+    With `even`, an odd group flips the sign of one weight, where that costs least: to store v for
+    -y instead of y costs 4·w·y·v, and v is about the same for all the small ones.
+    """
+    negative, y = x < 0, x.abs()
+    if even:
+        odd = negative.sum(0) % 2 == 1
+        cheapest = (w * y).argmin(0)
+        flip = (torch.arange(8, device=x.device).view(-1, *[1] * odd.dim()) == cheapest) & odd
+        negative, y = negative ^ flip, torch.where(flip, -y, y)
+    bits = torch.zeros_like(x[0], dtype=torch.int32)
+    for i, sign in enumerate(negative.unbind()):
+        bits = bits | sign.to(torch.int32) << i
+    return y, bits
+
+
+def search(layout: Layout, x: Tensor, w: Tensor, effort: Effort) -> Fit:
+    """x, w [n, 256] -> the fit with the least sum(w (x - q)²) that was found."""
+    n, s = len(x), 256 // layout.sub
+    budget, grid = BUDGETS[effort], layout.grid
+    x, w = (v.view(n, s, layout.sub // 8, 8).permute(3, 2, 1, 0).contiguous() for v in (x, w))
+    signs = torch.zeros_like(x[0], dtype=torch.int32)
+    if not layout.signed:
+        x, signs = fold_signs(x, w, layout.even)
+    x, w = (_split_groups(v, grid.group).flatten(2) for v in (x, w))
+    shifts = (False, True) if grid.delta else (False,)
+    lists = [near for down in shifts for near in near_lists(grid, budget.lists, down, x.device)]
+    rows = _search_scales(layout, budget.scales, lists, x, w)
+    scale, curvature = ratio(rows.a, rows.b).view(s, n), rows.b.view(s, n)
+    reach = torch.linspace(0.75, 1.0, 8, device=x.device) * layout.ladder.highest
+    d = propose(x, scale, curvature, reach, layout.ladder)
+    saved, best = torch.full_like(d, -torch.inf), Fit(d, scale, rows.word.view(-1, s, n), signs)
+    for _ in range(budget.rounds):
+        d = halve(d / layout.unit)
+        level, rows = _search_levels(layout, lists, x, w, scale, d * layout.unit)
+        a, b = (rows.a.view(s, n) * level).sum(0), (rows.b.view(s, n) * level.square()).sum(0)
+        refit = halve(ratio(a, b) / layout.unit)
+        for option in (d, refit):  # the rows stay as they are: d settles what they save
+            step = option * layout.unit
+            new = step * (2 * a - step * b)
+            better = new > saved
+            saved = torch.where(better, new, saved)
+            found = Fit(option, level, rows.word.view(-1, s, n), signs)
+            best = Fit(*(torch.where(better, p, q) for p, q in zip(found, best, strict=True)))
+        d = refit * layout.unit
+    return best
+
+
+def _split_groups(v: Tensor, group: int) -> Tensor:
+    """[8, parts, ...] -> itself, or [4, 2 · parts, ...] with the low halves of all eights first."""
+    return v if group == 8 else v.view(2, 4, *v.shape[1:]).transpose(0, 1).flatten(1, 2)
+
+
+def _search_scales(layout: Layout, count: int, lists: list[Near], x: Tensor, w: Tensor) -> Rows:
+    """The rows of each sub-block at the best of `count` scales, x, w [group, parts, m]."""
+    grid = layout.grid
+    highest = grid.low + grid.step * grid.highest + grid.extra
+    peak = inverse(x.abs().amax((0, 1))) * highest
+    best = nothing(x, *x.shape[1:])
+    low, high = 0.6 * min(layout.landings), 1.2 * max(layout.landings)
+    wide = [low + (high - low) * i / (count - 1) for i in range(count)]
+    for landing in layout.landings[:count] if count <= len(layout.landings) else wide:
+        best = keep(x, w, grid, nearest_rows(layout, lists, x, w, peak * landing), None, best)
+    return best
+
+
+def _search_levels(
+    layout: Layout, lists: list[Near], x: Tensor, w: Tensor, scale: Tensor, d: Tensor
+) -> tuple[Tensor, Rows]:
+    """The best levels near scale/d [s, n] and their rows; d [n] with the unit."""
+    ladder = layout.ladder
+    middle = ladder.snap(scale * inverse(d))
+    level, best = middle, nothing(x, *x.shape[1:])
+    for offset in (0, -ladder.step, ladder.step):
+        option = (middle + offset).clamp(ladder.lowest, ladder.highest)
+        step = (d * option).flatten()
+        new = keep(x, w, layout.grid, nearest_rows(layout, lists, x, w, inverse(step)), step, best)
+        level = torch.where((new.saved > best.saved).view_as(level), option, level)
+        best = new
+    return level, best
+
+
+def sign_values(packed: Tensor) -> Tensor:
+    """uint8 [n, k] -> f32 [n, 8 k]: bit 0 first, 1 or -1."""
+    bits = packed[:, :, None] >> torch.arange(8, device=packed.device).to(torch.uint8) & 1
+    return 1 - 2 * bits.to(torch.float32).flatten(1)
+
+
+def fill_parity(signs: Tensor) -> Tensor:
+    """int [...] of 7 sign bits -> uint8, with the eighth that makes their number even."""
+    parity = signs ^ signs >> 4
+    parity = parity ^ parity >> 2
+    return (signs | (parity ^ parity >> 1) << 7 & 128).to(torch.uint8)
+
+
+def read_signs_and_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [n, 32] as `Fit.signs_and_scales` writes -> signs f32 [n, 256], l f32 [n, 8]."""
+    field = packed.reshape(-1, 8, 4).contiguous().view(torch.int32).to(torch.int64)
+    signs = field >> torch.arange(0, 28, 7, device=packed.device) & 127
+    return sign_values(fill_parity(signs).flatten(1)), (field[..., 0] >> 28 & 15).to(torch.float32)
