@@ -4,28 +4,33 @@ What is minimised is the error of the weights themselves, at every step:
 
 1. Each sub-block tries several ranges, rounds its codes, and solves the weighted least
    squares for (scale, minimum) in closed form; the best survives.
-2. Around that optimum the error is a quadratic form. Many (d, dmin) pairs are tried on it,
-   each with its integer scales rounded first and its minima rounded given those.
+2. Around that optimum the error is a quadratic form, p·ds² - 2·q·ds·dm + r·dm². It prices the
+   rounding of the scales for many values of d, then of the minima, moved by what their scale
+   lost, for many values of dmin.
 3. Coordinate descent: each sub-block moves its integer (scale, minimum) among their eight
    neighbours by the true error, then (d, dmin) are solved in closed form with codes fixed.
 
 ggml chooses scales and minima apart, by the error of the scales, and never looks back.
+Tensors are laid out as `layout` says: weights [tiles, sub-blocks, weights, LANES], what belongs
+to a sub-block [tiles, sub-blocks, LANES], to a super-block [tiles, 1, LANES].
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moequant.formats.base import Effort
-from moequant.formats.layout import from_lanes, half, positive_half, to_lanes
+from moequant.formats.kernel import kernel
+from moequant.formats.layout import from_lanes, half, inverse, positive_half, to_lanes
 
 
 @dataclass(frozen=True, slots=True)
 class Affine:
-    """Sub-blocks of `sub` weights, codes 0..top, integer scales and minima 0..top_scale (0: f16 themselves)."""
+    """Sub-blocks of `sub` weights, codes 0..top, integer scales and minima 0..top_scale (0: both are f16)."""
 
     sub: int
     top: int
@@ -45,195 +50,245 @@ class AffineFit:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How hard to look: ranges a side, refits of the best, (d, dmin) starts descended, sweeps each."""
+    """How hard to look.
+
+    `ranges` (even) are tried at each end of the codes, the best refitted `refits` times; (d, dmin)
+    are chosen within `width` around each of `centers`, per step, and each choice swept `sweeps` times.
+    """
 
     ranges: int
     refits: int
-    starts: int
+    centers: tuple[float, ...]
+    width: float
     sweeps: int
 
 
 _PLANS: dict[Effort, _Plan] = {
-    "fast": _Plan(ranges=2, refits=1, starts=1, sweeps=1),
-    "default": _Plan(ranges=3, refits=1, starts=1, sweeps=2),
-    "best": _Plan(ranges=6, refits=2, starts=5, sweeps=4),
+    "fast": _Plan(ranges=2, refits=1, centers=(1.0,), width=0.1, sweeps=1),
+    "default": _Plan(ranges=4, refits=1, centers=(1.0,), width=0.1, sweeps=2),
+    "best": _Plan(ranges=10, refits=2, centers=(0.92, 1.0, 1.08), width=0.04, sweeps=4),
 }
 _NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
+_STEPS = 33  # values of d, and of dmin, that are priced
+
+
+class _Moments(NamedTuple):
+    """Of a sub-block: sum w, mean of x under w, sum w·(x - mean)², middle and half-width of its range."""
+
+    total: Tensor
+    mean: Tensor
+    power: Tensor
+    middle: Tensor
+    reach: Tensor
+
+
+class _SubFit(NamedTuple):
+    """Unquantized scale and minimum of a sub-block, their error, and p and q of the quadratic form (r is sum w)."""
+
+    error: Tensor
+    s: Tensor
+    m: Tensor
+    p: Tensor
+    q: Tensor
+
+
+class _SuperFit(NamedTuple):
+    """Integer scales and minima as f32, the steps they multiply, and the error of the super-block."""
+
+    error: Tensor
+    scale: Tensor
+    minimum: Tensor
+    d: Tensor
+    dmin: Tensor
 
 
 def search(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFit:
     """The best super-blocks found for x [n, block] under weights w."""
-    plan = _PLANS[effort]
-    xt, wt = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
-    s, m = _fit_sub_blocks(grid, plan, xt, wt)
-    form = _quadratic(grid, xt, wt, s, m)
-    best: tuple[Tensor, ...] | None = None
-    for i in range(plan.starts):
-        d, dmin = _choose_steps(grid, form, s, m, i)
-        scale, minimum = _round_scales(grid, form, s, m, d, dmin)
+    plan, n = _PLANS[effort], len(x)
+    x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
+    moments, fit = _fit_sub_blocks(grid, plan, x, w)
+    best: _SuperFit | None = None
+    for center in torch.cartesian_prod(*[torch.tensor(plan.centers, device=x.device)] * 2).view(-1, 2):
+        new = _round_scales(grid, x, w, moments, fit, center, plan.width)
         for _ in range(plan.sweeps):
-            scale, minimum, d, dmin, e = _sweep(grid, xt, wt, scale, minimum, d, dmin)
-        best = _keep(best, (e, scale, minimum, d, dmin))
+            new = _refit_steps(grid, x, w, _descend(grid, x, w, new))
+        best = new if best is None else _SuperFit(*_better(best, new))
     assert best is not None
-    _, scale, minimum, d, dmin = best
-    codes = _codes(xt, d * scale, dmin * minimum, grid.top)
-    n = len(x)
+    codes = _final_codes(x, best.d * best.scale, best.dmin * best.minimum, grid.top)
     return AffineFit(
-        from_lanes(codes, n).to(torch.uint8),
-        from_lanes(scale, n).to(torch.uint8),
-        from_lanes(minimum, n).to(torch.uint8),
-        from_lanes(d, n)[:, 0],
-        from_lanes(dmin, n)[:, 0],
+        from_lanes(codes, n),
+        from_lanes(best.scale, n).to(torch.uint8),
+        from_lanes(best.minimum, n).to(torch.uint8),
+        from_lanes(best.d, n)[:, 0],
+        from_lanes(best.dmin, n)[:, 0],
     )
 
 
 def search_block(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFit:
     """Blocks without sub-blocks: (d, dmin) are the scale and the minimum, which may have either sign."""
-    plan = _PLANS[effort]
-    xt, wt = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
-    s, m = _fit_sub_blocks(grid, plan, xt, wt)
-    s, m = positive_half(s), half(m)
-    codes = _codes(xt, s, m, grid.top)
     n = len(x)
-    none = torch.empty((n, 0), dtype=torch.uint8, device=x.device)
-    return AffineFit(
-        from_lanes(codes, n).to(torch.uint8), none, none, from_lanes(s, n)[:, 0], from_lanes(m, n)[:, 0]
-    )
+    x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
+    _, fit = _fit_sub_blocks(grid, _PLANS[effort], x, w)
+    s, m = positive_half(fit.s), half(fit.m)
+    codes = from_lanes(_final_codes(x, s, m, grid.top), n)
+    none = codes[:, :0]
+    return AffineFit(codes, none, none, from_lanes(s, n)[:, 0], from_lanes(m, n)[:, 0])
 
 
-def _keep(best: tuple[Tensor, ...] | None, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of two tuples whose first member is an error, the better one block by block."""
-    if best is None:
-        return new
-    better = new[0] < best[0]
-    return tuple(torch.where(better, a, b) for a, b in zip(new, best, strict=True))
+def _fit_sub_blocks(grid: Affine, plan: _Plan, x: Tensor, w: Tensor) -> tuple[_Moments, _SubFit]:
+    moments, fit = _measure(grid, x, w)
+    for lines in _lines(grid.top, plan.ranges, x.device):
+        fit = _try_ranges(grid, x, w, moments, fit, lines)
+    for _ in range(plan.refits):
+        fit = _refit(grid, x, w, moments, fit)
+    return moments, fit
 
 
-def _inverse(s: Tensor) -> Tensor:
-    return torch.where(s > 0, 1 / s, torch.zeros_like(s))
+def _lines(top: int, ranges: int, device: torch.device) -> tuple[Tensor, ...]:
+    """(slope, offset) [4, 2] that take shares of the range, from its middle down and up, to codes 0..top."""
+    share = torch.linspace(0.8, 1.05, ranges, device=device)
+    down, up = torch.cartesian_prod(share, share).unbind(1)
+    slope = top / (down + up)
+    return torch.stack([slope, down * slope], 1).tensor_split(len(down) // 4)
+
+
+def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of two fits whose first member is their error, the lesser, block by block."""
+    take = b[0] < a[0]
+    return tuple(torch.where(take, new, old) for old, new in zip(a, b, strict=True))
 
 
 def _codes(x: Tensor, s: Tensor, m: Tensor, top: int) -> Tensor:
-    """Nearest codes, f32 like x [tiles, sub-blocks, weights, LANES]; s and m without the third."""
-    return ((x + m.unsqueeze(-2)) * _inverse(s).unsqueeze(-2)).round().clamp(0, top)
+    """Nearest codes, f32."""
+    return ((x + m.unsqueeze(-2)) * inverse(s).unsqueeze(-2)).round().clamp(0, top)
 
 
 def _error(x: Tensor, w: Tensor, s: Tensor, m: Tensor, top: int) -> Tensor:
-    """Weighted squared error of each sub-block with nearest codes, [tiles, sub-blocks, LANES]."""
+    """Weighted squared error of each sub-block with nearest codes."""
     r = x + m.unsqueeze(-2) - s.unsqueeze(-2) * _codes(x, s, m, top)
     # w * (r * r), not w * r * r: inductor keeps the first in one loop.
     return (w * (r * r)).sum(-2)
 
 
-def _solve(grid: Affine, x: Tensor, w: Tensor, s: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, minimum) of least weighted error for the codes nearest under (s, m)."""
-    c = _codes(x, s, m, grid.top)
-    wc = w * c
-    w1, wx, wc1, wcc, wcx = w.sum(-2), (w * x).sum(-2), wc.sum(-2), (wc * c).sum(-2), (wc * x).sum(-2)
-    det = w1 * wcc - wc1 * wc1
-    solvable = det > 1e-6 * w1 * wcc
-    det = torch.where(solvable, det, 1.0)
-    scale = (w1 * wcx - wx * wc1) / det
-    minimum = (wc1 * wcx - wcc * wx) / det
-    if grid.top_scale:
-        through_zero = wcx / wcc.clamp_min(1e-38)
-        scale = torch.where(minimum > 0, scale, through_zero)
-        minimum = minimum.clamp_min(0)
-    solvable = solvable & (scale > 0)
-    return torch.where(solvable, scale, s), torch.where(solvable, minimum, m)
-
-
-def _fit_sub_blocks(grid: Affine, plan: _Plan, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The best unquantized (scale, minimum) of each sub-block, [tiles, sub-blocks, LANES]."""
+@kernel
+def _measure(grid: Affine, x: Tensor, w: Tensor) -> tuple[_Moments, _SubFit]:
+    """Moments, and the fit with all codes 0, which any other must beat."""
+    total = w.sum(-2)
+    mean = (w * x).sum(-2) / total
+    r = x - mean.unsqueeze(-2)
+    power = (w * (r * r)).sum(-2)
     low, high = x.amin(-2), x.amax(-2)
-    if grid.top_scale:
-        low = low.clamp_max(0)
-    shares = torch.linspace(0.8, 1.05, plan.ranges).tolist()
-    middle = (low + high) / 2 if not grid.top_scale else torch.zeros_like(low)
-    best: tuple[Tensor, ...] | None = None
-    for a in shares:
-        for b in shares:
-            lo, hi = middle + (low - middle) * a, middle + (high - middle) * b
-            s, m = _solve(grid, x, w, (hi - lo).clamp_min(0) / grid.top, -lo)
-            best = _keep(best, (_error(x, w, s, m, grid.top), s, m))
-    assert best is not None
-    for _ in range(plan.refits):
-        s, m = _solve(grid, x, w, best[1], best[2])
-        best = _keep(best, (_error(x, w, s, m, grid.top), s, m))
-    return best[1], best[2]
+    low = low.clamp_max(0) if grid.top_scale else low
+    m = (-mean).clamp_min(0) if grid.top_scale else -mean
+    off = m + mean
+    none = torch.zeros_like(total)
+    moments = _Moments(total, mean, power, (low + high) / 2, (high - low) / 2)
+    return moments, _SubFit(power + off * off * total, none, m, none, none)
 
 
-def _quadratic(grid: Affine, x: Tensor, w: Tensor, s: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(p, q, r): leaving (s, m) by (ds, dm) with codes fixed costs p·ds² - 2·q·ds·dm + r·dm²."""
-    c = _codes(x, s, m, grid.top)
+@kernel
+def _try_ranges(
+    grid: Affine, x: Tensor, w: Tensor, moments: _Moments, fit: _SubFit, lines: Tensor
+) -> _SubFit:
+    """`fit`, or a better one with codes on one of the lines [4, 2]: slope and offset over (x - middle) / reach."""
+    unit = (x - moments.middle.unsqueeze(-2)) * inverse(moments.reach).unsqueeze(-2)
+    for slope, offset in lines.unbind():
+        codes = (unit * slope + offset).round().clamp(0, grid.top)
+        fit = _SubFit(*_better(fit, _solve(grid, x, w, moments, codes)))
+    return fit
+
+
+@kernel
+def _refit(grid: Affine, x: Tensor, w: Tensor, moments: _Moments, fit: _SubFit) -> _SubFit:
+    """`fit`, or a better one from the codes nearest under it."""
+    return _SubFit(*_better(fit, _solve(grid, x, w, moments, _codes(x, fit.s, fit.m, grid.top))))
+
+
+def _solve(grid: Affine, x: Tensor, w: Tensor, moments: _Moments, c: Tensor) -> _SubFit:
+    """The fit of least error among those with codes c; an infinite error when there is none."""
     wc = w * c
-    return (wc * c).sum(-2), wc.sum(-2), w.sum(-2)
+    p, q, b = (wc * c).sum(-2), wc.sum(-2), (wc * (x - moments.mean.unsqueeze(-2))).sum(-2)
+    spread = p - q * q / moments.total
+    scale = b / spread
+    minimum = scale * q / moments.total - moments.mean
+    error = moments.power - b * scale
+    free = (spread > 1e-6 * p) & (scale > 0)
+    if not grid.top_scale:
+        return _SubFit(torch.where(free, error, torch.inf), scale, minimum, p, q)
+    # A minimum cannot be negative: then it is 0, and the scale is solved alone.
+    free = free & (minimum >= 0)
+    b0 = b + moments.mean * q
+    scale0 = b0 / p
+    error0 = moments.power + moments.mean * moments.mean * moments.total - b0 * scale0
+    error = torch.where(free, error, torch.where((p > 0) & (b0 > 0), error0, torch.inf))
+    return _SubFit(error, torch.where(free, scale, scale0), torch.where(free, minimum, 0.0), p, q)
 
 
+@kernel
 def _round_scales(
-    grid: Affine, form: tuple[Tensor, Tensor, Tensor], s: Tensor, m: Tensor, d: Tensor, dmin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Integer scales nearest to s, then the minima that are best given them."""
-    _, q, r = form
-    scale = (s * _inverse(d)).round().clamp(0, grid.top_scale)
-    moved = m + (d * scale - s) * q / r
-    return scale, (moved * _inverse(dmin)).round().clamp(0, grid.top_scale)
+    grid: Affine, x: Tensor, w: Tensor, moments: _Moments, fit: _SubFit, center: Tensor, width: float
+) -> _SuperFit:
+    """Integer scales and minima, with the steps that make rounding them cheapest by the quadratic form."""
+    shift = fit.q / moments.total
+    d = _cheapest_step(grid, fit.p - fit.q * shift, fit.s, center[0], width)
+    scale = (fit.s * inverse(d)).round().clamp(0, grid.top_scale)
+    moved = fit.m + (d * scale - fit.s) * shift
+    dmin = _cheapest_step(grid, moments.total, moved.clamp_min(0), center[1], width)
+    minimum = (moved * inverse(dmin)).round().clamp(0, grid.top_scale)
+    error = _error(x, w, d * scale, dmin * minimum, grid.top).sum(1, keepdim=True)
+    return _SuperFit(error, scale, minimum, d, dmin)
 
 
-def _choose_steps(
-    grid: Affine, form: tuple[Tensor, Tensor, Tensor], s: Tensor, m: Tensor, start: int
-) -> tuple[Tensor, Tensor]:
-    """The (d, dmin) whose rounding costs least by the quadratic form, [tiles, 1, LANES] each."""
-    p, q, r = form
-    d0, dmin0 = s.amax(1, keepdim=True) / grid.top_scale, m.amax(1, keepdim=True) / grid.top_scale
-    nudge = 1 + 0.013 * start
-    best: tuple[Tensor, ...] | None = None
-    for a in (0.9, 0.95, 1.0, 1.05, 1.1):
-        for b in (0.9, 0.95, 1.0, 1.05, 1.1):
-            d, dmin = d0 * (a * nudge), dmin0 * (b * nudge)
-            scale, minimum = _round_scales(grid, form, s, m, d, dmin)
-            ds, dm = d * scale - s, dmin * minimum - m
-            cost = (p * ds * ds - 2 * q * ds * dm + r * dm * dm).sum(1, keepdim=True)
-            best = _keep(best, (cost, d, dmin))
-    assert best is not None
-    return positive_half(best[1]), positive_half(best[2])
+def _cheapest_step(grid: Affine, price: Tensor, wanted: Tensor, center: Tensor, width: float) -> Tensor:
+    """The step, near center · wanted.max / top_scale, of least sum(price · (step · integer - wanted)²)."""
+    factor = center + torch.linspace(-width, width, _STEPS, device=wanted.device)
+    largest = wanted.amax(1, keepdim=True)
+    step = (largest / grid.top_scale).unsqueeze(2) * factor[:, None]  # [tiles, 1, _STEPS, LANES]
+    wanted = wanted.unsqueeze(2)
+    lost = step * (wanted * inverse(step)).round().clamp(0, grid.top_scale) - wanted
+    cost = (price.unsqueeze(2) * (lost * lost)).sum(1, keepdim=True)
+    cheapest = cost <= cost.amin(2, keepdim=True)
+    return positive_half(torch.where(cheapest, step, 0.0).amax(2))
 
 
-def _sweep(
-    grid: Affine, x: Tensor, w: Tensor, scale: Tensor, minimum: Tensor, d: Tensor, dmin: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One descent over the integer scales, then (d, dmin) refitted; with the error of each super-block."""
+@kernel
+def _descend(grid: Affine, x: Tensor, w: Tensor, fit: _SuperFit) -> _SuperFit:
+    """Each sub-block's integer scale and minimum moved to the best of their neighbours."""
+    _, scale, minimum, d, dmin = fit
     best: tuple[Tensor, ...] = (_error(x, w, d * scale, dmin * minimum, grid.top), scale, minimum)
     for i, j in _NEIGHBOURS:
         a, b = (scale + i).clamp(0, grid.top_scale), (minimum + j).clamp(0, grid.top_scale)
-        best = _keep(best, (_error(x, w, d * a, dmin * b, grid.top), a, b)) or best
-    error, scale, minimum = best
-    error = error.sum(1, keepdim=True)
-    new_d, new_dmin = _solve_steps(grid, x, w, scale, minimum, d, dmin)
-    refitted = _error(x, w, new_d * scale, new_dmin * minimum, grid.top).sum(1, keepdim=True)
-    better = refitted < error
-    d, dmin = torch.where(better, new_d, d), torch.where(better, new_dmin, dmin)
-    return scale, minimum, d, dmin, torch.where(better, refitted, error)
+        best = _better(best, (_error(x, w, d * a, dmin * b, grid.top), a, b))
+    return _SuperFit(best[0].sum(1, keepdim=True), best[1], best[2], d, dmin)
 
 
-def _solve_steps(
-    grid: Affine, x: Tensor, w: Tensor, scale: Tensor, minimum: Tensor, d: Tensor, dmin: Tensor
-) -> tuple[Tensor, Tensor]:
+@kernel
+def _refit_steps(grid: Affine, x: Tensor, w: Tensor, fit: _SuperFit) -> _SuperFit:
+    """`fit`, or the same with (d, dmin) solved for its codes where that is better."""
+    d, dmin = _solve_steps(grid, x, w, fit)
+    error = _error(x, w, d * fit.scale, dmin * fit.minimum, grid.top).sum(1, keepdim=True)
+    return _SuperFit(*_better(fit, (error, fit.scale, fit.minimum, d, dmin)))
+
+
+def _solve_steps(grid: Affine, x: Tensor, w: Tensor, fit: _SuperFit) -> tuple[Tensor, Tensor]:
     """(d, dmin) of least weighted error over the super-block with codes and integer scales fixed."""
+    _, scale, minimum, d, dmin = fit
     c = _codes(x, d * scale, dmin * minimum, grid.top)
     wc = w * c
     p, q, r = (wc * c).sum(-2), wc.sum(-2), w.sum(-2)
-    xc, x1 = (wc * x).sum(-2), (w * x).sum(-2)
-    uu, uv, vv = (
-        t.sum(1, keepdim=True) for t in (p * scale * scale, q * scale * minimum, r * minimum * minimum)
-    )
-    xu, xv = (xc * scale).sum(1, keepdim=True), (x1 * minimum).sum(1, keepdim=True)
+    uu, vv = (p * scale * scale).sum(1, keepdim=True), (r * minimum * minimum).sum(1, keepdim=True)
+    uv = (q * scale * minimum).sum(1, keepdim=True)
+    xu = ((wc * x).sum(-2) * scale).sum(1, keepdim=True)
+    xv = ((w * x).sum(-2) * minimum).sum(1, keepdim=True)
     det = uu * vv - uv * uv
-    solvable = det > 1e-6 * uu * vv
-    det = torch.where(solvable, det, 1.0)
-    new_d, new_dmin = (xu * vv - xv * uv) / det, (xu * uv - xv * uu) / det
-    # Without minima, or with minima that only follow the codes, one step is left to solve.
-    new_d = torch.where(solvable, new_d, (xu + dmin * uv) / uu.clamp_min(1e-38))
-    new_dmin = torch.where(solvable, new_dmin, dmin)
-    good = (new_d > 0) & (new_dmin >= 0) & (uu > 0)
+    both = det > 1e-6 * uu * vv
+    # Without minima, or where they only follow the codes, d is left to solve alone.
+    new_d = torch.where(both, (xu * vv - xv * uv) / det, (xu + dmin * uv) / uu)
+    new_dmin = torch.where(both, (xu * uv - xv * uu) / det, dmin)
+    good = (uu > 0) & (new_d > 0) & (new_dmin >= 0)
     return positive_half(torch.where(good, new_d, d)), positive_half(torch.where(good, new_dmin, dmin))
+
+
+@kernel
+def _final_codes(x: Tensor, s: Tensor, m: Tensor, top: int) -> Tensor:
+    return _codes(x, s, m, top).to(torch.uint8)

@@ -8,9 +8,12 @@ OpenMP inside such short kernels spends its time at barriers.
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,6 +25,10 @@ from moequant.formats.kernel import TILE
 # Importance below this share of its expert's mean is raised to it: a channel that calibration
 # never excited must still be stored as what it is, not as zeros.
 FLOOR = 1e-4
+# Tensors with fewer weights are packed before a compiler would have started to repay itself.
+COMPILE_FROM = 1 << 23
+
+log = logging.getLogger(__name__)
 
 
 def quantize(
@@ -43,9 +50,13 @@ def quantize(
     infinity, or a weight beyond `fmt.limit` (with its expert, row and column).
     """
     row_bytes = fmt.row_bytes(weights.shape[-1])
+    weights = weights.detach()
     stack = weights if weights.ndim == 3 else weights.reshape(-1, *weights.shape[-2:])
     per_expert = None if importance is None else _check_importance(weights, importance)
     exponent = fmt.magnitude if magnitude is None else magnitude
+    device = weights.device.type
+    large = weights.numel() >= COMPILE_FROM and _compiles(fmt, effort, device)
+    step = (TILE[device] if large else TILE[device] // 4) // fmt.block
     out = torch.empty((stack[..., 0].numel() * row_bytes,), dtype=torch.uint8, device=weights.device)
     blocks = out.view(-1, fmt.block_bytes)
 
@@ -53,9 +64,9 @@ def quantize(
         x = _read(stack, fmt, first, last)
         _check_weights(x, fmt, stack, first)
         w = _weigh(x, _importance_of(per_expert, stack, fmt, first, last), exponent, fmt.spread)
-        blocks[first:last] = _encode(fmt, x, w, effort)
+        blocks[first:last] = _encode(fmt, x, w, effort, step)
 
-    _for_each_tile(work, len(blocks), fmt.block, threads, weights.device)
+    _for_each_tile(work, len(blocks), step, threads, weights.device)
     return out.view(*weights.shape[:-1], row_bytes)
 
 
@@ -72,26 +83,45 @@ def dequantize(fmt: Format, packed: Tensor, *, threads: int | None = None) -> Te
     def work(first: int, last: int) -> None:
         out[first:last] = fmt.decode(blocks[first:last])
 
-    _for_each_tile(work, len(blocks), fmt.block, threads, packed.device)
+    step = TILE[packed.device.type] // fmt.block
+    _for_each_tile(work, len(blocks), step, threads, packed.device)
     return out.view(*packed.shape[:-1], packed.shape[-1] // fmt.block_bytes * fmt.block)
 
 
 def _for_each_tile(
-    work: Callable[[int, int], None], n_blocks: int, block: int, threads: int | None, device: torch.device
+    work: Callable[[int, int], None], n_blocks: int, step: int, threads: int | None, device: torch.device
 ) -> None:
-    """Call work(first, last) for consecutive ranges of blocks that cover `n_blocks`."""
-    step = TILE[device.type] // block
-    starts = range(0, n_blocks, step)
+    """Call work(first, last) for consecutive ranges of `step` blocks that cover `n_blocks`."""
     if threads is None:
         threads = os.cpu_count() or 1 if device.type == "cpu" else 1
-    if threads == 1 or len(starts) == 1:
-        for first in starts:
-            work(first, min(first + step, n_blocks))
-        return
-    # set_num_threads is per calling thread, so the caller's own setting survives.
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for done in [pool.submit(work, first, min(first + step, n_blocks)) for first in starts]:
-            done.result()
+    with _workers(threads) as pool:
+        tiles = [pool.submit(work, i, min(i + step, n_blocks)) for i in range(0, n_blocks, step)]
+        try:
+            for tile in tiles:
+                tile.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # a refused weight ends the rest
+
+
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """Threads whose torch operations use one core each; set_num_threads is per calling thread."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+@cache
+def _compiles(fmt: Format, effort: Effort, device_type: str) -> bool:
+    """Compile the kernels of `fmt` by encoding one tile; False, with a warning, where that fails."""
+    ones = torch.ones((TILE[device_type] // fmt.block, fmt.block), device=device_type)
+    began = time.perf_counter()
+    try:
+        with _workers(1) as pool:
+            pool.submit(fmt.encode, ones, ones, effort).result()
+    except (ImportError, RuntimeError) as error:  # no compiler, no Python headers, no triton
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        log.warning("%s: kernels do not compile here and run slower: %s", fmt.name, reason[0])
+        return False
+    log.info("%s: kernels ready after %.1f s", fmt.name, time.perf_counter() - began)
+    return True
 
 
 def _read(stack: Tensor, fmt: Format, first: int, last: int) -> Tensor:
@@ -155,7 +185,7 @@ def _importance_of(
 
 
 def _weigh(x: Tensor, importance: Tensor | None, exponent: float, spread: float) -> Tensor:
-    """Weights of the squared error, f32 like x: importance · (spread + x²/mean(x²))^(exponent/2), per block."""
+    """Weights of the squared error, like x: importance · (spread + x²/mean(x²))^(exponent/2), per block."""
     if exponent == 0:
         return torch.ones_like(x) if importance is None else importance
     # Divided by the mean, which no choice within a block depends on: subnormals and 65504 are as safe as 1.
@@ -165,5 +195,11 @@ def _weigh(x: Tensor, importance: Tensor | None, exponent: float, spread: float)
     return factor if importance is None else importance * factor
 
 
-def _encode(fmt: Format, x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-    return fmt.encode(x, w, effort)
+def _encode(fmt: Format, x: Tensor, w: Tensor, effort: Effort, step: int) -> Tensor:
+    """Bytes of blocks x; filled up to a whole tile where that is what the kernels are compiled for."""
+    n = len(x)
+    if step * fmt.block != TILE[x.device.type] or n == step:
+        return fmt.encode(x, w, effort)
+    x = torch.cat([x, x.new_zeros((step - n, fmt.block))])
+    w = torch.cat([w, w.new_ones((step - n, fmt.block))])
+    return fmt.encode(x, w, effort)[:n]

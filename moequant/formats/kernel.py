@@ -1,6 +1,57 @@
-"""How many weights a format sees at a time, and which of its functions are compiled."""
+"""Compiled inner loops, and how many weights they see at a time.
+
+`@kernel` marks a function of tensors that takes most of an encoder's time. It is compiled
+by torch.compile for one size only: when its first tensor holds exactly a tile's worth of
+weights. The engine cuts large tensors into such tiles and small ones into smaller pieces, so
+that small tensors run eagerly and never wait for a compiler. Inductor keeps what it compiled
+on disk (in its cache folder, `TORCHINDUCTOR_CACHE_DIR`), for the next process.
+"""
 
 from __future__ import annotations
 
-# Weights per tile, by device: on a CPU a tile and its weights stay in the second-level cache.
+from collections.abc import Callable
+from functools import cached_property, update_wrapper
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Weights in a tile, by device: on a CPU a tile and its weights stay in the second-level cache.
 TILE = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+_CPU_OPTIONS = {
+    "cpp.threads": 1,  # the engine's threads each take their own tile
+    "cpp_wrapper": True,  # the one mode in which a kernel runs without the interpreter's lock
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+
+
+class Kernel(Generic[P, R]):
+    """A function that runs compiled on whole tiles and eagerly on anything else."""
+
+    def __init__(self, function: Callable[P, R]) -> None:
+        self.eager = function
+        update_wrapper(self, function)
+
+    @cached_property
+    def _cpu(self) -> Callable[P, R]:
+        return torch.compile(self.eager, dynamic=False, options=_CPU_OPTIONS)
+
+    @cached_property
+    def _cuda(self) -> Callable[P, R]:
+        return torch.compile(self.eager, dynamic=False)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        tensor = next(a for a in args if isinstance(a, Tensor))
+        if tensor.numel() != TILE.get(tensor.device.type):
+            return self.eager(*args, **kwargs)
+        run = self._cpu if tensor.device.type == "cpu" else self._cuda
+        return run(*args, **kwargs)
+
+
+def kernel(function: Callable[P, R]) -> Kernel[P, R]:
+    """Compile `function` for whole tiles; its first tensor argument tells the size."""
+    return Kernel(function)

@@ -56,3 +56,8 @@ def split_nibbles(packed: Tensor, run: int) -> Tensor:
 def positive_half(x: Tensor) -> Tensor:
     """x >= 0 rounded to f16, but never to zero unless it is zero: as f32."""
     return torch.where(x > 0, half(x).clamp_min(2.0**-24), 0.0)
+
+
+def inverse(s: Tensor) -> Tensor:
+    """1 / s, and 0 where s is 0: a block without a scale has all its codes at 0."""
+    return torch.where(s != 0, 1 / s, 0.0)
