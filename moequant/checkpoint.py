@@ -112,6 +112,19 @@ def load(weight: Weight) -> Tensor:
     return _interleave(out, weight.rope_heads) if weight.rope_heads else out
 
 
+def not_finite(weight: Weight, values: Tensor) -> str | None:
+    """Which stored tensor of a loaded weight holds NaN or infinity, and how many, or None when all is well."""
+    if torch.isfinite(values).all():
+        return None
+    parts = values if len(weight.sources) > 1 else values[None]
+    bad = (~torch.isfinite(parts)).flatten(1).sum(1)
+    first = int(bad.nonzero()[0])
+    return (
+        f"tensor {weight.sources[first].ref.name} ({weight.name}): {int(bad[first])} of {parts[first].numel()} "
+        "values are NaN or infinite; the checkpoint is damaged"
+    )
+
+
 def _interleave(weight: Tensor, heads: int) -> Tensor:
     """Rows of each head from transformers' rotary halves to llama.cpp's pairs: [out, in] -> [out, in]."""
     out, n_in = weight.shape

@@ -35,6 +35,8 @@ class Effort(StrEnum):
 
 T = TypeVar("T")
 
+PIPE_WIDTH = 120
+
 Type = Annotated[str, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset: {', '.join(BASE_TYPES)}.")]
 EffortOption = Annotated[Effort, typer.Option(help="How hard to search for scales and codes.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output file that exists.")]
@@ -87,7 +89,7 @@ def convert(
     settings = Settings(
         type_, calib, calib_tokens, eval_, eval_tokens, effort.value, seed=seed, overwrite=overwrite
     )
-    console = Console()
+    console = _console()
     if dry_run:
         opened = guarded(lambda: open_model(model, settings))
         console.print(dry_run_table(opened.checkpoint, opened.plan, opened.file_bytes))
@@ -113,7 +115,13 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
         target = out or Path(folder) / f"demo-{type_}.gguf"
         report = guarded(lambda: run(bundled.path("demo"), target, settings))
-    Console().print(report.renderable())
+    _console().print(report.renderable())
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for every table when the output goes to a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def guarded(action: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moequant import formats
-from moequant.checkpoint import Checkpoint, load
+from moequant.checkpoint import Checkpoint, load, not_finite
 from moequant.errors import CheckpointError, FormatError
 from moequant.formats import Effort
 from moequant.routing.statistics import Gating, importance
@@ -46,7 +46,7 @@ class Quantizer:
         try:
             data = formats.quantize(fmt, matrix, columns, self.effort)
         except FormatError as error:
-            raise CheckpointError(f"tensor {weight.sources[0].ref.name} ({weight.name}): {error}") from error
+            raise CheckpointError(not_finite(weight, values) or f"{weight.name}: {error}") from error
         loss = ExpertLoss(
             weight.name,
             weight.role,

@@ -13,6 +13,7 @@ def dry_run_table(checkpoint: Checkpoint, plan: Plan, file_bytes: int) -> Table:
     """One row a tensor, in file order; the caption has the file's size in bytes."""
     weights = {weight.name: weight for weight in checkpoint.weights}
     made = table(f"{checkpoint.path} as {plan.preset}", "tensor", "shape", "type", "size", "why")
+    made.columns[0].no_wrap = made.columns[1].no_wrap = True
     made.columns[4].justify = "left"
     for choice in plan.choices:
         shape = " x ".join(map(str, weights[choice.weight].shape))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from moequant.checkpoint import Checkpoint, load
+from moequant.checkpoint import Checkpoint, load, not_finite
 from moequant.corpus import Rows
 from moequant.errors import CheckpointError
 from moequant.routing.experts import EXPERTS, observed
@@ -45,10 +44,6 @@ def calibrate(checkpoint: Checkpoint, rows: Rows, bar: type[tqdm] = tqdm) -> Cal
 def _blame(checkpoint: Checkpoint) -> None:
     """Name the tensor that makes the activations non-finite: read only when they are."""
     for weight in checkpoint.weights:
-        values: Tensor = load(weight)
-        if not torch.isfinite(values).all():
-            bad = int((~torch.isfinite(values)).sum())
-            names = {source.ref.name for source in weight.sources}
-            name = next(iter(names)) if len(names) == 1 else weight.name
-            raise CheckpointError(f"tensor {name}: {bad} of {values.numel()} values are NaN or infinite")
+        if found := not_finite(weight, load(weight)):
+            raise CheckpointError(found)
     raise CheckpointError("activations overflow during calibration, though all weights are finite")

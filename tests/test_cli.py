@@ -1,0 +1,188 @@
+"""The command line: one line and a non-zero exit for bad input, nothing half-written, quiet off a terminal."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from typer.testing import CliRunner
+
+import moequant
+from moequant.cli import app
+from tests import models
+
+
+@dataclass(frozen=True)
+class Finished:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: object) -> Finished:
+    """The command in this process; what is not an error on purpose is a failure of the test."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Finished(result.exit_code, result.stdout, result.stderr)
+
+
+@pytest.fixture
+def model(tiny, tmp_path: Path) -> Path:
+    """A copy of a small model for a test to damage."""
+    return Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "calib.txt"
+    path.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
+    return path
+
+
+def refused(out: Path, *arguments: object, says: str) -> None:
+    """The command fails with one line on stderr, no traceback, and leaves no file behind."""
+    before = set(out.parent.iterdir())
+    result = run("convert", *arguments, "-o", out)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 1, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("moequant: "), result.stderr
+    assert re.search(says, lines[0]), lines[0]
+    assert set(out.parent.iterdir()) == before
+
+
+def test_convert_and_its_dry_run_agree_to_the_byte(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.gguf"
+    dry = run("convert", model, "-o", out, "--type", "Q3_K_M", "--dry-run")
+    assert dry.returncode == 0 and not out.exists()
+    assert "blk.1.ffn_down_exps.weight" in dry.stdout
+    done = run("convert", model, "-o", out, "--type", "Q3_K_M", "--calib", text, "--eval", text)
+    assert done.returncode == 0, done.stderr
+    assert f"{out.stat().st_size:,} bytes" in dry.stdout
+    assert "perplexity" in done.stdout and "worst-hit experts" in done.stdout
+    assert done.stderr == "", "progress bars are for terminals"
+
+
+def test_the_dry_run_reads_only_headers(model: Path, tmp_path: Path) -> None:
+    """Weights that are not there are not missed: the file is cut to its header and a hole of the same size."""
+    file = model / "model.safetensors"
+    size = file.stat().st_size
+    with file.open("r+b") as handle:
+        handle.truncate(8 + int.from_bytes(file.read_bytes()[:8], "little"))
+        handle.truncate(size)
+    assert run("convert", model, "-o", tmp_path / "q.gguf", "--dry-run").returncode == 0
+
+
+def test_an_existing_output_is_kept(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.gguf"
+    out.write_text("precious")
+    refused(out, model, "--calib", text, says="--overwrite")
+    assert out.read_text() == "precious"
+    done = run("convert", model, "-o", out, "--calib", text, "--eval-tokens", 0, "--overwrite")
+    assert done.returncode == 0 and out.read_bytes()[:4] == b"GGUF"
+
+
+def test_a_failed_overwrite_keeps_the_old_file(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.gguf"
+    out.write_text("precious")
+    poison(model, "model.layers.1.mlp.experts.3.down_proj.weight", float("inf"))
+    refused(out, model, "--calib", text, "--overwrite", says="down_proj")
+    assert out.read_text() == "precious"
+
+
+def poison(model: Path, name: str, value: float) -> None:
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name][0, 1] = value
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(model: Path, text: Path, tmp_path: Path, value: float) -> None:
+    name = "model.layers.0.mlp.experts.5.gate_proj.weight"
+    poison(model, name, value)
+    refused(tmp_path / "q.gguf", model, "--calib", text, says=name)
+    refused(tmp_path / "q.gguf", model, "--type", "BF16", "--eval-tokens", 0, says=name)
+
+
+def test_broken_models(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.gguf"
+    refused(out, tmp_path / "nowhere", says="no such folder")
+    refused(out, model, "--type", "Q9_K", says="Q9_K.*Q4_K_M")
+    (model / "tokenizer.json").rename(model / "hidden")
+    refused(out, model, "--calib", text, says="tokenizer.json")
+    (model / "hidden").rename(model / "tokenizer.json")
+    models.edit_config(model, architectures=["NoSuchForCausalLM"])
+    refused(out, model, says="NoSuchForCausalLM")
+
+
+def test_truncated_and_missing_shards(tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny("qwen3_moe", save={"max_shard_size": "300KB"}), tmp_path / "sharded"))
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-10])
+    refused(tmp_path / "q.gguf", folder, says=f"{last.name}.*truncated")
+    last.unlink()
+    refused(tmp_path / "q.gguf", folder, says=f"{last.name} is missing")
+
+
+def test_bad_calibration_text(model: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "q.gguf", tmp_path / "t.txt"
+    text.write_text("too short")
+    refused(out, model, "--calib", text, says="t.txt")
+    text.write_bytes(b"\x00\xff\xfe\x80" * 1000)
+    refused(out, model, "--calib", text, says="t.txt.*UTF-8")
+    refused(out, model, "--calib", tmp_path / "absent.txt", says="absent.txt")
+
+
+def test_bad_outputs(model: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "model.bin", model, says=r"\.gguf")
+    result = run("convert", model, "-o", tmp_path / "no" / "such" / "q.gguf")
+    assert result.returncode == 1 and "no such folder" in result.stderr
+    result = run("convert", model, "-o", "/proc/q.gguf")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "/proc" in result.stderr
+
+
+def test_a_full_disk_is_refused_before_any_work(model: Path, tmp_path: Path, monkeypatch) -> None:
+    from collections import namedtuple
+
+    from moequant.containers import gguf
+    from moequant.errors import OutputError
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(gguf.shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    with pytest.raises(OutputError, match="1,000 bytes are needed, 1 are free"):
+        gguf.check_target(tmp_path / "q.gguf", 1000, False)
+
+
+def test_help_and_version() -> None:
+    assert run("--version").stdout.strip() == f"moequant {moequant.__version__}"
+    shown = run("convert", "--help").stdout
+    for option in (
+        "--type",
+        "--calib",
+        "--calib-tokens",
+        "--eval",
+        "--seed",
+        "--effort",
+        "--dry-run",
+        "--overwrite",
+    ):
+        assert option in shown
+    assert run().returncode != 0
+
+
+def test_demo_prints_the_report(tmp_path: Path) -> None:
+    """As a process of its own, as a person starts it."""
+    out = tmp_path / "demo.gguf"
+    command = [sys.executable, "-m", "moequant.cli", "demo", "-o", str(out), "--effort", "fast"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "" and "perplexity" in result.stdout
+    assert out.read_bytes()[:4] == b"GGUF"
