@@ -87,6 +87,7 @@ def read_tokenizer(folder: Path) -> TokenizerSpec:
     vocab = _vocabulary(model["vocab"], added, model.get("unk_token") if spm else None, spm)
 
     ids, notes = _special(raw, settings, vocab)
+    notes += tokenizer_special.stolen_words(text for text, kind in vocab if kind == Kind.NORMAL)
     notes += _normalization_notes(backend, added, spm)
     merges = [_pair(merge) for merge in model["merges"]]
     rest = (
@@ -118,7 +119,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, spec: TokenizerSpec, vocab_size: int)
     tokens, kinds = list(spec.tokens), list(spec.types)
     if len(tokens) > vocab_size:
         raise TokenizerError(
-            f"tokenizer.json: {len(tokens)} token ids but the embedding has {vocab_size} rows; expected no more "
+            f"tokenizer.json: {len(tokens)} ids but the embedding has {vocab_size} rows; expected no more "
             "ids than rows; remove the added tokens that the model was never given"
         )
     taken = set(tokens)
@@ -216,8 +217,11 @@ def _sentencepiece(
     prefix, notes = tokenizer_spm.space_prefix(raw)
     own = [text for i, (text, _) in enumerate(vocab) if i not in added]
     scores, stray = tokenizer_spm.merge_scores(own, merges)
-    if tokenizer_spm.words_are_split(raw):
-        stray += [text for text in own if tokenizer_spm.METASPACE in text[1:]]
+    if tokenizer_spm.words_are_split(raw) and (inner := [t for t in own if tokenizer_spm.METASPACE in t[1:]]):
+        raise TokenizerError(
+            f"tokenizer.json: Metaspace cuts before every '▁' but {len(inner)} tokens have one inside, "
+            f"such as {inner[0]!r}; expected none, llama.cpp does not cut there"
+        )
     if stray:
         notes.append(
             f"llama.cpp forms {len(stray)} tokens that Hugging Face never does, such as {stray[0]!r}"
@@ -291,6 +295,10 @@ def _vocabulary(
         table[vocab[unknown]] = (unknown, Kind.UNKNOWN)
     owner: dict[str, int] = {}
     for i, (text, _) in sorted(table.items()):
+        if "\0" in text:
+            raise TokenizerError(
+                f"tokenizer.json: token {i} is {text!r}; expected no NUL, llama.cpp cuts text there"
+            )
         if text in owner:
             raise TokenizerError(
                 f"tokenizer.json: ids {owner[text]} and {i} are both {text!r}; expected distinct texts"

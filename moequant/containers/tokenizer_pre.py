@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 - the expressions name letters of many scripts.
 """Which llama.cpp pre-tokenizer does what a tokenizer.json's `pre_tokenizer` does.
 
 llama.cpp knows pre-tokenizers by name (`tokenizer.ggml.pre`): each is a list of regular expressions compiled
@@ -98,7 +97,7 @@ class PreTokenizer:
             if name is not None and (whole == ignore_merges or merging_reaches_all()):
                 return name
         raise TokenizerError(
-            f"tokenizer.json: ignore_merges={ignore_merges}, but llama.cpp's {self.whole or self.merging!r} has "
+            f"tokenizer.json: ignore_merges={ignore_merges}, llama.cpp's {self.whole or self.merging!r} has "
             "the opposite and gives this vocabulary other ids; expected tokens that their own text merges to"
         )
 
@@ -211,7 +210,7 @@ def describe(pre_tokenizer: Mapping[str, Any] | None) -> Steps:
     if kind == "ByteLevel":
         if pre_tokenizer.get("add_prefix_space"):
             raise TokenizerError(
-                "tokenizer.json: ByteLevel has add_prefix_space=true; expected false, llama.cpp adds no blank here"
+                "tokenizer.json: ByteLevel has add_prefix_space=true; expected false, llama.cpp adds none"
             )
         return (_GPT2 if pre_tokenizer.get("use_regex", True) else _BYTES,)
     if kind == "Digits":

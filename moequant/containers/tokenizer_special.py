@@ -1,8 +1,7 @@
-# ruff: noqa: RUF001 - DeepSeek spells its special tokens with fullwidth bars.
 """Special token ids, what is put around a text, and chat templates: the files beside tokenizer.json."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,14 @@ _ALWAYS_END = frozenset(
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s>"
     " <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>"
     " <｜end▁of▁sentence｜> [e~[".split()
+)
+# Texts that it takes for special tokens besides, even where they are ordinary words of a vocabulary.
+_ALWAYS_SPECIAL = _ALWAYS_END | frozenset(
+    "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>"
+    " <|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>"
+    " <|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>"
+    " <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>"
+    " <|file_sep|> <|channel|> <|message|> <|start|> <|constrain|>".split()
 )
 _ENDS_A_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")
 
@@ -108,6 +115,16 @@ def _candidates(name: str, settings: Settings, lookup: Lookup) -> list[int]:
         values = value if isinstance(value, list) else [value]
         found += [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
     return list(dict.fromkeys(found))
+
+
+def stolen_words(ordinary: Iterable[str]) -> list[str]:
+    """Notes on ordinary tokens that llama.cpp takes for special ones by their text, such as Qwen's "</s>"."""
+    return [
+        f"text {text!r}: llama.cpp takes the ordinary token for a special one"
+        + (" that ends generation" if text in _ALWAYS_END else "")
+        for text in ordinary
+        if text in _ALWAYS_SPECIAL
+    ]
 
 
 def frame(post_processor: Mapping[str, Any] | None) -> tuple[list[str], list[str]]:

