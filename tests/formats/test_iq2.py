@@ -1,4 +1,4 @@
-"""IQ2_S and IQ2_XS and IQ2_XXS against ggml and gguf-py."""
+"""IQ2_S, IQ2_XS and IQ2_XXS against ggml and gguf-py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,125 @@
+"""MXFP4 and NVFP4: 4-bit floats (e2m1) with shared scales.
+
+Codes 0..7 are 0, 1, 2, 3, 4, 6, 8, 12 (twice e2m1's values), codes 8..15 their negatives.
+
+MXFP4, 32 weights in 17 bytes: e of a scale 2^(e - 128), then 16 bytes whose low nibbles are codes
+0..15 and whose high nibbles are codes 16..31.
+
+NVFP4, 64 weights in 36 bytes: four scales, unsigned e4m3 halved, one for each 16 weights, then
+4 x 8 bytes: codes 0..7 in the low nibbles, 8..15 in the high ones.
+
+Search: a block's error is a sum over its weights whatever its scale, so the scales next to the
+one that just reaches the largest weight are tried, and the least error wins.
+"""
+
+from __future__ import annotations
+
+import torch
+from gguf import quants
+from torch import Tensor
+
+from moequant.formats.base import Effort, Format
+from moequant.formats.kernel import kernel
+
+VALUES = [float(v) for v in quants.MXFP4.kvalues]
+# Steps from the scale that puts the largest weight at the largest value or just above: in factors
+# of 2, and in e4m3 codes. Upwards it may land on 8 or 6, where the values are finer.
+MX_STEPS = {"fast": (1, 0), "default": (1, 0, -1), "best": (2, 1, 0, -1, -2, -3)}
+NV_STEPS = {"fast": (-2, -1, 0, 1, 2, 5), "default": range(-3, 7), "best": range(-16, 14)}
+
+
+def round_e2m1(t: Tensor) -> Tensor:
+    """The nearest of ±{0, 1, 2, 3, 4, 6, 8, 12}."""
+    size = t.abs()
+    step = torch.where(size < 4, 1.0, torch.where(size < 8, 2.0, 4.0))
+    inv = torch.where(size < 4, 1.0, torch.where(size < 8, 0.5, 0.25))
+    return ((t * inv).round() * step).clamp(-12.0, 12.0)
+
+
+def pack_codes(q: Tensor) -> Tensor:
+    """Rounded values [..., 2 k] -> uint8 [..., k]: the code of i below that of i + k."""
+    size = q.abs()
+    # 0 1 2 3 4 6 8 12 -> 0..7
+    code = (
+        size.clamp_max(4) + (size > 4).float() + (size > 6).float() + (size > 8).float() + (q < 0).float() * 8
+    )
+    low, high = code.chunk(2, -1)
+    return (low + 16 * high).to(torch.uint8)
+
+
+def power(e: Tensor) -> Tensor:
+    """int32 e in 1..254 -> f32 2^(e - 127)."""
+    return (e << 23).view(torch.float32)
+
+
+def ue4m3(code: Tensor) -> Tensor:
+    """int32 0..126 -> f32, half of the unsigned e4m3 number."""
+    return torch.where(code < 8, code * 2.0**-10, ((code << 20) + (119 << 23)).view(torch.float32))
+
+
+@kernel
+def fit_mx(x: Tensor, w: Tensor, steps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """x, w [n, 32] -> int32 [n, 1] e, uint8 [n, 16] codes."""
+    reach = (x.abs().amax(-1, keepdim=True).view(torch.int32) >> 23) - 2
+    best_e, least = torch.zeros_like(reach), torch.full_like(x[:, :1], torch.inf)
+    for step in steps:
+        e = (reach + step).clamp(1, 253)
+        scale, inv = power(e) * 0.5, power(255 - e)
+        error = (w * (x - scale * round_e2m1(x * inv)).square()).sum(-1, keepdim=True)
+        better = error < least
+        least, best_e = torch.where(better, error, least), torch.where(better, e, best_e)
+    return best_e, pack_codes(round_e2m1(x * power(255 - best_e)))
+
+
+@kernel
+def fit_nv(x: Tensor, w: Tensor, steps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """x, w [m, 16] -> int32 [m, 1] e4m3 codes, uint8 [m, 8] codes."""
+    reach = x.abs().amax(-1, keepdim=True) * (1 / 6)
+    normal = (reach.view(torch.int32) - (120 << 23)) >> 20
+    middle = torch.where(reach < 2.0**-6, (reach * 512).to(torch.int32), normal)
+    best_code, least = torch.zeros_like(middle), torch.full_like(x[:, :1], torch.inf)
+    for step in steps:
+        code = (middle + step).clamp(1, 126)
+        scale = ue4m3(code)
+        error = (w * (x - scale * round_e2m1(x / scale)).square()).sum(-1, keepdim=True)
+        better = error < least
+        least, best_code = torch.where(better, error, least), torch.where(better, code, best_code)
+    return best_code, pack_codes(round_e2m1(x / ue4m3(best_code)))
+
+
+def encode_mx(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+    """MXFP4: x, w [n, 32] -> uint8 [n, 17]."""
+    e, codes = fit_mx(x, w, MX_STEPS[effort])
+    return torch.cat([e.to(torch.uint8), codes], 1)
+
+
+def encode_nv(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+    """NVFP4: x, w [n, 64] -> uint8 [n, 36]."""
+    scale, codes = fit_nv(x.reshape(-1, 16), w.reshape(-1, 16), tuple(NV_STEPS[effort]))
+    return torch.cat([scale.view(-1, 4).to(torch.uint8), codes.view(-1, 32)], 1)
+
+
+def decode_mx(packed: Tensor) -> Tensor:
+    """MXFP4: uint8 [n, 17] -> f32 [n, 32]."""
+    e = packed[:, :1].to(torch.int32)
+    # 2^-128 and 2^-127 are subnormal.
+    scale = torch.where(e < 2, 1 << (21 + e), (e - 1) << 23).view(torch.float32)
+    return scale * _unpack(packed[:, 1:])
+
+
+def decode_nv(packed: Tensor) -> Tensor:
+    """NVFP4: uint8 [n, 36] -> f32 [n, 64]."""
+    code = packed[:, :4].to(torch.int32)
+    # Bit 7 is no sign: it belongs to the exponent. 127 is e4m3's NaN, and means 0 here.
+    scale = torch.where(code == 127, 0.0, ue4m3(code & 127))
+    return (scale[..., None] * _unpack(packed[:, 4:].reshape(-1, 4, 8))).flatten(1)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    """uint8 [..., k] -> f32 [..., 2 k], the values."""
+    table = torch.tensor(VALUES, device=packed.device)
+    return table[torch.cat([packed & 15, packed >> 4], -1).to(torch.int32)]
+
+
+MXFP4 = Format("MXFP4", 39, 32, 17, encode_mx, decode_mx)
+NVFP4 = Format("NVFP4", 40, 64, 36, encode_nv, decode_nv)
