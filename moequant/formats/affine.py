@@ -7,7 +7,7 @@ What is minimised is the error of the weights themselves, at every step:
 2. Around that optimum the error is a quadratic form, p·ds² - 2·q·ds·dm + r·dm². It prices the
    rounding of the scales for many values of d, then of the minima, moved by what their scale
    lost, for many values of dmin.
-3. Coordinate descent: each sub-block moves its integer (scale, minimum) among their eight
+3. Coordinate descent: each sub-block moves its integer (scale, minimum) among their six
    neighbours by the true error, then (d, dmin) are solved in closed form with codes fixed.
 
 ggml chooses scales and minima apart, by the error of the scales, and never looks back.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moequant.formats.base import Effort
 from moequant.formats.kernel import kernel
-from moequant.formats.layout import from_lanes, half, inverse, positive_half, to_lanes
+from moequant.formats.layout import better, clip, from_lanes, half, inverse, positive_half, to_lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Affine:
 
 @dataclass(frozen=True, slots=True)
 class AffineFit:
-    """codes u8 [n, block], scale and minimum u8 [n, sub-blocks], d and dmin f32 [n] that f16 holds exactly."""
+    """codes u8 [n, block], scale and minimum u8 [n, sub-blocks], d and dmin f32 [n], exact in f16."""
 
     codes: Tensor
     scale: Tensor
@@ -68,7 +68,8 @@ _PLANS: dict[Effort, _Plan] = {
     "default": _Plan(ranges=4, refits=1, centers=(1.0,), width=0.1, sweeps=2),
     "best": _Plan(ranges=10, refits=2, centers=(0.92, 1.0, 1.08), width=0.04, sweeps=4),
 }
-_NEIGHBOURS = tuple((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)
+# A larger scale wants a larger minimum: the two moves that take them apart hardly ever help.
+_NEIGHBOURS = ((-1, -1), (-1, 0), (0, -1), (0, 1), (1, 0), (1, 1))
 _STEPS = 33  # values of d, and of dmin, that are priced
 
 
@@ -83,7 +84,7 @@ class _Moments(NamedTuple):
 
 
 class _SubFit(NamedTuple):
-    """Unquantized scale and minimum of a sub-block, their error, and p and q of the quadratic form (r is sum w)."""
+    """Error of a sub-block, its unquantized scale and minimum, and p, q of the quadratic form (r is sum w)."""
 
     error: Tensor
     s: Tensor
@@ -111,10 +112,10 @@ def search(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFit:
     for center in torch.cartesian_prod(*[torch.tensor(plan.centers, device=x.device)] * 2).view(-1, 2):
         new = _round_scales(grid, x, w, moments, fit, center, plan.width)
         for _ in range(plan.sweeps):
-            new = _refit_steps(grid, x, w, _descend(grid, x, w, new))
-        best = new if best is None else _SuperFit(*_better(best, new))
+            new = _refit_steps(grid, x, w, moments, _descend(grid, x, w, new))
+        best = new if best is None else _SuperFit(*better(best, new))
     assert best is not None
-    codes = _final_codes(x, best.d * best.scale, best.dmin * best.minimum, grid.top)
+    codes = _final_codes(x, inverse(best.d * best.scale), best.dmin * best.minimum, grid.top)
     return AffineFit(
         from_lanes(codes, n),
         from_lanes(best.scale, n).to(torch.uint8),
@@ -130,7 +131,7 @@ def search_block(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFi
     x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
     _, fit = _fit_sub_blocks(grid, _PLANS[effort], x, w)
     s, m = positive_half(fit.s), half(fit.m)
-    codes = from_lanes(_final_codes(x, s, m, grid.top), n)
+    codes = from_lanes(_final_codes(x, inverse(s), m, grid.top), n)
     none = codes[:, :0]
     return AffineFit(codes, none, none, from_lanes(s, n)[:, 0], from_lanes(m, n)[:, 0])
 
@@ -152,21 +153,20 @@ def _lines(top: int, ranges: int, device: torch.device) -> tuple[Tensor, ...]:
     return torch.stack([slope, down * slope], 1).tensor_split(len(down) // 4)
 
 
-def _better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of two fits whose first member is their error, the lesser, block by block."""
-    take = b[0] < a[0]
-    return tuple(torch.where(take, new, old) for old, new in zip(a, b, strict=True))
-
-
 def _codes(x: Tensor, s: Tensor, m: Tensor, top: int) -> Tensor:
     """Nearest codes, f32."""
-    return ((x + m.unsqueeze(-2)) * inverse(s).unsqueeze(-2)).round().clamp(0, top)
+    return clip(((x + m.unsqueeze(-2)) * inverse(s).unsqueeze(-2)).round(), top)
 
 
 def _error(x: Tensor, w: Tensor, s: Tensor, m: Tensor, top: int) -> Tensor:
-    """Weighted squared error of each sub-block with nearest codes."""
-    r = x + m.unsqueeze(-2) - s.unsqueeze(-2) * _codes(x, s, m, top)
-    # w * (r * r), not w * r * r: inductor keeps the first in one loop.
+    """Weighted squared error of each sub-block with nearest codes.
+
+    Nine instructions a weight: what `_codes` and a subtraction would do, with the code counted from
+    the top, constants kept per sub-block, and w * (r * r), which inductor fuses, not w * r * r.
+    """
+    by = inverse(s)
+    from_top = torch.relu(top - torch.relu((x * by.unsqueeze(-2) + (m * by).unsqueeze(-2)).round()))
+    r = x + (m - top * s).unsqueeze(-2) + s.unsqueeze(-2) * from_top
     return (w * (r * r)).sum(-2)
 
 
@@ -190,18 +190,18 @@ def _measure(grid: Affine, x: Tensor, w: Tensor) -> tuple[_Moments, _SubFit]:
 def _try_ranges(
     grid: Affine, x: Tensor, w: Tensor, moments: _Moments, fit: _SubFit, lines: Tensor
 ) -> _SubFit:
-    """`fit`, or a better one with codes on one of the lines [4, 2]: slope and offset over (x - middle) / reach."""
+    """`fit`, or a better one with codes slope · (x - middle) / reach + offset, for one of lines [4, 2]."""
     unit = (x - moments.middle.unsqueeze(-2)) * inverse(moments.reach).unsqueeze(-2)
     for slope, offset in lines.unbind():
-        codes = (unit * slope + offset).round().clamp(0, grid.top)
-        fit = _SubFit(*_better(fit, _solve(grid, x, w, moments, codes)))
+        codes = clip((unit * slope + offset).round(), grid.top)
+        fit = _SubFit(*better(fit, _solve(grid, x, w, moments, codes)))
     return fit
 
 
 @kernel
 def _refit(grid: Affine, x: Tensor, w: Tensor, moments: _Moments, fit: _SubFit) -> _SubFit:
     """`fit`, or a better one from the codes nearest under it."""
-    return _SubFit(*_better(fit, _solve(grid, x, w, moments, _codes(x, fit.s, fit.m, grid.top))))
+    return _SubFit(*better(fit, _solve(grid, x, w, moments, _codes(x, fit.s, fit.m, grid.top))))
 
 
 def _solve(grid: Affine, x: Tensor, w: Tensor, moments: _Moments, c: Tensor) -> _SubFit:
@@ -258,28 +258,30 @@ def _descend(grid: Affine, x: Tensor, w: Tensor, fit: _SuperFit) -> _SuperFit:
     best: tuple[Tensor, ...] = (_error(x, w, d * scale, dmin * minimum, grid.top), scale, minimum)
     for i, j in _NEIGHBOURS:
         a, b = (scale + i).clamp(0, grid.top_scale), (minimum + j).clamp(0, grid.top_scale)
-        best = _better(best, (_error(x, w, d * a, dmin * b, grid.top), a, b))
+        best = better(best, (_error(x, w, d * a, dmin * b, grid.top), a, b))
     return _SuperFit(best[0].sum(1, keepdim=True), best[1], best[2], d, dmin)
 
 
 @kernel
-def _refit_steps(grid: Affine, x: Tensor, w: Tensor, fit: _SuperFit) -> _SuperFit:
+def _refit_steps(grid: Affine, x: Tensor, w: Tensor, moments: _Moments, fit: _SuperFit) -> _SuperFit:
     """`fit`, or the same with (d, dmin) solved for its codes where that is better."""
-    d, dmin = _solve_steps(grid, x, w, fit)
+    d, dmin = _solve_steps(grid, x, w, moments, fit)
     error = _error(x, w, d * fit.scale, dmin * fit.minimum, grid.top).sum(1, keepdim=True)
-    return _SuperFit(*_better(fit, (error, fit.scale, fit.minimum, d, dmin)))
+    return _SuperFit(*better(fit, (error, fit.scale, fit.minimum, d, dmin)))
 
 
-def _solve_steps(grid: Affine, x: Tensor, w: Tensor, fit: _SuperFit) -> tuple[Tensor, Tensor]:
+def _solve_steps(
+    grid: Affine, x: Tensor, w: Tensor, moments: _Moments, fit: _SuperFit
+) -> tuple[Tensor, Tensor]:
     """(d, dmin) of least weighted error over the super-block with codes and integer scales fixed."""
     _, scale, minimum, d, dmin = fit
     c = _codes(x, d * scale, dmin * minimum, grid.top)
     wc = w * c
-    p, q, r = (wc * c).sum(-2), wc.sum(-2), w.sum(-2)
+    p, q, r = (wc * c).sum(-2), wc.sum(-2), moments.total
     uu, vv = (p * scale * scale).sum(1, keepdim=True), (r * minimum * minimum).sum(1, keepdim=True)
     uv = (q * scale * minimum).sum(1, keepdim=True)
     xu = ((wc * x).sum(-2) * scale).sum(1, keepdim=True)
-    xv = ((w * x).sum(-2) * minimum).sum(1, keepdim=True)
+    xv = (r * moments.mean * minimum).sum(1, keepdim=True)
     det = uu * vv - uv * uv
     both = det > 1e-6 * uu * vv
     # Without minima, or where they only follow the codes, d is left to solve alone.
@@ -290,5 +292,5 @@ def _solve_steps(grid: Affine, x: Tensor, w: Tensor, fit: _SuperFit) -> tuple[Te
 
 
 @kernel
-def _final_codes(x: Tensor, s: Tensor, m: Tensor, top: int) -> Tensor:
-    return _codes(x, s, m, top).to(torch.uint8)
+def _final_codes(x: Tensor, inverse_s: Tensor, m: Tensor, top: int) -> Tensor:
+    return ((x + m.unsqueeze(-2)) * inverse_s.unsqueeze(-2)).round().clamp(0, top).to(torch.uint8)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from moequant.errors import FormatError
 from moequant.formats.base import Effort, Format
-from moequant.formats.kernel import TILE
+from moequant.formats.kernel import TILE, kernel
+from moequant.formats.layout import inverse
 
 # Importance below this share of its expert's mean is raised to it: a channel that calibration
 # never excited must still be stored as what it is, not as zeros.
@@ -52,7 +53,7 @@ def quantize(
     row_bytes = fmt.row_bytes(weights.shape[-1])
     weights = weights.detach()
     stack = weights if weights.ndim == 3 else weights.reshape(-1, *weights.shape[-2:])
-    per_expert = None if importance is None else _check_importance(weights, importance)
+    per_expert = _check_importance(weights, importance)
     exponent = fmt.magnitude if magnitude is None else magnitude
     device = weights.device.type
     large = weights.numel() >= COMPILE_FROM and _compiles(fmt, effort, device)
@@ -63,8 +64,11 @@ def quantize(
     def work(first: int, last: int) -> None:
         x = _read(stack, fmt, first, last)
         _check_weights(x, fmt, stack, first)
-        w = _weigh(x, _importance_of(per_expert, stack, fmt, first, last), exponent, fmt.spread)
-        blocks[first:last] = _encode(fmt, x, w, effort, step)
+        per_block = _importance_of(per_expert, stack, fmt, first, last)
+        if large:  # kernels are compiled for whole tiles
+            x, per_block = _fill(x, step, 0.0), _fill(per_block, step, 1.0)
+        w = _weigh(x, per_block, exponent, fmt.spread) if exponent else per_block
+        blocks[first:last] = fmt.encode(x, w, effort)[: last - first]
 
     _for_each_tile(work, len(blocks), step, threads, weights.device)
     return out.view(*weights.shape[:-1], row_bytes)
@@ -150,9 +154,11 @@ def _check_weights(x: Tensor, fmt: Format, stack: Tensor, first: int) -> None:
     )
 
 
-def _check_importance(weights: Tensor, importance: Tensor) -> Tensor:
+def _check_importance(weights: Tensor, importance: Tensor | None) -> Tensor:
     """f32 [E, in] with mean 1 in each expert and a positive floor; FormatError when it cannot be that."""
     expected = (*weights.shape[:-2], weights.shape[-1])
+    if importance is None:
+        return torch.ones(expected, device=weights.device).view(-1, weights.shape[-1])
     if importance.shape != expected:
         raise FormatError(
             f"importance of weights {list(weights.shape)} must be {list(expected)}, one value per expert and "
@@ -172,34 +178,23 @@ def _check_importance(weights: Tensor, importance: Tensor) -> Tensor:
     return per_expert.clamp_min(FLOOR).to(torch.float32)
 
 
-def _importance_of(
-    per_expert: Tensor | None, stack: Tensor, fmt: Format, first: int, last: int
-) -> Tensor | None:
+def _importance_of(per_expert: Tensor, stack: Tensor, fmt: Format, first: int, last: int) -> Tensor:
     """f32 [last - first, block]: the importance of those blocks."""
-    if per_expert is None:
-        return None
     per_row = stack.shape[-1] // fmt.block
     block = torch.arange(first, last, device=stack.device)
     expert = block // (per_row * stack.shape[1])
     return per_expert.view(-1, fmt.block)[expert * per_row + block % per_row]
 
 
-def _weigh(x: Tensor, importance: Tensor | None, exponent: float, spread: float) -> Tensor:
+def _fill(x: Tensor, rows: int, value: float) -> Tensor:
+    """x [n, block] continued to `rows` rows with `value`."""
+    return x if len(x) == rows else torch.cat([x, x.new_full((rows - len(x), x.shape[1]), value)])
+
+
+@kernel
+def _weigh(x: Tensor, importance: Tensor, exponent: float, spread: float) -> Tensor:
     """Weights of the squared error, like x: importance · (spread + x²/mean(x²))^(exponent/2), per block."""
-    if exponent == 0:
-        return torch.ones_like(x) if importance is None else importance
     # Divided by the mean, which no choice within a block depends on: subnormals and 65504 are as safe as 1.
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-38)
-    square = (x / scale).square()
-    factor = (spread + square / square.mean(-1, keepdim=True).clamp_min(1e-30)) ** (exponent / 2)
-    return factor if importance is None else importance * factor
-
-
-def _encode(fmt: Format, x: Tensor, w: Tensor, effort: Effort, step: int) -> Tensor:
-    """Bytes of blocks x; filled up to a whole tile where that is what the kernels are compiled for."""
-    n = len(x)
-    if step * fmt.block != TILE[x.device.type] or n == step:
-        return fmt.encode(x, w, effort)
-    x = torch.cat([x, x.new_zeros((step - n, fmt.block))])
-    w = torch.cat([w, w.new_ones((step - n, fmt.block))])
-    return fmt.encode(x, w, effort)[:n]
+    square = (x * inverse(x.abs().amax(-1, keepdim=True).clamp_min(1e-38))).square()
+    mean = square.mean(-1, keepdim=True).clamp_min(1e-30)
+    return importance * (spread + square / mean) ** (exponent / 2)

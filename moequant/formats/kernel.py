@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property, update_wrapper
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ _CPU_OPTIONS = {
     "cpp.threads": 1,  # the engine's threads each take their own tile
     "cpp_wrapper": True,  # the one mode in which a kernel runs without the interpreter's lock
     "cpp.enable_floating_point_contract_flag": "fast",
+    # Codes that several sums read are cheaper to compute again in registers than to store.
+    "realize_reads_threshold": 16,
 }
 
 

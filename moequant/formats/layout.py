@@ -61,3 +61,21 @@ def positive_half(x: Tensor) -> Tensor:
 def inverse(s: Tensor) -> Tensor:
     """1 / s, and 0 where s is 0: a block without a scale has all its codes at 0."""
     return torch.where(s != 0, 1 / s, 0.0)
+
+
+def clip(codes: Tensor, top: float) -> Tensor:
+    """codes limited to 0..top. For NaN, inductor spends three instructions on each side of a clamp; relu is one."""
+    return top - torch.relu(top - torch.relu(codes))
+
+
+def signed_half(x: Tensor) -> Tensor:
+    """x rounded to f16, but never to zero unless it is zero: as f32."""
+    near = half(x)
+    tiny = torch.where(x > 0, 2.0**-24, torch.where(x < 0, -(2.0**-24), 0.0))
+    return torch.where(near == 0, tiny, near)
+
+
+def better(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of two fits whose first member is their error, the lesser, block by block."""
+    take = b[0] < a[0]
+    return tuple(torch.where(take, new, old) for old, new in zip(a, b, strict=True))

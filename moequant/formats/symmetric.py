@@ -1,26 +1,32 @@
-"""Search for types that store weight = scale · code, code in low..high.
+"""Search for types that store weight = scale · code, code in low..high, low < 0 < high.
 
-1. Each sub-block tries several scales of both signs (the code range is not symmetric, so the
-   sign decides which tail gets the extra code), refits each in closed form, and keeps the best.
-2. Several values of d are tried on the quadratic cost of rounding the sub-block scales.
+1. Each sub-block puts its largest weight at several places of the code range, with both signs
+   (the range is not symmetric: the sign decides which tail gets the extra code), solves the
+   scale in closed form for the codes that follow, and keeps the best.
+2. With codes fixed, moving a scale by ds costs p·ds²: that prices many values of d.
 3. Coordinate descent: each integer scale moves by one by the true error, then d is solved in
    closed form with codes fixed.
+
+Shapes are as in `affine`: [tiles, sub-blocks, weights, LANES], [tiles, sub-blocks, LANES] and
+[tiles, 1, LANES].
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moequant.formats.base import Effort
-from moequant.formats.layout import from_lanes, half, to_lanes
+from moequant.formats.kernel import kernel
+from moequant.formats.layout import better, clip, from_lanes, inverse, signed_half, to_lanes
 
 
 @dataclass(frozen=True, slots=True)
 class Symmetric:
-    """Sub-blocks of `sub` weights, codes low..high, integer scales low_scale..high_scale (0: f16 themselves)."""
+    """Sub-blocks of `sub` weights, codes low..high, integer scales low_scale..high_scale (0: f16)."""
 
     sub: int
     low: int
@@ -40,139 +46,167 @@ class SymmetricFit:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How hard to look: scales tried per sign, refits of the best, values of d descended, sweeps each."""
+    """How hard to look.
 
-    ranges: int
+    `places` (even) for the largest weight are tried per sign, the best refitted `refits` times; d is
+    chosen within `width` around each of `centers`, and each choice swept `sweeps` times.
+    """
+
+    places: int
     refits: int
-    starts: int
+    centers: tuple[float, ...]
+    width: float
     sweeps: int
 
 
 _PLANS: dict[Effort, _Plan] = {
-    "fast": _Plan(ranges=3, refits=1, starts=1, sweeps=1),
-    "default": _Plan(ranges=8, refits=1, starts=1, sweeps=2),
-    "best": _Plan(ranges=24, refits=2, starts=7, sweeps=4),
+    "fast": _Plan(places=4, refits=0, centers=(1.0,), width=0.1, sweeps=1),
+    "default": _Plan(places=8, refits=1, centers=(1.0,), width=0.1, sweeps=2),
+    "best": _Plan(places=24, refits=2, centers=(0.86, 0.93, 1.0, 1.07, 1.14), width=0.035, sweeps=4),
 }
+_STEPS = 33  # values of d that are priced
+
+
+class _SubFit(NamedTuple):
+    """Error of a sub-block less sum(w·x²), its unquantized scale, and p = sum(w·code²)."""
+
+    error: Tensor
+    s: Tensor
+    p: Tensor
+
+
+class _SuperFit(NamedTuple):
+    """Error of the super-block, integer scales as f32, and the step they multiply."""
+
+    error: Tensor
+    scale: Tensor
+    d: Tensor
 
 
 def search(grid: Symmetric, x: Tensor, w: Tensor, effort: Effort) -> SymmetricFit:
     """The best super-blocks found for x [n, block] under weights w."""
-    plan = _PLANS[effort]
-    xt, wt = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
-    s = _fit_sub_blocks(grid, plan, xt, wt)
-    best: tuple[Tensor, ...] | None = None
-    form = _curvature(grid, xt, wt, s)
-    for i in range(plan.starts):
-        d = _choose_step(grid, form, s, i)
-        scale = _round_scales(grid, s, d)
+    plan, n = _PLANS[effort], len(x)
+    x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
+    fit = _fit_sub_blocks(grid, plan, x, w)
+    best: _SuperFit | None = None
+    for center in torch.tensor(plan.centers, device=x.device).unbind():
+        new = _round_scales(grid, x, w, fit, center, plan.width)
         for _ in range(plan.sweeps):
-            scale, d, e = _sweep(grid, xt, wt, scale, d)
-        best = _keep(best, (e, scale, d))
+            new = _refit_step(grid, x, w, _descend(grid, x, w, new))
+        best = new if best is None else _SuperFit(*better(best, new))
     assert best is not None
-    _, scale, d = best
-    n = len(x)
-    codes = from_lanes(_codes(grid, xt, d * scale), n).to(torch.int8)
-    return SymmetricFit(codes, from_lanes(scale, n).to(torch.int8), from_lanes(d, n)[:, 0])
+    codes = _final_codes(grid, x, inverse(best.d * best.scale))
+    return SymmetricFit(
+        from_lanes(codes, n), from_lanes(best.scale, n).to(torch.int8), from_lanes(best.d, n)[:, 0]
+    )
 
 
 def search_block(grid: Symmetric, x: Tensor, w: Tensor, effort: Effort) -> SymmetricFit:
     """Blocks without sub-blocks: d, of either sign, is the scale."""
-    xt, wt = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
-    d = _signed_half(_fit_sub_blocks(grid, _PLANS[effort], xt, wt))
     n = len(x)
-    codes = from_lanes(_codes(grid, xt, d), n).to(torch.int8)
-    none = torch.empty((n, 0), dtype=torch.int8, device=x.device)
-    return SymmetricFit(codes, none, from_lanes(d, n)[:, 0])
+    x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
+    d = signed_half(_fit_sub_blocks(grid, _PLANS[effort], x, w).s)
+    codes = from_lanes(_final_codes(grid, x, inverse(d)), n)
+    return SymmetricFit(codes, codes[:, :0], from_lanes(d, n)[:, 0])
 
 
-def _keep(best: tuple[Tensor, ...] | None, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    if best is None:
-        return new
-    better = new[0] < best[0]
-    return tuple(torch.where(better, a, b) for a, b in zip(new, best, strict=True))
+def _fit_sub_blocks(grid: Symmetric, plan: _Plan, x: Tensor, w: Tensor) -> _SubFit:
+    largest, fit = _measure(x)
+    share = 1 / torch.linspace(0.75, 1.1, plan.places, device=x.device)
+    places = torch.cat([grid.low * share, grid.high * share])
+    for four in places.view(-1, 4).unbind():
+        fit = _try_places(grid, x, w, largest, fit, four)
+    for _ in range(plan.refits):
+        fit = _refit(grid, x, w, fit)
+    return fit
 
 
-def _signed_half(x: Tensor) -> Tensor:
-    """x rounded to f16, but never to zero unless it is zero: as f32."""
-    tiny = torch.where(x > 0, 2.0**-24, torch.where(x < 0, -(2.0**-24), 0.0))
-    near = half(x)
-    return torch.where(near == 0, tiny, near)
-
-
-def _inverse(s: Tensor) -> Tensor:
-    return torch.where(s != 0, 1 / s, torch.zeros_like(s))
-
-
-def _codes(grid: Symmetric, x: Tensor, s: Tensor) -> Tensor:
-    return (x * _inverse(s).unsqueeze(-2)).round().clamp(grid.low, grid.high)
+def _codes(grid: Symmetric, x: Tensor, inverse_s: Tensor) -> Tensor:
+    """Nearest codes, f32."""
+    c = (x * inverse_s.unsqueeze(-2)).round()
+    return clip(c - grid.low, grid.high - grid.low) + grid.low
 
 
 def _error(grid: Symmetric, x: Tensor, w: Tensor, s: Tensor) -> Tensor:
-    """Weighted squared error of each sub-block with nearest codes, [tiles, sub-blocks, LANES]."""
-    r = x - s.unsqueeze(-2) * _codes(grid, x, s)
+    """Weighted squared error of each sub-block with nearest codes."""
+    r = x - s.unsqueeze(-2) * _codes(grid, x, inverse(s))
+    # w * (r * r), not w * r * r: inductor keeps the first in one loop.
     return (w * (r * r)).sum(-2)
 
 
-def _solve(grid: Symmetric, x: Tensor, w: Tensor, s: Tensor) -> Tensor:
-    """The scale of least weighted error for the codes nearest under s."""
-    c = _codes(grid, x, s)
-    wc = w * c
-    wcc, wcx = (wc * c).sum(-2), (wc * x).sum(-2)
-    return torch.where(wcc > 0, wcx / wcc.clamp_min(1e-38), s)
-
-
-def _fit_sub_blocks(grid: Symmetric, plan: _Plan, x: Tensor, w: Tensor) -> Tensor:
-    """The best unquantized scale of each sub-block, [tiles, sub-blocks, LANES]."""
+@kernel
+def _measure(x: Tensor) -> tuple[Tensor, _SubFit]:
+    """1 / the largest weight in size, with its sign, and the fit with all codes 0."""
     low, high = x.amin(-2), x.amax(-2)
-    largest = torch.where(high > -low, high, low)
-    best: tuple[Tensor, ...] | None = None
-    for edge in (grid.low, grid.high):
-        for share in torch.linspace(0.75, 1.1, plan.ranges).tolist():
-            s = _solve(grid, x, w, largest * (share / edge))
-            best = _keep(best, (_error(grid, x, w, s), s))
-    assert best is not None
-    for _ in range(plan.refits):
-        s = _solve(grid, x, w, best[1])
-        best = _keep(best, (_error(grid, x, w, s), s))
-    return best[1]
+    largest = inverse(torch.where(high > -low, high, low))
+    none = torch.zeros_like(low)
+    return largest, _SubFit(none, none, none)
 
 
-def _curvature(grid: Symmetric, x: Tensor, w: Tensor, s: Tensor) -> Tensor:
-    """p: moving the scale by ds with codes fixed costs p·ds²."""
-    c = _codes(grid, x, s)
-    return (w * (c * c)).sum(-2)
+@kernel
+def _try_places(
+    grid: Symmetric, x: Tensor, w: Tensor, largest: Tensor, fit: _SubFit, places: Tensor
+) -> _SubFit:
+    """`fit`, or a better one with the largest weight at one of four places, in units of codes."""
+    for place in places.unbind():
+        fit = _SubFit(*better(fit, _solve(x, w, _codes(grid, x, largest * place))))
+    return fit
 
 
-def _round_scales(grid: Symmetric, s: Tensor, d: Tensor) -> Tensor:
-    return (s * _inverse(d)).round().clamp(grid.low_scale, grid.high_scale)
+@kernel
+def _refit(grid: Symmetric, x: Tensor, w: Tensor, fit: _SubFit) -> _SubFit:
+    """`fit`, or a better one from the codes nearest under it."""
+    return _SubFit(*better(fit, _solve(x, w, _codes(grid, x, inverse(fit.s)))))
 
 
-def _choose_step(grid: Symmetric, p: Tensor, s: Tensor, start: int) -> Tensor:
-    """The d whose rounding of the scales costs least, [tiles, 1, LANES]."""
-    low, high = s.amin(1, keepdim=True), s.amax(1, keepdim=True)
-    d0 = torch.where(high > -low, high, low) / grid.low_scale
-    best: tuple[Tensor, ...] | None = None
-    for k in range(-6, 7):
-        d = d0 * (1 + 0.015 * k + 0.005 * start)
-        ds = d * _round_scales(grid, s, d) - s
-        best = _keep(best, ((p * ds * ds).sum(1, keepdim=True), d))
-    assert best is not None
-    return _signed_half(best[1])
-
-
-def _sweep(grid: Symmetric, x: Tensor, w: Tensor, scale: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One descent over the integer scales, then d refitted; with the error of each super-block."""
-    best: tuple[Tensor, ...] = (_error(grid, x, w, d * scale), scale)
-    for move in (-2, -1, 1, 2):
-        a = (scale + move).clamp(grid.low_scale, grid.high_scale)
-        best = _keep(best, (_error(grid, x, w, d * a), a))
-    error, scale = best
-    error = error.sum(1, keepdim=True)
-    c = _codes(grid, x, d * scale)
+def _solve(x: Tensor, w: Tensor, c: Tensor) -> _SubFit:
+    """The fit of least error among those with codes c."""
     wc = w * c
-    uu = ((wc * c).sum(-2) * scale * scale).sum(1, keepdim=True)
-    xu = ((wc * x).sum(-2) * scale).sum(1, keepdim=True)
-    new_d = _signed_half(torch.where(uu > 0, xu / uu.clamp_min(1e-38), d))
-    refitted = _error(grid, x, w, new_d * scale).sum(1, keepdim=True)
-    better = refitted < error
-    return scale, torch.where(better, new_d, d), torch.where(better, refitted, error)
+    p, b = (wc * c).sum(-2), (wc * x).sum(-2)
+    s = b * inverse(p)
+    return _SubFit(-b * s, s, p)
+
+
+@kernel
+def _round_scales(
+    grid: Symmetric, x: Tensor, w: Tensor, fit: _SubFit, center: Tensor, width: float
+) -> _SuperFit:
+    """Integer scales, with the step that makes rounding them cheapest."""
+    low, high = fit.s.amin(1, keepdim=True), fit.s.amax(1, keepdim=True)
+    largest = torch.where(high > -low, high, low)
+    factor = center + torch.linspace(-width, width, _STEPS, device=x.device)
+    step = (largest / grid.low_scale).unsqueeze(2) * factor[:, None]  # [tiles, 1, _STEPS, LANES]
+    wanted = fit.s.unsqueeze(2)
+    lost = step * (wanted * inverse(step)).round().clamp(grid.low_scale, grid.high_scale) - wanted
+    cost = (fit.p.unsqueeze(2) * (lost * lost)).sum(1, keepdim=True)
+    size = torch.where(cost <= cost.amin(2, keepdim=True), step.abs(), 0.0).amax(2)
+    d = signed_half(torch.where(largest > 0, -size, size))
+    scale = (fit.s * inverse(d)).round().clamp(grid.low_scale, grid.high_scale)
+    return _SuperFit(_error(grid, x, w, d * scale).sum(1, keepdim=True), scale, d)
+
+
+@kernel
+def _descend(grid: Symmetric, x: Tensor, w: Tensor, fit: _SuperFit) -> _SuperFit:
+    """Each sub-block's integer scale moved to the best of its neighbours."""
+    best: tuple[Tensor, ...] = (_error(grid, x, w, fit.d * fit.scale), fit.scale)
+    for move in (-2, -1, 1, 2):
+        a = (fit.scale + move).clamp(grid.low_scale, grid.high_scale)
+        best = better(best, (_error(grid, x, w, fit.d * a), a))
+    return _SuperFit(best[0].sum(1, keepdim=True), best[1], fit.d)
+
+
+@kernel
+def _refit_step(grid: Symmetric, x: Tensor, w: Tensor, fit: _SuperFit) -> _SuperFit:
+    """`fit`, or the same with d solved for its codes where that is better."""
+    c = _codes(grid, x, inverse(fit.d * fit.scale))
+    wc = w * c
+    uu = ((wc * c).sum(-2) * fit.scale * fit.scale).sum(1, keepdim=True)
+    xu = ((wc * x).sum(-2) * fit.scale).sum(1, keepdim=True)
+    d = signed_half(torch.where(uu > 0, xu / uu, fit.d))
+    error = _error(grid, x, w, d * fit.scale).sum(1, keepdim=True)
+    return _SuperFit(*better(fit, (error, fit.scale, d)))
+
+
+@kernel
+def _final_codes(grid: Symmetric, x: Tensor, inverse_s: Tensor) -> Tensor:
+    return _codes(grid, x, inverse_s).to(torch.int8)
