@@ -83,7 +83,8 @@ def read_tokenizer(folder: Path) -> TokenizerSpec:
     settings = tokenizer_special.read_settings(folder)
     model = _bpe(raw)
     added = _added_tokens(backend, settings)
-    spm = bool(model.get("byte_fallback"))
+    # Byte-level text leaves nothing for byte fallback to do, whatever the flag says.
+    spm = bool(model.get("byte_fallback")) and not tokenizer_pre.is_byte_level(raw.get("pre_tokenizer"))
     vocab = _vocabulary(model["vocab"], added, model.get("unk_token") if spm else None, spm)
 
     ids, notes = _special(raw, settings, vocab)

@@ -234,6 +234,11 @@ def _describe_split(step: Mapping[str, Any]) -> str:
     return f"split {how[0]} {how[1]} {regex}"
 
 
+def is_byte_level(pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    """Whether it spells text as letters for bytes."""
+    return bool({_BYTES, _GPT2}.intersection(describe(pre_tokenizer)))
+
+
 def recognise(pre_tokenizer: Mapping[str, Any] | None) -> PreTokenizer:
     """The table row of a byte-level pre-tokenizer; TokenizerError with its steps when there is none."""
     steps = describe(pre_tokenizer)

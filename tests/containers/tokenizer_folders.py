@@ -165,16 +165,16 @@ def package_file(package: str, name: str) -> Path | None:
     return path if path and path.is_file() else None
 
 
-def from_tiktoken(folder: Path, ranks_file: Path, regex: str) -> Path:
-    """A Qwen vocabulary in tiktoken's format as tokenizer.json: NFC, one regex, merges from the ranks."""
-    lines = ranks_file.read_bytes().splitlines()
+def from_tiktoken(folder: Path, ranks_file: Path, steps: Sequence[str], size: int | None) -> Path:
+    """A Qwen vocabulary in tiktoken's format as tokenizer.json: the first `size` tokens, with NFC."""
+    lines = ranks_file.read_bytes().splitlines()[:size]
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     letters = {byte: char for char, byte in _byte_letters().items()}
     spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = [[spell[part] for part in pair] for token in ranks if (pair := _made_from(token, ranks))]
     tokenizer = Tokenizer(models.BPE(vocab={spell[token]: rank for token, rank in ranks.items()}, merges=[]))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = splitter([f"split {regex}", "bytes"])
+    tokenizer.pre_tokenizer = splitter(steps)
     content = json.loads(tokenizer.to_str())
     content["model"]["merges"] = merges
     content["added_tokens"] = [special(token, len(ranks) + i) for i, token in enumerate(QWEN_CHAT)]
