@@ -7,14 +7,10 @@ from typing import Any
 
 import gguf
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
 
 from moequant.containers import tokenizer_pre
 from moequant.containers.tokenizer import Kind, TokenizerSpec, add_tokenizer, read_tokenizer
-from moequant.containers.tokenizer_spm import merge_alone
 from moequant.errors import TokenizerError
 from tests.clients.llama import Llama
 from tests.containers import tokenizer_folders as folders
@@ -182,73 +178,6 @@ def test_nfc_is_noted_and_matters(tmp_path: Path) -> None:
         assert theirs.encode("cafe\u0301").ids != ours.tokenize("cafe\u0301")
 
 
-# SentencePiece style ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("every_split", [False, True])
-@pytest.mark.parametrize(
-    ("normalizer", "pre_tokenizer", "prefix"),
-    [
-        (folders.LLAMA_NORMALIZER, None, True),
-        (folders.ESCAPE, None, False),
-        (None, folders.metaspace("never"), False),
-    ],
-)
-def test_sentencepiece_style(
-    normalizer: dict[str, Any] | None,
-    pre_tokenizer: dict[str, Any] | None,
-    prefix: bool,
-    every_split: bool,
-    tmp_path: Path,
-) -> None:
-    folder = folders.sentencepiece_style(tmp_path, normalizer, pre_tokenizer, every_split)
-    spec = read_tokenizer(folder)
-    assert (spec.model, spec.space_prefix, spec.add_bos, spec.notes) == ("llama", prefix, True, ())
-    assert mismatches(folder, spec, tmp_path / "v.gguf", 200, ("<s>", "</s>")) == {}
-    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    with Llama(tmp_path / "v.gguf", vocab_only=True) as ours:
-        assert ours.tokenize("two experts", add_special=True) == theirs.encode("two experts").ids
-
-
-@pytest.mark.parametrize("scheme", ["always", "first"])
-def test_metaspace_differs_only_where_noted(scheme: str, tmp_path: Path) -> None:
-    folder = folders.sentencepiece_style(tmp_path, None, folders.metaspace(scheme))
-    spec = read_tokenizer(folder)
-    assert len(spec.notes) == (2 if scheme == "first" else 1)
-    found = mismatches(folder, spec, tmp_path / "v.gguf", 200, ("<s>", "</s>"))
-    wrong = [text for some in found.values() for text in some]
-    assert wrong
-    blank = (" ", "▁")
-    after = ("<s>", "</s>") if scheme == "first" else tuple(t + b for t in ("<s>", "</s>") for b in blank)
-    assert all(text.startswith(blank) or any(place in text for place in after) for text in wrong)
-
-
-def test_cuts_before_blanks_need_a_vocabulary_without_inner_blanks(tmp_path: Path) -> None:
-    folder = folders.sentencepiece_style(tmp_path, None, folders.metaspace("never", split=True))
-    with pytest.raises(TokenizerError, match="Metaspace"):
-        read_tokenizer(folder)
-
-
-def test_a_token_that_only_llama_cpp_would_form_is_noted(tmp_path: Path) -> None:
-    folder = folders.sentencepiece_style(tmp_path, folders.ESCAPE, None)
-    edit(folder, lambda t: t["model"]["vocab"].update({"qj": len(t["model"]["vocab"])}))
-    (note,) = read_tokenizer(folder).notes
-    assert "1 tokens" in note and "'qj'" in note
-
-
-@given(
-    st.lists(st.text("ab▁", min_size=2, max_size=2), min_size=1, max_size=8, unique=True),
-    st.text("ab▁", max_size=12),
-)
-def test_merging_alone_is_what_the_library_does(seeds: list[str], text: str) -> None:
-    merges = [(seed[0], seed[1]) for seed in seeds]
-    merges += [(seed, "a") for seed in seeds] + [(left, right) for left in seeds for right in seeds]
-    tokens = {"a", "b", "▁", *(left + right for left, right in merges)}
-    model = BPE(vocab={token: i for i, token in enumerate(sorted(tokens))}, merges=merges)
-    symbols, _ = merge_alone(text, {pair: rank for rank, pair in enumerate(merges)})
-    assert symbols == [token.value for token in model.tokenize(text)]
-
-
 # Vocabulary ------------------------------------------------------------------------------------------------
 
 
@@ -342,13 +271,6 @@ def test_ids_survive_the_round_trip_to_text(folder: Path, tmp_path: Path) -> Non
 def test_what_llama_cpp_cannot_do_is_refused(folder: Path, change: Any, message: str) -> None:
     edit(folder, change)
     with pytest.raises(TokenizerError, match=message):
-        read_tokenizer(folder)
-
-
-def test_missing_byte_tokens_are_refused(tmp_path: Path) -> None:
-    folder = folders.sentencepiece_style(tmp_path, folders.ESCAPE, None)
-    edit(folder, lambda t: t["model"]["vocab"].pop("<0x41>"))
-    with pytest.raises(TokenizerError, match="<0x41>"):
         read_tokenizer(folder)
 
 
