@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from moequant import corpus
 from moequant.compare import Comparison, Scores, score_row, summarize
 from moequant.convert import Settings, convert, load_encoder
+from moequant.presets import BASE_TYPES
 from tests.clients.llama import Llama
 
 
@@ -58,9 +59,7 @@ def main() -> None:
     parser.add_argument("--baselines", type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=240)
     parser.add_argument("--tokens", type=int, default=204_800)
-    parser.add_argument(
-        "--types", default="Q2_K_S,Q2_K,Q3_K_S,Q3_K_M,Q3_K_L,Q4_K_S,Q4_K_M,Q5_K_S,Q5_K_M,Q6_K,Q8_0"
-    )
+    parser.add_argument("--types", default=",".join(sorted(BASE_TYPES.keys() - {"F32", "BF16", "F16"})))
     parser.add_argument("--effort", default="default")
     arguments = parser.parse_args()
     theirs = {row["type"]: row for row in json.loads(arguments.baselines.read_text())["results"]}

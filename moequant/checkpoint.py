@@ -28,7 +28,7 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened model: nothing but headers is in memory. `weights` are in the order of the output file."""
+    """An opened model: only headers are in memory. `weights` are in the order of the output file."""
 
     path: Path
     config: dict[str, Any]
@@ -68,7 +68,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raw = _read_json(path / "config.json")
     if "quantization_config" in raw:
         raise CheckpointError(
-            f"{path}: already quantized ({raw['quantization_config'].get('quant_method', 'unknown method')}); "
+            f"{path}: already quantized ({raw['quantization_config'].get('quant_method', 'unknown')}); "
             "give the bf16, f16 or f32 checkpoint"
         )
     family = families.find(raw)
@@ -113,15 +113,15 @@ def load(weight: Weight) -> Tensor:
 
 
 def not_finite(weight: Weight, values: Tensor) -> str | None:
-    """Which stored tensor of a loaded weight holds NaN or infinity, and how many, or None when all is well."""
+    """Which stored tensor of a loaded weight holds NaN or infinity, and how many; None when none does."""
     if torch.isfinite(values).all():
         return None
     parts = values if len(weight.sources) > 1 else values[None]
     bad = (~torch.isfinite(parts)).flatten(1).sum(1)
     first = int(bad.nonzero()[0])
     return (
-        f"tensor {weight.sources[first].ref.name} ({weight.name}): {int(bad[first])} of {parts[first].numel()} "
-        "values are NaN or infinite; the checkpoint is damaged"
+        f"tensor {weight.sources[first].ref.name} ({weight.name}): {int(bad[first])} of "
+        f"{parts[first].numel()} values are NaN or infinite; the checkpoint is damaged"
     )
 
 
@@ -164,7 +164,7 @@ def _read_fused(source: Source, out: Tensor) -> None:
 
 
 def _read_into(file: BinaryIO, ref: TensorRef, offset: int, out: Tensor) -> None:
-    view = memoryview(out.view(torch.uint8).reshape(-1).numpy())
+    view = out.view(torch.uint8).reshape(-1).numpy().data
     file.seek(ref.begin + offset)
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]
@@ -250,7 +250,8 @@ def _assemble(family: Family, config: dict[str, Any], refs: dict[str, TensorRef]
             )
         if claims and ref.dtype not in _DTYPES:
             raise CheckpointError(
-                f"tensor {ref.name} is stored as {ref.dtype}; expected {', '.join(_DTYPES)} (convert the checkpoint first)"
+                f"tensor {ref.name} is stored as {ref.dtype}; expected "
+                f"{', '.join(_DTYPES)} (convert the checkpoint first)"
             )
         for rule, match in claims:
             groups = match.groupdict()
@@ -296,7 +297,7 @@ def _weight(
         if len(parts) > 1:
             raise CheckpointError(f"{where}: stored both fused and per expert")
         ref = parts[None]
-        refs = (ref,)
+        refs: tuple[TensorRef, ...] = (ref,)
         rows = ref.shape[-2] if len(ref.shape) > 1 else 1
         start, stop = _rows(rule.part, rows)
         shape = (*ref.shape[:-2], stop - start, ref.shape[-1]) if len(ref.shape) > 1 else ref.shape
@@ -331,7 +332,7 @@ def _weight(
 
 
 def _input(rule: Rule, layer: int | None) -> str | None:
-    """The name under which `routing` collects the activations that a weight multiplies, if it multiplies any."""
+    """The name under which `routing` collects the activations that a weight multiplies, if any."""
     if rule.role.keeps_precision or rule.role == "embedding":
         return None
     if rule.role.is_expert:

@@ -125,7 +125,7 @@ def _console() -> Console:
 
 
 def guarded(action: Callable[[], T]) -> T:
-    """The action's result, or one line on stderr and exit code 1 for an error that moequant raises on purpose."""
+    """The action's result; one line on stderr and exit code 1 for an error raised on purpose."""
     try:
         return action()
     except MoequantError as error:

@@ -55,7 +55,7 @@ def compare(base: nn.Module, candidate: nn.Module, ids: Tensor, source: str) -> 
         total=ids.numel(), unit="tok", unit_scale=True, desc="compare", disable=None, leave=False
     ) as bar:
         parts = []
-        for row in ids.split(1):
+        for row in torch.split(ids, 1):
             with torch.inference_mode():
                 logits = [model(input_ids=row, use_cache=False).logits[0] for model in (base, candidate)]
             parts.append(score_row(logits[0], logits[1], row[0]))

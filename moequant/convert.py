@@ -113,7 +113,14 @@ def convert(model: str | Path, out: str | Path, settings: Settings = Settings())
         losses=tuple(losses),
         comparison=comparison,
         stages=tuple(meter.costs),
+        notes=_notes(opened),
     )
+
+
+def _notes(opened: Opened) -> tuple[str, ...]:
+    """What a person should know about this file, and could not guess from the tables."""
+    dense = "a dense model: there are no experts to treat one by one"
+    return (*opened.tokenizer.notes, *([dense] if opened.checkpoint.n_experts == 0 else []))
 
 
 def facts(checkpoint: Checkpoint) -> ModelFacts:

@@ -16,7 +16,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """Seconds of wall time and peak resident bytes of one stage (of the whole run where Linux does not tell)."""
+    """Wall seconds and peak resident bytes of one stage (of the run so far, where not on Linux)."""
 
     name: str
     seconds: float

@@ -87,7 +87,7 @@ def packed_bytes(format_name: str, weight: Weight) -> int:
         raise PlanError(
             f"{weight.name}: {format_name} needs rows of a multiple of {block}, not {weight.n_in}"
         )
-    return weight.numel // block * block_bytes
+    return weight.numel // int(block) * int(block_bytes)
 
 
 def preset_plan(weights: tuple[Weight, ...], preset: str, facts: ModelFacts) -> Plan:

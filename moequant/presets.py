@@ -59,7 +59,7 @@ _FALLBACKS = {
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What llama.cpp's rules look at: decoder layers, experts per layer, query heads per key head, tied head."""
+    """What llama.cpp's rules look at: layers, experts per layer, query heads per key head, tied head."""
 
     layers: int
     experts: int

@@ -37,7 +37,7 @@ def verify(written: Written, plan: Plan, weights: tuple[Weight, ...]) -> int:
                 f"planned {choice.format} {shapes[name]}"
             )
         data = on_disk.data(name)
-        if zlib.crc32(data) != written.checksums[name]:
+        if zlib.crc32(data.data) != written.checksums[name]:
             raise VerifyError(
                 f"{written.path}: bytes of {name} are not those that were written; is the disk healthy?"
             )

@@ -1,4 +1,4 @@
-"""The command line: one line and a non-zero exit for bad input, nothing half-written, quiet off a terminal."""
+"""The command line: one line and a non-zero exit for bad input, nothing half-written, quiet in a pipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-
 from typer.testing import CliRunner
 
 import moequant
@@ -71,7 +70,7 @@ def test_convert_and_its_dry_run_agree_to_the_byte(model: Path, text: Path, tmp_
 
 
 def test_the_dry_run_reads_only_headers(model: Path, tmp_path: Path) -> None:
-    """Weights that are not there are not missed: the file is cut to its header and a hole of the same size."""
+    """Weights that are not there are not missed: behind the header the file is a hole."""
     file = model / "model.safetensors"
     size = file.stat().st_size
     with file.open("r+b") as handle:

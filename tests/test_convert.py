@@ -138,7 +138,7 @@ def test_rows_that_256_does_not_divide(tmp_path: Path, text: Path) -> None:
 
 
 def test_experts_that_no_token_reached_are_quantized_and_named(tiny, tmp_path: Path, text: Path) -> None:
-    """A router that starves experts on purpose: all are in the file, with finite values, and in the report."""
+    """A router that starves experts on purpose: all are in the file, finite, and in the report."""
     folder = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
     router = tensors["model.layers.1.mlp.gate.weight"]

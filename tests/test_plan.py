@@ -77,7 +77,7 @@ def test_rows_that_256_does_not_divide_fall_back_and_say_so() -> None:
 
 
 def test_unknown_presets_are_listed() -> None:
-    with pytest.raises(PlanError, match="Q9_Z.*Q4_K_M"):
+    with pytest.raises(PlanError, match=r"Q9_Z.*Q4_K_M"):
         preset_plan((), "Q9_Z", ModelFacts(1, 0, 1, False))
 
 

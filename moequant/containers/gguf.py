@@ -94,7 +94,7 @@ def write(
                     f"{item.weight.name}: packed as {item.data.numel()} bytes, planned {choice}"
                 )
             data = item.data.reshape(-1).contiguous().cpu().numpy()
-            checksums[choice.weight] = zlib.crc32(data)
+            checksums[choice.weight] = zlib.crc32(data.data)
             writer.write_tensor_data(data)
         writer.flush()
         for file in writer.fout or ():
@@ -108,7 +108,7 @@ def write(
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends well, and is removed when not."""
+    """A temporary name beside `path` that takes its place when the block ends well, else is removed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial

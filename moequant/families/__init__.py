@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moequant.errors import FamilyError
-from moequant.families.base import HARMLESS, Config, Family, Key, Part, Rule
+from moequant.families.base import HARMLESS, Config, Family, Part, Rule
 from moequant.families.llama import LLAMA
 from moequant.families.mixtral import MIXTRAL
 from moequant.families.olmoe import OLMOE
@@ -42,9 +42,9 @@ def normalized(family: Family, config: Config) -> dict[str, Any]:
     """
     full = dict(config)
     wanted = {key.config for key in family.keys}
-    for alias, key in _ALIASES.items():
-        if alias in full and alias not in wanted and key in wanted:
-            full.setdefault(key, full.pop(alias))
+    for alias, name in _ALIASES.items():
+        if alias in full and alias not in wanted and name in wanted:
+            full.setdefault(name, full.pop(alias))
             full.pop(alias, None)
     if full.get("num_key_value_heads") is None:
         full["num_key_value_heads"] = full.get("num_attention_heads")
@@ -64,8 +64,8 @@ def normalized(family: Family, config: Config) -> dict[str, Any]:
     unknown = sorted(key for key in full.keys() - known if full[key] is not None)
     if unknown:
         raise FamilyError(
-            f"{family.name}: config key {unknown[0]} = {full[unknown[0]]!r} is unknown and may change what the "
-            f"model computes" + (f" (also {', '.join(unknown[1:])})" if unknown[1:] else "")
+            f"{family.name}: config key {unknown[0]} = {full[unknown[0]]!r} is unknown and may change "
+            "what the model computes" + (f" (also {', '.join(unknown[1:])})" if unknown[1:] else "")
         )
     return full
 

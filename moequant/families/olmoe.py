@@ -1,4 +1,4 @@
-"""OLMoE: q/k norms over all heads at once; llama.cpp never renormalises the top-k weights nor clips q, k, v."""
+"""OLMoE: q/k norms over all heads; llama.cpp neither renormalises top-k weights nor clips q, k, v."""
 
 from moequant.families.base import SHAPE_KEYS, Family, Key, attention, ends, experts
 

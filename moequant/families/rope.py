@@ -39,7 +39,7 @@ def rope_metadata(config: Config) -> list[tuple[str, str, Any]]:
     scaling = dict(config.get("rope_parameters") or {})
     if older := dict(config.get("rope_scaling") or {}):
         scaling = scaling | older | {"rope_type": older.get("rope_type", older.get("type"))}
-    theta = scaling.get("rope_theta", config.get("rope_theta", 10000.0))
+    theta: Any = scaling.get("rope_theta", config.get("rope_theta", 10000.0))
     kind = scaling.get("rope_type", "default")
     if unknown := sorted(scaling.keys() - _SCALING_KEYS):
         raise FamilyError(f"rope scaling {kind!r}: key {unknown[0]} is not supported yet")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +33,7 @@ class Report:
     losses: tuple[ExpertLoss, ...]
     comparison: Comparison | None
     stages: tuple[StageCost, ...]
+    notes: tuple[str, ...]
 
     @property
     def bits_per_weight(self) -> float:
@@ -42,11 +42,10 @@ class Report:
 
     def renderable(self) -> RenderableType:
         """The report for a rich console."""
-        parts: list[RenderableType] = [_before_after(self), _types(self.plan)]
+        parts: list[RenderableType] = [_before_after(self), _types(self)]
         if self.calibration is not None and self.calibration.routes:
             parts += [_routing(self.calibration), *_unseen(self.calibration), _worst(self.losses)]
-        if self.checkpoint.n_experts == 0:
-            parts.append(Text("note: a dense model, there are no experts to treat one by one"))
+        parts += [Text(f"note: {note}") for note in self.notes]
         parts.append(_stages(self.stages))
         return Group(*parts)
 
@@ -99,13 +98,15 @@ def _pm(estimate: Estimate, digits: int) -> str:
     return f"{estimate.value:.{digits}f} ± {estimate.error:.{digits}f}"
 
 
-def _types(plan: Plan) -> Table:
-    made = table("types", "format", "tensors", "size", "why")
-    rows = Counter((choice.format, choice.reason) for choice in plan.choices)
-    for (name, reason), count in rows.items():
-        total = sum(c.bytes for c in plan.choices if (c.format, c.reason) == (name, reason))
-        made.add_row(name, str(count), size(total), reason)
-    made.columns[3].justify = "left"
+def _types(report: Report) -> Table:
+    made = table("types", "role", "format", "tensors", "size", "why")
+    made.columns[1].justify = made.columns[4].justify = "left"
+    roles = {weight.name: weight.role for weight in report.checkpoint.weights}
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for choice in report.plan.choices:
+        rows.setdefault((roles[choice.weight], choice.format, choice.reason), []).append(choice.bytes)
+    for (role, name, reason), sizes in rows.items():
+        made.add_row(role, name, str(len(sizes)), size(sum(sizes)), reason)
     return made
 
 

@@ -13,7 +13,7 @@ from moequant.routing.model import build_model
 from moequant.values import Calibration, Role, RouteStats
 
 BATCH_TOKENS = 4096
-"""Tokens per forward pass: enough for the experts' products to be efficient, small enough to stay in cache."""
+"""Tokens per forward pass: enough for efficient products, few enough to bound the activations."""
 
 
 def calibrate(checkpoint: Checkpoint, rows: Rows, bar: type[tqdm] = tqdm) -> Calibration:
@@ -26,7 +26,7 @@ def calibrate(checkpoint: Checkpoint, rows: Rows, bar: type[tqdm] = tqdm) -> Cal
     per_batch = max(1, BATCH_TOKENS // rows.ids.shape[1])
     with torch.inference_mode(), observed(model, checkpoint.weights) as observers:
         progress = bar(total=rows.ids.numel(), unit="tok", desc="calibrate", disable=None, leave=False)
-        for batch in rows.ids.split(per_batch):
+        for batch in torch.split(rows.ids, per_batch):
             model(input_ids=batch, use_cache=False, logits_to_keep=1)
             progress.update(batch.numel())
         progress.close()

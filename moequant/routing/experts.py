@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,18 @@ class Observer:
         sums.gate_square[expert] += weights.square().sum()
 
 
+class FusedExperts(Protocol):
+    """What transformers 5 gives every fused experts module: gate_up_proj [E, 2f, h], down_proj [E, h, f]."""
+
+    num_experts: int
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+
+
 def experts_forward(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: FusedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """The weighted sum of each token's experts: hidden [n, h], index and weights [n, k] -> [n, h].
 
@@ -78,7 +89,7 @@ def experts_forward(
     n, k = top_k_index.shape
     slots = top_k_index.reshape(-1)
     order = torch.argsort(slots, stable=True)
-    counts = torch.bincount(slots, minlength=int(module.num_experts)).tolist()
+    counts = torch.bincount(slots, minlength=module.num_experts).tolist()
     gates = top_k_weights.reshape(-1)
     out = torch.zeros(n, hidden_states.shape[-1], dtype=torch.float32, device=hidden_states.device)
     start = 0

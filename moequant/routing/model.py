@@ -53,7 +53,8 @@ def build_model(
             target.copy_(uninterleave(values, weight.rope_heads) if weight.rope_heads else values)
             filled.add(weight.param)
     _check_filled(model, params, filled, checkpoint.tied)
-    return model.eval()
+    made: nn.Module = model.eval()
+    return made
 
 
 def _config_kwargs(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -16,7 +16,7 @@ PRIOR_TOKENS = 32.0
 """An expert that saw this many tokens trusts its own moments and the layer's equally."""
 
 FLOOR = 1e-6
-"""Smallest importance, relative to the expert's mean: a channel that was silent in calibration still counts."""
+"""Smallest importance, relative to the expert's mean: a channel silent in calibration still counts."""
 
 
 def importance(stats: InputStats, gating: Gating = "none", prior_tokens: float = PRIOR_TOKENS) -> Tensor:

@@ -81,7 +81,7 @@ def test_harmless_keys_are_ignored(tiny) -> None:
 
 
 def test_an_unknown_architecture_names_the_known_ones() -> None:
-    with pytest.raises(FamilyError, match="BertModel.*MixtralForCausalLM"):
+    with pytest.raises(FamilyError, match=r"BertModel.*MixtralForCausalLM"):
         families.find({"architectures": ["BertModel"]})
 
 
