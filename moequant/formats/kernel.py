@@ -22,7 +22,7 @@ R = TypeVar("R")
 # Weights in a tile, by device: on a CPU a tile and its weights stay in the second-level cache.
 TILE = {"cpu": 1 << 18, "cuda": 1 << 24}
 
-_CPU_OPTIONS = {
+_CPU_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {
     "cpp.threads": 1,  # the engine's threads each take their own tile
     "cpp_wrapper": True,  # the one mode in which a kernel runs without the interpreter's lock
     "cpp.enable_floating_point_contract_flag": "fast",

@@ -64,7 +64,7 @@ def inverse(s: Tensor) -> Tensor:
 
 
 def clip(codes: Tensor, top: float) -> Tensor:
-    """codes limited to 0..top. For NaN, inductor spends three instructions on each side of a clamp; relu is one."""
+    """codes limited to 0..top, by relu: minding NaN, inductor spends three instructions a side on clamp."""
     return top - torch.relu(top - torch.relu(codes))
 
 
