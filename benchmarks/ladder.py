@@ -65,9 +65,7 @@ def main() -> None:
     theirs = {row["type"]: row for row in json.loads(arguments.baselines.read_text())["results"]}
     documents = corpus.read(arguments.eval, "evaluation")
     ids = corpus.pack(documents, load_encoder(arguments.model), 512, arguments.chunks * 512).ids
-    print(
-        "| type | bytes | of llama.cpp's | perplexity | llama.cpp's | mean KL | llama.cpp's | ratio | same top |"
-    )
+    print("| type | bytes | of llama.cpp's | perplexity | its | mean KL | its | ratio | same top |")
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "F32.gguf"
@@ -80,10 +78,11 @@ def main() -> None:
             )
             made, other = convert(arguments.model, path, settings), theirs[name]
             found = score(base, path, ids)
+            ppl, kl = found.perplexity.value, found.kl_mean.value
             print(
                 f"| {name} | {made.file_bytes:,} | {made.file_bytes / other['bytes']:.4f} | "
-                f"{found.perplexity.value:.3f} | {other['ppl']:.3f} | {found.kl_mean.value:.5f} | "
-                f"{other['kld_mean']:.5f} | {found.kl_mean.value / other['kld_mean']:.3f} | {found.same_top:.2%} |",
+                f"{ppl:.3f} | {other['ppl']:.3f} | {kl:.5f} | {other['kld_mean']:.5f} | "
+                f"{kl / other['kld_mean']:.3f} | {found.same_top:.2%} |",
                 flush=True,
             )
             path.unlink()
