@@ -197,7 +197,7 @@ def search(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFit:
     moments, fit = _fit_sub_blocks(grid, plan, x, w)
     best: _SuperFit | None = None
     for center in torch.cartesian_prod(*[torch.tensor(plan.centers, device=x.device)] * 2).view(-1, 2):
-        new = _round_scales(grid, x, w, moments, fit, center, plan.width)
+        new = _round_scales(grid, x, moments, fit, center, plan.width)
         for _ in range(plan.sweeps):
             new = _refit_steps(grid, x, w, moments, _descend(grid, x, w, new))
         best = new if best is None else _SuperFit(*better(best, new))
@@ -314,29 +314,29 @@ def _solve(grid: Affine, x: Tensor, w: Tensor, moments: _Moments, c: Tensor) -> 
 
 @kernel
 def _round_scales(
-    grid: Affine, x: Tensor, w: Tensor, moments: _Moments, fit: _SubFit, center: Tensor, width: float
+    grid: Affine, x: Tensor, moments: _Moments, fit: _SubFit, center: Tensor, width: float
 ) -> _SuperFit:
     """Integer scales and minima, with the steps that make rounding them cheapest by the quadratic form."""
     shift = fit.q / moments.total
-    d = _cheapest_step(grid, fit.p - fit.q * shift, fit.s, center[0], width)
+    factor = torch.linspace(-width, width, _STEPS, device=x.device)
+    d = _cheapest_step(grid, fit.p - fit.q * shift, fit.s, center[0] + factor)
     scale = (fit.s * inverse(d)).round().clamp(0, grid.top_scale)
     moved = fit.m + (d * scale - fit.s) * shift
-    dmin = _cheapest_step(grid, moments.total, moved.clamp_min(0), center[1], width)
+    dmin = _cheapest_step(grid, moments.total, moved.clamp_min(0), center[1] + factor)
     minimum = (moved * inverse(dmin)).round().clamp(0, grid.top_scale)
-    error = _error(x, w, d * scale, dmin * minimum, grid.top).sum(1, keepdim=True)
-    return _SuperFit(error, scale, minimum, d, dmin)
+    return _SuperFit(torch.full_like(d, torch.inf), scale, minimum, d, dmin)
 
 
-def _cheapest_step(grid: Affine, price: Tensor, wanted: Tensor, center: Tensor, width: float) -> Tensor:
-    """The step, near center · wanted.max / top_scale, of least sum(price · (step · integer - wanted)²)."""
-    factor = center + torch.linspace(-width, width, _STEPS, device=wanted.device)
+def _cheapest_step(grid: Affine, price: Tensor, wanted: Tensor, factor: Tensor) -> Tensor:
+    """The f16 step near factor · largest / top_scale of least sum(price · (step · integer - wanted)²)."""
     largest = wanted.amax(1, keepdim=True)
-    step = (largest / grid.top_scale).unsqueeze(2) * factor[:, None]  # [tiles, 1, _STEPS, LANES]
+    step = positive_half(
+        (largest / grid.top_scale).unsqueeze(2) * factor[:, None]
+    )  # [tiles, 1, _STEPS, LANES]
     wanted = wanted.unsqueeze(2)
     lost = step * (wanted * inverse(step)).round().clamp(0, grid.top_scale) - wanted
     cost = (price.unsqueeze(2) * (lost * lost)).sum(1, keepdim=True)
-    cheapest = cost <= cost.amin(2, keepdim=True)
-    return positive_half(torch.where(cheapest, step, 0.0).amax(2))
+    return torch.where(cost <= cost.amin(2, keepdim=True), step, 0.0).amax(2)
 
 
 @kernel
@@ -352,16 +352,7 @@ def _descend(grid: Affine, x: Tensor, w: Tensor, fit: _SuperFit) -> _SuperFit:
 
 @kernel
 def _refit_steps(grid: Affine, x: Tensor, w: Tensor, moments: _Moments, fit: _SuperFit) -> _SuperFit:
-    """`fit`, or the same with (d, dmin) solved for its codes where that is better."""
-    d, dmin = _solve_steps(grid, x, w, moments, fit)
-    error = _error(x, w, d * fit.scale, dmin * fit.minimum, grid.top).sum(1, keepdim=True)
-    return _SuperFit(*better(fit, (error, fit.scale, fit.minimum, d, dmin)))
-
-
-def _solve_steps(
-    grid: Affine, x: Tensor, w: Tensor, moments: _Moments, fit: _SuperFit
-) -> tuple[Tensor, Tensor]:
-    """(d, dmin) of least weighted error over the super-block with codes and integer scales fixed."""
+    """`fit`, or the same with (d, dmin) solved for its codes over the super-block where that is better."""
     _, scale, minimum, d, dmin = fit
     c = _codes(x, d * scale, dmin * minimum, grid.top)
     wc = w * c
@@ -376,7 +367,16 @@ def _solve_steps(
     new_d = torch.where(both, (xu * vv - xv * uv) / det, (xu + dmin * uv) / uu)
     new_dmin = torch.where(both, (xu * uv - xv * uu) / det, dmin)
     good = (uu > 0) & (new_d > 0) & (new_dmin >= 0)
-    return positive_half(torch.where(good, new_d, d)), positive_half(torch.where(good, new_dmin, dmin))
+    new_d, new_dmin = (
+        positive_half(torch.where(good, new_d, d)),
+        positive_half(torch.where(good, new_dmin, dmin)),
+    )
+
+    def cost(d: Tensor, dmin: Tensor) -> Tensor:
+        return d * (d * uu - 2 * (dmin * uv + xu)) + dmin * (dmin * vv + 2 * xv)
+
+    error = fit.error + (cost(new_d, new_dmin) - cost(d, dmin))
+    return _SuperFit(*better(fit, (error, scale, minimum, new_d, new_dmin)))
 
 
 @kernel

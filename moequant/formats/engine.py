@@ -21,7 +21,6 @@ from torch import Tensor
 from moequant.errors import FormatError
 from moequant.formats.base import Effort, Format
 from moequant.formats.kernel import TILE, kernel
-from moequant.formats.layout import inverse
 
 # Importance below this share of its expert's mean is raised to it: a channel that calibration
 # never excited must still be stored as what it is, not as zeros.
@@ -194,7 +193,7 @@ def _fill(x: Tensor, rows: int, value: float) -> Tensor:
 @kernel
 def _weigh(x: Tensor, importance: Tensor, exponent: float, spread: float) -> Tensor:
     """Weights of the squared error, like x: importance · (spread + x²/mean(x²))^(exponent/2), per block."""
-    # Divided by the mean, which no choice within a block depends on: subnormals and 65504 are as safe as 1.
-    square = (x * inverse(x.abs().amax(-1, keepdim=True).clamp_min(1e-38))).square()
+    square = x * x
+    # Divided by the mean, which no choice within a block depends on, so that w has no unit.
     mean = square.mean(-1, keepdim=True).clamp_min(1e-30)
     return importance * (spread + square / mean) ** (exponent / 2)

@@ -22,7 +22,10 @@ R = TypeVar("R")
 # Weights in a tile, by device: on a CPU a tile and its weights stay in the second-level cache.
 TILE = {"cpu": 1 << 18, "cuda": 1 << 24}
 
-_CPU_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {
+_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {
+    "emulate_precision_casts": True,  # or a scale rounded to f16 and back would stay unrounded
+}
+_CPU_OPTIONS = _OPTIONS | {
     "cpp.threads": 1,  # the engine's threads each take their own tile
     "cpp_wrapper": True,  # the one mode in which a kernel runs without the interpreter's lock
     "cpp.enable_floating_point_contract_flag": "fast",
@@ -44,7 +47,7 @@ class Kernel(Generic[P, R]):
 
     @cached_property
     def _cuda(self) -> Callable[P, R]:
-        return torch.compile(self.eager, dynamic=False)
+        return torch.compile(self.eager, dynamic=False, options=_OPTIONS)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         tensor = next(a for a in args if isinstance(a, Tensor))

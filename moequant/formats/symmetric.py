@@ -167,7 +167,7 @@ def search(grid: Symmetric, x: Tensor, w: Tensor, effort: Effort) -> SymmetricFi
     fit = _fit_sub_blocks(grid, plan, x, w)
     best: _SuperFit | None = None
     for center in torch.tensor(plan.centers, device=x.device).unbind():
-        new = _round_scales(grid, x, w, fit, center, plan.width)
+        new = _round_scales(grid, x, fit, center, plan.width)
         for _ in range(plan.sweeps):
             new = _refit_step(grid, x, w, _descend(grid, x, w, new))
         best = new if best is None else _SuperFit(*better(best, new))
@@ -250,21 +250,20 @@ def _solve(x: Tensor, w: Tensor, c: Tensor) -> _SubFit:
 
 
 @kernel
-def _round_scales(
-    grid: Symmetric, x: Tensor, w: Tensor, fit: _SubFit, center: Tensor, width: float
-) -> _SuperFit:
-    """Integer scales, with the step that makes rounding them cheapest."""
+def _round_scales(grid: Symmetric, x: Tensor, fit: _SubFit, center: Tensor, width: float) -> _SuperFit:
+    """Integer scales, with the f16 step that makes rounding them cheapest."""
     low, high = fit.s.amin(1, keepdim=True), fit.s.amax(1, keepdim=True)
     largest = torch.where(high > -low, high, low)
     factor = center + torch.linspace(-width, width, _STEPS, device=x.device)
-    step = (largest / grid.low_scale).unsqueeze(2) * factor[:, None]  # [tiles, 1, _STEPS, LANES]
+    # [tiles, 1, _STEPS, LANES]
+    step = signed_half((largest / grid.low_scale).unsqueeze(2) * factor[:, None])
     wanted = fit.s.unsqueeze(2)
     lost = step * (wanted * inverse(step)).round().clamp(grid.low_scale, grid.high_scale) - wanted
     cost = (fit.p.unsqueeze(2) * (lost * lost)).sum(1, keepdim=True)
     size = torch.where(cost <= cost.amin(2, keepdim=True), step.abs(), 0.0).amax(2)
-    d = signed_half(torch.where(largest > 0, -size, size))
+    d = torch.where(largest > 0, -size, size)
     scale = (fit.s * inverse(d)).round().clamp(grid.low_scale, grid.high_scale)
-    return _SuperFit(_error(grid, x, w, d * scale).sum(1, keepdim=True), scale, d)
+    return _SuperFit(torch.full_like(d, torch.inf), scale, d)
 
 
 @kernel
@@ -285,7 +284,7 @@ def _refit_step(grid: Symmetric, x: Tensor, w: Tensor, fit: _SuperFit) -> _Super
     uu = ((wc * c).sum(-2) * fit.scale * fit.scale).sum(1, keepdim=True)
     xu = ((wc * x).sum(-2) * fit.scale).sum(1, keepdim=True)
     d = signed_half(torch.where(uu > 0, xu / uu, fit.d))
-    error = _error(grid, x, w, d * fit.scale).sum(1, keepdim=True)
+    error = fit.error + (d * (d * uu - 2 * xu) - fit.d * (fit.d * uu - 2 * xu))
     return _SuperFit(*better(fit, (error, fit.scale, d)))
 
 
