@@ -18,6 +18,8 @@ to a sub-block [tiles, sub-blocks, LANES], to a super-block [tiles, 1, LANES].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from moequant.formats.base import Effort
 from moequant.formats.kernel import kernel
-from moequant.formats.layout import better, clip, from_lanes, half, inverse, positive_half, to_lanes
+from moequant.formats.layout import better, clip, from_lanes, half, inverse, positive_half, storable, to_lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Affine:
     sub: int
     top: int
     top_scale: int = 0
+    steps: int = 33  # values of d, and of dmin, that are priced
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,10 @@ class _Plan:
 
 
 _PLANS: dict[Effort, _Plan] = {
-    "fast": _Plan(ends=4, extra=0, refits=1, centers=(1.0,), width=0.1, sweeps=1),
-    "default": _Plan(ends=16, extra=0, refits=1, centers=(1.0,), width=0.1, sweeps=2),
+    "fast": _Plan(ends=4, extra=0, refits=0, centers=(1.0,), width=0.1, sweeps=1),
+    "default": _Plan(ends=16, extra=0, refits=1, centers=(1.0,), width=0.1, sweeps=1),
     "best": _Plan(ends=24, extra=8, refits=2, centers=(0.92, 1.0, 1.08), width=0.04, sweeps=4),
 }
-_STEPS = 33  # values of d, and of dmin, that are priced
 
 # For each top code: how far inside the codes 0..top the least and the largest weight land (negative: beyond,
 # so that they are clipped), most useful first. Chosen one after another for the least error together, on
@@ -196,7 +198,7 @@ def search(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFit:
     x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
     moments, fit = _fit_sub_blocks(grid, plan, x, w)
     best: _SuperFit | None = None
-    for center in torch.cartesian_prod(*[torch.tensor(plan.centers, device=x.device)] * 2).view(-1, 2):
+    for center in _centers(plan, x.device):
         new = _round_scales(grid, x, moments, fit, center, plan.width)
         for _ in range(plan.sweeps):
             new = _refit_steps(grid, x, w, moments, _descend(grid, x, w, new))
@@ -232,6 +234,13 @@ def _fit_sub_blocks(grid: Affine, plan: _Plan, x: Tensor, w: Tensor) -> tuple[_M
     return moments, fit
 
 
+@cache
+def _centers(plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
+    """Every pair of centers, [2] each."""
+    return tuple(torch.tensor(list(product(plan.centers, repeat=2)), device=device))
+
+
+@cache
 def _lines(grid: Affine, plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
     """(slope, offset) [4, 2] each: codes of a sub-block as lines over -1..1, its range."""
     ends = torch.tensor(_ENDS[grid.top][: plan.ends], device=device)
@@ -318,7 +327,7 @@ def _round_scales(
 ) -> _SuperFit:
     """Integer scales and minima, with the steps that make rounding them cheapest by the quadratic form."""
     shift = fit.q / moments.total
-    factor = torch.linspace(-width, width, _STEPS, device=x.device)
+    factor = torch.linspace(-width, width, grid.steps, device=x.device)
     d = _cheapest_step(grid, fit.p - fit.q * shift, fit.s, center[0] + factor)
     scale = (fit.s * inverse(d)).round().clamp(0, grid.top_scale)
     moved = fit.m + (d * scale - fit.s) * shift
@@ -329,14 +338,12 @@ def _round_scales(
 
 def _cheapest_step(grid: Affine, price: Tensor, wanted: Tensor, factor: Tensor) -> Tensor:
     """The f16 step near factor · largest / top_scale of least sum(price · (step · integer - wanted)²)."""
-    largest = wanted.amax(1, keepdim=True)
-    step = positive_half(
-        (largest / grid.top_scale).unsqueeze(2) * factor[:, None]
-    )  # [tiles, 1, _STEPS, LANES]
+    unit = (wanted.amax(1, keepdim=True) / grid.top_scale).unsqueeze(2)
+    step = storable(unit * factor[:, None])  # [tiles, 1, steps, LANES]
     wanted = wanted.unsqueeze(2)
-    lost = step * (wanted * inverse(step)).round().clamp(0, grid.top_scale) - wanted
+    lost = step * clip((wanted * inverse(step)).round(), grid.top_scale) - wanted
     cost = (price.unsqueeze(2) * (lost * lost)).sum(1, keepdim=True)
-    return torch.where(cost <= cost.amin(2, keepdim=True), step, 0.0).amax(2)
+    return half(torch.where(cost <= cost.amin(2, keepdim=True), step, 0.0).amax(2))
 
 
 @kernel

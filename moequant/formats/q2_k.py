@@ -19,7 +19,7 @@ from moequant.formats.affine import Affine, search
 from moequant.formats.base import Effort, Format
 from moequant.formats.layout import half_bytes, read_half
 
-_Q2 = Affine(sub=16, top=3, top_scale=15)
+_Q2 = Affine(sub=16, top=3, top_scale=15, steps=17)
 
 
 def _encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:

@@ -14,6 +14,7 @@ Shapes are as in `affine`: [tiles, sub-blocks, weights, LANES], [tiles, sub-bloc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from moequant.formats.base import Effort
 from moequant.formats.kernel import kernel
-from moequant.formats.layout import better, clip, from_lanes, inverse, signed_half, to_lanes
+from moequant.formats.layout import better, clip, from_lanes, half, inverse, signed_half, storable, to_lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class _Plan:
 
 _PLANS: dict[Effort, _Plan] = {
     "fast": _Plan(landings=4, extra=0, refits=0, centers=(1.0,), width=0.1, sweeps=1),
-    "default": _Plan(landings=12, extra=0, refits=1, centers=(1.0,), width=0.1, sweeps=2),
+    "default": _Plan(landings=12, extra=0, refits=1, centers=(1.0,), width=0.1, sweeps=1),
     "best": _Plan(
         landings=16, extra=64, refits=2, centers=(0.86, 0.93, 1.0, 1.07, 1.14), width=0.035, sweeps=4
     ),
@@ -166,7 +167,7 @@ def search(grid: Symmetric, x: Tensor, w: Tensor, effort: Effort) -> SymmetricFi
     x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
     fit = _fit_sub_blocks(grid, plan, x, w)
     best: _SuperFit | None = None
-    for center in torch.tensor(plan.centers, device=x.device).unbind():
+    for center in _centers(plan, x.device):
         new = _round_scales(grid, x, fit, center, plan.width)
         for _ in range(plan.sweeps):
             new = _refit_step(grid, x, w, _descend(grid, x, w, new))
@@ -196,11 +197,18 @@ def _fit_sub_blocks(grid: Symmetric, plan: _Plan, x: Tensor, w: Tensor) -> _SubF
     return fit
 
 
+@cache
+def _centers(plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
+    return torch.tensor(plan.centers, device=device).unbind()
+
+
+@cache
 def _landings(grid: Symmetric, plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
     """Codes for the largest weight, [4] each."""
     known = torch.tensor(_LANDINGS[grid.low][: plan.landings], device=device)
     spread = torch.linspace(0.6, 1.25, plan.extra // 2, device=device)
-    return torch.cat([known, spread * grid.low, spread * grid.high]).split(4)
+    landings = torch.cat([known, spread * grid.low, spread * grid.high])
+    return landings.tensor_split(len(landings) // 4)
 
 
 def _codes(grid: Symmetric, x: Tensor, inverse_s: Tensor) -> Tensor:
@@ -253,15 +261,15 @@ def _solve(x: Tensor, w: Tensor, c: Tensor) -> _SubFit:
 def _round_scales(grid: Symmetric, x: Tensor, fit: _SubFit, center: Tensor, width: float) -> _SuperFit:
     """Integer scales, with the f16 step that makes rounding them cheapest."""
     low, high = fit.s.amin(1, keepdim=True), fit.s.amax(1, keepdim=True)
-    largest = torch.where(high > -low, high, low)
+    sign = torch.where(high > -low, -1.0, 1.0)  # the largest takes the longer, negative side of the integers
+    unit = (torch.maximum(high, -low) / -grid.low_scale).unsqueeze(2)
     factor = center + torch.linspace(-width, width, _STEPS, device=x.device)
-    # [tiles, 1, _STEPS, LANES]
-    step = signed_half((largest / grid.low_scale).unsqueeze(2) * factor[:, None])
+    size = storable(unit * factor[:, None])  # [tiles, 1, _STEPS, LANES]
+    step = size * sign.unsqueeze(2)
     wanted = fit.s.unsqueeze(2)
     lost = step * (wanted * inverse(step)).round().clamp(grid.low_scale, grid.high_scale) - wanted
     cost = (fit.p.unsqueeze(2) * (lost * lost)).sum(1, keepdim=True)
-    size = torch.where(cost <= cost.amin(2, keepdim=True), step.abs(), 0.0).amax(2)
-    d = torch.where(largest > 0, -size, size)
+    d = sign * half(torch.where(cost <= cost.amin(2, keepdim=True), size, 0.0).amax(2))
     scale = (fit.s * inverse(d)).round().clamp(grid.low_scale, grid.high_scale)
     return _SuperFit(torch.full_like(d, torch.inf), scale, d)
 
