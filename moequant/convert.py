@@ -44,7 +44,7 @@ class Settings:
     eval: str | Path | None = None
     eval_tokens: int = 16_384
     effort: Effort = "default"
-    gating: Gating = "none"
+    gating: Gating = "gate2"
     seed: int = 0
     overwrite: bool = False
 

@@ -29,34 +29,36 @@ SHORT_LADDER = ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
 _SHORT_BASE = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "IQ4_NL", "Q5_K": "Q5_0", "Q6_K": "Q8_0"}
 
 RELATIVE_ERROR: Mapping[str, float] = {
-    "Q2_K": 9.0e-2,
-    "Q3_K": 2.2e-2,
-    "IQ4_NL": 6.0e-3,
-    "Q4_K": 5.2e-3,
-    "Q5_0": 1.7e-3,
-    "Q5_1": 1.4e-3,
-    "Q5_K": 1.3e-3,
-    "Q6_K": 3.5e-4,
-    "Q8_0": 2.0e-5,
-    "F16": 1e-7,
+    "Q2_K": 6.2e-2,
+    "Q3_K": 1.9e-2,
+    "IQ4_NL": 5.0e-3,
+    "Q4_K": 4.4e-3,
+    "Q5_0": 1.5e-3,
+    "Q5_1": 1.05e-3,
+    "Q5_K": 1.08e-3,
+    "Q6_K": 2.5e-4,
+    "Q8_0": 2.2e-5,
 }
-"""Squared error over squared weight of each type's default encoder on Gaussian rows."""
+"""Importance-weighted squared error over squared weight, default effort, experts of two trained models
+(`benchmarks/sensitivity.py`, results beside it)."""
 
 SENSITIVITY: Mapping[Role, float] = {
-    Role.EMBEDDING: 1.0,
-    Role.OUTPUT: 2.0,
-    Role.ATTN_Q: 0.3,
-    Role.ATTN_K: 0.3,
-    Role.ATTN_V: 0.7,
-    Role.ATTN_OUT: 0.7,
-    Role.GATE: 0.5,
-    Role.UP: 0.5,
-    Role.DOWN: 0.8,
-    Role.DENSE_GATE: 0.5,
-    Role.DENSE_UP: 0.5,
-    Role.DENSE_DOWN: 0.8,
+    Role.EMBEDDING: 0.55,
+    Role.OUTPUT: 0.95,
+    Role.ATTN_Q: 0.50,
+    Role.ATTN_K: 0.45,
+    Role.ATTN_V: 0.80,
+    Role.ATTN_OUT: 1.00,
+    Role.GATE: 0.43,
+    Role.UP: 0.40,
+    Role.DOWN: 0.95,
+    Role.DENSE_GATE: 0.43,
+    Role.DENSE_UP: 0.40,
+    Role.DENSE_DOWN: 0.95,
 }
-"""KL divergence per unit of relative error in one layer's weights of a role."""
+"""KL divergence per unit of relative error in all of a role's weights, each layer an equal share of it:
+the mean over two trained models (`benchmarks/sensitivity.py`). All experts of a layer count as one
+weight, because a token's top-k weights add up to about one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def preset_plan(weights: tuple[Weight, ...], preset: str, facts: ModelFacts) -> 
     if preset not in BASE_TYPES:
         raise PlanError(f"unknown type {preset!r}; known: {', '.join(BASE_TYPES)}")
     budget = sum(_aligned(packed_bytes(llama_cpp_type(preset, weight, facts), weight)) for weight in weights)
-    units = [Unit(group, _options(group, BASE_TYPES[preset])) for group in _groups(weights)]
+    units = [Unit(group, _options(group, BASE_TYPES[preset], facts.layers)) for group in _groups(weights)]
     chosen = allocate(units, budget)
     by_name = {
         weight.name: Choice(
@@ -167,7 +169,7 @@ def _groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def _options(group: tuple[Weight, ...], base: str) -> tuple[Option, ...]:
+def _options(group: tuple[Weight, ...], base: str, layers: int) -> tuple[Option, ...]:
     """The formats a group may have under a preset of that base type, with their expected damage."""
     first = group[0]
     if first.role.keeps_precision or len(first.shape) < 2:
@@ -182,11 +184,13 @@ def _options(group: tuple[Weight, ...], base: str) -> tuple[Option, ...]:
         names = SHORT_LADDER[SHORT_LADDER.index(_SHORT_BASE[base]) :]
     else:
         names = ("F16",)
+    share = 1 if first.layer is None else layers
+    sensitivity = sum(SENSITIVITY.get(weight.role, 0.0) for weight in group) / share
     return tuple(
         Option(
             name,
             sum(_aligned(packed_bytes(name, weight)) for weight in group),
-            sum(SENSITIVITY.get(weight.role, 0.0) * RELATIVE_ERROR.get(name, 0.0) for weight in group),
+            sensitivity * RELATIVE_ERROR.get(name, 0.0),
         )
         for name in names
     )

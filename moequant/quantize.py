@@ -26,7 +26,7 @@ class Quantizer:
 
     calibration: Calibration | None
     effort: Effort = "default"
-    gating: Gating = "none"
+    gating: Gating = "gate2"
 
     def stats(self, weight: Weight) -> InputStats | None:
         """What calibration saw of the inputs of `weight`."""

@@ -19,7 +19,7 @@ FLOOR = 1e-6
 """Smallest importance, relative to the expert's mean: a channel silent in calibration still counts."""
 
 
-def importance(stats: InputStats, gating: Gating = "none", prior_tokens: float = PRIOR_TOKENS) -> Tensor:
+def importance(stats: InputStats, gating: Gating = "gate2", prior_tokens: float = PRIOR_TOKENS) -> Tensor:
     """Mean squared input of every column of every expert: f32 [E, in], finite and above 0.
 
     An expert's own mean is shrunk to the layer's pooled mean as if `prior_tokens` tokens
