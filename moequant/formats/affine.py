@@ -198,8 +198,8 @@ def search(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFit:
     x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
     moments, fit = _fit_sub_blocks(grid, plan, x, w)
     best: _SuperFit | None = None
-    for center in _centers(plan, x.device):
-        new = _round_scales(grid, x, moments, fit, center, plan.width)
+    for factors in _factors(grid, plan, x.device):
+        new = _round_scales(grid, x, moments, fit, factors)
         for _ in range(plan.sweeps):
             new = _refit_steps(grid, x, w, moments, _descend(grid, x, w, new))
         best = new if best is None else _SuperFit(*better(best, new))
@@ -226,7 +226,8 @@ def search_block(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFi
 
 
 def _fit_sub_blocks(grid: Affine, plan: _Plan, x: Tensor, w: Tensor) -> tuple[_Moments, _SubFit]:
-    moments, fit = _measure(grid, x, w)
+    moments, error, m = _measure(grid, x, w)
+    fit = _SubFit(error, torch.zeros_like(m), m, torch.zeros_like(m), torch.zeros_like(m))
     for lines in _lines(grid, plan, x.device):
         fit = _try_ranges(grid, x, w, moments, fit, lines)
     for _ in range(plan.refits):
@@ -235,9 +236,11 @@ def _fit_sub_blocks(grid: Affine, plan: _Plan, x: Tensor, w: Tensor) -> tuple[_M
 
 
 @cache
-def _centers(plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
-    """Every pair of centers, [2] each."""
-    return tuple(torch.tensor(list(product(plan.centers, repeat=2)), device=device))
+def _factors(grid: Affine, plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
+    """[2, steps] for every pair of centers: what the natural d and dmin are multiplied with, to be priced."""
+    around = torch.linspace(-plan.width, plan.width, grid.steps, device=device)
+    pairs = torch.tensor(list(product(plan.centers, repeat=2)), device=device)
+    return (pairs[..., None] + around).unbind()
 
 
 @cache
@@ -252,7 +255,8 @@ def _lines(grid: Affine, plan: _Plan, device: torch.device) -> tuple[Tensor, ...
 
 def _codes(x: Tensor, s: Tensor, m: Tensor, top: int) -> Tensor:
     """Nearest codes, f32."""
-    return clip(((x + m.unsqueeze(-2)) * inverse(s).unsqueeze(-2)).round(), top)
+    by = inverse(s)
+    return clip((x * by.unsqueeze(-2) + (m * by).unsqueeze(-2)).round(), top)
 
 
 def _error(x: Tensor, w: Tensor, s: Tensor, m: Tensor, top: int) -> Tensor:
@@ -268,8 +272,8 @@ def _error(x: Tensor, w: Tensor, s: Tensor, m: Tensor, top: int) -> Tensor:
 
 
 @kernel
-def _measure(grid: Affine, x: Tensor, w: Tensor) -> tuple[_Moments, _SubFit]:
-    """Moments, and the fit with all codes 0, which any other must beat."""
+def _measure(grid: Affine, x: Tensor, w: Tensor) -> tuple[_Moments, Tensor, Tensor]:
+    """Moments, and the error and minimum of the fit with all codes 0, which any other must beat."""
     total = w.sum(-2)
     mean = (w * x).sum(-2) / total
     r = x - mean.unsqueeze(-2)
@@ -278,9 +282,7 @@ def _measure(grid: Affine, x: Tensor, w: Tensor) -> tuple[_Moments, _SubFit]:
     low = low.clamp_max(0) if grid.top_scale else low
     m = (-mean).clamp_min(0) if grid.top_scale else -mean
     off = m + mean
-    none = torch.zeros_like(total)
-    moments = _Moments(total, mean, power, (low + high) / 2, (high - low) / 2)
-    return moments, _SubFit(power + off * off * total, none, m, none, none)
+    return _Moments(total, mean, power, (low + high) / 2, (high - low) / 2), power + off * off * total, m
 
 
 @kernel
@@ -322,16 +324,13 @@ def _solve(grid: Affine, x: Tensor, w: Tensor, moments: _Moments, c: Tensor) -> 
 
 
 @kernel
-def _round_scales(
-    grid: Affine, x: Tensor, moments: _Moments, fit: _SubFit, center: Tensor, width: float
-) -> _SuperFit:
+def _round_scales(grid: Affine, x: Tensor, moments: _Moments, fit: _SubFit, factors: Tensor) -> _SuperFit:
     """Integer scales and minima, with the steps that make rounding them cheapest by the quadratic form."""
     shift = fit.q / moments.total
-    factor = torch.linspace(-width, width, grid.steps, device=x.device)
-    d = _cheapest_step(grid, fit.p - fit.q * shift, fit.s, center[0] + factor)
+    d = _cheapest_step(grid, fit.p - fit.q * shift, fit.s, factors[0])
     scale = (fit.s * inverse(d)).round().clamp(0, grid.top_scale)
     moved = fit.m + (d * scale - fit.s) * shift
-    dmin = _cheapest_step(grid, moments.total, moved.clamp_min(0), center[1] + factor)
+    dmin = _cheapest_step(grid, moments.total, moved.clamp_min(0), factors[1])
     minimum = (moved * inverse(dmin)).round().clamp(0, grid.top_scale)
     return _SuperFit(torch.full_like(d, torch.inf), scale, minimum, d, dmin)
 

@@ -114,17 +114,25 @@ def _workers(threads: int) -> ThreadPoolExecutor:
 @cache
 def _compiles(fmt: Format, effort: Effort, device_type: str) -> bool:
     """Compile the kernels of `fmt` by encoding one tile; False, with a warning, where that fails."""
-    ones = torch.ones((TILE[device_type] // fmt.block, fmt.block), device=device_type)
     began = time.perf_counter()
     try:
         with _workers(1) as pool:
-            pool.submit(fmt.encode, ones, ones, effort).result()
+            pool.submit(_encode_a_tile, fmt, effort, device_type).result()
     except (ImportError, RuntimeError) as error:  # no compiler, no Python headers, no triton
         reason = str(error).strip().splitlines() or [type(error).__name__]
         log.warning("%s: kernels do not compile here and run slower: %s", fmt.name, reason[0])
         return False
     log.info("%s: kernels ready after %.1f s", fmt.name, time.perf_counter() - began)
     return True
+
+
+def _encode_a_tile(fmt: Format, effort: Effort, device_type: str) -> None:
+    from torch._dynamo import config  # slow to import, and needed by large tensors only
+
+    ones = torch.ones((TILE[device_type] // fmt.block, fmt.block), device=device_type)
+    # Formats share kernels, each with its own constants; beyond the usual limit of 8 they would run eagerly.
+    with config.patch(recompile_limit=64):
+        fmt.encode(ones, _weigh(ones, ones, fmt.magnitude, fmt.spread), effort)
 
 
 def _read(stack: Tensor, fmt: Format, first: int, last: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moequant.formats.base import Effort
 from moequant.formats.kernel import kernel
-from moequant.formats.layout import better, clip, from_lanes, half, inverse, signed_half, storable, to_lanes
+from moequant.formats.layout import better, from_lanes, half, inverse, signed_half, storable, to_lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Symmetric:
     high: int
     low_scale: int = 0
     high_scale: int = 0
+    steps: int = 17  # values of d that are priced
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,6 @@ _PLANS: dict[Effort, _Plan] = {
         landings=16, extra=64, refits=2, centers=(0.86, 0.93, 1.0, 1.07, 1.14), width=0.035, sweeps=4
     ),
 }
-_STEPS = 33  # values of d that are priced
 
 # For each lowest code: where in the codes, before rounding, the weight of largest size lands, most useful
 # first. Chosen one after another for the least error together, on Gaussian and heavy-tailed weights under
@@ -167,8 +167,8 @@ def search(grid: Symmetric, x: Tensor, w: Tensor, effort: Effort) -> SymmetricFi
     x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
     fit = _fit_sub_blocks(grid, plan, x, w)
     best: _SuperFit | None = None
-    for center in _centers(plan, x.device):
-        new = _round_scales(grid, x, fit, center, plan.width)
+    for factor in _factors(grid, plan, x.device):
+        new = _round_scales(grid, x, fit, factor)
         for _ in range(plan.sweeps):
             new = _refit_step(grid, x, w, _descend(grid, x, w, new))
         best = new if best is None else _SuperFit(*better(best, new))
@@ -189,7 +189,10 @@ def search_block(grid: Symmetric, x: Tensor, w: Tensor, effort: Effort) -> Symme
 
 
 def _fit_sub_blocks(grid: Symmetric, plan: _Plan, x: Tensor, w: Tensor) -> _SubFit:
-    largest, fit = _measure(x)
+    largest = _measure(x)
+    fit = _SubFit(
+        torch.zeros_like(largest), torch.zeros_like(largest), torch.zeros_like(largest)
+    )  # all codes 0
     for four in _landings(grid, plan, x.device):
         fit = _try_places(grid, x, w, largest, fit, four)
     for _ in range(plan.refits):
@@ -198,8 +201,10 @@ def _fit_sub_blocks(grid: Symmetric, plan: _Plan, x: Tensor, w: Tensor) -> _SubF
 
 
 @cache
-def _centers(plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
-    return torch.tensor(plan.centers, device=device).unbind()
+def _factors(grid: Symmetric, plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
+    """[steps] for every center: what the natural d is multiplied with, to be priced."""
+    around = torch.linspace(-plan.width, plan.width, grid.steps, device=device)
+    return tuple(center + around for center in plan.centers)
 
 
 @cache
@@ -212,9 +217,9 @@ def _landings(grid: Symmetric, plan: _Plan, device: torch.device) -> tuple[Tenso
 
 
 def _codes(grid: Symmetric, x: Tensor, inverse_s: Tensor) -> Tensor:
-    """Nearest codes, f32."""
-    c = (x * inverse_s.unsqueeze(-2)).round()
-    return clip(c - grid.low, grid.high - grid.low) + grid.low
+    """Nearest codes, f32; clamped by relu, as `layout.clip` explains."""
+    above = torch.relu((x * inverse_s.unsqueeze(-2) - grid.low).round())
+    return grid.high - torch.relu((grid.high - grid.low) - above)
 
 
 def _error(grid: Symmetric, x: Tensor, w: Tensor, s: Tensor) -> Tensor:
@@ -225,12 +230,10 @@ def _error(grid: Symmetric, x: Tensor, w: Tensor, s: Tensor) -> Tensor:
 
 
 @kernel
-def _measure(x: Tensor) -> tuple[Tensor, _SubFit]:
-    """1 / the largest weight in size, with its sign, and the fit with all codes 0."""
+def _measure(x: Tensor) -> Tensor:
+    """1 / the largest weight in size, with its sign."""
     low, high = x.amin(-2), x.amax(-2)
-    largest = inverse(torch.where(high > -low, high, low))
-    none = torch.zeros_like(low)
-    return largest, _SubFit(none, none, none)
+    return inverse(torch.where(high > -low, high, low))
 
 
 @kernel
@@ -258,13 +261,12 @@ def _solve(x: Tensor, w: Tensor, c: Tensor) -> _SubFit:
 
 
 @kernel
-def _round_scales(grid: Symmetric, x: Tensor, fit: _SubFit, center: Tensor, width: float) -> _SuperFit:
+def _round_scales(grid: Symmetric, x: Tensor, fit: _SubFit, factor: Tensor) -> _SuperFit:
     """Integer scales, with the f16 step that makes rounding them cheapest."""
     low, high = fit.s.amin(1, keepdim=True), fit.s.amax(1, keepdim=True)
     sign = torch.where(high > -low, -1.0, 1.0)  # the largest takes the longer, negative side of the integers
     unit = (torch.maximum(high, -low) / -grid.low_scale).unsqueeze(2)
-    factor = center + torch.linspace(-width, width, _STEPS, device=x.device)
-    size = storable(unit * factor[:, None])  # [tiles, 1, _STEPS, LANES]
+    size = storable(unit * factor[:, None])  # [tiles, 1, steps, LANES]
     step = size * sign.unsqueeze(2)
     wanted = fit.s.unsqueeze(2)
     lost = step * (wanted * inverse(step)).round().clamp(grid.low_scale, grid.high_scale) - wanted
