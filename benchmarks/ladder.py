@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moequant import corpus
 from moequant.compare import Comparison, Scores, score_row, summarize
-from moequant.convert import Settings, convert, load_encoder
+from moequant.conversion import Settings, convert, load_encoder
 from moequant.presets import BASE_TYPES
 from tests.clients.llama import Llama
 

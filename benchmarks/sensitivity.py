@@ -19,7 +19,7 @@ from tqdm import tqdm
 from moequant import corpus, formats
 from moequant.checkpoint import load, open_checkpoint, uninterleave
 from moequant.compare import score_row
-from moequant.convert import load_encoder
+from moequant.conversion import load_encoder
 from moequant.quantize import relative_error
 from moequant.routing.calibrate import calibrate
 from moequant.routing.experts import EXPERTS

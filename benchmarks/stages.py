@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moequant import formats
 from moequant.checkpoint import load
-from moequant.convert import Settings, convert
+from moequant.conversion import Settings, convert
 from moequant.quantize import relative_error
 from moequant.report.summary import Report
 from moequant.routing.statistics import importance

@@ -82,8 +82,8 @@ def convert(
     ] = False,
 ) -> None:
     """Quantize MODEL into a GGUF file for llama.cpp and show what it cost."""
-    from moequant.convert import Settings, open_model  # torch is imported only when there is work
-    from moequant.convert import convert as run
+    from moequant.conversion import Settings, open_model  # torch is imported only when there is work
+    from moequant.conversion import convert as run
     from moequant.report.dry_run import dry_run_table
 
     settings = Settings(
@@ -108,10 +108,11 @@ def demo(
 ) -> None:
     """Convert the tiny trained MoE that ships with moequant and print the report."""
     from moequant import bundled
-    from moequant.convert import Settings
-    from moequant.convert import convert as run
+    from moequant.conversion import Settings
+    from moequant.conversion import convert as run
 
-    settings = Settings(type_, effort=effort.value, overwrite=overwrite)
+    # A model this small has nothing more to learn from the rest of the bundled text.
+    settings = Settings(type_, calib_tokens=32_768, effort=effort.value, overwrite=overwrite)
     with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
         target = out or Path(folder) / f"demo-{type_}.gguf"
         report = guarded(lambda: run(bundled.path("demo"), target, settings))

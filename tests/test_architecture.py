@@ -22,7 +22,7 @@ ORDER = [
     {"containers"},
     {"verify", "compare"},
     {"report"},
-    {"convert", "check", "fit"},
+    {"conversion", "check", "fit"},
     {"cli"},
 ]
 """Groups of modules; a module imports only from groups before its own, or within its own package."""

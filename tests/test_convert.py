@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from moequant.checkpoint import open_checkpoint
 from moequant.containers.gguf import GgufWeights
-from moequant.convert import Settings, convert, load_encoder
+from moequant.conversion import Settings, convert, load_encoder
 from moequant.presets import BASE_TYPES
 from moequant.routing.experts import EXPERTS
 from moequant.routing.model import build_model

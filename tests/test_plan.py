@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moequant.checkpoint import open_checkpoint
-from moequant.convert import facts
+from moequant.conversion import facts
 from moequant.errors import PlanError
 from moequant.plan import Option, Unit, allocate, packed_bytes, preset_plan
 from moequant.presets import BASE_TYPES, ModelFacts, llama_cpp_type, use_more_bits
