@@ -23,6 +23,8 @@ from moequant.formats.base import Effort
 from moequant.formats.codebook import Ladder, halve, inverse, propose, ratio
 from moequant.formats.kernel import kernel
 
+# d of each round over that of the best before it: few levels leave valleys between good d.
+NUDGES = (1.0, 1.0, 1.05, 0.95, 1.1)
 LISTED = 8  # grid points a kernel compares at once
 DOWN = 1 << 28
 
@@ -63,11 +65,15 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How long to search: scales tried per sub-block, lists of near rows, rounds of levels and d."""
+    """How long to search: scales tried per sub-block, lists of near rows, rounds of levels and d.
+
+    Where a sub-block shares one delta, both its signs are tried for the first `open_deltas` scales.
+    """
 
     scales: int
     lists: int
     rounds: int
+    open_deltas: int
 
 
 class Rows(NamedTuple):
@@ -80,6 +86,14 @@ class Rows(NamedTuple):
     a: Tensor
     b: Tensor
     saved: Tensor
+
+
+class Wish(NamedTuple):
+    """Scales [s, n] that sub-blocks want, the d [n] they are offered, their shift [s · n] if settled."""
+
+    scale: Tensor
+    d: Tensor
+    shift: Tensor | None
 
 
 class Fit(NamedTuple):
@@ -119,9 +133,9 @@ class Fit(NamedTuple):
 
 
 BUDGETS: dict[Effort, Budget] = {
-    "fast": Budget(4, 1, 1),
-    "default": Budget(6, 1, 1),
-    "best": Budget(24, 4, 3),
+    "fast": Budget(4, 1, 1, 1),
+    "default": Budget(6, 1, 1, 2),
+    "best": Budget(24, 4, 5, 24),
 }
 
 
@@ -133,19 +147,19 @@ def points(name: str) -> Tensor:
     return torch.from_numpy(source.grid.reshape(source.grid_shape).astype("float32"))
 
 
-class Near(NamedTuple):
-    """Words of rows near each key, nearest first, int32 [LISTED, keys], all shifted down or all up.
+class Target(NamedTuple):
+    """What rows are compared with: x · inv less the shift of the row, each f32 [m]."""
 
-    The key of a group: its c as digits, the first weight the most significant.
-    """
-
-    word: Tensor
-    down: bool
+    inv: Tensor
+    shift: Tensor
 
 
 @cache
-def near_lists(grid: Grid, lists: int, down: bool, device: torch.device) -> list[Near]:
-    """The `lists` · LISTED nearest rows of every key."""
+def near_lists(grid: Grid, lists: int, device: torch.device) -> list[Tensor]:
+    """Words of the rows nearest to each key, nearest first: `lists` tensors int32 [LISTED, keys].
+
+    The key of a group: its c as digits, the first weight the most significant.
+    """
     rows = points(grid.name)
     c = ((rows - grid.low) / grid.step).floor().to(torch.int32)
     places = torch.arange(grid.group, dtype=torch.int32) * grid.bits
@@ -153,77 +167,106 @@ def near_lists(grid: Grid, lists: int, down: bool, device: torch.device) -> list
     levels = grid.low + grid.step * torch.arange(grid.highest + 1, dtype=torch.float32)
     levels[-1] += grid.extra
     keys = torch.cartesian_prod(*[levels] * grid.group)
-    near = words[torch.cdist(keys, rows).topk(LISTED * lists, largest=False).indices] | (DOWN if down else 0)
-    return [Near(part.contiguous().to(device), down) for part in near.t().view(lists, LISTED, -1)]
+    near = words[torch.cdist(keys, rows).topk(LISTED * lists, largest=False).indices]
+    return [part.contiguous().to(device) for part in near.t().view(lists, LISTED, -1)]
 
 
-def value(grid: Grid, word: Tensor, i: int) -> Tensor:
-    """Value of weight i in rows given as words, f32."""
-    c = word >> (grid.bits * i) & ((1 << grid.bits) - 1)
-    v = c.to(torch.float32) * grid.step + grid.low
-    if grid.extra:
-        v = torch.where(c == grid.highest, v + grid.extra, v)
-    return torch.where(word < DOWN, v + grid.delta, v - grid.delta) if grid.delta else v
+def steps_up(grid: Grid, word: Tensor, i: int) -> Tensor:
+    """(value - low) / step of weight i in rows given as words, without delta, f32."""
+    c = (word >> (grid.bits * i) & ((1 << grid.bits) - 1)).to(torch.float32)
+    return torch.where(c == grid.highest, c + grid.extra / grid.step, c) if grid.extra else c
 
 
 @kernel
 def closest(
-    x: Tensor, w: Tensor, grid: Grid, near: Near, inv: Tensor, found: tuple[Tensor, Tensor] | None
+    x: Tensor, w: Tensor, grid: Grid, near: Tensor, target: Target, found: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """x, w [group, parts, m], inv [m] -> words, errors [parts, m] of the best rows: `found` or one of `near`.
+    """x, w [group, parts, m] -> words, errors [parts, m] of the best rows: `found` or one of `near`.
 
-    Of t = x · inv, the error is sum(w (t - row)²) less sum(w t²).
+    Of t = x · inv, the error is sum(w (t - row)²) less sum(w t²), over step².
     """
-    t = (x * inv).unbind()
-    shift = grid.low - grid.delta if near.down else grid.low + grid.delta
-    key = torch.zeros_like(t[0], dtype=torch.int32)
-    for ti in t:
-        c = ((ti - shift) * (1 / grid.step) + 0.5).floor().clamp(0, grid.highest)
-        key = key * (grid.highest + 1) + c.to(torch.int32)
-    pull = [-2 * wi * ti for wi, ti in zip(w.unbind(), t, strict=True)]
-    word, least = found or (torch.zeros_like(key), torch.full_like(t[0], torch.inf))
-    for row in near.word.unbind():
-        new = row[key]
-        error = torch.zeros_like(least)
-        for i, wi in enumerate(w.unbind()):
-            v = value(grid, new, i)
-            error = error + v * (wi * v + pull[i])
+    inv, low = target.inv / grid.step, (target.shift + grid.low) / grid.step
+    key = torch.zeros_like(x[0], dtype=torch.int32)
+    start = torch.zeros_like(x[0])
+    pull = []
+    for xi, wi in zip(x.unbind(), w.unbind(), strict=True):
+        t = xi * inv
+        up = t - low
+        key = key * (grid.highest + 1) + (up + 0.5).floor().clamp(0, grid.highest).to(torch.int32)
+        pull.append(-2 * wi * up)
+        start = start + wi * low * (low - 2 * t)  # what the row of nothing but `low` leaves
+    word, least = torch.zeros_like(key), torch.full_like(start, torch.inf)
+    for row in near.unbind():
+        new, error = row[key], start
+        for i, (wi, pi) in enumerate(zip(w.unbind(), pull, strict=True)):
+            c = steps_up(grid, new, i)
+            error = error + c * (wi * c + pi)
         better = error < least
         least = torch.where(better, error, least)
         word = torch.where(better, new, word)
-    return word, least
+    if grid.delta:
+        word = word | (target.shift < 0).to(torch.int32) * DOWN
+    if found is None:
+        return word, least
+    better = least < found[1]
+    return torch.where(better, word, found[0]), torch.where(better, least, found[1])
 
 
 @kernel
-def keep(x: Tensor, w: Tensor, grid: Grid, word: Tensor, step: Tensor | None, best: Rows) -> Rows:
-    """Of `best` and the rows `word`, what saves more: at the scale step [m], None for the best one."""
+def judge(
+    x: Tensor, w: Tensor, grid: Grid, word: Tensor, step: Tensor | None, best: Rows
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whether the rows `word` save more than `best`, at the scale step [m] or, with None, at their best one.
+
+    Gives bool [m] and a, b, saved of the better rows.
+    """
     a = b = torch.zeros_like(x[0])
+    low = grid.low + torch.where(word < DOWN, grid.delta, -grid.delta)
     for i in range(grid.group):
-        v = value(grid, word, i)
+        v = low + grid.step * steps_up(grid, word, i)
         wv = w[i] * v
         a, b = a + wv * x[i], b + wv * v
     a, b = a.sum(0), b.sum(0)
     scale = ratio(a.clamp_min(0), b) if step is None else step
     saved = scale * (2 * a - scale * b)
     better = saved > best.saved
-    return Rows(*(torch.where(better, new, old) for new, old in zip((word, a, b, saved), best, strict=True)))
+    return (
+        better,
+        torch.where(better, a, best.a),
+        torch.where(better, b, best.b),
+        torch.where(better, saved, best.saved),
+    )
 
 
-def nearest_rows(layout: Layout, lists: list[Near], x: Tensor, w: Tensor, inv: Tensor) -> Tensor:
-    """Words int32 [parts, m] of the rows nearest to x · inv, inv [m], under the importance w."""
-    ups = [near for near in lists if not near.down]
-    downs = [near for near in lists if near.down]
-    if not layout.one_delta:
-        return _closest_of(layout.grid, ups + downs, x, w, inv)[0]
-    up, up_error = _closest_of(layout.grid, ups, x, w, inv)
-    down, down_error = _closest_of(layout.grid, downs, x, w, inv)
-    return torch.where(down_error.sum(0) < up_error.sum(0), down, up)
+def keep(x: Tensor, w: Tensor, grid: Grid, word: Tensor, step: Tensor | None, best: Rows) -> Rows:
+    """The better of `best` and the rows `word`, per sub-block; see `judge`."""
+    # The words are picked outside: inside, the compiler would redo the sums for every part of a sub-block.
+    better, a, b, saved = judge(x, w, grid, word, step, best)
+    return Rows(torch.where(better, word, best.word), a, b, saved)
 
 
-def _closest_of(grid: Grid, lists: list[Near], x: Tensor, w: Tensor, inv: Tensor) -> tuple[Tensor, Tensor]:
-    found = closest(x, w, grid, lists[0], inv, None)
-    for near in lists[1:]:
-        found = closest(x, w, grid, near, inv, found)
+def nearest_rows(
+    layout: Layout, lists: list[Tensor], x: Tensor, w: Tensor, inv: Tensor, shift: Tensor | None
+) -> Tensor:
+    """Words int32 [parts, m] of the rows nearest to x · inv under the importance w; inv, shift [m].
+
+    With shift None the better direction is taken, by group or by sub-block as the layout says.
+    """
+    grid = layout.grid
+    if shift is not None:
+        return _closest_of(grid, lists, x, w, Target(inv, shift), None)[0]
+    delta = torch.full_like(inv, grid.delta)
+    up = _closest_of(grid, lists, x, w, Target(inv, delta), None)
+    down = _closest_of(grid, lists, x, w, Target(inv, -delta), None if layout.one_delta else up)
+    return torch.where(down[1].sum(0) < up[1].sum(0), down[0], up[0]) if layout.one_delta else down[0]
+
+
+def _closest_of(
+    grid: Grid, lists: list[Tensor], x: Tensor, w: Tensor, target: Target, found: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    for near in lists:
+        found = closest(x, w, grid, near, target, found)
+    assert found is not None
     return found
 
 
@@ -261,16 +304,16 @@ def search(layout: Layout, x: Tensor, w: Tensor, effort: Effort) -> Fit:
     if not layout.signed:
         x, signs = fold_signs(x, w, layout.even)
     x, w = (_split_groups(v, grid.group).flatten(2) for v in (x, w))
-    shifts = (False, True) if grid.delta else (False,)
-    lists = [near for down in shifts for near in near_lists(grid, budget.lists, down, x.device)]
-    rows = _search_scales(layout, budget.scales, lists, x, w)
+    lists = near_lists(grid, budget.lists, x.device)
+    rows = _search_scales(layout, budget, lists, x, w)
+    shift = None if grid.delta and not layout.one_delta else _settled(layout, rows)
     scale, curvature = ratio(rows.a, rows.b).view(s, n), rows.b.view(s, n)
     reach = torch.linspace(0.75, 1.0, 8, device=x.device) * layout.ladder.highest
     d = propose(x, scale, curvature, reach, layout.ladder)
     saved, best = torch.full_like(d, -torch.inf), Fit(d, scale, rows.word.view(-1, s, n), signs)
-    for _ in range(budget.rounds):
-        d = halve(d / layout.unit)
-        level, rows = _search_levels(layout, lists, x, w, scale, d * layout.unit)
+    for nudge in NUDGES[: budget.rounds]:
+        d = halve(d * nudge / layout.unit)
+        level, rows = _search_levels(layout, lists, x, w, Wish(scale, d * layout.unit, shift))
         a, b = (rows.a.view(s, n) * level).sum(0), (rows.b.view(s, n) * level.square()).sum(0)
         refit = halve(ratio(a, b) / layout.unit)
         for option in (d, refit):  # the rows stay as they are: d settles what they save
@@ -280,7 +323,7 @@ def search(layout: Layout, x: Tensor, w: Tensor, effort: Effort) -> Fit:
             saved = torch.where(better, new, saved)
             found = Fit(option, level, rows.word.view(-1, s, n), signs)
             best = Fit(*(torch.where(better, p, q) for p, q in zip(found, best, strict=True)))
-        d = refit * layout.unit
+        d = best.d * layout.unit
     return best
 
 
@@ -289,30 +332,43 @@ def _split_groups(v: Tensor, group: int) -> Tensor:
     return v if group == 8 else v.view(2, 4, *v.shape[1:]).transpose(0, 1).flatten(1, 2)
 
 
-def _search_scales(layout: Layout, count: int, lists: list[Near], x: Tensor, w: Tensor) -> Rows:
-    """The rows of each sub-block at the best of `count` scales, x, w [group, parts, m]."""
+def _search_scales(layout: Layout, budget: Budget, lists: list[Tensor], x: Tensor, w: Tensor) -> Rows:
+    """The rows of each sub-block at the best of the scales tried, x, w [group, parts, m]."""
     grid = layout.grid
     highest = grid.low + grid.step * grid.highest + grid.extra
     peak = inverse(x.abs().amax((0, 1))) * highest
+    landings = layout.landings[: budget.scales]
+    if budget.scales > len(landings):
+        low, high = 0.6 * min(landings), 1.2 * max(landings)
+        landings = tuple(low + (high - low) * i / (budget.scales - 1) for i in range(budget.scales))
     best = nothing(x, *x.shape[1:])
-    low, high = 0.6 * min(layout.landings), 1.2 * max(layout.landings)
-    wide = [low + (high - low) * i / (count - 1) for i in range(count)]
-    for landing in layout.landings[:count] if count <= len(layout.landings) else wide:
-        best = keep(x, w, grid, nearest_rows(layout, lists, x, w, peak * landing), None, best)
+    shift = None if grid.delta else torch.zeros_like(peak)
+    for i, landing in enumerate(landings):
+        if layout.one_delta and i == budget.open_deltas:
+            shift = _settled(layout, best)
+        word = nearest_rows(layout, lists, x, w, peak * landing, shift)
+        best = keep(x, w, grid, word, None, best)
     return best
 
 
+def _settled(layout: Layout, rows: Rows) -> Tensor:
+    """The shift [m] of rows that share one by sub-block."""
+    delta = layout.grid.delta
+    return torch.where(rows.word[0] < DOWN, delta, -delta)
+
+
 def _search_levels(
-    layout: Layout, lists: list[Near], x: Tensor, w: Tensor, scale: Tensor, d: Tensor
+    layout: Layout, lists: list[Tensor], x: Tensor, w: Tensor, wish: Wish
 ) -> tuple[Tensor, Rows]:
-    """The best levels near scale/d [s, n] and their rows; d [n] with the unit."""
-    ladder = layout.ladder
-    middle = ladder.snap(scale * inverse(d))
+    """The best levels [s, n] near the wish, and their rows."""
+    ladder, d = layout.ladder, wish.d
+    middle = ladder.snap(wish.scale * inverse(d))
     level, best = middle, nothing(x, *x.shape[1:])
     for offset in (0, -ladder.step, ladder.step):
         option = (middle + offset).clamp(ladder.lowest, ladder.highest)
         step = (d * option).flatten()
-        new = keep(x, w, layout.grid, nearest_rows(layout, lists, x, w, inverse(step)), step, best)
+        word = nearest_rows(layout, lists, x, w, inverse(step), wish.shift)
+        new = keep(x, w, layout.grid, word, step, best)
         level = torch.where((new.saved > best.saved).view_as(level), option, level)
         best = new
     return level, best
