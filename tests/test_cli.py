@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -158,6 +159,16 @@ def test_a_full_disk_is_refused_before_any_work(model: Path, tmp_path: Path, mon
     monkeypatch.setattr(gguf.shutil, "disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(OutputError, match="1,000 bytes are needed, 1 are free"):
         gguf.check_target(tmp_path / "q.gguf", 1000, False)
+
+
+def test_a_disk_that_fills_up_half_way_leaves_nothing(model: Path, text: Path, tmp_path: Path) -> None:
+    """The kernel refuses to let files grow past a limit, as a full disk would."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limit[1]))
+    try:
+        refused(tmp_path / "q.gguf", model, "--calib", text, "--effort", "fast", says="cannot be written")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_help_and_version() -> None:

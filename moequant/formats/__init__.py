@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moequant.errors import FormatError
-from moequant.formats import engine, iq4, legacy, plain, q2_k, q3_k, q4_k, q6_k
+from moequant.formats import engine, fp4, iq2, iq3, iq4, legacy, plain, q2_k, q3_k, q4_k, q6_k
 from moequant.formats.base import Effort, Format
 
 FORMATS: dict[str, Format] = {
@@ -26,6 +26,13 @@ FORMATS: dict[str, Format] = {
         q6_k.Q6_K,
         iq4.IQ4_NL,
         iq4.IQ4_XS,
+        iq3.IQ3_S,
+        iq3.IQ3_XXS,
+        iq2.IQ2_S,
+        iq2.IQ2_XS,
+        iq2.IQ2_XXS,
+        fp4.MXFP4,
+        fp4.NVFP4,
     )
 }
 

@@ -19,6 +19,9 @@ from tests.formats import ggml
 from tests.formats.checks import importances, weights
 
 ALL = pytest.mark.parametrize("fmt", formats.FORMATS.values(), ids=lambda f: f.name)
+COMPILER_IS_OLD_FASHIONED = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script_method.*:DeprecationWarning"
+)
 SOME = pytest.mark.parametrize("name", ["F16", "Q4_0", "Q4_K", "Q6_K"])
 
 
@@ -170,6 +173,7 @@ def test_kernels_run_compiled_on_whole_tiles_only() -> None:
     assert torch.equal(twice(torch.ones(TILE["cpu"])), torch.full((TILE["cpu"],), 3.0))
 
 
+@COMPILER_IS_OLD_FASHIONED
 def test_without_a_compiler_large_tensors_are_packed_eagerly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -188,7 +192,7 @@ def test_without_a_compiler_large_tensors_are_packed_eagerly(
     assert "kernels do not compile here and run slower: InvalidCxxCompiler" in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@COMPILER_IS_OLD_FASHIONED
 def test_compiled_tiles_are_as_good_as_eager_ones(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
