@@ -1,4 +1,4 @@
-"""What the formats with a table of values share: nearest values, fits, f16 scales, bit fields.
+"""What the formats with a table of values share: nearest values, ladders of scales, safe divisions.
 
 The tables themselves are read from the installed `gguf` package.
 """
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from moequant.formats.kernel import kernel
 
-F16_MAX = 65504.0
 TINY = 1e-30  # stands for 0 where something divides by it
 
 
@@ -33,22 +32,6 @@ def nearest(t: Tensor, mids: Sequence[float], values: Sequence[float]) -> Tensor
     for mid, value in zip(mids, values[1:], strict=True):
         found = torch.where(t > mid, value, found)
     return found
-
-
-def halve(scale: Tensor) -> Tensor:
-    """scale rounded to f16 and back, inside f16's finite range."""
-    return scale.clamp(-F16_MAX, F16_MAX).to(torch.float16).to(torch.float32)
-
-
-def half_bytes(scale: Tensor) -> Tensor:
-    """f32 [n] -> uint8 [n, 2], little-endian f16."""
-    half = scale.clamp(-F16_MAX, F16_MAX).to(torch.float16)
-    return half.contiguous().view(torch.uint8).view(-1, 2)
-
-
-def half_from(packed: Tensor) -> Tensor:
-    """uint8 [n, 2], little-endian f16 -> f32 [n]."""
-    return packed.contiguous().view(torch.float16).view(-1).to(torch.float32)
 
 
 def u16_bytes(value: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moequant.formats.base import Effort, Format
 from moequant.formats.kernel import kernel
+from moequant.formats.layout import split_nibbles
 
 VALUES = [float(v) for v in quants.MXFP4.kvalues]
 # Steps from the scale that puts the largest weight at the largest value or just above: in factors
@@ -104,7 +105,7 @@ def decode_mx(packed: Tensor) -> Tensor:
     e = packed[:, :1].to(torch.int32)
     # 2^-128 and 2^-127 are subnormal.
     scale = torch.where(e < 2, 1 << (21 + e), (e - 1) << 23).view(torch.float32)
-    return scale * _unpack(packed[:, 1:])
+    return scale * _values(packed[:, 1:], 16)
 
 
 def decode_nv(packed: Tensor) -> Tensor:
@@ -112,13 +113,12 @@ def decode_nv(packed: Tensor) -> Tensor:
     code = packed[:, :4].to(torch.int32)
     # Bit 7 is no sign: it belongs to the exponent. 127 is e4m3's NaN, and means 0 here.
     scale = torch.where(code == 127, 0.0, ue4m3(code & 127))
-    return (scale[..., None] * _unpack(packed[:, 4:].reshape(-1, 4, 8))).flatten(1)
+    return (scale[..., None] * _values(packed[:, 4:], 8).view(-1, 4, 16)).flatten(1)
 
 
-def _unpack(packed: Tensor) -> Tensor:
-    """uint8 [..., k] -> f32 [..., 2 k], the values."""
-    table = torch.tensor(VALUES, device=packed.device)
-    return table[torch.cat([packed & 15, packed >> 4], -1).to(torch.int32)]
+def _values(packed: Tensor, run: int) -> Tensor:
+    """uint8 [n, k] -> f32 [n, 2 k]; of each 2 · run codes, the second run lies high."""
+    return torch.tensor(VALUES, device=packed.device)[split_nibbles(packed, run).to(torch.int32)]
 
 
 MXFP4 = Format("MXFP4", 39, 32, 17, encode_mx, decode_mx)

@@ -20,8 +20,9 @@ from gguf import quants
 from torch import Tensor
 
 from moequant.formats.base import Effort
-from moequant.formats.codebook import Ladder, halve, inverse, propose, ratio
+from moequant.formats.codebook import Ladder, inverse, propose, ratio
 from moequant.formats.kernel import kernel
+from moequant.formats.layout import half
 
 # d of each round over that of the best before it: few levels leave valleys between good d.
 NUDGES = (1.0, 1.0, 1.05, 0.95, 1.1)
@@ -312,10 +313,10 @@ def search(layout: Layout, x: Tensor, w: Tensor, effort: Effort) -> Fit:
     d = propose(x, scale, curvature, reach, layout.ladder)
     saved, best = torch.full_like(d, -torch.inf), Fit(d, scale, rows.word.view(-1, s, n), signs)
     for nudge in NUDGES[: budget.rounds]:
-        d = halve(d * nudge / layout.unit)
+        d = half(d * nudge / layout.unit)
         level, rows = _search_levels(layout, lists, x, w, Wish(scale, d * layout.unit, shift))
         a, b = (rows.a.view(s, n) * level).sum(0), (rows.b.view(s, n) * level.square()).sum(0)
-        refit = halve(ratio(a, b) / layout.unit)
+        refit = half(ratio(a, b) / layout.unit)
         for option in (d, refit):  # the rows stay as they are: d settles what they save
             step = option * layout.unit
             new = step * (2 * a - step * b)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from moequant.formats.base import Effort, Format
-from moequant.formats.codebook import Ladder, half_bytes, half_from, u16_bytes, u16_from
+from moequant.formats.codebook import Ladder, u16_bytes, u16_from
 from moequant.formats.grids import Grid, Layout, points, search
+from moequant.formats.layout import half_bytes, read_half
 
 DELTA = 0.125
 LADDER = Ladder(1, 15, 2)
@@ -51,7 +52,7 @@ def encode_m(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
 def decode_s(packed: Tensor) -> Tensor:
     """IQ1_S: uint8 [n, 50] -> f32 [n, 256]."""
     field = u16_from(packed[:, 34:50])
-    step = half_from(packed[:, :2])[:, None] * (2 * (field >> 12 & 7) + 1)
+    step = read_half(packed, 0) * (2 * (field >> 12 & 7) + 1)
     high = field[..., None] >> torch.arange(0, 12, 3, device=packed.device) & 7
     row = packed[:, 2:34].to(torch.int32) | high.flatten(1) << 8
     delta = torch.where(field >> 15 == 1, -DELTA, DELTA)
@@ -65,7 +66,7 @@ def decode_m(packed: Tensor) -> Tensor:
     field = u16_from(packed[:, 48:56])
     d = (field >> 12 << torch.arange(0, 16, 4, device=packed.device)).sum(1, keepdim=True)
     scale = field[..., None] >> torch.arange(0, 12, 3, device=packed.device) & 7
-    step = half_from(u16_bytes(d))[:, None] * (2 * scale.view(n, 16) + 1)
+    step = read_half(u16_bytes(d), 0) * (2 * scale.view(n, 16) + 1)
     nibble = torch.stack([packed[:, 32:48] & 15, packed[:, 32:48] >> 4], -1).view(n, 32).to(torch.int32)
     row = packed[:, :32].to(torch.int32) | (nibble & 7) << 8
     value = points("IQ1_S").to(packed.device)[row] + torch.where(nibble > 7, -DELTA, DELTA)[..., None]

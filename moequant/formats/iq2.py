@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moequant.formats.base import Effort, Format
-from moequant.formats.codebook import Ladder, half_bytes, half_from, u16_bytes, u16_from
+from moequant.formats.codebook import Ladder, u16_bytes, u16_from
 from moequant.formats.grids import (
     Grid,
     Layout,
@@ -28,6 +28,7 @@ from moequant.formats.grids import (
     search,
     sign_values,
 )
+from moequant.formats.layout import half_bytes, read_half
 
 LADDER = Ladder(1, 31, 2)
 LANDINGS = (1.12, 0.92, 1.48, 1.24, 0.7, 1.0)
@@ -85,7 +86,7 @@ def decode_xxs(packed: Tensor) -> Tensor:
     n = len(packed)
     code = packed[:, 2:].reshape(n, 8, 8)
     signs, scale = read_signs_and_scales(code[:, :, 4:].reshape(n, 32))
-    step = half_from(packed[:, :2])[:, None] * (0.5 + scale) * 0.25
+    step = read_half(packed, 0) * (0.5 + scale) * 0.25
     value = points("IQ2_XXS").to(packed.device)[code[:, :, :4].to(torch.int32)].view(n, 8, 32)
     return (step[:, :, None] * value * signs.view(n, 8, 32)).view(n, 256)
 
@@ -99,7 +100,7 @@ def _scale_sixteens(d: Tensor, scales: Tensor, value: Tensor, signs: Tensor) -> 
     """f16 bytes [n, 2], scale bytes [n, 8], values and signs [n, 256] -> f32 [n, 256]."""
     n = len(d)
     scale = torch.stack([scales & 15, scales >> 4], -1).view(n, 16).to(torch.float32)
-    step = half_from(d)[:, None] * (0.5 + scale) * 0.25
+    step = read_half(d, 0) * (0.5 + scale) * 0.25
     return (step[:, :, None] * value.view(n, 16, 16) * signs.view(n, 16, 16)).view(n, 256)
 
 

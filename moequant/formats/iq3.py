@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from moequant.formats.base import Effort, Format
-from moequant.formats.codebook import Ladder, half_bytes, half_from
+from moequant.formats.codebook import Ladder
 from moequant.formats.grids import Grid, Layout, points, read_signs_and_scales, search, sign_values
+from moequant.formats.layout import half_bytes, read_half
 
 LADDER = Ladder(1, 31, 2)
 LANDINGS = (1.04, 0.9, 1.14, 0.78, 0.98, 1.28)
@@ -57,7 +58,7 @@ def decode_s(packed: Tensor) -> Tensor:
     high = packed[:, 66:74, None] >> eight.to(torch.uint8) & 1
     row = packed[:, 2:66].to(torch.int32) | high.view(n, 64).to(torch.int32) << 8
     scale = packed[:, 106 + eight // 2] >> (eight % 2 * 4).to(torch.uint8) & 15
-    step = half_from(packed[:, :2])[:, None] * (1 + 2 * scale.to(torch.float32))
+    step = read_half(packed, 0) * (1 + 2 * scale.to(torch.float32))
     value = points("IQ3_S").to(packed.device)[row].view(n, 8, 32)
     return (step[:, :, None] * value * sign_values(packed[:, 74:106]).view(n, 8, 32)).view(n, 256)
 
@@ -66,7 +67,7 @@ def decode_xxs(packed: Tensor) -> Tensor:
     """IQ3_XXS: uint8 [n, 98] -> f32 [n, 256]."""
     n = len(packed)
     signs, scale = read_signs_and_scales(packed[:, 66:98])
-    step = half_from(packed[:, :2])[:, None] * (0.5 + scale) * 0.5
+    step = read_half(packed, 0) * (0.5 + scale) * 0.5
     value = points("IQ3_XXS").to(packed.device)[packed[:, 2:66].to(torch.int32)].view(n, 8, 32)
     return (step[:, :, None] * value * signs.view(n, 8, 32)).view(n, 256)
 

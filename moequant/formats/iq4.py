@@ -20,18 +20,9 @@ from gguf import quants
 from torch import Tensor
 
 from moequant.formats.base import Effort, Format
-from moequant.formats.codebook import (
-    Ladder,
-    half_bytes,
-    half_from,
-    halve,
-    inverse,
-    midpoints,
-    nearest,
-    propose,
-    ratio,
-)
+from moequant.formats.codebook import Ladder, inverse, midpoints, nearest, propose, ratio
 from moequant.formats.kernel import kernel
+from moequant.formats.layout import half, half_bytes, read_half, split_nibbles
 
 VALUES = [float(v) for v in quants.IQ4_NL.kvalues]
 MIDS = midpoints(VALUES)
@@ -114,8 +105,8 @@ def search_scale(x: Tensor, w: Tensor, effort: Effort) -> tuple[Tensor, Tensor]:
 def encode_nl(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
     """IQ4_NL: x, w [n, 32] -> uint8 [n, 18]."""
     columns = x.t().contiguous()
-    scale = ratio(*search_scale(columns, w.t().contiguous(), effort))
-    return torch.cat([half_bytes(scale), codes(columns, inverse(halve(scale))).t()], 1)
+    scale = half(ratio(*search_scale(columns, w.t().contiguous(), effort)))
+    return torch.cat([half_bytes(scale), codes(columns, inverse(scale)).t()], 1)
 
 
 def encode_xs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
@@ -131,7 +122,7 @@ def encode_xs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
     best = torch.full_like(d, torch.inf)
     best_d, best_level = d, torch.zeros_like(scale)
     for _ in range(rounds):
-        d = halve(d)
+        d = half(d)
         level, error, better_d = try_levels(columns, weight, d, scale)
         won = error < best
         best = torch.where(won, error, best)
@@ -143,24 +134,22 @@ def encode_xs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
 
 def decode_nl(packed: Tensor) -> Tensor:
     """IQ4_NL: uint8 [n, 18] -> f32 [n, 32]."""
-    return half_from(packed[:, :2])[:, None] * _unpack_nibbles(packed[:, 2:])
+    return read_half(packed, 0) * _values(packed[:, 2:])
 
 
 def decode_xs(packed: Tensor) -> Tensor:
     """IQ4_XS: uint8 [n, 136] -> f32 [n, 256]."""
-    n = len(packed)
     at = torch.arange(8, device=packed.device)
     high = packed[:, 2 + at // 4] >> (at % 4 * 2).to(torch.uint8) & 3
     low = packed[:, 4 + at // 2] >> (at % 2 * 4).to(torch.uint8) & 15
     level = (low | high << 4).to(torch.float32) - 32
-    step = half_from(packed[:, :2])[:, None] * level
-    return (step[:, :, None] * _unpack_nibbles(packed[:, 8:].reshape(n, 8, 16))).view(n, 256)
+    step = read_half(packed, 0) * level
+    return (step[:, :, None] * _values(packed[:, 8:]).view(-1, 8, 32)).flatten(1)
 
 
-def _unpack_nibbles(packed: Tensor) -> Tensor:
-    """uint8 [..., 16] -> f32 [..., 32], the values."""
-    table = torch.tensor(VALUES, device=packed.device)
-    return table[torch.cat([packed & 15, packed >> 4], -1).to(torch.int32)]
+def _values(packed: Tensor) -> Tensor:
+    """uint8 [n, 16 k] -> f32 [n, 32 k]."""
+    return torch.tensor(VALUES, device=packed.device)[split_nibbles(packed, 16).to(torch.int32)]
 
 
 def _pack_xs(d: Tensor, level: Tensor, nibbles: Tensor) -> Tensor:

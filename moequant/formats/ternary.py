@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from moequant.formats.base import Effort, Format
-from moequant.formats.codebook import half_bytes, half_from, ratio
+from moequant.formats.codebook import ratio
 from moequant.formats.kernel import kernel
+from moequant.formats.layout import half_bytes, read_half
 
 # Thresholds in mean sizes; a uniform or Gaussian block wants 0.7, one with heavy tails more.
 THRESHOLDS: dict[Effort, tuple[float, ...]] = {
@@ -91,7 +92,7 @@ def decode_tq2(packed: Tensor) -> Tensor:
     """TQ2_0: uint8 [n, 66] -> f32 [n, 256]."""
     shifts = torch.arange(0, 8, 2, device=packed.device).to(torch.uint8)
     digit = packed[:, :64].reshape(-1, 2, 1, 32) >> shifts[:, None] & 3
-    return half_from(packed[:, 64:])[:, None] * (digit.to(torch.float32).flatten(1) - 1)
+    return read_half(packed, 64) * (digit.to(torch.float32).flatten(1) - 1)
 
 
 def decode_tq1(packed: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def decode_tq1(packed: Tensor) -> Tensor:
         powers = 3 ** torch.arange(count, device=packed.device)[:, None]
         rest = packed[:, None, at : at + width].to(torch.int32) * powers & 255
         digits.append((rest * 3 >> 8).flatten(1))
-    return half_from(packed[:, 52:])[:, None] * (torch.cat(digits, 1).to(torch.float32) - 1)
+    return read_half(packed, 52) * (torch.cat(digits, 1).to(torch.float32) - 1)
 
 
 TQ1_0 = Format("TQ1_0", 34, 256, 54, encode_tq1, decode_tq1)
