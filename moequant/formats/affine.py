@@ -55,13 +55,11 @@ class AffineFit:
 class _Plan:
     """How hard to look.
 
-    The first `ends` ways to span the codes are tried, and `extra`² evenly spread ones; the best is
-    refitted `refits` times. (d, dmin) are chosen within `width` around each pair of `centers`, and
-    each choice is swept `sweeps` times.
+    The first `ends` ways to span the codes are tried, the best is refitted `refits` times. (d, dmin)
+    are chosen within `width` around each pair of `centers`, and each choice is swept `sweeps` times.
     """
 
     ends: int
-    extra: int
     refits: int
     centers: tuple[float, ...]
     width: float
@@ -69,9 +67,9 @@ class _Plan:
 
 
 _PLANS: dict[Effort, _Plan] = {
-    "fast": _Plan(ends=4, extra=0, refits=0, centers=(1.0,), width=0.1, sweeps=1),
-    "default": _Plan(ends=16, extra=0, refits=1, centers=(1.0,), width=0.1, sweeps=1),
-    "best": _Plan(ends=24, extra=8, refits=2, centers=(0.92, 1.0, 1.08), width=0.04, sweeps=4),
+    "fast": _Plan(ends=4, refits=0, centers=(1.0,), width=0.1, sweeps=1),
+    "default": _Plan(ends=16, refits=1, centers=(1.0,), width=0.1, sweeps=1),
+    "best": _Plan(ends=24, refits=2, centers=(0.88, 0.94, 1.0, 1.06, 1.12), width=0.03, sweeps=2),
 }
 
 # For each top code: how far inside the codes 0..top the least and the largest weight land (negative: beyond,
@@ -247,8 +245,6 @@ def _factors(grid: Affine, plan: _Plan, device: torch.device) -> tuple[Tensor, .
 def _lines(grid: Affine, plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
     """(slope, offset) [4, 2] each: codes of a sub-block as lines over -1..1, its range."""
     ends = torch.tensor(_ENDS[grid.top][: plan.ends], device=device)
-    spread = torch.linspace(-1.2, 1.2, plan.extra, device=device)
-    ends = torch.cat([ends, torch.cartesian_prod(spread, spread)]) if plan.extra else ends
     low, high = ends[:, 0], grid.top - ends[:, 1]
     return torch.stack([(high - low) / 2, (high + low) / 2], 1).tensor_split(len(ends) // 4)
 

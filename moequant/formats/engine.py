@@ -22,9 +22,9 @@ from moequant.errors import FormatError
 from moequant.formats.base import Effort, Format
 from moequant.formats.kernel import TILE, kernel
 
-# Importance below this share of its expert's mean is raised to it: a channel that calibration
-# never excited must still be stored as what it is, not as zeros.
-FLOOR = 1e-4
+# Importance below this share of its expert's median (of the channels that were excited at all) is raised to
+# it: what calibration never excited must still be stored as what it is, not sacrificed for its neighbours.
+FLOOR = 0.02
 # Tensors with fewer weights are packed before a compiler would have started to repay itself.
 COMPILE_FROM = 1 << 23
 
@@ -162,7 +162,7 @@ def _check_weights(x: Tensor, fmt: Format, stack: Tensor, first: int) -> None:
 
 
 def _check_importance(weights: Tensor, importance: Tensor | None) -> Tensor:
-    """f32 [E, in] with mean 1 in each expert and a positive floor; FormatError when it cannot be that."""
+    """f32 [E, in] with median 1 in each expert and a positive floor; FormatError when it cannot be that."""
     expected = (*weights.shape[:-2], weights.shape[-1])
     if importance is None:
         return torch.ones(expected, device=weights.device).view(-1, weights.shape[-1])
@@ -179,9 +179,9 @@ def _check_importance(weights: Tensor, importance: Tensor | None) -> Tensor:
             f"importance {float(per_expert[expert, column]):g} at expert {expert}, column {column}: "
             "it must be finite and not negative; recompute the statistics"
         )
-    mean = per_expert.mean(-1, keepdim=True)
+    usual = torch.where(per_expert > 0, per_expert, torch.nan).nanmedian(-1, keepdim=True).values
     # An expert that saw nothing has no opinion: all its channels count the same.
-    per_expert = torch.where(mean > 0, per_expert / mean, torch.ones_like(per_expert))
+    per_expert = torch.where(usual > 0, per_expert / usual, torch.ones_like(per_expert))
     return per_expert.clamp_min(FLOOR).to(torch.float32)
 
 

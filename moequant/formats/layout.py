@@ -33,7 +33,7 @@ def half(x: Tensor) -> Tensor:
 
 def read_half(packed: Tensor, at: int) -> Tensor:
     """f32 [n, 1]: the little-endian f16 at byte `at` of each block."""
-    return packed[:, at : at + 2].contiguous().view(torch.float16).to(torch.float32)
+    return packed[:, at : at + 2].clone().view(torch.float16).to(torch.float32)  # a copy is aligned
 
 
 def half_bytes(x: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ def _format(name: str, ggml_type: int, dtype: torch.dtype, limit: float) -> Form
         return x.to(dtype).view(torch.uint8).reshape(-1, size)
 
     def decode(packed: Tensor) -> Tensor:
-        return packed.contiguous().view(dtype).to(torch.float32)
+        aligned = packed.clone() if packed.storage_offset() % size else packed.contiguous()
+        return aligned.view(dtype).to(torch.float32)
 
     return Format(name, ggml_type, 1, size, encode, decode, limit=limit)
 

@@ -66,7 +66,7 @@ _PLANS: dict[Effort, _Plan] = {
     "fast": _Plan(landings=4, extra=0, refits=0, centers=(1.0,), width=0.1, sweeps=1),
     "default": _Plan(landings=12, extra=0, refits=1, centers=(1.0,), width=0.1, sweeps=1),
     "best": _Plan(
-        landings=16, extra=64, refits=2, centers=(0.86, 0.93, 1.0, 1.07, 1.14), width=0.035, sweeps=4
+        landings=16, extra=64, refits=2, centers=(0.86, 0.93, 1.0, 1.07, 1.14), width=0.035, sweeps=2
     ),
 }
 

@@ -77,6 +77,13 @@ def test_memory_order_does_not_matter(name: str) -> None:
     assert torch.equal(formats.quantize(name, turned, importance), formats.quantize(name, x, importance))
 
 
+@ALL
+def test_bytes_may_start_anywhere(fmt: Format) -> None:
+    packed = formats.quantize(fmt, weights("gauss", rows=1, columns=256), effort="fast")
+    shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), packed.flatten()])[1:].view(1, -1)
+    assert torch.equal(formats.dequantize(fmt, shifted), formats.dequantize(fmt, packed))
+
+
 @SOME
 def test_threads_do_not_change_bytes(name: str) -> None:
     x = weights("gauss", rows=300, columns=1024)  # several tiles and a piece
