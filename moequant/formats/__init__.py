@@ -5,7 +5,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from moequant.errors import FormatError
-from moequant.formats import engine, fp4, iq2, iq3, iq4, legacy, plain, q2_k, q3_k, q4_k, q6_k
+from moequant.formats import (
+    engine,
+    fp4,
+    iq1,
+    iq2,
+    iq3,
+    iq4,
+    legacy,
+    plain,
+    q2_k,
+    q3_k,
+    q4_k,
+    q6_k,
+    ternary,
+)
 from moequant.formats.base import Effort, Format
 
 FORMATS: dict[str, Format] = {
@@ -31,6 +45,10 @@ FORMATS: dict[str, Format] = {
         iq2.IQ2_S,
         iq2.IQ2_XS,
         iq2.IQ2_XXS,
+        iq1.IQ1_M,
+        iq1.IQ1_S,
+        ternary.TQ1_0,
+        ternary.TQ2_0,
         fp4.MXFP4,
         fp4.NVFP4,
     )
