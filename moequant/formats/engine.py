@@ -188,9 +188,9 @@ def _check_importance(weights: Tensor, importance: Tensor | None) -> Tensor:
 def _importance_of(per_expert: Tensor, stack: Tensor, fmt: Format, first: int, last: int) -> Tensor:
     """f32 [last - first, block]: the importance of those blocks."""
     per_row = stack.shape[-1] // fmt.block
-    block = torch.arange(first, last, device=stack.device)
-    expert = block // (per_row * stack.shape[1])
-    return per_expert.view(-1, fmt.block)[expert * per_row + block % per_row]
+    rows = torch.arange(first // per_row, -(-last // per_row), device=stack.device)
+    skip = first % per_row
+    return per_expert[rows // stack.shape[1]].view(-1, fmt.block)[skip : skip + last - first]
 
 
 def _fill(x: Tensor, rows: int, value: float) -> Tensor:

@@ -18,9 +18,20 @@ from torch import Tensor
 from moequant.formats.affine import Affine
 from moequant.formats.affine import search_block as search_affine
 from moequant.formats.base import Effort, Format
-from moequant.formats.layout import half_bytes, join_nibbles, read_half, split_nibbles
+from moequant.formats.kernel import kernel
+from moequant.formats.layout import (
+    better,
+    half_bytes,
+    inverse,
+    join_nibbles,
+    read_half,
+    signed_half,
+    split_nibbles,
+)
 from moequant.formats.symmetric import Symmetric
 from moequant.formats.symmetric import search_block as search_symmetric
+
+_Q8_LANDINGS = {"fast": [127.0], "default": [127.0, 125.0, 122.0, 118.0]}
 
 
 def _join_bits(bits: Tensor) -> Tensor:
@@ -76,21 +87,40 @@ def _affine(name: str, ggml_type: int, bits: int) -> Format:
     return Format(name, ggml_type, 32, 4 + 4 * bits, encode, decode, magnitude=1.0, spread=1.0)
 
 
-def _q8_0() -> Format:
-    grid = Symmetric(sub=32, low=-127, high=127)
+@kernel
+def _round_q8(x: Tensor, w: Tensor, landings: Tensor) -> tuple[Tensor, Tensor]:
+    """d [n] and codes i8 [n, 32], the largest weight landing on the best of a few codes.
 
-    def encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-        fit = search_symmetric(grid, x, w, effort)
-        return torch.cat([half_bytes(fit.d), fit.codes.view(torch.uint8)], 1)
+    Eight bits leave little to win and ggml takes 4 ns a weight: so no search, and blocks as they lie.
+    """
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    by = inverse(torch.where(high > -low, high, low))
+    fit: tuple[Tensor, ...] = (torch.zeros_like(by), torch.zeros_like(by))
+    for landing in landings.unbind():
+        c = (x * (by * landing)).round()
+        wc = w * c
+        b, p = (wc * x).sum(-1, keepdim=True), (wc * c).sum(-1, keepdim=True)
+        s = b * inverse(p)
+        fit = better(fit, (-b * s, s))
+    d = signed_half(fit[1])
+    return d[:, 0], (x * inverse(d)).round().clamp(-127, 127).to(torch.int8)
 
-    def decode(packed: Tensor) -> Tensor:
-        return packed[:, 2:].contiguous().view(torch.int8) * read_half(packed, 0)
 
-    return Format("Q8_0", 8, 32, 34, encode, decode)
+def _encode_q8(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+    if effort == "best":
+        fit = search_symmetric(Symmetric(sub=32, low=-127, high=127), x, w, effort)
+        d, codes = fit.d, fit.codes
+    else:
+        d, codes = _round_q8(x, w, torch.tensor(_Q8_LANDINGS[effort], device=x.device))
+    return torch.cat([half_bytes(d), codes.view(torch.uint8)], 1)
+
+
+def _decode_q8(packed: Tensor) -> Tensor:
+    return packed[:, 2:].contiguous().view(torch.int8) * read_half(packed, 0)
 
 
 Q4_0 = _symmetric("Q4_0", 2, 4)
 Q4_1 = _affine("Q4_1", 3, 4)
 Q5_0 = _symmetric("Q5_0", 6, 5)
 Q5_1 = _affine("Q5_1", 7, 5)
-Q8_0 = _q8_0()
+Q8_0 = Format("Q8_0", 8, 32, 34, _encode_q8, _decode_q8)
