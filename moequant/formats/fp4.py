@@ -29,22 +29,16 @@ MX_STEPS = {"fast": (1, 0), "default": (1, 0, -1), "best": (2, 1, 0, -1, -2, -3)
 NV_STEPS = {"fast": (-2, -1, 0, 1, 2, 5), "default": range(-3, 7), "best": range(-16, 14)}
 
 
-def round_e2m1(t: Tensor) -> Tensor:
-    """The nearest of ±{0, 1, 2, 3, 4, 6, 8, 12}."""
-    size = t.abs()
-    step = torch.where(size < 4, 1.0, torch.where(size < 8, 2.0, 4.0))
-    inv = torch.where(size < 4, 1.0, torch.where(size < 8, 0.5, 0.25))
-    return ((t * inv).round() * step).clamp(-12.0, 12.0)
+def round_size(t: Tensor, top: tuple[float, float, float, float] = (4.0, 6.0, 8.0, 12.0)) -> Tensor:
+    """The nearest of 0, 1, 2, 3, 4, 6, 8, 12 to t >= 0; `top` stands for the last four."""
+    large = torch.where(t < 7, torch.where(t < 5, top[0], top[1]), torch.where(t < 10, top[2], top[3]))
+    return torch.where(t < 4, t.round(), large)
 
 
-def pack_codes(q: Tensor) -> Tensor:
-    """Rounded values [..., 2 k] -> uint8 [..., k]: the code of i below that of i + k."""
-    size = q.abs()
-    # 0 1 2 3 4 6 8 12 -> 0..7
-    code = (
-        size.clamp_max(4) + (size > 4).float() + (size > 6).float() + (size > 8).float() + (q < 0).float() * 8
-    )
-    low, high = code.chunk(2, -1)
+def pack_codes(x: Tensor, inv: Tensor) -> Tensor:
+    """x [n, 2 k], inv [n, 1] -> uint8 [n, k]: the code of weight i below that of i + k."""
+    code = round_size(x.abs() * inv, (4.0, 5.0, 6.0, 7.0))
+    low, high = torch.where(x < 0, code + 8, code).chunk(2, -1)
     return (low + 16 * high).to(torch.uint8)
 
 
@@ -61,31 +55,33 @@ def ue4m3(code: Tensor) -> Tensor:
 @kernel
 def fit_mx(x: Tensor, w: Tensor, steps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """x, w [n, 32] -> int32 [n, 1] e, uint8 [n, 16] codes."""
-    reach = (x.abs().amax(-1, keepdim=True).view(torch.int32) >> 23) - 2
+    size = x.abs()
+    reach = (size.amax(-1, keepdim=True).view(torch.int32) >> 23) - 2
     best_e, least = torch.zeros_like(reach), torch.full_like(x[:, :1], torch.inf)
     for step in steps:
         e = (reach + step).clamp(1, 253)
         scale, inv = power(e) * 0.5, power(255 - e)
-        error = (w * (x - scale * round_e2m1(x * inv)).square()).sum(-1, keepdim=True)
+        error = (w * (size - scale * round_size(size * inv)).square()).sum(-1, keepdim=True)
         better = error < least
         least, best_e = torch.where(better, error, least), torch.where(better, e, best_e)
-    return best_e, pack_codes(round_e2m1(x * power(255 - best_e)))
+    return best_e, pack_codes(x, power(255 - best_e))
 
 
 @kernel
 def fit_nv(x: Tensor, w: Tensor, steps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """x, w [m, 16] -> int32 [m, 1] e4m3 codes, uint8 [m, 8] codes."""
-    reach = x.abs().amax(-1, keepdim=True) * (1 / 6)
+    size = x.abs()
+    reach = size.amax(-1, keepdim=True) * (1 / 6)
     normal = (reach.view(torch.int32) - (120 << 23)) >> 20
     middle = torch.where(reach < 2.0**-6, (reach * 512).to(torch.int32), normal)
     best_code, least = torch.zeros_like(middle), torch.full_like(x[:, :1], torch.inf)
     for step in steps:
         code = (middle + step).clamp(1, 126)
         scale = ue4m3(code)
-        error = (w * (x - scale * round_e2m1(x / scale)).square()).sum(-1, keepdim=True)
+        error = (w * (size - scale * round_size(size / scale)).square()).sum(-1, keepdim=True)
         better = error < least
         least, best_code = torch.where(better, error, least), torch.where(better, code, best_code)
-    return best_code, pack_codes(round_e2m1(x / ue4m3(best_code)))
+    return best_code, pack_codes(x, 1 / ue4m3(best_code))
 
 
 def encode_mx(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
