@@ -43,22 +43,30 @@ RELATIVE_ERROR: Mapping[str, float] = {
 (`benchmarks/sensitivity.py`, results beside it)."""
 
 SENSITIVITY: Mapping[Role, float] = {
-    Role.EMBEDDING: 0.55,
-    Role.OUTPUT: 0.95,
-    Role.ATTN_Q: 0.50,
-    Role.ATTN_K: 0.45,
-    Role.ATTN_V: 0.80,
-    Role.ATTN_OUT: 1.00,
-    Role.GATE: 0.43,
-    Role.UP: 0.40,
-    Role.DOWN: 0.95,
-    Role.DENSE_GATE: 0.43,
-    Role.DENSE_UP: 0.40,
-    Role.DENSE_DOWN: 0.95,
+    Role.EMBEDDING: 0.41,
+    Role.OUTPUT: 0.75,
+    Role.ATTN_Q: 0.35,
+    Role.ATTN_K: 0.35,
+    Role.ATTN_V: 0.70,
+    Role.ATTN_OUT: 0.80,
+    Role.GATE: 0.50,
+    Role.UP: 0.49,
+    Role.DOWN: 1.00,
+    Role.DENSE_GATE: 0.50,
+    Role.DENSE_UP: 0.49,
+    Role.DENSE_DOWN: 1.00,
 }
-"""KL divergence per unit of relative error in all of a role's weights, each layer an equal share of it:
-the mean over two trained models (`benchmarks/sensitivity.py`). All experts of a layer count as one
-weight, because a token's top-k weights add up to about one."""
+"""KL divergence per unit of relative error in all of a role's weights, each layer an equal share of it.
+
+Between what one weight at a time costs in two trained models (`benchmarks/sensitivity.py`, results
+beside it) and what whole plans cost them. All experts of a layer count as one weight, because a
+token's top-k weights add up to about one.
+"""
+
+EARLY_DOWN = 2.0
+"""Down projections of the first eighth of the layers count this many times: errors there pass through
+everything behind them (6 times the later layers' in one of those models, equal in the other; llama.cpp's
+rules raise the same layers)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +192,7 @@ def _options(group: tuple[Weight, ...], base: str, layers: int) -> tuple[Option,
         names = SHORT_LADDER[SHORT_LADDER.index(_SHORT_BASE[base]) :]
     else:
         names = ("F16",)
-    share = 1 if first.layer is None else layers
-    sensitivity = sum(SENSITIVITY.get(weight.role, 0.0) for weight in group) / share
+    sensitivity = sum(_sensitivity(weight, layers) for weight in group)
     return tuple(
         Option(
             name,
@@ -194,6 +201,15 @@ def _options(group: tuple[Weight, ...], base: str, layers: int) -> tuple[Option,
         )
         for name in names
     )
+
+
+def _sensitivity(weight: Weight, layers: int) -> float:
+    """A weight's share of its role's sensitivity."""
+    whole = SENSITIVITY.get(weight.role, 0.0)
+    if weight.layer is None:
+        return whole
+    early = weight.role in (Role.DOWN, Role.DENSE_DOWN) and weight.layer < max(1, layers // 8)
+    return whole / layers * (EARLY_DOWN if early else 1.0)
 
 
 def _reason(weight: Weight, chosen: str, base: str) -> str:
