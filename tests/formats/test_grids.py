@@ -1,0 +1,84 @@
+"""The shared search of the grid formats, piece by piece, against brute force and gguf-py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gguf import quants
+
+from moequant.formats import iq1, iq2, iq3
+from moequant.formats.grids import (
+    LISTED,
+    Grid,
+    Target,
+    closest,
+    fill_parity,
+    fold_signs,
+    near_lists,
+    points,
+    sign_values,
+    steps_up,
+)
+
+GRIDS = pytest.mark.parametrize(
+    "grid", [iq3.GRID_S, iq3.GRID_XXS, iq2.GRID_S, iq2.GRID_XS, iq2.GRID_XXS, iq1.GRID], ids=lambda g: g.name
+)
+CPU = torch.device("cpu")
+
+
+def rows_of(grid: Grid, word: torch.Tensor) -> torch.Tensor:
+    """Values of rows given as words, without delta, [..., group]."""
+    return torch.stack([grid.low + grid.step * steps_up(grid, word, i) for i in range(grid.group)], -1)
+
+
+@GRIDS
+def test_words_hold_the_rows_of_gguf(grid: Grid) -> None:
+    words = torch.cat([near.flatten() for near in near_lists(grid, 1, CPU)]).unique()
+    assert torch.equal(rows_of(grid, words), points(grid.name)[(words >> 16).long()])
+
+
+@GRIDS
+def test_the_first_row_listed_is_the_nearest(grid: Grid) -> None:
+    near = near_lists(grid, 1, CPU)[0]
+    assert near.shape[0] == LISTED
+    rows = points(grid.name)
+    lowest = rows_of(grid, near[0, :1])[0]  # key 0: every weight at the lowest level
+    distance = (rows - grid.low).square().sum(1)
+    assert (lowest - grid.low).square().sum() == distance.min()
+
+
+@GRIDS
+def test_closest_loses_little_to_brute_force(grid: Grid) -> None:
+    g = torch.Generator().manual_seed(0)
+    top = grid.low + grid.step * grid.highest
+    t = torch.randn(grid.group, 1, 400, generator=g) * top / 2
+    t = t if grid.delta else t.abs()
+    w = torch.rand(grid.group, 1, 400, generator=g) + 0.2
+    one = torch.ones(400)
+    for shift in {grid.delta, -grid.delta}:
+        target = Target(one, one * shift)
+        word, error = closest(t, w, grid, near_lists(grid, 1, CPU)[0], target, None)
+        rows = points(grid.name) + shift
+        brute = (w[:, 0].T[:, None] * (t[:, 0].T[:, None] - rows).square()).sum(2).min(1).values
+        found = (w[:, 0].T * (t[:, 0].T - rows_of(grid, word[0]) - shift).square()).sum(1)
+        stored = (w * t.square()).sum(0)[0]
+        torch.testing.assert_close(error[0] * grid.step**2 + stored, found, rtol=1e-3, atol=1e-3)
+        assert found.sum() <= 1.05 * brute.sum()
+        assert (word >= 1 << 28).all() == (shift < 0)
+
+
+def test_signs_are_made_even_at_the_cheapest_weight() -> None:
+    x = torch.randn(8, 300, generator=torch.Generator().manual_seed(1))
+    w = torch.rand(8, 300, generator=torch.Generator().manual_seed(2)) + 0.1
+    y, bits = fold_signs(x, w, True)
+    signs = sign_values(bits.to(torch.uint8)[:, None]).T
+    assert torch.equal(y * signs, x)
+    assert bool((signs.prod(0) == 1).all())
+    flipped = y < 0
+    assert torch.equal(flipped.any(0), (x < 0).sum(0) % 2 == 1)
+    assert torch.equal(flipped.int().argmax(0)[flipped.any(0)], (w * x.abs()).argmin(0)[flipped.any(0)])
+
+
+def test_the_eighth_sign_is_that_of_gguf() -> None:
+    table = torch.frombuffer(bytearray(quants.IQ2_XXS.ksigns), dtype=torch.uint8)
+    assert torch.equal(fill_parity(torch.arange(128)), table)
