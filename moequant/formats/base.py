@@ -45,6 +45,7 @@ class Format:
     magnitude: float = 0.0
     spread: float = 2.0
     limit: float = 65504.0  # the largest weight in size: scales are f16
+    tiles: int = 1  # how many of `kernel.TILE` weights the encoder takes at once, where it is faster so
 
     @property
     def bits(self) -> float:

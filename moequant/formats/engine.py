@@ -56,7 +56,7 @@ def quantize(
     exponent = fmt.magnitude if magnitude is None else magnitude
     device = weights.device.type
     large = weights.numel() >= COMPILE_FROM and _compiles(fmt, effort, device)
-    step = (TILE[device] if large else TILE[device] // 4) // fmt.block
+    step = _blocks_at_once(fmt, device) if large else TILE[device] // 4 // fmt.block
     out = torch.empty((stack[..., 0].numel() * row_bytes,), dtype=torch.uint8, device=weights.device)
     blocks = out.view(-1, fmt.block_bytes)
 
@@ -64,7 +64,7 @@ def quantize(
         x = _read(stack, fmt, first, last)
         _check_weights(x, fmt, stack, first)
         per_block = _importance_of(per_expert, stack, fmt, first, last)
-        if large:  # kernels are compiled for whole tiles
+        if large:  # kernels are compiled for one size
             x, per_block = _fill(x, step, 0.0), _fill(per_block, step, 1.0)
         w = _weigh(x, per_block, exponent, fmt.spread) if exponent else per_block
         blocks[first:last] = fmt.encode(x, w, effort)[: last - first]
@@ -126,10 +126,14 @@ def _compiles(fmt: Format, effort: Effort, device_type: str) -> bool:
     return True
 
 
+def _blocks_at_once(fmt: Format, device_type: str) -> int:
+    return TILE[device_type] * fmt.tiles // fmt.block
+
+
 def _encode_a_tile(fmt: Format, effort: Effort, device_type: str) -> None:
     from torch._dynamo import config  # slow to import, and needed by large tensors only
 
-    ones = torch.ones((TILE[device_type] // fmt.block, fmt.block), device=device_type)
+    ones = torch.ones((_blocks_at_once(fmt, device_type), fmt.block), device=device_type)
     # Formats share kernels, each with its own constants; beyond the usual limit of 8 they would run eagerly.
     with config.patch(recompile_limit=64):
         fmt.encode(ones, _weigh(ones, ones, fmt.magnitude, fmt.spread), effort)

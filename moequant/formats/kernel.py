@@ -1,10 +1,11 @@
 """Compiled inner loops, and how many weights they see at a time.
 
-`@kernel` marks a function of tensors that takes most of an encoder's time. It is compiled
-by torch.compile for one size only: when its first tensor holds exactly a tile's worth of
-weights. The engine cuts large tensors into such tiles and small ones into smaller pieces, so
-that small tensors run eagerly and never wait for a compiler. Inductor keeps what it compiled
-on disk (in its cache folder, `TORCHINDUCTOR_CACHE_DIR`), for the next process.
+`@kernel` marks a function of tensors that takes most of an encoder's time. torch.compile
+compiles it for the sizes it meets, when its first tensor holds at least a tile's worth of
+weights. The engine cuts large tensors into whole tiles, always as many at once, and small ones
+into smaller pieces, so that small tensors run eagerly and never wait for a compiler. Inductor
+keeps what it compiled on disk (in its cache folder, `TORCHINDUCTOR_CACHE_DIR`), for the next
+process.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _CPU_OPTIONS = _OPTIONS | {
 
 
 class Kernel(Generic[P, R]):
-    """A function that runs compiled on whole tiles and eagerly on anything else."""
+    """A function that runs compiled on whole tiles and eagerly on anything less."""
 
     def __init__(self, function: Callable[P, R]) -> None:
         self.eager = function
@@ -51,9 +52,10 @@ class Kernel(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         tensor = next(a for a in args if isinstance(a, Tensor))
-        if tensor.numel() != TILE.get(tensor.device.type):
+        device = tensor.device.type
+        if device not in TILE or tensor.numel() < TILE[device]:
             return self.eager(*args, **kwargs)
-        run = self._cpu if tensor.device.type == "cpu" else self._cuda
+        run = self._cpu if device == "cpu" else self._cuda
         return run(*args, **kwargs)
 
 

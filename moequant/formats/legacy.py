@@ -71,7 +71,7 @@ def _symmetric(name: str, ggml_type: int, bits: int) -> Format:
     def decode(packed: Tensor) -> Tensor:
         return (_read_codes(packed, bits, 2).to(torch.int8) - middle) * read_half(packed, 0)
 
-    return Format(name, ggml_type, 32, 2 + 4 * bits, encode, decode, magnitude=1.0, spread=1.0)
+    return Format(name, ggml_type, 32, 2 + 4 * bits, encode, decode, magnitude=1.0, spread=1.0, tiles=4)
 
 
 def _affine(name: str, ggml_type: int, bits: int) -> Format:
@@ -84,7 +84,7 @@ def _affine(name: str, ggml_type: int, bits: int) -> Format:
     def decode(packed: Tensor) -> Tensor:
         return _read_codes(packed, bits, 4) * read_half(packed, 0) + read_half(packed, 2)
 
-    return Format(name, ggml_type, 32, 4 + 4 * bits, encode, decode, magnitude=1.0, spread=1.0)
+    return Format(name, ggml_type, 32, 4 + 4 * bits, encode, decode, magnitude=1.0, spread=1.0, tiles=4)
 
 
 @kernel

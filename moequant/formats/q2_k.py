@@ -39,4 +39,4 @@ def _decode(packed: Tensor) -> Tensor:
 
 
 # ggml takes mean(x²) of the block once here, twice in its other K types.
-Q2_K = Format("Q2_K", 10, 256, 84, _encode, _decode, magnitude=1.0, spread=1.0)
+Q2_K = Format("Q2_K", 10, 256, 84, _encode, _decode, magnitude=1.0, spread=1.0, tiles=4)

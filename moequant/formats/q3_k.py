@@ -46,4 +46,4 @@ def _decode(packed: Tensor) -> Tensor:
     return ((read_half(packed, 108) * scale)[..., None] * codes.view(-1, 16, 16)).view(-1, 256)
 
 
-Q3_K = Format("Q3_K", 11, 256, 110, _encode, _decode, magnitude=1.0)
+Q3_K = Format("Q3_K", 11, 256, 110, _encode, _decode, magnitude=1.0, tiles=4)

@@ -76,5 +76,5 @@ def _decode_q5(packed: Tensor) -> Tensor:
     return _scaled(packed, split_nibbles(packed[:, 48:], 32) | high << 4)
 
 
-Q4_K = Format("Q4_K", 12, 256, 144, _encode_q4, _decode_q4, magnitude=1.0)
-Q5_K = Format("Q5_K", 13, 256, 176, _encode_q5, _decode_q5, magnitude=1.0)
+Q4_K = Format("Q4_K", 12, 256, 144, _encode_q4, _decode_q4, magnitude=1.0, tiles=4)
+Q5_K = Format("Q5_K", 13, 256, 176, _encode_q5, _decode_q5, magnitude=1.0, tiles=4)

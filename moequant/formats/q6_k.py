@@ -38,4 +38,4 @@ def _decode(packed: Tensor) -> Tensor:
     return ((read_half(packed, 208) * scale)[..., None] * codes.view(-1, 16, 16)).view(-1, 256)
 
 
-Q6_K = Format("Q6_K", 14, 256, 210, _encode, _decode)
+Q6_K = Format("Q6_K", 14, 256, 210, _encode, _decode, tiles=4)
