@@ -390,6 +390,7 @@ def fill_parity(signs: Tensor) -> Tensor:
 
 def read_signs_and_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 [n, 32] as `Fit.signs_and_scales` writes -> signs f32 [n, 256], l f32 [n, 8]."""
-    field = packed.reshape(-1, 8, 4).contiguous().view(torch.int32).to(torch.int64)
+    byte = packed.reshape(-1, 8, 4).to(torch.int64)
+    field = (byte << torch.arange(0, 32, 8, device=packed.device)).sum(-1, keepdim=True)
     signs = field >> torch.arange(0, 28, 7, device=packed.device) & 127
     return sign_values(fill_parity(signs).flatten(1)), (field[..., 0] >> 28 & 15).to(torch.float32)
