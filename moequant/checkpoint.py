@@ -100,9 +100,8 @@ def load(weight: Weight) -> Tensor:
     """A weight's values in the checkpoint's dtype, shape `weight.shape`, rows in llama.cpp's order."""
     dtype = _DTYPES[weight.sources[0].ref.dtype]
     out = torch.empty(weight.shape, dtype=dtype)
-    if len(weight.shape) == 3 and len(weight.sources) == 1:
-        (source,) = weight.sources
-        _read_fused(source, out)
+    if len(weight.sources[0].ref.shape) == 3:
+        _read_fused(weight.sources[0], out)
     elif len(weight.shape) == 3:
         _read_stacked(weight.sources, out)
     else:
@@ -293,17 +292,21 @@ def _weight(
 ) -> Weight:
     """One rule's tensors of one layer as a Weight, shapes checked against each other."""
     where = f"layer {layer} {rule.role}"
+    experts = int(config[family.experts_key]) if family.experts_key else 0
     if None in parts:
         if len(parts) > 1:
             raise CheckpointError(f"{where}: stored both fused and per expert")
         ref = parts[None]
+        if rule.role.is_expert and (len(ref.shape) != 3 or ref.shape[0] != experts):
+            raise CheckpointError(
+                f"{where}: {ref.name} is {list(ref.shape)}, config.json says {experts} experts"
+            )
         refs: tuple[TensorRef, ...] = (ref,)
         rows = ref.shape[-2] if len(ref.shape) > 1 else 1
         start, stop = _rows(rule.part, rows)
         shape = (*ref.shape[:-2], stop - start, ref.shape[-1]) if len(ref.shape) > 1 else ref.shape
         param_rows = (start, stop)
     else:
-        experts = int(config[family.experts_key]) if family.experts_key else 0
         if gone := sorted(set(range(experts)) - {expert for expert in parts if expert is not None}):
             raise CheckpointError(f"{where}: experts {gone} of {experts} missing; is the download complete?")
         refs = tuple(parts[expert] for expert in range(experts))

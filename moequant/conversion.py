@@ -13,9 +13,9 @@ from moequant.compare import Comparison, compare
 from moequant.containers import gguf
 from moequant.containers.tokenizer import TokenizerSpec, read_tokenizer
 from moequant.corpus import Rows
-from moequant.errors import TokenizerError
+from moequant.errors import CheckpointError, TokenizerError
 from moequant.formats import Effort
-from moequant.meter import Meter
+from moequant.meter import Meter, available_bytes
 from moequant.presets import BASE_TYPES, ModelFacts
 from moequant.quantize import Quantizer, pack_all
 from moequant.report import Report
@@ -81,6 +81,7 @@ def convert(model: str | Path, out: str | Path, settings: Settings = Settings())
         opened = open_model(model, settings)
         gguf.check_target(out, opened.file_bytes, settings.overwrite)
         calib_rows, eval_rows = _texts(opened, settings)
+        check_memory(opened.checkpoint, models=2 if eval_rows else 1 if calib_rows else 0)
     calibration: Calibration | None = None
     if calib_rows is not None:
         with meter.stage("route"):
@@ -121,6 +122,21 @@ def _notes(opened: Opened) -> tuple[str, ...]:
     """What a person should know about this file, and could not guess from the tables."""
     dense = "a dense model: there are no experts to treat one by one"
     return (*opened.tokenizer.notes, *([dense] if opened.checkpoint.n_experts == 0 else []))
+
+
+def check_memory(checkpoint: Checkpoint, models: int, available: int | None = None) -> None:
+    """CheckpointError when so many float32 copies of the model do not fit: said before any work is done.
+
+    `available` bytes are what the machine has free when None.
+    """
+    free = available_bytes() if available is None else available
+    needed = models * 4 * sum(weight.numel for weight in checkpoint.weights)
+    if free is not None and needed > free:
+        raise CheckpointError(
+            f"{checkpoint.path}: {needed / 1e9:.1f} GB of memory are needed "
+            f"({models} x the model in float32), {free / 1e9:.1f} GB are free; use a larger machine "
+            "(--eval-tokens 0 needs half)"
+        )
 
 
 def facts(checkpoint: Checkpoint) -> ModelFacts:

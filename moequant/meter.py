@@ -38,6 +38,17 @@ class Meter:
         self.costs.append(StageCost(name, time.perf_counter() - start, _peak_bytes()))
 
 
+def available_bytes() -> int | None:
+    """Memory that a process may still take without swapping, None where Linux does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
 def _reset_peak() -> None:
     try:
         _CLEAR.write_text("5")  # Linux: VmHWM starts again from the present size

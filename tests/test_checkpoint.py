@@ -140,6 +140,22 @@ def test_an_unknown_dtype_is_named(broken: Path) -> None:
     fails(broken, "q_proj", "F8_E4M3")
 
 
+def test_fused_experts_must_match_the_config(tiny, tmp_path: Path) -> None:
+    fused = tiny("qwen3_moe", save={"save_original_format": False})
+    folder = Path(shutil.copytree(fused, tmp_path / "fused"))
+    name = "model.layers.0.mlp.experts.down_proj"
+    rewrite(folder, lambda t: t.update({name: t[name][:7].clone()}))
+    fails(folder, "layer 0 down", r"\[7, 256, 256\]", "8 experts")
+
+
+def test_a_single_expert_is_still_a_stack(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(
+        models.build(tmp_path, "mixtral", num_local_experts=1, num_experts_per_tok=1)
+    )
+    down = next(weight for weight in checkpoint.weights if weight.role is Role.DOWN)
+    assert load(down).shape == (1, 256, 512)
+
+
 def test_experts_of_different_shapes_are_refused(broken: Path) -> None:
     rewrite(
         broken, lambda t: t.update({"model.layers.0.mlp.experts.3.down_proj.weight": torch.ones(256, 128)})

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
 import resource
 import shutil
 import subprocess
 import sys
+import termios
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,10 +193,28 @@ def test_help_and_version() -> None:
 
 
 def test_demo_prints_the_report(tmp_path: Path) -> None:
-    """As a process of its own, as a person starts it."""
+    """As a person starts it: progress bars on the terminal, the report on stdout."""
     out = tmp_path / "demo.gguf"
     command = [sys.executable, "-m", "moequant.cli", "demo", "-o", str(out), "--effort", "fast"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == "" and "perplexity" in result.stdout
-    assert out.read_bytes()[:4] == b"GGUF"
+    terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(stderr, (24, 100))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+        os.close(stderr)
+        shown = threading.Thread(target=_drain, args=(terminal, seen := []))
+        shown.start()
+        stdout = process.stdout.read()
+    shown.join()
+    assert process.returncode == 0, seen
+    assert "perplexity" in stdout and out.read_bytes()[:4] == b"GGUF"
+    bars = b"".join(seen).decode()
+    for stage in ("calibrate", "quantize", "verify", "compare"):
+        assert f"{stage}:" in bars
+
+
+def _drain(terminal: int, seen: list[bytes]) -> None:
+    """Everything written to the terminal until its last writer is gone."""
+    try:
+        while chunk := os.read(terminal, 4096):
+            seen.append(chunk)
+    except OSError:  # how Linux says that the other end is closed
+        os.close(terminal)

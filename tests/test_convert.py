@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from moequant.checkpoint import open_checkpoint
 from moequant.containers.gguf import GgufWeights
-from moequant.conversion import Settings, convert, load_encoder
+from moequant.conversion import Settings, check_memory, convert, load_encoder
+from moequant.errors import CheckpointError
 from moequant.presets import BASE_TYPES
 from moequant.routing.experts import EXPERTS
 from moequant.routing.model import build_model
@@ -177,6 +178,13 @@ def test_the_report_has_what_it_promises(tiny, tmp_path: Path, text: Path) -> No
     assert [cost.name for cost in report.stages] == ["open", "route", "quantize", "verify", "compare"]
     assert report.comparison is not None and report.comparison.kl_mean.value > 0
     assert {loss.weight for loss in report.losses} == {weight.name for weight in report.checkpoint.weights}
+
+
+def test_a_model_larger_than_memory_is_refused_at_the_start(tiny) -> None:
+    checkpoint = open_checkpoint(tiny("mixtral"))
+    check_memory(checkpoint, models=2, available=10**9)
+    with pytest.raises(CheckpointError, match=r"GB of memory are needed .2 x the model"):
+        check_memory(checkpoint, models=2, available=10**6)
 
 
 def test_a_dense_model_is_converted_with_a_note(tiny, tmp_path: Path, text: Path) -> None:

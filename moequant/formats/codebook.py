@@ -26,7 +26,8 @@ def nearest(t: Tensor, mids: Sequence[float], values: Sequence[float]) -> Tensor
     """The value whose interval holds t; values has one more entry than mids. Shape of t, f32."""
     if not torch.compiler.is_compiling():
         table = torch.tensor(values, dtype=torch.float32, device=t.device)
-        return table[torch.bucketize(t.contiguous(), torch.tensor(mids, dtype=torch.float32, device=t.device))]
+        borders = torch.tensor(mids, dtype=torch.float32, device=t.device)
+        return table[torch.bucketize(t.contiguous(), borders)]
     # A chain of compares stays in vector registers, where a table look-up would not.
     found = torch.full_like(t, values[0])
     for mid, value in zip(mids, values[1:], strict=True):

@@ -42,9 +42,17 @@ class Report:
 
     def renderable(self) -> RenderableType:
         """The report for a rich console."""
-        parts: list[RenderableType] = [_before_after(self), _types(self)]
-        if self.calibration is not None and self.calibration.routes:
-            parts += [_routing(self.calibration), *_unseen(self.calibration), _worst(self.losses)]
+        heading = Text(f"{self.model} → {self.out}", style="bold")
+        parts: list[RenderableType] = [heading, _before_after(self)]
+        if self.comparison is not None:
+            parts.append(Text(f"{self.comparison.tokens:,} tokens scored of: {self.comparison.source}\n"))
+        parts.append(_types(self))
+        if self.calibration is not None:
+            parts.append(
+                Text(f"calibrated on {self.calibration.tokens:,} tokens of: {self.calibration.source}\n")
+            )
+            if self.calibration.routes:
+                parts += [_routing(self.calibration), *_unseen(self.calibration), _worst(self.losses)]
         parts += [Text(f"note: {note}") for note in self.notes]
         parts.append(_stages(self.stages))
         return Group(*parts)
@@ -60,7 +68,9 @@ class Report:
 
 def table(title: str, *columns: str) -> Table:
     """An empty table in the house style: the first column left, numbers right."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(
+        title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index else "left")
     return made
@@ -77,7 +87,7 @@ def size(count: int) -> str:
 
 
 def _before_after(report: Report) -> Table:
-    made = table(str(report.out), "", "before", "after", "change")
+    made = table("", "", "before", "after", "change")
     source = report.checkpoint.source_bytes
     weights = sum(weight.numel for weight in report.checkpoint.weights)
     made.add_row("size", size(source), size(report.file_bytes), f"{report.file_bytes / source - 1:+.1%}")
@@ -89,8 +99,6 @@ def _before_after(report: Report) -> Table:
         made.add_row("KL divergence, mean", "", _pm(found.kl_mean, 5), "")
         made.add_row("KL divergence, median / 99 %", "", f"{found.kl_median:.5f} / {found.kl_99:.4f}", "")
         made.add_row("same top token", "", f"{found.same_top:.2%}", "")
-        made.caption = f"{found.tokens:,} tokens scored; text: {found.source}"
-        made.caption_justify = "left"
     return made
 
 
@@ -105,20 +113,14 @@ def _types(report: Report) -> Table:
     rows: dict[tuple[str, str, str], list[int]] = {}
     for choice in report.plan.choices:
         rows.setdefault((roles[choice.weight], choice.format, choice.reason), []).append(choice.bytes)
-    for (role, name, reason), sizes in rows.items():
+    order = list(dict.fromkeys(role for role, _, _ in rows))
+    for (role, name, reason), sizes in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
         made.add_row(role, name, str(len(sizes)), size(sum(sizes)), reason)
     return made
 
 
 def _routing(calibration: Calibration) -> Table:
-    made = table(
-        f"calibration: {calibration.tokens:,} tokens of {calibration.source}, tokens an expert",
-        "layer",
-        "min",
-        "median",
-        "max",
-        "unseen",
-    )
+    made = table("tokens an expert saw", "layer", "min", "median", "max", "unseen")
     for route in calibration.routes:
         tokens = route.tokens
         made.add_row(
