@@ -55,7 +55,7 @@ def quantize(
     per_expert = _check_importance(weights, importance)
     exponent = fmt.magnitude if magnitude is None else magnitude
     device = weights.device.type
-    large = weights.numel() >= COMPILE_FROM and _compiles(fmt, effort, device)
+    large = weights.numel() >= COMPILE_FROM and _compiles(fmt, exponent, effort, device)
     step = _blocks_at_once(fmt, device) if large else TILE[device] // 4 // fmt.block
     out = torch.empty((stack[..., 0].numel() * row_bytes,), dtype=torch.uint8, device=weights.device)
     blocks = out.view(-1, fmt.block_bytes)
@@ -112,12 +112,12 @@ def _workers(threads: int) -> ThreadPoolExecutor:
 
 
 @cache
-def _compiles(fmt: Format, effort: Effort, device_type: str) -> bool:
+def _compiles(fmt: Format, exponent: float, effort: Effort, device_type: str) -> bool:
     """Compile the kernels of `fmt` by encoding one tile; False, with a warning, where that fails."""
     began = time.perf_counter()
     try:
         with _workers(1) as pool:
-            pool.submit(_encode_a_tile, fmt, effort, device_type).result()
+            pool.submit(_encode_a_tile, fmt, exponent, effort, device_type).result()
     except (ImportError, RuntimeError) as error:  # no compiler, no Python headers, no triton
         reason = str(error).strip().splitlines() or [type(error).__name__]
         log.warning("%s: kernels do not compile here and run slower: %s", fmt.name, reason[0])
@@ -130,13 +130,13 @@ def _blocks_at_once(fmt: Format, device_type: str) -> int:
     return TILE[device_type] * fmt.tiles // fmt.block
 
 
-def _encode_a_tile(fmt: Format, effort: Effort, device_type: str) -> None:
+def _encode_a_tile(fmt: Format, exponent: float, effort: Effort, device_type: str) -> None:
     from torch._dynamo import config  # slow to import, and needed by large tensors only
 
     ones = torch.ones((_blocks_at_once(fmt, device_type), fmt.block), device=device_type)
     # Formats share kernels, each with its own constants; beyond the usual limit of 8 they would run eagerly.
     with config.patch(recompile_limit=64):
-        fmt.encode(ones, _weigh(ones, ones, fmt.magnitude, fmt.spread), effort)
+        fmt.encode(ones, _weigh(ones, ones, exponent, fmt.spread) if exponent else ones, effort)
 
 
 def _read(stack: Tensor, fmt: Format, first: int, last: int) -> Tensor:
