@@ -117,6 +117,8 @@ def demo(
         target = out or Path(folder) / f"demo-{type_}.gguf"
         report = guarded(lambda: run(bundled.path("demo"), target, settings))
     _console().print(report.renderable())
+    if out is None:
+        typer.echo("The file was made in a temporary folder and is gone; -o FILE keeps it.")
 
 
 def _console() -> Console:
