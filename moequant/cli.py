@@ -61,12 +61,13 @@ def convert(
     calib: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: file, folder, .jsonl or Hugging Face dataset [default: bundled]."
+            help="Calibration text: file, folder, .jsonl or Hugging Face dataset (default: the bundled set)."
         ),
     ] = None,
     calib_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on, at most.")] = 131_072,
     eval_: Annotated[
-        str | None, typer.Option("--eval", help="Text for perplexity before and after [default: bundled].")
+        str | None,
+        typer.Option("--eval", help="Text for perplexity before and after (default: the bundled set)."),
     ] = None,
     eval_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens to evaluate on, at most; 0 leaves the comparison out.")

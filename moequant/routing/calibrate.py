@@ -16,7 +16,7 @@ BATCH_TOKENS = 4096
 """Tokens per forward pass: enough for efficient products, few enough to bound the activations."""
 
 
-def calibrate(checkpoint: Checkpoint, rows: Rows, bar: type[tqdm] = tqdm) -> Calibration:
+def calibrate(checkpoint: Checkpoint, rows: Rows) -> Calibration:
     """Route `rows` through the checkpoint and collect the moments of every weight's inputs.
 
     Raises CheckpointError naming the tensor when the activations are not finite because
@@ -25,7 +25,7 @@ def calibrate(checkpoint: Checkpoint, rows: Rows, bar: type[tqdm] = tqdm) -> Cal
     model = build_model(checkpoint, EXPERTS)
     per_batch = max(1, BATCH_TOKENS // rows.ids.shape[1])
     with torch.inference_mode(), observed(model, checkpoint.weights) as observers:
-        progress = bar(total=rows.ids.numel(), unit="tok", desc="calibrate", disable=None, leave=False)
+        progress = tqdm(total=rows.ids.numel(), unit="tok", desc="calibrate", disable=None, leave=False)
         for batch in torch.split(rows.ids, per_batch):
             model(input_ids=batch, use_cache=False, logits_to_keep=1)
             progress.update(batch.numel())
