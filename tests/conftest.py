@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import models
+
+# A machine with other work must not turn a slow example into a failure.
+settings.register_profile("moequant", deadline=None)
+settings.load_profile("moequant")
 
 
 @pytest.fixture(scope="session")

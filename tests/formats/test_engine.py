@@ -34,7 +34,7 @@ def test_numbers_are_ggmls(fmt: Format) -> None:
 
 
 @ALL
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.lists(st.integers(1, 3), max_size=2), st.integers(1, 3), st.integers(1, 2), st.integers(0, 99))
 def test_any_shape_is_its_rows(fmt: Format, lead: list[int], rows: int, blocks: int, seed: int) -> None:
     n_in = blocks * fmt.block
