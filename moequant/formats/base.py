@@ -34,6 +34,11 @@ class Format:
     the factor (c·mean(x²) + x²)^(p/2) that multiplies the importance when scales and
     codes are searched: 0 is importance alone, 1 is ggml's own objective. The mean is
     over the block, and c is `spread`.
+
+    `gain` multiplies the weights before they are packed. The scale of least squared error
+    shrinks what a coarse code stores (least squares pulls towards 0), and all products of
+    a layer shrink together: at 1 to 3 bits that costs more KL divergence than the error
+    that the gain adds (`benchmarks/objective.py`).
     """
 
     name: str
@@ -44,6 +49,7 @@ class Format:
     decode: Decode
     magnitude: float = 0.0
     spread: float = 2.0
+    gain: float = 1.0
     limit: float = 65504.0  # the largest weight in size: scales are f16
     tiles: int = 1  # how many of `kernel.TILE` weights the encoder takes at once, where it is faster so
 

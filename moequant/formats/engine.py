@@ -67,7 +67,7 @@ def quantize(
         if large:  # kernels are compiled for one size
             x, per_block = _fill(x, step, 0.0), _fill(per_block, step, 1.0)
         w = _weigh(x, per_block, exponent, fmt.spread) if exponent else per_block
-        blocks[first:last] = fmt.encode(x, w, effort)[: last - first]
+        blocks[first:last] = fmt.encode(x * fmt.gain, w, effort)[: last - first]
 
     _for_each_tile(work, len(blocks), step, threads, weights.device)
     return out.view(*weights.shape[:-1], row_bytes)

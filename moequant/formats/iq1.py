@@ -73,5 +73,5 @@ def decode_m(packed: Tensor) -> Tensor:
     return (step[:, :, None] * value.view(n, 16, 16)).flatten(1)
 
 
-IQ1_S = Format("IQ1_S", 19, 256, 50, encode_s, decode_s, magnitude=1.0)
-IQ1_M = Format("IQ1_M", 29, 256, 56, encode_m, decode_m, magnitude=1.0)
+IQ1_S = Format("IQ1_S", 19, 256, 50, encode_s, decode_s, magnitude=1.0, gain=1.1)
+IQ1_M = Format("IQ1_M", 29, 256, 56, encode_m, decode_m, magnitude=1.0, gain=1.09)

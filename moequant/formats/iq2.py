@@ -104,6 +104,6 @@ def _scale_sixteens(d: Tensor, scales: Tensor, value: Tensor, signs: Tensor) -> 
     return (step[:, :, None] * value.view(n, 16, 16) * signs.view(n, 16, 16)).view(n, 256)
 
 
-IQ2_S = Format("IQ2_S", 22, 256, 82, encode_s, decode_s, magnitude=1.0)
-IQ2_XS = Format("IQ2_XS", 17, 256, 74, encode_xs, decode_xs, magnitude=1.0)
-IQ2_XXS = Format("IQ2_XXS", 16, 256, 66, encode_xxs, decode_xxs, magnitude=1.0)
+IQ2_S = Format("IQ2_S", 22, 256, 82, encode_s, decode_s, magnitude=1.0, gain=1.03)
+IQ2_XS = Format("IQ2_XS", 17, 256, 74, encode_xs, decode_xs, magnitude=1.0, gain=1.05)
+IQ2_XXS = Format("IQ2_XXS", 16, 256, 66, encode_xxs, decode_xxs, magnitude=1.0, gain=1.06)

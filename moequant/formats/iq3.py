@@ -72,5 +72,5 @@ def decode_xxs(packed: Tensor) -> Tensor:
     return (step[:, :, None] * value * signs.view(n, 8, 32)).view(n, 256)
 
 
-IQ3_S = Format("IQ3_S", 21, 256, 110, encode_s, decode_s, magnitude=1.0)
-IQ3_XXS = Format("IQ3_XXS", 18, 256, 98, encode_xxs, decode_xxs, magnitude=1.0)
+IQ3_S = Format("IQ3_S", 21, 256, 110, encode_s, decode_s, magnitude=1.0, gain=1.01)
+IQ3_XXS = Format("IQ3_XXS", 18, 256, 98, encode_xxs, decode_xxs, magnitude=1.0, gain=1.015)

@@ -213,3 +213,14 @@ def test_compiled_tiles_are_as_good_as_eager_ones(
     assert lost[1] == pytest.approx(lost[0], rel=1e-3)
     # Least squares round differently compiled; hardly any block may notice.
     assert (eager != compiled).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("fmt", [f for f in formats.FORMATS.values() if f.gain != 1], ids=lambda f: f.name)
+def test_gain_undoes_the_shrinking_of_least_squares(fmt: Format) -> None:
+    """The same codes with scales that are `gain` times as large, and closer to the weights' own size."""
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(5))
+    plain = formats.dequantize(fmt, formats.quantize(replace(fmt, gain=1.0), x))
+    raised = formats.dequantize(fmt, formats.quantize(fmt, x))
+    shrunk, back = float((plain * x).sum() / (x * x).sum()), float((raised * x).sum() / (x * x).sum())
+    assert abs(back / shrunk - fmt.gain) < 0.01
+    assert shrunk < back < 1.01
