@@ -24,6 +24,7 @@ ORDER = [
     {"report"},
     {"conversion", "check", "fit"},
     {"cli"},
+    {"__main__"},
 ]
 """Groups of modules; a module imports only from groups before its own, or within its own package."""
 

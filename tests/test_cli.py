@@ -195,7 +195,7 @@ def test_help_and_version() -> None:
 def test_demo_prints_the_report(tmp_path: Path) -> None:
     """As a person starts it: progress bars on the terminal, the report on stdout."""
     out = tmp_path / "demo.gguf"
-    command = [sys.executable, "-m", "moequant.cli", "demo", "-o", str(out), "--effort", "fast"]
+    command = [sys.executable, "-m", "moequant", "demo", "-o", str(out), "--effort", "fast"]
     terminal, stderr = pty.openpty()
     termios.tcsetwinsize(stderr, (24, 100))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:

@@ -1,0 +1,5 @@
+"""`python -m moequant`."""
+
+from moequant.cli import app
+
+app()

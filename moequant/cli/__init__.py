@@ -1,0 +1,34 @@
+"""The command line: translates arguments, prints, exits. A command is a file here and a name below."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+import moequant
+from moequant.cli.convert import convert
+from moequant.cli.demo import demo
+
+app = typer.Typer(
+    name="moequant",
+    help="Quantize mixture-of-experts models: every expert measured, packed and checked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+for command in (convert, demo):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Quantize mixture-of-experts models: every expert measured, packed and checked."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    if version:
+        typer.echo(f"moequant {moequant.__version__}")
+        raise typer.Exit

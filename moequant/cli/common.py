@@ -1,0 +1,45 @@
+"""What every command shares: option types, the console, and how an error becomes one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+
+from moequant.errors import MoequantError
+from moequant.presets import BASE_TYPES
+
+
+class Effort(StrEnum):
+    """How hard the quantizers search."""
+
+    fast = "fast"
+    default = "default"
+    best = "best"
+
+
+T = TypeVar("T")
+
+PIPE_WIDTH = 120
+
+Type = Annotated[str, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset: {', '.join(BASE_TYPES)}.")]
+EffortOption = Annotated[Effort, typer.Option(help="How hard to search for scales and codes.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output file that exists.")]
+
+
+def console() -> Console:
+    """As wide as the terminal; wide enough for every table when the output goes to a file or a pipe."""
+    made = Console()
+    return made if made.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def guarded(action: Callable[[], T]) -> T:
+    """The action's result; one line on stderr and exit code 1 for an error raised on purpose."""
+    try:
+        return action()
+    except MoequantError as error:
+        typer.echo(f"moequant: {error}", err=True)
+        raise typer.Exit(1) from None

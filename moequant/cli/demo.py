@@ -1,0 +1,34 @@
+"""`moequant demo`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moequant.cli.common import Effort, EffortOption, Overwrite, Type, console, guarded
+
+
+def demo(
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Keep the GGUF file under this name.")
+    ] = None,
+    type_: Type = "Q4_K_M",
+    effort: EffortOption = Effort.default,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert the tiny trained MoE that ships with moequant and print the report."""
+    from moequant import bundled
+    from moequant.conversion import Settings
+    from moequant.conversion import convert as run
+
+    # A model this small has nothing more to learn from the rest of the bundled text.
+    settings = Settings(type_, calib_tokens=32_768, effort=effort.value, overwrite=overwrite)
+    with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
+        target = out or Path(folder) / f"demo-{type_}.gguf"
+        report = guarded(lambda: run(bundled.path("demo"), target, settings))
+    console().print(report.renderable())
+    if out is None:
+        typer.echo("The file was made in a temporary folder and is gone; -o FILE keeps it.")
