@@ -118,22 +118,35 @@ class InputStats:
 
 @dataclass(frozen=True, slots=True)
 class RouteStats:
-    """Where one layer's router sent the calibration tokens: `tokens` i64 [E], `gate_mass` f64 [E]."""
+    """Where one layer's router sent the calibration tokens.
+
+    `tokens` i64 [E]; `gate_mass` f64 [E], sum of the router's weights; `domain_tokens`
+    i64 [D, E], tokens by domain of the text; `pairs` i64 [E, E], tokens that chose both
+    experts (the diagonal is `tokens`); `gate_entropy`, the sum over tokens of the entropy,
+    in nats, of their top-k weights divided by their sum.
+    """
 
     layer: int
     tokens: Tensor
     gate_mass: Tensor
+    domain_tokens: Tensor
+    pairs: Tensor
+    gate_entropy: float
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Everything that the calibration pass learned: by layer for routers, by input name for weights."""
+    """Everything that the calibration pass learned: by layer for routers, by input name for weights.
+
+    `domains` names the rows of `RouteStats.domain_tokens`.
+    """
 
     routes: tuple[RouteStats, ...]
     inputs: dict[str, InputStats]
     rows: int
     tokens: int
     source: str
+    domains: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

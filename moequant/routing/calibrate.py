@@ -1,6 +1,12 @@
-"""The calibration pass: text through the model's own forward, every weight's inputs measured."""
+"""The calibration pass: text through the model, layer by layer, every weight's inputs measured."""
 
 from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -8,37 +14,109 @@ from tqdm import tqdm
 from moequant.checkpoint import Checkpoint, load, not_finite
 from moequant.corpus import Rows
 from moequant.errors import CheckpointError
-from moequant.routing.experts import EXPERTS, observed
-from moequant.routing.model import build_model
-from moequant.values import Calibration, Role, RouteStats
+from moequant.routing.hidden import OnDisk
+from moequant.routing.journal import Journal
+from moequant.routing.model import Provider
+from moequant.routing.moments import Moments
+from moequant.routing.store import combine
+from moequant.routing.stream import LayerStream, Resources
+from moequant.values import Calibration
 
-BATCH_TOKENS = 4096
-"""Tokens per forward pass: enough for efficient products, few enough to bound the activations."""
+FREE = Resources()
 
 
-def calibrate(checkpoint: Checkpoint, rows: Rows) -> Calibration:
+def calibrate(
+    checkpoint: Checkpoint,
+    rows: Rows,
+    resources: Resources = FREE,
+    provider: Provider = load,
+    journal: Journal | None = None,
+) -> Calibration:
     """Route `rows` through the checkpoint and collect the moments of every weight's inputs.
 
-    Raises CheckpointError naming the tensor when the activations are not finite because
-    a weight is not.
+    With a `journal`, finished layers are kept and a run that was killed goes on after them,
+    with the same result. Raises CheckpointError naming the tensor when the activations
+    are not finite because a weight is not.
     """
-    model = build_model(checkpoint, EXPERTS)
-    per_batch = max(1, BATCH_TOKENS // rows.ids.shape[1])
-    with torch.inference_mode(), observed(model, checkpoint.weights) as observers:
-        progress = tqdm(total=rows.ids.numel(), unit="tok", desc="calibrate", disable=None, leave=False)
-        for batch in torch.split(rows.ids, per_batch):
-            model(input_ids=batch, use_cache=False, logits_to_keep=1)
-            progress.update(batch.numel())
-        progress.close()
-        inputs = {name: observer.sums for name, observer in observers.items()}
-    if not all(torch.isfinite(sums.moment).all() for sums in inputs.values()):
-        _blame(checkpoint)
-    routes = tuple(
-        RouteStats(weight.layer or 0, inputs[weight.input].tokens, inputs[weight.input].gate_mass)
-        for weight in checkpoint.weights
-        if weight.role is Role.GATE and weight.input is not None
+    parts = journal.finished() if journal else []
+    with _folder(journal) as folder, LayerStream(checkpoint, rows.ids, resources, provider) as stream:
+        if len(parts) > stream.n_layers:  # the end of the forward pass is the last part
+            return _join(parts)
+        hidden = OnDisk(folder, stream.shapes) if journal else stream.new_hidden(folder)
+        domains = tuple(dict.fromkeys(rows.domains))
+        make = _recorders(checkpoint, rows, domains, stream)
+        if not parts:
+            stream.embed(hidden)
+
+        def total(recorders: Iterable[Moments], layer: int) -> Calibration:
+            found = combine([_part(recorder, layer, rows, domains) for recorder in recorders])
+            if not all(torch.isfinite(stats.moment).all() for stats in found.inputs.values()):
+                _blame(checkpoint)
+            if journal:
+                journal.add(layer, found)
+            return found
+
+        with _progress(rows, stream.n_layers, done=len(parts)) as bar:
+            for layer in stream.layers(len(parts)):
+                crossing = stream.cross(layer, hidden, make, hidden)
+                parts.append(total(_counted(crossing, bar, stream.n_layers), layer))
+                hidden.drop(layer)
+            parts.append(total((recorder for recorder, _ in stream.finish(hidden, make)), stream.n_layers))
+    return _join(parts)
+
+
+def _recorders(
+    checkpoint: Checkpoint, rows: Rows, domains: tuple[str, ...], stream: LayerStream
+) -> Callable[[int], Moments]:
+    """A recorder for every batch, which knows the domain of each of its tokens."""
+    index = torch.tensor([domains.index(domain) for domain in rows.domains])
+    by_batch = torch.split(index.repeat_interleave(rows.ids.shape[1]), [b.numel() for b in stream.batches])
+    return lambda batch: Moments(checkpoint.n_experts, by_batch[batch], len(domains))
+
+
+def _part(moments: Moments, layer: int, rows: Rows, domains: tuple[str, ...]) -> Calibration:
+    """One batch's sums in one layer."""
+    routes = tuple(replace(route, layer=layer) for route in moments.routes.values())
+    tokens = len(moments.domains)
+    return Calibration(routes, moments.inputs, tokens // rows.ids.shape[1], tokens, rows.source, domains)
+
+
+def _join(layers: list[Calibration]) -> Calibration:
+    """The statistics of all layers as one; every layer saw the same text."""
+    return replace(
+        layers[0],
+        routes=tuple(route for layer in layers for route in layer.routes),
+        inputs={name: stats for layer in layers for name, stats in layer.inputs.items()},
     )
-    return Calibration(routes, inputs, rows.ids.shape[0], rows.ids.numel(), rows.source)
+
+
+@contextmanager
+def _folder(journal: Journal | None) -> Iterator[Path]:
+    """Where hidden states may lie: with the journal, or in a folder that goes with the run."""
+    if journal:
+        yield journal.folder
+    else:
+        with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
+            yield Path(folder)
+
+
+def _progress(rows: Rows, layers: int, done: int) -> tqdm:
+    """A bar that counts a token when it has crossed all layers."""
+    return tqdm(
+        total=rows.ids.numel(),
+        initial=rows.ids.numel() * done // layers,
+        unit="tok",
+        unit_scale=True,
+        desc="calibrate",
+        disable=None,
+        leave=False,
+    )
+
+
+def _counted(recorders: Iterator[Moments], bar: tqdm, layers: int) -> Iterator[Moments]:
+    for recorder in recorders:
+        yield recorder
+        bar.update(len(recorder.domains) / layers)
 
 
 def _blame(checkpoint: Checkpoint) -> None:

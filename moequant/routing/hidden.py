@@ -1,0 +1,78 @@
+"""Hidden states of every batch between two layers: in memory, or in a file past a limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Hidden(Protocol):
+    """The hidden states in front of a layer, batch by batch; f32 [rows, n, h] each."""
+
+    def get(self, layer: int, batch: int) -> Tensor:
+        """What batch `batch` feeds layer `layer`."""
+
+    def put(self, layer: int, batch: int, states: Tensor) -> None:
+        """Keep what batch `batch` feeds layer `layer`; the states before the layer stay until `drop`."""
+
+    def drop(self, layer: int) -> None:
+        """Forget what was fed to `layer`: all batches have crossed it."""
+
+
+class InMemory:
+    """Hidden states as tensors; what a batch fed one layer goes when what it feeds the next arrives."""
+
+    def __init__(self, batches: int) -> None:
+        self._states: list[Tensor | None] = [None] * batches
+
+    def get(self, layer: int, batch: int) -> Tensor:
+        """See `Hidden`."""
+        states = self._states[batch]
+        assert states is not None
+        return states
+
+    def put(self, layer: int, batch: int, states: Tensor) -> None:
+        """See `Hidden`."""
+        self._states[batch] = states.cpu()
+
+    def drop(self, layer: int) -> None:
+        """Nothing is left to forget."""
+
+
+class OnDisk:
+    """Hidden states in one file a layer under `folder`, read and written a batch at a time.
+
+    `shapes` are those of the batches. Files of finished layers survive the process, which is
+    what a resumed run starts from.
+    """
+
+    def __init__(self, folder: Path, shapes: list[tuple[int, ...]]) -> None:
+        self.folder, self.shapes = folder, shapes
+        sizes = [int(np.prod(shape)) for shape in shapes]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+
+    def get(self, layer: int, batch: int) -> Tensor:
+        """See `Hidden`."""
+        start, stop = self._starts[batch], self._starts[batch + 1]
+        values = np.fromfile(self.path(layer), np.float32, stop - start, offset=4 * start)
+        return torch.from_numpy(values).view(self.shapes[batch])
+
+    def put(self, layer: int, batch: int, states: Tensor) -> None:
+        """See `Hidden`."""
+        path = self.path(layer)
+        path.touch()
+        with path.open("r+b") as file:
+            file.seek(4 * self._starts[batch])
+            states.detach().float().cpu().contiguous().numpy().tofile(file)
+
+    def drop(self, layer: int) -> None:
+        """See `Hidden`."""
+        self.path(layer).unlink(missing_ok=True)
+
+    def path(self, layer: int) -> Path:
+        """Where the states in front of `layer` lie."""
+        return self.folder / f"hidden-{layer:04d}.f32"

@@ -1,0 +1,73 @@
+"""Sums over one batch of what every weight is fed and where the router sends tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moequant.values import InputStats, RouteStats
+
+
+class Moments:
+    """A recorder that sums the squares of what every weight is fed, and where the router sends tokens.
+
+    `experts` is E; `domains` i64 [n] is the domain of every token of the batch, out of `n_domains`.
+    Squares are float32 as computed by the model and so are sums over one batch; batches
+    are added in float64, so that rounding does not grow with the number of tokens.
+    """
+
+    def __init__(self, experts: int, domains: Tensor, n_domains: int) -> None:
+        self.experts, self.domains, self.n_domains = experts, domains, n_domains
+        self.inputs: dict[str, InputStats] = {}
+        self.routes: dict[str, RouteStats] = {}
+
+    def dense(self, name: str, inputs: Tensor) -> None:
+        """One moment for all tokens."""
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        self._add(name, 1, 0, flat, torch.ones(len(flat), device=flat.device))
+
+    def expert(self, name: str, expert: int, inputs: Tensor, gates: Tensor) -> None:
+        """The moments of one expert's tokens."""
+        self._add(name, self.experts, expert, inputs, gates)
+
+    def routed(self, name: str, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
+        """Counts of experts, of pairs of them, and by domain."""
+        n, experts = len(index), self.experts
+        chosen = torch.zeros(n, experts, device=index.device).scatter_(1, index, 1.0)
+        domains = torch.zeros(n, self.n_domains, device=index.device)
+        domains.scatter_(1, self.domains.to(index.device)[:, None], 1.0)
+        shares = gates.double() / gates.double().sum(1, keepdim=True).clamp_min(1e-30)
+        mass = torch.zeros(experts, dtype=torch.float64, device=index.device)
+        mass.index_add_(0, index.reshape(-1), gates.reshape(-1).double())
+        self.routes[name] = RouteStats(
+            layer=-1,
+            tokens=chosen.sum(0).long().cpu(),
+            gate_mass=mass.cpu(),
+            domain_tokens=(domains.T @ chosen).long().cpu(),
+            pairs=(chosen.T @ chosen).long().cpu(),
+            gate_entropy=float(torch.special.entr(shares).sum()),
+        )
+
+    def _add(self, name: str, experts: int, expert: int, inputs: Tensor, gates: Tensor) -> None:
+        if name not in self.inputs:
+            self.inputs[name] = empty_stats(experts, inputs.shape[-1])
+        sums, g = self.inputs[name], gates.float()
+        squares = g * g
+        moments = torch.stack([torch.ones_like(g), squares]) @ inputs.float().square()
+        sums.tokens[expert] += len(inputs)
+        sums.gate_mass[expert] += g.double().sum().cpu()
+        sums.gate_square[expert] += squares.double().sum().cpu()
+        sums.moment[expert] += moments[0].double().cpu()
+        sums.gated_moment[expert] += moments[1].double().cpu()
+
+
+def empty_stats(experts: int, n_in: int) -> InputStats:
+    """Zero sums for E = `experts` matrices with rows of `n_in`."""
+    zeros = torch.zeros(experts, dtype=torch.float64)
+    return InputStats(
+        tokens=torch.zeros(experts, dtype=torch.int64),
+        gate_mass=zeros,
+        gate_square=zeros.clone(),
+        moment=torch.zeros(experts, n_in, dtype=torch.float64),
+        gated_moment=torch.zeros(experts, n_in, dtype=torch.float64),
+    )

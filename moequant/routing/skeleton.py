@@ -1,0 +1,125 @@
+"""A model's own forward pass, stopped in front of every decoder layer.
+
+Each batch runs the forward of the transformers model in a greenlet. Every decoder layer
+is wrapped; the wrapper hands the call to the driver and goes on with a placeholder that
+has the shape of hidden states and no memory. So the driver decides when a layer runs,
+with which weights and on which hidden states, and no model code is written twice: masks,
+position embeddings and per-layer arguments are those that the model itself makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moequant.errors import CheckpointError
+
+LAYERS = "model.layers"
+"""Where the decoder layers are in every model of the families' tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One batch in front of a layer: everything the model passes besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden: Tensor
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """The layer's output for `hidden`. CheckpointError when it is not hidden states alone."""
+        out = layer(hidden, *self.args, **self.kwargs)
+        if not isinstance(out, Tensor):
+            raise CheckpointError(
+                f"{type(layer).__name__} returns a {type(out).__name__}, hidden states were expected; "
+                "this model cannot be streamed"
+            )
+        return out
+
+
+class _Paused(nn.Module):
+    """Stands in the model for a decoder layer and hands its calls to the greenlet's parent."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._held = (layer,)  # a tuple: the parameters keep their names in the model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._held[0], name)  # models ask layers for their attention type
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parent = getcurrent().parent
+        assert parent is not None
+        back: Tensor = parent.switch(Call(args, kwargs, hidden))
+        return back
+
+
+class _Placeholder(nn.Module):
+    """Stands in for the embedding once its output is known: right shape, no memory."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.zeros((), device=ids.device).expand(*ids.shape, self.width)
+
+
+class Skeleton:
+    """The forward passes of all batches, in lock step.
+
+    `forward` is the model or its decoder; `batches` are i64 [rows, n] on the device where
+    layers run. Use: `embed`, then per layer `calls` and `advance`, then `finish`.
+    """
+
+    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], batches: list[Tensor]) -> None:
+        self.model, self.forward, self.batches = model, forward, batches
+        holder = model.get_submodule(LAYERS)
+        assert isinstance(holder, nn.ModuleList)
+        self.layers = list(holder)
+        for index, layer in enumerate(self.layers):
+            holder[index] = _Paused(layer)
+        self.calls: list[Call] = []
+        self._passes: list[greenlet] = []
+
+    def embed(self) -> Iterator[Tensor]:
+        """What each batch feeds the first layer; needs the embedding's values."""
+        for batch in self.batches:
+            run = greenlet(self._start)
+            call: Call = run.switch(batch)
+            run.throw(GreenletExit)
+            yield call.hidden
+
+    def begin(self) -> None:
+        """Take every batch to the first layer without values; the embedding may be released."""
+        embedding = self.model.get_input_embeddings()
+        self.model.set_input_embeddings(_Placeholder(embedding.embedding_dim))
+        self._passes = [greenlet(self._start) for _ in self.batches]
+        self.calls = [run.switch(batch) for run, batch in zip(self._passes, self.batches, strict=True)]
+        self.model.set_input_embeddings(embedding)
+
+    def advance(self) -> None:
+        """Take every batch to the next layer."""
+        self.calls = [run.switch(call.hidden) for run, call in zip(self._passes, self.calls, strict=True)]
+
+    def finish(self, batch: int, hidden: Tensor) -> Any:
+        """The result of the forward pass of that batch, whose last layer gave `hidden`."""
+        return self._passes[batch].switch(hidden)
+
+    def close(self) -> None:
+        """End passes that are still waiting."""
+        for run in self._passes:
+            if run:
+                run.throw(GreenletExit)
+
+    def _start(self, ids: Tensor) -> Any:
+        return self.forward(input_ids=ids, use_cache=False)

@@ -1,0 +1,219 @@
+"""Layer-major streaming: all batches cross a layer, then its weights make room for the next.
+
+At any moment the weights of one decoder layer are in memory, every tensor is read once a
+pass, and hidden states wait between layers in memory or on disk.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from moequant.checkpoint import Checkpoint, load
+from moequant.routing.experts import EXPERTS
+from moequant.routing.hidden import Hidden, InMemory, OnDisk
+from moequant.routing.model import Provider, empty_model, fill, release
+from moequant.routing.record import Recorder, recording, watch
+from moequant.routing.skeleton import Skeleton
+from moequant.values import Role, Weight
+
+BATCH_TOKENS = 4096
+"""Tokens per forward pass: enough for efficient products, few enough to bound the activations."""
+
+R = TypeVar("R", bound=Recorder)
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a pass may use: bytes of memory for hidden states (None: no limit), where layers run, threads.
+
+    On a CPU every thread takes whole batches with single-threaded kernels; None means one a core.
+    """
+
+    ram: int | None = None
+    device: str = "cpu"
+    threads: int | None = None
+
+    @property
+    def workers(self) -> int:
+        """Batches that cross a layer at the same time."""
+        if self.device != "cpu":
+            return 1
+        return self.threads or os.cpu_count() or 1
+
+
+@dataclass(slots=True)
+class Reader:
+    """Loads weights and counts what it reads; keeps them when `keep` says that the model fits."""
+
+    keep: bool = False
+    bytes: int = 0
+    reads: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, weight: Weight) -> Tensor:
+        """The weight's values in the checkpoint's dtype, see `checkpoint.load`."""
+        if weight.name in self.kept:
+            return self.kept[weight.name]
+        values = load(weight)
+        self.bytes += values.numel() * values.element_size()
+        self.reads[weight.name] = self.reads.get(weight.name, 0) + 1
+        if self.keep:
+            self.kept[weight.name] = values
+        return values
+
+
+class LayerStream:
+    """The layers of a checkpoint, one at a time, and rows of tokens that cross them together.
+
+    `ids` i64 [rows, n]. `whole` runs the model with its head, otherwise up to the final norm.
+    Use as a context manager; hidden states are the caller's (`new_hidden`), so that several
+    versions of the stream can cross the same layer.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: Tensor,
+        resources: Resources = Resources(),
+        provider: Provider = load,
+        whole: bool = False,
+    ) -> None:
+        self.checkpoint, self.resources, self.provider, self.whole = checkpoint, resources, provider, whole
+        self.model = empty_model(checkpoint, EXPERTS, resources.device)
+        watch(self.model, checkpoint.weights)
+        self.batches = list(torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1])))
+        self.skeleton = Skeleton(
+            self.model,
+            self.model if whole else self.model.get_decoder(),
+            [batch.to(resources.device) for batch in self.batches],
+        )
+        self._ahead: dict[str, Future[Tensor]] = {}
+        self._disk = ThreadPoolExecutor(1)
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.skeleton.layers)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes [rows, n, h] of every batch's hidden states."""
+        width = int(self.checkpoint.config["hidden_size"])
+        return [(*batch.shape, width) for batch in self.batches]
+
+    def __enter__(self) -> LayerStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.skeleton.close()
+        self._disk.shutdown(cancel_futures=True)
+
+    def weights(self, layer: int | None) -> tuple[Weight, ...]:
+        """The weights of a decoder layer, or those outside all layers."""
+        return tuple(weight for weight in self.checkpoint.weights if weight.layer == layer)
+
+    def new_hidden(self, folder: Path) -> Hidden:
+        """Room for the hidden states: in memory when half of the limit holds them, else under `folder`."""
+        needed = 4 * sum(math.prod(shape) for shape in self.shapes)
+        if self.resources.ram is None or needed <= self.resources.ram // 2:
+            return InMemory(len(self.batches))
+        return OnDisk(folder, self.shapes)
+
+    def embed(self, hidden: Hidden) -> None:
+        """Fill `hidden` with what the first layer is fed."""
+        embedding = self._outside(Role.EMBEDDING)
+        self._fill(embedding)
+        with torch.inference_mode():
+            for batch, states in enumerate(self.skeleton.embed()):
+                hidden.put(0, batch, states)
+        release(self.model, embedding)
+
+    def layers(self, first: int = 0) -> Iterator[int]:
+        """Each decoder layer in turn, from `first`, with its weights in memory and all batches before it."""
+        with torch.inference_mode():
+            self.skeleton.begin()
+            for _ in range(first):
+                self.skeleton.advance()
+        for layer in range(first, self.n_layers):
+            self._fill(self.weights(layer))
+            if layer + 1 < self.n_layers and self.resources.device != "cpu":
+                self._read_ahead(self.weights(layer + 1))
+            yield layer
+            release(self.model, self.weights(layer))
+            if layer + 1 < self.n_layers:
+                with torch.inference_mode():
+                    self.skeleton.advance()
+
+    def cross(self, layer: int, hidden: Hidden, make: Callable[[int], R], into: Hidden | None) -> Iterator[R]:
+        """Every batch through the layer with its present weights, each with its own recorder `make(batch)`.
+
+        Outputs go to `into` as what is fed to the next layer (None: nowhere). Recorders
+        come back in the order of the batches, whatever the threads do.
+        """
+
+        def work(batch: int) -> R:
+            told = make(batch)
+            with torch.inference_mode(), recording(told):
+                states = hidden.get(layer, batch).to(self.resources.device)
+                out = self.skeleton.calls[batch].run(self.skeleton.layers[layer], states)
+                if into is not None:
+                    into.put(layer + 1, batch, out)
+            return told
+
+        workers = self.resources.workers
+        # More threads than cores would only wait; torch's own threads would wait for each other.
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        with pool if self.resources.device == "cpu" else ThreadPoolExecutor(1) as running:
+            waiting = deque[Future[R]]()
+            try:
+                for batch in range(len(self.batches)):
+                    waiting.append(running.submit(work, batch))
+                    if len(waiting) > workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                running.shutdown(cancel_futures=True)
+
+    def finish(self, hidden: Hidden, make: Callable[[int], R]) -> Iterator[tuple[R, Any]]:
+        """The end of the forward pass, batch by batch: its recorder and what the model returns."""
+        roles = {Role.NORM} | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
+        ends = self._outside(*roles)
+        self._fill(ends)
+        if self.whole and self.checkpoint.tied:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+        for batch in range(len(self.batches)):
+            told = make(batch)
+            with torch.inference_mode(), recording(told):
+                states = hidden.get(self.n_layers, batch).to(self.resources.device)
+                result = self.skeleton.finish(batch, states)
+            yield told, result
+        release(self.model, ends)
+
+    def _outside(self, *roles: Role) -> tuple[Weight, ...]:
+        """Weights of these roles outside all layers, the embedding only when something computes with it."""
+        found = [weight for weight in self.weights(None) if weight.role in roles]
+        if Role.OUTPUT in roles and not self.checkpoint.tied:
+            found = [weight for weight in found if weight.role is not Role.EMBEDDING]
+        return tuple(found)
+
+    def _fill(self, weights: tuple[Weight, ...]) -> None:
+        ahead, self._ahead = self._ahead, {}
+
+        def provider(weight: Weight) -> Tensor:
+            return ahead.pop(weight.name).result() if weight.name in ahead else self.provider(weight)
+
+        fill(self.model, weights, provider, None, self.resources.device)
+
+    def _read_ahead(self, weights: tuple[Weight, ...]) -> None:
+        self._ahead = {weight.name: self._disk.submit(self.provider, weight) for weight in weights}
