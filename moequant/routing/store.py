@@ -1,0 +1,238 @@
+"""What calibration learned, as one safetensors file: saved, loaded, merged.
+
+The header's metadata has a single entry, `moequant`, a JSON object: one entry because the
+library writes several in no fixed order, and the same statistics must be the same bytes.
+Tensors keep their float64, so that merging loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moequant import families
+from moequant.checkpoint import Checkpoint
+from moequant.errors import CorpusError
+from moequant.files import atomic
+from moequant.values import Calibration, InputStats, RouteStats
+
+VERSION = 1
+"""Layout of the file; another number is refused."""
+
+METADATA = "moequant"
+
+_INPUT_FIELDS = tuple(field.name for field in fields(InputStats))
+_ROUTE_FIELDS = ("tokens", "gate_mass", "domain_tokens", "pairs")
+
+Model = Mapping[str, str | int | float | bool]
+"""What decides how a model computes, by GGUF key; statistics of two models never mix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Statistics and the model that they are of. `origin` names them in errors."""
+
+    model: Model
+    calibration: Calibration
+    origin: str
+
+
+def identity(checkpoint: Checkpoint) -> Model:
+    """Architecture, every config value that reaches a GGUF file, and the vocabulary's size."""
+    keys = families.metadata(checkpoint.family, checkpoint.config)
+    return {
+        "general.architecture": checkpoint.family.gguf_arch,
+        "vocab_size": int(checkpoint.config["vocab_size"]),
+        **{key: value for key, _, value in keys},
+    }
+
+
+def stored(checkpoint: Checkpoint, calibration: Calibration) -> Stored:
+    """Statistics just collected from `checkpoint`."""
+    return Stored(identity(checkpoint), calibration, str(checkpoint.path))
+
+
+def save(path: Path, what: Stored) -> None:
+    """Write `what` to `path`: the same statistics give the same bytes. OutputError when the disk refuses."""
+    calibration = what.calibration
+    tensors = _tensors(calibration)
+    meta = {
+        "version": VERSION,
+        "model": dict(what.model),
+        "rows": calibration.rows,
+        "tokens": calibration.tokens,
+        "source": calibration.source,
+        "domains": list(calibration.domains),
+        "gate_entropy": [route.gate_entropy for route in calibration.routes],
+        "crc32": _checksum(tensors),
+    }
+    with atomic(path) as partial:
+        try:
+            save_file(tensors, partial, {METADATA: json.dumps(meta, sort_keys=True)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def load(path: Path) -> Stored:
+    """Read what `save` wrote; CorpusError for a file that is damaged, or something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get(METADATA, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CorpusError(f"{path}: cannot be read as statistics ({error})") from None
+    if not isinstance(meta, dict):
+        raise CorpusError(f"{path}: a safetensors file, but not statistics from moequant route")
+    if meta.get("version") != VERSION:
+        raise CorpusError(
+            f"{path}: statistics of version {meta.get('version')}, expected {VERSION}; route again"
+        )
+    if _checksum(tensors) != meta.get("crc32"):
+        raise CorpusError(f"{path}: statistics are damaged (checksum differs); copy or route again")
+    try:
+        return Stored(meta["model"], _calibration(meta, tensors), str(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorpusError(f"{path}: statistics are damaged ({error!r} in the header)") from None
+
+
+def load_for(checkpoint: Checkpoint, path: Path) -> Calibration:
+    """The statistics in `path`, if they are of `checkpoint`; CorpusError names what differs."""
+    found = load(path)
+    here = Stored(identity(checkpoint), found.calibration, str(checkpoint.path))
+    _same_model(here, found)
+    for weight in checkpoint.weights:
+        if weight.input is None:
+            continue
+        stats = found.calibration.inputs.get(weight.input)
+        if stats is None or stats.moment.shape != (weight.n_experts, weight.n_in):
+            raise CorpusError(
+                f"{path}: no fitting statistics for {weight.name}; route {checkpoint.path} again"
+            )
+    return found.calibration
+
+
+def merge(parts: Sequence[Stored]) -> Stored:
+    """All statistics added up, domains united; CorpusError names what differs when the models do."""
+    if not parts:
+        raise CorpusError("nothing to merge: give at least one statistics file")
+    for part in parts[1:]:
+        _same_model(parts[0], part)
+    origin = ", ".join(part.origin for part in parts)
+    return Stored(parts[0].model, combine([part.calibration for part in parts]), origin)
+
+
+def combine(parts: Sequence[Calibration]) -> Calibration:
+    """Statistics of one model on several texts as if they had been one text."""
+    first = parts[0]
+    domains = tuple(dict.fromkeys(domain for part in parts for domain in part.domains))
+    for part in parts[1:]:
+        if part.inputs.keys() != first.inputs.keys() or len(part.routes) != len(first.routes):
+            raise CorpusError(f"statistics of {part.source} and {first.source} are not of the same tensors")
+    return Calibration(
+        routes=tuple(
+            _add_routes(routes, [part.domains for part in parts], domains)
+            for routes in zip(*(part.routes for part in parts), strict=True)
+        ),
+        inputs={name: _add_inputs([part.inputs[name] for part in parts]) for name in first.inputs},
+        rows=sum(part.rows for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        source=" + ".join(dict.fromkeys(part.source for part in parts)),
+        domains=domains,
+    )
+
+
+def _add_inputs(parts: Sequence[InputStats]) -> InputStats:
+    return InputStats(*(sum_of([getattr(part, name) for part in parts]) for name in _INPUT_FIELDS))
+
+
+def _add_routes(
+    parts: Sequence[RouteStats], named: Sequence[tuple[str, ...]], domains: tuple[str, ...]
+) -> RouteStats:
+    """One layer's routes added; row d of a part's domain_tokens goes to the row of the same name."""
+    by_domain = torch.zeros(len(domains), len(parts[0].tokens), dtype=torch.int64)
+    for part, names in zip(parts, named, strict=True):
+        for row, name in enumerate(names):
+            by_domain[domains.index(name)] += part.domain_tokens[row]
+    return RouteStats(
+        layer=parts[0].layer,
+        tokens=sum_of([part.tokens for part in parts]),
+        gate_mass=sum_of([part.gate_mass for part in parts]),
+        domain_tokens=by_domain,
+        pairs=sum_of([part.pairs for part in parts]),
+        gate_entropy=sum(part.gate_entropy for part in parts),
+    )
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Elementwise sum, a new tensor; CorpusError when the shapes differ."""
+    if len({tensor.shape for tensor in tensors}) != 1:
+        shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors)
+        raise CorpusError(f"statistics of shapes {shapes} cannot be merged: not the same model")
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total
+
+
+def _same_model(one: Stored, two: Stored) -> None:
+    for key in sorted(one.model.keys() | two.model.keys()):
+        mine, other = one.model.get(key), two.model.get(key)
+        # Through JSON, because that is what the file kept.
+        if json.dumps(mine) != json.dumps(other):
+            raise CorpusError(
+                f"{two.origin}: statistics of another model than {one.origin}: {key} is {other}, not {mine}"
+            )
+
+
+def _tensors(calibration: Calibration) -> dict[str, Tensor]:
+    """Every tensor by its name in the file. `save_file` wants each in memory of its own."""
+    found: dict[str, Tensor] = {}
+    for name, stats in calibration.inputs.items():
+        for field in _INPUT_FIELDS:
+            found[f"input/{name}/{field}"] = getattr(stats, field)
+    for route in calibration.routes:
+        for field in _ROUTE_FIELDS:
+            found[f"route/{route.layer}/{field}"] = getattr(route, field)
+    shared: set[int] = set()
+    for name, tensor in found.items():
+        start = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if start in shared else tensor.contiguous()
+        shared.add(start)
+    return found
+
+
+def _calibration(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
+    parts: dict[str, dict[str, dict[str, Tensor]]] = {"input": {}, "route": {}}
+    for key, tensor in tensors.items():
+        kind, rest = key.split("/", 1)
+        name, field = rest.rsplit("/", 1)
+        parts[kind].setdefault(name, {})[field] = tensor
+    layers = sorted(parts["route"], key=int)
+    return Calibration(
+        routes=tuple(
+            RouteStats(layer=int(layer), gate_entropy=float(entropy), **parts["route"][layer])
+            for layer, entropy in zip(layers, meta["gate_entropy"], strict=True)
+        ),
+        inputs={name: InputStats(**stats) for name, stats in parts["input"].items()},
+        rows=int(meta["rows"]),
+        tokens=int(meta["tokens"]),
+        source=str(meta["source"]),
+        domains=tuple(meta["domains"]),
+    )
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of all tensors in the order of their names: safetensors itself notices no flipped bit."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data, crc)
+    return crc
