@@ -204,7 +204,7 @@ def _parse_gguf(path: Path) -> Imatrix:
 
 
 def _parse_legacy(path: Path) -> Imatrix:
-    """i32 n; n times i32 length, name, i32 calls, i32 values, f32 values; then i32 chunks, i32 length, text."""
+    """i32 n; n times i32 length, name, i32 calls, i32 values, f32s; then i32 chunks, i32 length, text."""
     data, at = path.read_bytes(), 0
 
     def take(size: int) -> bytes:
