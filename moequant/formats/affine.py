@@ -28,6 +28,7 @@ from torch import Tensor
 from moequant.formats.base import Effort
 from moequant.formats.kernel import kernel
 from moequant.formats.layout import better, clip, from_lanes, half, inverse, positive_half, storable, to_lanes
+from moequant.formats.parts import Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,11 @@ class AffineFit:
     minimum: Tensor
     d: Tensor
     dmin: Tensor
+
+    def parts(self) -> Parts:
+        """The same as a block stores it."""
+        d, dmin = (v.to(torch.float16)[:, None] for v in (self.d, self.dmin))
+        return Parts(self.codes, self.scale, self.minimum, d, dmin)
 
 
 @dataclass(frozen=True, slots=True)

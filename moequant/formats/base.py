@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from moequant.errors import FormatError
+from moequant.formats.parts import Scalar, Vector
 
 Effort = Literal["fast", "default", "best"]
 
@@ -52,6 +53,7 @@ class Format:
     gain: float = 1.0
     limit: float = 65504.0  # the largest weight in size: scales are f16
     tiles: int = 1  # how many of `kernel.TILE` weights the encoder takes at once, where it is faster so
+    view: Scalar | Vector | None = None  # what the bytes say, where codes and scales can be told apart
 
     @property
     def bits(self) -> float:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from moequant.formats.base import Effort, Format
 from moequant.formats.kernel import kernel
-from moequant.formats.layout import split_nibbles
+from moequant.formats.layout import join_nibbles, split_nibbles
+from moequant.formats.parts import Parts, Scalar
 
 VALUES = [float(v) for v in quants.MXFP4.kvalues]
 # Steps from the scale that puts the largest weight at the largest value or just above: in factors
@@ -96,26 +97,46 @@ def encode_nv(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
     return torch.cat([scale.view(-1, 4).to(torch.uint8), codes.view(-1, 32)], 1)
 
 
-def decode_mx(packed: Tensor) -> Tensor:
-    """MXFP4: uint8 [n, 17] -> f32 [n, 32]."""
-    e = packed[:, :1].to(torch.int32)
-    # 2^-128 and 2^-127 are subnormal.
-    scale = torch.where(e < 2, 1 << (21 + e), (e - 1) << 23).view(torch.float32)
-    return scale * _values(packed[:, 1:], 16)
+def pack_mx(parts: Parts) -> Tensor:
+    """MXFP4: -> uint8 [n, 17]."""
+    return torch.cat([parts.scale, join_nibbles(parts.codes, 16)], 1)
 
 
-def decode_nv(packed: Tensor) -> Tensor:
-    """NVFP4: uint8 [n, 36] -> f32 [n, 64]."""
-    code = packed[:, :4].to(torch.int32)
-    # Bit 7 is no sign: it belongs to the exponent. 127 is e4m3's NaN, and means 0 here.
-    scale = torch.where(code == 127, 0.0, ue4m3(code & 127))
-    return (scale[..., None] * _values(packed[:, 4:], 8).view(-1, 4, 16)).flatten(1)
+def unpack_mx(packed: Tensor) -> Parts:
+    """MXFP4: uint8 [n, 17] -> its fields."""
+    return _parts(packed[:, :1], split_nibbles(packed[:, 1:], 16))
 
 
-def _values(packed: Tensor, run: int) -> Tensor:
-    """uint8 [n, k] -> f32 [n, 2 k]; of each 2 · run codes, the second run lies high."""
-    return torch.tensor(VALUES, device=packed.device)[split_nibbles(packed, run).to(torch.int32)]
+def pack_nv(parts: Parts) -> Tensor:
+    """NVFP4: -> uint8 [n, 36]."""
+    return torch.cat([parts.scale, join_nibbles(parts.codes, 8)], 1)
 
 
-MXFP4 = Format("MXFP4", 39, 32, 17, encode_mx, decode_mx)
-NVFP4 = Format("NVFP4", 40, 64, 36, encode_nv, decode_nv)
+def unpack_nv(packed: Tensor) -> Parts:
+    """NVFP4: uint8 [n, 36] -> its fields."""
+    return _parts(packed[:, :4], split_nibbles(packed[:, 4:], 8))
+
+
+def _parts(scale: Tensor, codes: Tensor) -> Parts:
+    d = torch.ones((len(codes), 1), dtype=torch.float16, device=codes.device)
+    return Parts(codes, scale, codes[:, :0], d, d[:, :0])
+
+
+def _mx_scales() -> tuple[float, ...]:
+    """2^(e - 128) for all e; 2^-128 and 2^-127 are subnormal."""
+    return tuple(2.0 ** (e - 128) for e in range(256))
+
+
+def _nv_scales() -> tuple[float, ...]:
+    """Bit 7 is no sign: it belongs to the exponent. 127 is e4m3's NaN, and means 0 here."""
+    code = torch.arange(256, dtype=torch.int32)
+    return tuple(torch.where(code == 127, 0.0, ue4m3(code & 127)).tolist())
+
+
+# Codes 0 and 8 are 0 and -0; the largest and smallest scales would lose weights to f32's range.
+VIEW_MX = Scalar(
+    32, tuple(VALUES), unpack_mx, pack_mx, range(16), _mx_scales(), range(1, 254), stores_d=False
+)
+VIEW_NV = Scalar(16, tuple(VALUES), unpack_nv, pack_nv, range(16), _nv_scales(), range(127), stores_d=False)
+MXFP4 = Format("MXFP4", 39, 32, 17, encode_mx, VIEW_MX.decode, view=VIEW_MX)
+NVFP4 = Format("NVFP4", 40, 64, 36, encode_nv, VIEW_NV.decode, view=VIEW_NV)

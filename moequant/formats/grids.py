@@ -23,6 +23,7 @@ from moequant.formats.base import Effort
 from moequant.formats.codebook import Ladder, inverse, propose, ratio
 from moequant.formats.kernel import kernel
 from moequant.formats.layout import half
+from moequant.formats.parts import VectorParts
 
 # d of each round over that of the best before it: few levels leave valleys between good d.
 NUDGES = (1.0, 1.0, 1.05, 0.95, 1.1)
@@ -105,31 +106,16 @@ class Fit(NamedTuple):
     word: Tensor
     signs: Tensor
 
-    def rows(self) -> Tensor:
-        """int32 [n, groups]: row numbers, in the order of the weights."""
+    def parts(self) -> VectorParts:
+        """The same as a block stores it, in the order of the weights."""
         eights = self.signs.shape[0]  # groups of four come as all low halves of eight, then the high ones
         ordered = self.word.reshape(-1, eights, *self.word.shape[1:]).permute(3, 2, 1, 0)
-        return (ordered >> 16 & 0xFFF).flatten(1)
-
-    def downs(self) -> Tensor:
-        """int32 [n, groups]: 1 where the row is shifted down."""
-        return (self.word.permute(2, 1, 0) >= DOWN).to(torch.int32).flatten(1)
-
-    def sign_bytes(self) -> Tensor:
-        """int32 [n, 32]: bit i of a byte is the sign of weight i of eight."""
-        return self.signs.permute(2, 1, 0).flatten(1)
-
-    def scales(self) -> Tensor:
-        """int32 [n, S]: l of the level 2 l + 1."""
-        return (self.level.t().to(torch.int32) - 1) // 2
-
-    def signs_and_scales(self) -> Tensor:
-        """uint8 [n, 32]: for each 32 weights a u32 with 4 x 7 signs and l above them."""
-        signs = self.sign_bytes().view(-1, 8, 4) & 127
-        low = signs[..., 0] | signs[..., 1] << 7 | signs[..., 2] << 14 | signs[..., 3] << 21
-        field = low.to(torch.int64) | self.scales().to(torch.int64) << 28
-        return (
-            (field[..., None] >> torch.arange(0, 32, 8, device=field.device) & 255).to(torch.uint8).flatten(1)
+        return VectorParts(
+            (ordered >> 16 & 0xFFF).flatten(1),
+            self.signs.permute(2, 1, 0).flatten(1).to(torch.uint8),
+            (ordered >= DOWN).flatten(1).to(torch.uint8),
+            ((self.level.t().to(torch.int32) - 1) // 2).to(torch.uint8),
+            self.d.to(torch.float16)[:, None],
         )
 
 
@@ -388,9 +374,16 @@ def fill_parity(signs: Tensor) -> Tensor:
     return (signs | (parity ^ parity >> 1) << 7 & 128).to(torch.uint8)
 
 
-def read_signs_and_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [n, 32] as `Fit.signs_and_scales` writes -> signs f32 [n, 256], l f32 [n, 8]."""
+def join_signs_and_scales(signs: Tensor, scale: Tensor) -> Tensor:
+    """uint8 signs [n, 32], l [n, 8] -> uint8 [n, 32]: for each 32 weights a u32, 4 x 7 signs and l above."""
+    seven = torch.arange(0, 28, 7, device=signs.device)
+    field = ((signs.view(-1, 8, 4).to(torch.int64) & 127) << seven).sum(-1) | scale.to(torch.int64) << 28
+    return (field[..., None] >> torch.arange(0, 32, 8, device=field.device) & 255).to(torch.uint8).flatten(1)
+
+
+def split_signs_and_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `join_signs_and_scales`, the eighth sign filled in."""
     byte = packed.reshape(-1, 8, 4).to(torch.int64)
     field = (byte << torch.arange(0, 32, 8, device=packed.device)).sum(-1, keepdim=True)
     signs = field >> torch.arange(0, 28, 7, device=packed.device) & 127
-    return sign_values(fill_parity(signs).flatten(1)), (field[..., 0] >> 28 & 15).to(torch.float32)
+    return fill_parity(signs).flatten(1), (field[..., 0] >> 28 & 15).to(torch.uint8)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from moequant.formats.base import Effort, Format
 from moequant.formats.codebook import Ladder, u16_bytes, u16_from
-from moequant.formats.grids import Grid, Layout, points, search
-from moequant.formats.layout import half_bytes, read_half
+from moequant.formats.grids import Grid, Layout, search
+from moequant.formats.layout import half_at, half_bytes, join_nibbles, split_nibbles
+from moequant.formats.parts import Vector, VectorParts
 
 DELTA = 0.125
 LADDER = Ladder(1, 15, 2)
@@ -29,49 +30,54 @@ LAYOUT_S = Layout(GRID, sub=32, unit=1.0, ladder=LADDER, landings=LANDINGS_S, si
 LAYOUT_M = Layout(GRID, sub=16, unit=1.0, ladder=LADDER, landings=LANDINGS_M, signed=True)
 
 
+def pack_s(parts: VectorParts) -> Tensor:
+    """IQ1_S: -> uint8 [n, 50]; the shift of a sub-block is that of its first group."""
+    three = torch.arange(0, 12, 3, device=parts.row.device)
+    high = ((parts.row >> 8).view(-1, 8, 4) << three).sum(-1)
+    field = high | parts.scale.to(torch.int32) << 12 | parts.down[:, ::4].to(torch.int32) << 15
+    return torch.cat([half_bytes(parts.d), (parts.row & 255).to(torch.uint8), u16_bytes(field)], 1)
+
+
+def unpack_s(packed: Tensor) -> VectorParts:
+    """IQ1_S: uint8 [n, 50] -> its fields."""
+    field = u16_from(packed[:, 34:50])
+    high = field[..., None] >> torch.arange(0, 12, 3, device=packed.device) & 7
+    row = packed[:, 2:34].to(torch.int32) | high.flatten(1).to(torch.int32) << 8
+    down = (field >> 15).to(torch.uint8).repeat_interleave(4, 1)
+    return VectorParts(row, packed[:, :0], down, (field >> 12 & 7).to(torch.uint8), half_at(packed, 0))
+
+
+def pack_m(parts: VectorParts) -> Tensor:
+    """IQ1_M: -> uint8 [n, 56]."""
+    nibble = (parts.row >> 8).to(torch.uint8) | parts.down << 3
+    three = torch.arange(0, 12, 3, device=parts.row.device)
+    scale = (parts.scale.to(torch.int32).view(-1, 4, 4) << three).sum(-1)
+    d = u16_from(half_bytes(parts.d)) >> torch.arange(0, 16, 4, device=parts.row.device) & 15
+    row = (parts.row & 255).to(torch.uint8)
+    return torch.cat([row, join_nibbles(nibble, 1), u16_bytes(scale | d << 12)], 1)
+
+
+def unpack_m(packed: Tensor) -> VectorParts:
+    """IQ1_M: uint8 [n, 56] -> its fields."""
+    field = u16_from(packed[:, 48:56])
+    d = (field >> 12 << torch.arange(0, 16, 4, device=packed.device)).sum(1, keepdim=True)
+    scale = (field[..., None] >> torch.arange(0, 12, 3, device=packed.device) & 7).flatten(1)
+    nibble = split_nibbles(packed[:, 32:48], 1)
+    row = packed[:, :32].to(torch.int32) | (nibble & 7).to(torch.int32) << 8
+    return VectorParts(row, packed[:, :0], nibble >> 3, scale.to(torch.uint8), half_at(u16_bytes(d), 0))
+
+
 def encode_s(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
     """IQ1_S: x, w [n, 256] -> uint8 [n, 50]."""
-    fit = search(LAYOUT_S, x, w, effort)
-    row = fit.rows()
-    high = ((row >> 8).view(-1, 8, 4) << torch.arange(0, 12, 3, device=x.device)).sum(-1)
-    field = high | fit.scales() << 12 | fit.downs()[:, ::4] << 15
-    return torch.cat([half_bytes(fit.d), row.to(torch.uint8), u16_bytes(field)], 1)
+    return pack_s(search(LAYOUT_S, x, w, effort).parts())
 
 
 def encode_m(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
     """IQ1_M: x, w [n, 256] -> uint8 [n, 56]."""
-    fit = search(LAYOUT_M, x, w, effort)
-    row = fit.rows()
-    nibble = row >> 8 | fit.downs() << 3
-    high = nibble[:, ::2] | nibble[:, 1::2] << 4
-    scale = (fit.scales().view(-1, 4, 4) << torch.arange(0, 12, 3, device=x.device)).sum(-1)
-    d = u16_from(half_bytes(fit.d)) >> torch.arange(0, 16, 4, device=x.device) & 15
-    return torch.cat([row.to(torch.uint8), high.to(torch.uint8), u16_bytes(scale | d << 12)], 1)
+    return pack_m(search(LAYOUT_M, x, w, effort).parts())
 
 
-def decode_s(packed: Tensor) -> Tensor:
-    """IQ1_S: uint8 [n, 50] -> f32 [n, 256]."""
-    field = u16_from(packed[:, 34:50])
-    step = read_half(packed, 0) * (2 * (field >> 12 & 7) + 1)
-    high = field[..., None] >> torch.arange(0, 12, 3, device=packed.device) & 7
-    row = packed[:, 2:34].to(torch.int32) | high.flatten(1) << 8
-    delta = torch.where(field >> 15 == 1, -DELTA, DELTA)
-    value = points("IQ1_S").to(packed.device)[row].view(-1, 8, 32)
-    return (step[:, :, None] * (value + delta[:, :, None])).flatten(1)
-
-
-def decode_m(packed: Tensor) -> Tensor:
-    """IQ1_M: uint8 [n, 56] -> f32 [n, 256]."""
-    n = len(packed)
-    field = u16_from(packed[:, 48:56])
-    d = (field >> 12 << torch.arange(0, 16, 4, device=packed.device)).sum(1, keepdim=True)
-    scale = field[..., None] >> torch.arange(0, 12, 3, device=packed.device) & 7
-    step = read_half(u16_bytes(d), 0) * (2 * scale.view(n, 16) + 1)
-    nibble = torch.stack([packed[:, 32:48] & 15, packed[:, 32:48] >> 4], -1).view(n, 32).to(torch.int32)
-    row = packed[:, :32].to(torch.int32) | (nibble & 7) << 8
-    value = points("IQ1_S").to(packed.device)[row] + torch.where(nibble > 7, -DELTA, DELTA)[..., None]
-    return (step[:, :, None] * value.view(n, 16, 16)).flatten(1)
-
-
-IQ1_S = Format("IQ1_S", 19, 256, 50, encode_s, decode_s, magnitude=1.0, gain=1.1)
-IQ1_M = Format("IQ1_M", 29, 256, 56, encode_m, decode_m, magnitude=1.0, gain=1.09)
+VIEW_S = Vector(LAYOUT_S, unpack_s, pack_s)
+VIEW_M = Vector(LAYOUT_M, unpack_m, pack_m)
+IQ1_S = Format("IQ1_S", 19, 256, 50, encode_s, VIEW_S.decode, magnitude=1.0, gain=1.1, view=VIEW_S)
+IQ1_M = Format("IQ1_M", 29, 256, 56, encode_m, VIEW_M.decode, magnitude=1.0, gain=1.09, view=VIEW_M)

@@ -23,12 +23,12 @@ from moequant.formats.grids import (
     Grid,
     Layout,
     fill_parity,
-    points,
-    read_signs_and_scales,
+    join_signs_and_scales,
     search,
-    sign_values,
+    split_signs_and_scales,
 )
-from moequant.formats.layout import half_bytes, read_half
+from moequant.formats.layout import half_at, half_bytes, join_nibbles, split_nibbles
+from moequant.formats.parts import Vector, VectorParts
 
 LADDER = Ladder(1, 31, 2)
 LANDINGS = (1.12, 0.92, 1.48, 1.24, 0.7, 1.0)
@@ -41,69 +41,69 @@ LAYOUT_XS = Layout(GRID_XS, sub=16, unit=0.125, ladder=LADDER, landings=LANDINGS
 LAYOUT_XXS = Layout(GRID_XXS, sub=32, unit=0.125, ladder=LADDER, landings=LANDINGS_XXS, even=True)
 
 
+def pack_s(parts: VectorParts) -> Tensor:
+    """IQ2_S: -> uint8 [n, 82]."""
+    two = torch.arange(0, 8, 2, device=parts.row.device)
+    high = ((parts.row >> 8).view(-1, 8, 4) << two).sum(-1).to(torch.uint8)
+    low = (parts.row & 255).to(torch.uint8)
+    return torch.cat([half_bytes(parts.d), low, parts.signs, high, join_nibbles(parts.scale, 1)], 1)
+
+
+def unpack_s(packed: Tensor) -> VectorParts:
+    """IQ2_S: uint8 [n, 82] -> its fields."""
+    two = torch.arange(0, 8, 2, device=packed.device).to(torch.uint8)
+    high = (packed[:, 66:74, None] >> two & 3).flatten(1)
+    row = packed[:, 2:34].to(torch.int32) | high.to(torch.int32) << 8
+    scale = split_nibbles(packed[:, 74:82], 1)
+    return VectorParts(row, packed[:, 34:66], packed[:, :0], scale, half_at(packed, 0))
+
+
+def pack_xs(parts: VectorParts) -> Tensor:
+    """IQ2_XS: -> uint8 [n, 74]."""
+    code = u16_bytes(parts.row | (parts.signs.to(torch.int32) & 127) << 9)
+    return torch.cat([half_bytes(parts.d), code, join_nibbles(parts.scale, 1)], 1)
+
+
+def unpack_xs(packed: Tensor) -> VectorParts:
+    """IQ2_XS: uint8 [n, 74] -> its fields."""
+    code = u16_from(packed[:, 2:66])
+    scale = split_nibbles(packed[:, 66:74], 1)
+    return VectorParts(code & 511, fill_parity(code >> 9), packed[:, :0], scale, half_at(packed, 0))
+
+
+def pack_xxs(parts: VectorParts) -> Tensor:
+    """IQ2_XXS: -> uint8 [n, 66]."""
+    row = parts.row.to(torch.uint8).view(-1, 8, 4)
+    code = torch.cat([row, join_signs_and_scales(parts.signs, parts.scale).view(-1, 8, 4)], 2)
+    return torch.cat([half_bytes(parts.d), code.flatten(1)], 1)
+
+
+def unpack_xxs(packed: Tensor) -> VectorParts:
+    """IQ2_XXS: uint8 [n, 66] -> its fields."""
+    code = packed[:, 2:].reshape(-1, 8, 8)
+    signs, scale = split_signs_and_scales(code[:, :, 4:].reshape(-1, 32))
+    row = code[:, :, :4].to(torch.int32).flatten(1)
+    return VectorParts(row, signs, packed[:, :0], scale, half_at(packed, 0))
+
+
 def encode_s(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
     """IQ2_S: x, w [n, 256] -> uint8 [n, 82]."""
-    fit = search(LAYOUT_S, x, w, effort)
-    row = fit.rows()
-    high = (row >> 8).view(-1, 8, 4) << torch.arange(0, 8, 2, device=x.device)
-    parts = [half_bytes(fit.d), row & 255, fit.sign_bytes(), high.sum(-1), _pair(fit.scales())]
-    return torch.cat([p.to(torch.uint8) for p in parts], 1)
+    return pack_s(search(LAYOUT_S, x, w, effort).parts())
 
 
 def encode_xs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
     """IQ2_XS: x, w [n, 256] -> uint8 [n, 74]."""
-    fit = search(LAYOUT_XS, x, w, effort)
-    code = u16_bytes(fit.rows() | (fit.sign_bytes() & 127) << 9)
-    return torch.cat([half_bytes(fit.d), code, _pair(fit.scales()).to(torch.uint8)], 1)
+    return pack_xs(search(LAYOUT_XS, x, w, effort).parts())
 
 
 def encode_xxs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
     """IQ2_XXS: x, w [n, 256] -> uint8 [n, 66]."""
-    fit = search(LAYOUT_XXS, x, w, effort)
-    row = fit.rows().to(torch.uint8).view(-1, 8, 4)
-    code = torch.cat([row, fit.signs_and_scales().view(-1, 8, 4)], 2)
-    return torch.cat([half_bytes(fit.d), code.flatten(1)], 1)
+    return pack_xxs(search(LAYOUT_XXS, x, w, effort).parts())
 
 
-def decode_s(packed: Tensor) -> Tensor:
-    """IQ2_S: uint8 [n, 82] -> f32 [n, 256]."""
-    two = torch.arange(0, 8, 2, device=packed.device).to(torch.uint8)
-    high = (packed[:, 66:74, None] >> two & 3).flatten(1)
-    row = packed[:, 2:34].to(torch.int32) | high.to(torch.int32) << 8
-    value = points("IQ2_S").to(packed.device)[row].flatten(1)
-    return _scale_sixteens(packed[:, :2], packed[:, 74:82], value, sign_values(packed[:, 34:66]))
-
-
-def decode_xs(packed: Tensor) -> Tensor:
-    """IQ2_XS: uint8 [n, 74] -> f32 [n, 256]."""
-    code = u16_from(packed[:, 2:66])
-    value = points("IQ2_XS").to(packed.device)[code & 511].flatten(1)
-    return _scale_sixteens(packed[:, :2], packed[:, 66:74], value, sign_values(fill_parity(code >> 9)))
-
-
-def decode_xxs(packed: Tensor) -> Tensor:
-    """IQ2_XXS: uint8 [n, 66] -> f32 [n, 256]."""
-    n = len(packed)
-    code = packed[:, 2:].reshape(n, 8, 8)
-    signs, scale = read_signs_and_scales(code[:, :, 4:].reshape(n, 32))
-    step = read_half(packed, 0) * (0.5 + scale) * 0.25
-    value = points("IQ2_XXS").to(packed.device)[code[:, :, :4].to(torch.int32)].view(n, 8, 32)
-    return (step[:, :, None] * value * signs.view(n, 8, 32)).view(n, 256)
-
-
-def _pair(scales: Tensor) -> Tensor:
-    """int [n, 16] of 4 bits -> int [n, 8], the first of two in the low bits."""
-    return scales[:, ::2] | scales[:, 1::2] << 4
-
-
-def _scale_sixteens(d: Tensor, scales: Tensor, value: Tensor, signs: Tensor) -> Tensor:
-    """f16 bytes [n, 2], scale bytes [n, 8], values and signs [n, 256] -> f32 [n, 256]."""
-    n = len(d)
-    scale = torch.stack([scales & 15, scales >> 4], -1).view(n, 16).to(torch.float32)
-    step = read_half(d, 0) * (0.5 + scale) * 0.25
-    return (step[:, :, None] * value.view(n, 16, 16) * signs.view(n, 16, 16)).view(n, 256)
-
-
-IQ2_S = Format("IQ2_S", 22, 256, 82, encode_s, decode_s, magnitude=1.0, gain=1.03)
-IQ2_XS = Format("IQ2_XS", 17, 256, 74, encode_xs, decode_xs, magnitude=1.0, gain=1.05)
-IQ2_XXS = Format("IQ2_XXS", 16, 256, 66, encode_xxs, decode_xxs, magnitude=1.0, gain=1.06)
+VIEW_S = Vector(LAYOUT_S, unpack_s, pack_s)
+VIEW_XS = Vector(LAYOUT_XS, unpack_xs, pack_xs)
+VIEW_XXS = Vector(LAYOUT_XXS, unpack_xxs, pack_xxs)
+IQ2_S = Format("IQ2_S", 22, 256, 82, encode_s, VIEW_S.decode, magnitude=1.0, gain=1.03, view=VIEW_S)
+IQ2_XS = Format("IQ2_XS", 17, 256, 74, encode_xs, VIEW_XS.decode, magnitude=1.0, gain=1.05, view=VIEW_XS)
+IQ2_XXS = Format("IQ2_XXS", 16, 256, 66, encode_xxs, VIEW_XXS.decode, magnitude=1.0, gain=1.06, view=VIEW_XXS)

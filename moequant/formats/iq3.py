@@ -16,8 +16,15 @@ from torch import Tensor
 
 from moequant.formats.base import Effort, Format
 from moequant.formats.codebook import Ladder
-from moequant.formats.grids import Grid, Layout, points, read_signs_and_scales, search, sign_values
-from moequant.formats.layout import half_bytes, read_half
+from moequant.formats.grids import (
+    Grid,
+    Layout,
+    join_signs_and_scales,
+    search,
+    split_signs_and_scales,
+)
+from moequant.formats.layout import half_at, half_bytes
+from moequant.formats.parts import Vector, VectorParts
 
 LADDER = Ladder(1, 31, 2)
 LANDINGS = (1.04, 0.9, 1.14, 0.78, 0.98, 1.28)
@@ -27,50 +34,50 @@ LAYOUT_S = Layout(GRID_S, sub=32, unit=1.0, ladder=LADDER, landings=LANDINGS)
 LAYOUT_XXS = Layout(GRID_XXS, sub=32, unit=0.25, ladder=LADDER, landings=LANDINGS, even=True)
 
 
-def encode_s(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-    """IQ3_S: x, w [n, 256] -> uint8 [n, 110]."""
-    fit = search(LAYOUT_S, x, w, effort)
-    row = fit.rows()  # [n, 64]
-    high = (row >> 8).view(-1, 8, 8) << torch.arange(8, device=x.device)
-    scale = fit.scales()
-    return torch.cat(
-        [
-            half_bytes(fit.d),
-            row.to(torch.uint8),
-            high.sum(-1).to(torch.uint8),
-            fit.sign_bytes().to(torch.uint8),
-            (scale[:, ::2] | scale[:, 1::2] << 4).to(torch.uint8),
-        ],
-        1,
-    )
+def pack_s(parts: VectorParts) -> Tensor:
+    """IQ3_S: -> uint8 [n, 110]."""
+    bit = torch.arange(8, dtype=torch.int32, device=parts.row.device)
+    high = ((parts.row >> 8).view(-1, 8, 8) << bit).sum(-1)
+    scale = parts.scale[:, ::2] | parts.scale[:, 1::2] << 4
+    low = (parts.row & 255).to(torch.uint8)
+    return torch.cat([half_bytes(parts.d), low, high.to(torch.uint8), parts.signs, scale], 1)
 
 
-def encode_xxs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-    """IQ3_XXS: x, w [n, 256] -> uint8 [n, 98]."""
-    fit = search(LAYOUT_XXS, x, w, effort)
-    return torch.cat([half_bytes(fit.d), fit.rows().to(torch.uint8), fit.signs_and_scales()], 1)
-
-
-def decode_s(packed: Tensor) -> Tensor:
-    """IQ3_S: uint8 [n, 110] -> f32 [n, 256]."""
+def unpack_s(packed: Tensor) -> VectorParts:
+    """IQ3_S: uint8 [n, 110] -> its fields."""
     n = len(packed)
     eight = torch.arange(8, device=packed.device)
     high = packed[:, 66:74, None] >> eight.to(torch.uint8) & 1
     row = packed[:, 2:66].to(torch.int32) | high.view(n, 64).to(torch.int32) << 8
     scale = packed[:, 106 + eight // 2] >> (eight % 2 * 4).to(torch.uint8) & 15
-    step = read_half(packed, 0) * (1 + 2 * scale.to(torch.float32))
-    value = points("IQ3_S").to(packed.device)[row].view(n, 8, 32)
-    return (step[:, :, None] * value * sign_values(packed[:, 74:106]).view(n, 8, 32)).view(n, 256)
+    return VectorParts(row, packed[:, 74:106], packed[:, :0], scale, half_at(packed, 0))
 
 
-def decode_xxs(packed: Tensor) -> Tensor:
-    """IQ3_XXS: uint8 [n, 98] -> f32 [n, 256]."""
-    n = len(packed)
-    signs, scale = read_signs_and_scales(packed[:, 66:98])
-    step = read_half(packed, 0) * (0.5 + scale) * 0.5
-    value = points("IQ3_XXS").to(packed.device)[packed[:, 2:66].to(torch.int32)].view(n, 8, 32)
-    return (step[:, :, None] * value * signs.view(n, 8, 32)).view(n, 256)
+def pack_xxs(parts: VectorParts) -> Tensor:
+    """IQ3_XXS: -> uint8 [n, 98]."""
+    code = join_signs_and_scales(parts.signs, parts.scale)
+    return torch.cat([half_bytes(parts.d), parts.row.to(torch.uint8), code], 1)
 
 
-IQ3_S = Format("IQ3_S", 21, 256, 110, encode_s, decode_s, magnitude=1.0, gain=1.01)
-IQ3_XXS = Format("IQ3_XXS", 18, 256, 98, encode_xxs, decode_xxs, magnitude=1.0, gain=1.015)
+def unpack_xxs(packed: Tensor) -> VectorParts:
+    """IQ3_XXS: uint8 [n, 98] -> its fields."""
+    signs, scale = split_signs_and_scales(packed[:, 66:98])
+    return VectorParts(packed[:, 2:66].to(torch.int32), signs, packed[:, :0], scale, half_at(packed, 0))
+
+
+def encode_s(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+    """IQ3_S: x, w [n, 256] -> uint8 [n, 110]."""
+    return pack_s(search(LAYOUT_S, x, w, effort).parts())
+
+
+def encode_xxs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+    """IQ3_XXS: x, w [n, 256] -> uint8 [n, 98]."""
+    return pack_xxs(search(LAYOUT_XXS, x, w, effort).parts())
+
+
+VIEW_S = Vector(LAYOUT_S, unpack_s, pack_s)
+VIEW_XXS = Vector(LAYOUT_XXS, unpack_xxs, pack_xxs)
+IQ3_S = Format("IQ3_S", 21, 256, 110, encode_s, VIEW_S.decode, magnitude=1.0, gain=1.01, view=VIEW_S)
+IQ3_XXS = Format(
+    "IQ3_XXS", 18, 256, 98, encode_xxs, VIEW_XXS.decode, magnitude=1.0, gain=1.015, view=VIEW_XXS
+)

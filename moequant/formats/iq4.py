@@ -22,7 +22,8 @@ from torch import Tensor
 from moequant.formats.base import Effort, Format
 from moequant.formats.codebook import Ladder, inverse, midpoints, nearest, propose, ratio
 from moequant.formats.kernel import kernel
-from moequant.formats.layout import half, half_bytes, read_half, split_nibbles
+from moequant.formats.layout import half, half_at, half_bytes, join_nibbles, split_nibbles
+from moequant.formats.parts import Parts, Scalar, count_up
 
 VALUES = [float(v) for v in quants.IQ4_NL.kvalues]
 MIDS = midpoints(VALUES)
@@ -80,9 +81,8 @@ def try_levels(x: Tensor, w: Tensor, d: Tensor, scale: Tensor) -> tuple[Tensor, 
 
 @kernel
 def codes(x: Tensor, inv: Tensor) -> Tensor:
-    """x [32, m], inv [m] -> uint8 [16, m]: the code of row i below that of row i + 16."""
-    code = nearest(x * inv, MIDS, CODES)
-    return (code[:16] + 16 * code[16:]).to(torch.uint8)
+    """x [32, m], inv [m] -> uint8 [32, m]."""
+    return nearest(x * inv, MIDS, CODES).to(torch.uint8)
 
 
 def search_scale(x: Tensor, w: Tensor, effort: Effort) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,8 @@ def encode_nl(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
     """IQ4_NL: x, w [n, 32] -> uint8 [n, 18]."""
     columns = x.t().contiguous()
     scale = half(ratio(*search_scale(columns, w.t().contiguous(), effort)))
-    return torch.cat([half_bytes(scale), codes(columns, inverse(scale)).t()], 1)
+    found = codes(columns, inverse(scale)).t().contiguous()
+    return pack_nl(_parts(found, found[:, :0], scale[:, None].to(torch.float16)))
 
 
 def encode_xs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
@@ -128,44 +129,51 @@ def encode_xs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
         best = torch.where(won, error, best)
         best_d, best_level = torch.where(won, d, best_d), torch.where(won, level, best_level)
         d = better_d
-    nibbles = codes(columns, inverse(best_d * best_level).view(-1))
-    return _pack_xs(best_d, best_level, nibbles.view(16, 8, n))
+    found = codes(columns, inverse(best_d * best_level).view(-1)).view(32, 8, n)
+    stored = (best_level - LADDER.lowest).to(torch.uint8).t()
+    return pack_xs(_parts(found.permute(2, 1, 0).reshape(n, 256), stored, best_d[:, None].to(torch.float16)))
 
 
-def decode_nl(packed: Tensor) -> Tensor:
-    """IQ4_NL: uint8 [n, 18] -> f32 [n, 32]."""
-    return read_half(packed, 0) * _values(packed[:, 2:])
+def pack_nl(parts: Parts) -> Tensor:
+    """IQ4_NL: -> uint8 [n, 18]."""
+    return torch.cat([half_bytes(parts.d), join_nibbles(parts.codes, 16)], 1)
 
 
-def decode_xs(packed: Tensor) -> Tensor:
-    """IQ4_XS: uint8 [n, 136] -> f32 [n, 256]."""
-    at = torch.arange(8, device=packed.device)
-    high = packed[:, 2 + at // 4] >> (at % 4 * 2).to(torch.uint8) & 3
-    low = packed[:, 4 + at // 2] >> (at % 2 * 4).to(torch.uint8) & 15
-    level = (low | high << 4).to(torch.float32) - 32
-    step = read_half(packed, 0) * level
-    return (step[:, :, None] * _values(packed[:, 8:]).view(-1, 8, 32)).flatten(1)
+def unpack_nl(packed: Tensor) -> Parts:
+    """IQ4_NL: uint8 [n, 18] -> its fields."""
+    codes = split_nibbles(packed[:, 2:], 16)
+    return _parts(codes, torch.zeros_like(codes[:, :1]), half_at(packed, 0))
 
 
-def _values(packed: Tensor) -> Tensor:
-    """uint8 [n, 16 k] -> f32 [n, 32 k]."""
-    return torch.tensor(VALUES, device=packed.device)[split_nibbles(packed, 16).to(torch.int32)]
-
-
-def _pack_xs(d: Tensor, level: Tensor, nibbles: Tensor) -> Tensor:
-    """d [n], level [8, n] in -32..31, nibbles uint8 [16, 8, n] -> uint8 [n, 136]."""
-    stored = (level + 32).to(torch.uint8).t()
-    low, high = stored & 15, stored >> 4
+def pack_xs(parts: Parts) -> Tensor:
+    """IQ4_XS: -> uint8 [n, 136]."""
+    low, high = parts.scale & 15, parts.scale >> 4
     return torch.cat(
         [
-            half_bytes(d),
+            half_bytes(parts.d),
             high[:, ::4] | high[:, 1::4] << 2 | high[:, 2::4] << 4 | high[:, 3::4] << 6,
             low[:, ::2] | low[:, 1::2] << 4,
-            nibbles.permute(2, 1, 0).reshape(-1, 128),
+            join_nibbles(parts.codes, 16),
         ],
         1,
     )
 
 
-IQ4_NL = Format("IQ4_NL", 20, 32, 18, encode_nl, decode_nl, magnitude=1.0)
-IQ4_XS = Format("IQ4_XS", 23, 256, 136, encode_xs, decode_xs, magnitude=1.0)
+def unpack_xs(packed: Tensor) -> Parts:
+    """IQ4_XS: uint8 [n, 136] -> its fields."""
+    at = torch.arange(8, device=packed.device)
+    high = packed[:, 2 + at // 4] >> (at % 4 * 2).to(torch.uint8) & 3
+    low = packed[:, 4 + at // 2] >> (at % 2 * 4).to(torch.uint8) & 15
+    return _parts(split_nibbles(packed[:, 8:], 16), low | high << 4, half_at(packed, 0))
+
+
+def _parts(codes: Tensor, scale: Tensor, d: Tensor) -> Parts:
+    return Parts(codes, scale, codes[:, :0], d, d[:, :0])
+
+
+VIEW_NL = Scalar(32, tuple(VALUES), unpack_nl, pack_nl, range(16))
+VIEW_XS = Scalar(
+    32, tuple(VALUES), unpack_xs, pack_xs, range(16), count_up(LADDER.lowest, LADDER.highest), range(64)
+)
+IQ4_NL = Format("IQ4_NL", 20, 32, 18, encode_nl, VIEW_NL.decode, magnitude=1.0, view=VIEW_NL)
+IQ4_XS = Format("IQ4_XS", 23, 256, 136, encode_xs, VIEW_XS.decode, magnitude=1.0, view=VIEW_XS)

@@ -31,14 +31,43 @@ def half(x: Tensor) -> Tensor:
     return x.clamp(-65504.0, 65504.0).to(torch.float16).to(torch.float32)
 
 
+def half_at(packed: Tensor, at: int) -> Tensor:
+    """f16 [n, 1]: the little-endian f16 at byte `at` of each block, bit for bit."""
+    return packed[:, at : at + 2].clone().view(torch.float16)  # a copy is aligned
+
+
 def read_half(packed: Tensor, at: int) -> Tensor:
     """f32 [n, 1]: the little-endian f16 at byte `at` of each block."""
-    return packed[:, at : at + 2].clone().view(torch.float16).to(torch.float32)  # a copy is aligned
+    return half_at(packed, at).to(torch.float32)
 
 
 def half_bytes(x: Tensor) -> Tensor:
-    """f32 [n] -> uint8 [n, 2]: the bytes of f16."""
-    return x.to(torch.float16).view(-1, 1).view(torch.uint8)
+    """f32 or f16 [n] or [n, 1] -> uint8 [n, 2]: the bytes of f16."""
+    return x.to(torch.float16).reshape(-1, 1).view(torch.uint8)
+
+
+def split_pairs(packed: Tensor) -> Tensor:
+    """uint8 [n, k] of four 2-bit fields -> [n, 4 k]: of each 128, fields l, l + 32, … share a byte."""
+    shift = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)[:, None]
+    return (packed.reshape(len(packed), -1, 1, 32) >> shift & 3).view(len(packed), -1)
+
+
+def join_pairs(codes: Tensor) -> Tensor:
+    """uint8 [n, 128 k] of 2 bits -> [n, 32 k]; the inverse of `split_pairs`."""
+    a, b, c, d = codes.view(len(codes), -1, 4, 32).unbind(2)
+    return (a | b << 2 | c << 4 | d << 6).view(len(codes), -1)
+
+
+def split_planes(packed: Tensor) -> Tensor:
+    """uint8 [n, 32] of bits -> [n, 256]: byte l has those of weights l, l + 32, …, lowest bit first."""
+    bit = torch.arange(8, dtype=torch.uint8, device=packed.device)[:, None]
+    return (packed[:, None] >> bit & 1).view(-1, 256)
+
+
+def join_planes(bits: Tensor) -> Tensor:
+    """uint8 [n, 256] of 0 or 1 -> [n, 32]; the inverse of `split_planes`."""
+    bit = torch.arange(8, dtype=torch.uint8, device=bits.device)[:, None]
+    return (bits.view(-1, 8, 32) << bit).sum(1, dtype=torch.uint8)
 
 
 def join_nibbles(codes: Tensor, run: int) -> Tensor:

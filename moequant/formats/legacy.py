@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -21,13 +23,14 @@ from moequant.formats.base import Effort, Format
 from moequant.formats.kernel import kernel
 from moequant.formats.layout import (
     better,
+    half_at,
     half_bytes,
     inverse,
     join_nibbles,
-    read_half,
     signed_half,
     split_nibbles,
 )
+from moequant.formats.parts import Parts, Scalar, count_up
 from moequant.formats.symmetric import Symmetric
 from moequant.formats.symmetric import search_block as search_symmetric
 
@@ -63,28 +66,47 @@ def _symmetric(name: str, ggml_type: int, bits: int) -> Format:
     middle = 1 << (bits - 1)
     grid = Symmetric(sub=32, low=-middle, high=middle - 1)
 
+    def pack(parts: Parts) -> Tensor:
+        return torch.cat([half_bytes(parts.d), *_code_bytes(parts.codes, bits)], 1)
+
+    def unpack(packed: Tensor) -> Parts:
+        return _plain_parts(_read_codes(packed, bits, 2), half_at(packed, 0))
+
     def encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-        fit = search_symmetric(grid, x, w, effort)
-        codes = (fit.codes + middle).to(torch.uint8)
-        return torch.cat([half_bytes(fit.d), *_code_bytes(codes, bits)], 1)
+        return pack(search_symmetric(grid, x, w, effort).parts(grid))
 
-    def decode(packed: Tensor) -> Tensor:
-        return (_read_codes(packed, bits, 2).to(torch.int8) - middle) * read_half(packed, 0)
-
-    return Format(name, ggml_type, 32, 2 + 4 * bits, encode, decode, magnitude=1.0, spread=1.0, tiles=4)
+    view = Scalar(32, count_up(-middle, middle - 1), unpack, pack, range(1 << bits))
+    size = 2 + 4 * bits
+    return Format(
+        name, ggml_type, 32, size, encode, view.decode, magnitude=1.0, spread=1.0, tiles=4, view=view
+    )
 
 
 def _affine(name: str, ggml_type: int, bits: int) -> Format:
     grid = Affine(sub=32, top=(1 << bits) - 1)
 
+    def pack(parts: Parts) -> Tensor:
+        return torch.cat([half_bytes(parts.d), half_bytes(parts.dmin), *_code_bytes(parts.codes, bits)], 1)
+
+    def unpack(packed: Tensor) -> Parts:
+        plain = _plain_parts(_read_codes(packed, bits, 4), half_at(packed, 0))
+        return replace(plain, minimum=plain.scale, dmin=half_at(packed, 2))
+
     def encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
         fit = search_affine(grid, x, w, effort)
-        return torch.cat([half_bytes(fit.d), half_bytes(-fit.dmin), *_code_bytes(fit.codes, bits)], 1)
+        return pack(replace(fit.parts(), dmin=-fit.dmin[:, None].to(torch.float16)))
 
-    def decode(packed: Tensor) -> Tensor:
-        return _read_codes(packed, bits, 4) * read_half(packed, 0) + read_half(packed, 2)
+    # The minimum is stored as what is added, so its table holds -1.
+    view = Scalar(32, count_up(0, grid.top), unpack, pack, range(grid.top + 1), minima=(-1.0,))
+    size = 4 + 4 * bits
+    return Format(
+        name, ggml_type, 32, size, encode, view.decode, magnitude=1.0, spread=1.0, tiles=4, view=view
+    )
 
-    return Format(name, ggml_type, 32, 4 + 4 * bits, encode, decode, magnitude=1.0, spread=1.0, tiles=4)
+
+def _plain_parts(codes: Tensor, d: Tensor) -> Parts:
+    """A block without sub-blocks."""
+    return Parts(codes, torch.zeros_like(codes[:, :1]), codes[:, :0], d, d[:, :0])
 
 
 @kernel
@@ -115,12 +137,17 @@ def _encode_q8(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
     return torch.cat([half_bytes(d), codes.view(torch.uint8)], 1)
 
 
-def _decode_q8(packed: Tensor) -> Tensor:
-    return packed[:, 2:].contiguous().view(torch.int8) * read_half(packed, 0)
+def _pack_q8(parts: Parts) -> Tensor:
+    return torch.cat([half_bytes(parts.d), parts.codes ^ 128], 1)
+
+
+def _unpack_q8(packed: Tensor) -> Parts:
+    return _plain_parts(packed[:, 2:] ^ 128, half_at(packed, 0))  # 0..255 for -128..127
 
 
 Q4_0 = _symmetric("Q4_0", 2, 4)
 Q4_1 = _affine("Q4_1", 3, 4)
 Q5_0 = _symmetric("Q5_0", 6, 5)
 Q5_1 = _affine("Q5_1", 7, 5)
-Q8_0 = Format("Q8_0", 8, 32, 34, _encode_q8, _decode_q8)
+VIEW_Q8 = Scalar(32, count_up(-128, 127), _unpack_q8, _pack_q8, range(1, 256))
+Q8_0 = Format("Q8_0", 8, 32, 34, _encode_q8, VIEW_Q8.decode, view=VIEW_Q8)

@@ -17,26 +17,35 @@ from torch import Tensor
 
 from moequant.formats.affine import Affine, search
 from moequant.formats.base import Effort, Format
-from moequant.formats.layout import half_bytes, read_half
+from moequant.formats.layout import half_at, half_bytes, join_pairs, split_pairs
+from moequant.formats.parts import Parts, Scalar, count_up
 
 _Q2 = Affine(sub=16, top=3, top_scale=15, steps=17)
 
 
+def _pack(parts: Parts) -> Tensor:
+    header = parts.scale | parts.minimum << 4
+    return torch.cat([header, join_pairs(parts.codes), half_bytes(parts.d), half_bytes(parts.dmin)], 1)
+
+
+def _unpack(packed: Tensor) -> Parts:
+    scales, codes = packed[:, :16], split_pairs(packed[:, 16:80])
+    return Parts(codes, scales & 15, scales >> 4, half_at(packed, 80), half_at(packed, 82))
+
+
 def _encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-    fit = search(_Q2, x, w, effort)
-    a, b, c, d = fit.codes.view(-1, 2, 4, 32).unbind(2)
-    codes = (a | b << 2 | c << 4 | d << 6).view(-1, 64)
-    return torch.cat([fit.scale | fit.minimum << 4, codes, half_bytes(fit.d), half_bytes(fit.dmin)], 1)
+    return _pack(search(_Q2, x, w, effort).parts())
 
 
-def _decode(packed: Tensor) -> Tensor:
-    scales = packed[:, :16]
-    s = (read_half(packed, 80) * (scales & 15))[..., None]
-    m = (read_half(packed, 82) * (scales >> 4))[..., None]
-    shift = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)[:, None]
-    codes = packed[:, 16:80].reshape(-1, 2, 1, 32) >> shift & 3
-    return (s * codes.view(-1, 16, 16) - m).view(-1, 256)
-
-
+VIEW = Scalar(
+    sub=16,
+    levels=count_up(0, 3),
+    unpack=_unpack,
+    pack=_pack,
+    codes=range(4),
+    scales=count_up(0, 15),
+    scale_codes=range(16),
+    minima=count_up(0, 15),
+)
 # ggml takes mean(x²) of the block once here, twice in its other K types.
-Q2_K = Format("Q2_K", 10, 256, 84, _encode, _decode, magnitude=1.0, spread=1.0, tiles=4)
+Q2_K = Format("Q2_K", 10, 256, 84, _encode, VIEW.decode, magnitude=1.0, spread=1.0, tiles=4, view=VIEW)

@@ -16,34 +16,48 @@ import torch
 from torch import Tensor
 
 from moequant.formats.base import Effort, Format
-from moequant.formats.layout import half_bytes, read_half
+from moequant.formats.layout import (
+    half_at,
+    half_bytes,
+    join_pairs,
+    join_planes,
+    split_pairs,
+    split_planes,
+)
+from moequant.formats.parts import Parts, Scalar, count_up
 from moequant.formats.symmetric import Symmetric, search
 
 _Q3 = Symmetric(sub=16, low=-4, high=3, low_scale=-32, high_scale=31)
 
 
-def _encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-    fit = search(_Q3, x, w, effort)
-    scale = (fit.scale + 32).to(torch.uint8)
+def _pack(parts: Parts) -> Tensor:
+    codes, scale = parts.codes, parts.scale
     low = scale[:, :8] & 15 | (scale[:, 8:] & 15) << 4
     p, q, r, s = (scale >> 4).view(-1, 4, 4).unbind(1)
-    bit = torch.arange(8, dtype=torch.uint8, device=x.device)[:, None]
-    codes = (fit.codes + 4).to(torch.uint8)
-    top = ((codes.view(-1, 8, 32) >> 2) << bit).sum(1, dtype=torch.uint8)
-    a, b, c, d = (codes & 3).view(-1, 2, 4, 32).unbind(2)
-    rest = (a | b << 2 | c << 4 | d << 6).view(-1, 64)
-    return torch.cat([top, rest, low, p | q << 2 | r << 4 | s << 6, half_bytes(fit.d)], 1)
+    high = p | q << 2 | r << 4 | s << 6
+    return torch.cat([join_planes(codes >> 2), join_pairs(codes & 3), low, high, half_bytes(parts.d)], 1)
 
 
-def _decode(packed: Tensor) -> Tensor:
-    bit = torch.arange(8, dtype=torch.uint8, device=packed.device)[:, None]
+def _unpack(packed: Tensor) -> Parts:
     pair = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)[:, None]
-    top = (packed[:, None, :32] >> bit & 1).view(-1, 256)
-    low = (packed[:, 32:96].reshape(-1, 2, 1, 32) >> pair & 3).view(-1, 256)
-    codes = (low | top << 2).to(torch.int8) - 4
+    codes = split_pairs(packed[:, 32:96]) | split_planes(packed[:, :32]) << 2
     nibbles = torch.cat([packed[:, 96:104] & 15, packed[:, 96:104] >> 4], 1)
-    scale = (nibbles | (packed[:, None, 104:108] >> pair & 3).view(-1, 16) << 4).to(torch.int8) - 32
-    return ((read_half(packed, 108) * scale)[..., None] * codes.view(-1, 16, 16)).view(-1, 256)
+    scale = nibbles | (packed[:, None, 104:108] >> pair & 3).view(-1, 16) << 4
+    d = half_at(packed, 108)
+    return Parts(codes, scale, scale[:, :0], d, d[:, :0])
 
 
-Q3_K = Format("Q3_K", 11, 256, 110, _encode, _decode, magnitude=1.0, tiles=4)
+def _encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+    return _pack(search(_Q3, x, w, effort).parts(_Q3))
+
+
+VIEW = Scalar(
+    sub=16,
+    levels=count_up(-4, 3),
+    unpack=_unpack,
+    pack=_pack,
+    codes=range(8),
+    scales=count_up(-32, 31),
+    scale_codes=range(64),
+)
+Q3_K = Format("Q3_K", 11, 256, 110, _encode, VIEW.decode, magnitude=1.0, tiles=4, view=VIEW)

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from moequant.formats.affine import Affine, search
 from moequant.formats.base import Effort, Format
-from moequant.formats.layout import half_bytes, join_nibbles, read_half, split_nibbles
+from moequant.formats.layout import (
+    half_at,
+    half_bytes,
+    join_nibbles,
+    join_planes,
+    split_nibbles,
+    split_planes,
+)
+from moequant.formats.parts import Parts, Scalar, count_up
 
 _Q4 = Affine(sub=32, top=15, top_scale=63)
 _Q5 = Affine(sub=32, top=31, top_scale=63)
@@ -44,37 +52,43 @@ def _unpack_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     return scale, minimum
 
 
+def _header(parts: Parts) -> list[Tensor]:
+    return [half_bytes(parts.d), half_bytes(parts.dmin), _pack_scales(parts.scale, parts.minimum)]
+
+
+def _parts(packed: Tensor, codes: Tensor) -> Parts:
+    """The header of the block with those codes."""
+    scale, minimum = _unpack_scales(packed[:, 4:16].contiguous())
+    return Parts(codes, scale, minimum, half_at(packed, 0), half_at(packed, 2))
+
+
+def _pack_q4(parts: Parts) -> Tensor:
+    return torch.cat([*_header(parts), join_nibbles(parts.codes, 32)], 1)
+
+
+def _pack_q5(parts: Parts) -> Tensor:
+    high = join_planes(parts.codes >> 4)
+    return torch.cat([*_header(parts), high, join_nibbles(parts.codes & 15, 32)], 1)
+
+
+def _unpack_q4(packed: Tensor) -> Parts:
+    return _parts(packed, split_nibbles(packed[:, 16:], 32))
+
+
+def _unpack_q5(packed: Tensor) -> Parts:
+    return _parts(packed, split_nibbles(packed[:, 48:], 32) | split_planes(packed[:, 16:48]) << 4)
+
+
 def _encode_q4(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-    fit = search(_Q4, x, w, effort)
-    header = [half_bytes(fit.d), half_bytes(fit.dmin), _pack_scales(fit.scale, fit.minimum)]
-    return torch.cat([*header, join_nibbles(fit.codes, 32)], 1)
+    return _pack_q4(search(_Q4, x, w, effort).parts())
 
 
 def _encode_q5(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-    fit = search(_Q5, x, w, effort)
-    header = [half_bytes(fit.d), half_bytes(fit.dmin), _pack_scales(fit.scale, fit.minimum)]
-    bit = torch.arange(8, dtype=torch.uint8, device=x.device)[:, None]
-    high = ((fit.codes.view(-1, 8, 32) >> 4) << bit).sum(1, dtype=torch.uint8)
-    return torch.cat([*header, high, join_nibbles(fit.codes & 15, 32)], 1)
+    return _pack_q5(search(_Q5, x, w, effort).parts())
 
 
-def _scaled(packed: Tensor, codes: Tensor) -> Tensor:
-    """Apply the block's header to codes [n, 256] -> f32 [n, 256]."""
-    scale, minimum = _unpack_scales(packed[:, 4:16].contiguous())
-    s = (read_half(packed, 0) * scale)[..., None]
-    m = (read_half(packed, 2) * minimum)[..., None]
-    return (s * codes.view(-1, 8, 32) - m).view(-1, 256)
-
-
-def _decode_q4(packed: Tensor) -> Tensor:
-    return _scaled(packed, split_nibbles(packed[:, 16:], 32))
-
-
-def _decode_q5(packed: Tensor) -> Tensor:
-    bit = torch.arange(8, dtype=torch.uint8, device=packed.device)[:, None]
-    high = (packed[:, None, 16:48] >> bit & 1).view(-1, 256)
-    return _scaled(packed, split_nibbles(packed[:, 48:], 32) | high << 4)
-
-
-Q4_K = Format("Q4_K", 12, 256, 144, _encode_q4, _decode_q4, magnitude=1.0, tiles=4)
-Q5_K = Format("Q5_K", 13, 256, 176, _encode_q5, _decode_q5, magnitude=1.0, tiles=4)
+_SIX = count_up(0, 63)  # scales and minima
+VIEW_Q4 = Scalar(32, count_up(0, 15), _unpack_q4, _pack_q4, range(16), _SIX, range(64), _SIX)
+VIEW_Q5 = Scalar(32, count_up(0, 31), _unpack_q5, _pack_q5, range(32), _SIX, range(64), _SIX)
+Q4_K = Format("Q4_K", 12, 256, 144, _encode_q4, VIEW_Q4.decode, magnitude=1.0, tiles=4, view=VIEW_Q4)
+Q5_K = Format("Q5_K", 13, 256, 176, _encode_q5, VIEW_Q5.decode, magnitude=1.0, tiles=4, view=VIEW_Q5)

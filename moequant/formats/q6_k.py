@@ -16,26 +16,43 @@ import torch
 from torch import Tensor
 
 from moequant.formats.base import Effort, Format
-from moequant.formats.layout import half_bytes, join_nibbles, read_half, split_nibbles
+from moequant.formats.layout import (
+    half_at,
+    half_bytes,
+    join_nibbles,
+    join_pairs,
+    split_nibbles,
+    split_pairs,
+)
+from moequant.formats.parts import Parts, Scalar, count_up
 from moequant.formats.symmetric import Symmetric, search
 
 _Q6 = Symmetric(sub=16, low=-32, high=31, low_scale=-128, high_scale=127)
 
 
+def _pack(parts: Parts) -> Tensor:
+    low, high = join_nibbles(parts.codes & 15, 64), join_pairs(parts.codes >> 4)
+    return torch.cat([low, high, parts.scale ^ 128, half_bytes(parts.d)], 1)
+
+
+def _unpack(packed: Tensor) -> Parts:
+    codes = split_nibbles(packed[:, :128], 64) | split_pairs(packed[:, 128:192]) << 4
+    scale = packed[:, 192:208] ^ 128  # 0..255 for -128..127
+    d = half_at(packed, 208)
+    return Parts(codes, scale, scale[:, :0], d, d[:, :0])
+
+
 def _encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-    fit = search(_Q6, x, w, effort)
-    codes = (fit.codes + 32).to(torch.uint8)
-    a, b, c, d = (codes >> 4).view(-1, 2, 4, 32).unbind(2)
-    high = (a | b << 2 | c << 4 | d << 6).view(-1, 64)
-    return torch.cat([join_nibbles(codes & 15, 64), high, fit.scale.view(torch.uint8), half_bytes(fit.d)], 1)
+    return _pack(search(_Q6, x, w, effort).parts(_Q6))
 
 
-def _decode(packed: Tensor) -> Tensor:
-    pair = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)[:, None]
-    high = (packed[:, 128:192].reshape(-1, 2, 1, 32) >> pair & 3).view(-1, 256)
-    codes = (split_nibbles(packed[:, :128], 64) | high << 4).to(torch.int8) - 32
-    scale = packed[:, 192:208].contiguous().view(torch.int8)
-    return ((read_half(packed, 208) * scale)[..., None] * codes.view(-1, 16, 16)).view(-1, 256)
-
-
-Q6_K = Format("Q6_K", 14, 256, 210, _encode, _decode, tiles=4)
+VIEW = Scalar(
+    sub=16,
+    levels=count_up(-32, 31),
+    unpack=_unpack,
+    pack=_pack,
+    codes=range(64),
+    scales=count_up(-128, 127),
+    scale_codes=range(256),
+)
+Q6_K = Format("Q6_K", 14, 256, 210, _encode, VIEW.decode, tiles=4, view=VIEW)

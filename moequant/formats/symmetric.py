@@ -23,6 +23,7 @@ from torch import Tensor
 from moequant.formats.base import Effort
 from moequant.formats.kernel import kernel
 from moequant.formats.layout import better, from_lanes, half, inverse, signed_half, storable, to_lanes
+from moequant.formats.parts import Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,13 @@ class SymmetricFit:
     codes: Tensor
     scale: Tensor
     d: Tensor
+
+    def parts(self, grid: Symmetric) -> Parts:
+        """The same as a block stores it: codes and scales counted from their lowest."""
+        codes = (self.codes.to(torch.int16) - grid.low).to(torch.uint8)
+        scale = (self.scale.to(torch.int16) - grid.low_scale).to(torch.uint8)
+        d = self.d.to(torch.float16)[:, None]
+        return Parts(codes, scale, scale[:, :0], d, d[:, :0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from torch import Tensor
 from moequant.formats.base import Effort, Format
 from moequant.formats.codebook import ratio
 from moequant.formats.kernel import kernel
-from moequant.formats.layout import half_bytes, read_half
+from moequant.formats.layout import half_at, half_bytes, join_pairs, split_pairs
+from moequant.formats.parts import Parts, Scalar, count_up
 
 # Thresholds in mean sizes; one refit brings nearly all blocks from 0.8 to their best.
 THRESHOLDS: dict[Effort, tuple[float, ...]] = {
@@ -38,8 +39,9 @@ def beyond(x: Tensor, w: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     return (large * x).sum(-1, keepdim=True), large.sum(-1, keepdim=True)
 
 
+@kernel
 def fit(x: Tensor, w: Tensor, thresholds: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """x, w [n, 256] -> d f16 [n, 1], digits f32 [n, 256] of 0, 1, 2."""
+    """x, w [n, 256] -> d f16 [n, 1], digits uint8 [n, 256] of 0, 1, 2."""
     size = x.abs()
     mean = size.mean(-1, keepdim=True)
     d = saved = torch.zeros_like(mean)
@@ -51,59 +53,58 @@ def fit(x: Tensor, w: Tensor, thresholds: tuple[float, ...]) -> tuple[Tensor, Te
     d = ratio(*beyond(size, w, d * 0.5))
     half = d.clamp(0, 65504.0).to(torch.float16)
     middle = half.to(torch.float32) * 0.5
-    return half, torch.where(x > middle, 2.0, torch.where(x < -middle, 0.0, 1.0))
+    return half, torch.where(x > middle, 2.0, torch.where(x < -middle, 0.0, 1.0)).to(torch.uint8)
 
 
-@kernel
-def fit_tq2(x: Tensor, w: Tensor, thresholds: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """x, w [n, 256] -> d f16 [n, 1], uint8 [n, 2, 32]."""
-    d, digits = fit(x, w, thresholds)
-    first, second, third, fourth = digits.view(-1, 2, 4, 32).unbind(2)
-    return d, (first + 4 * second + 16 * third + 64 * fourth).to(torch.uint8)
+def pack_tq2(parts: Parts) -> Tensor:
+    """TQ2_0: -> uint8 [n, 66]."""
+    return torch.cat([join_pairs(parts.codes), half_bytes(parts.d)], 1)
 
 
-@kernel
-def fit_tq1(x: Tensor, w: Tensor, thresholds: tuple[float, ...]) -> tuple[Tensor, list[Tensor]]:
-    """x, w [n, 256] -> d f16 [n, 1], uint8 [n, 32], [n, 16] and [n, 4]."""
-    d, digits = fit(x, w, thresholds)
-    parts = []
+def unpack_tq2(packed: Tensor) -> Parts:
+    """TQ2_0: uint8 [n, 66] -> its fields."""
+    return _parts(split_pairs(packed[:, :64]), half_at(packed, 64))
+
+
+def pack_tq1(parts: Parts) -> Tensor:
+    """TQ1_0: -> uint8 [n, 54]."""
+    runs = []
     for first, count, width in RUNS:
-        run = digits[:, first : first + count * width].view(-1, count, width)
-        number = torch.zeros_like(run[:, 0])
-        for i in range(count):
-            number = number + run[:, i] * 3.0 ** (4 - i)
-        parts.append(torch.ceil(number * (256 / 243)).to(torch.uint8))
-    return d, parts
+        run = parts.codes[:, first : first + count * width].view(-1, count, width)
+        powers = 3 ** (4 - torch.arange(count, device=run.device, dtype=torch.int32))
+        number = (run.to(torch.int32) * powers[:, None]).sum(1)
+        runs.append(((number * 256 + 242) // 243).to(torch.uint8))
+    return torch.cat([*runs, half_bytes(parts.d)], 1)
 
 
-def encode_tq2(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-    """TQ2_0: x, w [n, 256] -> uint8 [n, 66]."""
-    d, codes = fit_tq2(x, w, THRESHOLDS[effort])
-    return torch.cat([codes.flatten(1), half_bytes(d)], 1)
-
-
-def encode_tq1(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-    """TQ1_0: x, w [n, 256] -> uint8 [n, 54]."""
-    d, parts = fit_tq1(x, w, THRESHOLDS[effort])
-    return torch.cat([*parts, half_bytes(d)], 1)
-
-
-def decode_tq2(packed: Tensor) -> Tensor:
-    """TQ2_0: uint8 [n, 66] -> f32 [n, 256]."""
-    shifts = torch.arange(0, 8, 2, device=packed.device).to(torch.uint8)
-    digit = packed[:, :64].reshape(-1, 2, 1, 32) >> shifts[:, None] & 3
-    return read_half(packed, 64) * (digit.to(torch.float32).flatten(1) - 1)
-
-
-def decode_tq1(packed: Tensor) -> Tensor:
-    """TQ1_0: uint8 [n, 54] -> f32 [n, 256]."""
+def unpack_tq1(packed: Tensor) -> Parts:
+    """TQ1_0: uint8 [n, 54] -> its fields."""
     digits = []
     for at, (_, count, width) in zip((0, 32, 48), RUNS, strict=True):
         powers = 3 ** torch.arange(count, device=packed.device)[:, None]
         rest = packed[:, None, at : at + width].to(torch.int32) * powers & 255
-        digits.append((rest * 3 >> 8).flatten(1))
-    return read_half(packed, 52) * (torch.cat(digits, 1).to(torch.float32) - 1)
+        digits.append((rest * 3 >> 8).flatten(1).to(torch.uint8))
+    return _parts(torch.cat(digits, 1), half_at(packed, 52))
 
 
-TQ1_0 = Format("TQ1_0", 34, 256, 54, encode_tq1, decode_tq1)
-TQ2_0 = Format("TQ2_0", 35, 256, 66, encode_tq2, decode_tq2)
+def encode_tq2(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+    """TQ2_0: x, w [n, 256] -> uint8 [n, 66]."""
+    d, codes = fit(x, w, THRESHOLDS[effort])
+    return pack_tq2(_parts(codes, d))
+
+
+def encode_tq1(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+    """TQ1_0: x, w [n, 256] -> uint8 [n, 54]."""
+    d, codes = fit(x, w, THRESHOLDS[effort])
+    return pack_tq1(_parts(codes, d))
+
+
+def _parts(codes: Tensor, d: Tensor) -> Parts:
+    scale = torch.zeros((len(codes), 1), dtype=torch.uint8, device=codes.device)
+    return Parts(codes, scale, codes[:, :0], d, d[:, :0])
+
+
+VIEW_TQ1 = Scalar(256, count_up(-1, 1), unpack_tq1, pack_tq1, range(3))
+VIEW_TQ2 = Scalar(256, count_up(-1, 2), unpack_tq2, pack_tq2, range(3))
+TQ1_0 = Format("TQ1_0", 34, 256, 54, encode_tq1, VIEW_TQ1.decode, view=VIEW_TQ1)
+TQ2_0 = Format("TQ2_0", 35, 256, 66, encode_tq2, VIEW_TQ2.decode, view=VIEW_TQ2)
