@@ -13,7 +13,7 @@ PACKAGE = Path(moequant.__file__).parent
 
 ORDER = [
     {"errors"},
-    {"values", "meter"},
+    {"values", "meter", "files"},
     {"formats", "families", "generators", "presets"},
     {"kernels", "checkpoint", "bundled"},
     {"corpus", "plan"},
@@ -23,6 +23,7 @@ ORDER = [
     {"verify", "compare"},
     {"report"},
     {"conversion", "check", "fit"},
+    {"route"},
     {"cli"},
     {"__main__"},
 ]

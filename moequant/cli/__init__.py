@@ -10,6 +10,7 @@ import typer
 import moequant
 from moequant.cli.convert import convert
 from moequant.cli.demo import demo
+from moequant.cli.route import route
 
 app = typer.Typer(
     name="moequant",
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (convert, demo):
+for command in (convert, demo, route):
     app.command()(command)
 
 

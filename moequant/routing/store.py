@@ -107,17 +107,21 @@ def load(path: Path) -> Stored:
 def load_for(checkpoint: Checkpoint, path: Path) -> Calibration:
     """The statistics in `path`, if they are of `checkpoint`; CorpusError names what differs."""
     found = load(path)
-    here = Stored(identity(checkpoint), found.calibration, str(checkpoint.path))
-    _same_model(here, found)
+    check(checkpoint, found)
+    return found.calibration
+
+
+def check(checkpoint: Checkpoint, found: Stored) -> None:
+    """CorpusError, naming what differs, unless `found` has statistics for every weight of `checkpoint`."""
+    _same_model(stored(checkpoint, found.calibration), found)
     for weight in checkpoint.weights:
         if weight.input is None:
             continue
         stats = found.calibration.inputs.get(weight.input)
         if stats is None or stats.moment.shape != (weight.n_experts, weight.n_in):
             raise CorpusError(
-                f"{path}: no fitting statistics for {weight.name}; route {checkpoint.path} again"
+                f"{found.origin}: no fitting statistics for {weight.name}; route {checkpoint.path} again"
             )
-    return found.calibration
 
 
 def merge(parts: Sequence[Stored]) -> Stored:

@@ -1,0 +1,72 @@
+"""`moequant route`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moequant.cli.common import Overwrite, console, guarded
+
+
+def route(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Statistics to write, a .safetensors file.")
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text: file, folder, .jsonl or Hugging Face dataset (default: the bundled set)."
+        ),
+    ] = None,
+    calib_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on, at most.")] = 131_072,
+    seed: Annotated[int, typer.Option(help="Order of the calibration text.")] = 0,
+    min_tokens_per_expert: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            metavar="R",
+            help="Draw more text, chosen by domain, until every expert saw R times its fair share "
+            "of --calib-tokens; 0 does not.",
+        ),
+    ] = 0.0,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens that --min-tokens-per-expert may draw in all (default: 4 x --calib-tokens)."
+        ),
+    ] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="STATS",
+            help="Add statistics made before, of the same model; repeat it for several. "
+            "Without --calib nothing else is routed.",
+        ),
+    ] = None,
+    imatrix_out: Annotated[
+        Path | None, typer.Option(help="GGUF importance matrix to write, for llama-quantize --imatrix.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Heatmap of tokens per expert to draw: .png, .svg or .pdf.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Route text through MODEL and show what every expert saw."""
+    from moequant.report.routing import routing_json, routing_tables  # torch only when there is work
+    from moequant.route import Outputs, RouteSettings
+    from moequant.route import route as run
+    from moequant.routing.health import health
+
+    settings = RouteSettings(calib, calib_tokens, seed, min_tokens_per_expert, max_tokens, tuple(merge or ()))
+    outputs = Outputs(out, imatrix_out, picture, overwrite)
+    routed = guarded(lambda: run(model, settings, outputs))
+    calibration = routed.stored.calibration
+    found = health(calibration)
+    if as_json:
+        typer.echo(routing_json(found, calibration, routed.coverage))
+    else:
+        console().print(routing_tables(found, routed.coverage))

@@ -1,0 +1,141 @@
+"""Routing on its own: statistics of a model on some text, collected, merged, written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moequant import corpus
+from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.containers import imatrix
+from moequant.containers.tokenizer import read_tokenizer
+from moequant.conversion import ROW, load_encoder
+from moequant.corpus import Rows
+from moequant.errors import CorpusError, OutputError
+from moequant.files import check_output
+from moequant.report.routing import check_picture, heatmap
+from moequant.routing import store
+from moequant.routing.calibrate import calibrate
+from moequant.routing.coverage import Coverage, cover
+from moequant.values import Calibration
+
+Calibrate = Callable[[Checkpoint, Rows], Calibration]
+
+BUDGET = 4
+"""Feeding starved experts may take so many times the tokens of the first draw, unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteSettings:
+    """Which text, and what to add to it.
+
+    `calib` as `corpus.read` takes it, None the bundled text. `ratio` > 0 draws more rows until
+    every expert saw that multiple of its fair share of `calib_tokens`, at most `max_tokens` in all.
+    The statistics in `merge` are added; with `calib` None nothing but those is then used.
+    """
+
+    calib: str | Path | None = None
+    calib_tokens: int = 131_072
+    seed: int = 0
+    ratio: float = 0.0
+    max_tokens: int | None = None
+    merge: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Files to write, None for those not wanted."""
+
+    stats: Path | None = None
+    imatrix: Path | None = None
+    picture: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """The statistics, and what coverage did when it was asked for."""
+
+    checkpoint: Checkpoint
+    stored: store.Stored
+    coverage: Coverage | None
+
+
+def route(
+    model: str | Path,
+    settings: RouteSettings = RouteSettings(),  # frozen
+    outputs: Outputs = Outputs(),
+    calibrate: Calibrate = calibrate,
+) -> Routed:
+    """Route text through the folder `model`, add `settings.merge`, and write what `outputs` asks for.
+
+    Raises a MoequantError with one clear line when something is wrong; the text, the statistics to merge
+    and the outputs are looked at before any work is done.
+    """
+    checkpoint = open_checkpoint(Path(model))
+    _check(checkpoint, outputs)
+    parts = _load(checkpoint, settings.merge)
+    coverage = None
+    if settings.calib is not None or not parts:
+        pool = calibration_pool(checkpoint, settings)
+        if settings.ratio > 0:
+            budget = settings.max_tokens or BUDGET * settings.calib_tokens
+            coverage = cover(
+                checkpoint, pool, settings.calib_tokens, settings.ratio, budget, calibrate=calibrate
+            )
+        found = coverage.calibration if coverage else calibrate(checkpoint, pool)
+        parts.append(store.stored(checkpoint, found))
+    routed = Routed(checkpoint, store.merge(parts), coverage)
+    write(routed, outputs)
+    return routed
+
+
+def write(routed: Routed, outputs: Outputs) -> None:
+    """Every file that is wanted, each complete or not there at all."""
+    calibration = routed.stored.calibration
+    if outputs.stats is not None:
+        store.save(outputs.stats, routed.stored)
+    if outputs.imatrix is not None:
+        imatrix.write(outputs.imatrix, routed.checkpoint, calibration)
+    if outputs.picture is not None:
+        heatmap(calibration, outputs.picture)
+
+
+def calibration_pool(checkpoint: Checkpoint, settings: RouteSettings) -> Rows:
+    """The rows to calibrate on: `calib_tokens` of them, or all of the text to feed starved experts from."""
+    encoder, tokenizer = load_encoder(checkpoint.path), read_tokenizer(checkpoint.path)
+    bos = tokenizer.ids.get("bos") if tokenizer.add_bos else None
+    documents = corpus.read(settings.calib, "calibration")
+    tokens = None if settings.ratio > 0 else settings.calib_tokens
+    rows = corpus.pack(documents, encoder, ROW, tokens, settings.seed, bos)
+    config = checkpoint.config
+    return corpus.check(
+        rows, max_length=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"])
+    )
+
+
+def _load(checkpoint: Checkpoint, files: tuple[Path, ...]) -> list[store.Stored]:
+    """Statistics of this model from files, each once."""
+    known: set[Path] = set()
+    for file in files:
+        if file.resolve() in known:
+            raise CorpusError(f"{file}: named twice; its text would count twice")
+        known.add(file.resolve())
+    parts = [store.load(file) for file in files]
+    for part in parts:
+        store.check(checkpoint, part)
+    return parts
+
+
+def _check(checkpoint: Checkpoint, outputs: Outputs) -> None:
+    """OutputError for an output that cannot be written."""
+    wanted = [path for path in (outputs.stats, outputs.imatrix, outputs.picture) if path is not None]
+    for path in wanted:
+        check_output(path, outputs.overwrite)
+    if len(set(wanted)) < len(wanted):
+        raise OutputError(f"{wanted[0]}: one name for two outputs; give each its own")
+    if outputs.picture is not None:
+        check_picture(outputs.picture)
+        if not checkpoint.n_experts:
+            raise OutputError(f"{outputs.picture}: a dense model has no routers to draw")
