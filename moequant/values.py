@@ -151,26 +151,39 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The format of one weight, and why."""
+    """The format of one weight, why, and what it is expected to add to the KL divergence (None: unknown)."""
 
     weight: str
     format: str
     bytes: int
     reason: str
+    damage: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A format for every weight of the file, in file order. `budget` is the limit in bytes of weight data."""
+    """A format for every weight of the file, in file order.
+
+    `preset` is llama.cpp's name for a file that is mostly of such types, `target` what
+    was asked for, and `budget` its limit in bytes of aligned weight data.
+    """
 
     preset: str
     choices: tuple[Choice, ...]
     budget: int
+    target: str = ""
 
     @property
     def bytes(self) -> int:
         """Bytes of weight data, alignment left out."""
         return sum(choice.bytes for choice in self.choices)
+
+    @property
+    def damage(self) -> float | None:
+        """Predicted KL divergence to the unquantized model; None when a choice's share is unknown."""
+        shares = [choice.damage for choice in self.choices]
+        known = [share for share in shares if share is not None]
+        return sum(known) if len(known) == len(shares) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,35 @@
+"""Which format each weight gets: one budget for the whole file, spent where it buys most.
+
+Pure arithmetic on names, shapes and damages; nothing here knows torch or reads a file but
+a plan's own. `make_plan` takes a `Budget` and, when they were measured, the `Damages`
+of every format in every weight, and finds the least total damage that fits.
+"""
+
+from moequant.plan.allocate import Option, Unit, allocate
+from moequant.plan.choose import make_plan, preset_plan
+from moequant.plan.curve import Point, curve
+from moequant.plan.damages import Damages, candidates, prior_damages
+from moequant.plan.document import from_json, plan_from_types, read, to_json
+from moequant.plan.sizes import ALIGNMENT, Budget, aligned, packed_bytes, parse_size
+
+__all__ = [
+    "ALIGNMENT",
+    "Budget",
+    "Damages",
+    "Option",
+    "Point",
+    "Unit",
+    "aligned",
+    "allocate",
+    "candidates",
+    "curve",
+    "from_json",
+    "make_plan",
+    "packed_bytes",
+    "parse_size",
+    "plan_from_types",
+    "preset_plan",
+    "prior_damages",
+    "read",
+    "to_json",
+]

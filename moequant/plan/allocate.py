@@ -1,0 +1,145 @@
+"""The multiple-choice knapsack: one option a unit, least total damage within a number of bytes."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moequant.errors import PlanError
+from moequant.values import Weight
+
+STATES = 20_000
+"""Partial solutions kept a unit: bounds time and memory, above a hundred units or so it makes the search
+a beam instead of an exact one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One format for a unit: what it costs in bytes and what damage it is expected to do."""
+
+    format: str
+    bytes: int
+    damage: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Weights that must share one format, and the formats they may have.
+
+    Gate and up of a layer are one unit: llama.cpp fuses their products on the GPU only
+    when their types agree.
+    """
+
+    weights: tuple[Weight, ...]
+    options: tuple[Option, ...]
+
+
+def allocate(units: Sequence[Unit], budget: int) -> list[Option]:
+    """One option a unit with the least total damage within `budget` bytes.
+
+    Greedy steps on the lower convex hulls give a first solution and, at the step that no
+    longer fits, the price of a byte; at that price no solution can beat the sum of every
+    unit's cheapest option. Partial solutions that already lose more against it than the
+    first solution does are dropped, the rest are merged unit by unit (Dyer, Kayal and
+    Walker's branch and bound for this problem, as dynamic programming). PlanError when the
+    smallest options do not fit.
+    """
+    floor = sum(min(option.bytes for option in unit.options) for unit in units)
+    if floor > budget:
+        raise PlanError(f"the smallest possible weights take {floor:,} bytes, the budget leaves {budget:,}")
+    first, price = _greedy([_hull(unit.options) for unit in units], budget)
+    return _improve(units, budget, first, price)
+
+
+def _greedy(hulls: list[tuple[Option, ...]], budget: int) -> tuple[list[Option], float]:
+    """The hull steps that remove most damage per byte while they fit, and that rate when one first did not."""
+    level = [0] * len(hulls)
+    spent, price = sum(hull[0].bytes for hull in hulls), 0.0
+    steps = [(_rate(hull, 0), index) for index, hull in enumerate(hulls) if len(hull) > 1]
+    heapq.heapify(steps)
+    while steps:
+        rate, index = heapq.heappop(steps)
+        hull, at = hulls[index], level[index]
+        cost = hull[at + 1].bytes - hull[at].bytes
+        if spent + cost > budget:
+            price = price or -rate
+            continue
+        spent += cost
+        level[index] += 1
+        if at + 2 < len(hull):
+            heapq.heappush(steps, (_rate(hull, at + 1), index))
+    return [hull[at] for hull, at in zip(hulls, level, strict=True)], price
+
+
+def _rate(hull: tuple[Option, ...], at: int) -> float:
+    """Minus the damage that a byte removes in the step above `at`: the heap takes the smallest first."""
+    low, high = hull[at], hull[at + 1]
+    return (high.damage - low.damage) / (high.bytes - low.bytes)
+
+
+def _hull(options: Iterable[Option]) -> tuple[Option, ...]:
+    """Options on the lower convex hull of damage over bytes, smallest first."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.bytes, option.damage)):
+        if hull and option.damage >= hull[-1].damage:
+            continue
+        while len(hull) > 1 and (
+            (hull[-1].damage - hull[-2].damage) * (option.bytes - hull[-2].bytes)
+            >= (option.damage - hull[-2].damage) * (hull[-1].bytes - hull[-2].bytes)
+        ):
+            hull.pop()
+        hull.append(option)
+    return tuple(hull)
+
+
+def _improve(units: Sequence[Unit], budget: int, first: list[Option], price: float) -> list[Option]:
+    """The best solution that beats `first`, or `first` itself."""
+    menus = [tuple(dict.fromkeys(_efficient(unit.options))) for unit in units]
+    ideal = [min(option.damage + price * option.bytes for option in menu) for menu in menus]
+    # What a solution may lose against the ideal at that price and still beat the first one.
+    gap = sum(option.damage for option in first) - (sum(ideal) - price * budget)
+    smallest = [min(option.bytes for option in menu) for menu in menus]
+    rest = np.cumsum([0, *smallest[::-1]])[::-1]  # [units + 1] bytes that the units from here on need
+    spent, lost = np.zeros(1, np.int64), np.zeros(1)
+    trail: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    for at, menu in enumerate(menus):
+        sizes = np.array([option.bytes for option in menu], np.int64)
+        losses = np.array([option.damage + price * option.bytes for option in menu]) - ideal[at]
+        spent, lost = (spent[:, None] + sizes).ravel(), (lost[:, None] + losses).ravel()
+        keep = np.flatnonzero((spent <= budget - rest[at + 1]) & (lost <= gap * (1 + 1e-9)))
+        if not len(keep):
+            return first
+        keep = keep[_undominated(spent[keep], lost[keep] - price * spent[keep])]
+        if len(keep) > STATES:
+            keep = np.sort(keep[np.argpartition(lost[keep], STATES)[:STATES]])
+        trail.append((keep // len(menu), keep % len(menu)))
+        spent, lost = spent[keep], lost[keep]
+    state = int(np.argmin(lost - price * spent))
+    found: list[Option] = []
+    for menu, (before, choice) in zip(reversed(menus), reversed(trail), strict=True):
+        found.append(menu[int(choice[state])])
+        state = int(before[state])
+    found.reverse()
+    return min(first, found, key=lambda options: sum(option.damage for option in options))
+
+
+def _efficient(options: Iterable[Option]) -> list[Option]:
+    """Options that no other one undercuts in bytes and in damage, smallest first."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.bytes, option.damage)):
+        if not kept or option.damage < kept[-1].damage:
+            kept.append(option)
+    return kept
+
+
+def _undominated(spent: NDArray[np.int64], damage: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Indices of the states that no other beats in bytes and damage."""
+    order = np.lexsort((damage, spent))
+    best = np.minimum.accumulate(damage[order])
+    fresh = np.ones(len(order), bool)
+    fresh[1:] = damage[order][1:] < best[:-1]
+    return order[fresh]

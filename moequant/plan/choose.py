@@ -1,0 +1,169 @@
+"""From weights, damages and a budget to a plan with a reason in every row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from moequant.errors import PlanError
+from moequant.plan.allocate import Option, Unit, allocate
+from moequant.plan.damages import Damages, candidates, prior_damages
+from moequant.plan.sizes import Budget, aligned, bits_of, check_preset, packed_bytes
+from moequant.presets import LEGACY, UNQUANTIZED, ModelFacts, llama_cpp_types, mostly
+from moequant.values import Choice, Plan, Weight
+
+NEAR = 0.5
+"""Bits per weight around the file's own that a reason calls average."""
+
+
+def preset_plan(
+    weights: tuple[Weight, ...], preset: str, facts: ModelFacts, damages: Damages | None = None
+) -> Plan:
+    """A plan no larger than llama.cpp's file of that name. PlanError for an unknown preset."""
+    return make_plan(weights, Budget.of_preset(preset), facts, damages)
+
+
+def make_plan(
+    weights: tuple[Weight, ...],
+    budget: Budget,
+    facts: ModelFacts,
+    damages: Damages | None = None,
+    overhead: int = 0,
+) -> Plan:
+    """The plan of least damage within the budget; `overhead` bytes are header and tokenizer.
+
+    Without measured damages the tables of other models decide, and then no weight goes
+    below what llama.cpp's preset would give its lowest. PlanError says the smallest
+    possible size when the budget is below it.
+    """
+    damages = damages or prior_damages(weights, facts.layers)
+    if budget.preset is not None:
+        check_preset(budget.preset)
+        if budget.preset in LEGACY | UNQUANTIZED:
+            return _as_llama_cpp(weights, budget.preset, facts, damages)
+    units = make_units(weights, damages, _floor_bits(weights, budget, facts, damages))
+    limit = budget.weight_bytes(weights, facts, overhead)
+    smallest = sum(min(option.bytes for option in unit.options) for unit in units)
+    if smallest > limit:
+        raise PlanError(_too_small(weights, budget, smallest, overhead))
+    chosen = allocate(units, limit)
+    types = {
+        weight.name: option.format
+        for unit, option in zip(units, chosen, strict=True)
+        for weight in unit.weights
+    }
+    reasons = _reasons(weights, types, damages)
+    preset = budget.preset or mostly((types[weight.name], weight.numel) for weight in weights)
+    return _plan(weights, types, reasons, damages, Plan(preset, (), limit, budget.text))
+
+
+def make_units(weights: tuple[Weight, ...], damages: Damages, floor_bits: float = 0.0) -> list[Unit]:
+    """Groups of weights that share a format, each with its formats of at least `floor_bits` per weight."""
+    return [Unit(group, _options(group, damages, floor_bits)) for group in _groups(weights)]
+
+
+def _groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
+    """Weights in order; gate and up of the same block (experts, shared or dense) together."""
+    groups: dict[object, list[Weight]] = {}
+    for weight in weights:
+        kind = str(weight.role)
+        block = kind.removesuffix("gate") if kind.endswith("gate") else kind.removesuffix("up")
+        groups.setdefault((weight.layer, block) if block != kind else weight.name, []).append(weight)
+    return [tuple(group) for group in groups.values()]
+
+
+def _options(group: tuple[Weight, ...], damages: Damages, floor_bits: float) -> tuple[Option, ...]:
+    """The formats that every weight of a group may have, with what they cost together."""
+    names = [
+        name for name in candidates(group[0]) if all(name in damages.table[weight.name] for weight in group)
+    ]
+    allowed = [name for name in names if bits_of(name) >= floor_bits] or names[-1:]
+    return tuple(
+        Option(
+            name,
+            sum(aligned(packed_bytes(name, weight)) for weight in group),
+            sum(damages.table[weight.name][name] for weight in group),
+        )
+        for name in allowed
+    )
+
+
+def _floor_bits(weights: tuple[Weight, ...], budget: Budget, facts: ModelFacts, damages: Damages) -> float:
+    """Fewest bits that a weight may get: tables of other models are not trusted below llama.cpp's own."""
+    if damages.measured or budget.preset is None:
+        return 0.0
+    return min(bits_of(name) for name in llama_cpp_types(budget.preset, weights, facts).values())
+
+
+def _too_small(weights: tuple[Weight, ...], budget: Budget, smallest: int, overhead: int) -> str:
+    if budget.bpw is not None:
+        least = 8 * smallest / sum(weight.numel for weight in weights)
+        return f"{budget.text}: the smallest possible plan has {least:.3f} bits per weight; ask for more"
+    return (
+        f"{budget.text}: the smallest possible file has {smallest + overhead:,} bytes "
+        f"({overhead:,} of them header and tokenizer); ask for more"
+    )
+
+
+def _as_llama_cpp(weights: tuple[Weight, ...], preset: str, facts: ModelFacts, damages: Damages) -> Plan:
+    """llama.cpp's own types: for presets that are asked for because of their kernels, or not quantized."""
+    types = llama_cpp_types(preset, weights, facts)
+    reasons = {
+        weight.name: _fixed(weight) or ("llama.cpp's rule" if preset in LEGACY else "not quantized")
+        for weight in weights
+    }
+    limit = sum(aligned(packed_bytes(types[weight.name], weight)) for weight in weights)
+    return _plan(weights, types, reasons, damages, Plan(preset, (), limit, preset))
+
+
+def _plan(
+    weights: tuple[Weight, ...],
+    types: Mapping[str, str],
+    reasons: Mapping[str, str],
+    damages: Damages,
+    frame: Plan,
+) -> Plan:
+    """`frame` with its choices: damages are scaled so that their sum is the prediction for the whole."""
+    raw = {weight.name: _damage(damages, weight, types[weight.name]) for weight in weights}
+    known = [value for value in raw.values() if value is not None]
+    total = sum(known)
+    share = damages.predict(total) / total if total else 1.0
+    choices = tuple(
+        Choice(
+            weight.name,
+            types[weight.name],
+            packed_bytes(types[weight.name], weight),
+            reasons[weight.name],
+            None if (value := raw[weight.name]) is None else value * share,
+        )
+        for weight in weights
+    )
+    return Plan(frame.preset, choices, frame.budget, frame.target)
+
+
+def _damage(damages: Damages, weight: Weight, name: str) -> float | None:
+    return 0.0 if name in UNQUANTIZED else damages.table[weight.name].get(name)
+
+
+def _reasons(weights: Iterable[Weight], types: Mapping[str, str], damages: Damages) -> dict[str, str]:
+    """Why each weight has its type: what forced it, or how its bits lie to the file's."""
+    weights = tuple(weights)
+    numel = sum(weight.numel for weight in weights)
+    mean = sum(bits_of(types[weight.name]) * weight.numel for weight in weights) / max(1, numel)
+    source = "measured" if damages.measured else "tables"
+    reasons = {}
+    for weight in weights:
+        bits = bits_of(types[weight.name])
+        words = "more bits" if bits > mean + NEAR else "fewer bits" if bits < mean - NEAR else "average bits"
+        reasons[weight.name] = _fixed(weight) or f"{source}: {words} pay"
+    return reasons
+
+
+def _fixed(weight: Weight) -> str | None:
+    """Why a weight has little or no choice of formats; None when it has all."""
+    if weight.role.keeps_precision or len(weight.shape) < 2:
+        return f"{weight.role} stays F32"
+    if weight.n_in % 32:
+        return f"fallback: 32 does not divide rows of {weight.n_in}"
+    if weight.n_in % 256:
+        return f"fallback: 256 does not divide rows of {weight.n_in}"
+    return None

@@ -1,0 +1,73 @@
+"""The whole size/quality curve of a model: what every file size buys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moequant.plan.choose import make_plan, make_units
+from moequant.plan.damages import Damages
+from moequant.plan.sizes import Budget, data_bytes
+from moequant.presets import BASE_TYPES, UNQUANTIZED, ModelFacts, llama_cpp_types
+from moequant.values import Plan, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A file: its size, predicted KL divergence, what named it, and the plan (None: llama.cpp's own types)."""
+
+    file_bytes: int
+    predicted: float
+    label: str
+    plan: Plan | None = None
+
+
+def curve(
+    weights: tuple[Weight, ...], facts: ModelFacts, damages: Damages, overhead: int, steps: int = 32
+) -> list[Point]:
+    """Plans at `steps` sizes from the smallest possible file to the largest useful one, evenly by ratio."""
+    units = make_units(weights, damages)
+    low = overhead + sum(min(option.bytes for option in unit.options) for unit in units)
+    high = overhead + sum(max(option.bytes for option in unit.options) for unit in units)
+    ratio = (high / low) ** (1 / max(1, steps - 1))
+    sizes = sorted({min(high, round(low * ratio**step)) for step in range(steps)} | {low, high})
+    return points(weights, facts, damages, overhead, (Budget(f"{size:,}", file_bytes=size) for size in sizes))
+
+
+def points(
+    weights: tuple[Weight, ...],
+    facts: ModelFacts,
+    damages: Damages,
+    overhead: int,
+    budgets: Iterable[Budget],
+) -> list[Point]:
+    """The best plan for each budget, in their order. PlanError for one that is too small."""
+    made = []
+    for budget in budgets:
+        plan = make_plan(weights, budget, facts, damages, overhead)
+        types = {choice.weight: choice.format for choice in plan.choices}
+        made.append(Point(overhead + data_bytes(weights, types), plan.damage or 0.0, budget.text, plan))
+    return made
+
+
+def preset_points(
+    weights: tuple[Weight, ...], facts: ModelFacts, damages: Damages, overhead: int
+) -> list[Point]:
+    """llama.cpp's files: their sizes, and what its types would cost with our rounding.
+
+    Presets with a type that was not measured are left out.
+    """
+    made = []
+    for preset in BASE_TYPES:
+        if preset in UNQUANTIZED:
+            continue
+        types = llama_cpp_types(preset, weights, facts)
+        try:
+            total = sum(
+                0.0 if types[weight.name] in UNQUANTIZED else damages.table[weight.name][types[weight.name]]
+                for weight in weights
+            )
+        except KeyError:
+            continue
+        made.append(Point(overhead + data_bytes(weights, types), damages.predict(total), preset))
+    return sorted(made, key=lambda point: point.file_bytes)

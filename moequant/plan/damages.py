@@ -1,0 +1,130 @@
+"""What every format costs every weight in KL divergence: measured (`moequant.damage`) or, here, from tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from moequant.plan.sizes import bits_of
+from moequant.values import Role, Weight
+
+CANDIDATES = (
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "Q2_K",
+    "IQ3_XXS",
+    "IQ3_S",
+    "Q3_K",
+    "IQ4_XS",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "Q8_0",
+)
+"""Types a plan chooses from, when 256 divides the rows."""
+
+SHORT_CANDIDATES = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+"""Types with blocks of 32, for rows that 256 does not divide."""
+
+SENSITIVITY: Mapping[Role, float] = {
+    Role.EMBEDDING: 0.41,
+    Role.OUTPUT: 0.75,
+    Role.ATTN_Q: 0.35,
+    Role.ATTN_K: 0.35,
+    Role.ATTN_V: 0.70,
+    Role.ATTN_OUT: 0.80,
+    Role.GATE: 0.50,
+    Role.UP: 0.49,
+    Role.DOWN: 1.00,
+    Role.DENSE_GATE: 0.50,
+    Role.DENSE_UP: 0.49,
+    Role.DENSE_DOWN: 1.00,
+}
+"""KL divergence per unit of relative error in all of a role's weights, each layer an equal share of it.
+
+Between what one weight at a time costs in two trained models (`benchmarks/sensitivity.py`, results
+beside it) and what whole plans cost them. All experts of a layer count as one weight, because a
+token's top-k weights add up to about one.
+"""
+
+OTHER_SENSITIVITY = 0.6
+"""For roles that neither model has: the middle of the table."""
+
+RELATIVE_ERROR: Mapping[str, float] = {
+    "IQ1_S": 2.4e-1,
+    "IQ1_M": 2.1e-1,
+    "IQ2_XXS": 1.2e-1,
+    "IQ2_XS": 9.3e-2,
+    "IQ2_S": 7.0e-2,
+    "Q2_K": 6.2e-2,
+    "IQ3_XXS": 3.3e-2,
+    "IQ3_S": 2.0e-2,
+    "Q3_K": 1.9e-2,
+    "IQ4_XS": 5.0e-3,
+    "IQ4_NL": 5.0e-3,
+    "Q4_K": 4.4e-3,
+    "Q4_1": 3.0e-3,
+    "Q5_0": 1.5e-3,
+    "Q5_1": 1.05e-3,
+    "Q5_K": 1.08e-3,
+    "Q6_K": 2.5e-4,
+    "Q8_0": 2.2e-5,
+}
+"""Importance-weighted squared error over squared weight, default effort, experts of two trained models
+(`benchmarks/sensitivity.py`, results beside it)."""
+
+EARLY_DOWN = 2.0
+"""Down projections of the first eighth of the layers count this many times: errors there pass through
+everything behind them (6 times the later layers' in one of those models, equal in the other; llama.cpp's
+rules raise the same layers)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damages:
+    """`table`: weight name -> format -> KL divergence expected of that weight alone in that format.
+
+    `scale` and `power` turn their sum into the KL divergence of the whole plan,
+    scale * sum ** power: errors of many weights are not simply added. `source` says where
+    the numbers come from.
+    """
+
+    table: Mapping[str, Mapping[str, float]]
+    source: str
+    scale: float = 1.0
+    power: float = 1.0
+    measured: bool = field(default=True)
+
+    def predict(self, total: float) -> float:
+        """KL divergence of a plan whose weights' damages add up to `total`."""
+        return self.scale * total**self.power if total > 0 else 0.0
+
+
+def candidates(weight: Weight) -> tuple[str, ...]:
+    """The formats that a weight may have, smallest first."""
+    if weight.role.keeps_precision or len(weight.shape) < 2:
+        return ("F32",)
+    if weight.n_in % 32:
+        return ("F16",)
+    names = CANDIDATES if weight.n_in % 256 == 0 else SHORT_CANDIDATES
+    return tuple(sorted(names, key=bits_of))
+
+
+def prior_damages(weights: tuple[Weight, ...], layers: int) -> Damages:
+    """Damages from tables of two trained models, for when nothing was measured."""
+    table = {}
+    for weight in weights:
+        whole = _sensitivity(weight, layers)
+        table[weight.name] = {name: whole * RELATIVE_ERROR.get(name, 0.0) for name in candidates(weight)}
+    return Damages(table, "tables of two trained models, not this one", measured=False)
+
+
+def _sensitivity(weight: Weight, layers: int) -> float:
+    """A weight's share of its role's sensitivity."""
+    whole = SENSITIVITY.get(weight.role, OTHER_SENSITIVITY)
+    if weight.layer is None:
+        return whole
+    early = weight.role.endswith("down") and weight.layer < max(1, layers // 8)
+    return whole / layers * (EARLY_DOWN if early else 1.0)

@@ -1,0 +1,141 @@
+"""Plans: never above the budget, the budget spent, gate and up alike, and a reason in every row."""
+
+from __future__ import annotations
+
+import pytest
+
+from moequant.checkpoint import open_checkpoint
+from moequant.conversion import facts
+from moequant.errors import PlanError
+from moequant.plan import Budget, aligned, make_plan, preset_plan, prior_damages
+from moequant.plan.damages import RELATIVE_ERROR, Damages, candidates
+from moequant.plan.sizes import bits_of, data_bytes, packed_bytes
+from moequant.presets import BASE_TYPES, LEGACY, UNQUANTIZED, ModelFacts, llama_cpp_types
+from moequant.values import Plan, Role, Weight
+from tests import models
+
+FACTS = ModelFacts(2, 4, 1, False)
+
+
+def weight(name: str, role: Role, *shape: int, layer: int | None = 0) -> Weight:
+    return Weight(name, role, layer, shape, (), name, (0, shape[0]), None)
+
+
+def layers(count: int = 2) -> tuple[Weight, ...]:
+    made = [weight("token_embd.weight", Role.EMBEDDING, 512, 256, layer=None)]
+    for at in range(count):
+        made += [
+            weight(f"blk.{at}.attn_v.weight", Role.ATTN_V, 128, 256, layer=at),
+            weight(f"blk.{at}.ffn_norm.weight", Role.NORM, 256, layer=at),
+            weight(f"blk.{at}.ffn_gate_inp.weight", Role.ROUTER, 4, 256, layer=at),
+            weight(f"blk.{at}.ffn_gate_exps.weight", Role.GATE, 4, 256, 256, layer=at),
+            weight(f"blk.{at}.ffn_up_exps.weight", Role.UP, 4, 256, 256, layer=at),
+            weight(f"blk.{at}.ffn_down_exps.weight", Role.DOWN, 4, 256, 256, layer=at),
+        ]
+    return tuple(made)
+
+
+def types(plan: Plan) -> dict[str, str]:
+    return {choice.weight: choice.format for choice in plan.choices}
+
+
+@pytest.mark.parametrize("preset", BASE_TYPES)
+@pytest.mark.parametrize("family", models.CONFIGS)
+def test_presets_are_no_larger_than_llama_cpp(tiny, family: str, preset: str) -> None:
+    checkpoint = open_checkpoint(tiny(family))
+    known = facts(checkpoint)
+    plan = preset_plan(checkpoint.weights, preset, known)
+    theirs = llama_cpp_types(preset, checkpoint.weights, known)
+    chosen, limit = types(plan), data_bytes(checkpoint.weights, theirs)
+    assert 0.97 * limit < data_bytes(checkpoint.weights, chosen) <= limit
+    if preset in LEGACY | UNQUANTIZED:
+        assert chosen == theirs
+    else:
+        assert min(map(bits_of, chosen.values())) >= min(map(bits_of, theirs.values()))
+    for layer in range(checkpoint.n_layers):
+        name = "_exps" if checkpoint.n_experts else ""
+        assert chosen[f"blk.{layer}.ffn_gate{name}.weight"] == chosen[f"blk.{layer}.ffn_up{name}.weight"]
+    assert {chosen[w.name] for w in checkpoint.weights if w.role.keeps_precision} == {"F32"}
+
+
+@pytest.mark.parametrize("spare", [0.0, 0.1, 0.7, 0.999])
+def test_a_size_is_never_exceeded_and_mostly_used(spare: float) -> None:
+    weights, damages = layers(), prior_damages(layers(), 2)
+    smallest = sum(min(aligned(packed_bytes(name, w)) for name in candidates(w)) for w in weights)
+    largest = sum(max(aligned(packed_bytes(name, w)) for name in candidates(w)) for w in weights)
+    overhead = 12_345
+    size = overhead + round(smallest + spare * (largest - smallest))
+    plan = make_plan(weights, Budget.of_size(str(size)), FACTS, damages, overhead)
+    taken = overhead + data_bytes(weights, types(plan))
+    assert taken <= size
+    # A step of the smallest weight between neighbouring types is what may stay unused.
+    assert size - taken < 128 * 256 * 2
+    assert plan.budget == size - overhead
+
+
+def test_bits_per_weight_count_every_weight() -> None:
+    weights = layers()
+    plan = make_plan(weights, Budget.of_bpw(4.0), FACTS)
+    bits = 8 * plan.bytes / sum(w.numel for w in weights)
+    assert 3.9 < bits <= 4.0
+
+
+def test_a_budget_below_the_smallest_file_says_how_small_it_can_be() -> None:
+    weights = layers()
+    with pytest.raises(
+        PlanError, match=r"at most 1000: the smallest possible file has ([\d,]+) bytes"
+    ) as found:
+        make_plan(weights, Budget.of_size("1000"), FACTS, overhead=500)
+    smallest = str(found.value).split(" has ")[1].split(" bytes")[0].replace(",", "")
+    assert make_plan(weights, Budget.of_size(smallest), FACTS, overhead=500).bytes <= int(smallest) - 500
+    with pytest.raises(PlanError, match="smallest possible file"):
+        make_plan(weights, Budget.of_size(str(int(smallest) - 1)), FACTS, overhead=500)
+    with pytest.raises(PlanError, match=r"smallest possible plan has 1\.\d+ bits per weight"):
+        make_plan(weights, Budget.of_bpw(1.0), FACTS)
+
+
+def test_bytes_go_where_the_damage_is() -> None:
+    weights = layers()
+    prior = prior_damages(weights, 2)
+    table = {
+        name: {fmt: cost * (1000 if name.startswith("blk.1.ffn_down") else 1) for fmt, cost in row.items()}
+        for name, row in prior.table.items()
+    }
+    plan = make_plan(weights, Budget.of_bpw(3.8), FACTS, Damages(table, "made up"))
+    chosen = types(plan)
+    assert chosen["blk.1.ffn_down_exps.weight"] == "Q8_0"
+    assert bits_of(chosen["blk.0.attn_v.weight"]) < bits_of(chosen["blk.1.ffn_down_exps.weight"])
+    reasons = {choice.weight: choice.reason for choice in plan.choices}
+    assert reasons["blk.1.ffn_down_exps.weight"] == "measured: more bits pay"
+    assert reasons["blk.0.ffn_gate_exps.weight"] == "measured: fewer bits pay"
+
+
+def test_damages_of_a_plan_add_up_to_its_prediction() -> None:
+    weights = layers()
+    prior = prior_damages(weights, 2)
+    bent = Damages(prior.table, "made up", scale=0.7, power=0.9)
+    plan, raw = (make_plan(weights, Budget.of_bpw(3.5), FACTS, known) for known in (bent, prior))
+    assert types(plan) == types(raw), "how damages add up does not change what is best"
+    assert plan.damage == pytest.approx(0.7 * raw.damage**0.9)
+
+
+def test_rows_that_256_does_not_divide_fall_back_and_say_so() -> None:
+    rows = (
+        weight("blk.0.ffn_down_exps.weight", Role.DOWN, 4, 256, 1408),
+        weight("blk.0.odd.weight", Role.ATTN_OUT, 256, 1000),
+        weight("blk.0.norm.weight", Role.NORM, 256),
+    )
+    down, odd, norm = preset_plan(rows, "Q4_K_S", ModelFacts(1, 4, 1, False)).choices
+    assert down.format == "Q5_0" and "256 does not divide rows of 1408" in down.reason
+    assert odd.format == "F16" and "32 does not divide rows of 1000" in odd.reason
+    assert norm.format == "F32" and "stays F32" in norm.reason
+
+
+def test_unknown_presets_are_listed() -> None:
+    with pytest.raises(PlanError, match=r"Q9_Z.*Q4_K_M"):
+        preset_plan((), "Q9_Z", ModelFacts(1, 0, 1, False))
+
+
+def test_tables_have_every_candidate() -> None:
+    for n_in in (256, 96):
+        assert set(candidates(weight("w", Role.DOWN, 4, 32, n_in))) <= RELATIVE_ERROR.keys()
