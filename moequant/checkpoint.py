@@ -260,7 +260,11 @@ def _assemble(family: Family, config: dict[str, Any], refs: dict[str, TensorRef]
     _check_complete(family, config, found)
     weights = [_weight(rule, layer, parts, config, family) for (rule, layer), parts in found.items()]
     order = {rule.gguf: position for position, rule in enumerate(family.rules)}
-    rank = {(rule.gguf, layer): (layer is not None, layer or 0, order[rule.gguf]) for rule, layer in found}
+    # The head comes last: what it is fed is known when everything before it has been rounded.
+    rank = {
+        (rule.gguf, layer): (rule.role is Role.OUTPUT, layer is not None, layer or 0, order[rule.gguf])
+        for rule, layer in found
+    }
     keyed = zip(found, weights, strict=True)
     return tuple(weight for _, weight in sorted(keyed, key=lambda item: rank[item[0][0].gguf, item[0][1]]))
 

@@ -32,6 +32,10 @@ class Recorder(Protocol):
         """What one product of one expert is fed: inputs [m, in], the router's weights [m] for them."""
 
 
+class Enough(Exception):
+    """Raised by a recorder that has seen what it came for: the rest of the layer is not computed."""
+
+
 class _Thread(threading.local):
     """Per thread and not per context: a forward pass that runs in a greenlet has a context of its own."""
 

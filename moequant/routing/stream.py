@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.routing.experts import EXPERTS
 from moequant.routing.hidden import Hidden, InMemory, OnDisk
 from moequant.routing.model import Provider, empty_model, fill, release
-from moequant.routing.record import Recorder, recording, watch
+from moequant.routing.record import Enough, Recorder, recording, watch
 from moequant.routing.skeleton import Skeleton
 from moequant.values import Role, Weight
 
@@ -30,6 +30,7 @@ BATCH_TOKENS = 4096
 """Tokens per forward pass: enough for efficient products, few enough to bound the activations."""
 
 R = TypeVar("R", bound=Recorder)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,18 +164,31 @@ class LayerStream:
 
         def work(batch: int) -> R:
             told = make(batch)
-            with torch.inference_mode(), recording(told):
-                states = hidden.get(layer, batch).to(self.resources.device)
-                out = self.skeleton.calls[batch].run(self.skeleton.layers[layer], states)
-                if into is not None:
-                    into.put(layer + 1, batch, out)
+            out = self.run(layer, batch, hidden, told)
+            if into is not None and out is not None:
+                into.put(layer + 1, batch, out)
             return told
 
-        workers = self.resources.workers
+        return self.each(work)
+
+    def run(
+        self, layer: int, batch: int, hidden: Hidden, told: Recorder | None, module: nn.Module | None = None
+    ) -> Tensor | None:
+        """One batch through the layer, or through `module` in its place; None when the recorder had enough."""
+        states = hidden.get(layer, batch).to(self.resources.device)
+        with torch.inference_mode(), recording(told):
+            try:
+                return self.skeleton.calls[batch].run(module or self.skeleton.layers[layer], states)
+            except Enough:
+                return None
+
+    def each(self, work: Callable[[int], T]) -> Iterator[T]:
+        """`work(batch)` for every batch, a few at a time; results in the order of the batches."""
         # More threads than cores would only wait; torch's own threads would wait for each other.
-        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-        with pool if self.resources.device == "cpu" else ThreadPoolExecutor(1) as running:
-            waiting = deque[Future[R]]()
+        workers, cpu = self.resources.workers, self.resources.device == "cpu"
+        start: Callable[..., object] | None = torch.set_num_threads if cpu else None
+        with ThreadPoolExecutor(workers, initializer=start, initargs=(1,) if cpu else ()) as running:
+            waiting = deque[Future[T]]()
             try:
                 for batch in range(len(self.batches)):
                     waiting.append(running.submit(work, batch))
