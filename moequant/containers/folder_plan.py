@@ -1,0 +1,163 @@
+"""Which weights of a checkpoint a quantized safetensors folder holds as integers, and under which names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+
+from moequant.checkpoint import Checkpoint
+from moequant.errors import FamilyError, PlanError
+from moequant.families import Family, Rule
+from moequant.formats.groups import BITS, GROUPS, GroupFormat
+from moequant.values import Choice, Plan, Role, Weight
+
+LayoutName = Literal["compressed-tensors", "gptq"]
+
+ATTENTION = (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_OUT)
+DENSE = (Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSettings:
+    """What a quantized folder may be told; `tp` is how many GPUs will share each weight."""
+
+    layout: LayoutName = "compressed-tensors"
+    bits: int = 4
+    group_size: int = 128
+    quantize_attention: bool = False
+    tp: int = 1
+    shard_bytes: int = 5_000_000_000
+
+
+def group_format(checkpoint: Checkpoint, settings: FolderSettings) -> GroupFormat:
+    """The integer format of the folder. PlanError for bits or a group size that no loader has."""
+    if settings.bits not in BITS:
+        raise PlanError(f"--bits {settings.bits}: loaders take {' or '.join(map(str, BITS))}")
+    if settings.group_size not in GROUPS:
+        raise PlanError(
+            f"--group-size {settings.group_size}: loaders take {', '.join(map(str, GROUPS[:-1]))} "
+            "or -1 (one scale a row)"
+        )
+    stored = {weight.sources[0].ref.dtype for weight in checkpoint.weights if weight.role.is_expert}
+    own = torch.float16 if stored == {"F16"} else torch.bfloat16
+    # GPTQ files hold f16 scales; rounded like the other layout's first, they give the same codes.
+    also = (torch.float16,) if settings.layout == "gptq" and own != torch.float16 else ()
+    return GroupFormat(settings.bits, settings.group_size, (own, *also))
+
+
+def group_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
+    """Experts (without experts: the feed-forward blocks) as integers, all else as the checkpoint has it.
+
+    `quantize_attention` adds every other linear but router and head. PlanError when groups do
+    not divide a weight as it will be cut, with the group sizes that would.
+    """
+    fmt = group_format(checkpoint, settings)
+    shared = _shared_tensors(checkpoint)
+    chosen = [weight for weight in checkpoint.weights if _is_quantized(checkpoint, weight, settings, shared)]
+    if not chosen:
+        raise PlanError(f"{checkpoint.path}: nothing to quantize; --quantize-attention adds dense linears")
+    _check_sizes(chosen, fmt, settings)
+    quantized = {weight.name for weight in chosen}
+    choices = []
+    for weight in checkpoint.weights:
+        if weight.name in quantized:
+            row = weight.n_in * fmt.bits // 8 + fmt.groups(weight.n_in) * fmt.scale_dtype.itemsize
+            reason = "" if weight.role.is_expert else "asked for"
+            choices.append(Choice(weight.name, fmt.name, prod(weight.shape[:-1]) * row, reason))
+        else:
+            dtype = weight.sources[0].ref.dtype
+            size = weight.numel * (4 if dtype == "F32" else 2)
+            choices.append(Choice(weight.name, dtype, size, "as in the checkpoint"))
+    return Plan(fmt.name, tuple(choices), sum(choice.bytes for choice in choices))
+
+
+def stored_rule(family: Family, weight: Weight) -> Rule:
+    """The table entry that a weight came from."""
+    for rule in family.rules:
+        if rule.gguf.replace("{l}", str(weight.layer)) == weight.name:
+            return rule
+    raise FamilyError(f"{family.name}: no rule is called {weight.name}")
+
+
+def stored_names(family: Family, weight: Weight) -> tuple[str, ...]:
+    """What checkpoints with an own tensor for every expert call it: E names, or one."""
+    rule = stored_rule(family, weight)
+    name = (rule.stored or rule.param).replace("{l}", str(weight.layer))
+    if not weight.role.is_expert:
+        return (name,)
+    if "{e}" not in name:
+        raise FamilyError(
+            f"{family.name}: {name} has no name for a single expert, which safetensors loaders want; "
+            "write GGUF instead"
+        )
+    return tuple(name.replace("{e}", str(expert)) for expert in range(weight.shape[0]))
+
+
+def modules(family: Family, weight: Weight) -> tuple[str, ...]:
+    """The linear modules behind `stored_names`."""
+    return tuple(name.removesuffix(".weight") for name in stored_names(family, weight))
+
+
+def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
+    """Every linear module that stays as it is, by all names that loaders know it under; the head is one."""
+    formats = {choice.weight: choice.format for choice in plan.choices}
+    names = {"lm_head"}
+    for weight in checkpoint.weights:
+        is_linear = len(weight.shape) == 2 and weight.role is not Role.EMBEDDING
+        if is_linear and formats[weight.name] != plan.preset:
+            names |= {*modules(checkpoint.family, weight), weight.param.removesuffix(".weight")}
+    return tuple(sorted(names))
+
+
+def _is_quantized(
+    checkpoint: Checkpoint, weight: Weight, settings: FolderSettings, shared: frozenset[str]
+) -> bool:
+    if weight.role.is_expert:
+        return len(weight.shape) == 3
+    if len(weight.shape) != 2 or weight.role.keeps_precision or weight.role in (Role.EMBEDDING, Role.OUTPUT):
+        return False
+    if weight.sources[0].ref.name in shared:
+        return False
+    if weight.role in DENSE and checkpoint.n_experts == 0:
+        return True
+    return settings.quantize_attention
+
+
+def _shared_tensors(checkpoint: Checkpoint) -> frozenset[str]:
+    """Stored tensors that several dense weights are rows of: loaders know them as one module."""
+    seen: set[str] = set()
+    twice: set[str] = set()
+    for weight in checkpoint.weights:
+        if not weight.role.is_expert:
+            name = weight.sources[0].ref.name
+            (twice if name in seen else seen).add(name)
+    return frozenset(twice)
+
+
+def _check_sizes(chosen: list[Weight], fmt: GroupFormat, settings: FolderSettings) -> None:
+    """PlanError for the first weight that groups, words or GPUs do not divide."""
+    if settings.tp < 1:
+        raise PlanError(f"--tp {settings.tp}: at least one GPU is needed")
+    for weight in chosen:
+        n_out, n_in = weight.shape[-2:]
+        by_rows = weight.role in (Role.DOWN, Role.DENSE_DOWN, Role.ATTN_OUT)
+        cut = n_in if by_rows else n_out
+        if cut % settings.tp:
+            raise PlanError(f"{weight.name}: --tp {settings.tp} does not divide its {cut} channels")
+        part = n_in // settings.tp if by_rows else n_in
+        if not _fits(part, fmt.group, fmt):
+            works = [str(group) for group in GROUPS if _fits(part, group, fmt)]
+            shared = f" ({n_in} / --tp {settings.tp})" if part != n_in else ""
+            advice = f"--group-size {' or '.join(works)} would work" if works else "write GGUF instead"
+            raise PlanError(
+                f"{weight.name}: --group-size {fmt.group} does not divide rows of {part}{shared}; {advice}"
+            )
+        if settings.layout == "gptq" and n_out % fmt.per_word:
+            raise PlanError(f"{weight.name}: GPTQ packs {fmt.per_word} rows at a time, not {n_out}")
+
+
+def _fits(part: int, group: int, fmt: GroupFormat) -> bool:
+    return part % (fmt.per_word if group == -1 else group) == 0
