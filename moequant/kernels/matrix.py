@@ -1,0 +1,84 @@
+"""Packed weights as a kernel takes them: bytes of the file, and scales where the file keeps them apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moequant import formats
+from moequant.errors import FormatError
+
+INTEGERS = {"INT4": 4, "INT8": 8}
+"""compressed-tensors `pack-quantized`: little-endian codes along `in`, offset by half their range."""
+
+KERNEL_FORMATS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "MXFP4", *INTEGERS)
+"""Formats that have a kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """E matrices of [out, in] in one format: shape (E, out, in), E = 1 when dense.
+
+    `data` u8 [E, out, row_bytes]. ggml formats keep their scales in `data`; INT4 and INT8 have
+    `scales` (any float type) [E, out, groups], each for in / groups neighbouring weights.
+    """
+
+    format: str
+    shape: tuple[int, int, int]
+    data: Tensor
+    scales: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        experts, rows, n_in = self.shape
+        if self.format in INTEGERS:
+            self._check_groups()
+            row_bytes = n_in * INTEGERS[self.format] // 8
+        else:
+            row_bytes = formats.get(self.format).row_bytes(n_in)
+        if str(self.data.dtype) != "torch.uint8" or tuple(self.data.shape) != (experts, rows, row_bytes):
+            raise FormatError(
+                f"{self.format} {list(self.shape)} lies in u8 {[experts, rows, row_bytes]}, "
+                f"not {self.data.dtype} {list(self.data.shape)}"
+            )
+
+    def _check_groups(self) -> None:
+        experts, rows, n_in = self.shape
+        if self.scales is None or tuple(self.scales.shape[:2]) != (experts, rows):
+            raise FormatError(f"{self.format} needs scales [{experts}, {rows}, groups]")
+        groups = self.scales.shape[2]
+        if n_in % 32 or n_in % groups or (n_in // groups) % 32:
+            raise FormatError(
+                f"{self.format}: rows of {n_in} in {groups} groups; groups of a multiple of 32 are read"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads: codes and scales."""
+        scales = 0 if self.scales is None else self.scales.numel() * self.scales.element_size()
+        return self.data.numel() + scales
+
+    def experts(self, first: int, last: int) -> Matrix:
+        """Experts first:last, as views."""
+        scales = None if self.scales is None else self.scales[first:last]
+        return Matrix(self.format, (last - first, *self.shape[1:]), self.data[first:last], scales)
+
+    def to(self, device: str) -> Matrix:
+        """The same on another device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        return Matrix(self.format, self.shape, self.data.to(device), scales)
+
+    def decode(self) -> Tensor:
+        """f32 [E, out, in], by moequant's decoders in torch."""
+        if self.format not in INTEGERS:
+            return formats.dequantize(self.format, self.data)
+        assert self.scales is not None
+        bits = INTEGERS[self.format]
+        if bits == 4:
+            codes = (self.data[..., None] >> self.data.new_tensor([0, 4])) & 15
+            codes = codes.flatten(-2)
+        else:
+            codes = self.data
+        centered = codes.float() - (1 << (bits - 1))
+        grouped = centered.unflatten(-1, (self.scales.shape[2], -1))
+        return (grouped * self.scales.float()[..., None]).flatten(-2)

@@ -1,0 +1,111 @@
+"""Kernels against float64 products of independently decoded weights: a program, run by `test_kernels.py`.
+
+    TRITON_INTERPRET=1 python -m tests.kernels.cases        # in Triton's interpreter
+    python -m tests.kernels.cases --device cuda             # compiled
+
+It prints {case: relative error} as JSON. It runs in a process of its own because Triton decides
+when it is imported whether it interprets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from moequant import formats
+from moequant.kernels import KERNEL_FORMATS, Matrix
+from moequant.kernels.matrix import INTEGERS
+from tests.kernels import reference
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Weights [experts, rows, columns], random expert choices [tokens, k] or the given kind of them."""
+
+    name: str
+    format: str
+    experts: int
+    rows: int
+    columns: int
+    tokens: int
+    k: int
+    choice: str = "random"
+    dtype: torch.dtype = torch.float32
+
+
+def cases() -> list[Case]:
+    """Every format on both paths with tails, then every shape of routing on a cheap format."""
+    made = []
+    for name in KERNEL_FORMATS:
+        columns = 96 if name in ("Q8_0", "MXFP4", *INTEGERS) else 768
+        made.append(Case(f"{name} vector", name, 3, 13, columns, 3, 2))
+        made.append(Case(f"{name} tile", name, 3, 70, columns, 21, 2))
+    made += [Case(f"Q8_0 {m} tokens", "Q8_0", 1, 9, 160, m, 1) for m in (*range(1, 18), 33, 65)]
+    made += [Case(f"INT4 {m} tokens top 3", "INT4", 4, 9, 160, m, 3) for m in (1, 2, 5, 16, 17, 40)]
+    for tokens in (1, 12, 40):
+        for choice in ("one expert", "all experts", "half empty"):
+            made.append(Case(f"Q8_0 {tokens} tokens, {choice}", "Q8_0", 6, 5, 64, tokens, 2, choice))
+    made.append(Case("Q4_K bfloat16 vector", "Q4_K", 2, 8, 512, 2, 1, dtype=torch.bfloat16))
+    made.append(Case("Q4_K bfloat16 tile", "Q4_K", 2, 8, 512, 20, 1, dtype=torch.bfloat16))
+    made.append(Case("INT4 float16 tile", "INT4", 2, 8, 128, 20, 1, dtype=torch.float16))
+    return made
+
+
+def matrix(case: Case) -> tuple[Matrix, Tensor]:
+    """Random codes under sane scales, and what another decoder makes of them: f64 [E, out, in]."""
+    generator = torch.Generator().manual_seed(len(case.name))
+    shape = (case.experts, case.rows, case.columns)
+    if case.format in INTEGERS:
+        bits = INTEGERS[case.format]
+        low = -(1 << bits - 1)
+        codes = torch.randint(low, -low, shape, generator=generator, dtype=torch.int8)
+        group = 64 if case.columns % 64 == 0 else 32
+        scales = (0.001 + torch.rand(*shape[:2], shape[2] // group, generator=generator)).bfloat16()
+        packed = reference.pack_int32(codes, bits).view(torch.uint8)
+        spread = scales.double().repeat_interleave(group, 2)
+        return Matrix(case.format, shape, packed, scales), codes.double() * spread
+    data = reference.random_blocks(case.format, shape, generator)
+    kind = gguf.GGMLQuantizationType[case.format]
+    decoded = gguf.dequantize(data.reshape(-1, data.shape[-1]).numpy(), kind)
+    return Matrix(case.format, shape, data), torch.from_numpy(np.array(decoded)).double().view(shape)
+
+
+def experts_of(case: Case) -> Tensor:
+    """i64 [tokens, k]."""
+    generator = torch.Generator().manual_seed(case.tokens)
+    if case.choice == "one expert":
+        return torch.full((case.tokens, case.k), case.experts - 1)
+    if case.choice == "all experts":
+        return torch.arange(case.experts).expand(case.tokens, -1).contiguous()
+    within = case.experts // 2 if case.choice == "half empty" else case.experts
+    return torch.randint(0, within, (case.tokens, case.k), generator=generator)
+
+
+def run(case: Case, device: str) -> float:
+    """||kernel - reference|| / ||reference||, all in f64; infinite when a value is not finite."""
+    from moequant.kernels.matmul import grouped_matmul
+
+    packed, weights = matrix(case)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(case.tokens, case.columns, generator=generator)
+    x = (x * torch.logspace(-3, 3, case.tokens)[:, None]).to(case.dtype)  # rows of very different size
+    experts = experts_of(case)
+    got = grouped_matmul(x.to(device), packed.to(device), experts.to(device)).cpu().double()
+    want = torch.einsum("ti,tkoi->tko", x.double(), weights[experts])
+    error = (got - want).norm(dim=(1, 2)) / want.norm(dim=(1, 2))
+    return float(error.max()) if torch.isfinite(error).all() else float("inf")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    device = parser.parse_args().device
+    torch.set_num_threads(1)
+    json.dump({case.name: run(case, device) for case in cases()}, sys.stdout)
