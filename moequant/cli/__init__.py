@@ -10,6 +10,8 @@ import typer
 import moequant
 from moequant.cli.convert import convert
 from moequant.cli.demo import demo
+from moequant.cli.fit import fit
+from moequant.cli.inspect import inspect
 from moequant.cli.route import route
 
 app = typer.Typer(
@@ -20,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (convert, demo, route):
+for command in (convert, demo, fit, inspect, route):
     app.command()(command)
 
 

@@ -9,8 +9,10 @@ float32 KV cache and without flash attention: the most exact arithmetic llama.cp
 import ctypes as C
 import functools
 import importlib.util
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,6 +39,18 @@ class _ModelParams(C.Structure):
     )
 
 
+class _FitModelParams(C.Structure):
+    """The same structure with the fields that decide whether weights are read at all."""
+
+    _fields_ = (
+        ("unused", C.c_uint8 * 24),
+        ("load_mode", C.c_int32),
+        ("unused_too", C.c_uint8 * 48),
+        ("no_alloc", C.c_bool),
+        ("rest", C.c_uint8 * 195),
+    )
+
+
 class _ContextParams(C.Structure):
     _fields_ = (
         ("n_ctx", C.c_uint32),
@@ -49,6 +63,16 @@ class _ContextParams(C.Structure):
         ("type_k", C.c_int32),
         ("type_v", C.c_int32),
         ("rest", C.c_uint8 * 256),
+    )
+
+
+class _FitContextParams(C.Structure):
+    """The same structure with the field that decides how long windowed layers remember."""
+
+    _fields_ = (
+        ("unused", C.c_uint8 * 136),
+        ("flags", C.c_bool * 6),
+        ("rest", C.c_uint8 * 226),
     )
 
 
@@ -105,6 +129,8 @@ class _Library:
             function = getattr(self._dll, name)
             function.restype, function.argtypes = result, arguments
         self.lines: deque[str] = deque(maxlen=2000)
+        # Sizes of buffers, kept apart: llama.cpp logs more lines than fit when a model has many layers.
+        self.sizes: list[str] = []
         # Kept as an attribute: libllama holds only a bare pointer to it.
         self._callback = _LOG_TYPE(self._log)
         self.llama_log_set(self._callback, None)
@@ -119,6 +145,8 @@ class _Library:
 
     def _log(self, level: int, text: bytes, data: object) -> None:
         self.lines.append(text.decode(errors="replace"))
+        if b"size =" in text:
+            self.sizes.append(self.lines[-1])
 
     def _check_layout(self) -> None:
         """LlamaError when the defaults are not where this build of llama.cpp has them."""
@@ -134,6 +162,75 @@ class _Library:
 
     def log(self) -> str:
         return "".join(self.lines).strip()
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What llama.cpp logs that it reserves, in bytes; it prints MiB with two decimals, so ± 5,243."""
+
+    model: int
+    kv: int
+    state: int
+    compute: int
+
+
+def memory_report(path: str | Path, n_ctx: int, parallel: int = 1, cache_type: int = 1) -> MemoryReport:
+    """What llama.cpp reserves for a file on the CPU with flash attention and batches of 512.
+
+    `n_ctx` is the context of all `parallel` sequences together, `cache_type` a ggml type (1 is f16, 8 q8_0).
+    Weights are neither read nor allocated, so the file may be a header with a hole behind it. The size of the
+    model is then not logged, and `model` is 0; `model_bytes` loads for real.
+    """
+    lib = _library()
+    params = lib.llama_model_default_params()
+    fit = C.cast(C.pointer(params), C.POINTER(_FitModelParams)).contents
+    fit.no_alloc, fit.load_mode = True, 0
+    return _reserve(lib, path, params, n_ctx, parallel, cache_type)
+
+
+def model_bytes(path: str | Path) -> int:
+    """Bytes of weights that llama.cpp logs after it mapped a file."""
+    lib = _library()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = 0
+    return _reserve(lib, path, params, 256, 1, 1).model
+
+
+def _reserve(
+    lib: _Library, path: str | Path, params: _ModelParams, n_ctx: int, parallel: int, cache_type: int
+) -> MemoryReport:
+    lib.lines.clear()
+    lib.sizes.clear()
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise LlamaError(f"llama.cpp cannot load {path}:\n{lib.log()}")
+    try:
+        wanted = lib.llama_context_default_params()
+        wanted.n_ctx, wanted.n_seq_max, wanted.flash_attn = n_ctx, parallel, 1
+        wanted.type_k = wanted.type_v = cache_type
+        # llama-server's default, unlike libllama's: layers with a window keep only the window.
+        flags = C.cast(C.pointer(wanted), C.POINTER(_FitContextParams)).contents.flags
+        if list(flags) != [False, True, True, True, True, False]:
+            raise LlamaError(f"xllamacpp: structure layout changed (flags read as {list(flags)})")
+        flags[4] = False
+        context = lib.llama_init_from_model(model, wanted)
+        if not context:
+            raise LlamaError(f"llama.cpp cannot make a context of {n_ctx} tokens:\n{lib.log()}")
+        lib.llama_free(context)
+    finally:
+        lib.llama_model_free(model)
+    log = "".join(lib.sizes)
+    return MemoryReport(
+        model=_mebibytes(r"CPU\w* model buffer size = +([\d.]+) MiB", log),
+        kv=_mebibytes(r"llama_kv_cache: size = +([\d.]+) MiB", log),
+        state=_mebibytes(r"llama_memory_recurrent: size = +([\d.]+) MiB", log),
+        compute=_mebibytes(r"compute buffer size = +([\d.]+) MiB", log),
+    )
+
+
+def _mebibytes(pattern: str, log: str) -> int:
+    """The sum of all figures that a pattern finds, in bytes."""
+    return int(sum(float(value) for value in re.findall(pattern, log)) * 2**20)
 
 
 @functools.cache

@@ -1,0 +1,69 @@
+"""`moequant fit`."""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moequant.cli.common import console, guarded
+
+
+class CacheType(StrEnum):
+    """What llama.cpp keeps keys and values in."""
+
+    f16 = "f16"
+    q8_0 = "q8_0"
+
+
+def memory(text: str) -> int:
+    """Bytes of 24G, 24GiB, 24GB or 512M; a bare letter counts in powers of two, as memory is sold."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise typer.BadParameter(f"{text!r}: a size like 24G, 24GiB, 24GB or 0 was expected")
+    step = 1000 if (found[3] or "").lower() == "b" else 1024
+    return int(float(found[1]) * step ** " KMGT".index(found[2].upper() or " "))
+
+
+def fit(
+    path: Annotated[
+        Path, typer.Argument(help="Hugging Face model folder (all types are tried) or GGUF file.")
+    ],
+    vram: Annotated[
+        int, typer.Option(parser=memory, metavar="SIZE", help="GPU memory: 24G, or 0 without a GPU.")
+    ],
+    ram: Annotated[
+        int, typer.Option(parser=memory, metavar="SIZE", help="System memory that the model may use.")
+    ],
+    ctx: Annotated[int, typer.Option(min=1, help="Tokens of context of each sequence.")] = 8192,
+    parallel: Annotated[int, typer.Option(min=1, help="Sequences served at once.")] = 1,
+    cache_type: Annotated[CacheType, typer.Option(help="Type of the KV cache.")] = CacheType.f16,
+    vram_bandwidth: Annotated[float, typer.Option(min=1, help="GB/s of the GPU's memory.")] = 900,
+    ram_bandwidth: Annotated[float, typer.Option(min=1, help="GB/s of the system memory.")] = 60,
+    disk_bandwidth: Annotated[
+        float | None, typer.Option(min=0.01, help="GB/s of the disk; given, experts may stay on it.")
+    ] = None,
+    min_speed: Annotated[float, typer.Option(min=0, help="Tokens per second that the bound must allow.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what fits on a machine, where its experts go, how fast it can be, and how to start llama-server."""
+    from moequant.fit import Hardware
+    from moequant.fit import fit as run
+    from moequant.memory import Load
+    from moequant.report.fit import fit_json, fit_report, nothing_fits
+
+    disk = disk_bandwidth * 1e9 if disk_bandwidth else None
+    hardware = Hardware(vram, ram, vram_bandwidth * 1e9, ram_bandwidth * 1e9, disk)
+    load = Load(ctx, parallel, cache_type.value)
+    found = guarded(lambda: run(path, hardware, load, min_speed))
+    if as_json:
+        typer.echo(json.dumps(fit_json(found), indent=1, ensure_ascii=False))
+    else:
+        console().print(fit_report(found))
+    if found.best is None:
+        typer.echo(f"moequant: {nothing_fits(found)}", err=True)
+        raise typer.Exit(1)

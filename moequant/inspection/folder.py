@@ -1,0 +1,249 @@
+"""A Hugging Face folder from config.json and safetensors headers, of a family that moequant has or has not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from moequant import families
+from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.containers.tokenizer import TokenizerSpec, read_tokenizer
+from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError
+from moequant.inspection import presets
+from moequant.inspection.runtimes import checkpoint_runtimes
+from moequant.inspection.values import Inspection, PresetSize, Stored, by_role, by_type
+
+_ROLES = (
+    ("scales", r".*(_scale|_scales|scale_inv|zero_point|qzeros|g_idx|weight_shape|_scale_2|input_scale)$"),
+    ("vision", r".*(visual|vision|mm_projector|multi_modal|audio)"),
+    ("embedding", r".*(embed_tokens|wte|word_embeddings)\b"),
+    ("output", r"(.*\.)?(lm_head|embed_out)\b"),
+    ("shared expert", r".*shared_(expert|mlp)"),
+    ("router", r".*((mlp|block_sparse_moe|feed_forward|ffn|mixer|moe)\.(gate|router)|router)\b"),
+    ("expert gate+up", r".*(experts\.gate_up_proj|experts\.\d+\.gate_up_proj|input_linear)"),
+    ("expert gate", r".*experts\.(\d+\.)?(mlp\.)?(gate_proj|w1)\b"),
+    ("expert up", r".*experts\.(\d+\.)?(mlp\.)?(up_proj|w3|v1)\b"),
+    ("expert down", r".*(experts\.(\d+\.)?(mlp\.)?(down_proj|w2)|output_linear)"),
+    ("expert other", r".*\.experts\."),
+    ("norm", r".*(norm|layernorm|ln_\w)\b"),
+    ("attention", r".*(attn|attention)"),
+    ("recurrent", r".*(mamba|linear_attn|ssm|conv)"),
+    ("dense ffn", r".*(mlp|feed_forward|ffn)\b"),
+)
+ORDER = (*(role for role, _ in _ROLES), "other")
+
+_KEYS: Mapping[str, tuple[str, ...]] = {
+    "layers": ("num_hidden_layers", "n_layers", "n_layer"),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "used": ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k",
+             "moe_top_k", "top_k_experts"),
+    "shared": ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
+    "context": ("max_position_embeddings", "max_seq_len", "n_positions"),
+}  # fmt: skip
+"""What families call the same thing in config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    bytes: int
+
+
+def inspect_folder(path: Path) -> Inspection:
+    """Describe a model folder. Raises CheckpointError without config.json or readable safetensors files."""
+    config = _config(path)
+    tensors = _headers(path)
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    facts = {name: _first(keys, config, text or {}) for name, keys in _KEYS.items()}
+    experts, used = facts["experts"] or _seen_experts(tensors), facts["used"]
+    share = used / experts if experts and used else 1.0
+    tied = not any(role_of(tensor.name) == "output" for tensor in tensors)
+    stored = [_stored(tensor, share, tied) for tensor in tensors]
+    architecture = str((config.get("architectures") or ["(none in config.json)"])[0])
+    support = _support(path, config, tensors)
+    shared = facts["shared"] or (1 if any("shared_expert." in tensor.name for tensor in tensors) else None)
+    return Inspection(
+        path=path,
+        kind="checkpoint",
+        architecture=architecture,
+        family=support.family,
+        layers=facts["layers"],
+        experts=experts,
+        experts_per_token=used,
+        shared_experts=shared,
+        context=facts["context"],
+        parameters=sum(tensor.parameters for tensor in stored),
+        active=round(sum(tensor.parameters * tensor.share for tensor in stored)),
+        bytes=sum(tensor.bytes for tensor in stored),
+        active_bytes=round(sum(tensor.bytes * tensor.share for tensor in stored if tensor.read)),
+        file_bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        types=by_type(stored),
+        roles=by_role(stored, ORDER),
+        tokenizer=support.tokenizer,
+        made_by=(config.get("quantization_config") or {}).get("quant_method"),
+        presets=support.presets,
+        missing=support.missing,
+        notes=support.notes,
+        runtimes=checkpoint_runtimes(architecture, str(config.get("model_type", "")), not support.missing),
+    )
+
+
+def role_of(name: str) -> str:
+    """What a tensor of that name does, in any family; `other` when its name does not tell."""
+    return next((role for role, pattern in _ROLES if re.match(pattern, name)), "other")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no config.json; give a Hugging Face model folder or a GGUF file")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: a JSON object was expected")
+    return value
+
+
+def _headers(path: Path) -> list[_Tensor]:
+    """Every tensor of every safetensors file, by the safetensors library's own reader."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path}: no *.safetensors file; other weight formats are not read")
+    found = []
+    for file in files:
+        try:
+            with safe_open(file, "numpy") as opened:
+                for name in opened.keys():
+                    view = opened.get_slice(name)
+                    shape, kind = tuple(view.get_shape()), view.get_dtype()
+                    found.append(_Tensor(name, shape, kind, prod(shape) * _bits(kind) // 8))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not a complete safetensors file ({error})") from error
+    return found
+
+
+def _bits(kind: str) -> int:
+    """Bits of one number of a safetensors type: the digits of its name, 8 for BOOL."""
+    digits = re.match(r"[A-Z]+(\d+)", kind)
+    return int(digits[1]) if digits else 8
+
+
+def _stored(tensor: _Tensor, share: float, tied: bool) -> Stored:
+    role = role_of(tensor.name)
+    routed = ".experts" in tensor.name or role in ("expert gate+up", "expert down")
+    active = share if routed and not role.startswith("shared") else 1.0
+    return Stored(
+        role, tensor.type, _parameters(tensor, role), tensor.bytes, active, role != "embedding" or tied
+    )
+
+
+def _parameters(tensor: _Tensor, role: str) -> int:
+    """Weights that a tensor stands for: packed codes hold several a number, scales none."""
+    if role == "scales":
+        return 0
+    packed = {"_blocks": 4, "qweight": 4, "weight_packed": 4}
+    for suffix, bits in packed.items():
+        # 4 bits is what MXFP4 has, and what nearly all GPTQ and AWQ checkpoints have.
+        if tensor.name.endswith(suffix):
+            return tensor.bytes * 8 // bits
+    return prod(tensor.shape)
+
+
+def _first(keys: tuple[str, ...], *configs: Mapping[str, Any]) -> int | None:
+    """The first of the keys that one of the configs has: a number, or the largest of a list."""
+    for config in configs:
+        for key in keys:
+            value = config.get(key)
+            if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
+                return int(max(value))
+            if isinstance(value, int) and not isinstance(value, bool) and value:
+                return value
+    return None
+
+
+def _seen_experts(tensors: list[_Tensor]) -> int | None:
+    """Experts counted by their tensors' names, for a config that does not say."""
+    numbers = [int(found[1]) for t in tensors if (found := re.search(r"\.experts\.(\d+)\.", t.name))]
+    return max(numbers) + 1 if numbers else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Support:
+    family: str | None
+    tokenizer: str
+    presets: tuple[PresetSize, ...]
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _Support:
+    """Everything that keeps `moequant convert` from this folder; its sizes when nothing does."""
+    missing: list[str] = []
+    family: families.Family | None = None
+    checkpoint: Checkpoint | None = None
+    try:
+        family = families.find(config)
+        families.metadata(family, families.normalized(family, config))
+    except FamilyError as error:
+        missing.append(str(error))
+    if family is not None and (unknown := _unknown(family, tensors)):
+        missing.append(f"{family.name}: unknown tensors: {', '.join(unknown)}")
+    if not missing or "quantization_config" in config:
+        try:
+            checkpoint = open_checkpoint(path)
+        except MoequantError as error:
+            missing.append(str(error))
+    tokenizer: TokenizerSpec | None = None
+    try:
+        tokenizer = read_tokenizer(path)
+    except TokenizerError as error:
+        missing.append(str(error))
+    made: tuple[PresetSize, ...] = ()
+    if checkpoint is not None and tokenizer is not None:
+        made = tuple(
+            PresetSize(
+                name,
+                header.file_bytes,
+                8 * sum(t.bytes for t in header.tensors) / sum(t.numel for t in header.tensors),
+            )
+            for name, header in presets.headers(checkpoint, tokenizer)
+        )
+    return _Support(
+        family.name if family else None,
+        _describe(tokenizer),
+        made,
+        tuple(dict.fromkeys(missing)),
+        tokenizer.notes if tokenizer else (),
+    )
+
+
+def _unknown(family: families.Family, tensors: list[_Tensor]) -> list[str]:
+    """Kinds of tensors that no table of the family names, numbers replaced by `*`."""
+    names = {name for rule in family.rules for name in (rule.param, rule.stored or rule.param)}
+    known = [
+        re.compile(re.escape(name).replace(r"\{l\}", r"\d+").replace(r"\{e\}", r"\d+"))
+        for name in (*names, *family.ignored)
+    ]
+    strange = (t.name for t in tensors if not any(pattern.fullmatch(t.name) for pattern in known))
+    return sorted({re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", name)) for name in strange})
+
+
+def _describe(tokenizer: TokenizerSpec | None) -> str:
+    if tokenizer is None:
+        return "cannot be written as GGUF, see below"
+    template = "with" if tokenizer.chat_templates else "without"
+    return (
+        f"{tokenizer.model}, pre-tokenizer {tokenizer.pre}, {len(tokenizer.tokens):,} tokens, {template} "
+        "chat template"
+    )

@@ -1,0 +1,120 @@
+"""A GGUF file from its header: anyone's, whatever wrote it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from moequant.containers.gguf_header import Header, Skipped, TensorInfo, read_header
+from moequant.errors import CheckpointError
+from moequant.inspection.runtimes import gguf_runtimes
+from moequant.inspection.values import Inspection, Stored, by_role, by_type
+
+_ROLES = (
+    ("embedding", r"(token_embd|per_layer_token_embd|position_embd|token_types)\b"),
+    ("output", r"output\.(weight|bias)"),
+    ("router", r"blk\.\d+\.(ffn_gate_inp\b|ffn_gate_tid2eid|exp_probs_b)"),
+    ("expert gate", r"blk\.\d+\.ffn_gate_(ch|)exps\b"),
+    ("expert up", r"blk\.\d+\.ffn_up_(ch|)exps\b"),
+    ("expert gate+up", r"blk\.\d+\.ffn_gate_up_(ch|)exps\b"),
+    ("expert down", r"blk\.\d+\.ffn_down_(ch|)exps\b"),
+    ("shared expert", r"blk\.\d+\.ffn_\w+_shexp\b"),
+    ("dense ffn", r"blk\.\d+\.ffn_(gate|up|down|gate_up)\b"),
+    ("norm", r".*norm(_\d)?\b"),
+    ("attention", r"blk\.\d+\.(attn_|indexer)"),
+    ("recurrent", r"blk\.\d+\.(ssm_|shortconv|time_mix|channel_mix)"),
+    ("next token", r"blk\.\d+\.nextn"),
+)
+ORDER = (*(role for role, _ in _ROLES), "other")
+
+
+def inspect_gguf(path: Path) -> Inspection:
+    """Describe a GGUF file, all shards of it. Raises CheckpointError for what is not a whole GGUF model."""
+    header = read_header(path)
+    kind = header.metadata.get("general.type", "model")
+    if not header.arch or kind != "model":
+        raise CheckpointError(f"{path}: a GGUF file of type {kind!r}, not a model; give the model's own file")
+    layers = int(header.get("block_count", 0) or 0)
+    # Blocks that guess the token after the next one are not run in plain decoding.
+    running = layers - int(header.get("nextn_predict_layers", 0) or 0)
+    tied = all(tensor.name != "output.weight" for tensor in header.tensors)
+    stored = [_stored(tensor, header, running, tied) for tensor in header.tensors]
+    types = by_type(stored)
+    return Inspection(
+        path=path,
+        kind="gguf",
+        architecture=header.arch,
+        family=None,
+        layers=layers or None,
+        experts=_most(header.get("expert_count")),
+        experts_per_token=_most(header.get("expert_used_count")),
+        shared_experts=_most(header.get("expert_shared_count")) or _has_shared(header),
+        context=header.get("context_length"),
+        parameters=sum(tensor.parameters for tensor in stored),
+        active=round(sum(tensor.parameters * tensor.share for tensor in stored)),
+        bytes=sum(tensor.bytes for tensor in stored),
+        active_bytes=round(sum(tensor.bytes * tensor.share for tensor in stored if tensor.read)),
+        file_bytes=header.file_bytes,
+        types=types,
+        roles=by_role(stored, ORDER),
+        tokenizer=_tokenizer(header),
+        made_by=header.metadata.get("general.quantized_by"),
+        presets=(),
+        missing=("a GGUF file is a result: `moequant convert` starts from a Hugging Face folder",),
+        notes=_notes(header),
+        runtimes=gguf_runtimes(header.arch, tuple(name for name, _ in types)),
+    )
+
+
+def role_of(name: str) -> str:
+    """What a tensor of that name does."""
+    return next((role for role, pattern in _ROLES if re.match(pattern, name)), "other")
+
+
+def _stored(tensor: TensorInfo, header: Header, running: int, tied: bool) -> Stored:
+    role = role_of(tensor.name)
+    share = 1.0
+    if tensor.layer is not None and tensor.layer >= running:
+        share = 0.0
+    elif tensor.is_expert:
+        used = header.get("expert_used_count", tensor.shape[0])
+        share = (used[tensor.layer] if isinstance(used, tuple) else used) / tensor.shape[0]
+    read = role != "embedding" or (tied and tensor.name == "token_embd.weight")
+    return Stored(role, tensor.type, tensor.numel, tensor.bytes, share, read)
+
+
+def _most(value: Any) -> int | None:
+    """One number, or the largest of a per-layer array; None for none."""
+    if isinstance(value, tuple):
+        value = max(value, default=0)
+    return int(value) if value else None
+
+
+def _has_shared(header: Header) -> int | None:
+    """Families with a single shared expert do not count it in a key."""
+    return 1 if any("_shexp." in tensor.name for tensor in header.tensors) else None
+
+
+def _tokenizer(header: Header) -> str:
+    model, pre = (header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if model is None:
+        return "none"
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    count = tokens.count if isinstance(tokens, Skipped) else len(tokens or ())
+    template = "with" if "tokenizer.chat_template" in header.metadata else "without"
+    return f"{model}, pre-tokenizer {pre or '(none)'}, {count:,} tokens, {template} chat template"
+
+
+def _notes(header: Header) -> tuple[str, ...]:
+    notes = []
+    if data := header.metadata.get("quantize.imatrix.dataset"):
+        notes.append(f"importance matrix from: {data}")
+    for key, word in (
+        ("attention.key_length_mla", "multi-head latent attention"),
+        ("attention.sliding_window", ""),
+    ):
+        value = header.get(key)
+        if value:
+            notes.append(word or f"sliding window of {value:,} tokens in some or all layers")
+    return tuple(notes)
