@@ -1,4 +1,4 @@
-"""Triton dequantize-and-multiply: weights stay packed, exactly as they lie in the file, until a tile needs them.
+"""Triton dequantize-and-multiply: weights stay packed, as they lie in the file, until a tile needs them.
 
 One small file a format with the decoder of a tile; the two products (`products.py`) are written
 once and take the decoder as a compile-time argument. Importing this package imports no Triton;

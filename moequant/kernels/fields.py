@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # (device code: Triton's types are not Python's)
-"""Fields of a block that several formats share. Blocks start anywhere, so nothing wider than a byte is read."""
+"""Fields of a block that several formats share. Blocks start at any byte: wider reads must not be assumed."""
 
 import triton
 import triton.language as tl

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
+import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from moequant.errors import FormatError
@@ -179,7 +179,7 @@ def _launch(x: Tensor, matrix: Matrix, out: Tensor, tile: Tile, plan: Schedule) 
 
 
 def _powers(x: Tensor) -> Tensor:
-    """f32 [tokens]: powers of two that bring each row's largest value to 2^14 … 2^15 (1 for rows of zeros)."""
+    """f32 [tokens]: powers of two that bring each row's largest value to 2^14 … 2^15 (rows of zeros: 1)."""
     peak = x.abs().amax(1).float()
     _, exponent = torch.frexp(peak)
     return torch.where(peak > 0, torch.exp2(15.0 - exponent.float()), 1.0)

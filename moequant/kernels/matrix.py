@@ -80,5 +80,6 @@ class Matrix:
         else:
             codes = self.data
         centered = codes.float() - (1 << (bits - 1))
-        grouped = centered.unflatten(-1, (self.scales.shape[2], -1))
-        return (grouped * self.scales.float()[..., None]).flatten(-2)
+        grouped = centered.view(*self.scales.shape, -1)
+        decoded: Tensor = grouped * self.scales.float()[..., None]
+        return decoded.flatten(-2)

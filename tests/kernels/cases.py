@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moequant import formats
 from moequant.kernels import KERNEL_FORMATS, Matrix
 from moequant.kernels.matrix import INTEGERS
 from tests.kernels import reference

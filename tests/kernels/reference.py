@@ -20,7 +20,7 @@ HALVES = {
 
 
 def random_blocks(name: str, shape: tuple[int, int, int], generator: Generator) -> Tensor:
-    """u8 [E, out, row_bytes]: every bit random, but f16 scales within ±0.06 and MXFP4's exponents mid-range."""
+    """u8 [E, out, row_bytes]: random bits, but f16 scales within ±0.06, MXFP4's exponents mid-range."""
     fmt = formats.get(name)
     count = shape[0] * shape[1] * shape[2] // fmt.block
     data = torch.randint(0, 256, (count, fmt.block_bytes), dtype=torch.uint8, generator=generator)
@@ -33,7 +33,7 @@ def random_blocks(name: str, shape: tuple[int, int, int], generator: Generator) 
 
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
-    """compressed-tensors' packing: i8 [..., in] -> i32 [..., in · bits / 32], first code in the lowest bits."""
+    """compressed-tensors' packing: i8 [..., in] -> i32 [..., in · bits / 32], lowest bits first."""
     per_word = 32 // bits
     unsigned = codes.to(torch.int64) + (1 << bits - 1)
     shifts = torch.arange(per_word) * bits
