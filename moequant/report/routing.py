@@ -31,8 +31,8 @@ PICTURES = (".png", ".svg", ".pdf")
 LABELLED = 300
 """Cells of the heatmap that still have room for a number each."""
 
-DARK = -1.0
-"""Cells darker than half the fair share get white numbers."""
+DARK = 0.45
+"""Below this part of the colour scale white numbers are easier to read than black ones."""
 
 
 def routing_tables(found: Health, coverage: Coverage | None = None) -> RenderableType:
@@ -185,8 +185,8 @@ def heatmap(calibration: Calibration, path: Path) -> None:
     from matplotlib.figure import Figure
 
     layers, experts = len(calibration.routes), max(len(route.tokens) for route in calibration.routes)
-    width = min(24.0, 3.0 + 0.42 * experts)
-    height = min(24.0, 2.0 + 0.36 * layers)
+    width = min(12.0, 3.0 + 0.42 * experts)
+    height = min(9.0, 2.0 + 0.36 * layers)
     with rc_context({"svg.hashsalt": "moequant", "svg.fonttype": "none"}), atomic(path) as partial:
         figure = Figure(figsize=(max(width, 6.0), max(height, 2.6)), layout="constrained")
         _draw(figure.add_subplot(), calibration, experts)
@@ -198,15 +198,16 @@ def heatmap(calibration: Calibration, path: Path) -> None:
 def _draw(axes: Axes, calibration: Calibration, experts: int) -> None:
     fair = [_fair(route.tokens.tolist(), experts) for route in calibration.routes]
     logs = [[math.log2(value) if value > 0 else math.nan for value in row] for row in fair]
-    # Anything rarer than 1/16 of the fair share is starved: more colours would tell nothing.
-    image = axes.imshow(logs, cmap="cividis", vmin=-4, vmax=4, aspect="auto", interpolation="nearest")
+    # As wide as the loads, but never so narrow that an even router looks uneven, and not past 1/16.
+    limit = min(4, max([2, *(math.ceil(abs(log)) for row in logs for log in row if not math.isnan(log))]))
+    image = axes.imshow(logs, cmap="cividis", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     few = len(logs) * experts <= LABELLED
     for row, (shares, route) in enumerate(zip(fair, calibration.routes, strict=True)):
         for column, value in enumerate(shares):
             if value == 0:
-                axes.text(column, row, "×", ha="center", va="center", color="black")
+                axes.text(column, row, "×", ha="center", va="center", color="black", fontsize=7)
             elif few and value > 0:
-                colour = "white" if math.log2(value) < DARK else "black"
+                colour = "white" if (math.log2(value) + limit) / (2 * limit) < DARK else "black"
                 label = _short(int(route.tokens[column]))
                 axes.text(column, row, label, ha="center", va="center", color=colour, fontsize=7)
     axes.set_xlabel("expert")
@@ -216,8 +217,9 @@ def _draw(axes: Axes, calibration: Calibration, experts: int) -> None:
     if experts <= 64:
         axes.set_xticks(range(experts))
     axes.set_title(f"tokens of every expert ({calibration.tokens:,} routed; × none)", loc="left", fontsize=10)
-    bar = axes.figure.colorbar(image, ax=axes, extend="both", ticks=range(-4, 5, 2))
-    bar.ax.set_yticklabels(["1/16", "1/4", "1", "4", "16"])
+    ticks = range(-limit, limit + 1)
+    bar = axes.figure.colorbar(image, ax=axes, extend="both", ticks=ticks)
+    bar.ax.set_yticklabels([f"1/{2**-tick}" if tick < 0 else str(2**tick) for tick in ticks])
     bar.set_label("times the fair share")
 
 

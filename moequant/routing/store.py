@@ -65,7 +65,7 @@ def save(path: Path, what: Stored) -> None:
     """Write `what` to `path`: the same statistics give the same bytes. OutputError when the disk refuses."""
     calibration = what.calibration
     tensors = _tensors(calibration)
-    meta = {
+    meta: dict[str, Any] = {
         "version": VERSION,
         "model": dict(what.model),
         "rows": calibration.rows,
@@ -73,8 +73,8 @@ def save(path: Path, what: Stored) -> None:
         "source": calibration.source,
         "domains": list(calibration.domains),
         "gate_entropy": [route.gate_entropy for route in calibration.routes],
-        "crc32": _checksum(tensors),
     }
+    meta["crc32"] = _checksum(meta, tensors)
     with atomic(path) as partial:
         try:
             save_file(tensors, partial, {METADATA: json.dumps(meta, sort_keys=True)})
@@ -96,7 +96,7 @@ def load(path: Path) -> Stored:
         raise CorpusError(
             f"{path}: statistics of version {meta.get('version')}, expected {VERSION}; route again"
         )
-    if _checksum(tensors) != meta.get("crc32"):
+    if meta.pop("crc32", None) != _checksum(meta, tensors):
         raise CorpusError(f"{path}: statistics are damaged (checksum differs); copy or route again")
     try:
         return Stored(meta["model"], _calibration(meta, tensors), str(path))
@@ -162,13 +162,14 @@ def _add_routes(
     parts: Sequence[RouteStats], named: Sequence[tuple[str, ...]], domains: tuple[str, ...]
 ) -> RouteStats:
     """One layer's routes added; row d of a part's domain_tokens goes to the row of the same name."""
-    by_domain = torch.zeros(len(domains), len(parts[0].tokens), dtype=torch.int64)
+    tokens = sum_of([part.tokens for part in parts])
+    by_domain = torch.zeros(len(domains), len(tokens), dtype=torch.int64)
     for part, names in zip(parts, named, strict=True):
         for row, name in enumerate(names):
             by_domain[domains.index(name)] += part.domain_tokens[row]
     return RouteStats(
         layer=parts[0].layer,
-        tokens=sum_of([part.tokens for part in parts]),
+        tokens=tokens,
         gate_mass=sum_of([part.gate_mass for part in parts]),
         domain_tokens=by_domain,
         pairs=sum_of([part.pairs for part in parts]),
@@ -234,9 +235,10 @@ def _calibration(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cali
     )
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 of all tensors in the order of their names: safetensors itself notices no flipped bit."""
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data, crc)
+def _checksum(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of everything that is kept, tensors by name: safetensors itself notices no flipped bit."""
+    crc = zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
     return crc
