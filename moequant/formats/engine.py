@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -55,7 +56,7 @@ def quantize(
     per_expert = _check_importance(weights, importance)
     exponent = fmt.magnitude if magnitude is None else magnitude
     device = weights.device.type
-    large = weights.numel() >= COMPILE_FROM and _compiles(fmt, exponent, effort, device)
+    large = compiles(fmt, weights.numel(), exponent, effort, weights.device)
     step = _blocks_at_once(fmt, device) if large else TILE[device] // 4 // fmt.block
     out = torch.empty((stack[..., 0].numel() * row_bytes,), dtype=torch.uint8, device=weights.device)
     blocks = out.view(-1, fmt.block_bytes)
@@ -64,13 +65,45 @@ def quantize(
         x = _read(stack, fmt, first, last)
         _check_weights(x, fmt, stack, first)
         per_block = _importance_of(per_expert, stack, fmt, first, last)
-        if large:  # kernels are compiled for one size
-            x, per_block = _fill(x, step, 0.0), _fill(per_block, step, 1.0)
-        w = _weigh(x, per_block, exponent, fmt.spread) if exponent else per_block
-        blocks[first:last] = fmt.encode(x * fmt.gain, w, effort)[: last - first]
+        blocks[first:last] = _encode(fmt, x, per_block, effort, exponent, step if large else None)
 
     _for_each_tile(work, len(blocks), step, threads, weights.device)
     return out.view(*weights.shape[:-1], row_bytes)
+
+
+def encode_blocks(
+    fmt: Format, x: Tensor, importance: Tensor, effort: Effort, magnitude: float, compiled: bool
+) -> Tensor:
+    """Pack x f32 [n, block] under importance f32 [n, block] -> uint8 [n, block_bytes], on this thread.
+
+    For those who cut tensors themselves: nothing is checked, x is limited to what the format can hold,
+    and the format's gain is left out. `compiled` says that `compiles` agreed.
+    """
+    step = _blocks_at_once(fmt, x.device.type) if compiled else TILE[x.device.type] // 4 // fmt.block
+    plain = replace(fmt, gain=1.0)
+    x = x.clamp(-fmt.limit, fmt.limit)
+    return torch.cat(
+        [
+            _encode(plain, *(v[i : i + step] for v in (x, importance)), effort, magnitude, step * compiled)
+            for i in range(0, len(x), step)
+        ]
+    )
+
+
+def compiles(fmt: Format, weights: int, magnitude: float, effort: Effort, device: torch.device) -> bool:
+    """Whether compiled kernels are worth it for so many weights, and to be had; compiles them if so."""
+    return weights >= COMPILE_FROM and _compiles(fmt, magnitude, effort, device.type)
+
+
+def _encode(
+    fmt: Format, x: Tensor, importance: Tensor, effort: Effort, exponent: float, fill: int | None
+) -> Tensor:
+    """Weigh and pack blocks x [n, block], filled up to the one size that kernels are compiled for, if any."""
+    n = len(x)
+    if fill:
+        x, importance = _fill(x, fill, 0.0), _fill(importance, fill, 1.0)
+    w = _weigh(x, importance, exponent, fmt.spread) if exponent else importance
+    return fmt.encode(x * fmt.gain, w, effort)[:n]
 
 
 def dequantize(fmt: Format, packed: Tensor, *, threads: int | None = None) -> Tensor:
@@ -175,7 +208,11 @@ def _check_importance(weights: Tensor, importance: Tensor | None) -> Tensor:
             f"importance of weights {list(weights.shape)} must be {list(expected)}, one value per expert and "
             f"input channel, not {list(importance.shape)}"
         )
-    per_expert = importance.to(weights.device, torch.float64).reshape(-1, weights.shape[-1])
+    return even_out(importance.to(weights.device, torch.float64).reshape(-1, weights.shape[-1]))
+
+
+def even_out(per_expert: Tensor) -> Tensor:
+    """Importance f64 [E, in] -> f32 with median 1 in each expert and a positive floor; FormatError if bad."""
     bad = ~(torch.isfinite(per_expert) & (per_expert >= 0))
     if bool(bad.any()):
         expert, column = bad.nonzero()[0].tolist()

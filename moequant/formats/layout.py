@@ -43,7 +43,7 @@ def read_half(packed: Tensor, at: int) -> Tensor:
 
 def half_bytes(x: Tensor) -> Tensor:
     """f32 or f16 [n] or [n, 1] -> uint8 [n, 2]: the bytes of f16."""
-    return x.to(torch.float16).reshape(-1, 1).view(torch.uint8)
+    return x.to(torch.float16).flatten().contiguous().view(-1, 1).view(torch.uint8)
 
 
 def split_pairs(packed: Tensor) -> Tensor:

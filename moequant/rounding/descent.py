@@ -1,0 +1,127 @@
+"""Coordinate descent: scales, minima, d and codes moved one after another to where the outputs lose least.
+
+With e the error of a row, moving its weights by δ changes e H eᵀ by δ H δᵀ - 2 δ g, g = H e. The gradient g
+of a block is kept up to date, so every move is judged by the true objective and can only lower it:
+
+1. each sub-block moves its scale and minimum code within REACH, levels fixed;
+2. d and dmin are solved by least squares, levels fixed;
+3. each level moves to the one nearest to where its column wants to be.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moequant.formats.layout import half, inverse
+from moequant.formats.parts import look_up
+from moequant.rounding.columns import CHUNK
+from moequant.rounding.lattice import Fields, Lattice
+
+REACH = 2
+"""How far a scale or minimum code may move in one round."""
+
+
+def descend(lattice: Lattice, target: Tensor, fields: Fields, hessian: Tensor, rounds: int) -> None:
+    """Move `fields` towards target f32 [E, in, R] under hessian f32 [E, in, in], in place."""
+    error = target - lattice.value(fields)
+    for _ in range(rounds):
+        for begin in range(0, target.shape[1], lattice.block):
+            end = begin + lattice.block
+            gradient = hessian[:, begin:end] @ error
+            block = lattice.block_of(fields, begin)
+            within = hessian[:, begin:end, begin:end]
+            if len(lattice.scale_codes) > 1:
+                move_scales(lattice, block, within, gradient)
+            if lattice.moves_d:
+                solve_steps(lattice, block, within, gradient)
+            move_levels(lattice, block, within, gradient)
+            error[:, begin:end] = target[:, begin:end] - lattice.value(block)
+
+
+def move_scales(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tensor) -> None:
+    """Each sub-block's scale and minimum to the best codes within REACH; `gradient` follows."""
+    sub = lattice.sub
+    reach = torch.arange(-REACH, REACH + 1, device=hessian.device)[:, None, None]
+    for s in range(block.scale.shape[1]):
+        columns = slice(s * sub, (s + 1) * sub)
+        own, level, g = hessian[:, columns, columns], block.level[:, columns], gradient[:, columns]
+        scales = (block.scale[:, s] + reach).clamp_(lattice.scale_codes[0], lattice.scale_codes[-1])
+        grown = block.d[:, 0] * (look_up(lattice.scales, scales) - look_up(lattice.scales, block.scale[:, s]))
+        change = grown * (grown * (level * (own @ level)).sum(1) - 2 * (level * g).sum(1))
+        if lattice.minima:
+            minima, lifted, saved = _best_minima(lattice, block, s, own, g, grown)
+            change = change + saved
+        change[REACH] = change[REACH].clamp_max(0) if lattice.minima else 0.0
+        best = change.argmin(0, keepdim=True)
+        block.scale[:, s] = scales.gather(0, best)[0]
+        moved = grown.gather(0, best).movedim(0, 1) * level
+        if lattice.minima:
+            block.minimum[:, s] = minima.gather(0, best)[0]
+            moved = moved - lifted.gather(0, best).movedim(0, 1)
+        gradient -= hessian[:, :, columns] @ moved
+
+
+def _best_minima(
+    lattice: Lattice, block: Fields, s: int, own: Tensor, gradient: Tensor, grown: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For scales grown by `grown` [k, E, R]: the best minima, how much they lift the offset, the change.
+
+    A lift of v changes the error by v² r - 2 v (grown · q - sum g), r = 1ᵀH1, q = 1ᵀHl; the first is solved
+    for v, and minima count up by one.
+    """
+    minimum, dmin = block.minimum[:, s], block.dmin[:, 0]
+    across = own.sum(1)
+    level = block.level[:, s * lattice.sub : (s + 1) * lattice.sub]
+    pull = grown * (across[:, None] @ level)[:, 0] - gradient.sum(1)
+    curve = across.sum(1)[:, None]
+    wanted = (pull * inverse(curve * dmin)).round_().clamp_(-REACH, REACH)
+    minima = (minimum + wanted).clamp_(0, len(lattice.minima) - 1)
+    lift = dmin * (minima - minimum)
+    return minima, lift, lift * (lift * curve - 2 * pull)
+
+
+def solve_steps(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tensor) -> None:
+    """d and dmin [E, 1, R] of least error, as f16 holds them, where that lowers it; `gradient` follows."""
+    unit = lattice.spread(look_up(lattice.scales, block.scale), lattice.sub) * block.level
+    h_unit = hessian @ unit
+    uu, ug = (unit * h_unit).sum(1, keepdim=True), (unit * gradient).sum(1, keepdim=True)
+    alone = half(block.d + ug * inverse(uu)) - block.d
+    best = alone * (alone * uu - 2 * ug)
+    grown = torch.where(best < 0, alone, 0.0)
+    best = best.clamp_max(0)
+    if lattice.minima:
+        low = look_up(lattice.minima, block.minimum)
+        h_low = hessian.reshape(*hessian.shape[:2], -1, lattice.sub).sum(3) @ low
+        low = lattice.spread(low, lattice.sub)
+        vv, vg = (low * h_low).sum(1, keepdim=True), (low * gradient).sum(1, keepdim=True)
+        uv = (low * h_unit).sum(1, keepdim=True)
+        det = uu * vv - uv * uv
+        by = torch.where(det > 1e-6 * uu * vv, 1 / det, 0.0)
+        both = half(block.d + (ug * vv - vg * uv) * by) - block.d
+        lift = half(block.dmin + (ug * uv - vg * uu) * by) - block.dmin
+        change = both * (both * uu - 2 * ug - 2 * lift * uv) + lift * (lift * vv + 2 * vg)
+        won = change < best
+        grown, lift = torch.where(won, both, grown), torch.where(won, lift, 0.0)
+        block.dmin.add_(lift)
+        gradient += lift * h_low
+    block.d.add_(grown)
+    gradient -= grown * h_unit
+
+
+def move_levels(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tensor) -> None:
+    """Each column's level to the one nearest to its optimum, the others fixed, one column after another."""
+    step = lattice.spread(lattice.step(block), lattice.sub)
+    by = inverse(step * hessian.diagonal(dim1=1, dim2=2)[..., None])
+    n = step.shape[1]
+    for first in range(0, n, CHUNK):
+        chunk, rest = slice(first, first + CHUNK), slice(first + CHUNK, n)
+        across, pull = hessian[:, chunk, chunk], gradient[:, chunk]
+        moved = torch.empty_like(pull)
+        for k in range(CHUNK):
+            level = block.level[:, first + k]
+            near = lattice.snap(torch.addcmul(level, pull[:, k], by[:, first + k]))
+            step_by = torch.mul(near - level, step[:, first + k], out=moved[:, k])
+            pull[:, k + 1 :].addcmul_(across[:, k, k + 1 :, None], step_by[:, None], value=-1)
+            level.copy_(near)
+        gradient[:, rest] -= hessian[:, rest, chunk] @ moved

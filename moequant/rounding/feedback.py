@@ -1,0 +1,195 @@
+"""Whole expert tensors rounded under their Hessians: checks, chunks, threads, fallbacks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moequant import formats
+from moequant.errors import FormatError
+from moequant.formats import Effort, Format, engine
+from moequant.rounding.columns import feed
+from moequant.rounding.descent import descend
+from moequant.rounding.hessian import Factored, factorise, trouble
+from moequant.rounding.lattice import Fields, Lattice, lattice_of
+
+COARSE = 4.0
+"""Bits below which the size of a weight counts when scales are searched (ggml's factor): measured to help
+at 2.6 and 3.4 bits per weight and to hurt at 4.5."""
+
+ROWS_AT_ONCE = 4096
+"""Rows (of all experts of a tile) that a thread of a CPU takes at once: what it touches column by column
+stays in the second-level cache, and a call into torch still has something to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to round.
+
+    damping: what is added to a Hessian's diagonal, in means of it. rounds: of coordinate descent.
+    effort: of the search for scales. magnitude: exponent of the weights' size in that search, None: the
+    format's own below COARSE bits, 0 above. memory: bytes of working memory. threads: None is one per core.
+    """
+
+    damping: float = 0.01
+    rounds: int = 2
+    effort: Effort = "default"
+    magnitude: float | None = None
+    memory: int = 1 << 30
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """An expert that was rounded by the plain search, and why."""
+
+    expert: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """data u8 [E, out, row_bytes]; error f64 [E], tr(E H Eᵀ) as decoded under the Hessian given, NaN
+    where that is not finite; damping f64 [E] that was needed, NaN for fallbacks."""
+
+    data: Tensor
+    error: Tensor
+    damping: Tensor
+    fallbacks: tuple[Fallback, ...]
+
+
+def round_to_hessian(
+    fmt: Format | str, target: Tensor, hessian: Tensor, options: Options = Options()
+) -> Rounded:
+    """Round target [E, out, in] so that tr(E H Eᵀ), E = target - rounded, is small for hessian [E, in, in].
+
+    Any float dtype; both on one device, where the work is done in f32. FormatError: shapes that do not
+    match, rows that the block does not divide, weights that are not finite or beyond the format's limit.
+    An expert whose Hessian is not finite, all zero, or does not factorise when damped by its mean diagonal
+    is rounded by the plain search and listed in `fallbacks`.
+    """
+    fmt = formats.get(fmt) if isinstance(fmt, str) else fmt
+    lattice = lattice_of(fmt)
+    _check(fmt, target, hessian)
+    experts, rows, columns = target.shape
+    data = torch.empty((experts, rows, fmt.row_bytes(columns)), dtype=torch.uint8, device=target.device)
+    used = torch.full((experts,), torch.nan, dtype=torch.float64)
+    fallbacks: list[Fallback] = []
+    for chunk in _chunks(options.memory, target):
+        reasons = trouble(hessian[chunk])
+        good = [e for e, reason in zip(chunk, reasons, strict=True) if reason is None]
+        fallbacks += [Fallback(e, r) for e, r in zip(chunk, reasons, strict=True) if r is not None]
+        if good:
+            factored, damping = factorise(lattice, hessian[good], options.damping)
+            data[good] = _round_chunk(lattice, target[good], factored, options)
+            used[good] = damping.cpu()
+    for expert in torch.isinf(used).nonzero().flatten().tolist():
+        fallbacks.append(Fallback(expert, "the Hessian does not factorise, whatever the damping"))
+        used[expert] = torch.nan
+    for bad in fallbacks:
+        data[bad.expert] = _plain(fmt, target[bad.expert], hessian[bad.expert], options)
+    error = torch.stack([outputs_lost(fmt, *each) for each in zip(target, data, hessian, strict=True)])
+    return Rounded(data, error, used, tuple(sorted(fallbacks, key=lambda bad: bad.expert)))
+
+
+def outputs_lost(fmt: Format, target: Tensor, data: Tensor, hessian: Tensor) -> Tensor:
+    """tr(E H Eᵀ) of one expert, f64 [] on the CPU: target [out, in], data u8 [out, row_bytes]."""
+    error = target.float() - formats.dequantize(fmt, data)
+    return ((error @ hessian.float()).double() * error.double()).sum().cpu()
+
+
+def _check(fmt: Format, target: Tensor, hessian: Tensor) -> None:
+    if target.ndim != 3 or hessian.shape != (target.shape[0], target.shape[2], target.shape[2]):
+        raise FormatError(
+            f"Hessians of weights {list(target.shape)} must be [experts, in, in], not {list(hessian.shape)}"
+        )
+    fmt.row_bytes(target.shape[2])
+    good = (target.abs() <= fmt.limit).flatten(1).all(1)
+    if not bool(good.all()):
+        raise FormatError(
+            f"{fmt.name} cannot hold the weights of expert {int((~good).nonzero()[0])}: they must be "
+            f"finite and within ±{fmt.limit:g}; is the checkpoint damaged?"
+        )
+
+
+def _chunks(memory: int, target: Tensor) -> Iterator[list[int]]:
+    """Experts that are worked on together."""
+    experts, rows, columns = target.shape
+    each = 4 * columns * (6 * columns + 10 * rows)  # copies of the Hessian, and of the weights, in f32
+    step = max(1, memory // each)
+    for first in range(0, experts, step):
+        yield list(range(first, min(first + step, experts)))
+
+
+def _plain(fmt: Format, target: Tensor, hessian: Tensor, options: Options) -> Tensor:
+    """The diagonal search, with what the Hessian's diagonal still says."""
+    diagonal = hessian.diagonal().double()
+    usable = bool((torch.isfinite(diagonal) & (diagonal >= 0)).all())
+    return formats.quantize(
+        fmt, target, diagonal if usable else None, options.effort, threads=options.threads
+    )
+
+
+def _round_chunk(lattice: Lattice, target: Tensor, factored: Factored, options: Options) -> Tensor:
+    """target [E, out, in] -> u8 [E, out, row_bytes], tile by tile."""
+    fmt = lattice.fmt
+    data = torch.empty(
+        (*target.shape[:2], fmt.row_bytes(target.shape[2])), dtype=torch.uint8, device=target.device
+    )
+    magnitude = options.magnitude
+    if magnitude is None:
+        magnitude = fmt.magnitude if fmt.bits < COARSE else 0.0
+    compiled = engine.compiles(fmt, target.numel(), magnitude, options.effort, target.device)
+    importance = engine.even_out(factored.damped.diagonal(dim1=1, dim2=2).double())
+
+    def work(tile: tuple[slice, slice]) -> None:
+        experts, rows = tile
+        own = factored.of(experts)
+
+        def encode(weights: Tensor, begin: int, end: int) -> Fields:
+            x = weights.transpose(1, 2)
+            w = importance[experts, None, begin:end].expand_as(x)
+            x, w = (v.reshape(-1, lattice.block) for v in (x, w))
+            packed = engine.encode_blocks(fmt, x, w, options.effort, magnitude, compiled)
+            return lattice.read(packed.view(weights.shape[0], weights.shape[2], -1))
+
+        goal = target[experts, rows].float().transpose(1, 2).contiguous()
+        fields = feed(lattice, goal, own, encode)
+        descend(lattice, goal, fields, own.damped, options.rounds)
+        data[experts, rows] = lattice.write(fields)
+
+    _for_each(work, list(_tiles(target, options.threads)), options.threads, target.device)
+    return data
+
+
+def _tiles(target: Tensor, threads: int | None) -> Iterator[tuple[slice, slice]]:
+    """Experts and rows that are worked on together: on a GPU all of them."""
+    experts, rows = target.shape[:2]
+    if target.device.type != "cpu":
+        yield slice(0, experts), slice(0, rows)
+        return
+    share = -(-experts * rows // (threads or os.cpu_count() or 1))
+    at_once = min(ROWS_AT_ONCE, share)
+    step = max(1, at_once // rows)
+    for first in range(0, experts, step):
+        for row in range(0, rows, min(at_once, rows)):
+            yield slice(first, first + step), slice(row, min(row + at_once, rows))
+
+
+def _for_each(
+    work: Callable[[tuple[slice, slice]], None],
+    tiles: list[tuple[slice, slice]],
+    threads: int | None,
+    device: torch.device,
+) -> None:
+    """Threads take tiles in turn, each with single-threaded operations, as in `formats.engine`."""
+    if threads is None:
+        threads = os.cpu_count() or 1 if device.type == "cpu" else 1
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for done in [pool.submit(work, tile) for tile in tiles]:
+            done.result()

@@ -1,0 +1,175 @@
+"""What a row may be rounded to once its scales stand: the points of a format, columns first.
+
+Everything here is laid out [E, columns, rows]: a column of all rows is contiguous, because rounding
+with feedback walks from column to column and treats all rows (and experts) alike.
+
+    weight = step · level - offset,  step = d · scales[scale],  offset = dmin · minima[minimum]
+
+A scalar format's level belongs to a weight, a vector format's to a group of 4 or 8: a row of the grid
+with its signs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+from moequant.errors import FormatError
+from moequant.formats import Format
+from moequant.formats.parts import Parts, Scalar, Vector, count_up, look_up
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What `columns` of some rows are made of. Updated in place as rounding proceeds.
+
+    level f32 [E, columns, R]; scale and minimum f32 [E, columns / sub, R], integer codes; d and dmin
+    f32 [E, columns / block, R], exact in f16; row i32 [E, columns / group, R] of a grid. Where a format
+    has no such field there is no column of it.
+    """
+
+    level: Tensor
+    scale: Tensor
+    minimum: Tensor
+    d: Tensor
+    dmin: Tensor
+    row: Tensor
+
+    def all(self) -> tuple[Tensor, ...]:
+        """Every field, in order."""
+        return self.level, self.scale, self.minimum, self.d, self.dmin, self.row
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """A format as rounding sees it; scales ascend with their codes."""
+
+    fmt: Format
+    group: int
+    sub: int
+    scales: tuple[float, ...]
+    scale_codes: range
+    minima: tuple[float, ...]
+    moves_d: bool
+
+    @property
+    def block(self) -> int:
+        """Weights that share d."""
+        return self.fmt.block
+
+    def block_of(self, f: Fields, begin: int) -> Fields:
+        """A view of the fields of the block that starts at column `begin`."""
+
+        def cut(x: Tensor, share: int) -> Tensor:
+            return x[:, begin // share : (begin + self.block) // share]
+
+        shares = (1, self.sub, self.sub, self.block, self.block, self.group)
+        return Fields(*(cut(x, share) for x, share in zip(f.all(), shares, strict=True)))
+
+    def step(self, f: Fields) -> Tensor:
+        """[E, sub-blocks, R]: what the levels are multiplied with."""
+        return self.spread(f.d, self.block // self.sub) * look_up(self.scales, f.scale)
+
+    def offset(self, f: Fields) -> Tensor | None:
+        """[E, sub-blocks, R]: what is subtracted, None where nothing ever is."""
+        if not self.minima:
+            return None
+        return self.spread(f.dmin, self.block // self.sub) * look_up(self.minima, f.minimum)
+
+    def value(self, f: Fields) -> Tensor:
+        """[E, columns, R]: the weights."""
+        value = self.spread(self.step(f), self.sub) * f.level
+        offset = self.offset(f)
+        return value if offset is None else value - self.spread(offset, self.sub)
+
+    @staticmethod
+    def spread(x: Tensor, times: int) -> Tensor:
+        """[E, n, R] -> [E, n · times, R], each repeated in place."""
+        return x if times == 1 else x.repeat_interleave(times, 1)
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """The levels of a scalar format, ascending, each once."""
+        view = self._scalar
+        return tuple(sorted({view.levels[code] for code in view.codes}))
+
+    def snap(self, t: Tensor) -> Tensor:
+        """The level nearest to t; `t` may be overwritten. Scalar formats only."""
+        low, high = self.levels[0], self.levels[-1]
+        if self.levels == count_up(int(low), int(high)):
+            return t.round_().clamp_(low, high)
+        # All levels are integers: between two multiples of 1/2 the nearest level does not change.
+        near = _nearest_by_halves(self.levels, t.device)
+        return near[((t * 2).floor_().clamp_(2 * low, 2 * high) - 2 * low).to(torch.int32)]
+
+    @property
+    def _scalar(self) -> Scalar:
+        assert isinstance(self.fmt.view, Scalar)
+        return self.fmt.view
+
+    def read(self, packed: Tensor) -> Fields:
+        """uint8 [E, R, bytes of whole blocks] -> its fields."""
+        shape = packed.shape
+        blocks = packed.reshape(-1, self.fmt.block_bytes)
+
+        def columns(x: Tensor) -> Tensor:
+            """[blocks, k] -> [E, blocks of a row · k, R]."""
+            return x.reshape(shape[0], shape[1], -1).transpose(1, 2).contiguous()
+
+        parts = self._scalar.unpack(blocks)
+        numbers = (parts.scale, parts.minimum, parts.d, parts.dmin)
+        level = look_up(self._scalar.levels, parts.codes)
+        none = torch.empty((*packed.shape[:2], 0), dtype=torch.int32, device=packed.device)
+        scale, minimum, d, dmin = (columns(x.float()) for x in numbers)
+        return Fields(columns(level), scale, minimum, d, dmin, none.transpose(1, 2))
+
+    def write(self, f: Fields) -> Tensor:
+        """The inverse of `read`: uint8 [E, R, row_bytes]."""
+        experts, columns, n = f.level.shape
+
+        def blocks(x: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+            """[E, k · blocks of a row, R] -> [blocks, k]."""
+            whole = x.transpose(1, 2).to(dtype)
+            return whole.reshape(experts * n * (columns // self.block), -1)
+
+        half = torch.float16
+        code = _code_of(self._scalar.levels, self._scalar.codes, f.level)
+        parts = Parts(
+            blocks(code), blocks(f.scale), blocks(f.minimum), blocks(f.d, half), blocks(f.dmin, half)
+        )
+        return self._scalar.pack(parts).view(experts, n, -1)
+
+
+@cache
+def lattice_of(fmt: Format) -> Lattice:
+    """The lattice of a block format; FormatError for those that have none."""
+    view = fmt.view
+    if isinstance(view, Scalar):
+        return Lattice(fmt, 1, view.sub, view.scales, view.scale_codes, view.minima, view.stores_d)
+    if isinstance(view, Vector):
+        layout = view.layout
+        odd = range(layout.ladder.lowest, layout.ladder.highest + 1, layout.ladder.step)
+        scales = tuple(layout.unit * level for level in odd)
+        return Lattice(fmt, layout.grid.group, layout.sub, scales, range(len(scales)), (), True)
+    raise FormatError(f"{fmt.name} has no blocks whose scales could be set; round to a quantized type")
+
+
+@cache
+def _nearest_by_halves(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """f32: the nearest level for every half step from the lowest to the highest level."""
+    table = torch.tensor(levels)
+    middle = torch.arange(2 * int(levels[0]), 2 * int(levels[-1]) + 1) / 2 + 0.25
+    return table[(middle[:, None] - table).abs().argmin(1)].to(device)
+
+
+def _code_of(levels: tuple[float, ...], codes: range, level: Tensor) -> Tensor:
+    """The code that stands for each level."""
+    if levels == count_up(int(levels[0]), int(levels[-1])):
+        return level - levels[0]
+    table = torch.zeros(int(max(levels) - min(levels)) + 1, device=level.device)
+    for code in reversed(codes):  # of two codes for 0, the first
+        table[int(levels[code] - min(levels))] = code
+    return table[(level - min(levels)).to(torch.int32)]
