@@ -6,11 +6,11 @@ of every format in every weight, and finds the least total damage that fits.
 """
 
 from moequant.plan.allocate import Option, Unit, allocate
-from moequant.plan.choose import make_plan, preset_plan
+from moequant.plan.choose import groups, make_plan, preset_plan
 from moequant.plan.curve import Point, curve
 from moequant.plan.damages import Damages, candidates, prior_damages
 from moequant.plan.document import from_json, plan_from_types, read, to_json
-from moequant.plan.sizes import ALIGNMENT, Budget, aligned, packed_bytes, parse_size
+from moequant.plan.sizes import ALIGNMENT, Budget, aligned, data_bytes, packed_bytes, parse_size
 
 __all__ = [
     "ALIGNMENT",
@@ -23,7 +23,9 @@ __all__ = [
     "allocate",
     "candidates",
     "curve",
+    "data_bytes",
     "from_json",
+    "groups",
     "make_plan",
     "packed_bytes",
     "parse_size",

@@ -56,7 +56,7 @@ def allocate(units: Sequence[Unit], budget: int) -> list[Option]:
 
 
 def _greedy(hulls: list[tuple[Option, ...]], budget: int) -> tuple[list[Option], float]:
-    """The hull steps that remove most damage per byte while they fit, and that rate when one first did not."""
+    """The hull steps that remove most damage per byte while they fit, and the rate of the first to fail."""
     level = [0] * len(hulls)
     spent, price = sum(hull[0].bytes for hull in hulls), 0.0
     steps = [(_rate(hull, 0), index) for index, hull in enumerate(hulls) if len(hull) > 1]

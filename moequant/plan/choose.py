@@ -58,10 +58,10 @@ def make_plan(
 
 def make_units(weights: tuple[Weight, ...], damages: Damages, floor_bits: float = 0.0) -> list[Unit]:
     """Groups of weights that share a format, each with its formats of at least `floor_bits` per weight."""
-    return [Unit(group, _options(group, damages, floor_bits)) for group in _groups(weights)]
+    return [Unit(group, _options(group, damages, floor_bits)) for group in groups(weights)]
 
 
-def _groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
+def groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
     """Weights in order; gate and up of the same block (experts, shared or dense) together."""
     groups: dict[object, list[Weight]] = {}
     for weight in weights:

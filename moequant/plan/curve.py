@@ -14,7 +14,7 @@ from moequant.values import Plan, Weight
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A file: its size, predicted KL divergence, what named it, and the plan (None: llama.cpp's own types)."""
+    """A file: its size, predicted KL divergence, its name, and the plan (None: llama.cpp's types)."""
 
     file_bytes: int
     predicted: float

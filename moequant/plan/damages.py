@@ -1,9 +1,10 @@
-"""What every format costs every weight in KL divergence: measured (`moequant.damage`) or, here, from tables."""
+"""What every format costs every weight in KL divergence: measured by `moequant.damage`, or from tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from math import sqrt
 
 from moequant.plan.sizes import bits_of
 from moequant.values import Role, Weight
@@ -86,20 +87,29 @@ rules raise the same layers)."""
 class Damages:
     """`table`: weight name -> format -> KL divergence expected of that weight alone in that format.
 
-    `scale` and `power` turn their sum into the KL divergence of the whole plan,
-    scale * sum ** power: errors of many weights are not simply added. `source` says where
-    the numbers come from.
+    It is the format's relative error times `sensitivity`, the KL divergence that a unit
+    of relative error in that weight costs. A whole plan whose damages add up to x has the
+    KL divergence linear * x + root * sqrt(x). `source` says where the numbers come from.
     """
 
     table: Mapping[str, Mapping[str, float]]
+    sensitivity: Mapping[str, float]
     source: str
-    scale: float = 1.0
-    power: float = 1.0
-    measured: bool = field(default=True)
+    linear: float = 1.0
+    root: float = 0.0
+    measured: bool = True
 
     def predict(self, total: float) -> float:
         """KL divergence of a plan whose weights' damages add up to `total`."""
-        return self.scale * total**self.power if total > 0 else 0.0
+        return self.linear * total + self.root * sqrt(total)
+
+    def after(self, rounding: Mapping[str, float]) -> Damages:
+        """The same when better rounding leaves only that share of a format's damage (1 where not listed)."""
+        table = {
+            weight: {name: damage * rounding.get(name, 1.0) for name, damage in row.items()}
+            for weight, row in self.table.items()
+        }
+        return replace(self, table=table)
 
 
 def candidates(weight: Weight) -> tuple[str, ...]:
@@ -114,11 +124,14 @@ def candidates(weight: Weight) -> tuple[str, ...]:
 
 def prior_damages(weights: tuple[Weight, ...], layers: int) -> Damages:
     """Damages from tables of two trained models, for when nothing was measured."""
-    table = {}
-    for weight in weights:
-        whole = _sensitivity(weight, layers)
-        table[weight.name] = {name: whole * RELATIVE_ERROR.get(name, 0.0) for name in candidates(weight)}
-    return Damages(table, "tables of two trained models, not this one", measured=False)
+    sensitivity = {weight.name: _sensitivity(weight, layers) for weight in weights}
+    table = {
+        weight.name: {
+            name: sensitivity[weight.name] * RELATIVE_ERROR.get(name, 0.0) for name in candidates(weight)
+        }
+        for weight in weights
+    }
+    return Damages(table, sensitivity, "tables of two trained models, not this one", measured=False)
 
 
 def _sensitivity(weight: Weight, layers: int) -> float:

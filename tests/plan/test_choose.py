@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moequant.checkpoint import open_checkpoint
 from moequant.conversion import facts
 from moequant.errors import PlanError
 from moequant.plan import Budget, aligned, make_plan, preset_plan, prior_damages
-from moequant.plan.damages import RELATIVE_ERROR, Damages, candidates
+from moequant.plan.damages import RELATIVE_ERROR, candidates
 from moequant.plan.sizes import bits_of, data_bytes, packed_bytes
 from moequant.presets import BASE_TYPES, LEGACY, UNQUANTIZED, ModelFacts, llama_cpp_types
 from moequant.values import Plan, Role, Weight
@@ -101,7 +103,7 @@ def test_bytes_go_where_the_damage_is() -> None:
         name: {fmt: cost * (1000 if name.startswith("blk.1.ffn_down") else 1) for fmt, cost in row.items()}
         for name, row in prior.table.items()
     }
-    plan = make_plan(weights, Budget.of_bpw(3.8), FACTS, Damages(table, "made up"))
+    plan = make_plan(weights, Budget.of_bpw(3.8), FACTS, replace(prior, table=table, measured=True))
     chosen = types(plan)
     assert chosen["blk.1.ffn_down_exps.weight"] == "Q8_0"
     assert bits_of(chosen["blk.0.attn_v.weight"]) < bits_of(chosen["blk.1.ffn_down_exps.weight"])
@@ -113,10 +115,10 @@ def test_bytes_go_where_the_damage_is() -> None:
 def test_damages_of_a_plan_add_up_to_its_prediction() -> None:
     weights = layers()
     prior = prior_damages(weights, 2)
-    bent = Damages(prior.table, "made up", scale=0.7, power=0.9)
+    bent = replace(prior, linear=0.7, root=0.03)
     plan, raw = (make_plan(weights, Budget.of_bpw(3.5), FACTS, known) for known in (bent, prior))
     assert types(plan) == types(raw), "how damages add up does not change what is best"
-    assert plan.damage == pytest.approx(0.7 * raw.damage**0.9)
+    assert plan.damage == pytest.approx(0.7 * raw.damage + 0.03 * raw.damage**0.5)
 
 
 def test_rows_that_256_does_not_divide_fall_back_and_say_so() -> None:
