@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -49,7 +50,9 @@ def calibrate(
             stream.embed(hidden)
 
         def total(recorders: Iterable[Moments], layer: int) -> Calibration:
-            found = combine([_part(recorder, layer, rows, domains) for recorder in recorders])
+            # One by one: the sums of all batches of a wide layer would be gigabytes.
+            parts = (_part(recorder, layer, rows, domains) for recorder in recorders)
+            found = reduce(lambda one, two: combine([one, two]), parts)
             if not all(torch.isfinite(stats.moment).all() for stats in found.inputs.values()):
                 _blame(checkpoint)
             if journal:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moequant.errors import OutputError
+
 
 class Hidden(Protocol):
     """The hidden states in front of a layer, batch by batch; f32 [rows, n, h] each."""
@@ -58,16 +60,30 @@ class OnDisk:
     def get(self, layer: int, batch: int) -> Tensor:
         """See `Hidden`."""
         start, stop = self._starts[batch], self._starts[batch + 1]
-        values = np.fromfile(self.path(layer), np.float32, stop - start, offset=4 * start)
+        try:
+            values = np.fromfile(self.path(layer), np.float32, stop - start, offset=4 * start)
+        except OSError as error:
+            raise OutputError(f"{self.path(layer)}: hidden states cannot be read ({error})") from None
+        if len(values) < stop - start:
+            raise OutputError(
+                f"{self.path(layer)}: hidden states end early; delete the folder to begin again"
+            )
         return torch.from_numpy(values).view(self.shapes[batch])
 
     def put(self, layer: int, batch: int, states: Tensor) -> None:
         """See `Hidden`."""
         path = self.path(layer)
-        path.touch()
-        with path.open("r+b") as file:
-            file.seek(4 * self._starts[batch])
-            states.detach().float().cpu().contiguous().numpy().tofile(file)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            with path.open("r+b") as file:
+                file.seek(4 * self._starts[batch])
+                states.detach().float().cpu().contiguous().numpy().tofile(file)
+        except OSError as error:
+            needed = 4 * self._starts[-1]
+            raise OutputError(
+                f"{path}: hidden states cannot be kept ({error}); a layer's take {needed:,} bytes, twice"
+            ) from None
 
     def drop(self, layer: int) -> None:
         """See `Hidden`."""

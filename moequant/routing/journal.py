@@ -3,7 +3,8 @@
 One folder a run: `run.json` says which run it is, `layer-NNNN.safetensors` holds the
 statistics of a finished layer, `hidden-NNNN.f32` the hidden states in front of a layer. A
 layer counts as finished when its statistics are there under their final name; the hidden
-states that it was fed are deleted only after that.
+states that it was fed are deleted only after that. Hidden states are not flushed to the
+disk: a killed process loses nothing, a power failure may.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import json
 import shutil
 from pathlib import Path
 
+from moequant import __version__
 from moequant.checkpoint import Checkpoint
 from moequant.corpus import Rows
 from moequant.errors import OutputError
+from moequant.files import atomic
 from moequant.routing import store
 from moequant.values import Calibration
-
-VERSION = 1
 
 
 class Journal:
@@ -28,15 +29,17 @@ class Journal:
     def __init__(self, folder: Path, checkpoint: Checkpoint, rows: Rows) -> None:
         """Open or begin it. OutputError when the folder belongs to another run."""
         self.folder, self.checkpoint = folder, checkpoint
-        run = {"version": VERSION, "model": _fingerprint(checkpoint), "rows": _digest(rows)}
+        run = {"moequant": __version__, "model": _fingerprint(checkpoint), "rows": _digest(rows)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             here = folder / "run.json"
             if not here.exists():
-                here.write_text(json.dumps(run), encoding="utf-8")
+                with atomic(here) as partial:
+                    partial.write_text(json.dumps(run), encoding="utf-8")
             elif json.loads(here.read_text(encoding="utf-8")) != run:
                 raise OutputError(
-                    f"{folder}: left by a run with another model or text; delete the folder to begin again"
+                    f"{folder}: left by a run with another model, text or version; "
+                    "delete the folder to begin again"
                 )
         except (OSError, ValueError) as error:
             raise OutputError(f"{folder}: cannot keep the state of this run ({error})") from None

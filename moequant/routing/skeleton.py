@@ -9,8 +9,8 @@ position embeddings and per-layer arguments are those that the model itself make
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,7 +71,12 @@ class _Placeholder(nn.Module):
         self.width = width
 
     def forward(self, ids: Tensor) -> Tensor:
-        return torch.zeros((), device=ids.device).expand(*ids.shape, self.width)
+        return _nothing((*ids.shape, self.width), ids.device)
+
+
+def _nothing(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Zeros of that shape that take no memory."""
+    return torch.zeros((), device=device).expand(shape)
 
 
 class Skeleton:
@@ -83,6 +88,10 @@ class Skeleton:
 
     def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], batches: list[Tensor]) -> None:
         self.model, self.forward, self.batches = model, forward, batches
+        # Collected by hooks while a layer runs, but here layers run outside of the model's forward.
+        for collected in ("output_router_logits", "output_hidden_states", "output_attentions"):
+            if getattr(model.config, collected, False):
+                setattr(model.config, collected, False)
         holder = model.get_submodule(LAYERS)
         assert isinstance(holder, nn.ModuleList)
         self.layers = list(holder)
@@ -100,16 +109,22 @@ class Skeleton:
             yield call.hidden
 
     def begin(self) -> None:
-        """Take every batch to the first layer without values; the embedding may be released."""
+        """Take every batch to the first layer without values; the embedding may be released.
+
+        Passes that were under way end here.
+        """
+        self.close()
         embedding = self.model.get_input_embeddings()
         self.model.set_input_embeddings(_Placeholder(embedding.embedding_dim))
         self._passes = [greenlet(self._start) for _ in self.batches]
-        self.calls = [run.switch(batch) for run, batch in zip(self._passes, self.batches, strict=True)]
-        self.model.set_input_embeddings(embedding)
+        try:
+            self._wait(run.switch(batch) for run, batch in zip(self._passes, self.batches, strict=True))
+        finally:
+            self.model.set_input_embeddings(embedding)
 
     def advance(self) -> None:
         """Take every batch to the next layer."""
-        self.calls = [run.switch(call.hidden) for run, call in zip(self._passes, self.calls, strict=True)]
+        self._wait(run.switch(call.hidden) for run, call in zip(self._passes, self.calls, strict=True))
 
     def finish(self, batch: int, hidden: Tensor) -> Any:
         """The result of the forward pass of that batch, whose last layer gave `hidden`."""
@@ -120,6 +135,11 @@ class Skeleton:
         for run in self._passes:
             if run:
                 run.throw(GreenletExit)
+        self._passes, self.calls = [], []
+
+    def _wait(self, calls: Iterable[Call]) -> None:
+        """Keep what the model passes, without states that it may have computed from a placeholder."""
+        self.calls = [replace(call, hidden=_nothing(call.hidden.shape, call.hidden.device)) for call in calls]
 
     def _start(self, ids: Tensor) -> Any:
         return self.forward(input_ids=ids, use_cache=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,11 +39,20 @@ class Resources:
     """What a pass may use: bytes of memory for hidden states (None: no limit), where layers run, threads.
 
     On a CPU every thread takes whole batches with single-threaded kernels; None means one a core.
+    `read_ahead` reads the next layer while this one runs, at the price of its memory; an
+    accelerator always does. `batch_tokens` cross a layer in one forward pass.
     """
 
     ram: int | None = None
     device: str = "cpu"
     threads: int | None = None
+    read_ahead: bool = False
+    batch_tokens: int = BATCH_TOKENS
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the next layer is read while this one runs."""
+        return self.read_ahead or self.device != "cpu"
 
     @property
     def workers(self) -> int:
@@ -60,16 +70,18 @@ class Reader:
     bytes: int = 0
     reads: dict[str, int] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    _counting: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, weight: Weight) -> Tensor:
         """The weight's values in the checkpoint's dtype, see `checkpoint.load`."""
         if weight.name in self.kept:
             return self.kept[weight.name]
         values = load(weight)
-        self.bytes += values.numel() * values.element_size()
-        self.reads[weight.name] = self.reads.get(weight.name, 0) + 1
-        if self.keep:
-            self.kept[weight.name] = values
+        with self._counting:  # the next layer is read by a thread of its own
+            self.bytes += values.numel() * values.element_size()
+            self.reads[weight.name] = self.reads.get(weight.name, 0) + 1
+            if self.keep:
+                self.kept[weight.name] = values
         return values
 
 
@@ -92,7 +104,7 @@ class LayerStream:
         self.checkpoint, self.resources, self.provider, self.whole = checkpoint, resources, provider, whole
         self.model = empty_model(checkpoint, EXPERTS, resources.device)
         watch(self.model, checkpoint.weights)
-        self.batches = list(torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1])))
+        self.batches = list(torch.split(ids, max(1, resources.batch_tokens // ids.shape[1])))
         self.skeleton = Skeleton(
             self.model,
             self.model if whole else self.model.get_decoder(),
@@ -130,10 +142,10 @@ class LayerStream:
             return InMemory(len(self.batches))
         return OnDisk(folder, self.shapes)
 
-    def embed(self, hidden: Hidden) -> None:
-        """Fill `hidden` with what the first layer is fed."""
+    def embed(self, hidden: Hidden, provider: Provider | None = None) -> None:
+        """Fill `hidden` with what the first layer is fed; `provider` has other weights than the stream's."""
         embedding = self._outside(Role.EMBEDDING)
-        self._fill(embedding)
+        self._fill(embedding, provider)
         with torch.inference_mode():
             for batch, states in enumerate(self.skeleton.embed()):
                 hidden.put(0, batch, states)
@@ -141,19 +153,28 @@ class LayerStream:
 
     def layers(self, first: int = 0) -> Iterator[int]:
         """Each decoder layer in turn, from `first`, with its weights in memory and all batches before it."""
-        with torch.inference_mode():
-            self.skeleton.begin()
-            for _ in range(first):
-                self.skeleton.advance()
+        self.rewind(first)
         for layer in range(first, self.n_layers):
             self._fill(self.weights(layer))
-            if layer + 1 < self.n_layers and self.resources.device != "cpu":
+            if layer + 1 < self.n_layers and self.resources.reads_ahead:
                 self._read_ahead(self.weights(layer + 1))
             yield layer
             release(self.model, self.weights(layer))
             if layer + 1 < self.n_layers:
                 with torch.inference_mode():
                     self.skeleton.advance()
+
+    def rewind(self, layer: int) -> None:
+        """Take every batch in front of that layer (in front of the last, when there are fewer): no weights."""
+        with torch.inference_mode():
+            self.skeleton.begin()
+            for _ in range(min(layer, self.n_layers - 1)):
+                self.skeleton.advance()
+
+    def refill(self, layer: int, provider: Provider) -> None:
+        """The layer's weights from elsewhere instead of those that are in memory."""
+        release(self.model, self.weights(layer))
+        fill(self.model, self.weights(layer), provider, None, self.resources.device)
 
     def cross(self, layer: int, hidden: Hidden, make: Callable[[int], R], into: Hidden | None) -> Iterator[R]:
         """Every batch through the layer with its present weights, each with its own recorder `make(batch)`.
@@ -174,7 +195,7 @@ class LayerStream:
     def run(
         self, layer: int, batch: int, hidden: Hidden, told: Recorder | None, module: nn.Module | None = None
     ) -> Tensor | None:
-        """One batch through the layer, or through `module` in its place; None when the recorder had enough."""
+        """One batch through the layer, or `module` in its place; None when the recorder had enough."""
         states = hidden.get(layer, batch).to(self.resources.device)
         with torch.inference_mode(), recording(told):
             try:
@@ -185,9 +206,8 @@ class LayerStream:
     def each(self, work: Callable[[int], T]) -> Iterator[T]:
         """`work(batch)` for every batch, a few at a time; results in the order of the batches."""
         # More threads than cores would only wait; torch's own threads would wait for each other.
-        workers, cpu = self.resources.workers, self.resources.device == "cpu"
-        start: Callable[..., object] | None = torch.set_num_threads if cpu else None
-        with ThreadPoolExecutor(workers, initializer=start, initargs=(1,) if cpu else ()) as running:
+        workers = self.resources.workers
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as running:
             waiting = deque[Future[T]]()
             try:
                 for batch in range(len(self.batches)):
@@ -199,20 +219,29 @@ class LayerStream:
             finally:
                 running.shutdown(cancel_futures=True)
 
-    def finish(self, hidden: Hidden, make: Callable[[int], R]) -> Iterator[tuple[R, Any]]:
-        """The end of the forward pass, batch by batch: its recorder and what the model returns."""
+    def finish(
+        self, hidden: Hidden, make: Callable[[int], R], provider: Provider | None = None
+    ) -> Iterator[tuple[R, Any]]:
+        """The end of the forward pass, batch by batch: its recorder and what the model returns.
+
+        Once for every time that the batches came to the last layer (`layers`, `rewind`).
+        """
         roles = {Role.NORM} | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
         ends = self._outside(*roles)
-        self._fill(ends)
+        self._fill(ends, provider)
         if self.whole and self.checkpoint.tied:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
-        for batch in range(len(self.batches)):
-            told = make(batch)
-            with torch.inference_mode(), recording(told):
-                states = hidden.get(self.n_layers, batch).to(self.resources.device)
-                result = self.skeleton.finish(batch, states)
-            yield told, result
-        release(self.model, ends)
+        try:
+            for batch in range(len(self.batches)):
+                told = make(batch)
+                with torch.inference_mode(), recording(told):
+                    states = hidden.get(self.n_layers, batch).to(self.resources.device)
+                    result = self.skeleton.finish(batch, states)
+                yield told, result
+        finally:
+            release(self.model, ends)
+            if self.whole and self.checkpoint.tied:
+                self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
     def _outside(self, *roles: Role) -> tuple[Weight, ...]:
         """Weights of these roles outside all layers, the embedding only when something computes with it."""
@@ -221,7 +250,10 @@ class LayerStream:
             found = [weight for weight in found if weight.role is not Role.EMBEDDING]
         return tuple(found)
 
-    def _fill(self, weights: tuple[Weight, ...]) -> None:
+    def _fill(self, weights: tuple[Weight, ...], other: Provider | None = None) -> None:
+        if other is not None:
+            fill(self.model, weights, other, None, self.resources.device)
+            return
         ahead, self._ahead = self._ahead, {}
 
         def provider(weight: Weight) -> Tensor:

@@ -14,6 +14,7 @@ from moequant.errors import CheckpointError
 from moequant.routing.calibrate import calibrate
 from moequant.routing.experts import EXPERTS
 from moequant.routing.model import build_model
+from moequant.routing.statistics import importance
 from tests import models
 
 MOE = ["mixtral", "qwen3_moe", "olmoe"]
@@ -106,3 +107,33 @@ def test_weights_that_are_not_finite_are_named(tmp_path) -> None:
     named = r"model\.layers\.1\.self_attn\.v_proj\.weight \(blk\.1\.attn_v\.weight\): 1 of"
     with pytest.raises(CheckpointError, match=named):
         calibrate(open_checkpoint(folder), rows())
+
+
+@pytest.mark.parametrize("seen", [0, 1, 2])
+def test_experts_that_saw_next_to_nothing_have_finite_importance(tmp_path, seen: int) -> None:
+    """A router that sends every token to two experts, but for `seen` tokens of one id, which it sends to two more."""
+    folder = models.build(tmp_path, "qwen3_moe")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    hidden = tensors["model.embed_tokens.weight"].shape[1]
+    embedding = torch.zeros(models.VOCAB, hidden, dtype=torch.bfloat16)
+    embedding[:, 0], embedding[7, 0] = 4.0, -4.0  # token 7 points the other way
+    embedding[:, 1:] = (
+        torch.randn(models.VOCAB, hidden - 1, generator=torch.Generator().manual_seed(0)) * 0.01
+    )
+    router = torch.zeros(8, hidden, dtype=torch.bfloat16)
+    router[:2, 0], router[2:4, 0] = 1.0, -1.0
+    tensors["model.embed_tokens.weight"] = embedding
+    tensors["model.layers.0.self_attn.o_proj.weight"].zero_()
+    tensors["model.layers.0.mlp.gate.weight"] = router
+    save_file(tensors, file, {"format": "pt"})
+    ids = torch.randint(8, models.VOCAB, (2, 64), generator=torch.Generator().manual_seed(0))
+    ids[0, :seen] = 7
+    calibration = calibrate(open_checkpoint(folder), Rows(ids, ("test",) * 2, "ids", 128))
+    assert calibration.routes[0].tokens.tolist() == [128 - seen] * 2 + [seen] * 2 + [0] * 4
+    for side in ("up", "down"):
+        stats = calibration.inputs[f"model.layers.0.mlp.experts:{side}"]
+        assert stats.tokens.tolist() == calibration.routes[0].tokens.tolist()
+        for gating in ("none", "gate2"):
+            found = importance(stats, gating)
+            assert torch.isfinite(found).all() and (found > 0).all()
