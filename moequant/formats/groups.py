@@ -100,7 +100,7 @@ _LANDINGS: dict[int, tuple[float, ...]] = {
     4: (-8.6, -10.4, -8.0, -9.2, -14.0, 7.2, 9.0, -11.3, -8.3, -9.8, -17.9, 10.2, -7.6, -24.0, 7.6, 12.0),
     8: (-128.0, -127.0, -126.0, -125.0, -124.0, -150.0, -123.0, -129.0, -122.0, -121.0, -120.0, -190.0),
 }
-_TRIED: dict[Effort, int] = {"fast": 3, "default": 8, "best": 16}
+_TRIED: dict[Effort, int] = {"fast": 4, "default": 12, "best": 16}
 """How many of them each effort tries."""
 
 

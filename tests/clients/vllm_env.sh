@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment in which tests/clients/vllm.py runs: vLLM for CPUs pins its own torch and
+# Makes the virtual environment in which tests/clients/vllm_generate.py runs: vLLM for CPUs pins its own torch and
 # transformers, so it cannot share ours. About 3 GB on the disk. Usage: vllm_env.sh [FOLDER]
 set -euo pipefail
 folder="${1:-${XDG_CACHE_HOME:-$HOME/.cache}/moequant/vllm}"
