@@ -57,7 +57,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which part is where: `gpu_layers` as `-ngl` counts them, experts of the first `cpu_moe` layers not there.
+    """What is where: `gpu_layers` as `-ngl` counts them, experts of the first `cpu_moe` layers not there.
 
     `disk` are bytes of those experts that do not fit in memory, `lacking` bytes that have no place.
     """
@@ -200,7 +200,7 @@ class _Model:
 
     def placement(self, gpu_layers: int, cpu_moe: int, hardware: Hardware) -> Placement:
         """What goes where when `-ngl gpu_layers` and `--n-cpu-moe cpu_moe` are given."""
-        first = max(self.layers + 1 - gpu_layers, 0)
+        first = min(self.layers + 1 - gpu_layers, self.layers)
         moved = gpu_layers and (cpu_moe or first)
         # A prompt's batch is computed on the GPU: experts in system memory visit it one tensor at a time.
         gpu = self._share(range(first, self.layers), range(max(first, cpu_moe), self.layers), gpu_layers > 0)

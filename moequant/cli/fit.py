@@ -63,7 +63,7 @@ def fit(
     if as_json:
         typer.echo(json.dumps(fit_json(found), indent=1, ensure_ascii=False))
     else:
-        console().print(fit_report(found))
+        console().print(fit_report(found), crop=False)
     if found.best is None:
         typer.echo(f"moequant: {nothing_fits(found)}", err=True)
         raise typer.Exit(1)

@@ -127,7 +127,7 @@ def _read_one(path: Path) -> tuple[dict[str, Any], list[TensorInfo]]:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _Cursor(data).contents(path)
-            except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
+            except (struct.error, IndexError, ValueError, OverflowError) as error:
                 raise CheckpointError(
                     f"{path}: damaged GGUF header ({error}); is the download complete?"
                 ) from error
@@ -200,7 +200,8 @@ class _Cursor:
 
 
 def _neighbours(offsets: list[int], end: int) -> list[tuple[int, int]]:
-    return list(zip(offsets, [*offsets[1:], end], strict=True))
+    """Every offset with the one that follows it."""
+    return list(zip(offsets, [*offsets, end][1:], strict=True))
 
 
 def _type(kind: int, shape: tuple[int, ...], room: int) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder from config.json and safetensors headers, of a family that moequant has or has not."""
+"""A Hugging Face folder from config.json and safetensors headers, of any family, supported or not."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.padding import Padding
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -49,7 +49,7 @@ def nothing_fits(found: Fit) -> str:
         fast = max(fitting, key=lambda candidate: candidate.placement.speed)
         return (
             f"nothing is as fast as was asked for; the fastest, {fast.name}, is bound by "
-            f"{fast.placement.speed:.1f} tokens per second"
+            f"{_speed(fast.placement.speed)} tokens per second"
         )
     small = found.candidates[-1]
     what = (
@@ -77,9 +77,9 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
 def _heading(found: Fit) -> Text:
     hardware, load = found.hardware, found.load
     times = f" x {load.parallel} sequences" if load.parallel > 1 else ""
+    gpu = f"{gib(hardware.vram)} GPU ({hardware.vram_bandwidth / 1e9:g} GB/s) and " if hardware.vram else ""
     return Text(
-        f"{found.path} on {gib(hardware.vram)} GPU ({hardware.vram_bandwidth / 1e9:g} GB/s) and "
-        f"{gib(hardware.ram)} system memory ({hardware.ram_bandwidth / 1e9:g} GB/s), "
+        f"{found.path} on {gpu}{gib(hardware.ram)} system memory ({hardware.ram_bandwidth / 1e9:g} GB/s), "
         f"{load.ctx:,} tokens of context{times}, cache {load.cache_type}",
         style="bold",
     )
@@ -99,10 +99,14 @@ def _candidates(found: Fit) -> Table:
             gib(place.ram.total),
             gib(place.disk) if place.disk else "",
             _experts(place),
-            f"≤ {place.speed:.1f}",
+            f"≤ {_speed(place.speed)}",
             "" if place.fits else f"no: {gib(place.lacking)} too much",
         )
     return made
+
+
+def _speed(tokens: float) -> str:
+    return f"{tokens:.1f}" if tokens < 100 else f"{tokens:,.0f}"
 
 
 def _experts(place: Placement) -> str:
@@ -129,21 +133,27 @@ def _chosen(found: Fit, chosen: Candidate, title: str) -> list[RenderableType]:
         "together", gib(total) if total else "", gib(place.ram.total), gib(place.disk) if place.disk else ""
     )
     read = f"read per token: GPU {gib(round(place.gpu.read))}, system {gib(round(place.ram.read))}"
-    bound = f"at most {place.speed:.1f} tokens/s, {place.speed_full:.1f} with the context full"
+    bound = f"at most {_speed(place.speed)} tokens/s, {_speed(place.speed_full)} with the context full"
     lines: list[RenderableType] = [made, Text(f"{read}; {bound}\n")]
     if found.is_checkpoint:
-        lines.append(_shell(f"moequant convert {found.path} -o {chosen.file} --type {chosen.name}"))
-    lines.append(_shell(chosen.command))
+        lines.append(_Shell(f"moequant convert {found.path} -o {chosen.file} --type {chosen.name}"))
+    lines.append(_Shell(chosen.command))
     if chosen.override:
         lines += [
             Text("or, to choose layers yourself, instead of the --…cpu-moe option:"),
-            _shell(f"-ot '{chosen.override}'"),
+            _Shell(f"-ot '{chosen.override}'"),
         ]
     return lines
 
 
-def _shell(line: str) -> Padding:
-    return Padding(Text(line, no_wrap=True, overflow="ignore"), (0, 0, 1, 2))
+@dataclass(frozen=True, slots=True)
+class _Shell:
+    """A command on one line however long it is, to be copied whole (print with `crop=False`)."""
+
+    line: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Segment(f"  {self.line}\n\n")
 
 
 def _small_print(found: Fit) -> str:
