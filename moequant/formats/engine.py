@@ -82,12 +82,9 @@ def encode_blocks(
     step = _blocks_at_once(fmt, x.device.type) if compiled else TILE[x.device.type] // 4 // fmt.block
     plain = replace(fmt, gain=1.0)
     x = x.clamp(-fmt.limit, fmt.limit)
-    return torch.cat(
-        [
-            _encode(plain, *(v[i : i + step] for v in (x, importance)), effort, magnitude, step * compiled)
-            for i in range(0, len(x), step)
-        ]
-    )
+    fill = step if compiled else None
+    parts = [slice(i, i + step) for i in range(0, len(x), step)]
+    return torch.cat([_encode(plain, x[i], importance[i], effort, magnitude, fill) for i in parts])
 
 
 def compiles(fmt: Format, weights: int, magnitude: float, effort: Effort, device: torch.device) -> bool:

@@ -367,6 +367,13 @@ def sign_values(packed: Tensor) -> Tensor:
     return 1 - 2 * bits.to(torch.float32).flatten(1)
 
 
+def join_signs(value: Tensor) -> Tensor:
+    """f32 [n, 8 k] -> uint8 [n, k]: the inverse of `sign_values`."""
+    place = torch.arange(8, dtype=torch.uint8, device=value.device)
+    bits = (value < 0).view(len(value), value.shape[1] // 8, 8).to(torch.uint8) << place
+    return bits.sum(-1, dtype=torch.uint8)
+
+
 def fill_parity(signs: Tensor) -> Tensor:
     """int [...] of 7 sign bits -> uint8, with the eighth that makes their number even."""
     parity = signs ^ signs >> 4

@@ -13,6 +13,7 @@ of a span may come in any order: those with the largest H_kk come first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from moequant.formats.layout import inverse
 from moequant.rounding.hessian import Factored, spans
 from moequant.rounding.lattice import Fields, Lattice
+from moequant.rounding.vectors import DOWN, EIGHT, Groups, nearest_points
 
 CHUNK = 16
 """Columns whose feedback to each other is applied one by one; farther ones get it in one product."""
@@ -30,7 +32,7 @@ Encode = Callable[[Tensor, int, int], Fields]
 
 def feed(lattice: Lattice, target: Tensor, factored: Factored, encode: Encode) -> Fields:
     """target f32 [E, in, rows] rounded with feedback -> the fields of all its columns."""
-    error = torch.empty_like(target)  # in the order of rounding
+    error, group = torch.empty_like(target), lattice.group  # the error is in the order of rounding
     found = []
     for begin, end in spans(lattice, target.shape[1]):
         order = factored.order[:, begin:end] - begin
@@ -38,8 +40,12 @@ def feed(lattice: Lattice, target: Tensor, factored: Factored, encode: Encode) -
         weights = target[:, begin:end]
         pull = factored.unit[:, :begin, begin:end].mT @ error[:, :begin]
         fields = encode(weights + take(pull, order.argsort(1)), begin, end)
-        walk = _walk
-        error[:, begin:end] = walk(lattice, take(weights, order), pull, unit, fields, order)
+        span = Span(
+            take(weights, order), pull, unit, factored.corner[:, begin // group : end // group], order
+        )
+        error[:, begin:end] = (
+            _walk(lattice, span, fields) if group == 1 else _walk_groups(lattice, span, fields)
+        )
         found.append(fields)
     return Fields(*(torch.cat(each, 1) for each in zip(*(f.all() for f in found), strict=True)))
 
@@ -51,13 +57,24 @@ def take(x: Tensor, order: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, flat.flatten()).view(experts, n, -1)
 
 
-def _walk(
-    lattice: Lattice, weights: Tensor, pull: Tensor, unit: Tensor, fields: Fields, order: Tensor
-) -> Tensor:
-    """Round the columns of a span, in order, to the levels of its scales -> their errors.
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The columns of a span in the order in which they are rounded.
 
-    weights, pull (the feedback of earlier spans) [E, n, R] and unit [E, n, n] are in order; fields are not.
+    weights and pull (the feedback of earlier spans) f32 [E, n, R], unit and corner as in `Factored`,
+    order i64 [E, n]: where the columns are.
     """
+
+    weights: Tensor
+    pull: Tensor
+    unit: Tensor
+    corner: Tensor
+    order: Tensor
+
+
+def _walk(lattice: Lattice, span: Span, fields: Fields) -> Tensor:
+    """Round one column after another to the levels of its scales -> their errors [E, n, R], in order."""
+    weights, unit, order = span.weights, span.unit, span.order
     step = take(lattice.spread(lattice.step(fields), lattice.sub), order)
     by, offset = inverse(step), lattice.offset(fields)
     if offset is not None:
@@ -65,7 +82,7 @@ def _walk(
     error, level = torch.empty_like(weights), torch.empty_like(weights)
     for first in range(0, weights.shape[1], CHUNK):
         chunk = slice(first, first + CHUNK)
-        wanted = weights[:, chunk] + pull[:, chunk] + unit[:, :first, chunk].mT @ error[:, :first]
+        wanted = weights[:, chunk] + span.pull[:, chunk] + unit[:, :first, chunk].mT @ error[:, :first]
         across = unit[:, chunk, chunk]
         for k in range(wanted.shape[1]):
             at = first + k
@@ -74,4 +91,26 @@ def _walk(
             level[:, at] = near
             wanted[:, k + 1 :].addcmul_(across[:, k, k + 1 :, None], left[:, None])
     fields.level.copy_(take(level, order.argsort(1)))
+    return error
+
+
+def _walk_groups(lattice: Lattice, span: Span, fields: Fields) -> Tensor:
+    """The same for vector formats, eight columns after eight."""
+    layout, eights = lattice.layout, span.order[:, ::EIGHT] // EIGHT
+    rows = EIGHT // layout.grid.group
+    by_row = (eights[..., None] * rows + torch.arange(rows, device=eights.device)).flatten(1)
+    step = take(lattice.spread(lattice.step(fields), lattice.sub // EIGHT), eights)
+    row = take(fields.row, by_row)
+    error, level = torch.empty_like(span.weights), torch.empty_like(span.weights)
+    for g in range(eights.shape[1]):
+        own, own_rows = slice(g * EIGHT, (g + 1) * EIGHT), slice(g * rows, (g + 1) * rows)
+        back = span.unit[:, : own.start, own].mT @ error[:, : own.start]
+        wanted = (span.weights[:, own] + span.pull[:, own] + back).mT
+        down = row[:, own_rows.start] >= DOWN if layout.one_delta else None
+        found = nearest_points(layout, Groups(wanted, step[:, g], span.corner[:, g], down))
+        row[:, own_rows] = found.row.mT
+        level[:, own] = found.level.mT
+        error[:, own] = span.weights[:, own] - step[:, g, None] * level[:, own]
+    fields.level.copy_(take(level, span.order.argsort(1)))
+    fields.row.copy_(take(row, by_row.argsort(1)))
     return error

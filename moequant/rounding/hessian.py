@@ -10,7 +10,7 @@ from torch import Tensor
 from moequant.rounding.lattice import Lattice
 
 SPAN = 256
-"""Columns whose scales are found together; also how far the order of columns is free."""
+"""Columns whose scales are found group; also how far the order of columns is free."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from moequant.errors import FormatError
 from moequant.formats import Format
-from moequant.formats.parts import Parts, Scalar, Vector, count_up, look_up
+from moequant.formats.grids import Layout, join_signs
+from moequant.formats.parts import Parts, Scalar, Vector, VectorParts, count_up, look_up
+from moequant.rounding.vectors import DOWN, EIGHT
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,8 @@ class Fields:
     """What `columns` of some rows are made of. Updated in place as rounding proceeds.
 
     level f32 [E, columns, R]; scale and minimum f32 [E, columns / sub, R], integer codes; d and dmin
-    f32 [E, columns / block, R], exact in f16; row i32 [E, columns / group, R] of a grid. Where a format
-    has no such field there is no column of it.
+    f32 [E, columns / block, R], exact in f16; row i32 [E, columns / grid.group, R] of a grid (plus
+    `vectors.DOWN`). Where a format has no such field there is no column of it.
     """
 
     level: Tensor
@@ -66,7 +68,8 @@ class Lattice:
         def cut(x: Tensor, share: int) -> Tensor:
             return x[:, begin // share : (begin + self.block) // share]
 
-        shares = (1, self.sub, self.sub, self.block, self.block, self.group)
+        per_row = self.group if self.group == 1 else self.layout.grid.group
+        shares = (1, self.sub, self.sub, self.block, self.block, per_row)
         return Fields(*(cut(x, share) for x, share in zip(f.all(), shares, strict=True)))
 
     def step(self, f: Fields) -> Tensor:
@@ -96,10 +99,15 @@ class Lattice:
         view = self._scalar
         return tuple(sorted({view.levels[code] for code in view.codes}))
 
+    @cached_property
+    def counts_up(self) -> bool:
+        """Whether the levels are all integers between the first and the last."""
+        return self.levels == count_up(int(self.levels[0]), int(self.levels[-1]))
+
     def snap(self, t: Tensor) -> Tensor:
         """The level nearest to t; `t` may be overwritten. Scalar formats only."""
         low, high = self.levels[0], self.levels[-1]
-        if self.levels == count_up(int(low), int(high)):
+        if self.counts_up:
             return t.round_().clamp_(low, high)
         # All levels are integers: between two multiples of 1/2 the nearest level does not change.
         near = _nearest_by_halves(self.levels, t.device)
@@ -110,21 +118,28 @@ class Lattice:
         assert isinstance(self.fmt.view, Scalar)
         return self.fmt.view
 
+    @property
+    def layout(self) -> Layout:
+        """The grid of a vector format."""
+        assert isinstance(self.fmt.view, Vector)
+        return self.fmt.view.layout
+
     def read(self, packed: Tensor) -> Fields:
         """uint8 [E, R, bytes of whole blocks] -> its fields."""
-        shape = packed.shape
         blocks = packed.reshape(-1, self.fmt.block_bytes)
-
-        def columns(x: Tensor) -> Tensor:
-            """[blocks, k] -> [E, blocks of a row · k, R]."""
-            return x.reshape(shape[0], shape[1], -1).transpose(1, 2).contiguous()
-
-        parts = self._scalar.unpack(blocks)
-        numbers = (parts.scale, parts.minimum, parts.d, parts.dmin)
-        level = look_up(self._scalar.levels, parts.codes)
-        none = torch.empty((*packed.shape[:2], 0), dtype=torch.int32, device=packed.device)
-        scale, minimum, d, dmin = (columns(x.float()) for x in numbers)
-        return Fields(columns(level), scale, minimum, d, dmin, none.transpose(1, 2))
+        view = self.fmt.view
+        if isinstance(view, Vector):
+            vector = view.unpack(blocks)
+            row = vector.row | vector.down.to(torch.int32) * DOWN if self.layout.signed else vector.row
+            none = blocks[:, :0]
+            each = (view.points(vector), vector.scale, none, vector.d, none, row)
+        else:
+            parts = self._scalar.unpack(blocks)
+            level = look_up(self._scalar.levels, parts.codes)
+            each = (level, parts.scale, parts.minimum, parts.d, parts.dmin, blocks[:, :0].to(torch.int32))
+        whole = (x.reshape(*packed.shape[:2], -1).transpose(1, 2) for x in each)
+        dtypes = (torch.float32,) * 5 + (torch.int32,)
+        return Fields(*(x.to(t).contiguous() for x, t in zip(whole, dtypes, strict=True)))
 
     def write(self, f: Fields) -> Tensor:
         """The inverse of `read`: uint8 [E, R, row_bytes]."""
@@ -135,7 +150,13 @@ class Lattice:
             whole = x.transpose(1, 2).to(dtype)
             return whole.reshape(experts * n * (columns // self.block), -1)
 
-        half = torch.float16
+        half, view = torch.float16, self.fmt.view
+        if isinstance(view, Vector):
+            row, level = blocks(f.row, torch.int32), blocks(f.level, torch.float32)
+            signs = join_signs(level[:, :0] if self.layout.signed else level)
+            down = (row >> 16).to(torch.uint8)
+            vector = VectorParts(row & 0xFFF, signs, down, blocks(f.scale), blocks(f.d, half))
+            return view.pack(vector).view(experts, n, -1)
         code = _code_of(self._scalar.levels, self._scalar.codes, f.level)
         parts = Parts(
             blocks(code), blocks(f.scale), blocks(f.minimum), blocks(f.d, half), blocks(f.dmin, half)
@@ -153,7 +174,7 @@ def lattice_of(fmt: Format) -> Lattice:
         layout = view.layout
         odd = range(layout.ladder.lowest, layout.ladder.highest + 1, layout.ladder.step)
         scales = tuple(layout.unit * level for level in odd)
-        return Lattice(fmt, layout.grid.group, layout.sub, scales, range(len(scales)), (), True)
+        return Lattice(fmt, EIGHT, layout.sub, scales, range(len(scales)), (), True)
     raise FormatError(f"{fmt.name} has no blocks whose scales could be set; round to a quantized type")
 
 
