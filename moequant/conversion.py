@@ -8,8 +8,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from moequant import __version__, corpus, plan
-from moequant.checkpoint import Checkpoint, open_checkpoint
-from moequant.compare import Comparison, compare
+from moequant.checkpoint import Checkpoint, load, open_checkpoint
+from moequant.compare import Comparison
+from moequant.compare.sources import GgufFile
+from moequant.compare.streaming import compare
 from moequant.containers import gguf
 from moequant.containers.tokenizer import TokenizerSpec, read_tokenizer
 from moequant.corpus import Rows
@@ -20,8 +22,6 @@ from moequant.presets import BASE_TYPES, ModelFacts
 from moequant.quantize import Quantizer, pack_all
 from moequant.report import Report
 from moequant.routing.calibrate import calibrate
-from moequant.routing.experts import EXPERTS
-from moequant.routing.model import build_model
 from moequant.routing.statistics import Gating
 from moequant.values import Calibration, ExpertLoss, Plan
 from moequant.verify import verify
@@ -125,18 +125,39 @@ def _notes(opened: Opened) -> tuple[str, ...]:
 
 
 def check_memory(checkpoint: Checkpoint, models: int, available: int | None = None) -> None:
-    """CheckpointError when so many float32 copies of the model do not fit: said before any work is done.
+    """CheckpointError when the largest layer does not fit: said before any work is done.
 
-    `available` bytes are what the machine has free when None.
+    `models` is 0 when nothing runs, 1 for calibration, 2 for a comparison as well. `available`
+    bytes are what the machine has free when None; hidden states are not counted, they may spill.
     """
     free = available_bytes() if available is None else available
-    needed = models * 4 * sum(weight.numel for weight in checkpoint.weights)
+    needed = working_bytes(checkpoint, models) if models else 0
     if free is not None and needed > free:
         raise CheckpointError(
-            f"{checkpoint.path}: {needed / 1e9:.1f} GB of memory are needed "
-            f"({models} x the model in float32), {free / 1e9:.1f} GB are free; use a larger machine "
-            "(--eval-tokens 0 needs half)"
+            f"{checkpoint.path}: {needed / 1e9:.1f} GB of memory are needed for its largest layer or head, "
+            f"{free / 1e9:.1f} GB are free; use a larger machine (--eval-tokens 0 may need less)"
         )
+
+
+def working_bytes(checkpoint: Checkpoint, models: int) -> int:
+    """Bytes of weights in memory at once while `models` versions of the checkpoint run layer by layer.
+
+    Experts keep the checkpoint's precision, all else and whatever was decoded is float32; a
+    weight is there twice while it is copied into its place.
+    """
+    layers: dict[int, int] = {}
+    largest = 0
+    for weight in checkpoint.weights:
+        stored = 4 if weight.sources[0].ref.dtype == "F32" else 2
+        own = weight.numel * (stored if weight.role.is_expert else 4)
+        once = own + (weight.numel * 4 if models > 1 else 0)
+        if weight.layer is None:
+            ends = (stored + 4 * models) * weight.numel if len(weight.shape) > 1 else 0
+            largest = max(largest, ends)
+        else:
+            layers[weight.layer] = layers.get(weight.layer, 0) + once
+    copied = max(weight.numel for weight in checkpoint.weights if weight.layer is not None)
+    return max(largest, max(layers.values()) + copied * (4 if models > 1 else 2))
 
 
 def facts(checkpoint: Checkpoint) -> ModelFacts:
@@ -148,9 +169,8 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
 
 def compare_with_file(checkpoint: Checkpoint, file: Path, rows: Rows) -> Comparison:
     """Score the checkpoint and a GGUF file of it on `rows`, the file decoded by gguf-py."""
-    base = build_model(checkpoint, EXPERTS)
-    candidate = build_model(checkpoint, EXPERTS, gguf.GgufWeights(file).load)
-    return compare(base, candidate, rows.ids, rows.source)
+    (found,) = compare(checkpoint, load, [(file.name, GgufFile(file).load)], rows)
+    return found.comparison
 
 
 def _texts(opened: Opened, settings: Settings) -> tuple[Rows | None, Rows | None]:

@@ -17,6 +17,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moequant.errors import CheckpointError
 
@@ -74,6 +75,17 @@ class _Placeholder(nn.Module):
         return _nothing((*ids.shape, self.width), ids.device)
 
 
+class _Given(nn.Module):
+    """Stands in for the decoder when its output is known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, **arguments: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
+
+
 def _nothing(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Zeros of that shape that take no memory."""
     return torch.zeros((), device=device).expand(shape)
@@ -129,6 +141,18 @@ class Skeleton:
     def finish(self, batch: int, hidden: Tensor) -> Any:
         """The result of the forward pass of that batch, whose last layer gave `hidden`."""
         return self._passes[batch].switch(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's head, and whatever it does after it: final hidden states [m, h] -> [m, vocab]."""
+        name = self.model.base_model_prefix
+        decoder = getattr(self.model, name)
+        setattr(self.model, name, _Given(hidden[None]))
+        try:
+            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            setattr(self.model, name, decoder)
+        return logits
 
     def close(self) -> None:
         """End passes that are still waiting."""

@@ -165,16 +165,24 @@ class LayerStream:
                     self.skeleton.advance()
 
     def rewind(self, layer: int) -> None:
-        """Take every batch in front of that layer (in front of the last, when there are fewer): no weights."""
+        """Take every batch in front of that layer, of the last when it is past the end; needs no weights."""
         with torch.inference_mode():
             self.skeleton.begin()
             for _ in range(min(layer, self.n_layers - 1)):
                 self.skeleton.advance()
 
-    def refill(self, layer: int, provider: Provider) -> None:
-        """The layer's weights from elsewhere instead of those that are in memory."""
+    def refill(
+        self, layer: int, provider: Provider, filled: Callable[[list[Weight]], None] = lambda weights: None
+    ) -> None:
+        """The layer's weights from elsewhere instead of those that are in memory.
+
+        `filled` is told, parameter by parameter, of the weights that are in it.
+        """
         release(self.model, self.weights(layer))
-        fill(self.model, self.weights(layer), provider, None, self.resources.device)
+        for param in dict.fromkeys(weight.param for weight in self.weights(layer)):
+            weights = [weight for weight in self.weights(layer) if weight.param == param]
+            fill(self.model, weights, provider, None, self.resources.device)
+            filled(weights)
 
     def cross(self, layer: int, hidden: Hidden, make: Callable[[int], R], into: Hidden | None) -> Iterator[R]:
         """Every batch through the layer with its present weights, each with its own recorder `make(batch)`.
