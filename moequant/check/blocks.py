@@ -1,0 +1,63 @@
+"""Whole MoE blocks: what the baseline's block makes of its inputs, and what the candidate's does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moequant.check.activations import Collector
+from moequant.check.damage import ERROR
+from moequant.check.figures import LOCAL_ROUTING, BlockFigures, Damage
+from moequant.check.tensors import shape_of_error
+from moequant.routing.record import recording
+
+
+def check_block(
+    name: str,
+    models: tuple[nn.Module, nn.Module],
+    seen: tuple[Collector, Collector],
+    layer: int,
+    expected: float,
+) -> tuple[BlockFigures, list[Damage]]:
+    """The block whose experts module is `name`, baseline first in `models` and `seen`.
+
+    `expected` is the relative error that the formats of its tensors add up to on normal weights.
+    """
+    x, own = seen[0].hidden[name], [part.index[name] for part in seen]
+    ran = [_run(model.get_submodule(name.rpartition(".")[0]), name, x) for model in models]
+    (want, chosen), (got, other) = ran
+    cosine, largest = shape_of_error(got, want)
+    figures = BlockFigures(
+        layer=layer,
+        tokens=len(x),
+        output_error=float((got - want).norm() / want.norm().clamp_min(1e-30)),
+        limit=min(0.95, ERROR * expected),
+        cosine=cosine,
+        largest=largest,
+        local_routing=_agreement(chosen, other),
+        routing=_agreement(own[0], own[1]),
+        top=float((own[0][:, 0] == own[1][:, 0]).double().mean()),
+    )
+    where, damages = f"layer {layer} MoE block", []
+    if not figures.output_error <= figures.limit:
+        what = f"output is off by {figures.output_error:.3f}, {figures.limit:.3f} at most was expected"
+        damages.append(Damage(where, what))
+    if not figures.local_routing >= LOCAL_ROUTING:
+        what = f"on the same input {1 - figures.local_routing:.1%} of the chosen experts differ"
+        damages.append(Damage(where, what))
+    return figures, damages
+
+
+def _run(block: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(output f32 [n, out], chosen experts i64 [n, k]) of a block for x [n, in]."""
+    told = Collector()
+    device = next(block.parameters()).device
+    with torch.inference_mode(), recording(told):
+        out = block(x[None].to(device))
+    values: Tensor = out[0] if isinstance(out, tuple) else out
+    return values.reshape(len(x), -1).float().cpu(), told.index[name]
+
+
+def _agreement(a: Tensor, b: Tensor) -> float:
+    """Share of the choices in a [n, k] that b has too, whatever their order."""
+    return float((a[:, :, None] == b[:, None, :]).any(2).double().mean())

@@ -1,0 +1,231 @@
+"""Which expert is not what it should be, judged from its values against the source's.
+
+Rounding leaves marks that the rest of the tensor shares, damage does not. Four tests, each scaled
+by the tensor itself, because rounding with error feedback errs several times as much as rounding
+to nearest, and the formats differ by two orders of magnitude:
+
+1. direction: an expert whose weights do not point where the source's do holds something else;
+   the source expert that they do resemble is named (a swapped pair names each other).
+2. gain <w, q> / <w, w> of the expert: a scale that is off for all of it.
+3. gain of every block: a damaged scale.
+4. |w - q| in units of the range that the codes of its sub-block span: a damaged code.
+
+Values cannot show a flip in the low bits of a code, which is as large as ordinary rounding:
+`containers.checksums` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moequant import formats
+from moequant.check.figures import Damage
+from moequant.check.source import Entry, Source
+from moequant.formats.parts import Scalar, Vector, look_up
+from moequant.kernels import Matrix
+from moequant.kernels.matrix import INTEGERS
+
+DIRECTION = 0.6
+"""Least cosine of an expert with its source; the coarsest type (1.6 bits, with feedback) keeps 0.8."""
+
+GAIN = (0.7, 1.4)
+"""Gains of a whole expert that rounding reaches, shrinking and `Format.gain` included."""
+
+BLOCK_GAIN = (0.6, 1.6)
+"""Gains of a block over the tensor's median gain; clean blocks of 32 weights at 4 bits: 0.75 to 1.18."""
+
+OUTLIER = 4.0
+"""Largest |w - q| over its 99.99th percentile in the tensor; clean tensors reach 3."""
+
+ERROR = 4.0
+"""Relative error of an expert over that of its format on normal weights; feedback reaches 2.5."""
+
+_SAMPLE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What one expert's rounding looks like.
+
+    `error` ||w - q|| / ||w||; `gain`, `cosine` of all its weights; `usual` the 99.99th percentile of
+    |w - q| in ranges, `worst` the largest and where (row, column); block gains with their positions.
+    """
+
+    error: float
+    gain: float
+    cosine: float
+    usual: float
+    worst: float
+    worst_at: tuple[int, int]
+    block_gain: float
+    low_gain: tuple[float, int, int]
+    high_gain: tuple[float, int, int]
+
+
+def marks(matrix: Matrix, expert: int, source: Tensor, decoded: Tensor) -> Marks:
+    """Compare one expert, source and decoded f32 [out, in]."""
+    square, product = float(source.square().sum()), float((source * decoded).sum())
+    norm = float(decoded.square().sum())
+    off = (source - decoded).abs()
+    span = _ranges(matrix, expert)
+    ratio = off.view(len(off), span.shape[1], -1) / span[..., None]
+    ratio = ratio.view_as(off)
+    at = int(ratio.argmax())
+    sample = ratio.flatten()[:: max(1, ratio.numel() // _SAMPLE)]
+    block, gains = _block_gains(matrix, source, decoded)
+    low, high = int(gains.argmin()), int(gains.argmax())
+
+    def place(index: int) -> tuple[float, int, int]:
+        row, number = divmod(index, gains.shape[1])
+        return float(gains.flatten()[index]), row, number * block
+
+    return Marks(
+        error=float(off.square().sum() / max(square, 1e-30)) ** 0.5,
+        gain=product / max(square, 1e-30),
+        cosine=product / max((square * norm) ** 0.5, 1e-30),
+        usual=float(sample.kthvalue(max(1, int(0.9999 * len(sample)))).values),
+        worst=float(ratio.flatten()[at]),
+        worst_at=divmod(at, source.shape[1]),
+        block_gain=float(gains.median()),
+        low_gain=place(low),
+        high_gain=place(high),
+    )
+
+
+def find(
+    source: Source, entry: Entry, found: list[Marks], expected: float, sources: Tensor, decoded: Tensor
+) -> list[Damage]:
+    """Damages of a tensor's experts, at most one each; `sources` and `decoded` are f32 [E, out, in]."""
+    usual = torch.tensor([m.usual for m in found]).median()
+    block = torch.tensor([m.block_gain for m in found]).median()
+    damages = []
+    for expert, mark in enumerate(found):
+        what = _whole(mark, expert, expected, sources, decoded) or _local(mark, float(usual), float(block))
+        if what:
+            damages.append(Damage(source.label(entry, expert), what))
+    return damages
+
+
+def _whole(mark: Marks, expert: int, expected: float, sources: Tensor, decoded: Tensor) -> str | None:
+    """What is wrong with all of an expert."""
+    if not torch.isfinite(decoded[expert]).all():
+        return "decodes to values that are not finite"
+    if mark.cosine < DIRECTION:
+        other, cosine = _resembles(decoded[expert], sources)
+        if other != expert and cosine > DIRECTION:
+            return f"holds the weights of expert {other} of the baseline (cosine {cosine:.3f})"
+        return f"holds other weights than the baseline (cosine {mark.cosine:.3f})"
+    if not GAIN[0] < mark.gain < GAIN[1]:
+        return f"weights are {mark.gain:.3g} times the baseline's; a scale is off"
+    if mark.error > min(0.95, ERROR * expected):
+        return f"relative error {mark.error:.3f}, {expected:.3f} is usual for the type"
+    return None
+
+
+def _local(mark: Marks, usual: float, block_gain: float) -> str | None:
+    """What is wrong with one block or weight of an expert."""
+    for gain, row, column in (mark.high_gain, mark.low_gain):
+        relative = gain / block_gain
+        if not BLOCK_GAIN[0] < relative < BLOCK_GAIN[1]:
+            return f"row {row}, block at column {column}: {relative:.3g} times the baseline's; a scale is off"
+    if mark.worst > OUTLIER * usual:
+        row, column = mark.worst_at
+        return (
+            f"row {row}, column {column}: {mark.worst / usual:.1f} times the largest usual error; "
+            "a bit of its code or scale is flipped"
+        )
+    return None
+
+
+def _resembles(decoded: Tensor, sources: Tensor) -> tuple[int, float]:
+    """The source expert nearest in direction, and the cosine."""
+    flat = decoded.flatten() / decoded.norm().clamp_min(1e-30)
+    cosines = torch.stack([(flat * w.flatten()).sum() / w.norm().clamp_min(1e-30) for w in sources])
+    best = int(cosines.argmax())
+    return best, float(cosines[best])
+
+
+def _block_gains(matrix: Matrix, source: Tensor, decoded: Tensor) -> tuple[int, Tensor]:
+    """(block, gains [rows, blocks]); blocks that are nearly empty count as the usual gain.
+
+    A block is what shares a scale of its own: of a ggml format its block, of groups the group.
+    """
+    if matrix.scales is None:
+        block = formats.get(matrix.format).block
+    else:
+        block = matrix.shape[2] // matrix.scales.shape[2]
+    w, q = source.view(len(source), -1, block), decoded.view(len(decoded), -1, block)
+    square = w.square().sum(-1)
+    gains = (w * q).sum(-1) / square.clamp_min(1e-30)
+    # A block far below its row's mean is rounded by what the rest of a super-block needs.
+    enough = square > 0.05 * square.mean()
+    usual = gains[enough].median() if bool(enough.any()) else gains.new_tensor(1.0)
+    return block, torch.where(enough, gains, usual)
+
+
+def _ranges(matrix: Matrix, expert: int) -> Tensor:
+    """f32 [out, sub-blocks]: from the smallest to the largest weight that the codes of a sub-block can say.
+
+    Where a scale is 0, or next to nothing beside its neighbours', a share of the largest of the row
+    stands in for it.
+    """
+    if matrix.format in INTEGERS:
+        assert matrix.scales is not None
+        span = matrix.scales[expert].float().abs() * ((1 << INTEGERS[matrix.format]) - 1)
+    else:
+        data = matrix.data[expert]
+        fmt = formats.get(matrix.format)
+        step = _steps(matrix.format, data.reshape(-1, fmt.block_bytes))
+        span = step.abs().view(len(data), -1) * _reach(matrix.format)
+    span = torch.nan_to_num(span, nan=0.0, posinf=0.0)
+    return torch.maximum(span, 0.05 * span.amax(1, keepdim=True)).clamp_min(1e-30)
+
+
+def _steps(name: str, blocks: Tensor) -> Tensor:
+    """f32 [n, sub-blocks]: what multiplies the levels of each sub-block."""
+    view = formats.get(name).view
+    if isinstance(view, Scalar):
+        parts = view.unpack(blocks)
+        return parts.d.float() * look_up(view.scales, parts.scale)
+    assert isinstance(view, Vector)
+    fields = view.unpack(blocks)
+    return fields.d.float() * view.layout.unit * (2 * fields.scale.float() + 1)
+
+
+@cache
+def _reach(name: str) -> float:
+    """Largest level of a format less its smallest."""
+    view = formats.get(name).view
+    if isinstance(view, Scalar):
+        return max(view.levels) - min(view.levels)
+    assert isinstance(view, Vector)
+    from moequant.formats.grids import points
+
+    grid = view.layout.grid
+    return 2 * (float(points(grid.name).abs().max()) + abs(grid.delta))
+
+
+@cache
+def expected_error(name: str, group: int) -> float:
+    """Relative error ||w - q|| / ||w|| of a format on normal weights, rounded without statistics.
+
+    `group` is the group size of an INT format, 0 for others.
+    """
+    weights = torch.randn(64, max(1024, group), generator=torch.Generator().manual_seed(0)) * 0.02
+    if name not in INTEGERS:
+        decoded = formats.dequantize(
+            name, formats.quantize(name, weights, None, "fast", threads=1), threads=1
+        )
+    else:
+        from moequant.formats import groups
+
+        fmt = groups.GroupFormat(INTEGERS[name], group)
+        scales = groups.search(fmt, weights[None], None, "fast", threads=1)
+        decoded = groups.decode(fmt, groups.round_codes(fmt, weights[None], scales, threads=1), scales)[
+            0
+        ].float()
+    return float((weights - decoded).norm() / weights.norm())

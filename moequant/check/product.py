@@ -1,0 +1,77 @@
+"""The product under check: Triton's kernels where they run, else decode and multiply in torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moequant.errors import VerifyError
+from moequant.kernels import KERNEL_FORMATS, Matrix
+
+Device = Literal["cpu", "cuda", "interpreter"]
+
+Multiply = Callable[[Tensor, Matrix, Tensor], Tensor]
+"""(x f32 [n, in], matrix (E, out, in), experts i64 [n]) -> f32 [n, out]: each row times its own expert."""
+
+IN_TORCH = "decode, then multiply in torch"
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """How rows are multiplied, and what to call it."""
+
+    name: str
+    device: str
+    kernels: bool
+
+    def of(self, format_name: str) -> tuple[str, Multiply]:
+        """What multiplies a format here, and its name: formats without a kernel are multiplied in torch."""
+        if self.kernels and format_name in KERNEL_FORMATS:
+            return self.name, self._by_kernel
+        return IN_TORCH, _in_torch
+
+    def _by_kernel(self, x: Tensor, matrix: Matrix, experts: Tensor) -> Tensor:
+        from moequant.kernels.matmul import grouped_matmul  # imports Triton
+
+        on = self.device
+        return grouped_matmul(x.to(on), matrix.to(on), experts[:, None].to(on))[:, 0].cpu()
+
+
+def choose(device: Device | None) -> tuple[Product, tuple[str, ...]]:
+    """The product on that device (None: a GPU when there is one), and notes on what that leaves unchecked.
+
+    VerifyError when the device is asked for and not there.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise VerifyError("--device cuda: torch finds no CUDA device; leave it out to check on the CPU")
+        return Product(f"Triton kernels on {torch.cuda.get_device_name()}", "cuda", True), ()
+    if device == "interpreter":
+        _need_interpreter()
+        return Product("Triton kernels in its interpreter", "cpu", True), ()
+    note = "no CUDA device is used: the GPU kernels did not run; products are decoded and multiplied in torch"
+    return Product(IN_TORCH, "cpu", False), (note,)
+
+
+def _need_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise VerifyError("--device interpreter: triton is not installed; pip install triton")
+    from triton import knobs  # type: ignore[import-untyped]
+
+    if not knobs.runtime.interpret:
+        raise VerifyError("--device interpreter: set TRITON_INTERPRET=1 before moequant starts")
+
+
+def _in_torch(x: Tensor, matrix: Matrix, experts: Tensor) -> Tensor:
+    out = torch.empty(len(x), matrix.shape[1])
+    for expert in sorted(set(experts.tolist())):
+        rows = experts == expert
+        out[rows] = x[rows] @ matrix.experts(expert, expert + 1).decode()[0].T
+    return out

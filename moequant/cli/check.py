@@ -1,0 +1,56 @@
+"""`moequant check`."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moequant.cli.common import console, guarded
+
+
+class CheckDevice(StrEnum):
+    """Where products run."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+    interpreter = "interpreter"
+
+
+def check(
+    out: Annotated[Path, typer.Argument(help="GGUF file, or folder of int4/int8 safetensors.")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="Model folder that it was made from: errors per expert, routing.")
+    ] = None,
+    device: Annotated[
+        CheckDevice | None,
+        typer.Option(help="Where products run (default: cuda if there is one; interpreter: Triton's own)."),
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Check so many tensors, spread over the file (default: all).")
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(help="Text for real activations: file, folder, .jsonl or dataset (default: bundled)."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=512, help="Tokens of that text.")] = 2048,
+    speed: Annotated[bool, typer.Option("--speed", help="Time the kernels too (needs a GPU).")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found as JSON.")
+    ] = None,
+) -> None:
+    """Check the packed bytes: decoders, GPU products, every expert against the model. Exits 1 if not."""
+    from moequant.check import CheckSettings  # torch is imported only when there is work
+    from moequant.check import check as run
+    from moequant.report.check import check_json, check_report
+
+    settings = CheckSettings(baseline, device.value if device else None, sample, calib, tokens, speed)
+    report = guarded(lambda: run(out, settings))
+    if json_file is not None:
+        json_file.write_text(json.dumps(check_json(report), indent=1, ensure_ascii=False), encoding="utf-8")
+    console().print(check_report(report))
+    if not report.holds:
+        raise typer.Exit(1)
