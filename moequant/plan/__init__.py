@@ -7,7 +7,7 @@ of every format in every weight, and finds the least total damage that fits.
 
 from moequant.plan.allocate import Option, Unit, allocate
 from moequant.plan.choose import groups, make_plan, preset_plan
-from moequant.plan.curve import Point, curve
+from moequant.plan.curve import Point, curve, points, preset_points
 from moequant.plan.damages import Damages, candidates, prior_damages
 from moequant.plan.document import from_json, plan_from_types, read, to_json
 from moequant.plan.sizes import ALIGNMENT, Budget, aligned, data_bytes, packed_bytes, parse_size
@@ -30,7 +30,9 @@ __all__ = [
     "packed_bytes",
     "parse_size",
     "plan_from_types",
+    "points",
     "preset_plan",
+    "preset_points",
     "prior_damages",
     "read",
     "to_json",

@@ -1,0 +1,65 @@
+"""`moequant plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moequant.cli.common import Effort, EffortOption, Overwrite, console, guarded
+
+
+def plan(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
+    sizes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE,…", help="File sizes to plan for, such as 10G,12G,14GiB."),
+    ] = None,
+    bpw: Annotated[
+        float | None, typer.Option(metavar="BITS", help="Plan for so many bits per weight.")
+    ] = None,
+    type_: Annotated[
+        str | None,
+        typer.Option("--type", "-t", metavar="TYPE", help="Plan for the size of llama.cpp's preset."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the plan as JSON, to read, edit and give to convert --plan."),
+    ] = None,
+    curve: Annotated[
+        Path | None, typer.Option(help="Draw the size/quality curve: .png, .svg or .pdf.")
+    ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(metavar="STATS", help="Statistics that moequant route saved: no calibration pass."),
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text: file, folder, .jsonl or Hugging Face dataset (default: the bundled set)."
+        ),
+    ] = None,
+    calib_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on, at most.")] = 131_072,
+    probes: Annotated[
+        bool | None,
+        typer.Option(
+            "--probes/--no-probes",
+            help="Measure what each weight costs in KL divergence (default: if the model fits into memory).",
+        ),
+    ] = None,
+    effort: EffortOption = Effort.default,
+    seed: Annotated[int, typer.Option(help="Order of the calibration text.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Show what MODEL costs at every file size, and write the best plan for one."""
+    from moequant.planning import Outputs, PlanSettings, survey, write  # torch only when there is work
+    from moequant.planning import budgets as budgets_of
+    from moequant.report.curve import curve_tables
+
+    settings = PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed)
+    outputs = Outputs(out, curve, overwrite)
+    wanted = guarded(lambda: budgets_of(sizes, bpw, type_))
+    found = guarded(lambda: survey(model, settings, wanted, outputs))
+    console().print(curve_tables(found.curve))
+    guarded(lambda: write(found, outputs))

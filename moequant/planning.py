@@ -1,0 +1,177 @@
+"""Planning on its own: what a model costs at every size, before anything is converted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moequant import __version__, corpus, plan
+from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.containers import gguf
+from moequant.containers.tokenizer import TokenizerSpec, read_tokenizer
+from moequant.conversion import ROW, facts, load_encoder
+from moequant.corpus import Rows
+from moequant.damage import Probing, measure
+from moequant.errors import PlanError
+from moequant.files import atomic, check_output
+from moequant.formats import Effort
+from moequant.meter import available_bytes
+from moequant.plan import Budget, Damages, curve, data_bytes, points, preset_points, prior_damages
+from moequant.report.curve import Curve, draw
+from moequant.report.routing import check_picture
+from moequant.routing import store
+from moequant.routing.calibrate import calibrate
+from moequant.values import Calibration
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings:
+    """What measuring may be told.
+
+    `calib` is text as `corpus.read` takes it, None the bundled one; `stats` are statistics
+    that `moequant route` saved, which replace the calibration pass. `probes` None probes
+    when the model fits into memory.
+    """
+
+    calib: str | Path | None = None
+    calib_tokens: int = 131_072
+    stats: Path | None = None
+    probes: bool | None = None
+    effort: Effort = "default"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Files to write, None for those not wanted: the one plan that was asked for, and the curve's picture."""
+
+    plan: Path | None = None
+    picture: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is known of a model before it is converted: its damages and the curve of sizes.
+
+    `overhead` bytes of every file are not weights.
+    """
+
+    checkpoint: Checkpoint
+    overhead: int
+    damages: Damages
+    curve: Curve
+
+
+def budgets(sizes: str | None, bpw: float | None, preset: str | None) -> tuple[Budget, ...]:
+    """What a person asked for; sizes are separated by commas. PlanError for what is no budget."""
+    named = [Budget.of_size(part) for part in sizes.split(",")] if sizes is not None else []
+    named += [Budget.of_bpw(bpw)] if bpw is not None else []
+    named += [Budget.of_preset(preset)] if preset is not None else []
+    return tuple(named)
+
+
+def survey(
+    model: str | Path,
+    settings: PlanSettings = PlanSettings(),  # frozen
+    budgets: tuple[Budget, ...] = (),
+    outputs: Outputs = Outputs(),
+) -> Survey:
+    """Measure the folder `model` and plan it for every budget and along the whole curve.
+
+    Raises a MoequantError with one clear line when something is wrong; outputs and budgets
+    that no file can meet are refused before anything is measured.
+    """
+    checkpoint, tokenizer = open_checkpoint(Path(model)), read_tokenizer(Path(model))
+    known, extra = facts(checkpoint), overhead(checkpoint, tokenizer)
+    _check(outputs, budgets)
+    points(checkpoint.weights, known, prior_damages(checkpoint.weights, known.layers), extra, budgets)
+    calib_rows, probe_rows = _texts(checkpoint, tokenizer, settings)
+    if settings.stats is not None:
+        calibration = store.load_for(checkpoint, settings.stats)
+    else:
+        calibration = calibrate(checkpoint, calib_rows)
+    found = damages(checkpoint, calibration, probe_rows, settings)
+    drawn = Curve(
+        str(model),
+        curve(checkpoint.weights, known, found, extra),
+        points(checkpoint.weights, known, found, extra, budgets),
+        preset_points(checkpoint.weights, known, found, extra),
+        sum(weight.numel for weight in checkpoint.weights),
+        found.source,
+    )
+    return Survey(checkpoint, extra, found, drawn)
+
+
+def write(found: Survey, outputs: Outputs) -> None:
+    """Every file that is wanted, each complete or not there at all. OutputError when the disk refuses."""
+    if outputs.plan is not None:
+        chosen = found.curve.wanted[0].plan
+        assert chosen is not None
+        with atomic(outputs.plan) as partial:
+            partial.write_text(plan.to_json(chosen), encoding="utf-8")
+    if outputs.picture is not None:
+        draw(found.curve, outputs.picture)
+
+
+def _check(outputs: Outputs, budgets: tuple[Budget, ...]) -> None:
+    """Errors for outputs that cannot be written."""
+    for path in (outputs.plan, outputs.picture):
+        if path is not None:
+            check_output(path, outputs.overwrite)
+    if outputs.picture is not None:
+        check_picture(outputs.picture)
+    if outputs.plan is not None and len(budgets) != 1:
+        raise PlanError(
+            f"{outputs.plan}: holds one plan, {len(budgets)} were asked for; give one size, --bpw or --type"
+        )
+
+
+def overhead(checkpoint: Checkpoint, tokenizer: TokenizerSpec) -> int:
+    """Bytes of a file of this model that are not weights: the same for every plan."""
+    weights = checkpoint.weights
+    bare = plan.plan_from_types(weights, {weight.name: "F32" for weight in weights})
+    size = gguf.file_bytes(checkpoint, tokenizer, bare, {"general.quantized_by": f"moequant {__version__}"})
+    return size - data_bytes(weights, {choice.weight: choice.format for choice in bare.choices})
+
+
+def damages(
+    checkpoint: Checkpoint, calibration: Calibration, probe_rows: Rows, settings: PlanSettings
+) -> Damages:
+    """Measured damages; without probes when the model does not fit into memory or nobody wants them."""
+    probing = Probing(effort=settings.effort)
+    wanted = fits(checkpoint) if settings.probes is None else settings.probes
+    found = measure(checkpoint, calibration, probe_rows.ids if wanted else None, probing)
+    if wanted or settings.probes is False:
+        return found
+    return replace(found, source=f"{found.source}: the model does not fit into memory")
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """Whether one float32 copy of the model, with room to work, fits into the memory that is free."""
+    free = available_bytes()
+    return free is None or 4.5 * sum(weight.numel for weight in checkpoint.weights) < free
+
+
+def _texts(checkpoint: Checkpoint, tokenizer: TokenizerSpec, settings: PlanSettings) -> tuple[Rows, Rows]:
+    """Rows to calibrate on, and rows of the same text behind them for the probes.
+
+    Of a text too short for both, the probes get its last eighth.
+    """
+    probe_rows = Probing().rows
+    bos = tokenizer.ids.get("bos") if tokenizer.add_bos else None
+    documents = corpus.read(settings.calib, "calibration")
+    tokens = settings.calib_tokens + probe_rows * ROW
+    rows = corpus.pack(documents, load_encoder(checkpoint.path), ROW, tokens, settings.seed, bos)
+    config = checkpoint.config
+    rows = corpus.check(
+        rows, max_length=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"])
+    )
+    count = len(rows.ids)
+    split = max(1, count - min(probe_rows, max(1, count // 8)))
+    return _part(rows, 0, split), _part(rows, min(split, count - 1), count)
+
+
+def _part(rows: Rows, start: int, stop: int) -> Rows:
+    ids = rows.ids[start:stop]
+    return Rows(ids, rows.domains[start:stop], rows.source, ids.numel())

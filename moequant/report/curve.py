@@ -1,0 +1,121 @@
+"""The size/quality curve of a model, as a table for a terminal and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from moequant.files import atomic
+from moequant.plan import Point
+from moequant.report.summary import size, table
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What is drawn: our plans from the smallest to the largest file, those that somebody asked for, and
+    llama.cpp's presets. `source` says where predictions come from, `weights` how many the model has."""
+
+    title: str
+    plans: Sequence[Point]
+    wanted: Sequence[Point]
+    presets: Sequence[Point]
+    weights: int
+    source: str
+
+
+def curve_tables(curve: Curve) -> RenderableType:
+    """What was asked for, the curve, and what llama.cpp's own choice of types is expected to cost."""
+    parts: list[RenderableType] = [Text(f"{curve.title}: predicted KL divergence, from {curve.source}\n")]
+    if curve.wanted:
+        parts.append(_table("asked for", curve, curve.wanted))
+    parts.append(_table("every size", curve, curve.plans))
+    if curve.presets:
+        made = table("llama.cpp's files", "preset", "size", "its types", "ours at that size")
+        for point in curve.presets:
+            ours = _between(curve.plans, point.file_bytes)
+            made.add_row(point.label, size(point.file_bytes), f"{point.predicted:.5f}", ours)
+        parts.append(made)
+    return Group(*parts)
+
+
+def _table(title: str, curve: Curve, points: Iterable[Point]) -> RenderableType:
+    made = table(title, "", "size", "bytes", "bits per weight", "predicted KL", "experts as")
+    made.columns[5].justify = "left"
+    for point in points:
+        label = "" if points is curve.plans else point.label
+        bits = f"{8 * point.plan.bytes / curve.weights:.2f}" if point.plan else ""
+        made.add_row(
+            label,
+            size(point.file_bytes),
+            f"{point.file_bytes:,}",
+            bits,
+            f"{point.predicted:.5f}",
+            _mix(point),
+        )
+    return made
+
+
+def _mix(point: Point, most: int = 3) -> str:
+    """The types that most bytes are in: `IQ3_S 61 %, Q4_K 30 %, ...`."""
+    if point.plan is None:
+        return ""
+    totals: dict[str, int] = {}
+    for choice in point.plan.choices:
+        totals[choice.format] = totals.get(choice.format, 0) + choice.bytes
+    every = sum(totals.values())
+    ranked = sorted(totals.items(), key=lambda item: -item[1])
+    parts = [f"{name} {count / every:.0%}" for name, count in ranked[:most]]
+    return ", ".join(parts) + (", …" if len(ranked) > most else "")
+
+
+def _between(plans: Sequence[Point], file_bytes: int) -> str:
+    """The prediction of the largest plan on the curve that is no larger."""
+    fitting = [point.predicted for point in plans if point.file_bytes <= file_bytes]
+    return f"{min(fitting):.5f}" if fitting else ""
+
+
+def draw(curve: Curve, path: Path) -> None:
+    """The curve into a .png, .svg or .pdf: KL divergence (logarithmic) over file size.
+
+    The same curve gives the same bytes. Raises OutputError when the disk refuses.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    scale, unit = _unit(max(point.file_bytes for point in curve.plans))
+    with rc_context({"svg.hashsalt": "moequant", "svg.fonttype": "none"}), atomic(path) as partial:
+        figure = Figure(figsize=(9.0, 5.5), layout="constrained")
+        axes = figure.add_subplot()
+        for points, style in (
+            (curve.plans, {"color": "#1f5fa8", "marker": ".", "label": "moequant"}),
+            (curve.wanted, {"color": "#1f5fa8", "marker": "o", "linestyle": "", "markersize": 9}),
+            (
+                curve.presets,
+                {"color": "#c2571a", "marker": "x", "linestyle": "", "label": "llama.cpp's types"},
+            ),
+        ):
+            drawn = [point for point in points if point.predicted > 0]
+            sizes = [point.file_bytes / scale for point in drawn]
+            axes.plot(sizes, [point.predicted for point in drawn], **style)
+        for point in (*curve.wanted, *curve.presets):
+            if point.predicted > 0:
+                where = (point.file_bytes / scale, point.predicted)
+                axes.annotate(point.label, where, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axes.set_yscale("log")
+        axes.set_xlabel(f"file size, {unit}")
+        axes.set_ylabel("predicted KL divergence")
+        axes.set_title(curve.title, loc="left", fontsize=10)
+        axes.grid(True, which="both", alpha=0.25)
+        axes.legend(frameon=False)
+        kind = path.suffix[1:]
+        undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+        figure.savefig(partial, format=kind, dpi=150, metadata=undated)
+
+
+def _unit(largest: int) -> tuple[float, str]:
+    """Powers of ten in which the axis reads well."""
+    return (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
