@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 import moequant
+from moequant.cli.check import check
 from moequant.cli.convert import convert
 from moequant.cli.demo import demo
 from moequant.cli.fit import fit
 from moequant.cli.inspect import inspect
+from moequant.cli.plan import plan
 from moequant.cli.route import route
 
 app = typer.Typer(
@@ -22,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (convert, demo, fit, inspect, route):
+for command in (check, convert, demo, fit, inspect, plan, route):
     app.command()(command)
 
 
