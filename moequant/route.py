@@ -10,7 +10,7 @@ from moequant import corpus
 from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.containers import imatrix
 from moequant.containers.tokenizer import read_tokenizer
-from moequant.conversion import ROW, load_encoder
+from moequant.conversion import ROW, check_memory, load_encoder
 from moequant.corpus import Rows
 from moequant.errors import CorpusError, OutputError
 from moequant.files import check_output
@@ -79,6 +79,7 @@ def route(
     coverage = None
     if settings.calib is not None or not parts:
         pool = calibration_pool(checkpoint, settings)
+        check_memory(checkpoint, models=1)
         if settings.ratio > 0:
             budget = settings.max_tokens or BUDGET * settings.calib_tokens
             coverage = cover(

@@ -18,6 +18,7 @@ from moequant.containers import imatrix
 from moequant.conversion import load_encoder
 from moequant.corpus import Rows
 from moequant.errors import CorpusError
+from moequant.quantize import Quantizer
 from moequant.routing.calibrate import calibrate
 from moequant.routing.statistics import importance
 from moequant.values import Calibration, Role
@@ -117,6 +118,20 @@ def test_experts_with_a_count_of_0_take_their_layers_mean(checkpoint, calibratio
             pooled = stats.moment.sum(0) / stats.tokens.sum()
             assert stats.tokens[6:].tolist() == [0, 0]
             torch.testing.assert_close(importance(stats)[7].double(), pooled, rtol=1e-5, atol=1e-12)
+
+
+def test_every_weight_is_quantized_with_an_imported_imatrix(checkpoint, calibration, tmp_path: Path) -> None:
+    """Ours without the head, as llama-imatrix leaves it: nobody asks where the statistics came from."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["output.weight.in_sum2"], tensors["output.weight.counts"]
+
+    path = altered(tmp_path / "i.gguf", checkpoint, calibration, change)
+    quantizer = Quantizer(imatrix.read(path, checkpoint), "fast")
+    for weight in checkpoint.weights:
+        if len(weight.shape) > 1 and weight.layer != 0:
+            _, loss = quantizer.pack(weight, "Q4_K")
+            assert torch.isfinite(loss.error).all() and loss.error.max() < 0.02, weight.name
 
 
 def test_llama_imatrix_own_file(mix: Path) -> None:
