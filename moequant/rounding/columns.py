@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moequant.formats.layout import inverse
+from moequant.formats.codebook import inverse
 from moequant.rounding.hessian import Factored, spans
 from moequant.rounding.lattice import Fields, Lattice
 from moequant.rounding.vectors import DOWN, EIGHT, Groups, nearest_points

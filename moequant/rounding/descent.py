@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moequant.formats.layout import half, inverse
+from moequant.formats.codebook import inverse
+from moequant.formats.layout import half
 from moequant.formats.parts import look_up
 from moequant.rounding.columns import CHUNK
 from moequant.rounding.lattice import Fields, Lattice
