@@ -1,0 +1,1 @@
+"""Other people's runtimes, called from here."""

@@ -1,0 +1,294 @@
+"""llama.cpp itself, called through the C interface of the libllama inside xllamacpp.
+
+xllamacpp's Python classes expose no logits, but its shared object exports llama.h. The structures below
+were read off the build of xllamacpp 2026.10.11549 and are checked against that build's own defaults when it
+is loaded, so another version fails loudly instead of computing nonsense. Everything runs on the CPU with a
+float32 KV cache and without flash attention: the most exact arithmetic llama.cpp has.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import functools
+import importlib.util
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moequant.errors import MoequantError
+
+_LOG_TYPE = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)
+
+
+class LlamaError(MoequantError):
+    """llama.cpp refused, or is not there; the message ends with what it logged."""
+
+
+class ModelParams(C.Structure):
+    _fields_ = (
+        ("devices", C.c_void_p),
+        ("buffer_overrides", C.c_void_p),
+        ("n_gpu_layers", C.c_int32),
+        ("unused", C.c_uint8 * 52),
+        ("vocab_only", C.c_bool),
+        # Larger than the real structure: what follows is carried along unread.
+        ("rest", C.c_uint8 * 199),
+    )
+
+
+class _ContextParams(C.Structure):
+    _fields_ = (
+        ("n_ctx", C.c_uint32),
+        ("n_batch", C.c_uint32),
+        ("n_ubatch", C.c_uint32),
+        ("n_seq_max", C.c_uint32),
+        ("unused", C.c_uint8 * 36),
+        ("flash_attn", C.c_int32),
+        ("unused_too", C.c_uint8 * 48),
+        ("type_k", C.c_int32),
+        ("type_v", C.c_int32),
+        ("rest", C.c_uint8 * 256),
+    )
+
+
+class _Batch(C.Structure):
+    """Null `pos` and `seq_id` mean: append to sequence 0."""
+
+    _fields_ = (
+        ("n_tokens", C.c_int32),
+        ("token", C.c_void_p),
+        ("embd", C.c_void_p),
+        ("pos", C.c_void_p),
+        ("n_seq_id", C.c_void_p),
+        ("seq_id", C.c_void_p),
+        ("logits", C.c_void_p),
+    )
+
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    # name: (result, *arguments); P = pointer, I = int32
+    "llama_backend_init": (None,),
+    "llama_log_set": (None, _LOG_TYPE, C.c_void_p),
+    "llama_model_default_params": (ModelParams,),
+    "llama_model_load_from_file": (C.c_void_p, C.c_char_p, ModelParams),
+    "llama_model_free": (None, C.c_void_p),
+    "llama_model_get_vocab": (C.c_void_p, C.c_void_p),
+    "llama_model_meta_val_str": (C.c_int32, C.c_void_p, C.c_char_p, C.c_char_p, C.c_size_t),
+    "llama_vocab_n_tokens": (C.c_int32, C.c_void_p),
+    "llama_vocab_get_add_bos": (C.c_bool, C.c_void_p),
+    "llama_vocab_bos": (C.c_int32, C.c_void_p),
+    "llama_vocab_is_eog": (C.c_bool, C.c_void_p, C.c_int32),
+    "llama_tokenize": (
+        C.c_int32, C.c_void_p, C.c_char_p, C.c_int32, C.c_void_p, C.c_int32, C.c_bool, C.c_bool,
+    ),
+    "llama_detokenize": (
+        C.c_int32, C.c_void_p, C.c_void_p, C.c_int32, C.c_char_p, C.c_int32, C.c_bool, C.c_bool,
+    ),
+    "llama_context_default_params": (_ContextParams,),
+    "llama_init_from_model": (C.c_void_p, C.c_void_p, _ContextParams),
+    "llama_free": (None, C.c_void_p),
+    "llama_set_n_threads": (None, C.c_void_p, C.c_int32, C.c_int32),
+    "llama_get_memory": (C.c_void_p, C.c_void_p),
+    "llama_memory_clear": (None, C.c_void_p, C.c_bool),
+    "llama_decode": (C.c_int32, C.c_void_p, _Batch),
+    "llama_get_logits": (C.POINTER(C.c_float), C.c_void_p),
+}  # fmt: skip
+
+
+class Library:
+    """The loaded shared object with typed functions and the last lines it logged."""
+
+    def __init__(self, path: Path) -> None:
+        self._dll = C.CDLL(str(path))
+        for name, (result, *arguments) in _SIGNATURES.items():
+            function = getattr(self._dll, name)
+            function.restype, function.argtypes = result, arguments
+        self.lines: deque[str] = deque(maxlen=2000)
+        # Sizes of buffers, kept apart: llama.cpp logs more lines than fit when a model has many layers.
+        self.sizes: list[str] = []
+        # Kept as an attribute: libllama holds only a bare pointer to it.
+        self._callback = _LOG_TYPE(self._log)
+        self.llama_log_set(self._callback, None)
+        self.llama_backend_init()
+        self._check_layout()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name not in _SIGNATURES:
+            raise AttributeError(name)
+        function: Callable[..., Any] = getattr(self._dll, name)
+        return function
+
+    def _log(self, level: int, text: bytes, data: object) -> None:
+        self.lines.append(text.decode(errors="replace"))
+        if b"size =" in text:
+            self.sizes.append(self.lines[-1])
+
+    def _check_layout(self) -> None:
+        """LlamaError when the defaults are not where this build of llama.cpp has them."""
+        model, context = self.llama_model_default_params(), self.llama_context_default_params()
+        found = (
+            model.n_gpu_layers, context.n_ctx, context.n_batch, context.n_seq_max,
+            context.flash_attn, context.type_k, context.type_v,
+        )  # fmt: skip
+        if found != (-1, 512, 2048, 1, -1, 1, 1):
+            raise LlamaError(
+                f"xllamacpp: structure layout changed (defaults read as {found}); pin 2026.10.11549"
+            )
+
+    def log(self, length: int = 300) -> str:
+        """The end of what was logged, as one line."""
+        return " ".join("".join(self.lines).split())[-length:]
+
+
+@functools.cache
+def library() -> Library:
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise LlamaError("xllamacpp is not installed; pip install xllamacpp==2026.10.11549")
+    return Library(Path(spec.submodule_search_locations[0]) / "xllamacpp.abi3.so")
+
+
+class Llama:
+    """One GGUF file loaded in llama.cpp, on the CPU; a context manager that frees it.
+
+    Every call to `logits` or `generate` starts from an empty KV cache. The context (KV cache and compute
+    buffers for `n_ctx` positions) is made at the first such call, so `tokenize` alone stays cheap.
+    """
+
+    def __init__(
+        self, path: str | Path, n_ctx: int = 512, threads: int = 2, vocab_only: bool = False
+    ) -> None:
+        self._lib = library()
+        self._context: int | None = None
+        self.n_ctx, self.threads, self.vocab_only = n_ctx, threads, vocab_only
+        params = self._lib.llama_model_default_params()
+        params.n_gpu_layers, params.vocab_only = 0, vocab_only
+        self._lib.lines.clear()
+        self._model: int | None = self._lib.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise LlamaError(f"{path}: llama.cpp cannot load it ({self._lib.log()})")
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._vocab)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees context and model; harmless when repeated."""
+        if self._context:
+            self._lib.llama_free(self._context)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._context = self._model = None
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether llama.cpp puts a BOS token in front when asked to add special tokens."""
+        return bool(self._lib.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def bos(self) -> int:
+        """Id of the BOS token, -1 when there is none."""
+        return int(self._lib.llama_vocab_bos(self._vocab))
+
+    def is_eog(self, token: int) -> bool:
+        """Whether generation ends at this token."""
+        return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
+
+    def meta(self, key: str) -> str | None:
+        """A scalar metadata value as llama.cpp prints it, None when the file lacks the key."""
+        size = self._lib.llama_model_meta_val_str(self._model, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = C.create_string_buffer(size + 1)
+        self._lib.llama_model_meta_val_str(self._model, key.encode(), buffer, size + 1)
+        return buffer.value.decode(errors="replace")
+
+    def tokenize(self, text: str | bytes, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        raw = text.encode() if isinstance(text, str) else text
+        room = len(raw) + 8
+        while True:
+            ids = np.empty(room, np.int32)
+            n = self._lib.llama_tokenize(
+                self._vocab, raw, len(raw), ids.ctypes.data, room, add_special, parse_special
+            )
+            if n >= 0:
+                return [int(i) for i in ids[:n]]
+            room = -n
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
+        tokens = np.asarray(ids, np.int32)
+        room = 16 * len(tokens) + 64
+        while True:
+            buffer = C.create_string_buffer(room)
+            n = self._lib.llama_detokenize(
+                self._vocab, tokens.ctypes.data, len(tokens), buffer, room, False, True
+            )
+            if n >= 0:
+                return buffer.raw[:n].decode(errors="replace")
+            room = -n
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after every token, float32 [len(ids), n_vocab]; len(ids) ≤ n_ctx."""
+        self._start(len(ids))
+        return self._decode(ids, every=True)
+
+    def generate(self, ids: Sequence[int], n: int) -> list[int]:
+        """`n` greedy continuations of `ids`; fewer when a token that ends generation comes, which is kept."""
+        self._start(len(ids) + n)
+        out: list[int] = []
+        feed = list(ids)
+        while len(out) < n:
+            out.append(int(self._decode(feed, every=False)[0].argmax()))
+            feed = out[-1:]
+            if self.is_eog(out[-1]):
+                break
+        return out
+
+    def _start(self, positions: int) -> None:
+        """An empty context with room for `positions`."""
+        if not self._model or self.vocab_only:
+            raise LlamaError("no weights: the model is closed or was loaded with vocab_only")
+        if positions > self.n_ctx:
+            raise LlamaError(f"{positions} positions do not fit n_ctx={self.n_ctx}")
+        if not self._context:
+            self._context = self._new_context()
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+
+    def _new_context(self) -> int:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = params.n_batch = self.n_ctx
+        params.n_ubatch, params.n_seq_max = min(self.n_ctx, 512), 1
+        params.flash_attn = 0
+        params.type_k = params.type_v = 0  # GGML_TYPE_F32
+        self._lib.lines.clear()
+        context: int | None = self._lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise LlamaError(f"llama.cpp cannot make a context of {self.n_ctx} tokens ({self._lib.log()})")
+        self._lib.llama_set_n_threads(context, self.threads, self.threads)
+        return context
+
+    def _decode(self, ids: Sequence[int], every: bool) -> NDArray[np.float32]:
+        """Appends `ids` to the cache; logits of all of them, or [1, n_vocab] of the last."""
+        tokens = np.asarray(ids, np.int32)
+        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.n_vocab:
+            raise LlamaError(f"token ids must lie in 0…{self.n_vocab - 1} and be at least one")
+        wanted = np.full(len(tokens), every, np.int8)
+        wanted[-1] = 1
+        batch = _Batch(n_tokens=len(tokens), token=tokens.ctypes.data, logits=wanted.ctypes.data)
+        status = self._lib.llama_decode(self._context, batch)
+        if status != 0:
+            raise LlamaError(f"llama_decode returned {status} ({self._lib.log()})")
+        values = self._lib.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(values, (int(wanted.sum()), self.n_vocab)).copy()
