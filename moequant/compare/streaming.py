@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moequant.checkpoint import Checkpoint
+from moequant.compare.activations import EXPERTS, Rounded, listen
 from moequant.compare.scores import Scores, join, score_tokens, summarize
 from moequant.compare.values import Measured, RoutingChange, WeightError
 from moequant.corpus import Rows
 from moequant.routing.hidden import Hidden
 from moequant.routing.model import Provider
+from moequant.routing.record import recording
 from moequant.routing.stream import LayerStream, Resources
 from moequant.values import Role, Weight
 
@@ -31,25 +33,35 @@ LOGITS = 1 << 24
 """Logits computed at a time, tokens x vocabulary: 64 MiB a copy."""
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Weights under a name; `rounded` when the inputs of its products are rounded as a runtime does."""
+
+    name: str
+    provider: Provider
+    rounded: Rounded | None = None
+
+
 def compare(
     checkpoint: Checkpoint,
     base: Provider,
-    candidates: Sequence[tuple[str, Provider]],
+    candidates: Sequence[Candidate],
     rows: Rows,
     resources: Resources = FREE,
 ) -> tuple[Measured, ...]:
-    """Score every candidate (name, weights) against `base` on `rows`.
+    """Score every candidate against `base` on `rows`.
 
     `checkpoint` says how the model computes and what its weights are; only its headers are
     read. Raises what the providers raise.
     """
-    named = [("baseline", base), *candidates]
-    share = None if resources.ram is None else resources.ram // len(named)
+    named = [Candidate("baseline", base), *candidates]
+    share = None if resources.ram is None else replace(resources, ram=resources.ram // len(named))
     with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
-        with LayerStream(checkpoint, rows.ids, replace(resources, ram=share), base) as stream:
+        with LayerStream(checkpoint, rows.ids, share or resources, base, experts=EXPERTS) as stream:
+            listen(stream.model, checkpoint)
             first, *others = (
-                _Version(name, provider, stream.new_hidden(Path(folder) / str(number)))
-                for number, (name, provider) in enumerate(named)
+                _Version(one.name, one.provider, stream.new_hidden(Path(folder) / str(number)), one.rounded)
+                for number, one in enumerate(named)
             )
             _embed(stream, first, others)
             layers = tqdm(
@@ -73,6 +85,7 @@ class _Version:
     name: str
     provider: Provider
     hidden: Hidden
+    rounded: Rounded | None
     outside: dict[str, Tensor] = field(default_factory=dict)
     errors: list[WeightError] = field(default_factory=list)
     routing: list[RoutingChange] = field(default_factory=list)
@@ -85,9 +98,14 @@ class _Version:
 
 
 class _Chosen:
-    """A recorder that keeps which experts every token was sent to: `index` i16 [tokens, k], sorted."""
+    """A recorder that keeps which experts every token was sent to: `index` i16 [tokens, k], sorted.
 
-    index: Tensor | None = None
+    `rounded` is what `activations` looks for.
+    """
+
+    def __init__(self, rounded: Rounded | None) -> None:
+        self.index: Tensor | None = None
+        self.rounded = rounded
 
     def dense(self, name: str, inputs: Tensor) -> None:
         """Nothing to know."""
@@ -154,7 +172,7 @@ def _cross(stream: LayerStream, layer: int, base: _Version, others: list[_Versio
 
 def _route(stream: LayerStream, layer: int, version: _Version) -> Tensor | None:
     """Cross the layer; which experts every token was sent to, i16 [tokens, k], None in a dense layer."""
-    crossing = stream.cross(layer, version.hidden, lambda batch: _Chosen(), version.hidden)
+    crossing = stream.cross(layer, version.hidden, lambda batch: _Chosen(version.rounded), version.hidden)
     found = [one.index for one in crossing if one.index is not None]
     version.hidden.drop(layer)
     return torch.cat(found) if found else None
@@ -188,7 +206,7 @@ def _finish(stream: LayerStream, base: _Version, others: list[_Version]) -> None
     for version in (base, *others):
         if version is not base:
             stream.rewind(stream.n_layers)
-        ends = stream.finish(version.hidden, lambda batch: _Chosen(), version.load)
+        ends = stream.finish(version.hidden, lambda batch: _Chosen(None), version.load)
         for batch, (_, result) in enumerate(ends):
             version.hidden.put(stream.n_layers + 1, batch, result.last_hidden_state)
         version.hidden.drop(stream.n_layers)
@@ -206,9 +224,10 @@ def _measured(stream: LayerStream, base: _Version, version: _Version, rows: Rows
     with torch.inference_mode():
         for target, states in _scored(stream, [base.hidden, version.hidden]):
             logits = []
-            for one, weight in zip(states, heads, strict=True):
+            for one, weight, rounded in zip(states, heads, (base.rounded, version.rounded), strict=True):
                 stream.model.get_output_embeddings().weight = weight
-                logits.append(stream.skeleton.logits(one.to(stream.resources.device)).cpu())
+                with recording(_Chosen(rounded)):
+                    logits.append(stream.skeleton.logits(one.to(stream.resources.device)).cpu())
             parts.append(score_tokens(logits[0], logits[1], target))
     return measured(version.name, join(parts), rows, tuple(version.routing), tuple(version.errors))
 

@@ -88,7 +88,8 @@ class Reader:
 class LayerStream:
     """The layers of a checkpoint, one at a time, and rows of tokens that cross them together.
 
-    `ids` i64 [rows, n]. `whole` runs the model with its head, otherwise up to the final norm.
+    `ids` i64 [rows, n]. `whole` runs the model with its head, otherwise up to the final norm;
+    `experts` names the registered function that runs the MoE blocks.
     Use as a context manager; hidden states are the caller's (`new_hidden`), so that several
     versions of the stream can cross the same layer.
     """
@@ -100,9 +101,10 @@ class LayerStream:
         resources: Resources = Resources(),
         provider: Provider = load,
         whole: bool = False,
+        experts: str = EXPERTS,
     ) -> None:
         self.checkpoint, self.resources, self.provider, self.whole = checkpoint, resources, provider, whole
-        self.model = empty_model(checkpoint, EXPERTS, resources.device)
+        self.model = empty_model(checkpoint, experts, resources.device)
         watch(self.model, checkpoint.weights)
         self.batches = list(torch.split(ids, max(1, resources.batch_tokens // ids.shape[1])))
         self.skeleton = Skeleton(
