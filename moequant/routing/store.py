@@ -76,10 +76,14 @@ def save(path: Path, what: Stored) -> None:
     }
     meta["crc32"] = _checksum(meta, tensors)
     with atomic(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         try:
             save_file(tensors, partial, {METADATA: json.dumps(meta, sort_keys=True)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        # The library makes files that only their owner can read.
+        partial.chmod(mode)
 
 
 def load(path: Path) -> Stored:

@@ -64,6 +64,12 @@ def test_the_same_statistics_are_the_same_bytes(whole, tmp_path: Path) -> None:
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_others_may_read_it_as_any_file(whole, tmp_path: Path) -> None:
+    store.save(tmp_path / "s", whole)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "s").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_parts_merged_are_the_whole(checkpoint, whole, tmp_path: Path) -> None:
     parts = []
     for index, chosen in enumerate([[0, 1], [2, 3, 4], [5]]):
