@@ -30,7 +30,7 @@ def score(folder: str, prompts: list[list[int]]) -> dict[str, Any]:
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
         )
-    except ValueError as error:
+    except (NotImplementedError, ValueError) as error:
         if "WNA16 MoE backend" in str(error):
             return {"unsupported": str(error)}
         raise
