@@ -177,14 +177,17 @@ def parse(path: Path) -> Imatrix:
 def _parse_gguf(path: Path) -> Imatrix:
     try:
         reader = GGUFReader(path)
+        meta = {name: field.contents() for name, field in reader.fields.items()}
     except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
         raise CorpusError(f"{path}: damaged GGUF file ({' '.join(str(error).split())})") from None
-    meta = {name: field.contents() for name, field in reader.fields.items()}
     if meta.get("general.type") != "imatrix":
         raise CorpusError(f"{path}: GGUF of type {meta.get('general.type')!r}, expected 'imatrix'")
     keys = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
-    if missing := [key for key in keys if key not in meta]:
-        raise CorpusError(f"{path}: key {missing[0]} is missing; llama-quantize would refuse the file too")
+    for key, kind in zip(keys, (list, int, int), strict=True):
+        if not isinstance(meta.get(key), kind):
+            raise CorpusError(
+                f"{path}: key {key} is missing or no {kind.__name__}; llama-quantize needs it too"
+            )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     entries = {}
     for full, tensor in tensors.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -254,6 +255,35 @@ def test_junk_and_other_files(checkpoint, tiny, tmp_path: Path) -> None:
     writer.add_tensor("x.in_sum2", np.ones(4, np.float32))
     close(writer)
     refused(path, checkpoint, "GGUF of type 'model', expected 'imatrix'")
+
+
+def test_a_file_without_llama_cpps_keys(checkpoint, tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "i", "llama")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["a text"])
+    writer.add_string("imatrix.chunk_count", "four")
+    writer.add_tensor("x.in_sum2", np.ones(4, np.float32))
+    close(writer)
+    refused(tmp_path / "i", checkpoint, "key imatrix.chunk_count is missing or no int")
+
+
+def test_any_damage_is_one_clear_error_or_none(checkpoint, calibration, tmp_path: Path) -> None:
+    """Bytes changed at random in the header, 300 times: read, or refused as it should be."""
+    path = tmp_path / "i.gguf"
+    imatrix.write(path, checkpoint, calibration)
+    data, chance = path.read_bytes(), Random(0)
+    outcomes = set()
+    for _ in range(300):
+        damaged = bytearray(data)
+        damaged[chance.randrange(400)] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            imatrix.read(path, checkpoint)
+            outcomes.add("read")
+        except CorpusError as error:
+            assert "\n" not in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
 
 
 def close(writer: GGUFWriter) -> None:
