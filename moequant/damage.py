@@ -2,9 +2,9 @@
 
 A format's damage to a weight is its relative error, from a sample of rows and experts,
 times the loss's sensitivity to that weight, from a probe: the weight alone is quantized
-in the whole model and the KL divergence to the unquantized one is scored. Two probes of
-whole plans then say how damages add up. `benchmarks/plan.py` holds predictions against
-measurements.
+in the whole model and the KL divergence to the unquantized one is scored. Probes of two
+whole plans, the best for those damages, then say how damages add up. `benchmarks/plan.py`
+holds predictions against measurements.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moequant import formats
 from moequant.checkpoint import Checkpoint, load, uninterleave
 from moequant.compare import score_row
 from moequant.formats import Effort
-from moequant.plan import Damages, candidates, groups, prior_damages
+from moequant.plan import Damages, allocate, candidates, groups, make_units, prior_damages
 from moequant.routing.experts import EXPERTS
 from moequant.routing.model import build_model
 from moequant.routing.statistics import Gating, importance
@@ -34,8 +34,8 @@ PROBE = ("Q2_K", "IQ4_NL")
 """What a probed weight is quantized to, with rows of 256s and of 32s: coarse, so that the KL divergence is
 that of the error itself and not of the few tokens that a tiny error already sends to other experts."""
 
-CHECKS = (PROBE, ("Q6_K", "Q8_0"))
-"""Whole plans that are probed at the end, a coarse one and a fine one."""
+CHECKS = (2.5, 5.25)
+"""Bits per weight of the two whole plans, a coarse one and a fine one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,17 +156,23 @@ class _Prober:
             name: {fmt: error * sensitivity[name] for fmt, error in row.items()}
             for name, row in table.items()
         }
-        checks = [self._check(table, pair) for pair in CHECKS]
-        linear, root = fit(checks)
+        found = Damages(table, sensitivity, "")
+        linear, root = fit([self._check(found, bits) for bits in CHECKS])
         tokens = self.ids.shape[0] * (self.ids.shape[1] // 2 - 1)
         source = f"{len(self.groups)} probes of {tokens:,} tokens each"
-        return Damages(table, sensitivity, source, linear, root)
+        return replace(found, source=source, linear=linear, root=root)
 
-    def _check(self, table: Mapping[str, Mapping[str, float]], pair: tuple[str, str]) -> tuple[float, float]:
-        """(sum of damages, KL divergence) of the plan that gives every weight the same type."""
-        every = [weight for group in self.groups for weight in group]
-        types = {weight.name: _at(pair, weight) for weight in every}
-        return sum(table[name][fmt] for name, fmt in types.items()), self._kl_with(every, types)
+    def _check(self, damages: Damages, bits: float) -> tuple[float, float]:
+        """(sum of damages, KL divergence) of the best plan with so many bits per weight."""
+        units = make_units(self.weights, damages)
+        smallest = sum(min(option.bytes for option in unit.options) for unit in units)
+        limit = round(bits * sum(weight.numel for weight in self.weights) / 8)
+        types = {}
+        for unit, option in zip(units, allocate(units, max(smallest, limit)), strict=True):
+            types.update(dict.fromkeys((weight.name for weight in unit.weights), option.format))
+        quantized = [weight for group in self.groups for weight in group]
+        total = sum(damages.table[name][fmt] for name, fmt in types.items())
+        return total, self._kl_with(quantized, types)
 
     def _kl_with(self, weights: Iterable[Weight], types: Mapping[str, str]) -> float:
         """Mean KL divergence with those weights quantized; they are put back afterwards."""

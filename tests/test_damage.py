@@ -13,7 +13,7 @@ from moequant.checkpoint import load, open_checkpoint
 from moequant.compare import score_row
 from moequant.conversion import facts
 from moequant.corpus import Rows
-from moequant.damage import Probing, fit, measure, sample_errors
+from moequant.damage import CHECKS, Probing, fit, measure, sample_errors
 from moequant.plan import candidates, make_plan, preset_plan
 from moequant.plan.sizes import Budget, bits_of
 from moequant.routing.calibrate import calibrate
@@ -100,17 +100,20 @@ def test_nothing_is_left_changed_by_probes(known, damages) -> None:
     assert again == damages
 
 
-def test_predictions_meet_the_checks(known, damages) -> None:
-    """Q2_K everywhere was one of the two whole plans that were probed: scored here once more."""
+def test_predictions_are_what_whole_plans_measure(known, damages) -> None:
+    """The coarse plan of the checks: made, decoded and scored here once more."""
     checkpoint, calibration = known
+    bits = Budget.of_bpw(CHECKS[0])
+    plan = make_plan(checkpoint.weights, bits, facts(checkpoint), damages)
+    types = {choice.weight: choice.format for choice in plan.choices}
 
     def decoded(weight):
-        values = load(weight)
-        if weight.role.keeps_precision:
+        values, name = load(weight), types[weight.name]
+        if name == "F32":
             return values
         columns = importance(calibration.inputs[weight.input]) if weight.input else None
         columns = columns[0] if columns is not None and values.ndim == 2 else columns
-        return formats.dequantize("Q2_K", formats.quantize("Q2_K", values, columns, "fast"))
+        return formats.dequantize(name, formats.quantize(name, values, columns, "fast"))
 
     base, candidate = build_model(checkpoint, EXPERTS), build_model(checkpoint, EXPERTS, decoded)
     with torch.inference_mode():
@@ -119,11 +122,7 @@ def test_predictions_meet_the_checks(known, damages) -> None:
             for row in rows(2, seed=1).ids
         ]
     measured = float(torch.cat([score.kl for score in scores]).mean())
-    coarse = sum(row["Q2_K"] for row in damages.table.values() if "Q2_K" in row)
-    if damages.root:
-        assert damages.predict(coarse) == pytest.approx(measured, rel=1e-3)
-    else:
-        assert 0.2 < damages.predict(coarse) / measured < 5
+    assert plan.damage == pytest.approx(measured, rel=0.01 if damages.root else 1.0)
 
 
 def test_without_probes_tables_say_how_sensitive_a_weight_is(known) -> None:

@@ -6,7 +6,7 @@ of every format in every weight, and finds the least total damage that fits.
 """
 
 from moequant.plan.allocate import Option, Unit, allocate
-from moequant.plan.choose import groups, make_plan, preset_plan
+from moequant.plan.choose import groups, make_plan, make_units, preset_plan
 from moequant.plan.curve import Point, curve, points, preset_points
 from moequant.plan.damages import Damages, candidates, prior_damages
 from moequant.plan.document import from_json, plan_from_types, read, to_json
@@ -27,6 +27,7 @@ __all__ = [
     "from_json",
     "groups",
     "make_plan",
+    "make_units",
     "packed_bytes",
     "parse_size",
     "plan_from_types",

@@ -52,22 +52,20 @@ def points(
 
 def preset_points(
     weights: tuple[Weight, ...], facts: ModelFacts, damages: Damages, overhead: int
-) -> list[Point]:
-    """llama.cpp's files: their sizes, and what its types would cost with our rounding.
+) -> list[tuple[Point, Point]]:
+    """llama.cpp's files, smallest first: its types with our rounding, and our plan of that size.
 
     Presets with a type that was not measured are left out.
     """
     made = []
     for preset in BASE_TYPES:
-        if preset in UNQUANTIZED:
-            continue
         types = llama_cpp_types(preset, weights, facts)
-        try:
-            total = sum(
-                0.0 if types[weight.name] in UNQUANTIZED else damages.table[weight.name][types[weight.name]]
-                for weight in weights
-            )
-        except KeyError:
+        rows = [(damages.table[weight.name], types[weight.name]) for weight in weights]
+        if preset in UNQUANTIZED or any(name not in row and name not in UNQUANTIZED for row, name in rows):
             continue
-        made.append(Point(overhead + data_bytes(weights, types), damages.predict(total), preset))
-    return sorted(made, key=lambda point: point.file_bytes)
+        total = sum(row.get(name, 0.0) for row, name in rows)
+        theirs = Point(overhead + data_bytes(weights, types), damages.predict(total), preset)
+        budget = Budget(f"the size of {preset}", file_bytes=theirs.file_bytes)
+        (ours,) = points(weights, facts, damages, overhead, [budget])
+        made.append((theirs, ours))
+    return sorted(made, key=lambda pair: pair[0].file_bytes)

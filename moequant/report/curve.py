@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -13,16 +14,23 @@ from moequant.files import atomic
 from moequant.plan import Point
 from moequant.report.summary import size, table
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OURS, THEIRS = "#1f5fa8", "#c2571a"
+"""Blue and orange: told apart by everybody, and in grey print."""
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:
     """What is drawn: our plans from the smallest to the largest file, those that somebody asked for, and
-    llama.cpp's presets. `source` says where predictions come from, `weights` how many the model has."""
+    llama.cpp's presets, each with our plan of that size. `source` says where predictions come from,
+    `weights` how many the model has."""
 
     title: str
     plans: Sequence[Point]
     wanted: Sequence[Point]
-    presets: Sequence[Point]
+    presets: Sequence[tuple[Point, Point]]
     weights: int
     source: str
 
@@ -35,9 +43,10 @@ def curve_tables(curve: Curve) -> RenderableType:
     parts.append(_table("every size", curve, curve.plans))
     if curve.presets:
         made = table("llama.cpp's files", "preset", "size", "its types", "ours at that size")
-        for point in curve.presets:
-            ours = _between(curve.plans, point.file_bytes)
-            made.add_row(point.label, size(point.file_bytes), f"{point.predicted:.5f}", ours)
+        for theirs, ours in curve.presets:
+            made.add_row(
+                theirs.label, size(theirs.file_bytes), f"{theirs.predicted:.5f}", f"{ours.predicted:.5f}"
+            )
         parts.append(made)
     return Group(*parts)
 
@@ -72,12 +81,6 @@ def _mix(point: Point, most: int = 3) -> str:
     return ", ".join(parts) + (", …" if len(ranked) > most else "")
 
 
-def _between(plans: Sequence[Point], file_bytes: int) -> str:
-    """The prediction of the largest plan on the curve that is no larger."""
-    fitting = [point.predicted for point in plans if point.file_bytes <= file_bytes]
-    return f"{min(fitting):.5f}" if fitting else ""
-
-
 def draw(curve: Curve, path: Path) -> None:
     """The curve into a .png, .svg or .pdf: KL divergence (logarithmic) over file size.
 
@@ -86,25 +89,22 @@ def draw(curve: Curve, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    scale, unit = _unit(max(point.file_bytes for point in curve.plans))
+    scale, unit = (1e9, "GB") if curve.plans[-1].file_bytes >= 1e9 else (1e6, "MB")
     with rc_context({"svg.hashsalt": "moequant", "svg.fonttype": "none"}), atomic(path) as partial:
         figure = Figure(figsize=(9.0, 5.5), layout="constrained")
         axes = figure.add_subplot()
-        for points, style in (
-            (curve.plans, {"color": "#1f5fa8", "marker": ".", "label": "moequant"}),
-            (curve.wanted, {"color": "#1f5fa8", "marker": "o", "linestyle": "", "markersize": 9}),
-            (
-                curve.presets,
-                {"color": "#c2571a", "marker": "x", "linestyle": "", "label": "llama.cpp's types"},
-            ),
-        ):
-            drawn = [point for point in points if point.predicted > 0]
-            sizes = [point.file_bytes / scale for point in drawn]
-            axes.plot(sizes, [point.predicted for point in drawn], **style)
-        for point in (*curve.wanted, *curve.presets):
-            if point.predicted > 0:
-                where = (point.file_bytes / scale, point.predicted)
-                axes.annotate(point.label, where, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        _plot(axes, curve.plans, scale, {"color": OURS, "marker": ".", "label": "moequant"})
+        _plot(axes, curve.wanted, scale, {"color": OURS, "marker": "o", "linestyle": "", "markersize": 9})
+        theirs = [point for point, _ in curve.presets]
+        _plot(
+            axes,
+            theirs,
+            scale,
+            {"color": THEIRS, "marker": "x", "linestyle": "", "label": "llama.cpp's types"},
+        )
+        below = {"xytext": (-6, -6), "ha": "right", "va": "top"}
+        _name(axes, curve.wanted, scale, below)
+        _name(axes, theirs, scale, {"xytext": (3, 3), "ha": "left", "va": "bottom"})
         axes.set_yscale("log")
         axes.set_xlabel(f"file size, {unit}")
         axes.set_ylabel("predicted KL divergence")
@@ -116,6 +116,15 @@ def draw(curve: Curve, path: Path) -> None:
         figure.savefig(partial, format=kind, dpi=150, metadata=undated)
 
 
-def _unit(largest: int) -> tuple[float, str]:
-    """Powers of ten in which the axis reads well."""
-    return (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
+def _plot(axes: Axes, points: Sequence[Point], scale: float, style: dict[str, Any]) -> None:
+    """Points with a KL divergence, which a logarithmic axis can show."""
+    drawn = [point for point in points if point.predicted > 0]
+    axes.plot([point.file_bytes / scale for point in drawn], [point.predicted for point in drawn], **style)
+
+
+def _name(axes: Axes, points: Sequence[Point], scale: float, style: dict[str, Any]) -> None:
+    """Labels beside points, aslant because presets lie close together."""
+    for point in points:
+        if point.predicted > 0:
+            where = (point.file_bytes / scale, point.predicted)
+            axes.annotate(point.label, where, textcoords="offset points", fontsize=7, rotation=30, **style)

@@ -7,21 +7,32 @@ from rich.text import Text
 
 from moequant.checkpoint import Checkpoint
 from moequant.report.summary import size, table
-from moequant.values import Plan
+from moequant.values import Choice, Plan
 
 
 def dry_run_table(checkpoint: Checkpoint, plan: Plan, file_bytes: int) -> Group:
     """One row a tensor, in file order; the last line has the file's size in bytes."""
     weights = {weight.name: weight for weight in checkpoint.weights}
-    made = table("", "tensor", "shape", "type", "size", "why")
+    known = plan.damage is not None
+    made = table("", "tensor", "shape", "type", "size", *(["expected KL"] if known else []), "why")
     made.columns[0].no_wrap = made.columns[1].no_wrap = True
-    made.columns[4].justify = "left"
+    made.columns[-1].justify = "left"
     for choice in plan.choices:
         shape = " x ".join(map(str, weights[choice.weight].shape))
-        made.add_row(choice.weight, shape, choice.format, size(choice.bytes), choice.reason)
+        damage = [_damage(choice)] if known else []
+        made.add_row(choice.weight, shape, choice.format, size(choice.bytes), *damage, choice.reason)
     total = sum(weight.numel for weight in checkpoint.weights)
     line = (
-        f"{checkpoint.path} as {plan.preset}: {file_bytes:,} bytes, {8 * plan.bytes / total:.2f} bits per "
-        f"weight (checkpoint: {checkpoint.source_bytes:,} bytes of weights)"
+        f"{checkpoint.path} as {plan.target or plan.preset}: {file_bytes:,} bytes, "
+        f"{8 * plan.bytes / total:.2f} bits per weight "
+        f"(checkpoint: {checkpoint.source_bytes:,} bytes of weights)"
     )
-    return Group(made, Text(line))
+    lines = [Text(line)]
+    if known:
+        lines.append(Text(f"expected KL divergence to the unquantized model: {plan.damage:.5f}"))
+    return Group(made, *lines)
+
+
+def _damage(choice: Choice) -> str:
+    """A choice's share of the expected KL divergence."""
+    return f"{choice.damage:.2e}" if choice.damage else ""
