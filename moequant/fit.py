@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moequant.containers.gguf_header import Header, read_header
 from moequant.errors import PlanError
-from moequant.inspection.presets import preset_headers
+from moequant.inspection.presets import PresetFile, preset_files
 from moequant.memory import Load, compute_bytes, experts_used, host_compute_bytes, kv_bytes
 
 RESERVE = 2**30
@@ -85,12 +85,16 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One file that could be served: a preset of a checkpoint, or the GGUF file that was given."""
+    """One file that could be served: a preset of a checkpoint, or the GGUF file that was given.
+
+    `damage` is the KL divergence that the preset's plan expects; None when that is not known.
+    """
 
     name: str
     file: str
     file_bytes: int
     weight_bits: float
+    damage: float | None
     placement: Placement
     command: str
     override: str | None
@@ -112,16 +116,22 @@ class Fit:
 def fit(path: Path, hardware: Hardware, load: Load, min_speed: float = 0.0) -> Fit:
     """Place a GGUF file, or every preset of a Hugging Face folder, on the hardware.
 
-    `best` is the largest file that fits and whose bound of the decode speed is at least `min_speed` tokens
-    per second. Raises what reading the model raises, and PlanError for a context that the model lacks.
+    `best` is the file of least expected damage among those that fit and whose bound of the decode speed is
+    at least `min_speed` tokens per second; `fastest` the same among those that the GPU holds alone. Raises
+    what reading the model raises, and PlanError for a context that the model lacks.
     """
     folder = path.is_dir()
-    headers = preset_headers(path) if folder else iter([(path.name, read_header(path))])
-    found = [_candidate(path, name, header, hardware, load) for name, header in headers]
+    files = preset_files(path) if folder else iter([PresetFile(path.name, read_header(path), None)])
+    found = [_candidate(path, file, hardware, load) for file in files]
     found.sort(key=lambda candidate: -candidate.file_bytes)
     good = [c for c in found if c.placement.fits and c.placement.speed >= min_speed]
-    fastest = next((c for c in found if c.placement.all_on_gpu), None)
-    return Fit(path, hardware, load, tuple(found), good[0] if good else None, fastest, folder)
+    alone = [c for c in good if c.placement.all_on_gpu]
+    return Fit(path, hardware, load, tuple(found), _least_damage(good), _least_damage(alone), folder)
+
+
+def _least_damage(candidates: list[Candidate]) -> Candidate | None:
+    """The first of least expected damage; where that is not known, only if there is no other."""
+    return min(candidates, key=lambda c: (c.damage is None, c.damage or 0.0), default=None)
 
 
 def place(header: Header, hardware: Hardware, load: Load) -> Placement:
@@ -234,15 +244,16 @@ class _Model:
         )
 
 
-def _candidate(path: Path, name: str, header: Header, hardware: Hardware, load: Load) -> Candidate:
+def _candidate(path: Path, made: PresetFile, hardware: Hardware, load: Load) -> Candidate:
+    header = made.header
     placement = place(header, hardware, load)
-    file = f"{path.resolve().name}-{name}.gguf" if path.is_dir() else str(path)
-    weights = sum(tensor.numel for tensor in header.tensors)
+    file = f"{path.resolve().name}-{made.name}.gguf" if path.is_dir() else str(path)
     return Candidate(
-        name=name,
+        name=made.name,
         file=file,
         file_bytes=header.file_bytes,
-        weight_bits=8 * sum(tensor.bytes for tensor in header.tensors) / weights,
+        weight_bits=header.bits,
+        damage=made.damage,
         placement=placement,
         command=command(file, placement, load, any(tensor.is_expert for tensor in header.tensors)),
         override=override(placement),

@@ -40,7 +40,7 @@ _SWA_PERIOD: Mapping[str, tuple[int, bool]] = {
 """Architectures whose window pattern is in llama.cpp's code: (period, the full layer comes first). Others
 list their layers in the file, or ignore the window."""
 
-_UNMODELLED = frozenset(
+UNMODELLED = frozenset(
     {
         "deepseek4",
         "minimax-m3",
@@ -76,7 +76,7 @@ def kv_bytes(header: Header, load: Load) -> tuple[int, ...]:
     Raises PlanError for an architecture with a cache that is not described here, and for a cache type whose
     blocks do not divide the heads.
     """
-    if header.arch in _UNMODELLED:
+    if header.arch in UNMODELLED:
         raise PlanError(
             f"{header.path}: the cache of {header.arch!r} is not described yet; "
             "llama-fit-params prints what llama.cpp reserves"

@@ -87,6 +87,11 @@ class Header:
         """llama.cpp's name of the architecture."""
         return str(self.metadata.get("general.architecture", ""))
 
+    @property
+    def bits(self) -> float:
+        """Bits of weight data per weight."""
+        return 8 * sum(tensor.bytes for tensor in self.tensors) / sum(tensor.numel for tensor in self.tensors)
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value of `{arch}.key`."""
         return self.metadata.get(f"{self.arch}.{key}", default)

@@ -209,20 +209,16 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
         tokenizer = read_tokenizer(path)
     except TokenizerError as error:
         missing.append(str(error))
-    made: tuple[PresetSize, ...] = ()
+    sizes: tuple[PresetSize, ...] = ()
     if checkpoint is not None and tokenizer is not None:
-        made = tuple(
-            PresetSize(
-                name,
-                header.file_bytes,
-                8 * sum(t.bytes for t in header.tensors) / sum(t.numel for t in header.tensors),
-            )
-            for name, header in presets.headers(checkpoint, tokenizer)
+        sizes = tuple(
+            PresetSize(made.name, made.header.file_bytes, made.header.bits, made.damage)
+            for made in presets.files_of(checkpoint, tokenizer)
         )
     return _Support(
         family.name if family else None,
         _describe(tokenizer),
-        made,
+        sizes,
         tuple(dict.fromkeys(missing)),
         tokenizer.notes if tokenizer else (),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from moequant import families
@@ -17,13 +18,22 @@ from moequant.values import Plan
 _FLOATS = {"F32": "F32", "BF16": "BF16", "F16": "F16"}
 
 
-def preset_headers(folder: Path) -> Iterator[tuple[str, Header]]:
-    """(preset, header) of every preset of a folder that moequant converts. Raises what opening it raises."""
-    return headers(open_checkpoint(folder), read_tokenizer(folder))
+@dataclass(frozen=True, slots=True)
+class PresetFile:
+    """What `--type name` gives: the file's header, and the KL divergence that its plan expects, if known."""
+
+    name: str
+    header: Header
+    damage: float | None
 
 
-def headers(checkpoint: Checkpoint, tokenizer: TokenizerSpec) -> Iterator[tuple[str, Header]]:
-    """(preset, header) of every preset, in their order; floats only in the checkpoint's own type.
+def preset_files(folder: Path) -> Iterator[PresetFile]:
+    """The file of every preset of a folder that moequant converts. Raises what opening the folder raises."""
+    return files_of(open_checkpoint(folder), read_tokenizer(folder))
+
+
+def files_of(checkpoint: Checkpoint, tokenizer: TokenizerSpec) -> Iterator[PresetFile]:
+    """The file of every preset, in the order of the presets; floats only in the checkpoint's own type.
 
     The keys of the file are as long for one preset as for another, so its header is laid out once.
     """
@@ -40,10 +50,8 @@ def headers(checkpoint: Checkpoint, tokenizer: TokenizerSpec) -> Iterator[tuple[
         if fixed is None:
             fixed = gguf.file_bytes(checkpoint, tokenizer, plan, gguf_provenance()) - data
         tensors = tuple(TensorInfo(c.weight, c.format, shapes[c.weight], c.bytes) for c in plan.choices)
-        yield (
-            preset,
-            Header(checkpoint.path, {"general.architecture": arch, **metadata}, tensors, fixed + data),
-        )
+        header = Header(checkpoint.path, {"general.architecture": arch, **metadata}, tensors, fixed + data)
+        yield PresetFile(preset, header, plan.damage)
 
 
 def source_type(checkpoint: Checkpoint) -> str:

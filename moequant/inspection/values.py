@@ -21,11 +21,12 @@ class RoleBytes:
 
 @dataclass(frozen=True, slots=True)
 class PresetSize:
-    """The exact size of the file that a preset gives."""
+    """The exact size of the file that a preset gives; the KL divergence that its plan expects, if known."""
 
     name: str
     file_bytes: int
     bits: float
+    damage: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ def fit_report(found: Fit) -> RenderableType:
     parts += _chosen(found, found.best, f"{title}: {found.best.name}")
     if found.fastest is not None and found.fastest is not found.best:
         parts += _chosen(found, found.fastest, f"best that the GPU holds alone: {found.fastest.name}")
-    parts.append(Text(_small_print(found)))
+    parts.append(Text(_small_print()))
     return Group(*parts)
 
 
@@ -87,20 +87,19 @@ def _heading(found: Fit) -> Text:
 
 def _candidates(found: Fit) -> Table:
     first = "type" if found.is_checkpoint else "file"
-    made = table("", first, "size", "bits", "GPU", "system", "disk", "experts on GPU", "tokens/s", "")
-    made.columns[8].justify = "left"
+    made = table("", first, "size", "bits", "KL", "GPU", "system", "disk", "experts on GPU", "tokens/s")
     for candidate in found.candidates:
         place = candidate.placement
         made.add_row(
             candidate.name,
             gib(candidate.file_bytes),
             f"{candidate.weight_bits:.2f}",
+            "" if candidate.damage is None else f"{candidate.damage:.4f}",
             gib(place.gpu.total) if place.gpu.total else "",
             gib(place.ram.total),
             gib(place.disk) if place.disk else "",
             _experts(place),
-            f"≤ {_speed(place.speed)}",
-            "" if place.fits else f"no: {gib(place.lacking)} too much",
+            f"≤ {_speed(place.speed)}" if place.fits else f"{gib(place.lacking)} too much",
         )
     return made
 
@@ -156,8 +155,9 @@ class _Shell:
         yield Segment(f"  {self.line}\n\n")
 
 
-def _small_print(found: Fit) -> str:
+def _small_print() -> str:
     return (
         "Speeds are upper bounds: bytes of the weights that a token uses over each memory's bandwidth. "
+        "KL is what the plan expects, before anything is measured. "
         "llama-server without -ngl and -ot options places layers itself (--fit)."
     )

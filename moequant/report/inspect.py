@@ -17,7 +17,7 @@ def inspection_report(found: Inspection) -> RenderableType:
     """What a person asks about a model, in the order they ask it."""
     parts: list[RenderableType] = [Text(str(found.path), style="bold"), _facts(found), _roles(found)]
     if found.presets:
-        parts.append(_presets(found))
+        parts += [_presets(found), Text("KL is what the plan expects, before anything is measured.\n")]
     parts.append(_support(found))
     parts += [Text(f"note: {note}") for note in found.notes]
     return Group(*parts)
@@ -92,7 +92,7 @@ def _roles(found: Inspection) -> Table:
 
 
 def _presets(found: Inspection) -> Table:
-    made = table("as GGUF by moequant convert", "type", "bytes", "size", "bits", "of the checkpoint")
+    made = table("as GGUF by moequant convert", "type", "bytes", "size", "bits", "of the checkpoint", "KL")
     for preset in sorted(found.presets, key=lambda preset: -preset.file_bytes):
         made.add_row(
             preset.name,
@@ -100,6 +100,7 @@ def _presets(found: Inspection) -> Table:
             size(preset.file_bytes),
             f"{preset.bits:.2f}",
             f"{preset.file_bytes / found.file_bytes:.1%}",
+            "" if preset.damage is None else f"{preset.damage:.4f}",
         )
     return made
 
