@@ -8,7 +8,7 @@ to nearest, and the formats differ by two orders of magnitude:
    the source expert that they do resemble is named (a swapped pair names each other).
 2. gain <w, q> / <w, w> of the expert: a scale that is off for all of it.
 3. gain of every block: a damaged scale.
-4. |w - q| in units of the range that the codes of its sub-block span: a damaged code.
+4. |w - q| in units of what the codes of its sub-block span: a damaged code.
 
 Values cannot show a flip in the low bits of a code, which is as large as ordinary rounding:
 `containers.checksums` does.
@@ -25,6 +25,7 @@ from torch import Tensor
 from moequant import formats
 from moequant.check.figures import Damage
 from moequant.check.source import Entry, Source
+from moequant.formats.grids import points
 from moequant.formats.parts import Scalar, Vector, look_up
 from moequant.kernels import Matrix
 from moequant.kernels.matrix import INTEGERS
@@ -32,14 +33,14 @@ from moequant.kernels.matrix import INTEGERS
 DIRECTION = 0.6
 """Least cosine of an expert with its source; the coarsest type (1.6 bits, with feedback) keeps 0.8."""
 
-GAIN = (0.7, 1.4)
-"""Gains of a whole expert that rounding reaches, shrinking and `Format.gain` included."""
+GAIN = (0.55, 1.8)
+"""Gains of a whole expert that rounding reaches: ternary codes with feedback shrink to 0.69."""
 
-BLOCK_GAIN = (0.6, 1.6)
-"""Gains of a block over the tensor's median gain; clean blocks of 32 weights at 4 bits: 0.75 to 1.18."""
+RELATIVE_GAIN = (0.6, 1.6)
+"""Gains of an expert or a block over the tensor's median; clean blocks of 32 weights: 0.75 to 1.18."""
 
-OUTLIER = 4.0
-"""Largest |w - q| over its 99.99th percentile in the tensor; clean tensors reach 3."""
+OUTLIER = 3.5
+"""Largest |w - q| over its 99.99th percentile in the tensor; clean: 1 to 2.4 (with feedback)."""
 
 ERROR = 4.0
 """Relative error of an expert over that of its format on normal weights; feedback reaches 2.5."""
@@ -71,9 +72,7 @@ def marks(matrix: Matrix, expert: int, source: Tensor, decoded: Tensor) -> Marks
     square, product = float(source.square().sum()), float((source * decoded).sum())
     norm = float(decoded.square().sum())
     off = (source - decoded).abs()
-    span = _ranges(matrix, expert)
-    ratio = off.view(len(off), span.shape[1], -1) / span[..., None]
-    ratio = ratio.view_as(off)
+    ratio = _ratio(matrix, expert, source, decoded)
     at = int(ratio.argmax())
     sample = ratio.flatten()[:: max(1, ratio.numel() // _SAMPLE)]
     block, gains = _block_gains(matrix, source, decoded)
@@ -96,30 +95,56 @@ def marks(matrix: Matrix, expert: int, source: Tensor, decoded: Tensor) -> Marks
     )
 
 
+def _ratio(matrix: Matrix, expert: int, source: Tensor, decoded: Tensor) -> Tensor:
+    """|w - q| in units of what the codes of the sub-block span, [out, in].
+
+    A weight beyond what they reach counts from there: clipping outliers is part of rounding.
+    """
+    low, high = _interval(matrix, expert)
+    w, q = (x.view(len(x), low.shape[1], -1) for x in (source, decoded))
+    near = torch.minimum(torch.maximum(w, low[..., None]), high[..., None])
+    span = high - low
+    # Where a scale is next to nothing, a share of the row's largest stands in for it.
+    span = torch.maximum(span, 0.05 * span.amax(1, keepdim=True)).clamp_min(1e-30)
+    return ((near - q).abs() / span[..., None]).view_as(source)
+
+
 def find(
     source: Source, entry: Entry, found: list[Marks], expected: float, sources: Tensor, decoded: Tensor
 ) -> list[Damage]:
     """Damages of a tensor's experts, at most one each; `sources` and `decoded` are f32 [E, out, in]."""
-    usual = torch.tensor([m.usual for m in found]).median()
-    block = torch.tensor([m.block_gain for m in found]).median()
+    usual, gain, block = (
+        float(torch.tensor([getattr(mark, name) for mark in found]).median())
+        for name in ("usual", "gain", "block_gain")
+    )
     damages = []
     for expert, mark in enumerate(found):
-        what = _whole(mark, expert, expected, sources, decoded) or _local(mark, float(usual), float(block))
+        what = (
+            _direction(mark, expert, sources, decoded)
+            or _scale(mark, gain, expected)
+            or _local(mark, usual, block)
+        )
         if what:
             damages.append(Damage(source.label(entry, expert), what))
     return damages
 
 
-def _whole(mark: Marks, expert: int, expected: float, sources: Tensor, decoded: Tensor) -> str | None:
-    """What is wrong with all of an expert."""
+def _direction(mark: Marks, expert: int, sources: Tensor, decoded: Tensor) -> str | None:
+    """Whether an expert holds something else."""
     if not torch.isfinite(decoded[expert]).all():
         return "decodes to values that are not finite"
-    if mark.cosine < DIRECTION:
-        other, cosine = _resembles(decoded[expert], sources)
-        if other != expert and cosine > DIRECTION:
-            return f"holds the weights of expert {other} of the baseline (cosine {cosine:.3f})"
-        return f"holds other weights than the baseline (cosine {mark.cosine:.3f})"
-    if not GAIN[0] < mark.gain < GAIN[1]:
+    if mark.cosine >= DIRECTION:
+        return None
+    other, cosine = _resembles(decoded[expert], sources)
+    if other != expert and cosine > DIRECTION:
+        return f"holds the weights of expert {other} of the baseline (cosine {cosine:.3f})"
+    return f"holds other weights than the baseline (cosine {mark.cosine:.3f})"
+
+
+def _scale(mark: Marks, usual_gain: float, expected: float) -> str | None:
+    """Whether all of an expert is too large, too small or too far off."""
+    relative = mark.gain / usual_gain if usual_gain else 0.0
+    if not (GAIN[0] < mark.gain < GAIN[1] and RELATIVE_GAIN[0] < relative < RELATIVE_GAIN[1]):
         return f"weights are {mark.gain:.3g} times the baseline's; a scale is off"
     if mark.error > min(0.95, ERROR * expected):
         return f"relative error {mark.error:.3f}, {expected:.3f} is usual for the type"
@@ -129,8 +154,8 @@ def _whole(mark: Marks, expert: int, expected: float, sources: Tensor, decoded: 
 def _local(mark: Marks, usual: float, block_gain: float) -> str | None:
     """What is wrong with one block or weight of an expert."""
     for gain, row, column in (mark.high_gain, mark.low_gain):
-        relative = gain / block_gain
-        if not BLOCK_GAIN[0] < relative < BLOCK_GAIN[1]:
+        relative = gain / block_gain if block_gain else 0.0
+        if not RELATIVE_GAIN[0] < relative < RELATIVE_GAIN[1]:
             return f"row {row}, block at column {column}: {relative:.3g} times the baseline's; a scale is off"
     if mark.worst > OUTLIER * usual:
         row, column = mark.worst_at
@@ -167,46 +192,32 @@ def _block_gains(matrix: Matrix, source: Tensor, decoded: Tensor) -> tuple[int, 
     return block, torch.where(enough, gains, usual)
 
 
-def _ranges(matrix: Matrix, expert: int) -> Tensor:
-    """f32 [out, sub-blocks]: from the smallest to the largest weight that the codes of a sub-block can say.
-
-    Where a scale is 0, or next to nothing beside its neighbours', a share of the largest of the row
-    stands in for it.
-    """
+def _interval(matrix: Matrix, expert: int) -> tuple[Tensor, Tensor]:
+    """f32 [out, sub-blocks] each: the smallest and largest weight that the codes of a sub-block say."""
     if matrix.format in INTEGERS:
         assert matrix.scales is not None
-        span = matrix.scales[expert].float().abs() * ((1 << INTEGERS[matrix.format]) - 1)
+        half = 1 << INTEGERS[matrix.format] - 1
+        scale = matrix.scales[expert].float()
+        ends = (-half * scale, (half - 1) * scale)
     else:
-        data = matrix.data[expert]
-        fmt = formats.get(matrix.format)
-        step = _steps(matrix.format, data.reshape(-1, fmt.block_bytes))
-        span = step.abs().view(len(data), -1) * _reach(matrix.format)
-    span = torch.nan_to_num(span, nan=0.0, posinf=0.0)
-    return torch.maximum(span, 0.05 * span.amax(1, keepdim=True)).clamp_min(1e-30)
+        fmt, data = formats.get(matrix.format), matrix.data[expert]
+        ends = _ends(fmt.view, data.reshape(-1, fmt.block_bytes))
+    low, high = (torch.nan_to_num(end.reshape(matrix.shape[1], -1)) for end in ends)
+    return torch.minimum(low, high), torch.maximum(low, high)
 
 
-def _steps(name: str, blocks: Tensor) -> Tensor:
-    """f32 [n, sub-blocks]: what multiplies the levels of each sub-block."""
-    view = formats.get(name).view
+def _ends(view: Scalar | Vector | None, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for blocks u8 [n, block_bytes], in the order of the scale's sign."""
     if isinstance(view, Scalar):
         parts = view.unpack(blocks)
-        return parts.d.float() * look_up(view.scales, parts.scale)
+        step = parts.d.float() * look_up(view.scales, parts.scale)
+        less = parts.dmin.float() * look_up(view.minima, parts.minimum) if view.minima else 0.0
+        return step * min(view.levels) - less, step * max(view.levels) - less
     assert isinstance(view, Vector)
-    fields = view.unpack(blocks)
-    return fields.d.float() * view.layout.unit * (2 * fields.scale.float() + 1)
-
-
-@cache
-def _reach(name: str) -> float:
-    """Largest level of a format less its smallest."""
-    view = formats.get(name).view
-    if isinstance(view, Scalar):
-        return max(view.levels) - min(view.levels)
-    assert isinstance(view, Vector)
-    from moequant.formats.grids import points
-
-    grid = view.layout.grid
-    return 2 * (float(points(grid.name).abs().max()) + abs(grid.delta))
+    fields, layout = view.unpack(blocks), view.layout
+    step = fields.d.float() * layout.unit * (2 * fields.scale.float() + 1)
+    end = step * (float(points(layout.grid.name).abs().max()) + abs(layout.grid.delta))
+    return -end, end
 
 
 @cache

@@ -44,18 +44,19 @@ def check_report(report: CheckReport) -> RenderableType:
 
 def _tensors(report: CheckReport) -> RenderableType:
     made = table(
-        "tensors, worst expert of each",
+        f"relative errors, worst expert of each tensor (product: {KERNEL_LIMIT:g} at most)",
         "tensor",
         "type",
         "decoded",
-        f"product (≤ {KERNEL_LIMIT:g})",
-        "weight error",
+        "product",
+        "weights",
         "usual",
-        "output error",
+        "outputs",
         "cosine",
         "largest",
     )
     made.columns[1].justify = made.columns[2].justify = "left"
+    made.columns[0].no_wrap = made.columns[1].no_wrap = True
     for tensor in report.tensors:
         same = "same bits" if all(expert.same_decoded for expert in tensor.experts) else "DIFFERS"
         made.add_row(
