@@ -17,6 +17,7 @@ from moequant.rounding.columns import feed
 from moequant.rounding.descent import descend
 from moequant.rounding.hessian import Factored, factorise, trouble
 from moequant.rounding.lattice import Fields, Lattice, lattice_of
+from moequant.rounding.twosided import descend_two_sided, even_fisher
 
 COARSE = 4.0
 """Bits below which the size of a weight counts when scales are searched (ggml's factor): measured to help
@@ -27,29 +28,37 @@ ROWS_AT_ONCE = 4096
 stays in the second-level cache, and a call into torch still has something to do."""
 
 
+PLAIN = "plain search"
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """How to round.
 
     damping: what is added to a Hessian's diagonal, in means of it. rounds: of coordinate descent.
     effort: of the search for scales. magnitude: exponent of the weights' size in that search, None: the
-    format's own below COARSE bits, 0 above. memory: bytes of working memory. threads: None is one per core.
+    format's own below COARSE bits, 0 above. two_sided: rounds under the Fisher of the outputs, where one is
+    given, its diagonal counting `own_fisher` more. memory: bytes of working memory. threads: None is one per
+    core.
     """
 
     damping: float = 0.01
     rounds: int = 2
     effort: Effort = "default"
     magnitude: float | None = None
+    two_sided: int = 2
+    own_fisher: float = 0.1
     memory: int = 1 << 30
     threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """An expert that was rounded by the plain search, and why."""
+    """An expert that was not rounded as asked, why, and what was done instead."""
 
     expert: int
     reason: str
+    instead: str = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,49 +73,67 @@ class Rounded:
 
 
 def round_to_hessian(
-    fmt: Format | str, target: Tensor, hessian: Tensor, options: Options = Options()
+    fmt: Format | str,
+    target: Tensor,
+    hessian: Tensor,
+    options: Options = Options(),
+    fisher: Tensor | None = None,
 ) -> Rounded:
     """Round target [E, out, in] so that tr(E H Eᵀ), E = target - rounded, is small for hessian [E, in, in].
 
-    Any float dtype; both on one device, where the work is done in f32. FormatError: shapes that do not
+    With the Fisher of the outputs [E, out, out] (or [out, out], the same for all), it is tr(G E H Eᵀ).
+    Any float dtype; all on one device, where the work is done in f32. FormatError: shapes that do not
     match, rows that the block does not divide, weights that are not finite or beyond the format's limit.
     An expert whose Hessian is not finite, all zero, or does not factorise when damped by its mean diagonal
-    is rounded by the plain search and listed in `fallbacks`.
+    is rounded by the plain search, one whose Fisher cannot be used by its Hessian alone: see `fallbacks`.
     """
     fmt = formats.get(fmt) if isinstance(fmt, str) else fmt
     lattice = lattice_of(fmt)
-    _check(fmt, target, hessian)
+    _check(fmt, target, hessian, fisher)
     experts, rows, columns = target.shape
     data = torch.empty((experts, rows, fmt.row_bytes(columns)), dtype=torch.uint8, device=target.device)
     used = torch.full((experts,), torch.nan, dtype=torch.float64)
     fallbacks: list[Fallback] = []
+    if fisher is not None:
+        fisher = fisher.expand(experts, rows, rows)
     for chunk in _chunks(options.memory, target):
         reasons = trouble(hessian[chunk])
         good = [e for e, reason in zip(chunk, reasons, strict=True) if reason is None]
         fallbacks += [Fallback(e, r) for e, r in zip(chunk, reasons, strict=True) if r is not None]
         if good:
             factored, damping = factorise(lattice, hessian[good], options.damping)
-            data[good] = _round_chunk(lattice, target[good], factored, options)
+            usable = None if fisher is None else _usable(fisher[good], good, options, fallbacks)
+            data[good] = _round_chunk(lattice, target[good], factored, options, usable)
             used[good] = damping.cpu()
     for expert in torch.isinf(used).nonzero().flatten().tolist():
         fallbacks.append(Fallback(expert, "the Hessian does not factorise, whatever the damping"))
         used[expert] = torch.nan
-    for bad in fallbacks:
+    for bad in (f for f in fallbacks if f.instead == PLAIN):
         data[bad.expert] = _plain(fmt, target[bad.expert], hessian[bad.expert], options)
     error = torch.stack([outputs_lost(fmt, *each) for each in zip(target, data, hessian, strict=True)])
     return Rounded(data, error, used, tuple(sorted(fallbacks, key=lambda bad: bad.expert)))
 
 
-def outputs_lost(fmt: Format, target: Tensor, data: Tensor, hessian: Tensor) -> Tensor:
-    """tr(E H Eᵀ) of one expert, f64 [] on the CPU: target [out, in], data u8 [out, row_bytes]."""
+def outputs_lost(
+    fmt: Format, target: Tensor, data: Tensor, hessian: Tensor, fisher: Tensor | None = None
+) -> Tensor:
+    """tr(E H Eᵀ), or tr(G E H Eᵀ), of one expert, f64 [] on the CPU.
+
+    target [out, in], data u8 [out, row_bytes], hessian [in, in], fisher [out, out].
+    """
     error = target.float() - formats.dequantize(fmt, data)
-    return ((error @ hessian.float()).double() * error.double()).sum().cpu()
+    felt = error if fisher is None else fisher.float() @ error
+    return ((felt @ hessian.float()).double() * error.double()).sum().cpu()
 
 
-def _check(fmt: Format, target: Tensor, hessian: Tensor) -> None:
+def _check(fmt: Format, target: Tensor, hessian: Tensor, fisher: Tensor | None) -> None:
     if target.ndim != 3 or hessian.shape != (target.shape[0], target.shape[2], target.shape[2]):
         raise FormatError(
             f"Hessians of weights {list(target.shape)} must be [experts, in, in], not {list(hessian.shape)}"
+        )
+    if fisher is not None and fisher.shape[-2:] != (target.shape[1],) * 2:
+        raise FormatError(
+            f"the Fisher of weights {list(target.shape)} must be [out, out], not {list(fisher.shape)}"
         )
     fmt.row_bytes(target.shape[2])
     good = (target.abs() <= fmt.limit).flatten(1).all(1)
@@ -135,7 +162,20 @@ def _plain(fmt: Format, target: Tensor, hessian: Tensor, options: Options) -> Te
     )
 
 
-def _round_chunk(lattice: Lattice, target: Tensor, factored: Factored, options: Options) -> Tensor:
+def _usable(fisher: Tensor, experts: list[int], options: Options, fallbacks: list[Fallback]) -> Tensor:
+    """Fisher [E, out, out] fit for descent; the identity, and an entry in `fallbacks`, where it cannot be."""
+    made = even_fisher(fisher, options.own_fisher)
+    for i, reason in enumerate(trouble(fisher)):
+        if reason is not None:
+            made[i] = torch.eye(made.shape[1], device=made.device)
+            why = {"no input was seen": "the Fisher is zero"}.get(reason, reason.replace("Hessian", "Fisher"))
+            fallbacks.append(Fallback(experts[i], why, "Hessian alone"))
+    return made
+
+
+def _round_chunk(
+    lattice: Lattice, target: Tensor, factored: Factored, options: Options, fisher: Tensor | None
+) -> Tensor:
     """target [E, out, in] -> u8 [E, out, row_bytes], tile by tile."""
     fmt = lattice.fmt
     data = torch.empty(
@@ -161,14 +201,17 @@ def _round_chunk(lattice: Lattice, target: Tensor, factored: Factored, options: 
         goal = target[experts, rows].float().transpose(1, 2).contiguous()
         fields = feed(lattice, goal, own, encode)
         descend(lattice, goal, fields, own.damped, options.rounds)
+        if fisher is not None:
+            descend_two_sided(lattice, goal, fields, own.damped, fisher[experts], options.two_sided)
         data[experts, rows] = lattice.write(fields)
 
-    _for_each(work, list(_tiles(target, options.threads)), options.threads, target.device)
+    tiles = list(_tiles(target, options.threads, whole=fisher is not None))
+    _for_each(work, tiles, options.threads, target.device)
     return data
 
 
-def _tiles(target: Tensor, threads: int | None) -> Iterator[tuple[slice, slice]]:
-    """Experts and rows that are worked on together: on a GPU all of them."""
+def _tiles(target: Tensor, threads: int | None, whole: bool) -> Iterator[tuple[slice, slice]]:
+    """Experts and rows that are worked on together: on a GPU all of them, `whole` experts where asked."""
     experts, rows = target.shape[:2]
     if target.device.type != "cpu":
         yield slice(0, experts), slice(0, rows)
@@ -177,8 +220,9 @@ def _tiles(target: Tensor, threads: int | None) -> Iterator[tuple[slice, slice]]
     at_once = min(ROWS_AT_ONCE, share)
     step = max(1, at_once // rows)
     for first in range(0, experts, step):
-        for row in range(0, rows, min(at_once, rows)):
-            yield slice(first, first + step), slice(row, min(row + at_once, rows))
+        height = rows if whole else min(at_once, rows)
+        for row in range(0, rows, height):
+            yield slice(first, first + step), slice(row, min(row + height, rows))
 
 
 def _for_each(

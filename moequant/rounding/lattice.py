@@ -44,6 +44,24 @@ class Fields:
         """Every field, in order."""
         return self.level, self.scale, self.minimum, self.d, self.dmin, self.row
 
+    def rows(self, which: Tensor) -> Fields:
+        """A copy of those rows."""
+        return Fields(*(x[:, :, which] for x in self.all()))
+
+    def put(self, which: Tensor, other: Fields) -> None:
+        """Replace those rows."""
+        for own, new in zip(self.all(), other.all(), strict=True):
+            own[:, :, which] = new
+
+    def copy(self) -> Fields:
+        """Fields that can be changed without changing these."""
+        return Fields(*(x.clone() for x in self.all()))
+
+    def where(self, changed: Tensor, other: Fields) -> Fields:
+        """`other` for the rows that are `changed` [E, R]."""
+        pairs = zip(other.all(), self.all(), strict=True)
+        return Fields(*(torch.where(changed[:, None], new, old) for new, old in pairs))
+
 
 @dataclass(frozen=True)
 class Lattice:
