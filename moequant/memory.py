@@ -7,6 +7,7 @@ a layer, see `compute_bytes`. tests/test_fit.py holds all of it against what lla
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ _SWA_PERIOD: Mapping[str, tuple[int, bool]] = {
 }
 """Architectures whose window pattern is in llama.cpp's code: (period, the full layer comes first). Others
 list their layers in the file, or ignore the window."""
+
+_RECURRENT = re.compile(r"blk\.\d+\.(ssm_|shortconv)")
 
 UNMODELLED = frozenset(
     {
@@ -83,12 +86,11 @@ def kv_bytes(header: Header, load: Load) -> tuple[int, ...]:
         )
     layers = int(header.get("block_count", 0))
     windowed = _windowed(header, layers)
-    names = [{t.name.split(".", 2)[2] for t in header.tensors if t.layer == layer} for layer in range(layers)]
+    recurrent = {tensor.layer for tensor in header.tensors if _RECURRENT.match(tensor.name)}
     own = layers - int(header.get("attention.shared_kv_layers", 0) or 0)
     found = []
     for layer in range(layers):
-        recurrent = any(name.startswith(("ssm_", "shortconv")) for name in names[layer])
-        if recurrent:
+        if layer in recurrent:
             found.append(_state_bytes(header, layer) * load.parallel)
         elif layer < own:
             cells = _window_cells(header, load) if windowed[layer] else load.cells

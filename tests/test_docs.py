@@ -1,9 +1,9 @@
 """The pages under docs/: their commands run, what they show is what is printed, and the reference is current.
 
 A block fenced as ```sh run (a moequant command a line) or ```python run is executed, block after block of a
-page in one folder that holds the demo model. A block fenced as ```text behind it is what it printed: every line
-must be in the output, numbers aside; … stands for anything left out. Commands in other sh and console blocks,
-of README.md too, must exist.
+page in one folder that holds the demo model. A block fenced as ```text behind it is what it printed: every
+line must be in the output, numbers aside; … stands for anything left out. Commands in other sh and console
+blocks, of README.md too, must exist.
 """
 
 from __future__ import annotations

@@ -227,6 +227,20 @@ def test_any_family_is_described(tmp_path: Path, family: str) -> None:
     assert any("tokenizer.json" in reason for reason in found.missing)
 
 
+def test_layers_that_guess_ahead_are_not_active(tiny, tmp_path: Path) -> None:
+    """A checkpoint that keeps its multi-token prediction behind the last layer, as DeepSeek's do."""
+    folder = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
+    before = inspect(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.experts.0.gate_proj.weight"] = torch.zeros(256, 256)
+    tensors["mtp.layers.0.eh_proj.weight"] = torch.zeros(256, 512)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = inspect(folder)
+    assert found.active == before.active and found.active_bytes == before.active_bytes
+    assert found.parameters == before.parameters + 256 * 768
+    assert next(role for role in found.roles if role.role == "next token").parameters == 256 * 768
+
+
 def test_everything_that_is_missing_is_named(tiny, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")

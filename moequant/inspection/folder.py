@@ -21,6 +21,7 @@ from moequant.inspection.runtimes import checkpoint_runtimes
 from moequant.inspection.values import Inspection, PresetSize, Stored, by_role, by_type
 
 _ROLES = (
+    ("next token", r"(model\.)?mtp\b"),
     ("scales", r".*(_scale|_scales|scale_inv|zero_point|qzeros|g_idx|weight_shape|_scale_2|input_scale)$"),
     ("vision", r".*(visual|vision|mm_projector|multi_modal|audio)"),
     ("embedding", r".*(embed_tokens|wte|word_embeddings)\b"),
@@ -67,7 +68,7 @@ def inspect_folder(path: Path) -> Inspection:
     experts, used = facts["experts"] or _seen_experts(tensors), facts["used"]
     share = used / experts if experts and used else 1.0
     tied = not any(role_of(tensor.name) == "output" for tensor in tensors)
-    stored = [_stored(tensor, share, tied) for tensor in tensors]
+    stored = [_stored(tensor, share, tied, facts["layers"]) for tensor in tensors]
     architecture = str((config.get("architectures") or ["(none in config.json)"])[0])
     support = _support(path, config, tensors)
     shared = facts["shared"] or (1 if any("shared_expert." in tensor.name for tensor in tensors) else None)
@@ -139,8 +140,12 @@ def _bits(kind: str) -> int:
     return int(digits[1]) if digits else 8
 
 
-def _stored(tensor: _Tensor, share: float, tied: bool) -> Stored:
+def _stored(tensor: _Tensor, share: float, tied: bool, layers: int | None) -> Stored:
     role = role_of(tensor.name)
+    beyond = re.match(r"(?:model\.)?layers\.(\d+)\.", tensor.name)
+    if role == "next token" or (beyond and layers and int(beyond[1]) >= layers):
+        # Layers that guess the token after the next one are not run in plain decoding.
+        return Stored("next token", tensor.type, _parameters(tensor, role), tensor.bytes, 0.0)
     routed = ".experts" in tensor.name or role in ("expert gate+up", "expert down")
     active = share if routed and not role.startswith("shared") else 1.0
     return Stored(

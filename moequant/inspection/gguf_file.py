@@ -74,12 +74,12 @@ def role_of(name: str) -> str:
 
 def _stored(tensor: TensorInfo, header: Header, running: int, tied: bool) -> Stored:
     role = role_of(tensor.name)
-    share = 1.0
-    if tensor.layer is not None and tensor.layer >= running:
+    share, layer = 1.0, tensor.layer
+    if layer is not None and layer >= running:
         share = 0.0
-    elif tensor.is_expert:
+    elif layer is not None and tensor.is_expert:
         used = header.get("expert_used_count", tensor.shape[0])
-        share = (used[tensor.layer] if isinstance(used, tuple) else used) / tensor.shape[0]
+        share = (used[layer] if isinstance(used, tuple) else used) / tensor.shape[0]
     read = role != "embedding" or (tied and tensor.name == "token_embd.weight")
     return Stored(role, tensor.type, tensor.numel, tensor.bytes, share, read)
 

@@ -110,7 +110,7 @@ def _support(found: Inspection) -> Table:
     made.show_header = False
     made.columns[1].justify = made.columns[2].justify = "left"
     made.columns[2].overflow = "fold"
-    made.add_row("moequant", "no" if found.missing else "yes", "; ".join(found.missing) or "moequant convert")
+    made.add_row("moequant", "no" if found.missing else "yes", "\n".join(found.missing) or "moequant convert")
     for runtime in found.runtimes:
         made.add_row(runtime.name, {True: "yes", False: "no", None: "?"}[runtime.supported], runtime.note)
     return made
