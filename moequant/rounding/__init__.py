@@ -1,5 +1,20 @@
-"""Weights rounded so that outputs stay what they are: `round_to_hessian`, and Hessians worth trusting."""
+"""Weights rounded so that outputs stay what they are, and Hessians worth trusting.
 
-from moequant.rounding.feedback import Fallback, Options, Rounded, round_to_hessian
+`round_to_hessian` rounds one tensor; `shrink` makes Hessians for it from two halves of the tokens.
+"""
 
-__all__ = ["Fallback", "Options", "Rounded", "round_to_hessian"]
+from moequant.rounding.feedback import Fallback, Options, Rounded, outputs_lost, round_to_hessian
+from moequant.rounding.shrinkage import Choice, Mix, Shrunk, Trial, shrink
+
+__all__ = [
+    "Choice",
+    "Fallback",
+    "Mix",
+    "Options",
+    "Rounded",
+    "Shrunk",
+    "Trial",
+    "outputs_lost",
+    "round_to_hessian",
+    "shrink",
+]

@@ -1,0 +1,207 @@
+"""How far to trust a Hessian: an expert's own, its layer's and its diagonal, mixed as held-out tokens say.
+
+The Hessian of an expert that saw few tokens is mostly noise, and rounding by it makes outputs worse. Mixed in
+are its diagonal D (which needs few tokens) and the layer's correlation rescaled to it, L = D^½ C D^½:
+
+    own · H + layer · L + diagonal · D
+
+Experts are classed by tokens per input column. For each class the weights are chosen among a few mixes: some
+rows of some experts are rounded by the Hessians of the first half of the tokens, and the error is taken under
+those of the second. "Diagonal only", which is the plain search, is always among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from moequant import formats
+from moequant.formats import Format
+from moequant.rounding.feedback import Options, outputs_lost, round_to_hessian
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Weights of an expert's own Hessian, of the layer's correlation, and of the diagonal."""
+
+    own: float
+    layer: float
+    diagonal: float
+
+
+DIAGONAL = Mix(0, 0, 1)
+MIXES = (
+    DIAGONAL,
+    Mix(0.9, 0, 0.1),
+    Mix(0.6, 0.2, 0.2),
+    Mix(0.25, 0.5, 0.25),
+    Mix(0.1, 0.5, 0.4),
+    Mix(0.25, 0, 0.75),
+)
+
+QUICK = Options(effort="fast", rounds=1)
+
+PRIOR_TOKENS = 32.0
+"""A diagonal is shrunk to the layer's as if the expert had seen so many more tokens of the layer's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How to choose.
+
+    mixes: what is tried beside the diagonal. bounds: tokens per column that separate the classes. experts
+    and rows: how many are rounded for each class.
+    """
+
+    mixes: tuple[Mix, ...] = MIXES
+    bounds: tuple[float, ...] = (0.25, 1.0, 4.0, 16.0)
+    experts: int = 2
+    rows: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The mix of one class of experts, with at least `above` tokens per column.
+
+    `errors` has the held-out error of every mix over that of the diagonal alone, mean over the experts tried;
+    it is empty where no expert of the class could be tried and the mix is that of the nearest class.
+    """
+
+    above: float
+    experts: tuple[int, ...]
+    mix: Mix
+    errors: dict[Mix, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Shrunk:
+    """hessian f32 [E, in, in] of all tokens, mixed as the choice of each expert's class says."""
+
+    hessian: Tensor
+    choices: tuple[Choice, ...]
+
+
+def shrink(
+    fmt: Format | str,
+    weights: Tensor,
+    halves: tuple[Tensor, Tensor],
+    tokens: Tensor,
+    trial: Trial = Trial(),
+    options: Options = QUICK,
+) -> Shrunk:
+    """Hessians of experts [E, in, in], shrunk as serves `fmt` best.
+
+    weights [E, out, in]; halves: sums of x xᵀ over two halves of the tokens, [E, in, in] each; tokens i64 [E]
+    in both together. Non-finite Hessians take no part and stay as they are, for `round_to_hessian` to refuse.
+    """
+    choices = choose(fmt, weights, halves, tokens, trial, options)
+    whole = halves[0] + halves[1]
+    layer = Layer.of(whole, tokens)
+    for choice in choices:
+        for expert in choice.experts:
+            whole[expert] = layer.mixed(whole[expert], choice.mix)
+    return Shrunk(whole.float(), choices)
+
+
+def choose(
+    fmt: Format | str,
+    weights: Tensor,
+    halves: tuple[Tensor, Tensor],
+    tokens: Tensor,
+    trial: Trial,
+    options: Options,
+) -> tuple[Choice, ...]:
+    """The mix of every class that has experts, fewest tokens first; arguments as of `shrink`."""
+    first, second = halves
+    layer = Layer.of(first, tokens // 2)
+    usable = _seen(first) & _seen(second)
+    rows = torch.linspace(0, weights.shape[1] - 1, min(trial.rows, weights.shape[1])).round().long()
+    mixes = (DIAGONAL, *(mix for mix in trial.mixes if mix != DIAGONAL))
+    choices = []
+    for above, members in _classes(tokens, weights.shape[2], trial.bounds):
+        tried = _spread([e for e in members if usable[e]], trial.experts)
+        errors: dict[Mix, float] = {}
+        if tried:
+            sample = weights[tried][:, rows]
+            lost = [
+                _held_out(fmt, sample, [layer.mixed(first[e], mix) for e in tried], second[tried], options)
+                for mix in mixes
+            ]
+            errors = {mix: float((each / lost[0]).mean()) for mix, each in zip(mixes, lost, strict=True)}
+        best = min(errors, key=errors.__getitem__) if errors else DIAGONAL
+        choices.append(Choice(above, tuple(members), best, errors))
+    return _fill(choices)
+
+
+def _held_out(
+    fmt: Format | str, weights: Tensor, hessians: Sequence[Tensor], judge: Tensor, options: Options
+) -> Tensor:
+    """f64 [E]: tr(E J Eᵀ) of weights rounded by `hessians` under the Hessians `judge`, never 0."""
+    data = round_to_hessian(fmt, weights, torch.stack(list(hessians)), options).data
+    kind = formats.get(fmt) if isinstance(fmt, str) else fmt
+    lost = [outputs_lost(kind, *each) for each in zip(weights, data, judge, strict=True)]
+    return torch.stack(lost).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What the experts of a layer have in common: correlation [in, in], mean square of inputs [in]; f64."""
+
+    correlation: Tensor
+    square: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor, tokens: Tensor) -> Layer:
+        """Pooled over the experts whose Hessian is finite."""
+        finite = torch.isfinite(hessian).flatten(1).all(1)
+        pooled = torch.zeros(hessian.shape[1:], dtype=torch.float64, device=hessian.device)
+        for expert in finite.nonzero().flatten().tolist():
+            pooled += hessian[expert]
+        diagonal = pooled.diagonal().clone()
+        scale = torch.where(diagonal > 0, diagonal.clamp_min(1e-300).rsqrt(), 0.0)
+        seen = float(tokens.to(finite.device)[finite].sum())
+        return cls(pooled * scale[:, None] * scale, diagonal / max(seen, 1.0))
+
+    def mixed(self, hessian: Tensor, mix: Mix) -> Tensor:
+        """An expert's Hessian [in, in], mixed; f32."""
+        diagonal = hessian.diagonal().double() + PRIOR_TOKENS * self.square
+        root = diagonal.sqrt()
+        made = mix.own * hessian.double()
+        if mix.layer:
+            made = made + mix.layer * (root[:, None] * self.correlation * root)
+        made.diagonal().add_(mix.diagonal * diagonal)
+        return made.float()
+
+
+def _seen(hessian: Tensor) -> Tensor:
+    """bool [E]: finite, and not zero."""
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    return torch.isfinite(hessian).flatten(1).all(1) & (diagonal.sum(1) > 0)
+
+
+def _classes(tokens: Tensor, columns: int, bounds: tuple[float, ...]) -> list[tuple[float, list[int]]]:
+    """(least tokens per column, experts) of every class that has experts."""
+    edges = (0.0, *bounds, float("inf"))
+    share = (tokens.double() / columns).tolist()
+    found = [(low, [e for e, s in enumerate(share) if low <= s < high]) for low, high in pairwise(edges)]
+    return [(low, members) for low, members in found if members]
+
+
+def _spread(experts: list[int], count: int) -> list[int]:
+    """At most `count` of them, evenly spread."""
+    if len(experts) <= count:
+        return experts
+    return [experts[(2 * i + 1) * len(experts) // (2 * count)] for i in range(count)]
+
+
+def _fill(choices: list[Choice]) -> tuple[Choice, ...]:
+    """Classes that could not be tried get the mix of the nearest that could; the diagonal if none could."""
+    tried = [i for i, choice in enumerate(choices) if choice.errors]
+    if not tried:
+        return tuple(choices)
+    nearest = [min(tried, key=lambda j, i=i: abs(i - j)) for i in range(len(choices))]  # type: ignore[misc]
+    return tuple(replace(c, mix=choices[n].mix) for c, n in zip(choices, nearest, strict=True))
