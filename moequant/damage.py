@@ -9,7 +9,6 @@ holds predictions against measurements.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -22,13 +21,12 @@ from moequant import formats
 from moequant.checkpoint import Checkpoint, load, uninterleave
 from moequant.compare import score_row
 from moequant.formats import Effort
+from moequant.meter import available_bytes
 from moequant.plan import Damages, allocate, candidates, groups, make_units, prior_damages
 from moequant.routing.experts import EXPERTS
 from moequant.routing.model import build_model
 from moequant.routing.statistics import Gating, importance
 from moequant.values import Calibration, InputStats, Weight
-
-log = logging.getLogger(__name__)
 
 PROBE = ("Q2_K", "IQ4_NL")
 """What a probed weight is quantized to, with rows of 256s and of 32s: coarse, so that the KL divergence is
@@ -81,6 +79,14 @@ def measure(
         return replace(found, table=table, source="relative errors measured, sensitivities from tables")
     with torch.no_grad():
         return _Prober(checkpoint, calibration, ids, probing).damages(errors)
+
+
+def wants_probes(checkpoint: Checkpoint, asked: bool | None = None) -> bool:
+    """What was asked for, or else whether the model fits into memory as float32, with room to work."""
+    if asked is not None:
+        return asked
+    free = available_bytes()
+    return free is None or 4.5 * sum(weight.numel for weight in checkpoint.weights) < free
 
 
 def sample_errors(weight: Weight, stats: InputStats | None, probing: Probing) -> dict[str, float]:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from moequant import __version__, corpus, plan
 from moequant.checkpoint import Checkpoint, open_checkpoint
-from moequant.containers import gguf
 from moequant.containers.tokenizer import TokenizerSpec, read_tokenizer
 from moequant.conversion import ROW, facts, load_encoder
 from moequant.corpus import Rows
-from moequant.damage import Probing, measure
+from moequant.damage import Probing, measure, wants_probes
 from moequant.errors import PlanError
 from moequant.files import atomic, check_output
 from moequant.formats import Effort
-from moequant.meter import available_bytes
-from moequant.plan import Budget, Damages, curve, data_bytes, points, preset_points, prior_damages
+from moequant.plan import Budget, Damages, curve, points, preset_points, prior_damages
+from moequant.planner import overhead
 from moequant.report.curve import Curve, draw
 from moequant.report.routing import check_picture
 from moequant.routing import store
 from moequant.routing.calibrate import calibrate
-from moequant.values import Calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,8 @@ def survey(
     that no file can meet are refused before anything is measured.
     """
     checkpoint, tokenizer = open_checkpoint(Path(model)), read_tokenizer(Path(model))
-    known, extra = facts(checkpoint), overhead(checkpoint, tokenizer)
+    provenance = {"general.quantized_by": f"moequant {__version__}"}
+    known, extra = facts(checkpoint), overhead(checkpoint, tokenizer, provenance)
     _check(outputs, budgets)
     points(checkpoint.weights, known, prior_damages(checkpoint.weights, known.layers), extra, budgets)
     calib_rows, probe_rows = _texts(checkpoint, tokenizer, settings)
@@ -91,7 +90,8 @@ def survey(
         calibration = store.load_for(checkpoint, settings.stats)
     else:
         calibration = calibrate(checkpoint, calib_rows)
-    found = damages(checkpoint, calibration, probe_rows, settings)
+    ids = probe_rows.ids if wants_probes(checkpoint, settings.probes) else None
+    found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort))
     drawn = Curve(
         str(model),
         curve(checkpoint.weights, known, found, extra),
@@ -125,32 +125,6 @@ def _check(outputs: Outputs, budgets: tuple[Budget, ...]) -> None:
         raise PlanError(
             f"{outputs.plan}: holds one plan, {len(budgets)} were asked for; give one size, --bpw or --type"
         )
-
-
-def overhead(checkpoint: Checkpoint, tokenizer: TokenizerSpec) -> int:
-    """Bytes of a file of this model that are not weights: the same for every plan."""
-    weights = checkpoint.weights
-    bare = plan.plan_from_types(weights, {weight.name: "F32" for weight in weights})
-    size = gguf.file_bytes(checkpoint, tokenizer, bare, {"general.quantized_by": f"moequant {__version__}"})
-    return size - data_bytes(weights, {choice.weight: choice.format for choice in bare.choices})
-
-
-def damages(
-    checkpoint: Checkpoint, calibration: Calibration, probe_rows: Rows, settings: PlanSettings
-) -> Damages:
-    """Measured damages; without probes when the model does not fit into memory or nobody wants them."""
-    probing = Probing(effort=settings.effort)
-    wanted = fits(checkpoint) if settings.probes is None else settings.probes
-    found = measure(checkpoint, calibration, probe_rows.ids if wanted else None, probing)
-    if wanted or settings.probes is False:
-        return found
-    return replace(found, source=f"{found.source}: the model does not fit into memory")
-
-
-def fits(checkpoint: Checkpoint) -> bool:
-    """Whether one float32 copy of the model, with room to work, fits into the memory that is free."""
-    free = available_bytes()
-    return free is None or 4.5 * sum(weight.numel for weight in checkpoint.weights) < free
 
 
 def _texts(checkpoint: Checkpoint, tokenizer: TokenizerSpec, settings: PlanSettings) -> tuple[Rows, Rows]:

@@ -21,10 +21,10 @@ ORDER = [
     {"rounding", "quantize"},
     {"containers"},
     {"verify", "compare", "inspection", "memory"},
-    {"fit", "damage", "check"},
+    {"fit", "damage", "planner", "check"},
     {"report"},
     {"conversion"},
-    {"route", "planning"},
+    {"route", "planning", "comparing"},
     {"cli"},
     {"__main__"},
 ]

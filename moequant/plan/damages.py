@@ -55,27 +55,28 @@ OTHER_SENSITIVITY = 0.6
 """For roles that neither model has: the middle of the table."""
 
 RELATIVE_ERROR: Mapping[str, float] = {
-    "IQ1_S": 2.4e-1,
-    "IQ1_M": 2.1e-1,
-    "IQ2_XXS": 1.2e-1,
-    "IQ2_XS": 9.3e-2,
-    "IQ2_S": 7.0e-2,
-    "Q2_K": 6.2e-2,
-    "IQ3_XXS": 3.3e-2,
-    "IQ3_S": 2.0e-2,
+    "IQ1_S": 2.0e-1,
+    "IQ1_M": 1.6e-1,
+    "IQ2_XXS": 9.6e-2,
+    "IQ2_XS": 7.2e-2,
+    "Q2_K": 6.0e-2,
+    "IQ2_S": 5.2e-2,
+    "IQ3_XXS": 2.6e-2,
     "Q3_K": 1.9e-2,
-    "IQ4_XS": 5.0e-3,
+    "IQ3_S": 1.45e-2,
     "IQ4_NL": 5.0e-3,
+    "IQ4_XS": 4.9e-3,
     "Q4_K": 4.4e-3,
-    "Q4_1": 3.0e-3,
+    "Q4_1": 4.3e-3,
     "Q5_0": 1.5e-3,
-    "Q5_1": 1.05e-3,
     "Q5_K": 1.08e-3,
+    "Q5_1": 1.05e-3,
     "Q6_K": 2.5e-4,
     "Q8_0": 2.2e-5,
+    "MXFP4": 0.0,
 }
 """Importance-weighted squared error over squared weight, default effort, experts of two trained models
-(`benchmarks/sensitivity.py`, results beside it)."""
+(`benchmarks/sensitivity.py` and `benchmarks/plan.py`, results beside them)."""
 
 EARLY_DOWN = 2.0
 """Down projections of the first eighth of the layers count this many times: errors there pass through
@@ -119,7 +120,16 @@ def candidates(weight: Weight) -> tuple[str, ...]:
     if weight.n_in % 32:
         return ("F16",)
     names = CANDIDATES if weight.n_in % 256 == 0 else SHORT_CANDIDATES
+    if is_mxfp4(weight):
+        names = (*names, "MXFP4")  # the very numbers that are stored
     return tuple(sorted(names, key=bits_of))
+
+
+def is_mxfp4(weight: Weight) -> bool:
+    """Whether the checkpoint stores it as MXFP4, as transformers does: `..._blocks` of bytes, and scales."""
+    return bool(weight.sources) and all(
+        source.ref.dtype == "U8" and source.ref.name.endswith("_blocks") for source in weight.sources
+    )
 
 
 def prior_damages(weights: tuple[Weight, ...], layers: int) -> Damages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from moequant.plan import Budget, aligned, make_plan, preset_plan, prior_damages
 from moequant.plan.damages import RELATIVE_ERROR, candidates
 from moequant.plan.sizes import bits_of, data_bytes, packed_bytes
 from moequant.presets import BASE_TYPES, LEGACY, UNQUANTIZED, ModelFacts, llama_cpp_types
-from moequant.values import Plan, Role, Weight
+from moequant.values import Plan, Role, Source, TensorRef, Weight
 from tests import models
 
 FACTS = ModelFacts(2, 4, 1, False)
@@ -136,6 +137,15 @@ def test_rows_that_256_does_not_divide_fall_back_and_say_so() -> None:
 def test_unknown_presets_are_listed() -> None:
     with pytest.raises(PlanError, match=r"Q9_Z.*Q4_K_M"):
         preset_plan((), "Q9_Z", ModelFacts(1, 0, 1, False))
+
+
+def test_mxfp4_is_for_weights_that_are_stored_so() -> None:
+    plain = weight("w", Role.DOWN, 4, 32, 96)
+    ref = TensorRef("mlp.experts.down_proj_blocks", (4, 32, 3, 16), "U8", Path("x"), 0, 6144)
+    packed = replace(plain, sources=(Source(ref, 0, 32),))
+    assert "MXFP4" not in candidates(plain) and candidates(packed)[0] == "MXFP4"
+    (choice,) = make_plan((packed,), Budget.of_bpw(9.0), FACTS).choices
+    assert choice.format == "MXFP4" and choice.damage == 0.0, "nothing is lost, so nothing larger is bought"
 
 
 def test_tables_have_every_candidate() -> None:
