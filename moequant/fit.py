@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moequant.containers.gguf_header import Header, read_header
-from moequant.errors import PlanError
+from moequant.errors import CheckpointError, PlanError
 from moequant.inspection.presets import PresetFile, preset_files
 from moequant.memory import Load, compute_bytes, experts_used, host_compute_bytes, kv_bytes
 
@@ -135,7 +135,13 @@ def _least_damage(candidates: list[Candidate]) -> Candidate | None:
 
 
 def place(header: Header, hardware: Hardware, load: Load) -> Placement:
-    """The placement with most on the GPU. PlanError when the cache of the architecture is not described."""
+    """The placement with most on the GPU.
+
+    Raises PlanError when the cache of the architecture is not described, and CheckpointError for a file
+    without layers.
+    """
+    if not header.get("block_count") or not header.tensors:
+        raise CheckpointError(f"{header.path}: no layers in it; give the file of a whole model")
     limit = int(header.get("context_length", 0) or 0)
     if limit and load.ctx > limit:
         raise PlanError(f"{header.path}: a context of {load.ctx:,} was asked for, the model has {limit:,}")

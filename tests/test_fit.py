@@ -264,6 +264,9 @@ def test_what_cannot_be_known_is_refused(qwen: Path, tmp_path: Path) -> None:
         place(strange, hardware(24), Load(4096))
     with pytest.raises(CheckpointError, match="no such file"):
         fit(tmp_path / "absent.gguf", hardware(24), Load(4096))
+    gguf_shapes.write(tmp_path / "mmproj.gguf", "clip", {}, {"v.patch_embd.weight": (64, 256)})
+    with pytest.raises(CheckpointError, match=r"mmproj\.gguf: no layers"):
+        fit(tmp_path / "mmproj.gguf", hardware(24), Load(4096))
 
 
 def test_state_space_layers_have_state_and_no_cache() -> None:
