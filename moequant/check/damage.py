@@ -86,7 +86,7 @@ def marks(matrix: Matrix, expert: int, source: Tensor, decoded: Tensor) -> Marks
         error=float(off.square().sum() / max(square, 1e-30)) ** 0.5,
         gain=product / max(square, 1e-30),
         cosine=product / max((square * norm) ** 0.5, 1e-30),
-        usual=float(sample.kthvalue(max(1, int(0.9999 * len(sample)))).values),
+        usual=float(sample.topk(1 + len(sample) // 10_000).values[-1]),
         worst=float(ratio.flatten()[at]),
         worst_at=divmod(at, source.shape[1]),
         block_gain=float(gains.median()),

@@ -45,10 +45,10 @@ class Source(Protocol):
     def matrix(self, entry: Entry) -> Matrix:
         """All experts of a tensor, packed."""
 
-    def decode(self, entry: Entry, matrix: Matrix, expert: int) -> Tensor:
-        """One expert [out, in], f32, by moequant's decoder."""
+    def decode(self, entry: Entry, matrix: Matrix) -> Tensor:
+        """All experts f32 [E, out, in], by moequant's decoder."""
 
-    def reference(self, entry: Entry, matrix: Matrix, expert: int) -> Tensor:
+    def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
         """The same by somebody else's decoder."""
 
     def as_stored(self, weight: Weight) -> Weight:
@@ -92,14 +92,14 @@ class GgufSource:
         data = torch.from_numpy(np.array(rows)).view(*entry.shape[:2], -1)
         return Matrix(entry.format, entry.shape, data)
 
-    def decode(self, entry: Entry, matrix: Matrix, expert: int) -> Tensor:
+    def decode(self, entry: Entry, matrix: Matrix) -> Tensor:
         """See `Source`."""
-        return matrix.experts(expert, expert + 1).decode()[0]
+        return matrix.decode()
 
-    def reference(self, entry: Entry, matrix: Matrix, expert: int) -> Tensor:
+    def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
         """See `Source`."""
         with np.errstate(all="ignore"):  # damaged scales may overflow; that is reported, not warned about
-            values = gguf.dequantize(matrix.data[expert].numpy(), gguf.GGMLQuantizationType[entry.format])
+            values = gguf.dequantize(matrix.data.numpy(), gguf.GGMLQuantizationType[entry.format])
         return torch.from_numpy(np.array(values, dtype=np.float32))
 
     def as_stored(self, weight: Weight) -> Weight:
@@ -162,15 +162,16 @@ class FolderSource:
         data, scales = (torch.stack(column) for column in zip(*parts, strict=True))
         return Matrix(f"INT{self._format.bits}", entry.shape, data, scales)
 
-    def decode(self, entry: Entry, matrix: Matrix, expert: int) -> Tensor:
+    def decode(self, entry: Entry, matrix: Matrix) -> Tensor:
         """In the scale's own precision, as loaders compute it."""
         assert matrix.scales is not None
-        codes = groups.unpack(matrix.data[expert].view(torch.int32), self._format.bits, entry.shape[2])
-        return groups.decode(self._format, codes, matrix.scales[expert]).float()
+        codes = groups.unpack(matrix.data.view(torch.int32), self._format.bits, entry.shape[2])
+        return groups.decode(self._format, codes, matrix.scales).float()
 
-    def reference(self, entry: Entry, matrix: Matrix, expert: int) -> Tensor:
+    def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
         """See `Source`."""
-        return self._folder.decode(self._weights[entry.name], expert).float()
+        weight = self._weights[entry.name]
+        return torch.stack([self._folder.decode(weight, e).float() for e in range(entry.shape[0])])
 
     def as_stored(self, weight: Weight) -> Weight:
         """Rows as transformers has them."""

@@ -41,8 +41,8 @@ def check_tensor(
     matrix = source.matrix(entry)
     changed = source.altered(entry, matrix) or ()
     damages = [Damage(source.label(entry, e), "bytes are not those that were written") for e in changed]
-    decoded = torch.stack([source.decode(entry, matrix, e) for e in range(entry.shape[0])])
-    same = [_same_bits(decoded[e], source.reference(entry, matrix, e)) for e in range(entry.shape[0])]
+    decoded, reference = source.decode(entry, matrix), source.reference(entry, matrix)
+    same = [_same_bits(*pair) for pair in zip(decoded, reference, strict=True)]
     damages += [
         Damage(source.label(entry, e), "the reference decoder makes other values of it")
         for e, agrees in enumerate(same)
@@ -50,7 +50,7 @@ def check_tensor(
     ]
     expected = expected_error(matrix.format, _group(matrix))
     rows = _rows(entry, against)
-    name, figures = _products(source, entry, matrix, product, rows, same)
+    name, figures = _products(matrix, product, rows, same, reference)
     damages += [
         Damage(
             source.label(entry, f.expert), f"kernel is off by {f.kernel_error:.2g} (limit {KERNEL_LIMIT:g})"
@@ -90,17 +90,15 @@ def _rows(entry: Entry, against: Against | None) -> _Rows:
 
 
 def _products(
-    source: Source, entry: Entry, matrix: Matrix, product: Product, rows: _Rows, same: list[bool]
+    matrix: Matrix, product: Product, rows: _Rows, same: list[bool], reference: Tensor
 ) -> tuple[str, list[ExpertFigures]]:
     """What multiplied, and each expert's product against float32 of its decoded weights."""
     name, multiply = product.of(matrix.format)
     got, figures = multiply(rows.x, matrix, rows.expert), []
-    for expert in range(entry.shape[0]):
+    # Groups: loaders round code · scale to the scale's precision, kernels need not; both are near this.
+    exact = reference if matrix.scales is None else matrix.decode()
+    for expert, weights in enumerate(exact):
         of = rows.expert == expert
-        # Groups: loaders round code · scale to the scale's precision, kernels need not; both are near this.
-        weights = matrix.experts(expert, expert + 1).decode()[0]
-        if matrix.scales is None:
-            weights = source.reference(entry, matrix, expert)
         want = rows.x[of] @ weights.T
         figures.append(ExpertFigures(expert, same[expert], _relative(got[of], want), rows.real[expert]))
     return name, figures
