@@ -13,7 +13,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moequant import __version__
 from moequant.checkpoint import Checkpoint
 from moequant.containers import compressed_tensors, gptq, grouped, shards
 from moequant.containers.card import Card
@@ -36,11 +37,14 @@ from moequant.formats.groups import GroupFormat
 from moequant.quantize import Quantizer
 from moequant.values import ExpertLoss, Plan, TensorRef, Weight
 
+RECORD = "moequant.json"
+"""How the folder was made, and the CRC-32 of every tensor: `moequant check` names what changed."""
+
 _CHUNK = 1 << 24
 
 _NOT_COPIED = (
     "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
-    ".*", "config.json", "quantize_config.json", "README.md",
+    ".*", "config.json", "quantize_config.json", "README.md", RECORD,
 )  # fmt: skip
 """Weights in any format, hidden files, and the files that are written anew."""
 
@@ -138,7 +142,8 @@ def write(folder: Path, card: Card, packed: Iterable[Grouped]) -> Written:
             if name not in writer.checksums:
                 writer.put(name, _chunks(ref))
     config = layout.config(fmt, kept_linears(checkpoint, plan))
-    _write_side_files(folder, card, config, files)
+    record = {"made_by": f"moequant {__version__}", "settings": asdict(settings), "crc32": writer.checksums}
+    _write_side_files(folder, card, files, config, record)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Written(folder, size, writer.checksums)
 
@@ -218,14 +223,15 @@ def _chunks(ref: TensorRef) -> Iterator[bytes]:
 
 
 def _write_side_files(
-    folder: Path, card: Card, quantization: dict[str, Any], files: tuple[Shard, ...]
+    folder: Path, card: Card, files: tuple[Shard, ...], quantization: dict[str, Any], record: dict[str, Any]
 ) -> None:
-    """Everything but the weights: config, index, card, and what lies beside the checkpoint's weights."""
+    """Everything but the weights: config, index, card, record, and what lies beside the weights."""
     source = card.checkpoint.path
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     texts = {
         "config.json": json.dumps(config | {"quantization_config": quantization}, indent=2) + "\n",
         "README.md": card.text(),
+        RECORD: json.dumps(record, indent=1) + "\n",
     }
     if len(files) > 1:
         texts[shards.INDEX] = shards.index(files)

@@ -52,10 +52,13 @@ def pack_all(
     total = sum(weight.numel for weight in chosen)
     with tqdm(total=total, unit="w", unit_scale=True, desc="quantize", disable=None, leave=False) as bar:
         for weight in chosen:
-            grouped, loss = quantize(weight, fmt, quantizer, rounding)
-            losses.append(loss)
-            yield grouped
+            yield _appending(losses, *quantize(weight, fmt, quantizer, rounding))  # and not kept here
             bar.update(weight.numel)
+
+
+def _appending(losses: list[ExpertLoss], grouped: Grouped, loss: ExpertLoss) -> Grouped:
+    losses.append(loss)
+    return grouped
 
 
 def quantize(

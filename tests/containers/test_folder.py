@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +69,7 @@ def test_shards_hold_the_same_tensors_as_one_file(tiny, tmp_path: Path) -> None:
 
 def test_side_files_and_card(tiny, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny("olmoe"), tmp_path / "Tiny-OLMoE"))
-    (model / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# the original\n")
+    (model / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Praise of itself\n")
     (model / "LICENSE").write_text("be nice\n")
     (model / "chat_template.jinja").write_text("{{ messages }}")
     (model / "additional_chat_templates").mkdir()
@@ -89,18 +91,23 @@ def test_side_files_and_card(tiny, tmp_path: Path) -> None:
     config, original = (json.loads((folder / "config.json").read_text()) for folder in (out, model))
     assert config.pop("quantization_config")["quant_method"] == "compressed-tensors"
     assert config == original
+    record = json.loads((out / "moequant.json").read_text())
+    assert record["settings"]["group_size"] == 128 and record["made_by"].startswith("moequant ")
+    decoder = own_decoder(out)
+    for name in decoder.tensors:
+        raw = decoder.tensor(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        assert record["crc32"].pop(name) == zlib.crc32(raw)
+    assert not record["crc32"]
     card = (out / "README.md").read_text()
     assert card.startswith(
         "---\nbase_model: Tiny-OLMoE\nbase_model_relation: quantized\nlicense: apache-2.0\n"
     )
-    assert "the original" not in card and "int4, one scale for 128 weights" in card and "vllm serve" in card
+    assert "Praise" not in card and "int4, one scale for 128 weights" in card and "vllm serve" in card
 
 
 def test_the_card_tells_what_was_measured(tiny) -> None:
     card = card_of(tiny("qwen3_moe"), bits=8, group_size=-1, quantize_attention=True)
     assert "Measured" not in card.text() and "a whole row" in card.text() and "and attention" in card.text()
-    from dataclasses import replace
-
     assert "| KL divergence | 0.0123 |" in replace(card, measured=[("KL divergence", "0.0123")]).text()
 
 
@@ -208,7 +215,10 @@ def test_verify_names_the_tensor_that_changed(tiny, tmp_path: Path, suffix: str)
 
 def test_the_writer_takes_nothing_but_the_plan(tmp_path: Path) -> None:
     shards = cut([Entry("a", "I32", (2,)), Entry("b", "BF16", (3,)), Entry("c", "F32", (100,))], 16)
-    assert [shard.name[-18:-12] for shard in shards] == ["-of-00", "-of-00"] and len(shards) == 2
+    assert [shard.name for shard in shards] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
     with pytest.raises(VerifyError, match="b came where a was planned"), ShardWriter(tmp_path, shards) as out:
         out.put("b", [b"123456"])
     with pytest.raises(VerifyError, match="7 bytes came"), ShardWriter(tmp_path, shards) as out:

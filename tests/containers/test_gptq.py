@@ -49,7 +49,7 @@ def test_layout_and_values(tiny, tmp_path: Path, family: str, bits: int, group: 
             values = (codes - (zeros[rows] + 1)).astype(np.float16) * stored["scales"][rows]
             assert np.array_equal(values.T, decoded[expert].numpy())
             ours, scales = compressed_tensors.integers(fmt, other.stored(weight, expert), weight.n_in)
-            assert np.array_equal(ours.numpy() + (1 << bits - 1), codes.T), "the same codes"
+            assert np.array_equal(ours.numpy().astype(int) + (1 << bits - 1), codes.T), "the same codes"
             assert np.array_equal(scales.float().numpy().T, stored["scales"].astype(np.float32))
 
 
