@@ -257,9 +257,9 @@ def test_what_cannot_be_known_is_refused(qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="40,000 was asked for, the model has 32,768"):
         fit(qwen, hardware(24), Load(40_000))
     whole = read_header(qwen)
-    strange = Header(
-        whole.path, {**whole.metadata, "general.architecture": "deepseek4"}, whole.tensors, whole.file_bytes
-    )
+    metadata = {key.replace("qwen3moe", "deepseek4"): value for key, value in whole.metadata.items()}
+    metadata["general.architecture"] = "deepseek4"
+    strange = Header(whole.path, metadata, whole.tensors, whole.file_bytes)
     with pytest.raises(PlanError, match="llama-fit-params"):
         place(strange, hardware(24), Load(4096))
     with pytest.raises(CheckpointError, match="no such file"):
