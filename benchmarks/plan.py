@@ -2,10 +2,10 @@
 
     python benchmarks/plan.py MODEL --text TEXT
 
-The first `--calib-tokens` of the text calibrate, the next rows are for the probes, the
-last `--score-rows` for the KL divergence to the unquantized model, in our own engine.
-Every weight is rounded by the plain search, whoever chose its type, so that only the choice
-of types differs. The second table asks how far predictions are from measurements.
+Rows are drawn at random from the whole text: some are for the probes, `--score-rows` others
+for the KL divergence to the unquantized model, in our own engine; the rest calibrate. Every
+weight is rounded by the plain search, whoever chose its type, so that only the choice of
+types differs. Predictions are those of the damages that were all measured.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -80,46 +81,56 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(arguments.model)
     rows = corpus.pack(corpus.read(arguments.text), load_encoder(arguments.model), 512)
-    split = min(arguments.calib_tokens // 512, len(rows.ids) - PROBE_ROWS - arguments.score_rows)
-    seen = corpus.Rows(rows.ids[:split], rows.domains[:split], rows.source, split * 512)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(rows.ids), generator=generator)
+    score, probe, rest = order.tensor_split([arguments.score_rows, arguments.score_rows + PROBE_ROWS])
+    rest = rest[: arguments.calib_tokens // 512].sort().values
+    domains = tuple(rows.domains[row] for row in rest.tolist())
+    seen = corpus.Rows(rows.ids[rest], domains, rows.source, rest.numel() * 512)
     began = time.perf_counter()
     calibration = calibrate(checkpoint, seen)
     routed = time.perf_counter()
     probing = Probing()
-    measured = measure(checkpoint, calibration, rows.ids[split : split + PROBE_ROWS], probing)
+    measured = measure(checkpoint, calibration, rows.ids[probe], probing)
     probed = time.perf_counter()
-    errors_only = measure(checkpoint, calibration, None, probing)
     print(f"calibration {routed - began:.1f} s, damages {probed - routed:.1f} s ({measured.source};")
     print(f"KL divergence of a plan = {measured.linear:.3f} x + {measured.root:.4f} sqrt(x))\n")
-    scorer = Scorer(checkpoint, calibration, rows.ids[-arguments.score_rows :])
-    _compare(checkpoint, arguments.presets.split(","), scorer, measured, errors_only)
+    scorer = Scorer(checkpoint, calibration, rows.ids[score])
+    _compare(checkpoint, arguments.presets.split(","), scorer, measured)
 
 
-def _compare(
-    checkpoint: Checkpoint, presets: list[str], scorer: Scorer, measured: Damages, errors_only: Damages
-) -> None:
-    """Print both tables."""
+def _compare(checkpoint: Checkpoint, presets: list[str], scorer: Scorer, measured: Damages) -> None:
+    """Print a row for every size: KL divergences of four plans, and the prediction for two of them."""
     weights, known = checkpoint.weights, facts(checkpoint)
     tables = prior_damages(weights, checkpoint.n_layers)
-    honest = []
-    print("| size of | bytes | llama.cpp's types | tables | errors measured | all measured | ratio |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| size of | bytes | llama.cpp's types | predicted | tables | errors measured | all measured | ",
+        end="",
+    )
+    print("predicted | ratio |\n|---|---|---|---|---|---|---|---|---|")
     for preset in tqdm(presets, disable=None):
         theirs = llama_cpp_types(preset, weights, known)
         limit = data_bytes(weights, theirs)
-        cells = [scorer.kl(theirs)]
-        honest.append((f"llama.cpp's {preset}", _predict(measured, theirs), cells[0]))
-        for damages in (tables, errors_only, measured):
+        cells = [scorer.kl(theirs), _predict(measured, theirs)]
+        for damages in (tables, _with_sensitivity(measured, tables), measured):
             plan = make_plan(weights, Budget(preset, file_bytes=limit), known, damages)
             types = {choice.weight: choice.format for choice in plan.choices}
             cells.append(scorer.kl(types))
-            source = "all measured" if damages is measured else "tables" if damages is tables else "errors"
-            honest.append((f"{source}, size of {preset}", _predict(measured, types), cells[-1]))
+        cells.append(_predict(measured, types))
         values = " | ".join(f"{cell:.5f}" for cell in cells)
-        print(f"| {preset} | {limit:,} | {values} | {cells[-1] / cells[0]:.3f} |", flush=True)
-    print("\n| plan | predicted | measured | predicted / measured |\n|---|---|---|---|")
-    for name, predicted, found in honest:
-        print(f"| {name} | {predicted:.5f} | {found:.5f} | {predicted / found:.2f} |")
+        print(f"| {preset} | {limit:,} | {values} | {cells[-2] / cells[0]:.3f} |", flush=True)
+
+
+def _with_sensitivity(errors: Damages, tables: Damages) -> Damages:
+    """Relative errors as measured, sensitivities from tables."""
+    table = {
+        name: {
+            fmt: damage / errors.sensitivity[name] * tables.sensitivity[name] if damage else 0.0
+            for fmt, damage in row.items()
+        }
+        for name, row in errors.table.items()
+    }
+    return replace(tables, table=table)
 
 
 def _predict(damages: Damages, types: Mapping[str, str]) -> float:

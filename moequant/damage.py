@@ -47,7 +47,7 @@ class Probing:
 
     tokens: int = 131_072
     rows: int = 16
-    sample: int = 1 << 16
+    sample: int = 1 << 15
     experts: int = 16
     effort: Effort = "default"
     gating: Gating = "gate2"
@@ -144,7 +144,8 @@ class _Prober:
         self.params = dict(self.model.named_parameters(remove_duplicate=False))
         self.groups = [group for group in groups(checkpoint.weights) if len(candidates(group[0])) > 1]
         wanted = probing.tokens // (len(self.groups) * ids.shape[1])
-        self.ids = ids[: max(1, min(wanted, probing.rows))]
+        count = max(1, min(wanted, probing.rows, len(ids)))
+        self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]
         self.base = self._logits()
 
     def damages(self, errors: Mapping[str, Mapping[str, float]]) -> Damages:

@@ -128,24 +128,26 @@ def _check(outputs: Outputs, budgets: tuple[Budget, ...]) -> None:
 
 
 def _texts(checkpoint: Checkpoint, tokenizer: TokenizerSpec, settings: PlanSettings) -> tuple[Rows, Rows]:
-    """Rows to calibrate on, and rows of the same text behind them for the probes.
+    """Rows to calibrate on, and others for the probes, drawn evenly from the same text.
 
-    Of a text too short for both, the probes get its last eighth.
+    Of a text too short for both, the probes get an eighth; a single row serves both.
     """
-    probe_rows = Probing().rows
+    most = Probing().rows
     bos = tokenizer.ids.get("bos") if tokenizer.add_bos else None
     documents = corpus.read(settings.calib, "calibration")
-    tokens = settings.calib_tokens + probe_rows * ROW
+    tokens = settings.calib_tokens + most * ROW
     rows = corpus.pack(documents, load_encoder(checkpoint.path), ROW, tokens, settings.seed, bos)
     config = checkpoint.config
     rows = corpus.check(
         rows, max_length=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"])
     )
     count = len(rows.ids)
-    split = max(1, count - min(probe_rows, max(1, count // 8)))
-    return _part(rows, 0, split), _part(rows, min(split, count - 1), count)
+    probes = min(most, max(1, count // 8))
+    chosen = {round((at + 0.5) * count / probes - 0.5) for at in range(probes)}
+    others = [row for row in range(count) if row not in chosen] or [0]
+    return _part(rows, others), _part(rows, sorted(chosen))
 
 
-def _part(rows: Rows, start: int, stop: int) -> Rows:
-    ids = rows.ids[start:stop]
-    return Rows(ids, rows.domains[start:stop], rows.source, ids.numel())
+def _part(rows: Rows, chosen: list[int]) -> Rows:
+    ids = rows.ids[chosen]
+    return Rows(ids, tuple(rows.domains[row] for row in chosen), rows.source, ids.numel())
