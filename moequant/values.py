@@ -197,7 +197,12 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLoss:
-    """Importance-weighted relative squared error of each expert of one weight: `error` f64 [E]."""
+    """What rounding cost each expert of one weight.
+
+    `error` f64 [E], relative squared error of its outputs: under the Hessian of its inputs where
+    it was rounded with one, else under their mean squares. `fallbacks` are the reasons why
+    experts were rounded by the plain search instead.
+    """
 
     weight: str
     role: Role
@@ -205,3 +210,4 @@ class ExpertLoss:
     format: str
     error: Tensor
     tokens: Tensor | None
+    fallbacks: tuple[str, ...] = ()

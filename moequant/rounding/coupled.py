@@ -1,0 +1,283 @@
+"""Rounding coupled to the forward pass: a full-precision and a quantized stream cross the layers together.
+
+At each layer, group by group in the order of execution, weights are rounded under the
+Hessian of what the quantized stream feeds them (`shrinkage`, `feedback`), towards a target
+that also undoes what earlier rounding did to their inputs (`target`). The next group and
+the next layer see the layer as it was rounded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moequant import formats
+from moequant.rounding.feedback import Options, outputs_lost, round_to_hessian
+from moequant.rounding.paired import WRITES, Capture, Grams, Pair, Seen
+from moequant.rounding.shrinkage import shrink
+from moequant.rounding.target import Coupling
+from moequant.routing.hidden import Hidden
+from moequant.routing.model import fill, release
+from moequant.routing.record import recorder
+from moequant.routing.stream import LayerStream
+from moequant.values import ExpertLoss, Packed, Role, Weight
+
+UNROUNDED = ("F32", "F16", "BF16")
+
+Result = tuple[Packed, ExpertLoss]
+
+Plain = Callable[[Weight, str], Result]
+"""Packs a weight in a format without any Hessian."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How weights are rounded: `coupling` None keeps targets as they are; `gram_bytes` bounds the Grams."""
+
+    coupling: Coupling | None = field(default_factory=Coupling)
+    options: Options = field(default_factory=Options)
+    gram_bytes: int = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Hidden states in full precision, and those of the model as it is rounded so far."""
+
+    exact: Hidden
+    rounded: Hidden
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer while it is rounded: its number, a copy with the original weights, the norm in its middle."""
+
+    index: int
+    original: nn.Module
+    middle: str
+
+    def part(self, name: str) -> nn.Module:
+        """The original module of that name in the model."""
+        return self.original.get_submodule(name.split(f"layers.{self.index}.", 1)[1])
+
+
+@contextmanager
+def reporting(layer: Layer, model: nn.Module) -> Iterator[None]:
+    """Inside the block the norm in the middle of the layer reports its input, in both versions."""
+    if not layer.middle:
+        yield
+        return
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if (current := recorder()) is not None:
+            current.dense(layer.middle, args[0])
+
+    modules = (layer.part(layer.middle), model.get_submodule(layer.middle))
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class Coupled:
+    """One coupled pass over `stream` that rounds every weight to its format in `formats`."""
+
+    stream: LayerStream
+    formats: Mapping[str, str]
+    plain: Plain
+    rounding: Rounding
+
+    def run(self, streams: Streams) -> Iterator[Result]:
+        """Every weight, packed, in the order of the checkpoint. `streams` are filled on the way."""
+        stream = self.stream
+        outside = stream.weights(None)
+        for weight in outside:
+            if weight.role is Role.OUTPUT:
+                continue
+            result = self.plain(weight, self.formats[weight.name])
+            if weight.role is Role.EMBEDDING:
+                self._embed(result[0], streams)
+            yield result
+        copies = [copy.deepcopy(layer) for layer in stream.skeleton.layers]  # empty: on the meta device
+        for index in stream.layers():
+            share(stream.skeleton.layers[index], copies[index])
+            yield from self._layer(Layer(index, copies[index], self._middle(index)), streams)
+            copies[index] = nn.Identity()
+        for weight in outside:
+            if weight.role is Role.OUTPUT:
+                yield self._head(weight, streams)
+
+    def _embed(self, packed: Packed, streams: Streams) -> None:
+        """What the first layer is fed by the original embedding and by the packed one."""
+        self.stream.embed(streams.exact)
+        self.stream.embed(streams.rounded, lambda weight: decoded(packed))
+
+    def _middle(self, index: int) -> str:
+        """The norm in front of the feed-forward block."""
+        norms = [w for w in self.stream.weights(index) if w.name == f"blk.{index}.ffn_norm.weight"]
+        return norms[0].param.removesuffix(".weight") if norms else ""
+
+    def _layer(self, layer: Layer, streams: Streams) -> list[Result]:
+        weights = self.stream.weights(layer.index)
+        done: dict[str, Result] = {}
+        groups: list[list[Weight]] = []
+        for name, members in groupby(weights, key=lambda weight: weight.input):
+            group = list(members)
+            if name is None or any(self.formats[weight.name] in UNROUNDED for weight in group):
+                done |= {weight.name: self.plain(weight, self.formats[weight.name]) for weight in group}
+            else:
+                groups.append(group)
+        with reporting(layer, self.stream.model):
+            for group in groups:
+                done |= self._group(layer, group, streams)
+                self._replace([done[weight.name][0] for weight in group])
+        self._leave(layer, streams)
+        return [done[weight.name] for weight in weights]
+
+    def _replace(self, packed: list[Packed]) -> None:
+        """Let the rounded stream see these weights as they were packed; the copy keeps the original ones."""
+        values = {each.weight.name: each for each in packed}
+        group = [each.weight for each in packed]
+        release(self.stream.model, group)
+        device = self.stream.resources.device
+        fill(self.stream.model, group, lambda weight: decoded(values[weight.name]), None, device)
+
+    def _leave(self, layer: Layer, streams: Streams) -> None:
+        """Both streams cross the finished layer."""
+        index = layer.index
+
+        def work(batch: int) -> None:
+            for hidden, module in ((streams.exact, layer.original), (streams.rounded, None)):
+                out = self.stream.run(index, batch, hidden, None, module)
+                assert out is not None  # nobody stops it
+                hidden.put(index + 1, batch, out)
+
+        for _ in self.stream.each(work):
+            pass
+        streams.exact.drop(index)
+        streams.rounded.drop(index)
+
+    def _group(self, layer: Layer, group: list[Weight], streams: Streams) -> dict[str, Result]:
+        """Round weights that share their inputs, as many experts at a time as the Grams' memory allows."""
+        first = group[0]
+        rows = 3 * first.n_in + (first.shape[-2] if first.role in WRITES else 0)
+        at_once = max(1, self.rounding.gram_bytes // (4 * rows * first.n_in))
+        parts: dict[str, list[Result]] = {weight.name: [] for weight in group}
+        for begin in range(0, first.n_experts, at_once):
+            experts = range(begin, min(begin + at_once, first.n_experts))
+            grams = self._collect(layer, first, experts, streams)
+            hessian: Tensor | None = None
+            for weight in group:
+                values = self.stream.provider(weight)
+                stack = values if values.ndim == 3 else values[None]
+                result, hessian = self._round(weight, stack[experts.start : experts.stop], grams, hessian)
+                parts[weight.name].append(result)
+        return {weight.name: joined(weight, parts[weight.name]) for weight in group}
+
+    def _collect(self, layer: Layer, weight: Weight, experts: range, streams: Streams) -> Grams:
+        """Grams of these experts of the group of `weight`."""
+        assert weight.input is not None
+        wanted = weight.input
+        grams = Grams.empty(len(experts), weight, self.stream.resources.device)
+        block = layer.part(wanted.partition(":")[0]) if weight.role.is_expert else None
+
+        def work(batch: int) -> Pair:
+            exact, rounded = (Capture(wanted, layer.middle, inner) for inner in (False, True))
+            self.stream.run(layer.index, batch, streams.exact, exact, layer.original)
+            self.stream.run(layer.index, batch, streams.rounded, rounded)
+            residual = None
+            if weight.role is Role.ATTN_OUT:
+                before = [each.get(layer.index, batch) for each in (streams.exact, streams.rounded)]
+                residual = (before[0] - before[1]).flatten(0, -2).to(self.stream.resources.device)
+            elif weight.role in WRITES and exact.residual is not None and rounded.residual is not None:
+                residual = exact.residual - rounded.residual
+            return Pair(exact, rounded, residual)
+
+        with torch.inference_mode():
+            for batch, pair in enumerate(self.stream.each(work)):
+                for expert, seen in pair.seen(weight, block):
+                    if expert in experts:
+                        grams.add(expert - experts.start, batch % 2, seen)
+        return grams
+
+    def _head(self, weight: Weight, streams: Streams) -> Result:
+        """The output head, fed by the final norm."""
+        stream, name = self.stream, self.formats[weight.name]
+        if name in UNROUNDED or weight.input is None:
+            return self.plain(weight, name)
+        norms = [each for each in stream.weights(None) if each.role is Role.NORM]
+        fill(stream.model, norms, device=stream.resources.device)
+        norm = stream.model.get_submodule(weight.input.partition(":")[0])
+        grams = Grams.empty(1, weight, stream.resources.device)
+        with torch.inference_mode():
+            for batch in range(len(stream.batches)):
+                both = [
+                    norm(hidden.get(stream.n_layers, batch).to(stream.resources.device)).flatten(0, -2)
+                    for hidden in (streams.rounded, streams.exact)
+                ]
+                grams.add(0, batch % 2, Seen(*both))
+        release(stream.model, norms)
+        result, _ = self._round(weight, self.stream.provider(weight)[None], grams, None)
+        return joined(weight, [result])
+
+    def _round(
+        self, weight: Weight, values: Tensor, grams: Grams, hessian: Tensor | None
+    ) -> tuple[Result, Tensor]:
+        """Experts values [E, out, in] of `weight`; also the shrunk Hessian, for weights that share inputs."""
+        fmt = formats.get(self.formats[weight.name])
+        values = values.to(grams.cross.device)
+        coupling, options = self.rounding.coupling, self.rounding.options
+        target = values.float() if coupling is None else coupling.target(values, grams)
+        if hessian is None:
+            hessian = shrink(fmt, target, grams.halves, grams.tokens).hessian
+        found = round_to_hessian(fmt, target, hessian, options)
+        own = grams.own
+        lost = torch.stack([outputs_lost(fmt, *each) for each in zip(target, found.data, own, strict=True)])
+        energy = ((target @ own) * target).sum((1, 2)).double().cpu()
+        loss = ExpertLoss(
+            weight=weight.name,
+            role=weight.role,
+            layer=weight.layer,
+            format=fmt.name,
+            error=(lost / energy.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(),
+            tokens=grams.tokens if weight.role.is_expert else None,
+            fallbacks=tuple(bad.reason for bad in found.fallbacks),
+        )
+        return (Packed(weight, fmt.name, found.data.cpu()), loss), hessian
+
+
+def decoded(packed: Packed) -> Tensor:
+    """The values that a runtime will see, f32, shape of the weight."""
+    return formats.dequantize(formats.get(packed.format), packed.data).reshape(packed.weight.shape)
+
+
+def joined(weight: Weight, parts: list[Result]) -> Result:
+    """One weight of parts that hold some experts each."""
+    data = torch.cat([packed.data for packed, _ in parts]).reshape(*weight.shape[:-1], -1)
+    losses = [loss for _, loss in parts]
+    tokens = [loss.tokens for loss in losses if loss.tokens is not None]
+    return Packed(weight, parts[0][0].format, data), ExpertLoss(
+        weight=weight.name,
+        role=weight.role,
+        layer=weight.layer,
+        format=losses[0].format,
+        error=torch.cat([loss.error for loss in losses]),
+        tokens=torch.cat(tokens) if tokens else None,
+        fallbacks=tuple(reason for loss in losses for reason in loss.fallbacks),
+    )
+
+
+def share(module: nn.Module, other: nn.Module) -> None:
+    """Give `other`, a copy of `module`, the parameters that `module` has now."""
+    for name, parameter in module.named_parameters():
+        parent, _, leaf = name.rpartition(".")
+        setattr(other.get_submodule(parent), leaf, parameter)

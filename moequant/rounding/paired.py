@@ -1,0 +1,142 @@
+"""Grams of two streams that cross the same layer: full precision and quantized so far.
+
+For weights that multiply the same activations x, summed over tokens with the weight s
+that their expert's output has (the router's weight squared; 1 when dense):
+
+    own    Σ s · x_q x_qᵀ     what the quantized layer will really see
+    cross  Σ s · x_fp x_qᵀ    the same tokens in full precision, routed as the quantized stream routes them
+    pull   Σ s · r x_qᵀ       r: the error that the residual stream carries so far
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from moequant.routing.experts import FusedExperts, by_expert
+from moequant.routing.record import Enough
+from moequant.values import Role, Weight
+
+WRITES = (Role.ATTN_OUT, Role.DOWN, Role.DENSE_DOWN)
+"""Roles whose output is added to the residual stream: only they can pull its error back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Tokens of one expert in one batch: inputs f32 [m, in], s [m] or None, r [m, out] or None."""
+
+    rounded: Tensor
+    exact: Tensor
+    weight: Tensor | None = None
+    residual: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grams:
+    """Sums for E weights: `halves` two f32 [E, in, in] whose sum is own (even and odd batches), `cross`
+    f32 [E, in, in], `pull` f32 [E, out, in] or None, `tokens` i64 [E]."""
+
+    halves: tuple[Tensor, Tensor]
+    cross: Tensor
+    pull: Tensor | None
+    tokens: Tensor
+
+    @classmethod
+    def empty(cls, experts: int, weight: Weight, device: str) -> Grams:
+        """Zero sums for so many experts of `weight`."""
+
+        def zeros(rows: int) -> Tensor:
+            return torch.zeros(experts, rows, weight.n_in, device=device)
+
+        pull = zeros(weight.shape[-2]) if weight.role in WRITES else None
+        halves = zeros(weight.n_in), zeros(weight.n_in)
+        return cls(halves, zeros(weight.n_in), pull, torch.zeros(experts, dtype=torch.int64))
+
+    @property
+    def own(self) -> Tensor:
+        """Both halves together, a new tensor."""
+        return self.halves[0] + self.halves[1]
+
+    def add(self, expert: int, half: int, seen: Seen) -> None:
+        """Add tokens of one expert to that half."""
+        weighted = seen.rounded if seen.weight is None else seen.rounded * seen.weight[:, None]
+        self.halves[half][expert].addmm_(weighted.T, seen.rounded)
+        self.cross[expert].addmm_(seen.exact.T, weighted)
+        if self.pull is not None and seen.residual is not None:
+            self.pull[expert].addmm_(seen.residual.T, weighted)
+        self.tokens[expert] += len(weighted)
+
+
+class Capture:
+    """A recorder that keeps what a weight is fed and the residual stream before it, then stops the layer.
+
+    `wanted` is the weight's input name; `middle` names the norm between attention and
+    feed-forward block, whose input is the residual stream that the block adds to. `inner`
+    keeps what the experts' second product is fed, with the routing of this stream.
+    """
+
+    def __init__(self, wanted: str, middle: str, inner: bool) -> None:
+        self.wanted, self.middle, self.keeps_inner = wanted, middle, inner
+        self.inputs: Tensor | None = None
+        self.residual: Tensor | None = None
+        self.index: Tensor | None = None
+        self.gates: Tensor | None = None
+        self.inner: dict[int, Tensor] = {}
+
+    def dense(self, name: str, inputs: Tensor) -> None:
+        """See `Recorder`."""
+        if name == self.middle:
+            self.residual = inputs.flatten(0, -2)
+        if name == self.wanted:
+            self.inputs = inputs.flatten(0, -2)
+            raise Enough
+
+    def routed(self, name: str, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
+        """See `Recorder`."""
+        if self.wanted in (f"{name}:up", f"{name}:down"):
+            self.inputs, self.index, self.gates = hidden, index, gates
+            if self.wanted.endswith(":up") or not self.keeps_inner:
+                raise Enough
+
+    def expert(self, name: str, expert: int, inputs: Tensor, gates: Tensor) -> None:
+        """See `Recorder`."""
+        if name == self.wanted and name.endswith(":down"):
+            self.inner[expert] = inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One batch in both streams, and the error r [n, h] that the residual stream carries (None: not used)."""
+
+    exact: Capture
+    rounded: Capture
+    residual: Tensor | None
+
+    def seen(self, weight: Weight, experts: nn.Module | None) -> Iterator[tuple[int, Seen]]:
+        """What each expert of `weight` is fed; `experts` is the original block (None: dense).
+
+        Of a token's residual error, each of its experts takes the share that its router
+        weight has among them: Σ g·(r/Σg) = r.
+        """
+        exact, rounded = self.exact.inputs, self.rounded.inputs
+        assert exact is not None and rounded is not None
+        if experts is None:
+            yield 0, Seen(rounded, exact, residual=self.residual)
+            return
+        index, gates = self.rounded.index, self.rounded.gates
+        assert index is not None and gates is not None
+        fused: FusedExperts = experts  # type: ignore[assignment]
+        mass, flat = gates.sum(1, keepdim=True), gates.reshape(-1)
+        for expert, chosen in by_expert(index, weight.n_experts):
+            tokens = torch.div(chosen, index.shape[1], rounding_mode="floor")
+            square = flat[chosen].square()
+            if weight.role is not Role.DOWN:
+                yield expert, Seen(rounded[tokens], exact[tokens], square)
+                continue
+            inner = fused._apply_gate(linear(exact[tokens], fused.gate_up_proj[expert].to(exact.dtype)))
+            residual = None if self.residual is None else self.residual[tokens] / mass[tokens]
+            yield expert, Seen(self.rounded.inner[expert], inner, square, residual)
