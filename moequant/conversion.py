@@ -11,7 +11,7 @@ from moequant import __version__, corpus, plan
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.compare import Comparison
 from moequant.compare.sources import GgufFile
-from moequant.compare.streaming import Candidate, compare
+from moequant.compare.streaming import Version, compare
 from moequant.containers import gguf
 from moequant.containers.tokenizer import TokenizerSpec, read_tokenizer
 from moequant.corpus import Rows
@@ -169,7 +169,9 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
 
 def compare_with_file(checkpoint: Checkpoint, file: Path, rows: Rows) -> Comparison:
     """Score the checkpoint and a GGUF file of it on `rows`, the file decoded by gguf-py."""
-    (found,) = compare(checkpoint, load, [Candidate(file.name, GgufFile(file).load)], rows)
+    (found,) = compare(
+        checkpoint, Version("checkpoint", load), [Version(file.name, GgufFile(file).load)], rows
+    )
     return found.comparison
 
 

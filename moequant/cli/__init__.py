@@ -9,6 +9,7 @@ import typer
 
 import moequant
 from moequant.cli.check import check
+from moequant.cli.compare import compare
 from moequant.cli.convert import convert
 from moequant.cli.demo import demo
 from moequant.cli.fit import fit
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (check, convert, demo, fit, inspect, plan, route):
+for command in (check, compare, convert, demo, fit, inspect, plan, route):
     app.command()(command)
 
 

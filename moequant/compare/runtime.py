@@ -41,20 +41,20 @@ class LlamaEncoder:
 
 
 def compare(
-    base: Path, candidates: Sequence[Path], rows: Rows, threads: int | None = None
+    base: Path, candidates: Sequence[tuple[str, Path]], rows: Rows, threads: int | None = None
 ) -> tuple[Measured, ...]:
-    """Score every candidate against `base`, GGUF files all, row by row; no file's logits are kept.
+    """Score every candidate (name, file) against `base`, GGUF files all, row by row; no logits are kept.
 
     Raises LlamaError for what llama.cpp cannot load, VerifyError when vocabularies differ in size.
     """
     length = rows.ids.shape[1]
     found: list[list[Scores]] = [[] for _ in candidates]
-    workers = threads or torch.get_num_threads()
+    workers, paths = threads or torch.get_num_threads(), [path for _, path in candidates]
     with ExitStack() as stack:
         first, *others = (
-            stack.enter_context(Llama(path, n_ctx=length, threads=workers)) for path in (base, *candidates)
+            stack.enter_context(Llama(path, n_ctx=length, threads=workers)) for path in (base, *paths)
         )
-        for path, other in zip(candidates, others, strict=True):
+        for path, other in zip(paths, others, strict=True):
             if other.n_vocab != first.n_vocab:
                 raise VerifyError(
                     f"{path}: another vocabulary than {base}: {other.n_vocab} tokens, not {first.n_vocab}"
@@ -64,7 +64,7 @@ def compare(
             for scores, other in zip(found, others, strict=True):
                 scores.append(_score(exact, _logits(other, row), row))
     return tuple(
-        measured(path.name, join(scores), rows) for path, scores in zip(candidates, found, strict=True)
+        measured(name, join(scores), rows) for (name, _), scores in zip(candidates, found, strict=True)
     )
 
 

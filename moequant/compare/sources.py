@@ -47,11 +47,14 @@ FOREIGN_TOKENS = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A version of a model: where it is, what it is, its weights, and the bytes and type of each of them."""
+    """A version of a model: where and what it is, its bytes, the type of every weight.
+
+    `provider` loads its weights; None when another engine runs it.
+    """
 
     path: Path
     kind: str
-    provider: Provider
+    provider: Provider | None
     bytes: int
     types: Mapping[str, str]
 

@@ -34,7 +34,7 @@ LOGITS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Version:
     """Weights under a name; `rounded` when the inputs of its products are rounded as a runtime does."""
 
     name: str
@@ -44,8 +44,8 @@ class Candidate:
 
 def compare(
     checkpoint: Checkpoint,
-    base: Provider,
-    candidates: Sequence[Candidate],
+    base: Version,
+    candidates: Sequence[Version],
     rows: Rows,
     resources: Resources = FREE,
 ) -> tuple[Measured, ...]:
@@ -54,13 +54,13 @@ def compare(
     `checkpoint` says how the model computes and what its weights are; only its headers are
     read. Raises what the providers raise.
     """
-    named = [Candidate("baseline", base), *candidates]
+    named = [base, *candidates]
     share = None if resources.ram is None else replace(resources, ram=resources.ram // len(named))
     with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
-        with LayerStream(checkpoint, rows.ids, share or resources, base, experts=EXPERTS) as stream:
+        with LayerStream(checkpoint, rows.ids, share or resources, base.provider, experts=EXPERTS) as stream:
             listen(stream.model, checkpoint)
             first, *others = (
-                _Version(one.name, one.provider, stream.new_hidden(Path(folder) / str(number)), one.rounded)
+                _Running(one.name, one.provider, stream.new_hidden(Path(folder) / str(number)), one.rounded)
                 for number, one in enumerate(named)
             )
             _embed(stream, first, others)
@@ -79,7 +79,7 @@ def compare(
 
 
 @dataclass(slots=True)
-class _Version:
+class _Running:
     """One set of weights on its way; `outside` are weights outside of the layers that are still in use."""
 
     name: str
@@ -118,7 +118,7 @@ class _Chosen:
         self.index = index.sort(1).values.to(torch.int16).cpu()
 
 
-def _embed(stream: LayerStream, base: _Version, others: list[_Version]) -> None:
+def _embed(stream: LayerStream, base: _Running, others: list[_Running]) -> None:
     embedding = [weight for weight in stream.weights(None) if weight.role is Role.EMBEDDING]
     for version in (base, *others):
         stream.embed(version.hidden, version.load)
@@ -140,7 +140,7 @@ class _Beside:
     stream: LayerStream
     kept: dict[str, Tensor]
     tokens: Tensor | None
-    version: _Version
+    version: _Running
     last: bool
 
     def __call__(self, weights: list[Weight]) -> None:
@@ -156,7 +156,7 @@ class _Beside:
             del self.kept[param]
 
 
-def _cross(stream: LayerStream, layer: int, base: _Version, others: list[_Version], rows: Rows) -> None:
+def _cross(stream: LayerStream, layer: int, base: _Running, others: list[_Running], rows: Rows) -> None:
     """All versions across one layer; every candidate's weights are held against the baseline's."""
     chosen, tokens = _route(stream, layer, base), None
     if chosen is not None:
@@ -170,7 +170,7 @@ def _cross(stream: LayerStream, layer: int, base: _Version, others: list[_Versio
             version.routing.append(_change(layer, (chosen != found).any(1), rows))
 
 
-def _route(stream: LayerStream, layer: int, version: _Version) -> Tensor | None:
+def _route(stream: LayerStream, layer: int, version: _Running) -> Tensor | None:
     """Cross the layer; which experts every token was sent to, i16 [tokens, k], None in a dense layer."""
     crossing = stream.cross(layer, version.hidden, lambda batch: _Chosen(version.rounded), version.hidden)
     found = [one.index for one in crossing if one.index is not None]
@@ -201,7 +201,7 @@ def _error(weight: Weight, base: Tensor, candidate: Tensor, tokens: Tensor | Non
     return WeightError(weight.name, weight.role, weight.layer, error / total.clamp_min(1e-300), tokens)
 
 
-def _finish(stream: LayerStream, base: _Version, others: list[_Version]) -> None:
+def _finish(stream: LayerStream, base: _Running, others: list[_Running]) -> None:
     """Final hidden states of all versions; what remains is the head."""
     for version in (base, *others):
         if version is not base:
@@ -216,7 +216,7 @@ def _finish(stream: LayerStream, base: _Version, others: list[_Version]) -> None
                 version.errors.append(_error(weight, base.load(weight), version.load(weight), None))
 
 
-def _measured(stream: LayerStream, base: _Version, version: _Version, rows: Rows) -> Measured:
+def _measured(stream: LayerStream, base: _Running, version: _Running, rows: Rows) -> Measured:
     role = Role.EMBEDDING if stream.checkpoint.tied else Role.OUTPUT
     (head,) = (weight for weight in stream.weights(None) if weight.role is role)
     heads = [_parameter(one.load(head), stream.resources.device) for one in (base, version)]

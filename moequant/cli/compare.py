@@ -1,0 +1,73 @@
+"""`moequant compare`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moequant.cli.common import Overwrite, console, guarded
+
+
+class Engine(StrEnum):
+    """Who computes."""
+
+    moequant = "moequant"
+    llama_cpp = "llama.cpp"
+
+
+def compare(
+    base: Annotated[Path, typer.Argument(help="The baseline: model folder or GGUF file.")],
+    candidates: Annotated[
+        list[Path], typer.Argument(help="What is held against it: GGUF files and folders, in any mix.")
+    ],
+    eval_: Annotated[
+        str | None,
+        typer.Option(
+            "--eval", help="Text: file, folder, .jsonl or Hugging Face dataset (default: the bundled set)."
+        ),
+    ] = None,
+    eval_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to read, at most; half are scored.")
+    ] = 16_384,
+    seed: Annotated[int, typer.Option(help="Order of the text.")] = 0,
+    engine: Annotated[
+        Engine, typer.Option(help="Who computes; llama.cpp takes GGUF files and needs xllamacpp.")
+    ] = Engine.moequant,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="The model's unquantized folder, when it is not among what is compared."),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Do not round the inputs of a GGUF file's products as llama.cpp does."),
+    ] = False,
+    ram: Annotated[
+        float | None, typer.Option(min=0.0, help="GB that hidden states may take before they go to disk.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one a core).")] = None,
+    device: Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1, …")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Page to write: one file, no network needed.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Score CANDIDATES against BASE: perplexity, KL divergence, routing, and every expert's error."""
+    from moequant.comparing import CompareSettings, run  # torch is imported only when there is work
+    from moequant.files import check_output
+    from moequant.report.compare import compare_json, compare_tables
+    from moequant.report.html import write
+    from moequant.routing.stream import Resources
+
+    if html is not None:
+        guarded(lambda: check_output(html, overwrite))
+    resources = Resources(None if ram is None else int(ram * 1e9), device, threads)
+    settings = CompareSettings(eval_, eval_tokens, seed, engine.value, model, exact, resources)
+    found = guarded(lambda: run(base, candidates, settings))
+    if as_json:
+        typer.echo(compare_json(found))
+    else:
+        console().print(compare_tables(found))
+    if html is not None:
+        guarded(lambda: write(found, html))

@@ -1,0 +1,72 @@
+"""The comparison as one page: no network, no script, light and dark, narrow and wide, and on paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from moequant import __version__
+from moequant.compare.scores import PERCENTILES
+from moequant.files import atomic
+from moequant.report import html_figures as figures
+from moequant.report.compare import OUTLIER, TELLING, Compared
+from moequant.report.summary import size
+
+WORST = 20
+"""Experts listed for each candidate."""
+
+
+def page(found: Compared) -> str:
+    """The page's HTML."""
+    environment = Environment(
+        loader=PackageLoader("moequant.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": size, "percent": _percent, "fixed": _fixed}
+    return environment.get_template("compare.html").render(
+        found=found,
+        version=__version__,
+        percentiles=PERCENTILES,
+        telling=TELLING,
+        outlier=OUTLIER,
+        candidates=[_candidate(found, number) for number in range(len(found.measured))],
+        sizes=Markup(figures.sizes(found)),
+        domains=Markup(figures.domains(found)) if len(found.domains) > 1 else "",
+        rerouted=Markup(figures.rerouted(found)) if found.measured[0].routing else "",
+        routing=Markup(figures.routing(found.measured[0])) if found.measured[0].expert_errors else "",
+    )
+
+
+def write(found: Compared, path: Path) -> None:
+    """The page into a file. OutputError when the disk refuses."""
+    text = page(found)
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _percent(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}%}"
+
+
+def _fixed(value: float, digits: int = 5) -> str:
+    return f"{value:.{digits}f}"
+
+
+def _candidate(found: Compared, number: int) -> dict[str, Any]:
+    """What the template shows of one candidate beside its figures."""
+    one = found.measured[number]
+    worst = one.expert_errors
+    return {
+        "one": one,
+        "source": found.candidates[number],
+        "worst": worst[:WORST],
+        "outliers": sum(times > OUTLIER for _, times, _, _ in worst),
+        "errors": Markup(figures.errors(one)) if worst else "",
+        "types": Markup(figures.types(found, number)) if one.errors else "",
+    }
