@@ -29,8 +29,9 @@ from moequant import corpus
 from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.compare import score_row
 from moequant.containers import imatrix
-from moequant.conversion import ROW, Settings, convert, load_encoder
+from moequant.conversion import Settings, convert
 from moequant.routing.calibrate import calibrate
+from moequant.texts import ROW, load_encoder
 from moequant.values import Calibration
 
 

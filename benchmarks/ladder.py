@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moequant import corpus
 from moequant.compare import Comparison, Scores, score_row, summarize
-from moequant.conversion import Settings, convert, load_encoder
+from moequant.conversion import Settings, convert
 from moequant.presets import BASE_TYPES
+from moequant.texts import load_encoder
 from tests.clients.llama import Llama
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from moequant import corpus, formats
 from moequant.checkpoint import Checkpoint, load, open_checkpoint, uninterleave
 from moequant.compare import score_row
-from moequant.conversion import facts, load_encoder
+from moequant.conversion import facts
 from moequant.damage import Probing, measure
 from moequant.plan import Budget, Damages, data_bytes, make_plan, prior_damages
 from moequant.presets import llama_cpp_types
@@ -31,6 +31,7 @@ from moequant.routing.calibrate import calibrate
 from moequant.routing.experts import EXPERTS
 from moequant.routing.model import build_model
 from moequant.routing.statistics import importance
+from moequant.texts import load_encoder
 from moequant.values import Calibration
 
 PROBE_ROWS = 16

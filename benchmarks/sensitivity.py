@@ -19,12 +19,12 @@ from tqdm import tqdm
 from moequant import corpus, formats
 from moequant.checkpoint import load, open_checkpoint, uninterleave
 from moequant.compare import score_row
-from moequant.conversion import load_encoder
 from moequant.quantize import relative_error
 from moequant.routing.calibrate import calibrate
 from moequant.routing.experts import EXPERTS
 from moequant.routing.model import build_model
 from moequant.routing.statistics import importance
+from moequant.texts import load_encoder
 from moequant.values import Role, Weight
 
 

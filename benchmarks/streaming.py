@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.pop(0)  # this folder: a script beside this one may be called like a package
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
@@ -35,10 +36,11 @@ from moequant import corpus
 from moequant.checkpoint import load, open_checkpoint
 from moequant.compare.sources import open_source
 from moequant.compare.streaming import Version, compare
-from moequant.conversion import ROW, Settings, convert, load_encoder
+from moequant.conversion import Settings, convert
 from moequant.meter import Meter
 from moequant.routing.calibrate import calibrate
 from moequant.routing.stream import Reader, Resources
+from moequant.texts import ROW, load_encoder
 from tests.models import VOCAB, tokenizer
 
 

@@ -16,12 +16,12 @@ from moequant.compare.sources import Source, open_model, open_source
 from moequant.compare.streaming import Version, compare
 from moequant.containers.gguf_header import read_header
 from moequant.containers.tokenizer import read_tokenizer
-from moequant.conversion import ROW, load_encoder
 from moequant.corpus import Rows
 from moequant.errors import CheckpointError
 from moequant.meter import Meter
 from moequant.report.compare import Compared
 from moequant.routing.stream import Resources
+from moequant.texts import ROW, load_encoder
 
 Engine = Literal["moequant", "llama.cpp"]
 

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from tokenizers import Tokenizer
 
 from moequant import __version__, corpus, plan
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.compare import Comparison
 from moequant.compare.sources import GgufFile
 from moequant.compare.streaming import Version, compare
-from moequant.containers import gguf
+from moequant.containers import gguf, imatrix
 from moequant.containers.tokenizer import TokenizerSpec, read_tokenizer
 from moequant.corpus import Rows
-from moequant.errors import CheckpointError, TokenizerError
+from moequant.damage import Probing, measure, wants_probes
+from moequant.errors import CheckpointError, CorpusError, PlanError
+from moequant.files import check_output
 from moequant.formats import Effort
 from moequant.meter import Meter, available_bytes
-from moequant.presets import BASE_TYPES, ModelFacts
-from moequant.quantize import Quantizer, pack_all
+from moequant.plan import Budget
+from moequant.planner import choose, overhead
+from moequant.presets import ModelFacts
+from moequant.quantize import Quantizer, pack_all, progress
 from moequant.report import Report
+from moequant.rounding.coupled import UNROUNDED, Coupled, Rounding, Streams
+from moequant.routing import store
 from moequant.routing.calibrate import calibrate
 from moequant.routing.statistics import Gating
-from moequant.values import Calibration, ExpertLoss, Plan
+from moequant.routing.stream import LayerStream, Resources
+from moequant.texts import ROW, split_probes, token_rows
+from moequant.values import Calibration, ExpertLoss, Packed, Plan
 from moequant.verify import verify
-
-ROW = 512
-"""Tokens in a row: llama.cpp's context for perplexity and imatrix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What a conversion may be told; the defaults are the recommendation.
 
-    `type` is a preset name; `calib` and `eval` are texts as `corpus.read` takes them, None
-    the bundled ones; `eval_tokens` 0 leaves the comparison out.
+    How large: one of `size` (bytes of the file, as people write them), `bpw`, `plan` (a
+    plan's JSON) or else `type`, a preset. `calib` and `eval` are texts as `corpus.read` takes
+    them, None the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of
+    `moequant route`) or `imatrix` (of llama-imatrix) stand in for the statistics pass;
+    `imatrix_out` is written beside the file. `coupled` rounds each layer towards what full
+    precision would have made of what the layers before it lost.
     """
 
     type: str = "Q4_K_M"
@@ -46,7 +55,28 @@ class Settings:
     effort: Effort = "default"
     gating: Gating = "gate2"
     seed: int = 0
+    size: str | None = None
+    bpw: float | None = None
+    plan: Path | None = None
+    coupled: bool = True
+    stats: Path | None = None
+    imatrix: Path | None = None
+    imatrix_out: Path | None = None
+    ram: int | None = None
+    device: str = "cpu"
     overwrite: bool = False
+
+    @property
+    def budget(self) -> Budget:
+        """The size that was asked for; PlanError for what is none."""
+        if self.size is not None:
+            return Budget.of_size(self.size)
+        return Budget.of_bpw(self.bpw) if self.bpw is not None else Budget.of_preset(self.type)
+
+    @property
+    def resources(self) -> Resources:
+        """What passes over the model may use."""
+        return Resources(ram=self.ram, device=self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +89,24 @@ class Opened:
     provenance: dict[str, str]
     file_bytes: int
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether any weight is rounded, so that calibration has something to say."""
+        return any(choice.format not in UNROUNDED for choice in self.plan.choices)
+
 
 def open_model(model: Path, settings: Settings) -> Opened:
     """Read headers and tokenizer, choose every type. Raises what those raise."""
+    if sum(each is not None for each in (settings.size, settings.bpw, settings.plan)) > 1:
+        raise PlanError("size, bits per weight and plan each say how large the file is; give one of them")
     checkpoint = open_checkpoint(model)
     tokenizer = read_tokenizer(model)
-    chosen = plan.preset_plan(checkpoint.weights, settings.type, facts(checkpoint))
     provenance = {"general.quantized_by": f"moequant {__version__}"}
+    if settings.plan is not None:
+        chosen = plan.read(settings.plan, checkpoint.weights)
+    else:
+        extra = overhead(checkpoint, tokenizer, provenance)
+        chosen = choose(checkpoint, facts(checkpoint), settings.budget, extra)
     size = gguf.file_bytes(checkpoint, tokenizer, chosen, provenance)
     return Opened(checkpoint, tokenizer, chosen, provenance, size)
 
@@ -80,30 +121,32 @@ def convert(model: str | Path, out: str | Path, settings: Settings = Settings())
     with meter.stage("open"):
         opened = open_model(model, settings)
         gguf.check_target(out, opened.file_bytes, settings.overwrite)
-        calib_rows, eval_rows = _texts(opened, settings)
-        check_memory(opened.checkpoint, models=2 if eval_rows else 1 if calib_rows else 0)
-    calibration: Calibration | None = None
-    if calib_rows is not None:
+        if settings.imatrix_out is not None:
+            check_output(settings.imatrix_out, settings.overwrite)
+        calibration = _given(opened.checkpoint, settings)
+        texts = _texts(opened, settings)
+        check_memory(opened.checkpoint, models=2 if texts.evaluation else 1 if texts.calibration else 0)
+    if texts.calibration is not None and calibration is None:
         with meter.stage("route"):
-            calibration = calibrate(opened.checkpoint, calib_rows)
+            calibration = calibrate(opened.checkpoint, texts.calibration, settings.resources)
+    if calibration is not None and settings.imatrix_out is not None:
+        imatrix.write(settings.imatrix_out, opened.checkpoint, calibration, settings.gating)
+    if calibration is not None and texts.probes is not None and settings.plan is None:
+        with meter.stage("plan"):
+            opened = _measured(opened, settings, calibration, texts.probes)
     losses: list[ExpertLoss] = []
     with gguf.atomic(out) as partial:
         with meter.stage("quantize"):
-            packed = pack_all(
-                opened.checkpoint,
-                opened.plan,
-                Quantizer(calibration, settings.effort, settings.gating),
-                losses,
-            )
+            packed = _rounded(opened, settings, calibration, texts.calibration, losses)
             written = gguf.write(
                 partial, opened.checkpoint, opened.tokenizer, opened.plan, packed, opened.provenance
             )
         with meter.stage("verify"):
             verify(written, opened.plan, opened.checkpoint.weights)
     comparison: Comparison | None = None
-    if eval_rows is not None:
+    if texts.evaluation is not None:
         with meter.stage("compare"):
-            comparison = compare_with_file(opened.checkpoint, out, eval_rows)
+            comparison = compare_with_file(opened.checkpoint, out, texts.evaluation)
     return Report(
         model=model,
         out=out,
@@ -116,6 +159,50 @@ def convert(model: str | Path, out: str | Path, settings: Settings = Settings())
         stages=tuple(meter.costs),
         notes=_notes(opened),
     )
+
+
+def _given(checkpoint: Checkpoint, settings: Settings) -> Calibration | None:
+    """Statistics from a file, when one is named."""
+    if settings.stats is not None and settings.imatrix is not None:
+        raise CorpusError(f"{settings.stats}, {settings.imatrix}: two sources of statistics; name one")
+    if settings.stats is not None:
+        return store.load_for(checkpoint, settings.stats)
+    return imatrix.read(settings.imatrix, checkpoint) if settings.imatrix is not None else None
+
+
+def _measured(opened: Opened, settings: Settings, calibration: Calibration, probes: Rows) -> Opened:
+    """The same with types chosen by what each would cost this model, measured."""
+    checkpoint = opened.checkpoint
+    ids = probes.ids if wants_probes(checkpoint) else None
+    damages = measure(checkpoint, calibration, ids, Probing(gating=settings.gating))
+    extra = overhead(checkpoint, opened.tokenizer, opened.provenance)
+    chosen = choose(checkpoint, facts(checkpoint), settings.budget, extra, damages)
+    size = gguf.file_bytes(checkpoint, opened.tokenizer, chosen, opened.provenance)
+    return replace(opened, plan=chosen, file_bytes=size)
+
+
+def _rounded(
+    opened: Opened,
+    settings: Settings,
+    calibration: Calibration | None,
+    rows: Rows | None,
+    losses: list[ExpertLoss],
+) -> Iterator[Packed]:
+    """Every weight packed, in the plan's order: by the plain search at effort fast, else under Hessians."""
+    quantizer = Quantizer(calibration, settings.effort, settings.gating)
+    if rows is None or settings.effort == "fast":
+        yield from pack_all(opened.checkpoint, opened.plan, quantizer, losses)
+        return
+    rounding = Rounding.of(settings.effort, settings.coupled)
+    formats = {choice.weight: choice.format for choice in opened.plan.choices}
+    with (
+        tempfile.TemporaryDirectory(prefix="moequant-") as folder,
+        LayerStream(opened.checkpoint, rows.ids, settings.resources) as stream,
+    ):
+        coupled = Coupled(stream, formats, quantizer.pack, rounding)
+        for packed, loss in progress(coupled.run(Streams.under(Path(folder), stream)), opened.checkpoint):
+            losses.append(loss)
+            yield packed
 
 
 def _notes(opened: Opened) -> tuple[str, ...]:
@@ -175,31 +262,29 @@ def compare_with_file(checkpoint: Checkpoint, file: Path, rows: Rows) -> Compari
     return found.comparison
 
 
-def _texts(opened: Opened, settings: Settings) -> tuple[Rows | None, Rows | None]:
-    """Calibration rows (None when no type needs them) and evaluation rows (None when not wanted)."""
-    encoder = load_encoder(opened.checkpoint.path)
-    bos = opened.tokenizer.ids.get("bos") if opened.tokenizer.add_bos else None
-    config = opened.checkpoint.config
-    limits = {"max_length": int(config["max_position_embeddings"]), "vocab_size": int(config["vocab_size"])}
-    calib = evaluation = None
-    if BASE_TYPES[settings.type] not in ("F32", "F16", "BF16"):
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Rows to calibrate on, to probe the plan with and to evaluate on; None where not needed."""
+
+    calibration: Rows | None
+    probes: Rows | None
+    evaluation: Rows | None
+
+
+def _texts(opened: Opened, settings: Settings) -> Texts:
+    """The rows that this conversion needs; probes and calibration share no row."""
+    checkpoint, bos = opened.checkpoint, opened.tokenizer.leading
+    calib = probes = evaluation = None
+    if opened.quantizes:
         documents = corpus.read(settings.calib, "calibration")
-        calib = corpus.pack(documents, encoder, ROW, settings.calib_tokens, settings.seed, bos)
-        calib = corpus.check(calib, **limits)
+        if settings.effort == "fast" or settings.plan is not None:
+            calib = token_rows(checkpoint, documents, settings.calib_tokens, settings.seed, bos)
+        else:
+            tokens = settings.calib_tokens + Probing().rows * ROW
+            calib, probes = split_probes(
+                token_rows(checkpoint, documents, tokens, settings.seed, bos), Probing().rows
+            )
     if settings.eval_tokens:
         documents = corpus.read(settings.eval, "evaluation")
-        evaluation = corpus.pack(documents, encoder, ROW, settings.eval_tokens, settings.seed, bos)
-        evaluation = corpus.check(evaluation, **limits)
-    return calib, evaluation
-
-
-def load_encoder(folder: Path) -> Tokenizer:
-    """The folder's tokenizer.json, told to neither truncate nor pad."""
-    file = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TokenizerError(f"{file}: cannot be read ({error})") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        evaluation = token_rows(checkpoint, documents, settings.eval_tokens, settings.seed, bos)
+    return Texts(calib, probes, evaluation)

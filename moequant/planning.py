@@ -8,7 +8,7 @@ from pathlib import Path
 from moequant import __version__, corpus, plan
 from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.containers.tokenizer import TokenizerSpec, read_tokenizer
-from moequant.conversion import ROW, facts, load_encoder
+from moequant.conversion import facts
 from moequant.corpus import Rows
 from moequant.damage import Probing, measure, wants_probes
 from moequant.errors import PlanError
@@ -20,6 +20,7 @@ from moequant.report.curve import Curve, draw
 from moequant.report.routing import check_picture
 from moequant.routing import store
 from moequant.routing.calibrate import calibrate
+from moequant.texts import ROW, split_probes, token_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,26 +129,8 @@ def _check(outputs: Outputs, budgets: tuple[Budget, ...]) -> None:
 
 
 def _texts(checkpoint: Checkpoint, tokenizer: TokenizerSpec, settings: PlanSettings) -> tuple[Rows, Rows]:
-    """Rows to calibrate on, and others for the probes, drawn evenly from the same text.
-
-    Of a text too short for both, the probes get an eighth; a single row serves both.
-    """
+    """Rows to calibrate on, and others for the probes."""
     most = Probing().rows
-    bos = tokenizer.ids.get("bos") if tokenizer.add_bos else None
     documents = corpus.read(settings.calib, "calibration")
     tokens = settings.calib_tokens + most * ROW
-    rows = corpus.pack(documents, load_encoder(checkpoint.path), ROW, tokens, settings.seed, bos)
-    config = checkpoint.config
-    rows = corpus.check(
-        rows, max_length=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"])
-    )
-    count = len(rows.ids)
-    probes = min(most, max(1, count // 8))
-    chosen = {round((at + 0.5) * count / probes - 0.5) for at in range(probes)}
-    others = [row for row in range(count) if row not in chosen] or [0]
-    return _part(rows, others), _part(rows, sorted(chosen))
-
-
-def _part(rows: Rows, chosen: list[int]) -> Rows:
-    ids = rows.ids[chosen]
-    return Rows(ids, tuple(rows.domains[row] for row in chosen), rows.source, ids.numel())
+    return split_probes(token_rows(checkpoint, documents, tokens, settings.seed, tokenizer.leading), most)

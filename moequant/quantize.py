@@ -84,6 +84,16 @@ def pack_all(
 ) -> Iterator[Packed]:
     """Every weight of the plan in its order, packed when asked for; losses are appended as they are known."""
     by_name = {weight.name: weight for weight in checkpoint.weights}
+    every = (quantizer.pack(by_name[choice.weight], choice.format) for choice in plan.choices)
+    for packed, loss in progress(every, checkpoint):
+        losses.append(loss)
+        yield packed
+
+
+def progress(
+    every: Iterator[tuple[Packed, ExpertLoss]], checkpoint: Checkpoint
+) -> Iterator[tuple[Packed, ExpertLoss]]:
+    """The same, with a progress bar that counts weights."""
     with tqdm(
         total=sum(weight.numel for weight in checkpoint.weights),
         unit="w",
@@ -92,9 +102,6 @@ def pack_all(
         disable=None,
         leave=False,
     ) as bar:
-        for choice in plan.choices:
-            weight = by_name[choice.weight]
-            packed, loss = quantizer.pack(weight, choice.format)
-            losses.append(loss)
-            yield packed
-            bar.update(weight.numel)
+        for packed, loss in every:
+            yield packed, loss
+            bar.update(packed.weight.numel)

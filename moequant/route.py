@@ -10,7 +10,7 @@ from moequant import corpus
 from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.containers import imatrix
 from moequant.containers.tokenizer import read_tokenizer
-from moequant.conversion import ROW, check_memory, load_encoder
+from moequant.conversion import check_memory
 from moequant.corpus import Rows
 from moequant.errors import CorpusError, OutputError
 from moequant.files import check_output
@@ -18,6 +18,7 @@ from moequant.report.routing import check_picture, heatmap
 from moequant.routing import store
 from moequant.routing.calibrate import calibrate
 from moequant.routing.coverage import Coverage, cover
+from moequant.texts import ROW, load_encoder
 from moequant.values import Calibration
 
 Calibrate = Callable[[Checkpoint, Rows], Calibration]

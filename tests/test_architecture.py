@@ -17,6 +17,7 @@ ORDER = [
     {"formats", "families", "generators", "presets", "engines"},
     {"kernels", "checkpoint", "bundled"},
     {"corpus", "plan"},
+    {"texts"},
     {"routing"},
     {"rounding", "quantize"},
     {"containers"},

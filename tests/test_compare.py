@@ -53,7 +53,11 @@ def file(tiny, text: Path, tmp_path_factory: pytest.TempPathFactory):
     def get(family: str, type_: str) -> Path:
         path = folder / f"{family}-{type_}.gguf"
         if not path.exists():
-            convert(tiny(family), path, Settings(type_, text, 2048, eval_tokens=0, effort="fast"))
+            convert(
+                tiny(family),
+                path,
+                Settings(type_, calib=text, calib_tokens=2048, eval_tokens=0, effort="fast"),
+            )
         return path
 
     return get
@@ -163,7 +167,7 @@ def test_spilled_hidden_states_change_nothing(tiny, file) -> None:
 def test_a_model_beside_itself_is_the_same(tiny, text: Path, tmp_path: Path, tied: bool) -> None:
     folder = tiny("qwen3_moe", tie_word_embeddings=tied)
     out = tmp_path / "same.gguf"
-    convert(folder, out, Settings("F32", text, 2048, eval_tokens=0))
+    convert(folder, out, Settings("F32", eval_tokens=0))
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     found = run(folder, [folder, copy, out], settings(text))
     for one in found.measured:
@@ -299,7 +303,11 @@ def test_our_engine_agrees_with_llama_cpp(mix: Path, tmp_path: Path) -> None:
     out = tmp_path / "Q3_K_M.gguf"
     base = tmp_path / "F32.gguf"
     convert(mix, base, Settings("F32", eval_tokens=0))
-    convert(mix, out, Settings("Q3_K_M", data / "calib.txt", 8192, eval_tokens=0, effort="fast"))
+    convert(
+        mix,
+        out,
+        Settings("Q3_K_M", calib=data / "calib.txt", calib_tokens=8192, eval_tokens=0, effort="fast"),
+    )
     wanted = CompareSettings(data / "eval.txt", 16 * 512, resources=Resources(threads=1))
     ours = run(mix, [base, out], wanted)
     theirs = run(base, [base, out], replace(wanted, engine="llama.cpp", model=mix))

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from moequant.checkpoint import open_checkpoint
 from moequant.containers.gguf import GgufWeights
-from moequant.conversion import Settings, check_memory, convert, load_encoder
+from moequant.conversion import Settings, check_memory, convert
 from moequant.errors import CheckpointError
 from moequant.presets import BASE_TYPES
 from moequant.routing.experts import EXPERTS
 from moequant.routing.model import build_model
+from moequant.texts import load_encoder
 from tests import models
 from tests.clients.llama import Llama
 

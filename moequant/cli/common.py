@@ -27,6 +27,11 @@ PIPE_WIDTH = 120
 
 Type = Annotated[str, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset: {', '.join(BASE_TYPES)}.")]
 EffortOption = Annotated[Effort, typer.Option(help="How hard to search for scales and codes.")]
+Ram = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Memory to use, such as 8G: past half of it hidden states go to disk."),
+]
+Device = Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1 …")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output file that exists.")]
 
 
@@ -43,3 +48,10 @@ def guarded(action: Callable[[], T]) -> T:
     except MoequantError as error:
         typer.echo(f"moequant: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+def ram_bytes(size: str | None) -> int | None:
+    """Bytes of `--ram`; PlanError for what is no size."""
+    from moequant.plan import parse_size
+
+    return None if size is None else parse_size(size)

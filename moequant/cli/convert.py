@@ -7,13 +7,33 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import Effort, EffortOption, Overwrite, Type, console, guarded
+from moequant.cli.common import (
+    Device,
+    Effort,
+    EffortOption,
+    Overwrite,
+    Ram,
+    Type,
+    console,
+    guarded,
+    ram_bytes,
+)
 
 
 def convert(
     model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="GGUF file to write.")],
     type_: Type = "Q4_K_M",
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Largest file, such as 14G, instead of a type."),
+    ] = None,
+    bpw: Annotated[
+        float | None, typer.Option(metavar="BITS", help="Bits per weight at most, instead of a type.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Types from a JSON file that `moequant plan -o` wrote, maybe edited.")
+    ] = None,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -29,7 +49,22 @@ def convert(
         int, typer.Option(min=0, help="Tokens to evaluate on, at most; 0 leaves the comparison out.")
     ] = 16_384,
     effort: EffortOption = Effort.default,
+    coupled: Annotated[
+        bool,
+        typer.Option(help="Round each layer towards undoing what rounding the layers before it cost."),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Order of the calibration text.")] = 0,
+    stats: Annotated[
+        Path | None, typer.Option(help="Statistics of `moequant route`, instead of a pass for them.")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="An imatrix of llama.cpp (GGUF or .dat), instead of such a pass.")
+    ] = None,
+    imatrix_out: Annotated[
+        Path | None, typer.Option(help="Also write the statistics as an imatrix for llama-quantize.")
+    ] = None,
+    ram: Ram = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     dry_run: Annotated[
         bool,
@@ -43,8 +78,26 @@ def convert(
     from moequant.conversion import convert as run
     from moequant.report.dry_run import dry_run_table
 
-    settings = Settings(
-        type_, calib, calib_tokens, eval_, eval_tokens, effort.value, seed=seed, overwrite=overwrite
+    settings = guarded(
+        lambda: Settings(
+            type=type_,
+            calib=calib,
+            calib_tokens=calib_tokens,
+            eval=eval_,
+            eval_tokens=eval_tokens,
+            effort=effort.value,
+            seed=seed,
+            size=size,
+            bpw=bpw,
+            plan=plan,
+            coupled=coupled,
+            stats=stats,
+            imatrix=imatrix,
+            imatrix_out=imatrix_out,
+            ram=ram_bytes(ram),
+            device=device,
+            overwrite=overwrite,
+        )
     )
     out_console = console()
     if dry_run:

@@ -59,6 +59,11 @@ class TokenizerSpec:
     chat_templates: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
+    @property
+    def leading(self) -> int | None:
+        """The id that llama.cpp puts in front of every text, None when it puts none."""
+        return self.ids.get("bos") if self.add_bos else None
+
 
 def read_tokenizer(folder: Path) -> TokenizerSpec:
     """The tokenizer of a Hugging Face model folder.

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moequant import formats
+from moequant.formats import Effort
 from moequant.rounding.feedback import Options, outputs_lost, round_to_hessian
 from moequant.rounding.paired import WRITES, Capture, Grams, Pair, Seen
 from moequant.rounding.shrinkage import shrink
@@ -45,6 +47,12 @@ class Rounding:
     options: Options = field(default_factory=Options)
     gram_bytes: int = 4 << 30
 
+    @classmethod
+    def of(cls, effort: Effort, coupled: bool = True) -> Rounding:
+        """What an effort means; at `best` scales and codes are searched harder and for longer."""
+        options = Options(effort="best", rounds=6) if effort == "best" else Options(effort=effort)
+        return cls(Coupling() if coupled else None, options)
+
 
 @dataclass(frozen=True, slots=True)
 class Streams:
@@ -52,6 +60,14 @@ class Streams:
 
     exact: Hidden
     rounded: Hidden
+
+    @classmethod
+    def under(cls, folder: Path, stream: LayerStream) -> Streams:
+        """Room for both, spilled to sub-folders of `folder` where memory is limited."""
+        both = folder / "exact", folder / "rounded"
+        for each in both:
+            each.mkdir()
+        return cls(*(stream.new_hidden(each) for each in both))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from moequant import corpus
 from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.containers import imatrix
-from moequant.conversion import load_encoder
 from moequant.corpus import Rows
 from moequant.errors import CorpusError
 from moequant.quantize import Quantizer
 from moequant.routing.calibrate import calibrate
 from moequant.routing.statistics import importance
+from moequant.texts import load_encoder
 from moequant.values import Calibration, Role
 from tests import models
 from tests.routing import starving
