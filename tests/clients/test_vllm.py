@@ -49,7 +49,7 @@ def scores(folders: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPa
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=1800,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
