@@ -44,11 +44,15 @@ def made(tiny, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable
     def get(family: str, type_: str) -> Path:
         if (family, type_) not in known:
             out = folder / f"{family}-{type_}.gguf"
-            convert(tiny(family), out, Settings(type_, text, 2048, text, eval_tokens=0, effort="fast"))
+            convert(tiny(family), out, settings(type_, text))
             known[family, type_] = out
         return known[family, type_]
 
     return get
+
+
+def settings(type_: str, text: Path) -> Settings:
+    return Settings(type=type_, calib=text, calib_tokens=2048, eval_tokens=0, effort="fast")
 
 
 def against(folder: Path, text: Path, **changes: object) -> CheckSettings:
@@ -110,7 +114,7 @@ def test_a_clean_file_holds(tiny, made, text: Path, family: str, type_: str) -> 
 @pytest.mark.parametrize("type_", ["Q3_K_M"])
 def test_a_file_of_the_trained_model_holds(mix: Path, tmp_path: Path, text: Path, type_: str) -> None:
     out = tmp_path / "mix.gguf"
-    convert(mix, out, Settings(type_, text, 2048, text, eval_tokens=0, effort="fast"))
+    convert(mix, out, settings(type_, text))
     report = check(out, against(mix, text))
     assert report.damages == ()
     assert {len(tensor.experts) for tensor in report.tensors} == {1, 8}

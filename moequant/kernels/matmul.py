@@ -175,7 +175,9 @@ def _launch(x: Tensor, matrix: Matrix, out: Tensor, tile: Tile, plan: Schedule) 
     if tile.vector:
         vector_product[grid](x, data, scales, out, *work, *sizes, SORTED=plan.order is not None, **shape)
         return
-    tile_product[grid](x, _powers(x), data, scales, out, *work, *sizes, 2.0**15 / LARGEST_WEIGHT, **shape)
+    tile_product[grid](
+        x, _powers(x), data, scales, out, *work, *sizes, 2.0**15 / LARGEST_WEIGHT, num_stages=2, **shape
+    )
 
 
 def _powers(x: Tensor) -> Tensor:
