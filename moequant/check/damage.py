@@ -121,8 +121,9 @@ def find(
     for expert, mark in enumerate(found):
         what = (
             _direction(mark, expert, sources, decoded)
-            or _scale(mark, gain, expected)
+            or _scale(mark, gain)
             or _local(mark, usual, block)
+            or _error(mark, expected)  # last: the others say where
         )
         if what:
             damages.append(Damage(source.label(entry, expert), what))
@@ -141,11 +142,16 @@ def _direction(mark: Marks, expert: int, sources: Tensor, decoded: Tensor) -> st
     return f"holds other weights than the baseline (cosine {mark.cosine:.3f})"
 
 
-def _scale(mark: Marks, usual_gain: float, expected: float) -> str | None:
-    """Whether all of an expert is too large, too small or too far off."""
+def _scale(mark: Marks, usual_gain: float) -> str | None:
+    """Whether all of an expert is too large or too small."""
     relative = mark.gain / usual_gain if usual_gain else 0.0
     if not (GAIN[0] < mark.gain < GAIN[1] and RELATIVE_GAIN[0] < relative < RELATIVE_GAIN[1]):
         return f"weights are {mark.gain:.3g} times the baseline's; a scale is off"
+    return None
+
+
+def _error(mark: Marks, expected: float) -> str | None:
+    """Whether an expert is too far off as a whole."""
     if mark.error > min(0.95, ERROR * expected):
         return f"relative error {mark.error:.3f}, {expected:.3f} is usual for the type"
     return None
