@@ -94,6 +94,13 @@ class Opened:
         """Whether any weight is rounded, so that calibration has something to say."""
         return any(choice.format not in UNROUNDED for choice in self.plan.choices)
 
+    def limit(self, settings: Settings) -> int | None:
+        """The largest file that may come out when types are still to be measured, None when they stay."""
+        if not self.quantizes or settings.effort == "fast" or settings.plan is not None:
+            return None
+        types = {choice.weight: choice.format for choice in self.plan.choices}
+        return self.file_bytes - plan.data_bytes(self.checkpoint.weights, types) + self.plan.budget
+
 
 def open_model(model: Path, settings: Settings) -> Opened:
     """Read headers and tokenizer, choose every type. Raises what those raise."""

@@ -64,14 +64,27 @@ def refused(out: Path, *arguments: object, says: str) -> None:
 
 def test_convert_and_its_dry_run_agree_to_the_byte(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "q.gguf"
-    dry = run("convert", model, "-o", out, "--type", "Q3_K_M", "--dry-run")
+    fast = "convert", model, "-o", out, "--type", "Q3_K_M", "--effort", "fast"
+    dry = run(*fast, "--dry-run")
     assert dry.returncode == 0 and not out.exists()
     assert "blk.1.ffn_down_exps.weight" in dry.stdout
-    done = run("convert", model, "-o", out, "--type", "Q3_K_M", "--calib", text, "--eval", text)
+    done = run(*fast, "--calib", text, "--eval", text)
     assert done.returncode == 0, done.stderr
     assert f"{out.stat().st_size:,} bytes" in dry.stdout
     assert "perplexity" in done.stdout and "worst-hit experts" in done.stdout
     assert done.stderr == "", "progress bars are for terminals"
+
+
+def test_a_measured_plan_stays_below_what_the_dry_run_says(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.gguf"
+    wanted = "convert", model, "-o", out, "--bpw", "3.6", "--calib", text
+    dry = run(*wanted, "--dry-run")
+    found = re.search(r"at most ([0-9,]+) +bytes", " ".join(dry.stdout.split()))
+    assert found is not None, dry.stdout
+    done = run(*wanted, "--eval-tokens", "0")
+    assert done.returncode == 0, done.stderr
+    assert out.stat().st_size <= int(found[1].replace(",", ""))
+    assert done.stderr == ""
 
 
 def test_the_dry_run_reads_only_headers(model: Path, tmp_path: Path) -> None:

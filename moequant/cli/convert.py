@@ -102,6 +102,6 @@ def convert(
     out_console = console()
     if dry_run:
         opened = guarded(lambda: open_model(model, settings))
-        out_console.print(dry_run_table(opened.checkpoint, opened.plan, opened.file_bytes))
+        out_console.print(dry_run_table(opened.checkpoint, opened.plan, opened.file_bytes, opened.limit(settings)))
         return
     out_console.print(guarded(lambda: run(model, out, settings)).renderable())

@@ -10,8 +10,11 @@ from moequant.report.summary import size, table
 from moequant.values import Choice, Plan
 
 
-def dry_run_table(checkpoint: Checkpoint, plan: Plan, file_bytes: int) -> Group:
-    """One row a tensor, in file order; the last line has the file's size in bytes."""
+def dry_run_table(checkpoint: Checkpoint, plan: Plan, file_bytes: int, limit: int | None = None) -> Group:
+    """One row a tensor, in file order; the last line has the file's size in bytes.
+
+    `limit` is the largest file that the conversion may make when it will measure and choose again.
+    """
     weights = {weight.name: weight for weight in checkpoint.weights}
     known = plan.damage is not None
     made = table("", "tensor", "shape", "type", "size", *(["expected KL"] if known else []), "why")
@@ -28,6 +31,13 @@ def dry_run_table(checkpoint: Checkpoint, plan: Plan, file_bytes: int) -> Group:
         f"(checkpoint: {checkpoint.source_bytes:,} bytes of weights)"
     )
     lines = [Text(line)]
+    if limit is not None:
+        lines.append(
+            Text(
+                "These types come from tables. The conversion measures this model and may choose others, "
+                f"in a file of at most {limit:,} bytes; --effort fast keeps these."
+            )
+        )
     if known:
         lines.append(Text(f"expected KL divergence to the unquantized model: {plan.damage:.5f}"))
     return Group(made, *lines)

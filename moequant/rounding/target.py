@@ -25,7 +25,7 @@ class Coupling:
     strength: float = 0.6
     pull: float = 0.5
     ridge: float = 0.01
-    few: float = 0.02
+    few: float = 0.3
 
     def target(self, weights: Tensor, grams: Grams) -> Tensor:
         """W' f32 [E, out, in] for weights [E, out, in]; experts whose Gram is useless keep theirs."""
