@@ -121,7 +121,7 @@ def test_the_target_is_the_least_squares_answer() -> None:
 
 @pytest.mark.parametrize("name", ["F32", "Q8_0"])
 def test_next_to_nothing_is_corrected_when_next_to_nothing_is_lost(tiny, tmp_path: Path, name: str) -> None:
-    checkpoint, text = open_checkpoint(tiny("mixtral")), rows()
+    checkpoint, text = open_checkpoint(tiny("mixtral")), rows(count=60)
     made = coupled(checkpoint, text, types(checkpoint, name), Rounding(), tmp_path)
     assert list(made) == [weight.name for weight in checkpoint.weights], "in the order of the file"
     for weight in checkpoint.weights:
