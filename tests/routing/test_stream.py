@@ -1,7 +1,10 @@
-"""Streaming computes what the resident model computes, reads every tensor once, and cleans up after itself."""
+"""Streaming computes what the resident model computes, reads every tensor once, and cleans up."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -224,3 +227,14 @@ def test_a_weight_of_another_shape_is_named(tiny) -> None:
     )
     with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up_exps\.weight: shape"):
         calibrate(replace(checkpoint, weights=wrong), rows(), SMALL, provider)
+
+
+def test_memory_does_not_grow_with_depth() -> None:
+    """A model of 32 layers needs a few layers more than one of two, which is what malloc keeps for itself."""
+    script = Path(__file__).parents[2] / "benchmarks" / "streaming.py"
+    done = subprocess.run([sys.executable, script, "--small"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    more = found["deep"]["growth"] - found["shallow"]["growth"]
+    assert more < 12 * found["layer"], "the 30 layers more are not kept"
+    assert found["layers"] == 32 and found["deep"]["reads"] == 1

@@ -1,0 +1,116 @@
+"""The page of a comparison: whole without a network, every figure in it, in the ink of the page."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from moequant.compare import Scores, WeightError, difference
+from moequant.compare.sources import Source
+from moequant.compare.streaming import measured
+from moequant.compare.values import RoutingChange
+from moequant.corpus import Rows
+from moequant.errors import OutputError
+from moequant.meter import StageCost
+from moequant.report.compare import Compared
+from moequant.report.html import page, write
+from moequant.report.html_figures import INK
+from moequant.values import Role
+
+VOID = {"meta", "link", "br", "img"}
+
+
+def found(layers: int = 3, experts: int = 6, domains: tuple[str, ...] = ("prose", "code")) -> Compared:
+    """Two candidates with made-up figures; expert 4 of layer 1 of the second errs far more than others."""
+    generator = torch.Generator().manual_seed(0)
+    rows = Rows(torch.zeros(4, 8, dtype=torch.int64), (domains * 4)[:4], "made-up <text>", 32)
+    made, sources = [], []
+    for number, name in enumerate(("a.gguf", "b & c.gguf")):
+        nll, kl = torch.rand(2, 12, generator=generator, dtype=torch.float64)
+        ones = torch.ones(12, dtype=torch.float64)
+        scores = Scores(nll, nll + 0.1 * kl, (number + 1) * kl, ones, ones)
+        routing = tuple(RoutingChange(layer, 0.01 * layer, (0.0,) * len(domains)) for layer in range(layers))
+        errors = []
+        for layer in range(layers):
+            for role in (Role.GATE, Role.UP, Role.DOWN):
+                error = 0.01 + 0.001 * torch.rand(experts, generator=generator, dtype=torch.float64)
+                if (number, layer, role) == (1, 1, Role.DOWN):
+                    error[4] = 1.0
+                tokens = torch.arange(experts)
+                errors.append(WeightError(f"blk.{layer}.ffn_{role}_exps.weight", role, layer, error, tokens))
+        types = {error.weight: "Q6_K" if error.role is Role.DOWN else "Q4_K" for error in errors}
+        sources.append(Source(Path(name), "GGUF", None, 10**9 * (number + 1), types))
+        made.append(measured(name, scores, rows, routing, tuple(errors)))
+    return Compared(
+        base=Source(Path("model"), "checkpoint", None, 4 * 10**9, {}),
+        candidates=tuple(sources),
+        measured=tuple(made),
+        differences=(difference(*((one.name, one.scores) for one in made)),),
+        engine="moequant",
+        rounded=True,
+        tokens=32,
+        domains=domains,
+        source="made-up <text>",
+        cost=StageCost("compare", 1.0, 10**9),
+    )
+
+
+class Checker(HTMLParser):
+    """Every element that is opened is closed, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
+        self.open.pop()
+
+
+def test_the_page_is_whole_and_needs_no_network() -> None:
+    text = page(found())
+    checker = Checker()
+    checker.feed(text)
+    assert not checker.open and "script" not in checker.seen
+    # Namespaces and the DTDs of SVG are names, not addresses that a browser opens.
+    addresses = re.findall(r"""(?:href|src|url\()\s*=?\s*["']?(\w+:[^"')\s]+)""", text)
+    assert all(address.startswith(("data:", "http://www.w3.org/")) for address in addresses), addresses
+    assert "@import" not in text
+
+
+def test_every_figure_is_there_in_the_ink_of_the_page() -> None:
+    text = page(found())
+    # sizes, domains, rerouted, routing, and for each of two candidates types and errors
+    assert text.count("<svg") == 8
+    assert INK not in text and "currentColor" in text
+    assert not re.search(r"<svg [^>]*\b(width|height)=", text), "pictures scale with their column"
+    without = page(found(domains=("prose",)))
+    assert without.count("<svg") == 7 and "By domain" not in without
+
+
+def test_names_are_escaped_and_the_damaged_expert_is_marked() -> None:
+    text = page(found())
+    assert "b &amp; c.gguf" in text and "made-up &lt;text&gt;" in text
+    marked = re.findall(r'<tr class="mark"><td>([\d.]+)</td><td>(\w+)</td>', text)
+    assert marked == [("1.4", "down")]
+
+
+def test_the_same_comparison_is_the_same_page() -> None:
+    assert page(found()) == page(found())
+
+
+def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write(found(), tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page(found())
+    with pytest.raises(OutputError):
+        write(found(), tmp_path / "absent" / "page.html")
