@@ -75,8 +75,8 @@ class Span:
 def _walk(lattice: Lattice, span: Span, fields: Fields) -> Tensor:
     """Round one column after another to the levels of its scales -> their errors [E, n, R], in order."""
     weights, unit, order = span.weights, span.unit, span.order
-    step = take(lattice.spread(lattice.step(fields), lattice.sub), order)
-    by, offset = inverse(step), lattice.offset(fields)
+    by_sub, offset = lattice.step(fields), lattice.offset(fields)
+    step, by = (take(lattice.spread(x, lattice.sub), order) for x in (by_sub, inverse(by_sub)))
     if offset is not None:
         weights = weights + take(lattice.spread(offset, lattice.sub), order)
     error, level = torch.empty_like(weights), torch.empty_like(weights)

@@ -48,9 +48,11 @@ def move_scales(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tens
     """Each sub-block's scale and minimum to the best codes within REACH; `gradient` follows."""
     sub = lattice.sub
     reach = torch.arange(-REACH, REACH + 1, device=hessian.device)[:, None, None]
+    moved = torch.empty_like(gradient)
     for s in range(block.scale.shape[1]):
         columns = slice(s * sub, (s + 1) * sub)
-        own, level, g = hessian[:, columns, columns], block.level[:, columns], gradient[:, columns]
+        own, level = hessian[:, columns, columns], block.level[:, columns]
+        g = _follow(gradient, hessian, moved, columns)
         scales = (block.scale[:, s] + reach).clamp_(lattice.scale_codes[0], lattice.scale_codes[-1])
         grown = block.d[:, 0] * (look_up(lattice.scales, scales) - look_up(lattice.scales, block.scale[:, s]))
         change = grown * (grown * (level * (own @ level)).sum(1) - 2 * (level * g).sum(1))
@@ -60,11 +62,17 @@ def move_scales(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tens
         change[REACH] = change[REACH].clamp_max(0) if lattice.minima else 0.0
         best = change.argmin(0, keepdim=True)
         block.scale[:, s] = scales.gather(0, best)[0]
-        moved = grown.gather(0, best).movedim(0, 1) * level
+        torch.mul(grown.gather(0, best).movedim(0, 1), level, out=moved[:, columns])
         if lattice.minima:
             block.minimum[:, s] = minima.gather(0, best)[0]
-            moved = moved - lifted.gather(0, best).movedim(0, 1)
-        gradient -= hessian[:, :, columns] @ moved
+            moved[:, columns] -= lifted.gather(0, best).movedim(0, 1)
+    gradient.baddbmm_(hessian, moved, alpha=-1)
+
+
+def _follow(gradient: Tensor, hessian: Tensor, moved: Tensor, columns: slice) -> Tensor:
+    """The gradient [E, n, R] of some columns after those before them have `moved` [E, n, R]."""
+    before = slice(0, columns.start)
+    return torch.baddbmm(gradient[:, columns], hessian[:, columns, before], moved[:, before], alpha=-1)
 
 
 def _best_minima(
@@ -88,48 +96,44 @@ def _best_minima(
 
 def solve_steps(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tensor) -> None:
     """d and dmin [E, 1, R] of least error, as f16 holds them, where that lowers it; `gradient` follows."""
-    unit = lattice.spread(look_up(lattice.scales, block.scale), lattice.sub) * block.level
+    unit = lattice.scaled(look_up(lattice.scales, block.scale), block.level)
     h_unit = hessian @ unit
     uu, ug = (unit * h_unit).sum(1, keepdim=True), (unit * gradient).sum(1, keepdim=True)
     alone = half(block.d + ug * inverse(uu)) - block.d
     best = alone * (alone * uu - 2 * ug)
     grown = torch.where(best < 0, alone, 0.0)
-    best = best.clamp_max(0)
     if lattice.minima:
-        low = look_up(lattice.minima, block.minimum)
+        low, by_sub = look_up(lattice.minima, block.minimum), (len(unit), -1, lattice.sub, unit.shape[2])
         h_low = hessian.reshape(*hessian.shape[:2], -1, lattice.sub).sum(3) @ low
-        low = lattice.spread(low, lattice.sub)
-        vv, vg = (low * h_low).sum(1, keepdim=True), (low * gradient).sum(1, keepdim=True)
-        uv = (low * h_unit).sum(1, keepdim=True)
+        uv, vg, vv = ((low * x.view(by_sub).sum(2)).sum(1, keepdim=True) for x in (h_unit, gradient, h_low))
         det = uu * vv - uv * uv
         by = torch.where(det > 1e-6 * uu * vv, 1 / det, 0.0)
         both = half(block.d + (ug * vv - vg * uv) * by) - block.d
         lift = half(block.dmin + (ug * uv - vg * uu) * by) - block.dmin
         change = both * (both * uu - 2 * ug - 2 * lift * uv) + lift * (lift * vv + 2 * vg)
-        won = change < best
+        won = change < best.clamp_max(0)
         grown, lift = torch.where(won, both, grown), torch.where(won, lift, 0.0)
         block.dmin.add_(lift)
-        gradient += lift * h_low
+        gradient.addcmul_(h_low, lift)
     block.d.add_(grown)
-    gradient -= grown * h_unit
+    gradient.addcmul_(h_unit, grown, value=-1)
 
 
 def move_levels(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tensor) -> None:
     """Each column's level to the one nearest to its optimum, the others fixed, one column after another."""
-    step = lattice.spread(lattice.step(block), lattice.sub)
-    by = inverse(step * hessian.diagonal(dim1=1, dim2=2)[..., None])
-    n = step.shape[1]
-    for first in range(0, n, CHUNK):
-        chunk, rest = slice(first, first + CHUNK), slice(first + CHUNK, n)
-        across, pull = hessian[:, chunk, chunk], gradient[:, chunk]
-        moved = torch.empty_like(pull)
+    by_sub = lattice.step(block)
+    step, by = (lattice.spread(x, lattice.sub) for x in (by_sub, inverse(by_sub)))
+    by = by * inverse(hessian.diagonal(dim1=1, dim2=2))[..., None]
+    moved = torch.empty_like(gradient)
+    for first in range(0, step.shape[1], CHUNK):
+        chunk = slice(first, first + CHUNK)
+        pull, across = _follow(gradient, hessian, moved, chunk), hessian[:, chunk, chunk]
         for k in range(CHUNK):
             level = block.level[:, first + k]
             near = lattice.snap(torch.addcmul(level, pull[:, k], by[:, first + k]))
-            step_by = torch.mul(near - level, step[:, first + k], out=moved[:, k])
-            pull[:, k + 1 :].addcmul_(across[:, k, k + 1 :, None], step_by[:, None], value=-1)
+            change = torch.mul(near - level, step[:, first + k], out=moved[:, first + k])
+            pull[:, k + 1 :].addcmul_(across[:, k, k + 1 :, None], change[:, None], value=-1)
             level.copy_(near)
-        gradient[:, rest] -= hessian[:, rest, chunk] @ moved
 
 
 def move_groups(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tensor) -> None:
@@ -140,17 +144,17 @@ def move_groups(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tens
     own = hessian.reshape(experts, n // EIGHT, EIGHT, n // EIGHT, EIGHT).diagonal(dim1=1, dim2=3)
     own = own.permute(0, 3, 1, 2)
     corner = torch.linalg.cholesky(own.flip(2, 3)).flip(2, 3)
-    undo = torch.linalg.inv(own)
+    undo, moved = torch.linalg.inv(own), torch.empty_like(gradient)
     for g in range(n // EIGHT):
-        columns, rest = slice(g * EIGHT, (g + 1) * EIGHT), slice((g + 1) * EIGHT, n)
+        columns = slice(g * EIGHT, (g + 1) * EIGHT)
         level, row = block.level[:, columns], block.row[:, g * rows : (g + 1) * rows]
         by = step[:, g, None]
-        wanted = by * level + undo[:, g] @ gradient[:, columns]
+        wanted = by * level + undo[:, g] @ _follow(gradient, hessian, moved, columns)
         down = row[:, 0] >= DOWN if layout.one_delta else None
         groups = Groups(wanted.mT, step[:, g], corner[:, g], down)
         found = nearest_points(layout, groups)
         won = (found.error < error_of(groups, level.mT))[:, None]
-        moved = torch.where(won, found.level.mT - level, 0.0)
-        gradient[:, rest] -= hessian[:, rest, columns] @ (by * moved)
-        level += moved
+        change = torch.where(won, found.level.mT - level, 0.0)
+        torch.mul(by, change, out=moved[:, columns])
+        level += change
         row.copy_(torch.where(won, found.row.mT, row))

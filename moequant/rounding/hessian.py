@@ -41,7 +41,7 @@ def spans(lattice: Lattice, columns: int) -> list[tuple[int, int]]:
 def trouble(hessian: Tensor) -> list[str | None]:
     """For each of [E, in, in], why no rounding can be based on it; None where nothing is wrong."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
-    finite = torch.isfinite(hessian).flatten(1).all(1)
+    finite = torch.stack([torch.isfinite(torch.stack(h.aminmax())).all() for h in hessian])
     reasons = (
         (~finite, "the Hessian is not finite"),
         ((diagonal < 0).any(1), "the Hessian has a negative diagonal"),
@@ -55,30 +55,38 @@ def trouble(hessian: Tensor) -> list[str | None]:
 
 
 def factorise(lattice: Lattice, hessian: Tensor, damping: float) -> tuple[Factored, Tensor]:
-    """Damped factors of [E, in, in], and the damping that each needed: f64 [E], in mean diagonals.
+    """Damped factors of symmetric [E, in, in], and the damping that each needed: f64 [E], in mean diagonals.
 
     Damping grows tenfold until the factorisation succeeds; infinity where 1 was not enough.
     """
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
-    even = (hessian / diagonal.mean(1)[:, None, None]).to(torch.float32)
-    even = (even + even.mT) / 2
-    order = _order(lattice, even.diagonal(dim1=1, dim2=2))
-    # H = C Cᵀ with C upper triangular is a Cholesky factorisation with all columns taken backwards.
-    backwards = order.flip(1)
-    flipped = _permute(even, backwards)
-    used = torch.full((len(hessian),), damping, dtype=torch.float64, device=hessian.device)
+    experts, n = hessian.shape[:2]
+    group, device = lattice.group, hessian.device
+    order = _order(lattice, hessian.diagonal(dim1=1, dim2=2))
+    damped, unit = (torch.empty((experts, n, n), device=device) for _ in range(2))
+    corner = torch.empty((experts, n // group, group, group), device=device)
+    used = torch.empty(experts, dtype=torch.float64)
+    for e in range(experts):  # one after another: what is in flight stays in the processor's cache
+        torch.div(hessian[e], hessian[e].diagonal().mean(), out=damped[e])
+        upper, used[e] = _upper(damped[e], order[e], damping)
+        damped[e].diagonal().add_(min(float(used[e]), 1.0))
+        unit[e], corner[e] = _by_groups(upper, group)
+    return Factored(damped, order, unit, corner), used
+
+
+def _upper(even: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """C upper triangular, C Cᵀ = even [n, n] in `order` and damped; and the damping."""
+    # That is a Cholesky factorisation with all columns taken backwards.
+    backwards = order.flip(0)
+    flipped = even[backwards[:, None], backwards]
+    added, total = 0.0, damping
     while True:
-        tried = flipped.clone()
-        tried.diagonal(dim1=1, dim2=2).add_(used.clamp_max(1.0)[:, None].float())
-        factor, info = torch.linalg.cholesky_ex(tried)
-        failed = (info != 0) | ~torch.isfinite(factor).flatten(1).all(1)
-        if not bool((failed & (used < 1)).any()):
-            break
-        used = torch.where(failed, (used * 10).clamp(1e-6, 1.0), used)
-    even.diagonal(dim1=1, dim2=2).add_(used[:, None].float())
-    upper = factor.flip(1, 2)
-    unit, corner = _by_groups(upper, lattice.group)
-    return Factored(even, order, unit, corner), torch.where(failed, torch.inf, used)
+        flipped.diagonal().add_(total - added)
+        factor, info = torch.linalg.cholesky_ex(flipped)
+        if not int(info):
+            return factor.flip(0, 1), total
+        if total >= 1:
+            return torch.eye(len(even), device=even.device), float("inf")
+        added, total = total, min(max(total * 10, 1e-6), 1.0)
 
 
 def _order(lattice: Lattice, diagonal: Tensor) -> Tensor:
@@ -92,18 +100,12 @@ def _order(lattice: Lattice, diagonal: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def _permute(matrix: Tensor, order: Tensor) -> Tensor:
-    """[E, n, n] with rows and columns in order [E, n]."""
-    return torch.stack([m[o][:, o] for m, o in zip(matrix, order, strict=True)])
-
-
 def _by_groups(upper: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Upper triangular C [E, n, n] -> `unit` and `corner` of `Factored`."""
-    experts, n = upper.shape[:2]
-    corners = upper.reshape(experts, n // group, group, n // group, group)
-    corner = corners.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
+    """Upper triangular C [n, n] -> `unit` [n, n] and `corner` [n / group, group, group] of `Factored`."""
+    n = len(upper)
+    corner = upper.view(n // group, group, n // group, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     if group == 1:
-        return upper / corner[:, None, :, 0, 0], corner
-    columns = upper.view(experts, n, n // group, group).transpose(1, 2)
+        return upper / upper.diagonal(), corner
+    columns = upper.view(n, n // group, group).transpose(0, 1)
     unit = torch.linalg.solve_triangular(corner, columns, upper=True, left=False)
-    return unit.transpose(1, 2).reshape(experts, n, n), corner
+    return unit.transpose(0, 1).reshape(n, n), corner

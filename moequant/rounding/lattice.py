@@ -102,14 +102,18 @@ class Lattice:
 
     def value(self, f: Fields) -> Tensor:
         """[E, columns, R]: the weights."""
-        value = self.spread(self.step(f), self.sub) * f.level
+        value = self.scaled(self.step(f), f.level)
         offset = self.offset(f)
-        return value if offset is None else value - self.spread(offset, self.sub)
+        return value if offset is None else value.sub_(self.spread(offset, self.sub))
+
+    def scaled(self, each: Tensor, level: Tensor) -> Tensor:
+        """[E, columns, R]: levels times what `each` sub-block [E, sub-blocks, R] has."""
+        return (each[:, :, None] * level.view(len(level), -1, self.sub, level.shape[2])).view(level.shape)
 
     @staticmethod
     def spread(x: Tensor, times: int) -> Tensor:
         """[E, n, R] -> [E, n · times, R], each repeated in place."""
-        return x if times == 1 else x.repeat_interleave(times, 1)
+        return x if times == 1 else x[:, :, None].expand(-1, -1, times, -1).flatten(1, 2)
 
     @cached_property
     def levels(self) -> tuple[float, ...]:
