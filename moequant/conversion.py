@@ -17,7 +17,7 @@ from moequant.containers.tokenizer import TokenizerSpec, read_tokenizer
 from moequant.corpus import Rows
 from moequant.damage import Probing, measure, wants_probes
 from moequant.errors import CheckpointError, CorpusError, PlanError
-from moequant.files import check_output
+from moequant.files import atomic, check_output
 from moequant.formats import Effort
 from moequant.meter import Meter, available_bytes
 from moequant.plan import Budget
@@ -130,7 +130,7 @@ def convert(model: str | Path, out: str | Path, settings: Settings = Settings())
         gguf.check_target(out, opened.file_bytes, settings.overwrite)
         if settings.imatrix_out is not None:
             check_output(settings.imatrix_out, settings.overwrite)
-        calibration = _given(opened.checkpoint, settings)
+        calibration = given_statistics(opened.checkpoint, settings)
         texts = _texts(opened, settings)
         check_memory(opened.checkpoint, models=2 if texts.evaluation else 1 if texts.calibration else 0)
     if texts.calibration is not None and calibration is None:
@@ -142,7 +142,7 @@ def convert(model: str | Path, out: str | Path, settings: Settings = Settings())
         with meter.stage("plan"):
             opened = _measured(opened, settings, calibration, texts.probes)
     losses: list[ExpertLoss] = []
-    with gguf.atomic(out) as partial:
+    with atomic(out) as partial:
         with meter.stage("quantize"):
             packed = _rounded(opened, settings, calibration, texts.calibration, losses)
             written = gguf.write(
@@ -168,7 +168,7 @@ def convert(model: str | Path, out: str | Path, settings: Settings = Settings())
     )
 
 
-def _given(checkpoint: Checkpoint, settings: Settings) -> Calibration | None:
+def given_statistics(checkpoint: Checkpoint, settings: Settings) -> Calibration | None:
     """Statistics from a file, when one is named."""
     if settings.stats is not None and settings.imatrix is not None:
         raise CorpusError(f"{settings.stats}, {settings.imatrix}: two sources of statistics; name one")
@@ -200,7 +200,9 @@ def _rounded(
     if rows is None or settings.effort == "fast":
         yield from pack_all(opened.checkpoint, opened.plan, quantizer, losses)
         return
-    rounding = Rounding.of(settings.effort, settings.coupled)
+    rounding = replace(
+        Rounding.of(settings.effort, settings.coupled), gram_bytes=_gram_bytes(settings.resources)
+    )
     formats = {choice.weight: choice.format for choice in opened.plan.choices}
     with (
         tempfile.TemporaryDirectory(prefix="moequant-") as folder,
@@ -210,6 +212,11 @@ def _rounded(
         for packed, loss in progress(coupled.run(Streams.under(Path(folder), stream)), opened.checkpoint):
             losses.append(loss)
             yield packed
+
+
+def _gram_bytes(resources: Resources) -> int:
+    """Memory for Grams: a quarter of what there is or may be used, and not more than 4 GiB."""
+    return min(4 << 30, (resources.ram or available_bytes() or 16 << 30) // 4)
 
 
 def _notes(opened: Opened) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ ORDER = [
     {"fit", "damage", "planner", "check"},
     {"report"},
     {"conversion"},
-    {"route", "planning", "comparing"},
+    {"route", "planning", "comparing", "conversion_folder"},
     {"cli"},
     {"__main__"},
 ]

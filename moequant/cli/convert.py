@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 
 from moequant.cli.common import (
     Device,
@@ -18,11 +21,34 @@ from moequant.cli.common import (
     guarded,
     ram_bytes,
 )
+from moequant.errors import PlanError
+
+if TYPE_CHECKING:
+    from moequant.conversion import Settings
+
+
+class Format(StrEnum):
+    """What is written."""
+
+    gguf = "gguf"
+    safetensors = "safetensors"
+    gptq = "gptq"
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The options of a folder, as they were given."""
+
+    format: Format
+    bits: int
+    group_size: int
+    quantize_attention: bool
+    tp: int
 
 
 def convert(
     model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="GGUF file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="GGUF file to write, or folder.")],
     type_: Type = "Q4_K_M",
     size: Annotated[
         str | None,
@@ -63,6 +89,18 @@ def convert(
     imatrix_out: Annotated[
         Path | None, typer.Option(help="Also write the statistics as an imatrix for llama-quantize.")
     ] = None,
+    format_: Annotated[
+        Format,
+        typer.Option("--format", help="gguf for llama.cpp; safetensors or gptq folders for vLLM."),
+    ] = Format.gguf,
+    bits: Annotated[int, typer.Option(help="Bits of a folder's weights: 4 or 8.")] = 4,
+    group_size: Annotated[
+        int, typer.Option(help="Weights that share a scale in a folder: 32, 64, 128, or -1 for a row.")
+    ] = 128,
+    quantize_attention: Annotated[
+        bool, typer.Option("--quantize-attention", help="In a folder, round attention as well.")
+    ] = False,
+    tp: Annotated[int, typer.Option(min=1, help="GPUs that will share each weight of a folder.")] = 1,
     ram: Ram = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
@@ -73,7 +111,7 @@ def convert(
         ),
     ] = False,
 ) -> None:
-    """Quantize MODEL into a GGUF file for llama.cpp and show what it cost."""
+    """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what it cost."""
     from moequant.conversion import Settings, open_model  # torch is imported only when there is work
     from moequant.conversion import convert as run
     from moequant.report.dry_run import dry_run_table
@@ -99,9 +137,40 @@ def convert(
             overwrite=overwrite,
         )
     )
+    if format_ is not Format.gguf:
+        folder = Folder(format_, bits, group_size, quantize_attention, tp)
+        console().print(guarded(lambda: _convert_folder(model, out, settings, folder, dry_run)))
+        return
     out_console = console()
     if dry_run:
         opened = guarded(lambda: open_model(model, settings))
-        out_console.print(dry_run_table(opened.checkpoint, opened.plan, opened.file_bytes, opened.limit(settings)))
+        limit = opened.limit(settings)
+        out_console.print(dry_run_table(opened.checkpoint, opened.plan, opened.file_bytes, limit))
         return
     out_console.print(guarded(lambda: run(model, out, settings)).renderable())
+
+
+def _convert_folder(
+    model: Path, out: Path, settings: Settings, options: Folder, dry_run: bool
+) -> RenderableType:
+    """What the command prints for a folder."""
+    from moequant.checkpoint import open_checkpoint
+    from moequant.containers.folder import folder_bytes
+    from moequant.containers.folder_plan import FolderSettings, group_plan
+    from moequant.conversion_folder import convert_folder
+    from moequant.report.dry_run import dry_run_table
+
+    layout = FolderSettings(
+        layout="gptq" if options.format is Format.gptq else "compressed-tensors",
+        bits=options.bits,
+        group_size=options.group_size,
+        quantize_attention=options.quantize_attention,
+        tp=options.tp,
+    )
+    if settings.size is not None or settings.bpw is not None or settings.plan is not None:
+        raise PlanError(f"--format {options.format}: --bits and --group-size say how large it is")
+    if not dry_run:
+        return convert_folder(model, out, settings, layout).renderable()
+    checkpoint = open_checkpoint(model)
+    plan = group_plan(checkpoint, layout)
+    return dry_run_table(checkpoint, plan, folder_bytes(checkpoint, plan, layout))

@@ -6,12 +6,10 @@ bytes are ours.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,8 +22,10 @@ from torch import Tensor
 
 from moequant import families
 from moequant.checkpoint import Checkpoint
+from moequant.containers import checksums
 from moequant.containers.tokenizer import TokenizerSpec, add_tokenizer
 from moequant.errors import OutputError, VerifyError
+from moequant.files import check_output
 from moequant.plan import ALIGNMENT
 from moequant.presets import FILE_TYPES
 from moequant.values import Packed, Plan, Weight
@@ -57,15 +57,8 @@ def check_target(path: Path, size: int, overwrite: bool) -> None:
     """OutputError when a file of `size` bytes cannot be put at `path`: said before any work is done."""
     if path.suffix != ".gguf":
         raise OutputError(f"{path}: the output must be named *.gguf")
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder; give a file name")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path}: exists already; give another name or --overwrite")
+    check_output(path, overwrite)
     folder = path.parent
-    if not folder.is_dir():
-        raise OutputError(f"{folder}: no such folder; create it first")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder}: not writable")
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OutputError(f"{folder}: {size:,} bytes are needed, {free:,} are free")
@@ -79,12 +72,13 @@ def write(
     packed: Iterable[Packed],
     provenance: dict[str, str],
 ) -> Written:
-    """Write the plan's weights in order to `path` and flush them to the disk.
+    """Write the plan's weights in order to `path`.
 
     `packed` must yield the plan's weights in the plan's order; each is written as it
     comes and not kept. Raises OutputError when the disk refuses.
     """
-    checksums: dict[str, int] = {}
+    sums: dict[str, int] = {}
+    slices: dict[str, tuple[int, ...]] = {}
     writer = _lay_out(checkpoint, tokenizer, plan, provenance)
     try:
         _write_header(writer, path)
@@ -94,32 +88,16 @@ def write(
                     f"{item.weight.name}: packed as {item.data.numel()} bytes, planned {choice}"
                 )
             data = item.data.reshape(-1).contiguous().cpu().numpy()
-            checksums[choice.weight] = zlib.crc32(data.data)
+            sums[choice.weight] = zlib.crc32(data.data)
+            slices[choice.weight] = checksums.of_slices(data, item.weight.n_experts)
             writer.write_tensor_data(data)
         writer.flush()
-        for file in writer.fout or ():
-            os.fsync(file.fileno())
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         writer.close()
-    return Written(path, path.stat().st_size, checksums)
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends well, else is removed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        partial.unlink(missing_ok=True)
+    checksums.record(path, slices)
+    return Written(path, path.stat().st_size, sums)
 
 
 def _lay_out(
@@ -142,6 +120,7 @@ def _lay_out(
     for key, value in provenance.items():
         writer.add_string(key, value)
     add_tokenizer(writer, tokenizer, int(checkpoint.config["vocab_size"]))
+    checksums.reserve(writer, sum(weight.n_experts for weight in checkpoint.weights))
     shapes = {weight.name: weight.shape for weight in checkpoint.weights}
     for choice in plan.choices:
         writer.add_tensor_info(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from moequant.errors import PlanError
 from moequant.plan.allocate import Option, Unit, allocate
 from moequant.plan.damages import Damages, candidates, prior_damages
-from moequant.plan.sizes import Budget, aligned, bits_of, check_preset, packed_bytes
+from moequant.plan.sizes import Budget, aligned, bits_of, check_preset, checksum_bytes, packed_bytes
 from moequant.presets import LEGACY, UNQUANTIZED, ModelFacts, llama_cpp_types, mostly
 from moequant.values import Choice, Plan, Weight
 
@@ -43,6 +43,8 @@ def make_plan(
     units = make_units(weights, damages, _floor_bits(weights, budget, facts, damages))
     limit = budget.weight_bytes(weights, facts, overhead)
     smallest = sum(min(option.bytes for option in unit.options) for unit in units)
+    if budget.preset is not None:  # the whole file is no larger than llama.cpp's, where anything can give way
+        limit = max(limit - checksum_bytes(weights), min(smallest, limit))
     if smallest > limit:
         raise PlanError(_too_small(weights, budget, smallest, overhead))
     chosen = allocate(units, limit)
