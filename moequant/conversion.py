@@ -137,7 +137,7 @@ def convert(model: str | Path, out: str | Path, settings: Settings = Settings())
         with meter.stage("route"):
             calibration = calibrate(opened.checkpoint, texts.calibration, settings.resources)
     if calibration is not None and settings.imatrix_out is not None:
-        imatrix.write(settings.imatrix_out, opened.checkpoint, calibration, settings.gating)
+        imatrix.write(settings.imatrix_out, opened.checkpoint, calibration, "none")
     if calibration is not None and texts.probes is not None and settings.plan is None:
         with meter.stage("plan"):
             opened = _measured(opened, settings, calibration, texts.probes)

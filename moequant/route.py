@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moequant import corpus
@@ -18,6 +19,8 @@ from moequant.report.routing import check_picture, heatmap
 from moequant.routing import store
 from moequant.routing.calibrate import calibrate
 from moequant.routing.coverage import Coverage, cover
+from moequant.routing.journal import Journal, digest
+from moequant.routing.stream import Resources
 from moequant.texts import ROW, load_encoder
 from moequant.values import Calibration
 
@@ -42,6 +45,7 @@ class RouteSettings:
     ratio: float = 0.0
     max_tokens: int | None = None
     merge: tuple[Path, ...] = ()
+    resources: Resources = field(default_factory=Resources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +71,50 @@ def route(
     model: str | Path,
     settings: RouteSettings = RouteSettings(),  # frozen
     outputs: Outputs = Outputs(),
-    calibrate: Calibrate = calibrate,
 ) -> Routed:
     """Route text through the folder `model`, add `settings.merge`, and write what `outputs` asks for.
 
-    Raises a MoequantError with one clear line when something is wrong; the text, the statistics to merge
-    and the outputs are looked at before any work is done.
+    Finished layers are kept in a folder beside `outputs.stats` until the end: the same call goes on
+    from there after it was killed. Raises a MoequantError with one clear line when something is
+    wrong; the text, the statistics to merge and the outputs are looked at before any work is done.
     """
     checkpoint = open_checkpoint(Path(model))
     _check(checkpoint, outputs)
     parts = _load(checkpoint, settings.merge)
     coverage = None
+    pass_over = _resumable(outputs.stats, settings.resources)
     if settings.calib is not None or not parts:
         pool = calibration_pool(checkpoint, settings)
         check_memory(checkpoint, models=1)
         if settings.ratio > 0:
             budget = settings.max_tokens or BUDGET * settings.calib_tokens
             coverage = cover(
-                checkpoint, pool, settings.calib_tokens, settings.ratio, budget, calibrate=calibrate
+                checkpoint, pool, settings.calib_tokens, settings.ratio, budget, calibrate=pass_over
             )
-        found = coverage.calibration if coverage else calibrate(checkpoint, pool)
+        found = coverage.calibration if coverage else pass_over(checkpoint, pool)
         parts.append(store.stored(checkpoint, found))
     routed = Routed(checkpoint, store.merge(parts), coverage)
     write(routed, outputs)
+    if outputs.stats is not None:
+        shutil.rmtree(journals(outputs.stats), ignore_errors=True)
     return routed
+
+
+def journals(stats: Path) -> Path:
+    """Where a run that will write `stats` keeps what it has finished."""
+    return stats.with_name(f"{stats.name}.journal")
+
+
+def _resumable(stats: Path | None, resources: Resources) -> Calibrate:
+    """A pass that keeps its finished layers beside `stats`, one folder for each text that is routed."""
+
+    def pass_over(checkpoint: Checkpoint, rows: Rows) -> Calibration:
+        if stats is None:
+            return calibrate(checkpoint, rows, resources)
+        folder = journals(stats) / digest(rows)[:16]
+        return calibrate(checkpoint, rows, resources, journal=Journal(folder, checkpoint, rows))
+
+    return pass_over
 
 
 def write(routed: Routed, outputs: Outputs) -> None:
@@ -99,7 +123,7 @@ def write(routed: Routed, outputs: Outputs) -> None:
     if outputs.stats is not None:
         store.save(outputs.stats, routed.stored)
     if outputs.imatrix is not None:
-        imatrix.write(outputs.imatrix, routed.checkpoint, calibration)
+        imatrix.write(outputs.imatrix, routed.checkpoint, calibration, "none")
     if outputs.picture is not None:
         heatmap(calibration, outputs.picture)
 

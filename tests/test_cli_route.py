@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,3 +182,31 @@ def test_help_names_every_option() -> None:
     shown = run("route", "--help").stdout
     for option in ("--calib-tokens", "--min-tokens-per", "--merge", "--imatrix-out", "--picture", "--json"):
         assert option in shown
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny, tmp_path: Path) -> None:
+    """The command killed inside the second layer, run again: the file of an undisturbed run."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(models.TEXT) * 4, encoding="utf-8")
+    arguments = [str(tiny("qwen3_moe")), "--calib", str(text), "--calib-tokens", "4096"]
+    killed = (
+        "import os, signal, sys\n"
+        "from moequant.routing import moments\n"
+        "routed, seen = moments.Moments.routed, []\n"
+        "def count(self, *args):\n"
+        "    seen.append(0)\n"
+        "    if len(seen) > 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return routed(self, *args)\n"
+        "moments.Moments.routed = count\n"
+        "from moequant.cli import app\n"
+        "app(sys.argv[1:])\n"
+    )
+    out, whole = tmp_path / "killed.safetensors", tmp_path / "whole.safetensors"
+    command = [sys.executable, "-c", killed, "route", *arguments, "-o", str(out)]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert not out.exists() and list(tmp_path.glob("killed.safetensors.journal/*/layer-*"))
+    for path in (out, whole):
+        result = run("route", *arguments, "-o", path)
+        assert result.returncode == 0, result.stderr
+    assert out.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("*.journal"))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import Overwrite, console, guarded
+from moequant.cli.common import Device, Overwrite, Ram, console, guarded, ram_bytes
 
 
 def route(
@@ -53,15 +53,24 @@ def route(
         Path | None, typer.Option(help="Heatmap of tokens per expert to draw: .png, .svg or .pdf.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    ram: Ram = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
-    """Route text through MODEL and show what every expert saw."""
+    """Route text through MODEL and show what every expert saw.
+
+    With --out finished layers are kept beside it: run the same command again after it was killed.
+    """
     from moequant.report.routing import routing_json, routing_tables  # torch only when there is work
     from moequant.route import Outputs, RouteSettings
     from moequant.route import route as run
     from moequant.routing.health import health
+    from moequant.routing.stream import Resources
 
-    settings = RouteSettings(calib, calib_tokens, seed, min_tokens_per_expert, max_tokens, tuple(merge or ()))
+    resources = Resources(ram=guarded(lambda: ram_bytes(ram)), device=device)
+    settings = RouteSettings(
+        calib, calib_tokens, seed, min_tokens_per_expert, max_tokens, tuple(merge or ()), resources
+    )
     outputs = Outputs(out, imatrix_out, picture, overwrite)
     routed = guarded(lambda: run(model, settings, outputs))
     calibration = routed.stored.calibration

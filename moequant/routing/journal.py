@@ -29,7 +29,7 @@ class Journal:
     def __init__(self, folder: Path, checkpoint: Checkpoint, rows: Rows) -> None:
         """Open or begin it. OutputError when the folder belongs to another run."""
         self.folder, self.checkpoint = folder, checkpoint
-        run = {"moequant": __version__, "model": _fingerprint(checkpoint), "rows": _digest(rows)}
+        run = {"moequant": __version__, "model": _fingerprint(checkpoint), "rows": digest(rows)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             here = folder / "run.json"
@@ -75,7 +75,8 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _digest(rows: Rows) -> str:
-    digest = hashlib.sha256(rows.ids.numpy().tobytes())
-    digest.update(json.dumps([list(rows.ids.shape), rows.domains, rows.source]).encode())
-    return digest.hexdigest()
+def digest(rows: Rows) -> str:
+    """What tells these rows from others."""
+    found = hashlib.sha256(rows.ids.numpy().tobytes())
+    found.update(json.dumps([list(rows.ids.shape), rows.domains, rows.source]).encode())
+    return found.hexdigest()

@@ -1,7 +1,7 @@
 """Speed of the dequantize-and-multiply kernels on a GPU, beside bf16 grouped matmul and decoding first.
 
-    python benchmarks/kernels.py --out benchmarks/results/kernels.md
-    python benchmarks/kernels.py --types Q4_K INT4 --tune        # which tile is fastest, for each batch size
+    python benchmarks/dequant_matmul.py --out benchmarks/results/kernels.md
+    python benchmarks/dequant_matmul.py --types Q4_K INT4 --tune        # which tile is fastest, for each batch size
 
 Random packed weights of one projection, [experts, out, in]; each token goes to k different experts at
 random. A captured CUDA graph takes another copy of the weights every launch, together more than four
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/kernels.py times GPU kernels; torch finds no CUDA device here")
+        sys.exit("benchmarks/dequant_matmul.py times GPU kernels; torch finds no CUDA device here")
     shape = (args.shape[0], args.shape[1], args.shape[2])
     told = ", ".join(f"{name} {version}" for name, version in versions("cuda").items())
     lines = [f"# Kernels, {date.today()}", "", told, ""]
