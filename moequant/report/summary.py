@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,7 @@ class Report:
             )
             if self.calibration.routes:
                 parts += [_routing(self.calibration), *_unseen(self.calibration), _worst(self.losses)]
+        parts += [Text(note) for note in _fallbacks(self.losses)]
         parts += [Text(f"note: {note}") for note in self.notes]
         parts.append(_stages(self.stages))
         return Group(*parts)
@@ -97,6 +99,8 @@ def _before_after(report: Report) -> Table:
         base, now = found.base_perplexity, found.perplexity
         made.add_row("perplexity", _pm(base, 3), _pm(now, 3), f"{now.value / base.value - 1:+.2%}")
         made.add_row("KL divergence, mean", "", _pm(found.kl_mean, 5), "")
+        if report.plan.damage is not None:
+            made.add_row("  expected by the plan", "", f"{report.plan.damage:.5f}", "")
         made.add_row("KL divergence, median / 99 %", "", f"{found.kl_median:.5f} / {found.kl_99:.4f}", "")
         made.add_row("same top token", "", f"{found.same_top:.2%}", "")
     return made
@@ -162,6 +166,12 @@ def _worst(losses: tuple[ExpertLoss, ...]) -> Table:
         seen = "" if loss.tokens is None else f"{int(loss.tokens[expert]):,}"
         made.add_row(f"{loss.layer}.{expert}", str(loss.role), loss.format, f"{error:.3%}", seen)
     return made
+
+
+def _fallbacks(losses: tuple[ExpertLoss, ...]) -> list[str]:
+    """How many experts were rounded by the plain search instead of under their Hessian, by reason."""
+    reasons = Counter(reason for loss in losses for reason in loss.fallbacks)
+    return [f"rounded by the plain search, {count} times: {reason}" for reason, count in reasons.items()]
 
 
 def _stages(stages: tuple[StageCost, ...]) -> Table:
