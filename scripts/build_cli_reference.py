@@ -102,9 +102,12 @@ def parameter(name: str, hint: Any, default: Any) -> Parameter:
     is_argument = type(info).__name__ == "ArgumentInfo"
     # Inside Annotated, typer takes the first name for the default.
     given = [text for text in (info.default, *(info.param_decls or ())) if str(text).startswith("-")]
-    names = tuple(given) or ("--" + name.strip("_").replace("_", "-"),)
-    required = default is inspect.Parameter.empty
     many, inner = typing.get_origin(kind) in (list, tuple), plain_type(kind)
+    spelled = name.strip("_").replace("_", "-")
+    # typer gives a switch that does not name itself a second name to turn it off.
+    unnamed = f"--{spelled}/--no-{spelled}" if inner is bool else f"--{spelled}"
+    names = tuple(given) or (unnamed,)
+    required = default is inspect.Parameter.empty
     if is_argument:
         value: str | None = (info.metavar or name.strip("_")).upper() + (" …" if many else "")
     elif inner is bool:
