@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from moequant import formats
-from moequant.formats import Effort
-from moequant.rounding.feedback import Options, outputs_lost, round_to_hessian
+from moequant.formats import Effort, Format
+from moequant.rounding.feedback import Options, Rounded, outputs_lost, round_to_hessian
+from moequant.rounding.fisher import Fishers, gather
 from moequant.rounding.paired import WRITES, Capture, Grams, Pair, Seen
 from moequant.rounding.shrinkage import shrink
 from moequant.rounding.target import Coupling
+from moequant.rounding.twosided import even_fisher
 from moequant.routing.hidden import Hidden
 from moequant.routing.model import fill, release
 from moequant.routing.record import recorder
@@ -32,6 +34,9 @@ from moequant.routing.stream import LayerStream
 from moequant.values import ExpertLoss, Packed, Role, Weight
 
 UNROUNDED = ("F32", "F16", "BF16")
+
+FISHER_TOKENS = 49_152
+"""Tokens whose gradients are taken at effort best."""
 
 Result = tuple[Packed, ExpertLoss]
 
@@ -41,17 +46,23 @@ Plain = Callable[[Weight, str], Result]
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """How weights are rounded: `coupling` None keeps targets as they are; `gram_bytes` bounds the Grams."""
+    """How weights are rounded.
+
+    `coupling` None keeps targets as they are; `gram_bytes` bounds the Grams. The gradients of the
+    first `fisher_tokens` say which outputs the loss feels (`fisher`); 0 does without.
+    """
 
     coupling: Coupling | None = field(default_factory=Coupling)
     options: Options = field(default_factory=Options)
     gram_bytes: int = 4 << 30
+    fisher_tokens: int = 0
 
     @classmethod
     def of(cls, effort: Effort, coupled: bool = True) -> Rounding:
-        """What an effort means; at `best` scales and codes are searched harder and for longer."""
+        """What an effort means; at `best` codes are searched for longer, under the Fisher as well."""
         options = Options(effort="best", rounds=6) if effort == "best" else Options(effort=effort)
-        return cls(Coupling() if coupled else None, options)
+        tokens = FISHER_TOKENS if effort == "best" else 0
+        return cls(Coupling() if coupled else None, options, fisher_tokens=tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,23 +116,35 @@ def reporting(layer: Layer, model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Coupled:
-    """One coupled pass over `stream` that rounds every weight to its format in `formats`."""
+    """One coupled pass over `stream` that rounds every weight to its format in `formats`.
+
+    `fishers` None: `run` gathers them itself when `rounding` asks for some.
+    """
 
     stream: LayerStream
     formats: Mapping[str, str]
     plain: Plain
     rounding: Rounding
+    fishers: Fishers | None = None
 
     def run(self, streams: Streams) -> Iterator[Result]:
-        """Every weight, packed, in the order of the checkpoint. `streams` are filled on the way."""
+        """Every weight, packed, in the order of the checkpoint. `streams` are filled on the way.
+
+        CheckpointError when Fishers are asked for and the model does not fit into memory.
+        """
+        if self.rounding.fisher_tokens and self.fishers is None:
+            yield from replace(self, fishers=self._gather()).run(streams)
+            return
         stream = self.stream
         outside = stream.weights(None)
         for weight in outside:
             if weight.role is Role.OUTPUT:
                 continue
-            result = self.plain(weight, self.formats[weight.name])
             if weight.role is Role.EMBEDDING:
+                result = self._embedding(weight)
                 self._embed(result[0], streams)
+            else:
+                result = self.plain(weight, self.formats[weight.name])
             yield result
         copies = [copy.deepcopy(layer) for layer in stream.skeleton.layers]  # empty: on the meta device
         for index in stream.layers():
@@ -131,6 +154,25 @@ class Coupled:
         for weight in outside:
             if weight.role is Role.OUTPUT:
                 yield self._head(weight, streams)
+
+    def _gather(self) -> Fishers:
+        stream = self.stream
+        ids = torch.cat(stream.batches)
+        rows = max(1, self.rounding.fisher_tokens // ids.shape[1])
+        return gather(stream.checkpoint, ids[:rows], stream.provider, stream.resources.device)
+
+    def _embedding(self, weight: Weight) -> Result:
+        """The embedding; its rows under the Fisher of the stream that they enter, where there is one.
+
+        One that is the head as well is looked up and multiplied: the Fisher knows only half of that.
+        """
+        fmt = formats.get(self.formats[weight.name])
+        if self.fishers is None or fmt.name in UNROUNDED or self.stream.checkpoint.tied:
+            return self.plain(weight, fmt.name)
+        hessian = even_fisher(self.fishers.embedding[None], self.rounding.options.own_fisher)
+        values = self.stream.provider(weight)[None].to(hessian.device).float()
+        found = round_to_hessian(fmt, values, hessian, self.rounding.options)
+        return joined(weight, [judged(weight, fmt, values, found, hessian)])
 
     def _embed(self, packed: Packed, streams: Streams) -> None:
         """What the first layer is fed by the original embedding and by the packed one."""
@@ -195,7 +237,7 @@ class Coupled:
             for weight in group:
                 values = self.stream.provider(weight)
                 stack = values if values.ndim == 3 else values[None]
-                result, hessian = self._round(weight, stack[experts.start : experts.stop], grams, hessian)
+                result, hessian = self._round(weight, stack, experts, grams, hessian)
                 parts[weight.name].append(result)
         return {weight.name: joined(weight, parts[weight.name]) for weight in group}
 
@@ -242,33 +284,41 @@ class Coupled:
                 ]
                 grams.add(0, batch % 2, Seen(*both))
         release(stream.model, norms)
-        result, _ = self._round(weight, self.stream.provider(weight)[None], grams, None)
+        result, _ = self._round(weight, self.stream.provider(weight)[None], range(1), grams, None)
         return joined(weight, [result])
 
     def _round(
-        self, weight: Weight, values: Tensor, grams: Grams, hessian: Tensor | None
+        self, weight: Weight, stack: Tensor, experts: range, grams: Grams, hessian: Tensor | None
     ) -> tuple[Result, Tensor]:
-        """Experts values [E, out, in] of `weight`; also the shrunk Hessian, for weights that share inputs."""
+        """These experts of stack [E, out, in]; also the shrunk Hessian, for weights that share inputs."""
         fmt = formats.get(self.formats[weight.name])
-        values = values.to(grams.cross.device)
+        values = stack[experts.start : experts.stop].to(grams.cross.device)
         coupling, options = self.rounding.coupling, self.rounding.options
         target = values.float() if coupling is None else coupling.target(values, grams)
         if hessian is None:
             hessian = shrink(fmt, target, grams.halves, grams.tokens).hessian
-        found = round_to_hessian(fmt, target, hessian, options)
-        own = grams.own
-        lost = torch.stack([outputs_lost(fmt, *each) for each in zip(target, found.data, own, strict=True)])
-        energy = ((target @ own) * target).sum((1, 2)).double().cpu()
-        loss = ExpertLoss(
-            weight=weight.name,
-            role=weight.role,
-            layer=weight.layer,
-            format=fmt.name,
-            error=(lost / energy.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(),
-            tokens=grams.tokens if weight.role.is_expert else None,
-            fallbacks=tuple(bad.reason for bad in found.fallbacks),
-        )
-        return (Packed(weight, fmt.name, found.data.cpu()), loss), hessian
+        felt = None if self.fishers is None else self.fishers.outputs.get(weight.name)
+        fisher = None if felt is None else felt[experts.start : experts.stop]
+        found = round_to_hessian(fmt, target, hessian, options, fisher)
+        return judged(weight, fmt, target, found, grams.own, grams.tokens), hessian
+
+
+def judged(
+    weight: Weight, fmt: Format, target: Tensor, found: Rounded, hessian: Tensor, tokens: Tensor | None = None
+) -> Result:
+    """Experts target f32 [E, out, in] as they were rounded, and what they lost under hessian [E, in, in]."""
+    lost = torch.stack([outputs_lost(fmt, *each) for each in zip(target, found.data, hessian, strict=True)])
+    energy = ((target @ hessian) * target).sum((1, 2)).double().cpu()
+    loss = ExpertLoss(
+        weight=weight.name,
+        role=weight.role,
+        layer=weight.layer,
+        format=fmt.name,
+        error=(lost / energy.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(),
+        tokens=tokens if weight.role.is_expert else None,
+        fallbacks=tuple(bad.reason for bad in found.fallbacks),
+    )
+    return Packed(weight, fmt.name, found.data.cpu()), loss
 
 
 def decoded(packed: Packed) -> Tensor:
