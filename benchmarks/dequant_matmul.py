@@ -1,7 +1,7 @@
 """Speed of the dequantize-and-multiply kernels on a GPU, beside bf16 grouped matmul and decoding first.
 
     python benchmarks/dequant_matmul.py --out benchmarks/results/kernels.md
-    python benchmarks/dequant_matmul.py --types Q4_K INT4 --tune   # which tile is fastest, for each batch size
+    python benchmarks/dequant_matmul.py --types Q4_K INT4 --tune  # which tile is fastest, by batch size
 
 Random packed weights of one projection, [experts, out, in]; each token goes to k different experts at
 random. A captured CUDA graph takes another copy of the weights every launch, together more than four

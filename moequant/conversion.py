@@ -34,7 +34,6 @@ from moequant.texts import ROW, split_probes, token_rows
 from moequant.values import Calibration, ExpertLoss, Packed, Plan
 from moequant.verify import verify
 
-
 LEFT_BY_HESSIANS = 0.75
 """Share of the damage of the plain search that rounding under Hessians leaves."""
 

@@ -111,7 +111,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path) -> None:
 
 @pytest.mark.parametrize("seen", [0, 1, 2])
 def test_experts_that_saw_next_to_nothing_have_finite_importance(tmp_path, seen: int) -> None:
-    """A router that sends every token to two experts, but for `seen` tokens of one id, which it sends to two more."""
+    """A router that sends every token to two experts, but `seen` tokens of one id to two more."""
     folder = models.build(tmp_path, "qwen3_moe")
     file = folder / "model.safetensors"
     tensors = load_file(file)

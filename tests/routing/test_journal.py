@@ -91,7 +91,7 @@ def test_killed_anywhere_it_resumes_with_the_same_bytes(tiny, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr[-2000:]
     found = [line.split() for line in done.stdout.splitlines()]
     assert [line[0] for line in found] == ["early", "middle", "late", "end"]
-    # Killed before the first layer was done, inside the second layer, and after the last: what was done stays.
+    # Killed before the first layer was done, inside the second, and after the last: what was done stays.
     assert [int(line[1]) for line in found] == [0, 0, 1, 2]
     assert [line[2] for line in found][2:] == ["True", "True"], "finished layers are not computed again"
     plain = (tmp_path / "plain.safetensors").read_bytes()
