@@ -16,6 +16,7 @@ from moequant.corpus import Rows
 from moequant.formats import get
 from moequant.quantize import Quantizer
 from moequant.rounding.coupled import Coupled, Layer, Rounding, Streams, decoded, joined
+from moequant.rounding.fisher import gather
 from moequant.rounding.paired import Grams
 from moequant.rounding.target import Coupling
 from moequant.routing.calibrate import calibrate
@@ -177,8 +178,8 @@ def test_experts_without_tokens_are_rounded_by_what_their_layer_sees(tmp_path: P
         assert bool((lost[5:] < 0.15).all()) and bool(lost.isfinite().all())
 
 
-def test_hessians_and_coupling_each_lower_the_divergence(mix: Path, tmp_path: Path) -> None:
-    """On a trained model, held-out text: plain search > Hessians > coupled."""
+def test_hessians_coupling_and_fishers_each_lower_the_divergence(mix: Path, tmp_path: Path) -> None:
+    """On a trained model, held-out text: plain search > Hessians > coupled > with Fishers, of few tokens."""
     from moequant import corpus
     from moequant.texts import token_rows
 
@@ -192,8 +193,53 @@ def test_hessians_and_coupling_each_lower_the_divergence(mix: Path, tmp_path: Pa
     plain = {w.name: quantizer.pack(w, formats[w.name]) for w in checkpoint.weights}
     alone = coupled(checkpoint, calibration, formats, Rounding(None), tmp_path / "a")
     both = coupled(checkpoint, calibration, formats, Rounding(), tmp_path / "b")
-    found = [kl(checkpoint, made, held_out) for made in (plain, alone, both)]
-    assert found[1] < 0.9 * found[0] and found[2] < 0.95 * found[1], found
+    felt = coupled(checkpoint, calibration, formats, Rounding(fisher_tokens=8192), tmp_path / "c")
+    found = [kl(checkpoint, made, held_out) for made in (plain, alone, both, felt)]
+    assert found[1] < 0.9 * found[0] and found[2] < 0.95 * found[1]
+    assert found[3] < found[2], found
+
+
+def test_fishers_are_gathered_when_asked_for_and_then_used(tiny, tmp_path: Path) -> None:
+    checkpoint, text = open_checkpoint(tiny("qwen3_moe")), rows()
+    formats = types(checkpoint, "Q3_K")
+    rounding = Rounding(fisher_tokens=128)
+    gathered = coupled(checkpoint, text, formats, rounding, tmp_path / "a")
+    fishers = gather(checkpoint, text.ids[:2])
+    (tmp_path / "b").mkdir()
+    with LayerStream(checkpoint, text.ids, Resources(threads=1)) as stream:
+        plain = Quantizer(calibrate(checkpoint, text)).pack
+        run = Coupled(stream, formats, plain, rounding, fishers).run(Streams.under(tmp_path / "b", stream))
+        given = {packed.weight.name: packed for packed, _ in run}
+    without = coupled(checkpoint, text, formats, Rounding(), tmp_path / "c")
+    for weight in checkpoint.weights:
+        packed, loss = gathered[weight.name]
+        assert torch.equal(packed.data, given[weight.name].data)
+        assert not loss.fallbacks
+        if formats[weight.name] == "Q3_K" and weight.role is not Role.OUTPUT:
+            assert not torch.equal(packed.data, without[weight.name][0].data), weight.name
+
+    embedding = next(weight for weight in checkpoint.weights if weight.role is Role.EMBEDDING)
+    exact, felt = load(embedding).double(), fishers.embedding.double()
+
+    def lost(made: Packed) -> float:
+        error = decoded(made).double() - exact
+        return float(((error @ felt) * error).sum())
+
+    assert lost(gathered[embedding.name][0]) < 0.9 * lost(without[embedding.name][0])
+
+
+def test_an_embedding_that_is_the_head_as_well_is_searched_plainly(tmp_path: Path) -> None:
+    folder = models.build(tmp_path / "model", "qwen3", tie_word_embeddings=True)
+    checkpoint, text = open_checkpoint(folder), rows()
+    assert checkpoint.tied
+    formats = types(checkpoint, "Q4_K")
+    embedding = next(weight for weight in checkpoint.weights if weight.role is Role.EMBEDDING)
+    plain = Quantizer(calibrate(checkpoint, text)).pack
+    fishers = gather(checkpoint, text.ids[:1])
+    with LayerStream(checkpoint, text.ids, Resources(threads=1)) as stream:
+        run = Coupled(stream, formats, plain, Rounding(), fishers).run(Streams.under(tmp_path, stream))
+        first = next(packed for packed, _ in run if packed.weight == embedding)
+    assert torch.equal(first.data, plain(embedding, "Q4_K")[0].data)
 
 
 def test_parts_of_a_weight_are_joined_in_order(tiny) -> None:
