@@ -27,7 +27,7 @@ from moequant.quantize import Quantizer, pack_all, progress
 from moequant.report import Report
 from moequant.rounding.coupled import UNROUNDED, Coupled, Rounding, Streams
 from moequant.routing import store
-from moequant.routing.calibrate import calibrate
+from moequant.routing.calibrate import FREE, calibrate
 from moequant.routing.statistics import Gating
 from moequant.routing.stream import LayerStream, Resources
 from moequant.texts import ROW, split_probes, token_rows
@@ -159,7 +159,7 @@ def convert(model: str | Path, out: str | Path, settings: Settings = Settings())
     comparison: Comparison | None = None
     if texts.evaluation is not None:
         with meter.stage("compare"):
-            comparison = compare_with_file(opened.checkpoint, out, texts.evaluation)
+            comparison = compare_with_file(opened.checkpoint, out, texts.evaluation, settings.resources)
     return Report(
         model=model,
         out=out,
@@ -276,10 +276,12 @@ def facts(checkpoint: Checkpoint) -> ModelFacts:
     return ModelFacts(checkpoint.n_layers, checkpoint.n_experts, gqa, checkpoint.tied)
 
 
-def compare_with_file(checkpoint: Checkpoint, file: Path, rows: Rows) -> Comparison:
+def compare_with_file(
+    checkpoint: Checkpoint, file: Path, rows: Rows, resources: Resources = FREE
+) -> Comparison:
     """Score the checkpoint and a GGUF file of it on `rows`, the file decoded by gguf-py."""
     (found,) = compare(
-        checkpoint, Version("checkpoint", load), [Version(file.name, GgufFile(file).load)], rows
+        checkpoint, Version("checkpoint", load), [Version(file.name, GgufFile(file).load)], rows, resources
     )
     return found.comparison
 

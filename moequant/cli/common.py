@@ -26,7 +26,13 @@ T = TypeVar("T")
 PIPE_WIDTH = 120
 
 Type = Annotated[str, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset: {', '.join(BASE_TYPES)}.")]
-EffortOption = Annotated[Effort, typer.Option(help="How hard to search for scales and codes.")]
+EffortOption = Annotated[
+    Effort,
+    typer.Option(
+        help="fast: types from tables, plain search. default: types measured, rounding under Hessians. "
+        "best: harder and longer."
+    ),
+]
 Ram = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Memory to use, such as 8G: past half of it hidden states go to disk."),

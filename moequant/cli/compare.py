@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import Overwrite, console, guarded
+from moequant.cli.common import Device, Overwrite, Ram, console, guarded, ram_bytes
 
 
 class Engine(StrEnum):
@@ -44,11 +44,9 @@ def compare(
         bool,
         typer.Option("--exact", help="Do not round the inputs of a GGUF file's products as llama.cpp does."),
     ] = False,
-    ram: Annotated[
-        float | None, typer.Option(min=0.0, help="GB that hidden states may take before they go to disk.")
-    ] = None,
+    ram: Ram = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one a core).")] = None,
-    device: Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1, …")] = "cpu",
+    device: Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     html: Annotated[Path | None, typer.Option(help="Page to write: one file, no network needed.")] = None,
     overwrite: Overwrite = False,
@@ -62,7 +60,7 @@ def compare(
 
     if html is not None:
         guarded(lambda: check_output(html, overwrite))
-    resources = Resources(None if ram is None else int(ram * 1e9), device, threads)
+    resources = Resources(guarded(lambda: ram_bytes(ram)), device, threads)
     settings = CompareSettings(eval_, eval_tokens, seed, engine.value, model, exact, resources)
     found = guarded(lambda: run(base, candidates, settings))
     if as_json:

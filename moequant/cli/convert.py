@@ -81,10 +81,13 @@ def convert(
     ] = True,
     seed: Annotated[int, typer.Option(help="Order of the calibration text.")] = 0,
     stats: Annotated[
-        Path | None, typer.Option(help="Statistics of `moequant route`, instead of a pass for them.")
+        Path | None,
+        typer.Option(
+            help="Statistics of `moequant route`, instead of a pass for them; rounding still reads text."
+        ),
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(help="An imatrix of llama.cpp (GGUF or .dat), instead of such a pass.")
+        Path | None, typer.Option(help="An imatrix of llama.cpp (GGUF or .dat) in their place.")
     ] = None,
     imatrix_out: Annotated[
         Path | None, typer.Option(help="Also write the statistics as an imatrix for llama-quantize.")
@@ -107,7 +110,7 @@ def convert(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print every tensor's type and the exact file size; read only headers."
+            "--dry-run", help="Print every tensor's type and the file size, or its bound; read only headers."
         ),
     ] = False,
 ) -> None:

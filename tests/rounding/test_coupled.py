@@ -127,7 +127,8 @@ def test_next_to_nothing_is_corrected_when_next_to_nothing_is_lost(tiny, tmp_pat
     assert list(made) == [weight.name for weight in checkpoint.weights], "in the order of the file"
     for weight in checkpoint.weights:
         error = (decoded(made[weight.name][0]) - load(weight).float()).norm() / load(weight).float().norm()
-        assert float(error) <= (0 if name == "F32" else 0.02), weight.name
+        # The correction moves attention outputs most: their inputs are small.
+        assert float(error) <= (0 if name == "F32" else 0.05), weight.name
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "llama", "qwen3"])
