@@ -159,11 +159,9 @@ class GgufWeights:
         return str(self.tensors[name].tensor_type.name)
 
     def data(self, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        """The packed bytes of a tensor, mapped, [rows, row_bytes]."""
+        """The packed bytes of a tensor, [rows, row_bytes]: read, not mapped, so that they can be let go."""
         tensor = self.tensors[name]
-        raw: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = np.ascontiguousarray(tensor.data).view(
-            np.uint8
-        )
+        raw = np.fromfile(self.path, np.uint8, int(tensor.n_bytes), offset=int(tensor.data_offset))
         return raw.reshape(prod(int(n) for n in tensor.shape[1:]), -1)
 
     def shape(self, name: str) -> tuple[int, ...]:
