@@ -1,4 +1,4 @@
-"""What a stage costs: wall time and peak memory, one line a stage."""
+"""What a stage costs: wall time, peak memory and bytes read, one line a stage."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_IO = Path("/proc/self/io")
 
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """Wall seconds and peak resident bytes of one stage (of the run so far, where not on Linux)."""
+    """Wall seconds, peak resident bytes and bytes read from files of one stage.
+
+    Where not on Linux the peak is that of the run so far, and reads are unknown (None).
+    """
 
     name: str
     seconds: float
     peak_bytes: int
+    read_bytes: int | None = None
 
 
 @dataclass(slots=True)
@@ -33,9 +38,11 @@ class Meter:
     def stage(self, name: str) -> Iterator[None]:
         """Measure the block under that name."""
         _reset_peak()
-        start = time.perf_counter()
+        start, before = time.perf_counter(), _read_bytes()
         yield
-        self.costs.append(StageCost(name, time.perf_counter() - start, _peak_bytes()))
+        after = _read_bytes()
+        read = None if before is None or after is None else after - before
+        self.costs.append(StageCost(name, time.perf_counter() - start, _peak_bytes(), read))
 
 
 def available_bytes() -> int | None:
@@ -44,6 +51,17 @@ def available_bytes() -> int | None:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _read_bytes() -> int | None:
+    """Bytes that this process has read from files, be it from the cache; mapped files are not counted."""
+    try:
+        for line in _IO.read_text().splitlines():
+            if line.startswith("rchar:"):
+                return int(line.split()[1])
     except OSError:
         pass
     return None

@@ -175,7 +175,8 @@ def _fallbacks(losses: tuple[ExpertLoss, ...]) -> list[str]:
 
 
 def _stages(stages: tuple[StageCost, ...]) -> Table:
-    made = table("cost", "stage", "seconds", "peak memory")
+    made = table("cost", "stage", "seconds", "peak memory", "read")
     for cost in stages:
-        made.add_row(cost.name, f"{cost.seconds:.1f}", size(cost.peak_bytes))
+        read = "" if cost.read_bytes is None else size(cost.read_bytes)
+        made.add_row(cost.name, f"{cost.seconds:.1f}", size(cost.peak_bytes), read)
     return made
