@@ -111,7 +111,7 @@ def test_a_clean_file_holds(tiny, made, text: Path, family: str, type_: str) -> 
     assert all(block.local_routing == 1 and block.output_error < block.limit for block in report.blocks)
 
 
-@pytest.mark.parametrize("type_", ["Q3_K_M"])
+@pytest.mark.parametrize("type_", ["Q3_K_M", "Q8_0"])
 def test_a_file_of_the_trained_model_holds(mix: Path, tmp_path: Path, text: Path, type_: str) -> None:
     out = tmp_path / "mix.gguf"
     convert(mix, out, settings(type_, text))

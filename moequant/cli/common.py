@@ -26,6 +26,14 @@ T = TypeVar("T")
 PIPE_WIDTH = 120
 
 Type = Annotated[str, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset: {', '.join(BASE_TYPES)}.")]
+Calib = Annotated[
+    str | None,
+    typer.Option(
+        help="Calibration text: file, folder, .jsonl or Hugging Face dataset (default: the bundled set)."
+    ),
+]
+CalibTokens = Annotated[int, typer.Option(min=1, help="Tokens to calibrate on, at most.")]
+Seed = Annotated[int, typer.Option(help="Order of the calibration text.")]
 EffortOption = Annotated[
     Effort,
     typer.Option(

@@ -11,11 +11,14 @@ import typer
 from rich.console import RenderableType
 
 from moequant.cli.common import (
+    Calib,
+    CalibTokens,
     Device,
     Effort,
     EffortOption,
     Overwrite,
     Ram,
+    Seed,
     Type,
     console,
     guarded,
@@ -60,13 +63,8 @@ def convert(
     plan: Annotated[
         Path | None, typer.Option(help="Types from a JSON file that `moequant plan -o` wrote, maybe edited.")
     ] = None,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            help="Calibration text: file, folder, .jsonl or Hugging Face dataset (default: the bundled set)."
-        ),
-    ] = None,
-    calib_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on, at most.")] = 131_072,
+    calib: Calib = None,
+    calib_tokens: CalibTokens = 131_072,
     eval_: Annotated[
         str | None,
         typer.Option("--eval", help="Text for perplexity before and after (default: the bundled set)."),
@@ -79,7 +77,7 @@ def convert(
         bool,
         typer.Option(help="Round each layer towards undoing what rounding the layers before it cost."),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Order of the calibration text.")] = 0,
+    seed: Seed = 0,
     stats: Annotated[
         Path | None,
         typer.Option(

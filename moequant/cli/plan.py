@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import Effort, EffortOption, Overwrite, console, guarded
+from moequant.cli.common import (
+    Calib,
+    CalibTokens,
+    Effort,
+    EffortOption,
+    Overwrite,
+    Seed,
+    console,
+    guarded,
+)
 
 
 def plan(
@@ -34,13 +43,8 @@ def plan(
         Path | None,
         typer.Option(metavar="STATS", help="Statistics that moequant route saved: no calibration pass."),
     ] = None,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            help="Calibration text: file, folder, .jsonl or Hugging Face dataset (default: the bundled set)."
-        ),
-    ] = None,
-    calib_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on, at most.")] = 131_072,
+    calib: Calib = None,
+    calib_tokens: CalibTokens = 131_072,
     probes: Annotated[
         bool | None,
         typer.Option(
@@ -49,7 +53,7 @@ def plan(
         ),
     ] = None,
     effort: EffortOption = Effort.default,
-    seed: Annotated[int, typer.Option(help="Order of the calibration text.")] = 0,
+    seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Show what MODEL costs at every file size, and write the best plan for one."""

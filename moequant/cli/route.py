@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import Device, Overwrite, Ram, console, guarded, ram_bytes
+from moequant.cli.common import (
+    Calib,
+    CalibTokens,
+    Device,
+    Overwrite,
+    Ram,
+    Seed,
+    console,
+    guarded,
+    ram_bytes,
+)
 
 
 def route(
@@ -15,14 +25,9 @@ def route(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Statistics to write, a .safetensors file.")
     ] = None,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            help="Calibration text: file, folder, .jsonl or Hugging Face dataset (default: the bundled set)."
-        ),
-    ] = None,
-    calib_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on, at most.")] = 131_072,
-    seed: Annotated[int, typer.Option(help="Order of the calibration text.")] = 0,
+    calib: Calib = None,
+    calib_tokens: CalibTokens = 131_072,
+    seed: Seed = 0,
     min_tokens_per_expert: Annotated[
         float,
         typer.Option(

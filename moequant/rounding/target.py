@@ -18,8 +18,8 @@ class Coupling:
 
     is the least-squares answer to `W x_fp + r` from x_q, with the ridge λ = ridge + few · in / tokens:
     what few tokens ask for is not to be trusted. Strength below 1, because the same error is
-    corrected again by every layer behind; values measured on two trained models
-    (benchmarks/rounding.py).
+    corrected again by every layer behind; strength and pull were chosen on
+    held-out calibration text of one trained model, `few` on random ones with 384 and 3,840 tokens.
     """
 
     strength: float = 0.6
