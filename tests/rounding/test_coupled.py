@@ -90,9 +90,9 @@ def test_grams_are_the_sums_that_the_definition_says(tiny, tmp_path: Path) -> No
     for expert in range(8):
         tokens, choice = (index == expert).nonzero(as_tuple=True)
         inner = experts._apply_gate(seen["x"][tokens].float() @ experts.gate_up_proj[expert].T).double()
-        expected = (inner * gates[tokens, choice].double().square()[:, None]).T @ inner
-        torch.testing.assert_close(grams.own[expert].double(), expected, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(grams.cross[expert].double(), expected, rtol=1e-3, atol=1e-3)
+        expected = ((inner * gates[tokens, choice].double().square()[:, None]).T @ inner).detach()
+        for found in (grams.own, grams.cross):  # entries near 0 are sums that cancel: held to the whole
+            assert float((found[expert].double() - expected).norm() / expected.norm()) < 1e-5
         assert int(grams.tokens[expert]) == len(tokens)
 
 
@@ -127,7 +127,8 @@ def test_next_to_nothing_is_corrected_when_next_to_nothing_is_lost(tiny, tmp_pat
     assert list(made) == [weight.name for weight in checkpoint.weights], "in the order of the file"
     for weight in checkpoint.weights:
         error = (decoded(made[weight.name][0]) - load(weight).float()).norm() / load(weight).float().norm()
-        # The correction moves attention outputs most: their inputs are small.
+        # Measured: 0.027 at most, in attention outputs, whose inputs are small; rounding alone moves 0.005.
+        # So at Q8_0 the correction is larger than what it corrects (docs/limits.md).
         assert float(error) <= (0 if name == "F32" else 0.05), weight.name
 
 
