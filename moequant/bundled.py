@@ -3,7 +3,7 @@
 In a checkout both folders lie beside the package; in an installed wheel they lie inside it, under
 `_bundled/`, where the build puts them. `calib/manifest.json` describes the text: for either split
 and each domain whether it is written (a list of files) or generated (a seed), its bytes and the
-SHA-256 of all of them in order.
+SHA-256 of all of them in order; and of every prompt in `calib/prompts/` the same.
 """
 
 import hashlib
@@ -67,6 +67,20 @@ def texts(split: Split, root: Path | None = None) -> dict[str, tuple[str, ...]]:
                 f"{root}: {split} domain {domain} is {size} bytes with SHA-256 {sha256[:12]}…, expected "
                 f"{entry['bytes']} with {entry['sha256'][:12]}…; reinstall, or rebuild the manifest"
             )
+    return found
+
+
+def prompts(root: Path | None = None) -> dict[str, str]:
+    """Name → text of the prompts that models are made to continue, in the order of the manifest.
+
+    Raises CorpusError as `texts` does: samples of other prompts cannot be laid beside these.
+    """
+    root = root or path("calib")
+    found = {}
+    for name, entry in manifest(root)["prompts"].items():
+        (found[name],) = _read(root / "prompts", {"kind": "written", "files": [f"{name}.txt"]})
+        if digest([found[name]]) != (entry["bytes"], entry["sha256"]):
+            raise CorpusError(f"{root}: prompt {name} is not what the manifest says; reinstall moequant")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Writes calib/manifest.json from what lies in calib/text and calib/eval and from the generators.
+"""Writes calib/manifest.json from what lies in calib/text, calib/eval and calib/prompts and from the generators.
 
     python scripts/build_calib_manifest.py            write it
     python scripts/build_calib_manifest.py --check    fail when the one there is out of date
@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1] / "calib"
 FOLDERS: dict[bundled.Split, str] = {"calibration": "text", "evaluation": "eval"}
 # Another seed for each split, and about as many bytes as the written domains have.
 GENERATED: dict[bundled.Split, tuple[int, int]] = {"calibration": (1, 16_000), "evaluation": (2, 4_000)}
+# From the least to the most demanding; what is sampled and timed comes in this order.
+PROMPTS = ("easy", "average", "long", "malformed")
 # Shorter lines ("</table>", "    return None") are bound to come up twice.
 LONG_LINE = 40
 
@@ -58,21 +60,33 @@ def describe(root: Path, split: bundled.Split) -> tuple[dict[str, Any], set[str]
     return section, {*texts, *(line for line in lines if len(line) > LONG_LINE)}
 
 
+def prompts(folder: Path) -> dict[str, Any]:
+    """Bytes and hash of every prompt."""
+    if {file.stem for file in folder.iterdir()} != set(PROMPTS):
+        sys.exit(f"{folder}: expected {', '.join(f'{name}.txt' for name in PROMPTS)}")
+    found = {}
+    for name in PROMPTS:
+        size, sha256 = bundled.digest([(folder / f"{name}.txt").read_bytes().decode()])
+        found[name] = {"bytes": size, "sha256": sha256}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write calib/manifest.json.")
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     parser.add_argument(
-        "--root", type=Path, default=ROOT, help="the folder that holds text/, eval/ and manifest.json"
+        "--root", type=Path, default=ROOT, help="the folder that holds text/, eval/, prompts/ and manifest.json"
     )
     options = parser.parse_args()
     sections, content = zip(*(describe(options.root, split) for split in FOLDERS), strict=True)
     if shared := content[0] & content[1]:
         sys.exit(f"{options.root}: in both splits: {min(shared)!r} and {len(shared) - 1} more")
-    made = json.dumps({"splits": dict(zip(FOLDERS, sections, strict=True))}, indent=1) + "\n"
+    made = {"splits": dict(zip(FOLDERS, sections, strict=True)), "prompts": prompts(options.root / "prompts")}
+    text = json.dumps(made, indent=1) + "\n"
     file = options.root / "manifest.json"
     if not options.check:
-        file.write_text(made, encoding="utf-8", newline="\n")
-    elif not file.is_file() or file.read_text(encoding="utf-8") != made:
+        file.write_text(text, encoding="utf-8", newline="\n")
+    elif not file.is_file() or file.read_text(encoding="utf-8") != text:
         sys.exit(f"{file} is out of date; run python {Path(__file__).name}")
 
 

@@ -92,6 +92,17 @@ def test_the_manifest_is_what_its_script_writes() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_the_prompts_are_four_kinds_and_what_the_manifest_says(copy: Path) -> None:
+    found = bundled.prompts()
+    assert list(found) == ["easy", "average", "long", "malformed"]
+    assert len(found["long"]) > 20 * len(found["average"])
+    assert "\x1b" in found["malformed"] and "\ufffd" in found["malformed"]
+    (copy / "prompts/easy.txt").write_text("another")
+    with pytest.raises(CorpusError, match="prompt easy is not what the manifest says"):
+        bundled.prompts(copy)
+    assert "is out of date" in build("--check", "--root", str(copy)).stderr
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(CALIB, tmp_path / "calib"))
