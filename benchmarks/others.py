@@ -1,0 +1,351 @@
+"""The same types as llama.cpp's files on other models: 32 experts of which four work, and starved experts.
+
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 OMP_NUM_THREADS=1 python benchmarks/others.py \\
+        --calib TEXT --eval TEXT --more TEXT --tokenizer MODEL --llama-bin FOLDER --cache FOLDER
+
+Two models are trained (`MODELS`), from a seed, on what `--calib` holds after its first `--tokens`
+tokens and on `--more`; with the tokenizer of MODEL. llama.cpp's own tools make their files: llama-imatrix
+on the first `--tokens` of `--calib`, then llama-quantize. For every type our file of exactly the types
+that its tensors have (read by gguf-py) is made from the same tokens, and both are scored in
+llama.cpp on the first `--chunks` chunks of 512 tokens of `--eval` against the F32 file. For every one of
+`--sizes`, a type, ours is as large as llama.cpp's file of that type, types free to choose, against the best
+of all its files that are no larger. ± is paired by token.
+
+Models and llama.cpp's files are kept in `--cache` and found there again. The malloc settings keep glibc
+from handing every large activation of the training back to the kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gguf import GGUFReader
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+sys.path[0] = str(Path(__file__).parents[1])  # the other benchmarks and scripts are found from here
+
+from benchmarks.ladder import llama_logits  # noqa: E402
+from moequant import corpus  # noqa: E402
+from moequant.compare import Scores, score_tokens, summarize  # noqa: E402
+from moequant.compare.scores import join  # noqa: E402
+from moequant.conversion import Settings, convert  # noqa: E402
+from moequant.report import Report  # noqa: E402
+from moequant.texts import ROW, load_encoder  # noqa: E402
+from scripts.train_demo import optimizers, schedule, sorted_experts  # noqa: E402
+
+BATCH = 8
+"""Rows a training step."""
+
+RIVALS = (
+    "IQ2_XXS,IQ2_XS,IQ2_S,IQ2_M,Q2_K_S,Q2_K,IQ3_XXS,IQ3_XS,IQ3_S,IQ3_M,Q3_K_S,Q3_K_M,Q3_K_L,IQ4_XS,IQ4_NL,"
+    "Q4_K_S,Q4_K_M,Q5_K_S,Q5_K_M,Q6_K"
+)
+"""llama.cpp's files that a size is held against."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model to train: family and config, weight of the load-balancing loss, its starved experts.
+
+    The router's rows of the last `starved` experts of every layer start at `faint` of the others' size: their
+    logits stay near 0 while some other expert's is nearly always above. No loss calls them back.
+    """
+
+    family: str
+    config: Mapping[str, Any]
+    balance: float = 0.0
+    starved: int = 0
+    spread: float = 0.1
+    faint: float = 0.02
+
+
+COMMON = {
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+
+MODELS = {
+    "experts32": Recipe(
+        "qwen3_moe",
+        {
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 256,
+            "intermediate_size": 256,
+            "norm_topk_prob": True,
+        },
+        balance=0.005,
+    ),
+    "starved": Recipe(
+        "mixtral", {"num_local_experts": 12, "num_experts_per_tok": 2, "intermediate_size": 256}, starved=6
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def new_model(recipe: Recipe, vocab: int, seed: int) -> nn.Module:
+    """A model of the recipe in float32, freshly initialised."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(recipe.family, vocab_size=vocab, **COMMON, **recipe.config)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="sorted"
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            nn.init.normal_(parameter, std=recipe.spread)
+            with torch.no_grad():
+                parameter[len(parameter) - recipe.starved :] *= recipe.faint
+    return model
+
+
+def batches(ids: Tensor, seed: int) -> Iterator[Tensor]:
+    """i64 [BATCH, ROW + 1] without end: rows of the text, every epoch cut elsewhere and shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        start = int(torch.randint(ROW, (), generator=generator))
+        rows = ids[start:].unfold(0, ROW + 1, ROW)
+        for chosen in torch.randperm(len(rows), generator=generator).split(BATCH):
+            if len(chosen) == BATCH:
+                yield rows[chosen]
+
+
+def imbalance(router_logits: Tensor, active: int) -> Tensor:
+    """[T, E] of one layer -> the Switch Transformer's load-balancing loss; 1 when evenly loaded."""
+    probabilities = router_logits.softmax(-1)
+    count = probabilities.shape[1]
+    load = probabilities.topk(active).indices.flatten().bincount(minlength=count) / len(probabilities)
+    return count / active * (load * probabilities.mean(0)).sum()
+
+
+def train(recipe: Recipe, tokenizer: Path, ids: Tensor, folder: Path, steps: int) -> None:
+    """Train a model on `ids` and save it in bfloat16 beside the tokenizer's files."""
+    ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
+    vocab = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
+    model = new_model(recipe, vocab, seed=0).train()
+    steppers, data = optimizers(model, rate=0.03), batches(ids, seed=0)
+    bar = tqdm(range(steps), disable=None)
+    for step in bar:
+        for group in (group for optimizer in steppers for group in optimizer.param_groups):
+            group["lr"] = group["initial_lr"] * schedule(step / steps)
+        batch = next(data)
+        with torch.autocast("cpu", torch.bfloat16):
+            answer = model(batch[:, :-1], output_router_logits=True, use_cache=False)
+        loss = F.cross_entropy(answer.logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        active = recipe.config["num_experts_per_tok"]
+        uneven = sum(imbalance(each.float(), active) for each in answer.router_logits)
+        (loss + recipe.balance * uneven).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in steppers:
+            optimizer.step()
+        model.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    partial = folder.with_suffix(".partial")
+    model.to(torch.bfloat16).save_pretrained(partial)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, partial / name)
+    partial.rename(folder)
+
+
+# ----------------------------------------------------------------------------------- llama.cpp's files
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """llama.cpp's own files of one model, made when first asked for. `exact` is ours, in F32."""
+
+    binaries: Path
+    exact: Path
+    folder: Path
+
+    def imatrix(self, text: str, chunks: int) -> Path:
+        """llama-imatrix's file of the first `chunks` of `text`."""
+        path = self.folder / f"imatrix-{chunks}.gguf"
+        options = ["-f", text, "-c", ROW, "--chunks", chunks, "-t", 1, "--no-ppl"]
+        return self._made(path, lambda out: ["llama-imatrix", "-m", self.exact, *options, "-o", out])
+
+    def quantized(self, kind: str, imatrix: Path) -> Path:
+        """llama-quantize's file of a type under an imatrix."""
+        path = self.folder / f"{kind}-{imatrix.name}"
+        return self._made(
+            path, lambda out: ["llama-quantize", "--imatrix", imatrix, self.exact, out, kind, 1]
+        )
+
+    def _made(self, path: Path, command: Any) -> Path:
+        if path.exists():
+            return path
+        partial = path.with_name(f"partial-{path.name}")
+        program, *options = map(str, command(partial))
+        subprocess.run([self.binaries / program, *options], check=True, capture_output=True)
+        return partial.rename(path)
+
+
+def types_of(path: Path) -> dict[str, str]:
+    """Tensor → its type in a GGUF file: a plan."""
+    return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+
+
+# ------------------------------------------------------------------------------------------- the tables
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The F32 file's logits on the evaluation rows, and what other files are scored against."""
+
+    ids: Tensor
+    base: list[Tensor]
+
+    @classmethod
+    def of(cls, exact: Path, ids: Tensor) -> Judge:
+        """The judge of one model."""
+        return cls(ids, llama_logits(exact, ids))
+
+    def scores(self, path: Path) -> Scores:
+        """Every scored token of a file in llama.cpp, as llama-perplexity defines it."""
+        half = ROW // 2
+        found = zip(self.base, llama_logits(path, self.ids), self.ids, strict=True)
+        return join([score_tokens(p[:-1], q[:-1], row[half + 1 :]) for p, q, row in found])
+
+
+HEAD = (
+    "| {} | bytes | its bytes | mean KL | its | ratio | KL 99 % | its | same top | its "
+    "| perplexity | its | CPU s |"
+)
+
+
+def row(label: str, ours: tuple[Path, Scores], theirs: tuple[Path, Scores], spent: float) -> str:
+    """One line of the table; the ratio's error is that of the mean of ours - ratio · theirs, by token."""
+    (path, mine), (other, its) = ours, theirs
+    one, two = summarize(mine, path.name), summarize(its, other.name)
+    ratio = one.kl_mean.value / two.kl_mean.value
+    error = float((mine.kl - ratio * its.kl).std() / len(mine.kl) ** 0.5) / two.kl_mean.value
+    return (
+        f"| {label} | {path.stat().st_size:,} | {other.stat().st_size:,} "
+        f"| {one.kl_mean.value:.5f} | {two.kl_mean.value:.5f} | {ratio:.3f} ± {error:.3f} "
+        f"| {one.kl_99:.4f} | {two.kl_99:.4f} | {one.same_top:.2%} | {two.same_top:.2%} "
+        f"| {one.perplexity.value:.3f} | {two.perplexity.value:.3f} | {spent:.0f} |"
+    )
+
+
+def shares(report: Report) -> Iterator[str]:
+    """How the calibration tokens spread over the experts, one line a layer."""
+    yield "\n| layer | tokens an expert sees if even | fewest first |\n|---|---|---|"
+    for route in report.calibration.routes:
+        counts = route.tokens.sort().values.tolist()
+        shown = ", ".join(f"{count:,}" for count in counts[:8])
+        yield f"| {route.layer} | {sum(counts) / len(counts):,.0f} | {shown} … {counts[-1]:,} |"
+
+
+def frequencies(seen: Tensor, ids: Tensor, vocab: int) -> float:
+    """Perplexity of `ids` under the token frequencies of `seen`, one added to every count."""
+    counts = seen.bincount(minlength=vocab).double() + 1
+    return float((-(counts / counts.sum()).log()[ids.flatten()]).mean().exp())
+
+
+def measure(model: Path, arguments: argparse.Namespace, ids: Tensor) -> Iterator[str]:
+    """The lines of one model's tables."""
+    exact = model / "F32.gguf"
+    if not exact.exists():
+        convert(model, exact, Settings("F32", eval_tokens=0))
+    files = Theirs(arguments.llama_bin, exact, model)
+    imatrix = files.imatrix(arguments.calib, arguments.tokens // ROW)
+    judge = Judge.of(exact, ids)
+    given = {"calib": arguments.calib, "eval_tokens": 0, "overwrite": True, "effort": arguments.effort}
+    heading: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        plan, path = Path(folder) / "plan.json", Path(folder) / "ours.gguf"
+
+        def compared(label: str, other: Path, **wanted: Any) -> Iterator[str]:
+            began = time.process_time()
+            report = convert(model, path, Settings(**given, **wanted))
+            spent, mine = time.process_time() - began, judge.scores(path)
+            if not heading:
+                ppl = summarize(mine, path.name).base_perplexity
+                yield f"Perplexity of the F32 file: {ppl.value:.2f} ± {ppl.error:.2f}."
+                yield from shares(report)
+                heading.append(HEAD.format("type"))
+                yield "\n".join(["", HEAD.format("type"), "|---" * 13 + "|"])
+            yield row(label, (path, mine), (other, judge.scores(other)), spent)
+            lost = sum(len(each.fallbacks) for each in report.losses)
+            if lost:
+                yield f"| {label}: {lost} experts fell back to the plain search" + " | " * 13
+
+        for kind in filter(None, arguments.types.split(",")):
+            other = files.quantized(kind, imatrix)
+            plan.write_text(json.dumps(types_of(other)))
+            yield from compared(kind, other, plan=plan, calib_tokens=arguments.tokens)
+        rivals = [files.quantized(kind, imatrix) for kind in RIVALS.split(",")] if arguments.sizes else []
+        for kind in filter(None, arguments.sizes.split(",")):
+            size = files.quantized(kind, imatrix).stat().st_size
+            fitting = [each for each in rivals if each.stat().st_size <= size]
+            best = min(fitting, key=lambda each: float(judge.scores(each).kl.mean()))
+            # The rows that probe the plan come on top of those that calibrate.
+            wanted = {"size": str(size), "calib_tokens": arguments.tokens - 16 * ROW}
+            yield from compared(f"{kind}'s size / {best.name.split('-')[0]}", best, **wanted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calib", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--more", action="append", default=[], help="more text to train on")
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--llama-bin", type=Path, required=True, help="of llama-imatrix and llama-quantize")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--steps", type=int, default=400, help="of the training")
+    parser.add_argument("--tokens", type=int, default=102_400, help="to calibrate on")
+    parser.add_argument("--chunks", type=int, default=80)
+    parser.add_argument("--types", default="Q2_K_S,Q3_K_M,Q4_K_M,IQ2_XS,IQ3_S,Q5_K_M,Q6_K")
+    parser.add_argument("--sizes", default="Q3_K_S,Q4_K_M", help="types whose file says how large")
+    parser.add_argument("--effort", default="default")
+    arguments = parser.parse_args()
+    encoder = load_encoder(arguments.tokenizer)
+    texts = [corpus.read(name)[0].text for name in (arguments.calib, *arguments.more)]
+    first, *others = (torch.tensor(encoder.encode(text, add_special_tokens=False).ids) for text in texts)
+    seen = torch.cat([first[arguments.tokens :], *others])
+    documents = corpus.read(arguments.eval, "evaluation")
+    ids = corpus.pack(documents, encoder, ROW, arguments.chunks * ROW).ids
+    vocab = encoder.get_vocab_size()
+    print(
+        f"{len(seen):,} tokens to train on; perplexity of their frequencies on the evaluation text: "
+        f"{frequencies(seen, ids, vocab):.0f}, of a uniform guess: {vocab}",
+        flush=True,
+    )
+    for name in arguments.models.split(","):
+        model = arguments.cache / name
+        if not model.exists():
+            train(MODELS[name], arguments.tokenizer, seen, model, arguments.steps)
+        print(f"\n## {name}\n", flush=True)
+        for line in measure(model, arguments, ids):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
