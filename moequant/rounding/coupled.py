@@ -24,7 +24,7 @@ from moequant.formats import Effort, Format
 from moequant.rounding.feedback import Options, Rounded, outputs_lost, round_to_hessian
 from moequant.rounding.fisher import Fishers, gather
 from moequant.rounding.paired import WRITES, Capture, Grams, Pair, Seen
-from moequant.rounding.shrinkage import shrink
+from moequant.rounding.shrinkage import Trial, shrink
 from moequant.rounding.target import Coupling
 from moequant.rounding.twosided import even_fisher
 from moequant.routing.hidden import Hidden
@@ -48,12 +48,13 @@ Plain = Callable[[Weight, str], Result]
 class Rounding:
     """How weights are rounded.
 
-    `coupling` None keeps targets as they are; `gram_bytes` bounds the Grams. The gradients of the
+    `coupling` None keeps targets as they are, `trial` says how Hessians' shrinkage is chosen; `gram_bytes` bounds the Grams. The gradients of the
     first `fisher_tokens` say which outputs the loss feels (`fisher`); 0 does without.
     """
 
     coupling: Coupling | None = field(default_factory=Coupling)
     options: Options = field(default_factory=Options)
+    trial: Trial = field(default_factory=Trial)
     gram_bytes: int = 4 << 30
     fisher_tokens: int = 0
 
@@ -296,7 +297,7 @@ class Coupled:
         coupling, options = self.rounding.coupling, self.rounding.options
         target = values.float() if coupling is None else coupling.target(values, grams)
         if hessian is None:
-            hessian = shrink(fmt, target, grams.halves, grams.tokens).hessian
+            hessian = shrink(fmt, target, grams.halves, grams.tokens, self.rounding.trial).hessian
         felt = None if self.fishers is None else self.fishers.outputs.get(weight.name)
         fisher = None if felt is None else felt[experts.start : experts.stop]
         found = round_to_hessian(fmt, target, hessian, options, fisher)
