@@ -48,8 +48,9 @@ Plain = Callable[[Weight, str], Result]
 class Rounding:
     """How weights are rounded.
 
-    `coupling` None keeps targets as they are, `trial` says how Hessians' shrinkage is chosen; `gram_bytes` bounds the Grams. The gradients of the
-    first `fisher_tokens` say which outputs the loss feels (`fisher`); 0 does without.
+    `coupling` None keeps targets as they are; `trial` chooses how Hessians are shrunk; `gram_bytes` bounds
+    the Grams. The gradients of the first `fisher_tokens` say which outputs the loss feels (`fisher`); 0 does
+    without.
     """
 
     coupling: Coupling | None = field(default_factory=Coupling)
