@@ -1,10 +1,10 @@
 """The same types as llama.cpp's files on other models: 32 experts of which four work, and starved experts.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 OMP_NUM_THREADS=1 python benchmarks/others.py \\
-        --calib TEXT --eval TEXT --more TEXT --tokenizer MODEL --llama-bin FOLDER --cache FOLDER
+        --calib TEXT --eval TEXT --tokenizer MODEL --llama-bin FOLDER --cache FOLDER
 
 Two models are trained (`MODELS`), from a seed, on what `--calib` holds after its first `--tokens`
-tokens and on `--more`; with the tokenizer of MODEL. llama.cpp's own tools make their files: llama-imatrix
+tokens, with the tokenizer of MODEL. llama.cpp's own tools make their files: llama-imatrix
 on the first `--tokens` of `--calib`, then llama-quantize. For every type our file of exactly the types
 that its tensors have (read by gguf-py) is made from the same tokens, and both are scored in
 llama.cpp on the first `--chunks` chunks of 512 tokens of `--eval` against the F32 file. For every one of
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,28 @@ BATCH = 8
 """Rows a training step."""
 
 RIVALS = (
-    "IQ2_XXS,IQ2_XS,IQ2_S,IQ2_M,Q2_K_S,Q2_K,IQ3_XXS,IQ3_XS,IQ3_S,IQ3_M,Q3_K_S,Q3_K_M,Q3_K_L,IQ4_XS,IQ4_NL,"
-    "Q4_K_S,Q4_K_M,Q5_K_S,Q5_K_M,Q6_K"
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ2_M",
+    "Q2_K_S",
+    "Q2_K",
+    "IQ3_XXS",
+    "IQ3_XS",
+    "IQ3_S",
+    "Q3_K_S",
+    "IQ3_M",
+    "Q3_K_M",
+    "Q3_K_L",
+    "IQ4_XS",
+    "Q4_K_S",
+    "Q4_K_M",
 )
-"""llama.cpp's files that a size is held against."""
+"""llama.cpp's types whose files a size is held against, smallest first; only those of 3/4 of it or more."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model to train: family and config, weight of the load-balancing loss, its starved experts.
+    """A model to train: family, config, steps, weight of the load-balancing loss, its starved experts.
 
     The router's rows of the last `starved` experts of every layer start at `faint` of the others' size: their
     logits stay near 0 while some other expert's is nearly always above. No loss calls them back.
@@ -68,9 +81,10 @@ class Recipe:
 
     family: str
     config: Mapping[str, Any]
+    steps: int
     balance: float = 0.0
+    router_std: float = 0.02
     starved: int = 0
-    spread: float = 0.1
     faint: float = 0.02
 
 
@@ -99,10 +113,15 @@ MODELS = {
             "intermediate_size": 256,
             "norm_topk_prob": True,
         },
-        balance=0.005,
+        steps=90,
+        balance=0.05,
     ),
     "starved": Recipe(
-        "mixtral", {"num_local_experts": 12, "num_experts_per_tok": 2, "intermediate_size": 256}, starved=6
+        "mixtral",
+        {"num_local_experts": 12, "num_experts_per_tok": 2, "intermediate_size": 256},
+        steps=130,
+        router_std=0.1,
+        starved=6,
     ),
 }
 
@@ -119,7 +138,7 @@ def new_model(recipe: Recipe, vocab: int, seed: int) -> nn.Module:
     )
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.gate.weight"):
-            nn.init.normal_(parameter, std=recipe.spread)
+            nn.init.normal_(parameter, std=recipe.router_std)
             with torch.no_grad():
                 parameter[len(parameter) - recipe.starved :] *= recipe.faint
     return model
@@ -144,22 +163,21 @@ def imbalance(router_logits: Tensor, active: int) -> Tensor:
     return count / active * (load * probabilities.mean(0)).sum()
 
 
-def train(recipe: Recipe, tokenizer: Path, ids: Tensor, folder: Path, steps: int) -> None:
+def train(recipe: Recipe, tokenizer: Path, ids: Tensor, folder: Path) -> None:
     """Train a model on `ids` and save it in bfloat16 beside the tokenizer's files."""
     ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
     vocab = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
     model = new_model(recipe, vocab, seed=0).train()
     steppers, data = optimizers(model, rate=0.03), batches(ids, seed=0)
-    bar = tqdm(range(steps), disable=None)
+    bar = tqdm(range(recipe.steps))
     for step in bar:
         for group in (group for optimizer in steppers for group in optimizer.param_groups):
-            group["lr"] = group["initial_lr"] * schedule(step / steps)
+            group["lr"] = group["initial_lr"] * schedule(step / recipe.steps)
         batch = next(data)
-        with torch.autocast("cpu", torch.bfloat16):
-            answer = model(batch[:, :-1], output_router_logits=True, use_cache=False)
-        loss = F.cross_entropy(answer.logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        answer = model(batch[:, :-1], output_router_logits=True, use_cache=False)
+        loss = F.cross_entropy(answer.logits.flatten(0, 1), batch[:, 1:].flatten())
         active = recipe.config["num_experts_per_tok"]
-        uneven = sum(imbalance(each.float(), active) for each in answer.router_logits)
+        uneven = sum(imbalance(each, active) for each in answer.router_logits)
         (loss + recipe.balance * uneven).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in steppers:
@@ -300,10 +318,10 @@ def measure(model: Path, arguments: argparse.Namespace, ids: Tensor) -> Iterator
             other = files.quantized(kind, imatrix)
             plan.write_text(json.dumps(types_of(other)))
             yield from compared(kind, other, plan=plan, calib_tokens=arguments.tokens)
-        rivals = [files.quantized(kind, imatrix) for kind in RIVALS.split(",")] if arguments.sizes else []
         for kind in filter(None, arguments.sizes.split(",")):
             size = files.quantized(kind, imatrix).stat().st_size
-            fitting = [each for each in rivals if each.stat().st_size <= size]
+            rivals = [files.quantized(each, imatrix) for each in RIVALS[: RIVALS.index(kind) + 1]]
+            fitting = [each for each in rivals if 0.75 * size <= each.stat().st_size <= size]
             best = min(fitting, key=lambda each: float(judge.scores(each).kl.mean()))
             # The rows that probe the plan come on top of those that calibrate.
             wanted = {"size": str(size), "calib_tokens": arguments.tokens - 16 * ROW}
@@ -314,22 +332,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calib", required=True)
     parser.add_argument("--eval", required=True)
-    parser.add_argument("--more", action="append", default=[], help="more text to train on")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--llama-bin", type=Path, required=True, help="of llama-imatrix and llama-quantize")
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--steps", type=int, default=400, help="of the training")
+    parser.add_argument("--steps", type=int, help="of the training, to try with fewer")
     parser.add_argument("--tokens", type=int, default=102_400, help="to calibrate on")
-    parser.add_argument("--chunks", type=int, default=80)
+    parser.add_argument("--chunks", type=int, default=64)
     parser.add_argument("--types", default="Q2_K_S,Q3_K_M,Q4_K_M,IQ2_XS,IQ3_S,Q5_K_M,Q6_K")
     parser.add_argument("--sizes", default="Q3_K_S,Q4_K_M", help="types whose file says how large")
     parser.add_argument("--effort", default="default")
     arguments = parser.parse_args()
     encoder = load_encoder(arguments.tokenizer)
-    texts = [corpus.read(name)[0].text for name in (arguments.calib, *arguments.more)]
-    first, *others = (torch.tensor(encoder.encode(text, add_special_tokens=False).ids) for text in texts)
-    seen = torch.cat([first[arguments.tokens :], *others])
+    text = corpus.read(arguments.calib)[0].text
+    seen = torch.tensor(encoder.encode(text, add_special_tokens=False).ids)[arguments.tokens :]
     documents = corpus.read(arguments.eval, "evaluation")
     ids = corpus.pack(documents, encoder, ROW, arguments.chunks * ROW).ids
     vocab = encoder.get_vocab_size()
@@ -341,7 +357,8 @@ def main() -> None:
     for name in arguments.models.split(","):
         model = arguments.cache / name
         if not model.exists():
-            train(MODELS[name], arguments.tokenizer, seen, model, arguments.steps)
+            recipe = replace(MODELS[name], steps=arguments.steps or MODELS[name].steps)
+            train(recipe, arguments.tokenizer, seen, model)
         print(f"\n## {name}\n", flush=True)
         for line in measure(model, arguments, ids):
             print(line, flush=True)
