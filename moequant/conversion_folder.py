@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moequant import corpus
@@ -10,19 +11,21 @@ from moequant.bundled import Split
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.compare import Comparison
 from moequant.compare.streaming import Version, compare
-from moequant.containers import folder
+from moequant.containers import folder, imatrix
 from moequant.containers.card import Card
-from moequant.containers.folder_plan import FolderSettings, group_format, group_plan
-from moequant.containers.grouped import pack_all
+from moequant.containers.folder_plan import FolderSettings, block_formats, group_format, group_plan
 from moequant.containers.tokenizer import read_tokenizer
 from moequant.conversion import Settings, check_memory, given_statistics
 from moequant.corpus import Rows
+from moequant.files import check_output
 from moequant.meter import Meter
-from moequant.quantize import Quantizer
+from moequant.quantize import Quantizer, progress
 from moequant.report import Report
+from moequant.rounding.checkpoint import round_checkpoint
+from moequant.rounding.coupled import Result, Rounding
 from moequant.routing.calibrate import calibrate
 from moequant.texts import token_rows
-from moequant.values import ExpertLoss
+from moequant.values import ExpertLoss, Packed
 
 
 def convert_folder(
@@ -39,32 +42,32 @@ def convert_folder(
     model, out, meter = Path(model), Path(out), Meter()
     with meter.stage("open"):
         checkpoint = open_checkpoint(model)
-        chosen = group_plan(checkpoint, layout)
-        folder.check_target(out, folder.folder_bytes(checkpoint, chosen, layout), settings.overwrite, model)
+        card = Card(checkpoint, group_plan(checkpoint, layout), layout)
+        folder.check_target(
+            out, folder.folder_bytes(checkpoint, card.plan, layout), settings.overwrite, model
+        )
+        if settings.imatrix_out is not None:
+            check_output(settings.imatrix_out, settings.overwrite)
         calibration = given_statistics(checkpoint, settings)
-        calib_rows = None if calibration else _rows(checkpoint, settings, "calibration")
-        eval_rows = _rows(checkpoint, settings, "evaluation") if settings.eval_tokens else None
-        check_memory(checkpoint, models=2 if eval_rows else 1)
-    if calib_rows is not None:
+        texts = _texts(checkpoint, settings, calibrated=calibration is not None)
+        check_memory(checkpoint, models=2 if texts.evaluation or texts.rounding else 1)
+    if calibration is None:
+        assert texts.calibration is not None
         with meter.stage("route"):
-            calibration = calibrate(checkpoint, calib_rows, settings.resources)
+            calibration = calibrate(checkpoint, texts.calibration, settings.resources)
+    if settings.imatrix_out is not None:
+        imatrix.write(settings.imatrix_out, checkpoint, calibration, "none")
+    card = replace(card, calibration=calibration, rounded_on=texts.rounding, coupled=settings.coupled)
     losses: list[ExpertLoss] = []
-    card = Card(checkpoint, chosen, layout, calibration)
-    quantizer = Quantizer(calibration, settings.effort, settings.gating)
     with folder.atomic(out) as partial:
         with meter.stage("quantize"):
-            packed = pack_all(checkpoint, chosen, group_format(checkpoint, layout), quantizer, losses)
-            written = folder.write(partial, card, packed)
+            written = folder.write(partial, card, pack_all(card, settings, losses))
         with meter.stage("verify"):
-            folder.verify(written, checkpoint, chosen, layout)
+            folder.verify(written, checkpoint, card.plan, layout)
     comparison: Comparison | None = None
-    if eval_rows is not None:
+    if texts.evaluation is not None:
         with meter.stage("compare"):
-            decoder = folder.LAYOUTS[layout.layout].open(out).load
-            (found,) = compare(
-                checkpoint, Version("checkpoint", load), [Version(out.name, decoder)], eval_rows
-            )
-            comparison = found.comparison
+            comparison = _compared(checkpoint, out, layout, texts.evaluation, settings)
         card = replace(card, measured=_measured(comparison))
         (out / "README.md").write_text(card.text(), encoding="utf-8")
     return Report(
@@ -72,13 +75,52 @@ def convert_folder(
         out=out,
         file_bytes=written.bytes,
         checkpoint=checkpoint,
-        plan=chosen,
+        plan=card.plan,
         calibration=calibration,
         losses=tuple(losses),
         comparison=comparison,
         stages=tuple(meter.costs),
         notes=(),
     )
+
+
+def pack_all(card: Card, settings: Settings, losses: list[ExpertLoss]) -> Iterator[Packed]:
+    """The plan's integer weights in its order, made when asked for; losses are appended as they are known.
+
+    Under Hessians of the text that `card.rounded_on` has, without one by the plain search.
+    """
+    checkpoint, plan = card.checkpoint, card.plan
+    quantizer = Quantizer(card.calibration, settings.effort, settings.gating)
+    types = block_formats(checkpoint, plan, group_format(checkpoint, card.settings))
+    integers = {choice.weight for choice in plan.choices if choice.format == plan.preset}
+    found: Iterator[Result]
+    if card.rounded_on is None:
+        wanted = (weight for weight in checkpoint.weights if weight.name in integers)
+        found = (quantizer.pack(weight, types[weight.name]) for weight in wanted)
+    else:
+        ids, rounding = card.rounded_on.ids, Rounding.of(settings.effort, settings.coupled)
+        found = round_checkpoint(checkpoint, ids, types, quantizer.pack, rounding, settings.resources)
+    for packed, loss in progress(found, checkpoint):
+        if packed.weight.name in integers:
+            losses.append(replace(loss, format=plan.preset))
+            yield packed
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Rows for statistics, for Hessians and for the comparison; None where not needed."""
+
+    calibration: Rows | None
+    rounding: Rows | None
+    evaluation: Rows | None
+
+
+def _texts(checkpoint: Checkpoint, settings: Settings, calibrated: bool) -> _Texts:
+    """The rows that this conversion needs; `calibrated` says that statistics are there already."""
+    fast = settings.effort == "fast"
+    calib = None if fast and calibrated else _rows(checkpoint, settings, "calibration")
+    evaluation = _rows(checkpoint, settings, "evaluation") if settings.eval_tokens else None
+    return _Texts(calib, None if fast else calib, evaluation)
 
 
 def _rows(checkpoint: Checkpoint, settings: Settings, split: Split) -> Rows:
@@ -89,6 +131,16 @@ def _rows(checkpoint: Checkpoint, settings: Settings, split: Split) -> Rows:
     )
     bos = read_tokenizer(checkpoint.path).leading
     return token_rows(checkpoint, corpus.read(source, split), tokens, settings.seed, bos)
+
+
+def _compared(
+    checkpoint: Checkpoint, out: Path, layout: FolderSettings, rows: Rows, settings: Settings
+) -> Comparison:
+    """The checkpoint and the folder, decoded by the loader's decoder, scored on `rows`."""
+    decoder = folder.LAYOUTS[layout.layout].open(out).load
+    base, candidate = Version("checkpoint", load), Version(out.name, decoder)
+    (found,) = compare(checkpoint, base, [candidate], rows, settings.resources)
+    return found.comparison
 
 
 def _measured(found: Comparison) -> tuple[tuple[str, str], ...]:

@@ -227,22 +227,10 @@ def _ends(view: Scalar | Vector | None, blocks: Tensor) -> tuple[Tensor, Tensor]
 
 
 @cache
-def expected_error(name: str, group: int) -> float:
-    """Relative error ||w - q|| / ||w|| of a format on normal weights, rounded without statistics.
-
-    `group` is the group size of an INT format, 0 for others.
-    """
-    weights = torch.randn(64, max(1024, group), generator=torch.Generator().manual_seed(0)) * 0.02
-    if name not in INTEGERS:
-        decoded = formats.dequantize(
-            name, formats.quantize(name, weights, None, "fast", threads=1), threads=1
-        )
-    else:
-        from moequant.formats import groups
-
-        fmt = groups.GroupFormat(INTEGERS[name], group)
-        scales = groups.search(fmt, weights[None], None, "fast", threads=1)
-        decoded = groups.decode(fmt, groups.round_codes(fmt, weights[None], scales, threads=1), scales)[
-            0
-        ].float()
+def expected_error(name: str) -> float:
+    """Relative error ||w - q|| / ||w|| of a format on normal weights, rounded without statistics."""
+    fmt = formats.get(name)
+    n_in = max(1, 1024 // fmt.block) * fmt.block
+    weights = torch.randn(64, n_in, generator=torch.Generator().manual_seed(0)) * 0.02
+    decoded = formats.dequantize(fmt, formats.quantize(fmt, weights, None, "fast", threads=1), threads=1)
     return float((weights - decoded).norm() / weights.norm())

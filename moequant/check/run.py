@@ -192,13 +192,5 @@ def _expected(source: Source, baseline: Checkpoint, layer: int) -> float:
     total = 0.0
     for weight in weights:
         if weight.name in formats:
-            total += expected_of(formats[weight.name]) ** 2
+            total += expected_error(formats[weight.name].format) ** 2
     return float(max(total**0.5, 1e-3))
-
-
-def expected_of(entry: Entry) -> float:
-    """`damage.expected_error` of an entry, whose INT formats carry their group in the name."""
-    if not entry.format.startswith("INT"):
-        return expected_error(entry.format, 0)
-    bits, _, group = entry.format.partition("_")
-    return expected_error(bits, entry.shape[2] if group == "CHANNEL" else int(group[1:]))

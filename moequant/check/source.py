@@ -28,7 +28,8 @@ from moequant.values import Weight
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A quantized tensor: shape (E, out, in), E = 1 when dense; `stacked` when it has experts."""
+    """A quantized tensor: format as `formats.get` knows it, shape (E, out, in), E = 1 when dense; `stacked`
+    when it has experts."""
 
     name: str
     format: str
@@ -144,7 +145,12 @@ class FolderSource:
                 f"{path}: holds no quantized weight of {baseline.path}; is it the right baseline?"
             )
         self.entries = tuple(
-            Entry(weight.name, self._format.name, _three(weight.shape), len(weight.shape) == 3)
+            Entry(
+                weight.name,
+                self._format.of_rows(weight.n_in).name,
+                _three(weight.shape),
+                len(weight.shape) == 3,
+            )
             for weight in self._weights.values()
         )
 

@@ -48,7 +48,7 @@ def check_tensor(
         for e, agrees in enumerate(same)
         if not agrees
     ]
-    expected = expected_error(matrix.format, _group(matrix))
+    expected = expected_error(entry.format)
     rows = _rows(entry, against)
     name, figures = _products(matrix, product, rows, same, reference)
     damages += [
@@ -70,10 +70,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, any NaN equal to any other."""
     both = torch.isnan(a) & torch.isnan(b)
     return bool(((a.view(torch.int32) == b.view(torch.int32)) | both).all())
-
-
-def _group(matrix: Matrix) -> int:
-    return 0 if matrix.scales is None else matrix.shape[2] // matrix.scales.shape[2]
 
 
 def _rows(entry: Entry, against: Against | None) -> _Rows:

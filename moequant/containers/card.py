@@ -10,6 +10,7 @@ from pathlib import Path
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
 from moequant.containers.folder_plan import FolderSettings
+from moequant.corpus import Rows
 from moequant.values import Calibration, Plan
 
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*)$", re.MULTILINE)
@@ -17,12 +18,19 @@ _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*)$", re.
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What the card tells. `measured` are lines of (what, value), empty until somebody has measured."""
+    """What the card tells.
+
+    `rounded_on` is the text under whose Hessians weights were rounded, None for the plain search, `coupled`
+    whether layers correct those before them. `measured` are lines of (what, value), empty until somebody
+    has measured.
+    """
 
     checkpoint: Checkpoint
     plan: Plan
     settings: FolderSettings
     calibration: Calibration | None = None
+    rounded_on: Rows | None = None
+    coupled: bool = False
     measured: Sequence[tuple[str, str]] = ()
 
     def text(self) -> str:
@@ -65,7 +73,14 @@ class Card:
         )
 
     def _how(self) -> str:
-        made = f"## How it was made\n\nmoequant {__version__}, one scale search for every expert. "
+        made = f"## How it was made\n\nmoequant {__version__}. "
+        if self.rounded_on is not None:
+            towards = ", each layer towards undoing what the layers before it lost" if self.coupled else ""
+            return made + (
+                f"Every expert was rounded under the Hessian of its own inputs{towards}. Calibration: "
+                f"{self.rounded_on.tokens:,} tokens of: {self.rounded_on.source}.\n"
+            )
+        made += "One scale search for every expert, every weight to its nearest code. "
         if self.calibration is None:
             return made + "No calibration text: all input channels count the same.\n"
         return made + (

@@ -13,7 +13,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moequant import __version__
-from moequant.checkpoint import Checkpoint
-from moequant.containers import compressed_tensors, gptq, grouped, shards
+from moequant.checkpoint import Checkpoint, uninterleave
+from moequant.containers import compressed_tensors, gptq, shards
 from moequant.containers.card import Card
 from moequant.containers.folder_plan import FolderSettings, group_format, kept_linears, modules, stored_names
 from moequant.containers.folder_weights import FolderWeights
 from moequant.containers.gguf import Written
-from moequant.containers.grouped import Grouped
 from moequant.containers.shards import Entry, Shard, ShardWriter
 from moequant.errors import OutputError, VerifyError
 from moequant.formats import groups
 from moequant.formats.groups import GroupFormat
-from moequant.quantize import Quantizer
-from moequant.values import ExpertLoss, Plan, TensorRef, Weight
+from moequant.values import Packed, Plan, TensorRef, Weight
 
 RECORD = "moequant.json"
 """How the folder was made, and the CRC-32 of every tensor: `moequant check` names what changed."""
@@ -118,11 +116,11 @@ def atomic(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write(folder: Path, card: Card, packed: Iterable[Grouped]) -> Written:
+def write(folder: Path, card: Card, packed: Iterable[Packed]) -> Written:
     """Write the card's plan into the empty `folder`: weights, config, tokenizer, all side files, README.md.
 
-    `packed` must yield the plan's integer weights in the plan's order; each is written as it
-    comes and not kept. Raises OutputError when the disk refuses.
+    `packed` must yield the plan's integer weights, in their `block_formats` and the plan's order; each is
+    written as it comes and not kept. Raises OutputError when the disk refuses.
     """
     checkpoint, plan, settings = card.checkpoint, card.plan, card.settings
     fmt, layout = group_format(checkpoint, settings), LAYOUTS[settings.layout]
@@ -135,7 +133,7 @@ def write(folder: Path, card: Card, packed: Iterable[Grouped]) -> Written:
                 item = next(stream)
                 if item.weight.name != choice.weight:
                     raise VerifyError(f"{item.weight.name}: came where {choice.weight} was planned")
-                _put(writer, checkpoint, layout, item)
+                _put(writer, layout, fmt, item, modules(checkpoint.family, item.weight))
                 del item
                 continue
             name, ref = _kept(checkpoint, by_name[choice.weight])
@@ -200,12 +198,15 @@ def _kept(checkpoint: Checkpoint, weight: Weight) -> tuple[str, TensorRef]:
     return name, weight.sources[0].ref
 
 
-def _put(writer: ShardWriter, checkpoint: Checkpoint, layout: Layout, item: Grouped) -> None:
-    """All tensors of all experts of one weight."""
+def _put(writer: ShardWriter, layout: Layout, fmt: GroupFormat, item: Packed, names: Sequence[str]) -> None:
+    """All tensors of all experts of one weight, rows as transformers has them."""
     n_out, n_in = item.weight.shape[-2:]
-    for expert, module in enumerate(modules(checkpoint.family, item.weight)):
-        values = layout.tensors(item.format, item.codes[expert].cpu(), item.scales[expert].cpu())
-        for entry, tensor in zip(layout.entries(module, item.format, n_out, n_in), values, strict=True):
+    data = item.data.reshape(len(names), n_out, -1)
+    if item.weight.rope_heads:
+        data = uninterleave(data[0], item.weight.rope_heads)[None]
+    for module, rows in zip(names, data, strict=True):
+        values = layout.tensors(fmt, *groups.split(fmt, rows, n_in))
+        for entry, tensor in zip(layout.entries(module, fmt, n_out, n_in), values, strict=True):
             writer.put(entry.name, [_bytes(tensor)])
 
 
@@ -255,17 +256,3 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def convert_folder(
-    card: Card, out: Path, quantizer: Quantizer, losses: list[ExpertLoss], overwrite: bool = False
-) -> Written:
-    """The card's plan at `out`: checked before, quantized, written, read again, then renamed."""
-    size = folder_bytes(card.checkpoint, card.plan, card.settings)
-    check_target(out, size, overwrite, card.checkpoint.path)
-    fmt = group_format(card.checkpoint, card.settings)
-    with atomic(out) as partial:
-        packed = grouped.pack_all(card.checkpoint, card.plan, fmt, quantizer, losses)
-        written = write(partial, card, packed)
-        verify(written, card.checkpoint, card.plan, card.settings)
-    return replace(written, path=out)

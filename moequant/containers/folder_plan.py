@@ -74,6 +74,17 @@ def group_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
     return Plan(fmt.name, tuple(choices), sum(choice.bytes for choice in choices))
 
 
+def block_formats(checkpoint: Checkpoint, plan: Plan, fmt: GroupFormat) -> dict[str, str]:
+    """What `formats.get` calls the format of every weight: what rounding packs it in."""
+    rows = {weight.name: weight.n_in for weight in checkpoint.weights}
+    return {
+        choice.weight: fmt.of_rows(rows[choice.weight]).name
+        if choice.format == plan.preset
+        else choice.format
+        for choice in plan.choices
+    }
+
+
 def stored_rule(family: Family, weight: Weight) -> Rule:
     """The table entry that a weight came from."""
     for rule in family.rules:

@@ -1,4 +1,4 @@
-"""Number formats: every ggml weight type, packed and unpacked in torch."""
+"""Number formats: every ggml weight type and groups of integers, packed and unpacked in torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from moequant.errors import FormatError
 from moequant.formats import (
     engine,
     fp4,
+    groups,
     iq1,
     iq2,
     iq3,
@@ -56,11 +57,11 @@ FORMATS: dict[str, Format] = {
 
 
 def get(name: str) -> Format:
-    """The format of that ggml name; FormatError lists the names that exist."""
-    try:
-        return FORMATS[name]
-    except KeyError:
-        raise FormatError(f"no format is called {name!r}; known are {', '.join(FORMATS)}") from None
+    """The format of that ggml name, or of one like INT4_G128_BF16; FormatError lists the names that exist."""
+    found = FORMATS.get(name) or groups.named(name)
+    if found is None:
+        raise FormatError(f"no format is called {name!r}; known are {', '.join(FORMATS)}")
+    return found
 
 
 def quantize(

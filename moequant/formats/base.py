@@ -17,6 +17,9 @@ from moequant.formats.parts import Scalar, Vector
 
 Effort = Literal["fast", "default", "best"]
 
+NO_GGML_TYPE = -1
+"""The `ggml_type` of formats that GGUF files do not have."""
+
 Encode = Callable[[Tensor, Tensor, Effort], Tensor]
 """(x f32 [n, block], w f32 [n, block] > 0, effort) -> uint8 [n, block_bytes], minimising sum(w * (x - q)**2).
 
@@ -29,7 +32,7 @@ Decode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One ggml weight type.
+    """One weight type: ggml's, or groups of integers (`groups.py`, whose `ggml_type` is NO_GGML_TYPE).
 
     `block` weights in a row share `block_bytes` bytes. `magnitude` is the exponent p of
     the factor (c·mean(x²) + x²)^(p/2) that multiplies the importance when scales and

@@ -1,10 +1,8 @@
 """int4 and int8 in groups, as safetensors folders hold them: weight = code · scale, symmetric.
 
-A scale serves `group` weights of a row (or the whole row) and is stored in 16 bits. The three
-steps are separate, so that a rounding with feedback can take the place of the second:
-
-    search(fmt, weights, importance) -> scales      round_codes(fmt, weights, scales) -> codes
-    pack(codes, bits) -> int32
+A scale serves `group` weights of a row (or the whole row) and is stored in 16 bits. `of_rows` is the
+same as a block format, so that one search, one rounding and one reader serve these as they serve
+ggml's types: a block is a group, its scale first. `split` and `pack` make of it what files hold.
 
 The search puts the largest weight of a group at several places of the code range, solves the
 scale in closed form for the codes that follow, rounds it to what will be stored, and keeps the
@@ -13,10 +11,7 @@ scale with the least importance-weighted squared error.
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,16 +19,22 @@ import torch
 from torch import Tensor
 
 from moequant.errors import FormatError
-from moequant.formats.base import Effort
-from moequant.formats.kernel import TILE, kernel
+from moequant.formats.base import NO_GGML_TYPE, Effort, Format
+from moequant.formats.kernel import kernel
 from moequant.formats.layout import better, inverse
+from moequant.formats.parts import Parts, Scalar, count_up
 
 GROUPS = (32, 64, 128, -1)
 """Group sizes that loaders have kernels for; -1 is one scale a row."""
 
 BITS = (4, 8)
 
-log = logging.getLogger(__name__)
+_SCALES = {
+    "BF16": (torch.bfloat16,),
+    "F16": (torch.float16,),
+    "BF16_F16": (torch.bfloat16, torch.float16),
+}
+_NAME = re.compile(r"INT(4|8)_G([1-9]\d*)_(" + "|".join(_SCALES) + ")")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,20 @@ class GroupFormat:
             scale = torch.where(near.abs() < tiny.abs(), tiny, near)
         return scale
 
+    def of_rows(self, n_in: int) -> Format:
+        """The block format of rows of `n_in`; `formats.get` knows it by its name, INT4_G128_BF16."""
+        self.groups(n_in)
+        return _block_format(GroupFormat(self.bits, self.size(n_in), self.scale_dtypes))
+
+
+def named(name: str) -> Format | None:
+    """The block format of that name, None when it is no name of one."""
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return None
+    bits, group, scales = found.groups()
+    return _block_format(GroupFormat(int(bits), int(group), _SCALES[scales]))
+
 
 # Where in the codes, before rounding, the weight of largest size lands, most useful first: chosen one by one
 # for the least mean error of experts of a trained model, normal and heavy-tailed weights, all group sizes.
@@ -104,113 +119,91 @@ _TRIED: dict[Effort, int] = {"fast": 4, "default": 12, "best": 16}
 """How many of them each effort tries."""
 
 
-def search(
-    fmt: GroupFormat,
-    weights: Tensor,
-    importance: Tensor | None = None,
-    effort: Effort = "default",
-    *,
-    threads: int | None = None,
-) -> Tensor:
-    """Scales of weights [E, out, in] in `fmt.scale_dtype` [E, out, in / group], minimising sum w · (x - q)².
+@cache
+def _block_format(fmt: GroupFormat) -> Format:
+    """Blocks of `fmt.group` weights: the scale's two bytes, then the codes as `pack` has them."""
+    group, dtype = fmt.group, fmt.scale_dtype
 
-    importance [E, in], finite and above 0, is shared by the rows; None means all equal. FormatError
-    names the first weight that is not finite or too large.
-    """
-    experts, rows, n_in = weights.shape
-    shape = (rows, fmt.groups(n_in), fmt.size(n_in))
-    if importance is not None and importance.shape != (experts, n_in):
-        raise FormatError(
-            f"importance of weights {list(weights.shape)} must be {[experts, n_in]}, not "
-            f"{list(importance.shape)}"
-        )
-    device = weights.device
-    landings = _landings(fmt, effort, device)
-    tiles = max(1, rows * n_in // TILE[device.type])
-    step = -(-rows // tiles)
-    if rows * n_in < TILE[device.type] or not _compiles(fmt, (step, *shape[1:]), effort, device.type):
-        step = max(1, TILE[device.type] // 4 // n_in)
-    scales = torch.empty((experts, *shape[:2]), dtype=fmt.scale_dtype, device=device)
+    def pack_block(parts: Parts) -> Tensor:
+        scale = parts.d.to(dtype).flatten().contiguous().view(-1, 1).view(torch.uint8)
+        return torch.cat([scale, _pack_bytes(parts.codes, fmt.bits)], 1)
 
-    def work(expert: int, first: int) -> None:
-        x = weights[expert, first : first + step].to(torch.float32)
-        _check(fmt, x, expert, first)
-        count = len(x)
-        if count < step and first:  # compiled kernels are for one size
-            x = torch.cat([x, x.new_zeros((step - count, n_in))])
-        w = x.new_ones(n_in) if importance is None else _weights(importance[expert], device)
-        found = _search(x.view(-1, *shape[1:]), w.view(shape[1:]), landings, fmt)
-        scales[expert, first : first + count] = found[:count].to(fmt.scale_dtype)
+    def unpack_block(blocks: Tensor) -> Parts:
+        codes, scale = _unpack_bytes(blocks[:, 2:], fmt.bits, group), blocks[:, :2].clone().view(dtype)
+        return Parts(codes, torch.zeros_like(codes[:, :1]), codes[:, :0], scale, scale[:, :0])
 
-    _each(work, [(e, r) for e in range(experts) for r in range(0, rows, step)], threads, device)
-    return scales
+    def encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
+        landings = torch.tensor(_LANDINGS[fmt.bits][: _TRIED[effort]], device=x.device)
+        scale = _search(x, w, landings, fmt)[:, None]
+        codes = torch.where(scale != 0, x / scale, 0.0).round_().clamp_(fmt.low, fmt.high) - fmt.low
+        none = scale[:, :0]
+        return pack_block(Parts(codes.to(torch.uint8), scale, none, scale, none))
+
+    def decode_block(blocks: Tensor) -> Tensor:
+        codes, scales = split(fmt, blocks, group)
+        return decode(fmt, codes, scales).float()
+
+    view = Scalar(
+        sub=group,
+        levels=count_up(fmt.low, fmt.high),
+        unpack=unpack_block,
+        pack=pack_block,
+        codes=range(1 << fmt.bits),
+        storable=fmt.storable,
+    )
+    scales = next(name for name, dtypes in _SCALES.items() if dtypes == fmt.scale_dtypes)
+    limit = min(torch.finfo(dtype).max * fmt.high, torch.finfo(torch.float32).max)
+    size = dtype.itemsize + -(-group * fmt.bits // 8)
+    return Format(
+        f"{fmt.name}_{scales}", NO_GGML_TYPE, group, size, encode, decode_block, limit=limit, view=view
+    )
 
 
-def round_codes(fmt: GroupFormat, weights: Tensor, scales: Tensor, *, threads: int | None = None) -> Tensor:
-    """The nearest code of each weight under its scale: [E, out, in], [E, out, groups] -> i8 [E, out, in]."""
-    experts, rows, n_in = weights.shape
-    codes = torch.empty(weights.shape, dtype=torch.int8, device=weights.device)
-    step = max(1, TILE[weights.device.type] // n_in)
-
-    def work(expert: int, first: int) -> None:
-        x = _by_group(weights[expert, first : first + step].to(torch.float32), fmt)
-        s = scales[expert, first : first + step].to(torch.float32)[..., None]
-        nearest = torch.where(s != 0, x / s, 0.0).round_().clamp_(fmt.low, fmt.high)
-        codes[expert, first : first + step] = nearest.flatten(-2)
-
-    _each(work, [(e, r) for e in range(experts) for r in range(0, rows, step)], threads, weights.device)
-    return codes
+def split(fmt: GroupFormat, data: Tensor, n_in: int) -> tuple[Tensor, Tensor]:
+    """u8 [..., row_bytes] of `fmt.of_rows(n_in)` -> codes i8 [..., n_in], scales [..., groups]."""
+    blocks = data.reshape(*data.shape[:-1], fmt.groups(n_in), -1)
+    scales = blocks[..., :2].contiguous().view(fmt.scale_dtype)[..., 0]
+    codes = _unpack_bytes(blocks[..., 2:], fmt.bits, fmt.size(n_in)).flatten(-2)
+    return (codes.to(torch.int16) + fmt.low).to(torch.int8), scales
 
 
 def decode(fmt: GroupFormat, codes: Tensor, scales: Tensor) -> Tensor:
     """code · scale in the scale's own precision, as compressed-tensors computes it: [..., in]."""
-    return (_by_group(codes.to(scales.dtype), fmt) * scales[..., None]).flatten(-2)
-
-
-def _by_group(x: Tensor, fmt: GroupFormat) -> Tensor:
-    """[..., in] -> [..., groups, group]."""
-    return x.reshape(*x.shape[:-1], -1, fmt.size(x.shape[-1]))
+    by_group = codes.to(scales.dtype).reshape(*scales.shape, fmt.size(codes.shape[-1]))
+    return (by_group * scales[..., None]).flatten(-2)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """i8 [..., in] -> i32 [..., ceil(in · bits / 32)]: code + 2^(bits-1), lowest bits first, rest 0."""
     unsigned = (codes.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
     unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[-1] % (32 // bits)))
-    if bits == 4:
-        unsigned = unsigned[..., 0::2] | unsigned[..., 1::2] << 4
-    return unsigned.contiguous().view(torch.int32)
+    return _pack_bytes(unsigned, bits).contiguous().view(torch.int32)
 
 
 def unpack(packed: Tensor, bits: int, n_in: int) -> Tensor:
     """i32 [..., words] -> i8 [..., n_in]; the inverse of `pack`."""
-    unsigned = packed.contiguous().view(torch.uint8)
-    if bits == 4:
-        unsigned = torch.stack([unsigned & 15, unsigned >> 4], -1).flatten(-2)
-    return (unsigned[..., :n_in].to(torch.int16) - (1 << bits - 1)).to(torch.int8)
+    unsigned = _unpack_bytes(packed.contiguous().view(torch.uint8), bits, n_in)
+    return (unsigned.to(torch.int16) - (1 << bits - 1)).to(torch.int8)
 
 
-def relative_error(
-    fmt: GroupFormat, weights: Tensor, codes: Tensor, scales: Tensor, importance: Tensor | None
-) -> Tensor:
-    """Importance-weighted squared error over weighted square of each expert: f64 [E]."""
-    error = torch.zeros(len(weights), dtype=torch.float64)
-    total = torch.zeros_like(error)
-    step = max(1, 4 * TILE["cpu"] // weights.shape[-1])
-    for expert, matrix in enumerate(weights):
-        w = None if importance is None else importance[expert].double().cpu()
-        for first in range(0, len(matrix), step):
-            rows = slice(first, first + step)
-            exact = matrix[rows].float()
-            off = (exact - decode(fmt, codes[expert, rows], scales[expert, rows]).float()).square()
-            columns = torch.stack([off.sum(0), exact.square().sum(0)]).double().cpu()
-            error[expert] += (columns[0] if w is None else columns[0] * w).sum()
-            total[expert] += (columns[1] if w is None else columns[1] * w).sum()
-    return error / total.clamp(min=torch.finfo(torch.float64).tiny)
+def _pack_bytes(unsigned: Tensor, bits: int) -> Tensor:
+    """u8 [..., n] of `bits` bits -> u8 [..., ceil(n · bits / 8)], lowest bits first."""
+    if bits == 8:
+        return unsigned
+    even = torch.nn.functional.pad(unsigned, (0, unsigned.shape[-1] % 2))
+    return even[..., 0::2] | even[..., 1::2] << 4
+
+
+def _unpack_bytes(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of `_pack_bytes`: u8 [..., n]."""
+    if bits == 8:
+        return packed[..., :n]
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :n]
 
 
 @kernel
 def _search(x: Tensor, w: Tensor, landings: Tensor, fmt: GroupFormat) -> Tensor:
-    """Best storable scale of each group: x [rows, groups, group], w [groups, group] -> f32 [rows, groups]."""
+    """The best storable scale of each group: x, w [n, group] -> f32 [n]."""
     low, high = x.amin(-1), x.amax(-1)
     by = inverse(torch.where(high > -low, high, low))
     fit: tuple[Tensor, ...] = (torch.zeros_like(by), torch.zeros_like(by))
@@ -226,62 +219,3 @@ def _solve(x: Tensor, w: Tensor, by: Tensor, fmt: GroupFormat) -> tuple[Tensor, 
     b, p = (wc * x).sum(-1), (wc * codes).sum(-1)
     s = fmt.storable(b * inverse(p))
     return s * (s * p - 2 * b), s
-
-
-def _landings(fmt: GroupFormat, effort: Effort, device: torch.device) -> Tensor:
-    return torch.tensor(_LANDINGS[fmt.bits][: _TRIED[effort]], device=device)
-
-
-def _weights(importance: Tensor, device: torch.device) -> Tensor:
-    """f32 [in] with mean 1: sums over thousands of rows stay in range."""
-    w = importance.to(device, torch.float64)
-    return (w / w.mean()).to(torch.float32)
-
-
-def _check(fmt: GroupFormat, x: Tensor, expert: int, first: int) -> None:
-    """FormatError naming the first weight of x [rows, in] that is NaN, infinite or beyond any scale."""
-    limit = torch.finfo(fmt.scale_dtype).max * fmt.high
-    low, high = torch.aminmax(x)
-    if bool((low >= -limit) & (high <= limit) & torch.isfinite(low) & torch.isfinite(high)):
-        return
-    row, column = (~(x.abs() <= min(limit, torch.finfo(torch.float32).max))).nonzero()[0].tolist()
-    raise FormatError(
-        f"{fmt.name} cannot hold weight {float(x[row, column]):g} at expert {expert}, row {first + row}, "
-        f"column {column}: weights must be finite and within ±{limit:g}; is the checkpoint damaged?"
-    )
-
-
-def _each(
-    work: Callable[[int, int], None],
-    tiles: list[tuple[int, int]],
-    threads: int | None,
-    device: torch.device,
-) -> None:
-    """work(expert, first row) of every tile; threads run single-threaded kernels, as in `engine`."""
-    if threads is None:
-        threads = os.cpu_count() or 1 if device.type == "cpu" else 1
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        jobs = [pool.submit(work, expert, first) for expert, first in tiles]
-        try:
-            for job in jobs:
-                job.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@cache
-def _compiles(fmt: GroupFormat, shape: tuple[int, int, int], effort: Effort, device_type: str) -> bool:
-    """Compile the search for tiles of that shape; False, with a warning, where that fails."""
-    from torch._dynamo import config  # slow to import, and needed by large tensors only
-
-    device = torch.device(device_type)
-    ones = torch.ones(shape, device=device)
-    landings = _landings(fmt, effort, device)
-    try:
-        with config.patch(recompile_limit=64), ThreadPoolExecutor(1) as pool:
-            pool.submit(_search, ones, ones[0], landings, fmt).result()
-    except (ImportError, RuntimeError) as error:  # no compiler, no Python headers, no triton
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        log.warning("%s: kernels do not compile here and run slower: %s", fmt.name, reason[0])
-        return False
-    return True

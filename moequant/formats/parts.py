@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moequant.formats.layout import half
+
 if TYPE_CHECKING:
     from moequant.formats.grids import Layout
 
@@ -24,7 +26,8 @@ class Parts:
     """The fields of n blocks of a `Scalar` format.
 
     codes u8 [n, block], scale u8 [n, sub-blocks]; minimum u8 [n, sub-blocks] or [n, 0];
-    d f16 [n, 1]; dmin f16 [n, 1] or [n, 0]. Codes are as stored: indices into the format's tables.
+    d f16 [n, 1] (groups of integers: their scales' type); dmin f16 [n, 1] or [n, 0]. Codes are as stored:
+    indices into the format's tables. `pack` takes d and dmin in f32 as well, and rounds them.
     """
 
     codes: Tensor
@@ -40,7 +43,8 @@ class Scalar:
 
     A table of one entry belongs to a field that is not stored, and with `stores_d` False neither is d,
     which is 1. `minima` is empty where there is no minimum. `codes` and `scale_codes` are what an encoder
-    may write (some codes mean something only to a decoder); scales ascend over `scale_codes`.
+    may write (some codes mean something only to a decoder); scales ascend over `scale_codes`. `storable`
+    rounds d and dmin, f32, to what a block can hold.
     """
 
     sub: int
@@ -52,6 +56,7 @@ class Scalar:
     scale_codes: range = range(1)
     minima: tuple[float, ...] = ()
     stores_d: bool = True
+    storable: Callable[[Tensor], Tensor] = half
 
     def decode(self, packed: Tensor) -> Tensor:
         """uint8 [n, block_bytes] -> f32 [n, block]."""

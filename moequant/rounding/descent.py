@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moequant.formats.codebook import inverse
-from moequant.formats.layout import half
 from moequant.formats.parts import look_up
 from moequant.rounding.columns import CHUNK
 from moequant.rounding.lattice import Fields, Lattice
@@ -95,11 +94,11 @@ def _best_minima(
 
 
 def solve_steps(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tensor) -> None:
-    """d and dmin [E, 1, R] of least error, as f16 holds them, where that lowers it; `gradient` follows."""
+    """d and dmin [E, 1, R] of least error, as blocks hold them, where that lowers it; `gradient` follows."""
     unit = lattice.scaled(look_up(lattice.scales, block.scale), block.level)
     h_unit = hessian @ unit
     uu, ug = (unit * h_unit).sum(1, keepdim=True), (unit * gradient).sum(1, keepdim=True)
-    alone = half(block.d + ug * inverse(uu)) - block.d
+    alone = lattice.storable(block.d + ug * inverse(uu)) - block.d
     best = alone * (alone * uu - 2 * ug)
     grown = torch.where(best < 0, alone, 0.0)
     if lattice.minima:
@@ -108,8 +107,8 @@ def solve_steps(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tens
         uv, vg, vv = ((low * x.view(by_sub).sum(2)).sum(1, keepdim=True) for x in (h_unit, gradient, h_low))
         det = uu * vv - uv * uv
         by = torch.where(det > 1e-6 * uu * vv, 1 / det, 0.0)
-        both = half(block.d + (ug * vv - vg * uv) * by) - block.d
-        lift = half(block.dmin + (ug * uv - vg * uu) * by) - block.dmin
+        both = lattice.storable(block.d + (ug * vv - vg * uv) * by) - block.d
+        lift = lattice.storable(block.dmin + (ug * uv - vg * uu) * by) - block.dmin
         change = both * (both * uu - 2 * ug - 2 * lift * uv) + lift * (lift * vv + 2 * vg)
         won = change < best.clamp_max(0)
         grown, lift = torch.where(won, both, grown), torch.where(won, lift, 0.0)
@@ -128,7 +127,7 @@ def move_levels(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tens
     for first in range(0, step.shape[1], CHUNK):
         chunk = slice(first, first + CHUNK)
         pull, across = _follow(gradient, hessian, moved, chunk), hessian[:, chunk, chunk]
-        for k in range(CHUNK):
+        for k in range(pull.shape[1]):
             level = block.level[:, first + k]
             near = lattice.snap(torch.addcmul(level, pull[:, k], by[:, first + k]))
             change = torch.mul(near - level, step[:, first + k], out=moved[:, first + k])

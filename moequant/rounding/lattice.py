@@ -20,6 +20,7 @@ from torch import Tensor
 from moequant.errors import FormatError
 from moequant.formats import Format
 from moequant.formats.grids import Layout, join_signs
+from moequant.formats.layout import half
 from moequant.formats.parts import Parts, Scalar, Vector, VectorParts, count_up, look_up
 from moequant.rounding.vectors import DOWN, EIGHT
 
@@ -29,8 +30,8 @@ class Fields:
     """What `columns` of some rows are made of. Updated in place as rounding proceeds.
 
     level f32 [E, columns, R]; scale and minimum f32 [E, columns / sub, R], integer codes; d and dmin
-    f32 [E, columns / block, R], exact in f16; row i32 [E, columns / grid.group, R] of a grid (plus
-    `vectors.DOWN`). Where a format has no such field there is no column of it.
+    f32 [E, columns / block, R], exact as the format stores them; row i32 [E, columns / grid.group, R] of a
+    grid (plus `vectors.DOWN`). Where a format has no such field there is no column of it.
     """
 
     level: Tensor
@@ -126,6 +127,11 @@ class Lattice:
         """Whether the levels are all integers between the first and the last."""
         return self.levels == count_up(int(self.levels[0]), int(self.levels[-1]))
 
+    def storable(self, d: Tensor) -> Tensor:
+        """d or dmin, f32, as a block can hold it."""
+        view = self.fmt.view
+        return view.storable(d) if isinstance(view, Scalar) else half(d)
+
     def snap(self, t: Tensor) -> Tensor:
         """The level nearest to t; `t` may be overwritten. Scalar formats only."""
         low, high = self.levels[0], self.levels[-1]
@@ -172,16 +178,16 @@ class Lattice:
             whole = x.transpose(1, 2).to(dtype)
             return whole.reshape(experts * n * (columns // self.block), -1)
 
-        half, view = torch.float16, self.fmt.view
+        exact, view = torch.float32, self.fmt.view
         if isinstance(view, Vector):
             row, level = blocks(f.row, torch.int32), blocks(f.level, torch.float32)
             signs = join_signs(level[:, :0] if self.layout.signed else level)
             down = (row >> 16).to(torch.uint8)
-            vector = VectorParts(row & 0xFFF, signs, down, blocks(f.scale), blocks(f.d, half))
+            vector = VectorParts(row & 0xFFF, signs, down, blocks(f.scale), blocks(f.d, exact))
             return view.pack(vector).view(experts, n, -1)
         code = _code_of(self._scalar.levels, self._scalar.codes, f.level)
         parts = Parts(
-            blocks(code), blocks(f.scale), blocks(f.minimum), blocks(f.d, half), blocks(f.dmin, half)
+            blocks(code), blocks(f.scale), blocks(f.minimum), blocks(f.d, exact), blocks(f.dmin, exact)
         )
         return self._scalar.pack(parts).view(experts, n, -1)
 

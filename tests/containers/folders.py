@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,47 @@ from torch import Tensor
 
 from moequant.checkpoint import open_checkpoint
 from moequant.containers import compressed_tensors
+from moequant.containers import folder as container
 from moequant.containers.card import Card
-from moequant.containers.folder import convert_folder
 from moequant.containers.folder_plan import FolderSettings, group_plan
 from moequant.containers.folder_weights import FolderWeights
+from moequant.conversion import Settings
+from moequant.conversion_folder import pack_all
 from moequant.formats import groups
 from moequant.formats.groups import GroupFormat
-from moequant.quantize import Quantizer
-from moequant.values import ExpertLoss
+from moequant.values import Calibration, ExpertLoss
+
+FAST = Settings()
+"""A card without text for Hessians is rounded by the plain search, at the effort of these."""
+
+
+def convert(card: Card, out: Path, settings: Settings = FAST, overwrite: bool = False) -> list[ExpertLoss]:
+    """The card's plan at `out` as `conversion_folder` makes it: by the plain search, where it has no text."""
+    container.check_target(
+        out,
+        container.folder_bytes(card.checkpoint, card.plan, card.settings),
+        overwrite,
+        card.checkpoint.path,
+    )
+    losses: list[ExpertLoss] = []
+    with container.atomic(out) as partial:
+        written = container.write(partial, card, pack_all(card, settings, losses))
+        container.verify(written, card.checkpoint, card.plan, card.settings)
+    return losses
+
+
+def card_of(model: Path, **settings: Any) -> Card:
+    """What a folder of `model` will be."""
+    checkpoint, chosen = open_checkpoint(model), FolderSettings(**settings)
+    return Card(checkpoint, group_plan(checkpoint, chosen), chosen)
 
 
 def quantized(
-    model: Path, out: Path, quantizer: Quantizer | None = None, **settings: Any
+    model: Path, out: Path, calibration: Calibration | None = None, **settings: Any
 ) -> tuple[Card, list[ExpertLoss]]:
-    """Convert `model` into the folder `out`."""
-    checkpoint, chosen = open_checkpoint(model), FolderSettings(**settings)
-    card = Card(checkpoint, group_plan(checkpoint, chosen), chosen)
-    losses: list[ExpertLoss] = []
-    convert_folder(card, out, quantizer or Quantizer(None), losses)
-    return card, losses
+    """Convert `model` into the folder `out` by the plain search."""
+    card = replace(card_of(model, **settings), calibration=calibration)
+    return card, convert(card, out)
 
 
 def own_decoder(folder: Path) -> FolderWeights:

@@ -140,7 +140,7 @@ def test_calibrated_importance_decides_what_is_kept_best(tiny, tmp_path: Path) -
     checkpoint = open_checkpoint(tiny("mixtral"))
     rows = torch.randint(1, models.VOCAB, (4, 256), generator=torch.Generator().manual_seed(1))
     calibration = calibrate(checkpoint, Rows(rows, ("random",) * 4, "random tokens", 1024))
-    aware = quantized(tiny("mixtral"), tmp_path / "aware", Quantizer(calibration))[1]
+    aware = quantized(tiny("mixtral"), tmp_path / "aware", calibration)[1]
     blind_card, _ = quantized(tiny("mixtral"), tmp_path / "blind")
     reader = compressed_tensors.open_folder(tmp_path / "blind")
     quantizer = Quantizer(calibration)

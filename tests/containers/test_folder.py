@@ -16,24 +16,11 @@ from safetensors import safe_open
 
 from moequant.checkpoint import open_checkpoint
 from moequant.containers import folder as container
-from moequant.containers import grouped
-from moequant.containers.card import Card
-from moequant.containers.folder import convert_folder
-from moequant.containers.folder_plan import FolderSettings, group_format, group_plan
 from moequant.containers.shards import INDEX, Entry, ShardWriter, cut
+from moequant.conversion_folder import pack_all
 from moequant.errors import CheckpointError, OutputError, PlanError, VerifyError
-from moequant.quantize import Quantizer
 from tests import models
-from tests.containers.folders import own_decoder, quantized
-
-
-def card_of(model: Path, **settings: object) -> Card:
-    checkpoint, chosen = open_checkpoint(model), FolderSettings(**settings)
-    return Card(checkpoint, group_plan(checkpoint, chosen), chosen)
-
-
-def convert(card: Card, out: Path, **kwargs: bool) -> None:
-    convert_folder(card, out, Quantizer(None), [], **kwargs)
+from tests.containers.folders import FAST, card_of, convert, own_decoder, quantized
 
 
 def leftovers(parent: Path) -> list[str]:
@@ -196,10 +183,7 @@ def test_verify_names_the_tensor_that_changed(tiny, tmp_path: Path, suffix: str)
     card = card_of(tiny("olmoe"))
     name = f"model.layers.1.mlp.experts.6.down_proj.{suffix}"
     (tmp_path / "out").mkdir()
-    packed = grouped.pack_all(
-        card.checkpoint, card.plan, group_format(card.checkpoint, card.settings), Quantizer(None), []
-    )
-    written = container.write(tmp_path / "out", card, packed)
+    written = container.write(tmp_path / "out", card, pack_all(card, FAST, []))
     assert container.verify(written, card.checkpoint, card.plan, card.settings) == 6 * 256 * 256
     header = (tmp_path / "out" / "model.safetensors").read_bytes()
     length = int.from_bytes(header[:8], "little")
