@@ -24,6 +24,7 @@ from moequant.formats import Effort, Format
 from moequant.rounding.feedback import Options, Rounded, outputs_lost, round_to_hessian
 from moequant.rounding.fisher import Fishers, gather
 from moequant.rounding.paired import WRITES, Capture, Grams, Pair, Seen
+from moequant.rounding.recall import Kept
 from moequant.rounding.shrinkage import Trial, shrink
 from moequant.rounding.target import Coupling
 from moequant.rounding.twosided import even_fisher
@@ -49,14 +50,15 @@ class Rounding:
     """How weights are rounded.
 
     `coupling` None keeps targets as they are; `trial` chooses how Hessians are shrunk; `gram_bytes` bounds
-    the Grams. The gradients of the first `fisher_tokens` say which outputs the loss feels (`fisher`); 0 does
-    without.
+    the Grams, `kept_bytes` what spares a second computation of attention (`recall`). The gradients of the
+    first `fisher_tokens` say which outputs the loss feels (`fisher`); 0 does without.
     """
 
     coupling: Coupling | None = field(default_factory=Coupling)
     options: Options = field(default_factory=Options)
     trial: Trial = field(default_factory=Trial)
     gram_bytes: int = 4 << 30
+    kept_bytes: int = 1 << 30
     fisher_tokens: int = 0
 
     @classmethod
@@ -85,11 +87,13 @@ class Streams:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer while it is rounded: its number, a copy with the original weights, the norm in its middle."""
+    """A layer while it is rounded: its number, a copy with the original weights, the norm in its middle,
+    and what its attention makes of every batch."""
 
     index: int
     original: nn.Module
     middle: str
+    kept: Kept
 
     def part(self, name: str) -> nn.Module:
         """The original module of that name in the model."""
@@ -151,7 +155,8 @@ class Coupled:
         copies = [copy.deepcopy(layer) for layer in stream.skeleton.layers]  # empty: on the meta device
         for index in stream.layers():
             share(stream.skeleton.layers[index], copies[index])
-            yield from self._layer(Layer(index, copies[index], self._middle(index)), streams)
+            layer = Layer(index, copies[index], self._middle(index), Kept(self._attention_output(index)))
+            yield from self._layer(layer, streams)
             copies[index] = nn.Identity()
         for weight in outside:
             if weight.role is Role.OUTPUT:
@@ -186,6 +191,14 @@ class Coupled:
         norms = [w for w in self.stream.weights(index) if w.name == f"blk.{index}.ffn_norm.weight"]
         return norms[0].param.removesuffix(".weight") if norms else ""
 
+    def _attention_output(self, index: int) -> str:
+        """The module in the layer that ends its attention, "" when there is no room to keep its inputs."""
+        ends = [weight for weight in self.stream.weights(index) if weight.role is Role.ATTN_OUT]
+        tokens = sum(batch.numel() for batch in self.stream.batches)
+        if not ends or 2 * 4 * tokens * ends[0].n_in > self.rounding.kept_bytes:
+            return ""
+        return ends[0].param.split(f"layers.{index}.", 1)[1].removesuffix(".weight")
+
     def _layer(self, layer: Layer, streams: Streams) -> list[Result]:
         weights = self.stream.weights(layer.index)
         done: dict[str, Result] = {}
@@ -196,11 +209,12 @@ class Coupled:
                 done |= {weight.name: self.plain(weight, self.formats[weight.name]) for weight in group}
             else:
                 groups.append(group)
-        with reporting(layer, self.stream.model):
+        layers = layer.original, self.stream.skeleton.layers[layer.index]
+        with reporting(layer, self.stream.model), layer.kept.used_by(*layers):
             for group in groups:
                 done |= self._group(layer, group, streams)
                 self._replace([done[weight.name][0] for weight in group])
-        self._leave(layer, streams)
+            self._leave(layer, streams)
         return [done[weight.name] for weight in weights]
 
     def _replace(self, packed: list[Packed]) -> None:
@@ -216,8 +230,12 @@ class Coupled:
         index = layer.index
 
         def work(batch: int) -> None:
-            for hidden, module in ((streams.exact, layer.original), (streams.rounded, None)):
-                out = self.stream.run(index, batch, hidden, None, module)
+            exact, rounded = layer.kept.recorders(batch)
+            for hidden, told, module in (
+                (streams.exact, exact, layer.original),
+                (streams.rounded, rounded, None),
+            ):
+                out = self.stream.run(index, batch, hidden, told, module)
                 assert out is not None  # nobody stops it
                 hidden.put(index + 1, batch, out)
 
@@ -252,10 +270,14 @@ class Coupled:
 
         def work(batch: int) -> Pair:
             exact, rounded = (Capture(wanted, layer.middle, inner) for inner in (False, True))
-            self.stream.run(layer.index, batch, streams.exact, exact, layer.original)
-            self.stream.run(layer.index, batch, streams.rounded, rounded)
+            told = layer.kept.recorders(batch, exact, rounded)
+            self.stream.run(layer.index, batch, streams.exact, told[0], layer.original)
+            self.stream.run(layer.index, batch, streams.rounded, told[1])
             residual = None
             if weight.role is Role.ATTN_OUT:
+                assert exact.inputs is not None and rounded.inputs is not None
+                shape = (*self.stream.batches[batch].shape, -1)
+                layer.kept.keep(batch, exact.inputs.view(shape), rounded.inputs.view(shape))
                 before = [each.get(layer.index, batch) for each in (streams.exact, streams.rounded)]
                 residual = (before[0] - before[1]).flatten(0, -2).to(self.stream.resources.device)
             elif weight.role in WRITES and exact.residual is not None and rounded.residual is not None:

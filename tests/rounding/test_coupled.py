@@ -18,6 +18,7 @@ from moequant.quantize import Quantizer
 from moequant.rounding.coupled import Coupled, Layer, Rounding, Streams, decoded, joined
 from moequant.rounding.fisher import gather
 from moequant.rounding.paired import Grams
+from moequant.rounding.recall import Kept
 from moequant.rounding.target import Coupling
 from moequant.routing.calibrate import calibrate
 from moequant.routing.experts import EXPERTS
@@ -83,7 +84,7 @@ def test_grams_are_the_sums_that_the_definition_says(tiny, tmp_path: Path) -> No
         stream.embed(streams.exact)
         stream.embed(streams.rounded)
         for number in stream.layers():
-            layer = Layer(number, stream.skeleton.layers[number], "")
+            layer = Layer(number, stream.skeleton.layers[number], "", Kept())
             grams = run._collect(layer, weight, range(8), streams)
             break
     experts = block.experts
@@ -130,6 +131,19 @@ def test_next_to_nothing_is_corrected_when_next_to_nothing_is_lost(tiny, tmp_pat
         # Measured: 0.027 at most, in attention outputs, whose inputs are small; rounding alone moves 0.005.
         # So at Q8_0 the correction is larger than what it corrects (docs/limits.md).
         assert float(error) <= (0 if name == "F32" else 0.05), weight.name
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
+def test_attention_that_was_kept_changes_nothing(tiny, tmp_path: Path, family: str) -> None:
+    checkpoint, text = open_checkpoint(tiny(family)), rows(count=60)
+    formats, found = types(checkpoint, "Q4_K"), []
+    for name, kept_bytes in ("kept", 1 << 30), ("again", 0):
+        (tmp_path / name).mkdir()
+        rounding = Rounding(kept_bytes=kept_bytes)
+        found.append(coupled(checkpoint, text, formats, rounding, tmp_path / name))
+    for weight in checkpoint.weights:
+        kept, again = (made[weight.name][0].data for made in found)
+        assert torch.equal(kept, again), weight.name
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "llama", "qwen3"])

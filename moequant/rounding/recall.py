@@ -1,0 +1,99 @@
+"""Attention that is computed once a layer and stream: what its last product was fed is kept.
+
+After the weights in front of it are rounded, what the attention output is fed no longer changes, however
+often tokens cross the rest of the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from moequant.routing.record import Recorder, recorder
+
+
+class Recalled:
+    """A recorder that knows what the attention output of its batch is fed, [rows, n, in]; `to` is told."""
+
+    def __init__(self, attention: Tensor, to: Recorder | None) -> None:
+        self.attention, self._to = attention, to
+
+    def dense(self, name: str, inputs: Tensor) -> None:
+        """See `Recorder`."""
+        if self._to is not None:
+            self._to.dense(name, inputs)
+
+    def routed(self, name: str, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
+        """See `Recorder`."""
+        if self._to is not None:
+            self._to.routed(name, hidden, index, gates)
+
+    def expert(self, name: str, expert: int, inputs: Tensor, gates: Tensor) -> None:
+        """See `Recorder`."""
+        if self._to is not None:
+            self._to.expert(name, expert, inputs, gates)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the attention output of one layer is fed, batch by batch: in full precision and as rounded.
+
+    `last` is that product in the layer, such as `self_attn.o_proj`; "" keeps nothing.
+    """
+
+    last: str = ""
+    batches: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def keep(self, batch: int, exact: Tensor, rounded: Tensor) -> None:
+        """Both [rows, n, in]."""
+        if self.last:
+            self.batches[batch] = exact, rounded
+
+    def recorders(
+        self, batch: int, exact: Recorder | None = None, rounded: Recorder | None = None
+    ) -> tuple[Recorder | None, Recorder | None]:
+        """The two streams' recorders of a batch, with what is known of its attention."""
+        if batch not in self.batches:
+            return exact, rounded
+        known = self.batches[batch]
+        return Recalled(known[0], exact), Recalled(known[1], rounded)
+
+    @contextmanager
+    def used_by(self, *layers: nn.Module) -> Iterator[None]:
+        """Inside the block the attention of these layers listens to `recorders`."""
+        held = [layer.get_submodule(self._attention) for layer in layers] if self.last else []
+        for layer, attention in zip(layers, held, strict=False):
+            layer.set_submodule(self._attention, _Recalling(attention, self.last.rpartition(".")[2]))
+        try:
+            yield
+        finally:
+            for layer, attention in zip(layers, held, strict=False):
+                layer.set_submodule(self._attention, attention)
+
+    @property
+    def _attention(self) -> str:
+        return self.last.rpartition(".")[0]
+
+
+class _Recalling(nn.Module):
+    """Stands for an attention module and computes no more than its last product where that suffices."""
+
+    def __init__(self, attention: nn.Module, last: str) -> None:
+        super().__init__()
+        self._held, self._last = (attention,), last  # a tuple: the parameters keep their names
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._held[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        current = recorder()
+        if isinstance(current, Recalled):
+            return self._held[0].get_submodule(self._last)(current.attention), None
+        return self._held[0](*args, **kwargs)
