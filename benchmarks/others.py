@@ -46,7 +46,7 @@ from moequant.compare.scores import join  # noqa: E402
 from moequant.conversion import Settings, convert  # noqa: E402
 from moequant.report import Report  # noqa: E402
 from moequant.texts import ROW, load_encoder  # noqa: E402
-from scripts.train_demo import optimizers, schedule, sorted_experts  # noqa: E402
+from scripts.train_demo import optimizers, schedule  # noqa: E402
 
 BATCH = 8
 """Rows a training step."""
@@ -113,13 +113,13 @@ MODELS = {
             "intermediate_size": 256,
             "norm_topk_prob": True,
         },
-        steps=90,
+        steps=40,
         balance=0.05,
     ),
     "starved": Recipe(
         "mixtral",
         {"num_local_experts": 12, "num_experts_per_tok": 2, "intermediate_size": 256},
-        steps=130,
+        steps=60,
         router_std=0.1,
         starved=6,
     ),
@@ -155,6 +155,22 @@ def batches(ids: Tensor, seed: int) -> Iterator[Tensor]:
                 yield rows[chosen]
 
 
+def sorted_experts(experts: nn.Module, hidden: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+    """Experts function for transformers: one product per expert. [T, d], [T, k] twice -> [T, d].
+
+    The weights are unbound at once: the gradient of indexing would be as large as the stack for every expert.
+    """
+    active, order = chosen.shape[1], chosen.flatten().argsort(stable=True)
+    counts = chosen.flatten().bincount(minlength=experts.num_experts).tolist()
+    outputs = []
+    parts = hidden[order // active].split(counts), experts.gate_up_proj.unbind(), experts.down_proj.unbind()
+    for tokens, gate_up, down in zip(*parts, strict=True):
+        gate, up = F.linear(tokens, gate_up).chunk(2, -1)
+        outputs.append(F.linear(F.silu(gate) * up, down))
+    unsorted = torch.cat(outputs)[order.argsort()].unflatten(0, (-1, active))
+    return (unsorted * gates[:, :, None]).sum(1)
+
+
 def imbalance(router_logits: Tensor, active: int) -> Tensor:
     """[T, E] of one layer -> the Switch Transformer's load-balancing loss; 1 when evenly loaded."""
     probabilities = router_logits.softmax(-1)
@@ -180,8 +196,9 @@ def train(recipe: Recipe, tokenizer: Path, ids: Tensor, folder: Path) -> None:
         uneven = sum(imbalance(each, active) for each in answer.router_logits)
         (loss + recipe.balance * uneven).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in steppers:
-            optimizer.step()
+        with torch.autocast("cpu", torch.bfloat16):  # Newton-Schulz steps need no more
+            for optimizer in steppers:
+                optimizer.step()
         model.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     partial = folder.with_suffix(".partial")
@@ -337,8 +354,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--steps", type=int, help="of the training, to try with fewer")
-    parser.add_argument("--tokens", type=int, default=102_400, help="to calibrate on")
-    parser.add_argument("--chunks", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=51_200, help="to calibrate on")
+    parser.add_argument("--chunks", type=int, default=60)
     parser.add_argument("--types", default="Q2_K_S,Q3_K_M,Q4_K_M,IQ2_XS,IQ3_S,Q5_K_M,Q6_K")
     parser.add_argument("--sizes", default="Q3_K_S,Q4_K_M", help="types whose file says how large")
     parser.add_argument("--effort", default="default")
