@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_MEMORY = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _IO = Path("/proc/self/io")
@@ -42,18 +43,17 @@ class Meter:
         yield
         after = _read_bytes()
         read = None if before is None or after is None else after - before
-        self.costs.append(StageCost(name, time.perf_counter() - start, _peak_bytes(), read))
+        self.costs.append(StageCost(name, time.perf_counter() - start, peak_bytes(), read))
 
 
 def available_bytes() -> int | None:
     """Memory that a process may still take without swapping, None where Linux does not tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return _size(_MEMORY, "MemAvailable:")
+
+
+def total_memory() -> int | None:
+    """The machine's memory in bytes, None where Linux does not tell."""
+    return _size(_MEMORY, "MemTotal:")
 
 
 def _read_bytes() -> int | None:
@@ -74,12 +74,27 @@ def _reset_peak() -> None:
         return
 
 
-def _peak_bytes() -> int:
+def resident_bytes() -> int:
+    """Memory of this process now; its peak so far where Linux does not tell."""
+    return _size(_STATUS, "VmRSS:") or peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process had, since its start or the last stage began."""
+    return _size(_STATUS, "VmHWM:") or _peak_of_the_run()
+
+
+def _size(file: Path, key: str) -> int | None:
+    """A size that Linux states in kB, in bytes."""
     try:
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+        for line in file.read_text().splitlines():
+            if line.startswith(key):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    return None
+
+
+def _peak_of_the_run() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

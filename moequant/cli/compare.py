@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +46,18 @@ def compare(
         bool,
         typer.Option("--exact", help="Do not round the inputs of a GGUF file's products as llama.cpp does."),
     ] = False,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt of yours, beside the bundled ones, for samples; may be repeated."),
+    ] = None,
+    sample_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens that each prompt is continued by; 0 for none. GGUF files run in llama.cpp and are "
+            "timed (default: 32 with --engine llama.cpp or --prompt, else 0).",
+        ),
+    ] = None,
     ram: Ram = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one a core).")] = None,
     device: Device = "cpu",
@@ -61,7 +75,18 @@ def compare(
     if html is not None:
         guarded(lambda: check_output(html, overwrite))
     resources = Resources(guarded(lambda: ram_bytes(ram)), device, threads)
-    settings = CompareSettings(eval_, eval_tokens, seed, engine.value, model, exact, resources)
+    settings = CompareSettings(
+        eval=eval_,
+        eval_tokens=eval_tokens,
+        seed=seed,
+        engine=engine.value,
+        model=model,
+        exact=exact,
+        prompts=tuple(prompt or ()),
+        sample_tokens=sample_tokens,
+        command=shlex.join(["moequant", *sys.argv[1:]]),
+        resources=resources,
+    )
     found = guarded(lambda: run(base, candidates, settings))
     if as_json:
         typer.echo(compare_json(found))

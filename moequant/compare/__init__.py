@@ -10,13 +10,14 @@ from moequant.compare.scores import (
     score_tokens,
     summarize,
 )
-from moequant.compare.values import Measured, RoutingChange, WeightError
+from moequant.compare.values import Measured, Ran, RoutingChange, WeightError
 
 __all__ = [
     "Comparison",
     "Difference",
     "Estimate",
     "Measured",
+    "Ran",
     "RoutingChange",
     "Scores",
     "WeightError",

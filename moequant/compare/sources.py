@@ -164,12 +164,12 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._readers = [GGUFReader(shard) for shard in _shards(path)]
+            self._readers = [GGUFReader(shard) for shard in shards(path)]
         except (OSError, ValueError, IndexError) as error:
             raise VerifyError(f"{path}: not a readable GGUF file ({error})") from None
         self._tensors = {
             tensor.name: (shard, tensor)
-            for shard, reader in zip(_shards(path), self._readers, strict=True)
+            for shard, reader in zip(shards(path), self._readers, strict=True)
             for tensor in reader.tensors
         }
 
@@ -198,7 +198,7 @@ class GgufFile:
         return out.view(weight.shape)
 
 
-def _shards(path: Path) -> list[Path]:
+def shards(path: Path) -> list[Path]:
     """All files of a split GGUF by the name of its first; `read_header` has checked that they are there."""
     found = re.fullmatch(r"(.*-)00001(-of-(\d{5})\.gguf)", path.name)
     if found is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moequant.compare.scores import Comparison, Scores
+from moequant.engines.serving import Sample, Serving
 from moequant.values import Role
 
 
@@ -60,3 +61,13 @@ class Measured:
             for expert in range(len(one.error))
         ]
         return sorted(rows, key=lambda row: -row[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What one version made of the prompts. `serving` where llama.cpp ran it; `samples` are empty
+    where the model did not fit the memory."""
+
+    name: str
+    samples: tuple[Sample, ...]
+    serving: Serving | None = None

@@ -2,8 +2,8 @@
 
 xllamacpp's Python classes expose no logits, but its shared object exports llama.h. The structures below
 were read off the build of xllamacpp 2026.10.11549 and are checked against that build's own defaults when it
-is loaded, so another version fails loudly instead of computing nonsense. Everything runs on the CPU with a
-float32 KV cache and without flash attention: the most exact arithmetic llama.cpp has.
+is loaded, so another version fails loudly instead of computing nonsense. Everything runs on the CPU, unless
+asked otherwise with a float32 KV cache and without flash attention: the most exact arithmetic llama.cpp has.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ctypes as C
 import functools
 import importlib.util
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -156,16 +156,22 @@ def library() -> Library:
 class Llama:
     """One GGUF file loaded in llama.cpp, on the CPU; a context manager that frees it.
 
-    Every call to `logits` or `generate` starts from an empty KV cache. The context (KV cache and compute
-    buffers for `n_ctx` positions) is made at the first such call, so `tokenize` alone stays cheap.
+    Every call to `logits` or `stream` starts from an empty KV cache. The context (KV cache and compute
+    buffers for `n_ctx` positions) is made at the first such call, so `tokenize` alone stays cheap. With
+    `exact` False the cache and attention are llama.cpp's own defaults, those that llama-server runs with.
     """
 
     def __init__(
-        self, path: str | Path, n_ctx: int = 512, threads: int = 2, vocab_only: bool = False
+        self,
+        path: str | Path,
+        n_ctx: int = 512,
+        threads: int = 2,
+        vocab_only: bool = False,
+        exact: bool = True,
     ) -> None:
         self._lib = library()
         self._context: int | None = None
-        self.n_ctx, self.threads, self.vocab_only = n_ctx, threads, vocab_only
+        self.n_ctx, self.threads, self.vocab_only, self.exact = n_ctx, threads, vocab_only, exact
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers, params.vocab_only = 0, vocab_only
         self._lib.lines.clear()
@@ -246,15 +252,22 @@ class Llama:
 
     def generate(self, ids: Sequence[int], n: int) -> list[int]:
         """`n` greedy continuations of `ids`; fewer when a token that ends generation comes, which is kept."""
+        return list(self.stream(ids, n))
+
+    def stream(self, ids: Sequence[int], n: int) -> Iterator[int]:
+        """What `generate` returns, each token as soon as it is known."""
         self._start(len(ids) + n)
-        out: list[int] = []
         feed = list(ids)
-        while len(out) < n:
-            out.append(int(self._decode(feed, every=False)[0].argmax()))
-            feed = out[-1:]
-            if self.is_eog(out[-1]):
+        for _ in range(n):
+            feed = [int(self._decode(feed, every=False)[0].argmax())]
+            yield feed[0]
+            if self.is_eog(feed[0]):
                 break
-        return out
+
+    def warm_up(self) -> None:
+        """Makes the context and runs a token through the model, as llama.cpp's programs do at first."""
+        self._start(1)
+        self._decode([0], every=False)
 
     def _start(self, positions: int) -> None:
         """An empty context with room for `positions`."""
@@ -270,8 +283,9 @@ class Llama:
         params = self._lib.llama_context_default_params()
         params.n_ctx = params.n_batch = self.n_ctx
         params.n_ubatch, params.n_seq_max = min(self.n_ctx, 512), 1
-        params.flash_attn = 0
-        params.type_k = params.type_v = 0  # GGML_TYPE_F32
+        if self.exact:
+            params.flash_attn = 0
+            params.type_k = params.type_v = 0  # GGML_TYPE_F32
         self._lib.lines.clear()
         context: int | None = self._lib.llama_init_from_model(self._model, params)
         if not context:

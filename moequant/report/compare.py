@@ -10,10 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moequant.compare import Comparison, Difference, Estimate, Measured, WeightError
+from moequant.compare import Comparison, Difference, Estimate, Measured, Ran, WeightError
+from moequant.compare.record import Record
 from moequant.compare.scores import PERCENTILES
 from moequant.compare.sources import Source
 from moequant.meter import StageCost
+from moequant.report.compare_running import ran_tables, ran_value, record_table, record_value
 from moequant.report.summary import size, table
 
 WORST = 8
@@ -30,7 +32,8 @@ TELLING = 2.0
 class Compared:
     """Baseline, candidates, what was measured of each, and the candidates' differences pair by pair.
 
-    `engine` computed the scores over `tokens` of `source`, whose rows are of `domains`.
+    `engine` computed the scores over `tokens` of `source`, whose rows are of `domains`. `ran` has
+    the baseline and every candidate, or nothing when no prompt was continued.
     """
 
     base: Source
@@ -43,6 +46,8 @@ class Compared:
     domains: tuple[str, ...]
     source: str
     cost: StageCost
+    ran: tuple[Ran, ...]
+    record: Record
 
 
 def compare_tables(found: Compared) -> RenderableType:
@@ -66,6 +71,7 @@ def compare_tables(found: Compared) -> RenderableType:
     for one in found.measured:
         if one.expert_errors:
             parts += [_worst(one), *_outliers(one)]
+    parts += [*ran_tables(found.ran), record_table(found.record)]
     parts.append(Text(f"{found.cost.seconds:.1f} s, peak memory {size(found.cost.peak_bytes)}"))
     return Group(*parts)
 
@@ -226,6 +232,8 @@ def compare_value(found: Compared) -> dict[str, Any]:
             for source, one in zip(found.candidates, found.measured, strict=True)
         ],
         "differences": [{**asdict(one), "sigmas": one.sigmas} for one in found.differences],
+        "ran": [ran_value(one) for one in found.ran],
+        "record": record_value(found.record),
         "seconds": found.cost.seconds,
         "peak_bytes": found.cost.peak_bytes,
     }

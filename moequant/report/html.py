@@ -13,6 +13,7 @@ from moequant.compare.scores import PERCENTILES
 from moequant.files import atomic
 from moequant.report import html_figures as figures
 from moequant.report.compare import OUTLIER, TELLING, Compared
+from moequant.report.compare_running import QUOTED, as_base, record_rows, speeds, visible
 from moequant.report.summary import size
 
 WORST = 20
@@ -39,6 +40,11 @@ def page(found: Compared) -> str:
         sizes=Markup(figures.sizes(found)),
         domains=Markup(figures.domains(found)) if len(found.domains) > 1 else "",
         rerouted=Markup(figures.rerouted(found)) if found.measured[0].routing else "",
+        speeds=speeds(found.ran),
+        server=next((one.serving for one in found.ran if one.serving), None),
+        quoted=QUOTED,
+        samples=_samples(found),
+        record=record_rows(found.record, digits=64),
         routing=Markup(figures.routing(found.measured[0])) if found.measured[0].expert_errors else "",
     )
 
@@ -56,6 +62,27 @@ def _percent(value: float, digits: int = 2) -> str:
 
 def _fixed(value: float, digits: int = 5) -> str:
     return f"{value:.{digits}f}"
+
+
+def _samples(found: Compared) -> list[dict[str, Any]]:
+    """Prompt by prompt, what every version said."""
+    shown = [one for one in found.ran if one.samples]
+    return [
+        {
+            "name": first.prompt,
+            "fed": first.fed,
+            "cut": first.cut,
+            "versions": [
+                {
+                    "name": one.name,
+                    "same": as_base(first, one.samples[number], one is shown[0]),
+                    "text": visible(one.samples[number].text, "\n"),
+                }
+                for one in shown
+            ],
+        }
+        for number, first in enumerate(shown[0].samples if shown else ())
+    ]
 
 
 def _candidate(found: Compared, number: int) -> dict[str, Any]:

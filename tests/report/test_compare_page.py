@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 
-from moequant.compare import Scores, WeightError, difference
+from moequant.compare import Ran, Scores, WeightError, difference
+from moequant.compare.record import Origin, Record
 from moequant.compare.sources import Source
 from moequant.compare.streaming import measured
 from moequant.compare.values import RoutingChange
 from moequant.corpus import Rows
+from moequant.engines.serving import Sample, Serving
 from moequant.errors import OutputError
 from moequant.meter import StageCost
 from moequant.report.compare import Compared
@@ -56,7 +59,32 @@ def found(layers: int = 3, experts: int = 6, domains: tuple[str, ...] = ("prose"
         domains=domains,
         source="made-up <text>",
         cost=StageCost("compare", 1.0, 10**9),
+        ran=ran(),
+        record=record(),
     )
+
+
+def ran() -> tuple[Ran, ...]:
+    """The baseline and the last version in transformers, one in llama.cpp; the last says something else."""
+    samples = [
+        Sample("average", 9, 0, (1, 2, 3), "one\n<two>\x1b[31m"),
+        Sample("long", 90, 7, (4, 5), "four"),
+    ]
+    other = replace(samples[0], ids=(1, 7, 8), text="another")
+    timed = [replace(one, seconds=(0.5, 0.1, 0.3)) for one in samples]
+    return (
+        Ran("model", tuple(samples)),
+        Ran("a.gguf", tuple(timed), Serving(2048, 2, 1.5, 10**9, 2 * 10**9, tuple(timed))),
+        Ran("b & c.gguf", (replace(other, seconds=(0.2,)), timed[1]), None),
+    )
+
+
+def record() -> Record:
+    """One file, whose command line would be markup."""
+    origin = Origin(Path("a.gguf"), "GGUF", None, {"a.gguf": "ab" * 32}, {"Q4_K": 6, "Q6_K": 3})
+    settings = {"engine": "moequant", "seed": 0, "tokens SHA-256": "cd" * 32}
+    machine = {"cpu": "a processor", "gpu": "a card", "driver": "1.2"}
+    return Record((origin,), settings, {"torch": "2"}, machine, "2026-11-22", "moequant compare '<b>'")
 
 
 class Checker(HTMLParser):
