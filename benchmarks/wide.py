@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.compare import score_row
 from moequant.corpus import Rows
 from moequant.quantize import Quantizer
@@ -43,8 +43,9 @@ ONE = Resources(threads=1)
 
 def model(folder: Path, hidden: int) -> Checkpoint:
     """A random model of that width, 8 experts, 2 of them a token."""
-    build(folder, "qwen3_moe", hidden_size=hidden, moe_intermediate_size=hidden, vocab_size=VOCAB,
-          num_experts=8, num_attention_heads=hidden // 64, head_dim=64, initializer_range=hidden**-0.5)  # fmt: skip
+    width = {"hidden_size": hidden, "moe_intermediate_size": hidden, "initializer_range": hidden**-0.5}
+    heads = {"num_attention_heads": hidden // 64, "head_dim": 64}
+    build(folder, "qwen3_moe", vocab_size=VOCAB, num_experts=8, **width, **heads)
     path, g = folder / "model.safetensors", torch.Generator().manual_seed(1)
     tensors = load_file(path)
     shared = torch.randn(VOCAB, hidden // 4, generator=g) @ torch.randn(hidden // 4, hidden, generator=g)
@@ -78,9 +79,8 @@ def coupled(checkpoint: Checkpoint, types: dict[str, str], text: Rows) -> dict[s
 
 def outputs(checkpoint: Checkpoint, made: dict[str, Packed] | None, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states behind every layer [layers, rows, n, h], before the last norm, and logits."""
-    whole = build_model(checkpoint, EXPERTS, lambda w: decoded(made[w.name])) if made else build_model(
-        checkpoint, EXPERTS
-    )  # fmt: skip
+    provider = load if made is None else lambda weight: decoded(made[weight.name])
+    whole = build_model(checkpoint, EXPERTS, provider)
     behind: list[Tensor] = []
     for layer in whole.get_decoder().layers:
         layer.register_forward_hook(lambda module, args, out: behind.append(out))
