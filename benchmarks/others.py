@@ -1,15 +1,15 @@
 """The same types as llama.cpp's files on other models: 32 experts of which four work, and starved experts.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 OMP_NUM_THREADS=1 python benchmarks/others.py \\
-        --calib TEXT --eval TEXT --tokenizer MODEL --llama-bin FOLDER --cache FOLDER
+        --calib TEXT --eval TEXT --ends MODEL --llama-bin FOLDER --cache FOLDER
 
 Two models are trained (`MODELS`), from a seed, on what `--calib` holds after its first `--tokens`
-tokens, with the tokenizer of MODEL. llama.cpp's own tools make their files: llama-imatrix
-on the first `--tokens` of `--calib`, then llama-quantize. For every type our file of exactly the types
-that its tensors have (read by gguf-py) is made from the same tokens, and both are scored in
-llama.cpp on the first `--chunks` chunks of 512 tokens of `--eval` against the F32 file. For every one of
-`--sizes`, a type, ours is as large as llama.cpp's file of that type, types free to choose, against the best
-of all its files that are no larger. ± is paired by token.
+tokens; tokenizer, embeddings, head and last norm are at first those of MODEL, all between them is new.
+llama.cpp's own tools make their files: llama-imatrix on the first `--tokens` of `--calib`, then
+llama-quantize. For every type our file of exactly the types that its tensors have (read by gguf-py) is made
+from the same tokens, and both are scored in llama.cpp on the first `--chunks` chunks of 512 tokens of --eval
+against the F32 file. For every one of `--sizes`, a type, ours is as large as llama.cpp's file of that type,
+types free to choose, against the best of all its files that are no larger. ± is paired by token.
 
 Models and llama.cpp's files are kept in `--cache` and found there again. The malloc settings keep glibc
 from handing every large activation of the training back to the kernel.
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gguf import GGUFReader
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -103,6 +104,9 @@ COMMON = {
     "tie_word_embeddings": False,
 }
 
+ENDS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+"""What most of a short training would go into."""
+
 MODELS = {
     "experts32": Recipe(
         "qwen3_moe",
@@ -113,13 +117,13 @@ MODELS = {
             "intermediate_size": 256,
             "norm_topk_prob": True,
         },
-        steps=40,
+        steps=30,
         balance=0.05,
     ),
     "starved": Recipe(
         "mixtral",
         {"num_local_experts": 12, "num_experts_per_tok": 2, "intermediate_size": 256},
-        steps=60,
+        steps=40,
         router_std=0.1,
         starved=6,
     ),
@@ -129,14 +133,18 @@ MODELS = {
 # ------------------------------------------------------------------------------------------ training
 
 
-def new_model(recipe: Recipe, vocab: int, seed: int) -> nn.Module:
-    """A model of the recipe in float32, freshly initialised."""
+def new_model(recipe: Recipe, ends: Path, seed: int) -> nn.Module:
+    """A model of the recipe in float32: embeddings, head and last norm those of `ends`, all else random."""
     torch.manual_seed(seed)
+    given = load_file(ends / "model.safetensors")
+    vocab = len(given["lm_head.weight"])
     config = AutoConfig.for_model(recipe.family, vocab_size=vocab, **COMMON, **recipe.config)
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="sorted"
     )
     for name, parameter in model.named_parameters():
+        if name in ENDS:
+            parameter.data = given[name].float()
         if name.endswith("mlp.gate.weight"):
             nn.init.normal_(parameter, std=recipe.router_std)
             with torch.no_grad():
@@ -179,11 +187,10 @@ def imbalance(router_logits: Tensor, active: int) -> Tensor:
     return count / active * (load * probabilities.mean(0)).sum()
 
 
-def train(recipe: Recipe, tokenizer: Path, ids: Tensor, folder: Path) -> None:
-    """Train a model on `ids` and save it in bfloat16 beside the tokenizer's files."""
+def train(recipe: Recipe, ends: Path, ids: Tensor, folder: Path) -> None:
+    """Train a model on `ids` and save it in bfloat16 with the tokenizer of `ends`."""
     ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
-    vocab = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
-    model = new_model(recipe, vocab, seed=0).train()
+    model = new_model(recipe, ends, seed=0).train()
     steppers, data = optimizers(model, rate=0.03), batches(ids, seed=0)
     bar = tqdm(range(recipe.steps))
     for step in bar:
@@ -204,7 +211,7 @@ def train(recipe: Recipe, tokenizer: Path, ids: Tensor, folder: Path) -> None:
     partial = folder.with_suffix(".partial")
     model.to(torch.bfloat16).save_pretrained(partial)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / name, partial / name)
+        shutil.copy(ends / name, partial / name)
     partial.rename(folder)
 
 
@@ -349,7 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calib", required=True)
     parser.add_argument("--eval", required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--ends", type=Path, required=True)
     parser.add_argument("--llama-bin", type=Path, required=True, help="of llama-imatrix and llama-quantize")
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--models", default=",".join(MODELS))
@@ -360,7 +367,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="Q3_K_S,Q4_K_M", help="types whose file says how large")
     parser.add_argument("--effort", default="default")
     arguments = parser.parse_args()
-    encoder = load_encoder(arguments.tokenizer)
+    encoder = load_encoder(arguments.ends)
     text = corpus.read(arguments.calib)[0].text
     seen = torch.tensor(encoder.encode(text, add_special_tokens=False).ids)[arguments.tokens :]
     documents = corpus.read(arguments.eval, "evaluation")
@@ -375,7 +382,7 @@ def main() -> None:
         model = arguments.cache / name
         if not model.exists():
             recipe = replace(MODELS[name], steps=arguments.steps or MODELS[name].steps)
-            train(recipe, arguments.tokenizer, seen, model)
+            train(recipe, arguments.ends, seen, model)
         print(f"\n## {name}\n", flush=True)
         for line in measure(model, arguments, ids):
             print(line, flush=True)
