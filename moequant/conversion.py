@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +24,14 @@ from moequant.planner import choose, overhead
 from moequant.presets import ModelFacts
 from moequant.quantize import Quantizer, pack_all, progress
 from moequant.report import Report
-from moequant.rounding.coupled import UNROUNDED, Coupled, Rounding, Streams
+from moequant.rounding.checkpoint import round_checkpoint
+from moequant.rounding.coupled import UNROUNDED, Rounding
+from moequant.rounding.fisher import Needs, needs
+from moequant.rounding.fisher import check_memory as fits
 from moequant.routing import store
 from moequant.routing.calibrate import FREE, calibrate
 from moequant.routing.statistics import Gating
-from moequant.routing.stream import LayerStream, Resources
+from moequant.routing.stream import Resources
 from moequant.texts import ROW, split_probes, token_rows
 from moequant.values import Calibration, ExpertLoss, Packed, Plan
 from moequant.verify import verify
@@ -140,6 +142,8 @@ def convert(model: str | Path, out: str | Path, settings: Settings = Settings())
         calibration = given_statistics(opened.checkpoint, settings)
         texts = _texts(opened, settings)
         check_memory(opened.checkpoint, models=2 if texts.evaluation else 1 if texts.calibration else 0)
+        if texts.calibration is not None:
+            gradients(opened.checkpoint, settings)
     if texts.calibration is not None and calibration is None:
         with meter.stage("route"):
             calibration = calibrate(opened.checkpoint, texts.calibration, settings.resources)
@@ -173,6 +177,16 @@ def convert(model: str | Path, out: str | Path, settings: Settings = Settings())
         stages=tuple(meter.costs),
         notes=_notes(opened),
     )
+
+
+def gradients(checkpoint: Checkpoint, settings: Settings) -> Needs | None:
+    """What the gradients of effort best take, None at other efforts. CheckpointError: more than there is."""
+    tokens = min(Rounding.of(settings.effort).fisher_tokens, settings.calib_tokens)
+    if not tokens:
+        return None
+    needed = needs(checkpoint, tokens, settings.device)
+    fits(needed, settings.device)
+    return needed
 
 
 def given_statistics(checkpoint: Checkpoint, settings: Settings) -> Calibration | None:
@@ -209,23 +223,14 @@ def _rounded(
     if rows is None or settings.effort == "fast":
         yield from pack_all(opened.checkpoint, opened.plan, quantizer, losses)
         return
-    rounding = replace(
-        Rounding.of(settings.effort, settings.coupled), gram_bytes=_gram_bytes(settings.resources)
-    )
     formats = {choice.weight: choice.format for choice in opened.plan.choices}
-    with (
-        tempfile.TemporaryDirectory(prefix="moequant-") as folder,
-        LayerStream(opened.checkpoint, rows.ids, settings.resources) as stream,
-    ):
-        coupled = Coupled(stream, formats, quantizer.pack, rounding)
-        for packed, loss in progress(coupled.run(Streams.under(Path(folder), stream)), opened.checkpoint):
-            losses.append(loss)
-            yield packed
-
-
-def _gram_bytes(resources: Resources) -> int:
-    """Memory for Grams: a quarter of what there is or may be used, and not more than 4 GiB."""
-    return min(4 << 30, (resources.ram or available_bytes() or 16 << 30) // 4)
+    rounding = Rounding.of(settings.effort, settings.coupled)
+    rounded = round_checkpoint(
+        opened.checkpoint, rows.ids, formats, quantizer.pack, rounding, settings.resources
+    )
+    for packed, loss in progress(rounded, opened.checkpoint):
+        losses.append(loss)
+        yield packed
 
 
 def _notes(opened: Opened) -> tuple[str, ...]:

@@ -97,6 +97,15 @@ def test_the_dry_run_reads_only_headers(model: Path, tmp_path: Path) -> None:
     assert run("convert", model, "-o", tmp_path / "q.gguf", "--dry-run").returncode == 0
 
 
+def test_best_says_first_what_its_gradients_take(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q.gguf"
+    wanted = "convert", model, "-o", out, "--calib", text, "--calib-tokens", 512, "--type", "Q8_0"
+    done = run(*wanted, "--effort", "best", "--eval-tokens", 0)
+    assert done.returncode == 0, done.stderr
+    said = r"moequant: effort best: a backward pass over 512 tokens .* float32, [0-9.]+ GB, about [0-9]+ s\n"
+    assert re.fullmatch(said, done.stderr), done.stderr
+
+
 def test_an_existing_output_is_kept(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "q.gguf"
     out.write_text("precious")

@@ -138,6 +138,8 @@ def convert(
             overwrite=overwrite,
         )
     )
+    if not dry_run:
+        guarded(lambda: _announce(model, settings))
     if format_ is not Format.gguf:
         folder = Folder(format_, bits, group_size, quantize_attention, tp)
         console().print(guarded(lambda: _convert_folder(model, out, settings, folder, dry_run)))
@@ -149,6 +151,15 @@ def convert(
         out_console.print(dry_run_table(opened.checkpoint, opened.plan, opened.file_bytes, limit))
         return
     out_console.print(guarded(lambda: run(model, out, settings)).renderable())
+
+
+def _announce(model: Path, settings: Settings) -> None:
+    """Says what effort best will take, before it starts."""
+    from moequant.checkpoint import open_checkpoint
+    from moequant.conversion import gradients
+
+    if settings.effort == "best" and (needed := gradients(open_checkpoint(model), settings)) is not None:
+        typer.echo(f"moequant: {needed}", err=True)
 
 
 def _convert_folder(

@@ -23,7 +23,7 @@ def round_checkpoint(
     rounding: Rounding,
     resources: Resources,
 ) -> Iterator[Result]:
-    """Every weight packed in its format of `formats`, in the checkpoint's order; `ids` i64 [rows, n] are text.
+    """Every weight packed in its format of `formats`, in the checkpoint's order; `ids` i64 [rows, n].
 
     Hidden states lie in a temporary folder where memory is limited, Grams in a quarter of the memory
     that there is or may be used, and in not more than 4 GiB.
