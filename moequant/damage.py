@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import sqrt
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from moequant import formats
@@ -25,6 +25,7 @@ from moequant.meter import available_bytes
 from moequant.plan import Damages, allocate, candidates, groups, make_units, prior_damages
 from moequant.routing.experts import EXPERTS
 from moequant.routing.model import build_model
+from moequant.routing.resume import Resumable
 from moequant.routing.statistics import Gating, importance
 from moequant.values import Calibration, InputStats, Weight
 
@@ -140,13 +141,13 @@ class _Prober:
         self, checkpoint: Checkpoint, calibration: Calibration, ids: Tensor, probing: Probing
     ) -> None:
         self.weights, self.calibration, self.probing = checkpoint.weights, calibration, probing
-        self.model: nn.Module = build_model(checkpoint, EXPERTS)
-        self.params = dict(self.model.named_parameters(remove_duplicate=False))
+        model = build_model(checkpoint, EXPERTS)
+        self.params = dict(model.named_parameters(remove_duplicate=False))
         self.groups = [group for group in groups(checkpoint.weights) if len(candidates(group[0])) > 1]
         wanted = probing.tokens // (len(self.groups) * ids.shape[1])
         count = max(1, min(wanted, probing.rows, len(ids)))
         self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]
-        self.base = self._logits()
+        self.model = Resumable(model, self.ids)
 
     def damages(self, errors: Mapping[str, Mapping[str, float]]) -> Damages:
         """Sensitivities of every group, then how the damages of whole plans add up."""
@@ -186,12 +187,9 @@ class _Prober:
         weights = tuple(weights)
         for weight in weights:
             self._put(weight, self._quantized(weight, types[weight.name]))
-        kl = torch.cat(
-            [
-                score_row(base, now, row).kl
-                for base, now, row in zip(self.base, self._logits(), self.ids, strict=True)
-            ]
-        )
+        logits = self.model.logits(min(weight.layer or 0 for weight in weights))
+        pairs = zip(self.model.base, logits, self.ids, strict=True)
+        kl = torch.cat([score_row(*each).kl for each in pairs])
         for weight in weights:
             self._put(weight, load(weight))
         return float(kl.mean())
@@ -209,10 +207,6 @@ class _Prober:
     def _put(self, weight: Weight, values: Tensor) -> None:
         target = self.params[weight.param][..., slice(*weight.param_rows), :]
         target.copy_(uninterleave(values, weight.rope_heads) if weight.rope_heads else values)
-
-    def _logits(self) -> list[Tensor]:
-        """Logits f32 [n, vocab] of every row."""
-        return [self.model(input_ids=row[None], use_cache=False).logits[0] for row in self.ids]
 
 
 def fit(checks: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -1,0 +1,64 @@
+"""Forward passes that start at a later layer, from hidden states kept of the first pass.
+
+Where only weights from some layer on change, what the layers before it compute stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class Resumable:
+    """A model with its weights in memory, and the rows of tokens `ids` i64 [rows, n] that cross it again and
+    again. The first pass is run here: its logits, f32 [n, vocab] a row, are `base`."""
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
+        self._model, self._ids = model, ids
+        layers = model.get_decoder().layers
+        self._doors = [_Door(layer) for layer in layers]
+        for index, door in enumerate(self._doors):
+            layers[index] = door
+        self._kept: list[list[Tensor]] = []
+        self.base = [self._first(row) for row in ids]
+
+    def logits(self, layer: int = 0) -> list[Tensor]:
+        """Logits f32 [n, vocab] of every row; all weights before `layer` must be those of the first pass."""
+        for index, door in enumerate(self._doors):
+            door.closed = index < layer
+        return [
+            self._run(input_ids=row[None]) if not layer else self._run(inputs_embeds=kept[layer])
+            for row, kept in zip(self._ids, self._kept, strict=True)
+        ]
+
+    def _first(self, row: Tensor) -> Tensor:
+        logits = self._run(input_ids=row[None])
+        self._kept.append([door.fed for door in self._doors])
+        return logits
+
+    def _run(self, **inputs: Tensor) -> Tensor:
+        logits: Tensor = self._model(**inputs, use_cache=False).logits[0]
+        return logits
+
+
+class _Door(nn.Module):
+    """Stands for a decoder layer; remembers what it was fed, and passes it on unchanged when closed."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._held, self.closed = (layer,), False  # a tuple: the model's parameters keep their names
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._held[0], name)  # models ask layers for their attention type
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.closed:
+            return hidden
+        self.fed = hidden
+        out: Tensor = self._held[0](hidden, *args, **kwargs)
+        return out
