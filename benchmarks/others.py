@@ -117,13 +117,13 @@ MODELS = {
             "intermediate_size": 256,
             "norm_topk_prob": True,
         },
-        steps=30,
+        steps=12,
         balance=0.05,
     ),
     "starved": Recipe(
         "mixtral",
         {"num_local_experts": 12, "num_experts_per_tok": 2, "intermediate_size": 256},
-        steps=40,
+        steps=18,
         router_std=0.1,
         starved=6,
     ),
@@ -363,7 +363,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the training, to try with fewer")
     parser.add_argument("--tokens", type=int, default=51_200, help="to calibrate on")
     parser.add_argument("--chunks", type=int, default=60)
-    parser.add_argument("--types", default="Q2_K_S,Q3_K_M,Q4_K_M,IQ2_XS,IQ3_S,Q5_K_M,Q6_K")
+    parser.add_argument("--types", default="Q2_K_S,Q4_K_M,IQ3_S,Q6_K,Q3_K_M,IQ2_XS,Q5_K_M")
     parser.add_argument("--sizes", default="Q3_K_S,Q4_K_M", help="types whose file says how large")
     parser.add_argument("--effort", default="default")
     arguments = parser.parse_args()
