@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
 from moequant.formats.base import Effort, Format
-from moequant.formats.iq4 import IQ4_NL, IQ4_XS
+from moequant.formats.codebook import nearest
+from moequant.formats.iq4 import IQ4_NL, IQ4_XS, MIDS, VALUES
 from tests.formats.checks import (
     decodes_like_others,
+    importances,
+    loss,
     nasty_blocks,
+    objective,
     random_bytes,
     ratio_to_ggml,
     survives,
@@ -47,3 +53,24 @@ def test_more_effort_never_loses(fmt: Format) -> None:
 def test_nasty_blocks(fmt: Format, effort: Effort) -> None:
     bad = [name for name, (x, w) in nasty_blocks(fmt).items() if not survives(fmt, x, w, effort)]
     assert bad == []
+
+
+def least_error(x: Tensor, w: Tensor) -> float:
+    """Of IQ4_NL: every f16 step in reach tried, the nearest value for every weight."""
+    total = 0.0
+    for block, weight in zip(x, w, strict=True):
+        size = float(block.abs().max())
+        ends = torch.tensor([size / 400, size / 40]).half().view(torch.int16).tolist()
+        step = torch.arange(ends[0], ends[1], dtype=torch.int16).view(torch.float16).float()[:, None]
+        step = torch.cat([step, -step])
+        error = (weight * (block - step * nearest(block / step, MIDS, VALUES)).square()).sum(1)
+        total += float(error.min())
+    return total
+
+
+@pytest.mark.parametrize(("effort", "above"), [("fast", 1.05), ("default", 1.01), ("best", 1.002)])
+def test_nl_comes_close_to_the_least_error_there_is(effort: Effort, above: float) -> None:
+    x, v = weights("heavy", rows=4, columns=512), importances("spiky", columns=512)
+    w, blocks = objective(IQ4_NL, x, v), x.reshape(-1, 32)
+    least = least_error(blocks, w)
+    assert least * 0.9999 <= loss(w, blocks, IQ4_NL.decode(IQ4_NL.encode(blocks, w, effort))) <= above * least
