@@ -68,7 +68,7 @@ def least_error(x: Tensor, w: Tensor) -> float:
     return total
 
 
-@pytest.mark.parametrize(("effort", "above"), [("fast", 1.05), ("default", 1.01), ("best", 1.002)])
+@pytest.mark.parametrize(("effort", "above"), [("fast", 1.02), ("default", 1.005), ("best", 1.0005)])
 def test_nl_comes_close_to_the_least_error_there_is(effort: Effort, above: float) -> None:
     x, v = weights("heavy", rows=4, columns=512), importances("spiky", columns=512)
     w, blocks = objective(IQ4_NL, x, v), x.reshape(-1, 32)
