@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tests import models
@@ -12,6 +13,10 @@ from tests import models
 # A machine with other work must not turn a slow example into a failure.
 settings.register_profile("moequant", deadline=None)
 settings.load_profile("moequant")
+
+# Tensors here are so small that a second thread costs more at its barriers than it brings; tests that
+# run side by side have a better use for the core.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
