@@ -6,10 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from moequant.check.activations import Collector
-from moequant.check.damage import ERROR
+from moequant.check.damage import error_limit
 from moequant.check.figures import LOCAL_ROUTING, BlockFigures, Damage
 from moequant.check.tensors import shape_of_error
 from moequant.routing.record import recording
+
+CORRECTION = 0.5
+"""Relative error that a block may have whose bytes are vouched for: rounding towards a corrected target
+changes outputs on purpose. Seen: 0.17 in a trained model at 3 bits, 0.35 in a random one at 2."""
 
 
 def check_block(
@@ -18,10 +22,12 @@ def check_block(
     seen: tuple[Collector, Collector],
     layer: int,
     expected: float,
+    vouched: bool,
 ) -> tuple[BlockFigures, list[Damage]]:
     """The block whose experts module is `name`, baseline first in `models` and `seen`.
 
-    `expected` is the relative error that the formats of its tensors add up to on normal weights.
+    `expected` is the relative error that the formats of its tensors add up to on normal weights, `vouched`
+    whether checksums say that their bytes are those that were written.
     """
     x, own = seen[0].hidden[name], [part.index[name] for part in seen]
     ran = [_run(model.get_submodule(name.rpartition(".")[0]), name, x) for model in models]
@@ -31,7 +37,7 @@ def check_block(
         layer=layer,
         tokens=len(x),
         output_error=float((got - want).norm() / want.norm().clamp_min(1e-30)),
-        limit=min(0.95, ERROR * expected),
+        limit=max(error_limit(expected), CORRECTION if vouched else 0.0),
         cosine=cosine,
         largest=largest,
         local_routing=_agreement(chosen, other),

@@ -15,7 +15,7 @@ from moequant.check.damage import expected_error
 from moequant.check.environment import versions
 from moequant.check.figures import BlockFigures, CheckReport, Damage, TensorFigures
 from moequant.check.product import Device, Product, choose
-from moequant.check.source import Entry, Source, open_source
+from moequant.check.source import ALTERED, Entry, Source, open_source
 from moequant.check.speed import measure
 from moequant.check.tensors import Against, check_tensor
 from moequant.check.text import token_rows
@@ -71,6 +71,8 @@ def check(out: str | Path, settings: CheckSettings = CheckSettings()) -> CheckRe
         found.notes.append(f"{len(entries)} of {len(source.entries)} quantized tensors were checked")
     if not entries:
         found.notes.append("the file has no quantized tensor")
+    if settings.sample is None:
+        found.damages += [Damage(name, what) for name, what in source.altered_rest()]
     if not _has_checksums(source, entries):
         found.notes.append(
             "the file records no checksums: a flipped low bit, as large as ordinary rounding, cannot be seen"
@@ -145,7 +147,7 @@ def _against(
         weight = by_name.get(entry.name)
         if weight is None or weight.numel != entry.shape[0] * entry.shape[1] * entry.shape[2]:
             raise VerifyError(f"{source.path}: {entry.name} {list(entry.shape)} is not in {baseline.path}")
-    ids = token_rows(baseline, settings.calib, settings.tokens)
+    ids, recorded = token_rows(baseline, settings.calib, settings.tokens), _has_checksums(source, entries)
     resources = Resources(device=product.device)
     bar = tqdm(total=len(entries), desc="check", unit="tensor", disable=None, leave=False)
     with (
@@ -161,8 +163,12 @@ def _against(
             if layer is not None and gate is not None and gate.input is not None:
                 name = gate.input.partition(":")[0]
                 expected = _expected(source, baseline, layer)
+                vouched = recorded and not any(
+                    damage.what == ALTERED and damage.where.startswith(f"blk.{layer}.")
+                    for damage in found.damages
+                )
                 models = (base.model, other.model)
-                figures, damages = check_block(name, models, seen, layer, expected)
+                figures, damages = check_block(name, models, seen, layer, expected, vouched)
                 found.blocks.append(figures)
                 found.damages += damages
 

@@ -25,6 +25,8 @@ from moequant.formats.groups import GroupFormat
 from moequant.kernels import Matrix
 from moequant.values import Weight
 
+ALTERED = "bytes are not those that were written"
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -60,6 +62,9 @@ class Source(Protocol):
 
     def altered(self, entry: Entry, matrix: Matrix) -> tuple[int, ...] | None:
         """Experts whose bytes are not those that were written; None when no checksum was recorded."""
+
+    def altered_rest(self) -> tuple[tuple[str, str], ...]:
+        """(name, what) of tensors that are not quantized and not as they were written."""
 
     def label(self, entry: Entry, expert: int) -> str:
         """How the file calls one expert of a tensor."""
@@ -119,6 +124,15 @@ class GgufSource:
         found = checksums.of_slices(matrix.data.numpy(), len(wanted))
         return tuple(i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b)
 
+    def altered_rest(self) -> tuple[tuple[str, str], ...]:
+        """See `Source`."""
+        quantized = {entry.name for entry in self.entries}
+        return tuple(
+            (name, ALTERED)
+            for name, wanted in (self._checksums or {}).items()
+            if name not in quantized and checksums.of_slices(self._weights.data(name), len(wanted)) != wanted
+        )
+
     def label(self, entry: Entry, expert: int) -> str:
         """Tensor and expert."""
         return f"{entry.name} expert {expert}" if entry.stacked else entry.name
@@ -133,7 +147,7 @@ class FolderSource:
         self._layout = folder.LAYOUTS[layout]
         self._folder: FolderWeights = self._layout.open(path)
         self._format = _group_format(self._folder, layout)
-        self._checksums = _side_file(path)
+        self._checksums = _recorded(path, layout, self._format)
         found = [weight for weight in baseline.weights if len(weight.shape) > 1]
         self._weights = {
             weight.name: weight
@@ -194,10 +208,27 @@ class FolderSource:
         weight, changed = self._weights[entry.name], []
         for expert, module in enumerate(modules(self._folder.family, weight)):
             for suffix, values in self._folder.stored(weight, expert).items():
-                raw = values.contiguous().view(torch.uint8).numpy()
-                if zlib.crc32(raw.data) != self._checksums.get(f"{module}.{suffix}"):
+                if _crc(values) != self._checksums.get(f"{module}.{suffix}"):
                     changed.append(expert)
         return tuple(dict.fromkeys(changed))
+
+    def altered_rest(self) -> tuple[tuple[str, str], ...]:
+        """See `Source`; also tensors that are new."""
+        if self._checksums is None:
+            return ()
+        quantized = {
+            f"{module}.{suffix}"
+            for weight in self._weights.values()
+            for module in modules(self._folder.family, weight)
+            for suffix in self._folder.suffixes
+        }
+        kept = self._checksums.keys() - quantized
+        changed = [name for name in sorted(kept) if _crc(self._folder.tensor(name)) != self._checksums[name]]
+        new = sorted(set(self._folder.tensors) - self._checksums.keys())
+        return (
+            *((name, ALTERED) for name in changed),
+            *((name, "was not written by moequant") for name in new),
+        )
 
     def label(self, entry: Entry, expert: int) -> str:
         """Tensor, expert, and the module's own name."""
@@ -244,13 +275,29 @@ def _group_format(opened: FolderWeights, layout: str) -> GroupFormat:
     return GroupFormat(int(bits), int(group), (opened.tensor(name).dtype,))
 
 
-def _side_file(path: Path) -> dict[str, int] | None:
-    """{stored tensor: CRC-32} from `moequant.json` beside the weights, None when it is not there."""
-    file = path / "moequant.json"
+def _crc(values: Tensor) -> int:
+    raw = values.contiguous().view(-1).view(torch.uint8).numpy()
+    return zlib.crc32(raw.data)
+
+
+def _recorded(path: Path, layout: str, fmt: GroupFormat) -> dict[str, int] | None:
+    """{stored tensor: CRC-32} from `moequant.json` beside the weights, None when it is not there.
+
+    VerifyError when config.json reads the integers otherwise than they were written.
+    """
+    file = path / folder.RECORD
     if not file.is_file():
         return None
     try:
-        found: dict[str, int] = json.loads(file.read_text(encoding="utf-8"))["crc32"]
-    except (OSError, ValueError, KeyError) as error:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, int] = record["crc32"]
+        written = {name: record["settings"][name] for name in ("layout", "bits", "group_size")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise VerifyError(f"{file}: cannot be read ({error})") from error
+    for name, now in (("layout", layout), ("bits", fmt.bits), ("group_size", fmt.group)):
+        if written[name] != now:
+            raise VerifyError(
+                f"{path}: config.json says {name} {now}, its weights were written with {written[name]}; "
+                "restore config.json"
+            )
     return found

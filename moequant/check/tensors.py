@@ -11,7 +11,7 @@ from moequant.check.activations import TOKENS, Collector
 from moequant.check.damage import Marks, expected_error, find, marks
 from moequant.check.figures import KERNEL_LIMIT, Damage, ExpertFigures, TensorFigures
 from moequant.check.product import Product
-from moequant.check.source import Entry, Source
+from moequant.check.source import ALTERED, Entry, Source
 from moequant.checkpoint import load
 from moequant.kernels import Matrix
 from moequant.values import Weight
@@ -39,8 +39,8 @@ def check_tensor(
 ) -> tuple[TensorFigures, list[Damage]]:
     """Everything about one tensor, and what is wrong with it."""
     matrix = source.matrix(entry)
-    changed = source.altered(entry, matrix) or ()
-    damages = [Damage(source.label(entry, e), "bytes are not those that were written") for e in changed]
+    changed = source.altered(entry, matrix)
+    damages = [Damage(source.label(entry, e), ALTERED) for e in changed or ()]
     decoded, reference = source.decode(entry, matrix), source.reference(entry, matrix)
     same = [_same_bits(*pair) for pair in zip(decoded, reference, strict=True)]
     damages += [
@@ -62,7 +62,9 @@ def check_tensor(
         values = load(source.as_stored(against.weight)).float().view(entry.shape)
         found = [marks(matrix, e, values[e], decoded[e]) for e in range(entry.shape[0])]
         figures = [_with_baseline(f, m, values, decoded, rows) for f, m in zip(figures, found, strict=True)]
-        damages += find(source, entry, found, expected, values, decoded)
+        vouched = [changed is not None and e not in changed for e in range(entry.shape[0])]
+        told = find(found, vouched, expected, values, decoded)
+        damages += [Damage(source.label(entry, e), what) for e, what in told]
     return TensorFigures(entry.name, entry.format, entry.shape, name, expected, tuple(figures)), damages
 
 

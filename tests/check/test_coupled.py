@@ -1,0 +1,174 @@
+"""Files rounded towards corrected targets: whole, they hold; damaged, the expert is named all the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moequant.check import CheckReport, CheckSettings, check
+from moequant.check.damage import Marks, error_limit, find
+from moequant.containers.folder_plan import FolderSettings
+from moequant.conversion import Settings, convert
+from moequant.conversion_folder import convert_folder
+from moequant.errors import VerifyError
+from tests import models
+
+UP = "blk.1.ffn_up_exps.weight"
+MODULE = "model.layers.1.mlp.experts.{}.up_proj"
+
+Stored = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calib.txt"
+    path.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A tiny Qwen3-MoE in int4, rounded as by default."""
+    out = tmp_path_factory.mktemp("folders") / "int4"
+    convert_folder(tiny("qwen3_moe"), out, settings(text), FolderSettings(group_size=64))
+    return out
+
+
+def settings(text: Path, **changes: object) -> Settings:
+    return replace(Settings(calib=text, calib_tokens=4096, eval_tokens=0), **changes)
+
+
+def checked(out: Path, model: Path, text: Path) -> CheckReport:
+    return check(out, CheckSettings(baseline=model, calib=text, tokens=1024, device="cpu"))
+
+
+def test_a_whole_folder_holds(tiny, folder: Path, text: Path) -> None:
+    report = checked(folder, tiny("qwen3_moe"), text)
+    assert report.damages == ()
+    assert {tensor.format for tensor in report.tensors} == {"INT4_G64_BF16"}
+    assert all(block.output_error < block.limit for block in report.blocks)
+
+
+def test_a_whole_file_holds_though_correction_moved_it(tiny, tmp_path: Path, text: Path) -> None:
+    """At Q8_0 the correction is several times what rounding loses: values alone would look damaged."""
+    model, out = tiny("qwen3_moe"), tmp_path / "q.gguf"
+    convert(model, out, settings(text, type="Q8_0"))
+    report = checked(out, model, text)
+    assert report.damages == ()
+    moved = [e.weight_error > error_limit(t.expected) for t in report.tensors for e in t.experts]
+    assert any(moved)
+    router = "blk.0.ffn_gate_inp.weight"
+    reader = gguf.GGUFReader(out, "r+")
+    next(tensor.data for tensor in reader.tensors if tensor.name == router).view("u1")[3, 8] ^= 1
+    reader.data.flush()
+    assert (router, "bytes are not those that were written") in pairs(checked(out, model, text))
+
+
+def pairs(report: CheckReport) -> list[tuple[str, str]]:
+    return [(damage.where, damage.what) for damage in report.damages]
+
+
+def flip_low_bit(stored: Stored) -> None:
+    stored[f"{MODULE.format(4)}.weight_packed"][11, 3] ^= 1 << 12
+
+
+def swap(stored: Stored) -> None:
+    for suffix in ("weight_packed", "weight_scale"):
+        one, two = (f"{MODULE.format(expert)}.{suffix}" for expert in (2, 5))
+        stored[one], stored[two] = stored[two], stored[one]
+
+
+def double_scale(stored: Stored) -> None:
+    stored[f"{MODULE.format(3)}.weight_scale"][5, 1] *= 2
+
+
+def double_expert(stored: Stored) -> None:
+    stored[f"{MODULE.format(6)}.weight_scale"] *= 2
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (flip_low_bit, {4: "bytes are not those that were written"}),
+        (swap, {2: "holds the weights of expert 5", 5: "holds the weights of expert 2"}),
+        (double_scale, {3: "row 5, block at column 64"}),
+        (double_expert, {6: "times the baseline's; a scale is off"}),
+    ],
+)
+def test_damage_is_named(
+    tiny, folder: Path, text: Path, tmp_path: Path, edit: Callable[[Stored], None], expected: dict[int, str]
+) -> None:
+    out = edited(folder, tmp_path / "damaged", edit)
+    found = [pair for pair in pairs(checked(out, tiny("qwen3_moe"), text)) if "MoE block" not in pair[0]]
+    assert {where for where, _ in found} == {f"{UP} expert {e} ({MODULE.format(e)})" for e in expected}
+    for expert, what in expected.items():
+        assert any(f"expert {expert} " in where and what in said for where, said in found)
+
+
+def edited(folder: Path, copy: Path, edit: Callable[[Stored], None]) -> Path:
+    shutil.copytree(folder, copy)
+    (file,) = copy.glob("*.safetensors")
+    stored = load_file(file)
+    edit(stored)
+    save_file(stored, file, metadata={"format": "pt"})
+    return copy
+
+
+def test_what_was_kept_and_what_is_new_is_looked_at_too(
+    tiny, folder: Path, text: Path, tmp_path: Path
+) -> None:
+    router = "model.layers.0.mlp.gate.weight"
+
+    def edit(stored: Stored) -> None:
+        stored[router].view(torch.int16)[2, 7] ^= 1
+        stored["model.layers.0.mlp.gate.bias"] = torch.zeros(8)
+
+    out = edited(folder, tmp_path / "damaged", edit)
+    assert pairs(checked(out, tiny("qwen3_moe"), text)) == [
+        (router, "bytes are not those that were written"),
+        ("model.layers.0.mlp.gate.bias", "was not written by moequant"),
+    ]
+
+
+def test_the_record_and_the_config_must_agree(tiny, folder: Path, text: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(folder, tmp_path / "changed"))
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 128
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerifyError, match="says group_size 128, its weights were written with 64"):
+        checked(out, tiny("qwen3_moe"), text)
+    (out / "moequant.json").write_text("{}")
+    with pytest.raises(VerifyError, match=r"moequant.json: cannot be read"):
+        checked(out, tiny("qwen3_moe"), text)
+    (out / "moequant.json").unlink()
+    shutil.copyfile(folder / "config.json", out / "config.json")
+    report = checked(out, tiny("qwen3_moe"), text)
+    assert report.holds and any("records no checksums" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("vouched", [True, False])
+def test_what_a_checksum_vouches_for_is_not_searched_for_flips(vouched: bool) -> None:
+    """Correction makes outliers, odd blocks and large errors; it does not make other experts."""
+    usual = Marks(0.01, 1.0, 0.99, 0.1, 0.2, (0, 0), 1.0, (0.99, 0, 0), (1.01, 0, 0))
+    found = [
+        usual,
+        replace(usual, worst=0.9, worst_at=(3, 4)),
+        replace(usual, high_gain=(1.7, 5, 32)),
+        replace(usual, error=0.3),
+        replace(usual, cosine=0.1),
+        replace(usual, gain=2.0),
+    ]
+    sources = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0))
+    decoded = sources[[0, 1, 2, 3, 5, 5]]
+    told = dict(find(found, [vouched] * 6, 0.01, sources, decoded))
+    assert told[4].startswith("holds the weights of expert 5") and "2 times" in told[5]
+    assert told.keys() == ({4, 5} if vouched else {1, 2, 3, 4, 5})
