@@ -22,9 +22,8 @@ def test_importing_is_light() -> None:
 
 def test_convert_from_python(tiny, tmp_path: Path) -> None:
     out = tmp_path / "model.gguf"
-    report = moequant.convert(
-        str(tiny("olmoe")), str(out), moequant.Settings("Q8_0", calib_tokens=2048, eval_tokens=1024)
-    )
+    settings = moequant.Settings("Q8_0", calib_tokens=2048, eval_tokens=1024, effort="fast")
+    report = moequant.convert(str(tiny("olmoe")), str(out), settings)
     assert report.comparison is not None and report.comparison.kl_mean.value < 0.01
     assert report.out == out and report.file_bytes == out.stat().st_size
     assert "perplexity" in report.summary()
