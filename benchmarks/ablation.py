@@ -18,12 +18,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from gguf import GGUFReader
+
 sys.path[0] = str(Path(__file__).parents[1])  # the tests' clients are found from here
 
 from benchmarks.ladder import llama_logits, score  # noqa: E402
+from benchmarks.router import Fit, refit  # noqa: E402
 from moequant import corpus  # noqa: E402
 from moequant.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from moequant.compare import Comparison  # noqa: E402
+from moequant.compare.sources import GgufFile  # noqa: E402
 from moequant.containers import gguf  # noqa: E402
 from moequant.containers.tokenizer import read_tokenizer  # noqa: E402
 from moequant.conversion import Settings, convert, open_model  # noqa: E402
@@ -51,7 +55,8 @@ STEPS: dict[str, Rounding | None] = {
 }
 """Each adds to the one before; None is the search of every weight on its own."""
 
-PLAN = "+ types free"
+REFIT, PLAN = "+ routers fitted again", "+ types free"
+"""Done to the file of the step before (`router.py`), and beside `best` without it."""
 
 
 def main() -> None:
@@ -63,7 +68,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=240)
     parser.add_argument("--tokens", type=int, default=102_400)
     parser.add_argument("--types", default="Q2_K_S,Q4_K_S")
-    parser.add_argument("--steps", default=",".join((*map(str, range(len(STEPS))), "plan")))
+    parser.add_argument("--steps", default=",".join((*map(str, range(len(STEPS))), "refit", "plan")))
     arguments = parser.parse_args()
     results = json.loads((arguments.baselines / "mix.json").read_text())["results"]
     types = json.loads((arguments.baselines / "mix.types.json").read_text())
@@ -82,11 +87,16 @@ def main() -> None:
         for name in arguments.types.split(","):
             other = next(each for each in results if each["type"] == name)
             plan.write_text(json.dumps(types[name]))
+            spent = 0.0
             for step in arguments.steps.split(","):
                 began = time.process_time()
                 if step == "plan":
                     label = PLAN
                     convert(arguments.model, path, free(settings, other["bytes"]))
+                elif step == "refit":
+                    label = REFIT
+                    fit_routers(arguments.model, path, settings)
+                    began -= spent
                 else:
                     label, rounding = list(STEPS.items())[int(step)]
                     write(arguments.model, path, replace(settings, plan=plan), calibration, rounding)
@@ -133,6 +143,18 @@ def write(
         else:
             packed = rounded(rounding, folder)
         gguf.write(out, opened.checkpoint, opened.tokenizer, opened.plan, packed, opened.provenance)
+
+
+def fit_routers(model: Path, path: Path, settings: Settings) -> None:
+    """Put routers that 60 rows fit to the file's own layers into the file."""
+    checkpoint = open_checkpoint(model)
+    ids = text(checkpoint, settings).ids[:60]
+    routers = refit(checkpoint, GgufFile(path).load, ids, Fit(), len(ids)).routers
+    reader = GGUFReader(path, "r+")
+    for tensor in reader.tensors:
+        if tensor.name in routers:
+            tensor.data[:] = routers[tensor.name].numpy()
+    reader.data.flush()
 
 
 def row(name: str, step: str, found: Comparison, other: dict[str, float], size: int, spent: float) -> str:
