@@ -1,13 +1,13 @@
 """Which objective should the quantizers minimise? KL divergence at llama.cpp's own choice of types.
 
-    python benchmarks/objective.py MODEL --text TEXT --types mix.types.json
+    python benchmarks/objective.py MODEL --text TEXT --score OTHER --types TYPES --files IQ2_XS Q3_K_S
 
-The plan of every file is llama.cpp's (`--types`: file name -> tensor -> type), so the bytes
-are as many in every column. The first 400 rows of 512 tokens of TEXT calibrate, the next
-`--rows` are scored in our own engine. Columns: ggml's encoder; ours with the importance
-times (c·mean(x²) + x²)^(p/2) for p = 0, 0.5 and 1, all with the same importance as ggml;
-and our defaults (each format's own p, tokens weighted by the square of the router's
-weight). ± is the standard error of the difference to ggml's column, paired by token.
+The plan of every file is llama.cpp's (`--types`: file name -> tensor -> type), so the bytes are as many in
+every column. The first `--calibrate` rows of 512 tokens of TEXT calibrate; `--rows` rows, evenly spread over
+OTHER (documents of one kind stand together, and ratios differ more between kinds than within), are scored in
+our own engine. Columns: ggml's encoder; ours with the importance times (c·mean(x²) + x²)^(p/2) for p = 0, 0.5
+and 1, all with the same importance as ggml; and our defaults (each format's own p, tokens weighted by the
+square of the router's weight). ± is the standard error of the difference to ggml's column, paired by row.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ from moequant.texts import load_encoder
 from moequant.values import Weight
 from tests.formats import ggml
 
-CALIBRATION_ROWS = 400
-
 Pack = Callable[[Format, Tensor, Tensor | None], Tensor]
 
 
@@ -44,16 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", required=True)
+    parser.add_argument("--score", required=True)
     parser.add_argument("--types", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--files", nargs="+", help="default: all in TYPES")
+    parser.add_argument("--calibrate", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=80)
     arguments = parser.parse_args()
-    checkpoint = open_checkpoint(arguments.model)
-    rows = corpus.pack(corpus.read(arguments.text), load_encoder(arguments.model), 512)
-    seen = corpus.Rows(
-        rows.ids[:CALIBRATION_ROWS], rows.domains[:CALIBRATION_ROWS], rows.source, CALIBRATION_ROWS * 512
-    )
-    stats = calibrate(checkpoint, seen).inputs
-    scored = rows.ids[CALIBRATION_ROWS : CALIBRATION_ROWS + arguments.rows]
+    checkpoint, n = open_checkpoint(arguments.model), arguments.calibrate
+    encoder = load_encoder(arguments.model)
+    rows = corpus.pack(corpus.read(arguments.text), encoder, 512)
+    stats = calibrate(checkpoint, corpus.Rows(rows.ids[:n], rows.domains[:n], rows.source, n * 512)).inputs
+    scored = spread(corpus.pack(corpus.read(arguments.score), encoder, 512).ids, arguments.rows)
     model = build_model(checkpoint, EXPERTS)
     params = dict(model.named_parameters(remove_duplicate=False))
 
@@ -79,8 +78,8 @@ def main() -> None:
                 params[weight.param][..., slice(*weight.param_rows), :].copy_(
                     uninterleave(decoded, weight.rope_heads) if weight.rope_heads else decoded
                 )
-        return torch.cat(
-            [score_row(one, two, row).kl for row, one, two in zip(scored, base, logits(), strict=True)]
+        return torch.stack(
+            [score_row(one, two, row).kl.mean() for row, one, two in zip(scored, base, logits(), strict=True)]
         )
 
     def ggml_pack(fmt: Format, values: Tensor, weights: Tensor | None) -> Tensor:
@@ -90,7 +89,9 @@ def main() -> None:
     print(
         "| file | ggml | p = 0 | p = 0.5 | p = 1 | default | default / ggml |\n|---|---|---|---|---|---|---|"
     )
-    for name, types in json.loads(arguments.types.read_text()).items():
+    files = json.loads(arguments.types.read_text())
+    for name in arguments.files or files:
+        types = files[name]
         reference = divergence(types, ggml_pack)
         found = [
             divergence(types, lambda fmt, x, w, p=p: formats.quantize(fmt, x, w, magnitude=p))
@@ -104,6 +105,11 @@ def main() -> None:
             f"| {name} | " + " | ".join(f"{float(c):.5f}" for c in cells) + f" | {ratio:.3f} ± {error:.3f} |"
         )
         sys.stdout.flush()
+
+
+def spread(ids: Tensor, count: int) -> Tensor:
+    """`count` of the rows ids [n, 512], evenly spaced; all of them where there are no more."""
+    return ids[torch.linspace(0, len(ids) - 1, min(count, len(ids))).long()]
 
 
 if __name__ == "__main__":
