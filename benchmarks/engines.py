@@ -2,9 +2,9 @@
 
     python benchmarks/engines.py ../shared/models/mix demo OLMOE --text ../shared/data/eval.txt
 
-For every model a float32 file as the baseline and a file of each type, made with `--effort fast`. Printed are both
-engines' perplexity and mean KL divergence and how far ours is from llama.cpp's; `exact` is our engine without the
-rounding of activations. The third model is one from benchmarks/train_tiny.py.
+For every model a float32 file as the baseline and a file of each type, made with `--effort fast`. Printed
+are both engines' perplexity and mean KL divergence and how far ours is from llama.cpp's; `exact` is our
+engine without the rounding of activations. The third model is one from benchmarks/train_tiny.py.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def main() -> None:
             found = [scored(model, made, options, kind).measured for kind in ("llama.cpp", "ours", "exact")]
             for theirs, ours, exact in zip(*found, strict=True):
                 t, o, e = (one.comparison for one in (theirs, ours, exact))
-                kl = t.kl_mean.value
+                kl, change = t.kl_mean.value, o.perplexity.value / t.perplexity.value - 1
                 print(
                     f"| {model.name} | {theirs.name} | {t.perplexity.value:.4f} | {o.perplexity.value:.4f} "
-                    f"| {o.perplexity.value / t.perplexity.value - 1:+.3%} | {kl:.6f} ± {t.kl_mean.error:.6f} "
+                    f"| {change:+.3%} | {kl:.6f} ± {t.kl_mean.error:.6f} "
                     f"| {o.kl_mean.value:.6f} | {o.kl_mean.value / kl - 1:+.2%} | {e.kl_mean.value:.6f} "
                     f"| {e.kl_mean.value / kl - 1:+.2%} |",
                     flush=True,
