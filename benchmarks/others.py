@@ -76,8 +76,9 @@ RIVALS = (
 class Recipe:
     """A model to train: family, config, steps, weight of the load-balancing loss, its starved experts.
 
-    The router's rows of the last `starved` experts of every layer start at `faint` of the others' size: their
-    logits stay near 0 while some other expert's is nearly always above. No loss calls them back.
+    In every layer the router's rows of the last `starved` experts start as the mean of the other rows and
+    a little noise: the mean of the others' logits is hardly ever above the second largest of them. A row
+    that never wins gets no gradient, and no loss calls it back.
     """
 
     family: str
@@ -86,7 +87,7 @@ class Recipe:
     balance: float = 0.0
     router_std: float = 0.02
     starved: int = 0
-    faint: float = 0.02
+    noise: float = 0.2
 
 
 COMMON = {
@@ -123,7 +124,7 @@ MODELS = {
     "starved": Recipe(
         "mixtral",
         {"num_local_experts": 12, "num_experts_per_tok": 2, "intermediate_size": 256},
-        steps=18,
+        steps=40,
         router_std=0.1,
         starved=6,
     ),
@@ -148,7 +149,8 @@ def new_model(recipe: Recipe, ends: Path, seed: int) -> nn.Module:
         if name.endswith("mlp.gate.weight"):
             nn.init.normal_(parameter, std=recipe.router_std)
             with torch.no_grad():
-                parameter[len(parameter) - recipe.starved :] *= recipe.faint
+                fed = len(parameter) - recipe.starved
+                parameter[fed:] = parameter[:fed].mean(0) + recipe.noise * parameter[fed:]
     return model
 
 
@@ -276,13 +278,16 @@ class Judge:
 
 
 HEAD = (
-    "| {} | bytes | its bytes | mean KL | its | ratio | KL 99 % | its | same top | its "
-    "| perplexity | its | CPU s |"
+    "| type | bytes | its bytes | mean KL | its | ratio | KL 99 % | its | same top | its "
+    "| perplexity | its | CPU s | fallbacks |"
 )
 
 
-def row(label: str, ours: tuple[Path, Scores], theirs: tuple[Path, Scores], spent: float) -> str:
-    """One line of the table; the ratio's error is that of the mean of ours - ratio · theirs, by token."""
+def row(label: str, ours: tuple[Path, Scores], theirs: tuple[Path, Scores], cost: tuple[float, int]) -> str:
+    """One line of the table; the ratio's error is that of the mean of ours - ratio · theirs, by token.
+
+    `cost`: CPU seconds, and experts that the plain search rounded because their Hessian was useless.
+    """
     (path, mine), (other, its) = ours, theirs
     one, two = summarize(mine, path.name), summarize(its, other.name)
     ratio = one.kl_mean.value / two.kl_mean.value
@@ -291,7 +296,7 @@ def row(label: str, ours: tuple[Path, Scores], theirs: tuple[Path, Scores], spen
         f"| {label} | {path.stat().st_size:,} | {other.stat().st_size:,} "
         f"| {one.kl_mean.value:.5f} | {two.kl_mean.value:.5f} | {ratio:.3f} ± {error:.3f} "
         f"| {one.kl_99:.4f} | {two.kl_99:.4f} | {one.same_top:.2%} | {two.same_top:.2%} "
-        f"| {one.perplexity.value:.3f} | {two.perplexity.value:.3f} | {spent:.0f} |"
+        f"| {one.perplexity.value:.3f} | {two.perplexity.value:.3f} | {cost[0]:.0f} | {cost[1]} |"
     )
 
 
@@ -310,46 +315,46 @@ def frequencies(seen: Tensor, ids: Tensor, vocab: int) -> float:
     return float((-(counts / counts.sum()).log()[ids.flatten()]).mean().exp())
 
 
+Case = tuple[str, Path, dict[str, Any]]
+"""A row's label, llama.cpp's file, and the settings that make ours."""
+
+
+def cases(arguments: argparse.Namespace, files: Theirs, judge: Judge, plan: Path) -> Iterator[Case]:
+    """Every row to come; `plan` is written anew for each."""
+    imatrix = files.imatrix(arguments.calib, arguments.tokens // ROW)
+    for kind in filter(None, arguments.types.split(",")):
+        other = files.quantized(kind, imatrix)
+        plan.write_text(json.dumps(types_of(other)))
+        yield kind, other, {"plan": plan, "calib_tokens": arguments.tokens}
+    for kind in filter(None, arguments.sizes.split(",")):
+        rivals = [files.quantized(each, imatrix) for each in RIVALS[: RIVALS.index(kind) + 1]]
+        size = rivals[-1].stat().st_size
+        fitting = [each for each in rivals if 0.75 * size <= each.stat().st_size <= size]
+        best = min(fitting, key=lambda each: float(judge.scores(each).kl.mean()))
+        # The rows that probe the plan come on top of those that calibrate.
+        wanted = {"size": str(size), "calib_tokens": arguments.tokens - 16 * ROW}
+        yield f"{kind}'s size / {best.name.split('-')[0]}", best, wanted
+
+
 def measure(model: Path, arguments: argparse.Namespace, ids: Tensor) -> Iterator[str]:
     """The lines of one model's tables."""
     exact = model / "F32.gguf"
     if not exact.exists():
         convert(model, exact, Settings("F32", eval_tokens=0))
-    files = Theirs(arguments.llama_bin, exact, model)
-    imatrix = files.imatrix(arguments.calib, arguments.tokens // ROW)
-    judge = Judge.of(exact, ids)
+    judge, files = Judge.of(exact, ids), Theirs(arguments.llama_bin, exact, model)
     given = {"calib": arguments.calib, "eval_tokens": 0, "overwrite": True, "effort": arguments.effort}
-    heading: list[str] = []
+    yield HEAD + "\n" + "|---" * 14 + "|"
     with tempfile.TemporaryDirectory() as folder:
-        plan, path = Path(folder) / "plan.json", Path(folder) / "ours.gguf"
-
-        def compared(label: str, other: Path, **wanted: Any) -> Iterator[str]:
+        path = Path(folder) / "ours.gguf"
+        for label, other, wanted in cases(arguments, files, judge, Path(folder) / "plan.json"):
             began = time.process_time()
             report = convert(model, path, Settings(**given, **wanted))
-            spent, mine = time.process_time() - began, judge.scores(path)
-            if not heading:
-                ppl = summarize(mine, path.name).base_perplexity
-                yield f"Perplexity of the F32 file: {ppl.value:.2f} ± {ppl.error:.2f}."
-                yield from shares(report)
-                heading.append(HEAD.format("type"))
-                yield "\n".join(["", HEAD.format("type"), "|---" * 13 + "|"])
-            yield row(label, (path, mine), (other, judge.scores(other)), spent)
-            lost = sum(len(each.fallbacks) for each in report.losses)
-            if lost:
-                yield f"| {label}: {lost} experts fell back to the plain search" + " | " * 13
-
-        for kind in filter(None, arguments.types.split(",")):
-            other = files.quantized(kind, imatrix)
-            plan.write_text(json.dumps(types_of(other)))
-            yield from compared(kind, other, plan=plan, calib_tokens=arguments.tokens)
-        for kind in filter(None, arguments.sizes.split(",")):
-            size = files.quantized(kind, imatrix).stat().st_size
-            rivals = [files.quantized(each, imatrix) for each in RIVALS[: RIVALS.index(kind) + 1]]
-            fitting = [each for each in rivals if 0.75 * size <= each.stat().st_size <= size]
-            best = min(fitting, key=lambda each: float(judge.scores(each).kl.mean()))
-            # The rows that probe the plan come on top of those that calibrate.
-            wanted = {"size": str(size), "calib_tokens": arguments.tokens - 16 * ROW}
-            yield from compared(f"{kind}'s size / {best.name.split('-')[0]}", best, **wanted)
+            cost = time.process_time() - began, sum(len(each.fallbacks) for each in report.losses)
+            mine = judge.scores(path)
+            yield row(label, (path, mine), (other, judge.scores(other)), cost)
+    ppl = summarize(mine, path.name).base_perplexity
+    yield f"\nPerplexity of the F32 file: {ppl.value:.2f} ± {ppl.error:.2f}. Tokens that experts saw:"
+    yield from shares(report)
 
 
 def main() -> None:
