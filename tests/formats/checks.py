@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import gguf
 import numpy as np
 import torch
@@ -48,9 +50,15 @@ def ratio_to_ggml(fmt: Format, kind: str, importance: str, effort: Effort = "def
     """Error of our encoder over ggml's with the same importance, on the objective of the format."""
     x, v = weights(kind), importances(importance)
     w, blocks = objective(fmt, x, v), x.reshape(-1, fmt.block)
-    ours = fmt.decode(fmt.encode(blocks, w, effort))
-    theirs = fmt.decode(ggml.quantize(fmt, x, v).reshape(-1, fmt.block_bytes))
-    return loss(w, blocks, ours) / loss(w, blocks, theirs)
+    return loss(w, blocks, fmt.decode(fmt.encode(blocks, w, effort))) / lost_by_ggml(fmt, kind, importance)
+
+
+@cache
+def lost_by_ggml(fmt: Format, kind: str, importance: str) -> float:
+    """The error that ours is held against; ggml's own search of grids takes seconds."""
+    x, v = weights(kind), importances(importance)
+    w, blocks = objective(fmt, x, v), x.reshape(-1, fmt.block)
+    return loss(w, blocks, fmt.decode(ggml.quantize(fmt, x, v).reshape(-1, fmt.block_bytes)))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -101,10 +109,23 @@ def nasty_blocks(fmt: Format) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def survives(fmt: Format, x: Tensor, w: Tensor, effort: Effort) -> bool:
-    """Finite, of the right shape, and at least as good as storing zeros."""
+def casualties(fmt: Format, effort: Effort) -> list[str]:
+    """The nasty inputs that come out infinite, or worse than stored as zeros.
+
+    All are packed at once, as blocks of a tile are: none may spoil another. A tile of zeros alone is
+    packed as well.
+    """
+    cases = nasty_blocks(fmt)
+    x, w = (torch.cat(parts) for parts in zip(*cases.values(), strict=True))
     packed = fmt.encode(x, w, effort)
     assert packed.shape == (len(x), fmt.block_bytes)
     assert packed.dtype == torch.uint8
-    q = fmt.decode(packed)
+    zeros = next(iter(cases.values()))
+    assert torch.equal(fmt.encode(*zeros, effort), packed[: len(zeros[0])])
+    found = zip(cases.items(), fmt.decode(packed).split(4), strict=True)
+    return [name for (name, given), q in found if not survives(*given, q)]
+
+
+def survives(x: Tensor, w: Tensor, q: Tensor) -> bool:
+    """Finite, and at least as good as storing zeros."""
     return bool(torch.isfinite(q).all()) and loss(w, x, q) <= loss(w, x, torch.zeros_like(x)) * (1 + 1e-6)

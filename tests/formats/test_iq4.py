@@ -10,14 +10,13 @@ from moequant.formats.base import Effort, Format
 from moequant.formats.codebook import nearest
 from moequant.formats.iq4 import IQ4_NL, IQ4_XS, MIDS, VALUES
 from tests.formats.checks import (
+    casualties,
     decodes_like_others,
     importances,
     loss,
-    nasty_blocks,
     objective,
     random_bytes,
     ratio_to_ggml,
-    survives,
     weights,
 )
 
@@ -51,8 +50,7 @@ def test_more_effort_never_loses(fmt: Format) -> None:
 @FORMATS
 @pytest.mark.parametrize("effort", ["fast", "default", "best"])
 def test_nasty_blocks(fmt: Format, effort: Effort) -> None:
-    bad = [name for name, (x, w) in nasty_blocks(fmt).items() if not survives(fmt, x, w, effort)]
-    assert bad == []
+    assert casualties(fmt, effort) == []
 
 
 def least_error(x: Tensor, w: Tensor) -> float:

@@ -11,12 +11,11 @@ from moequant.formats.q3_k import Q3_K
 from moequant.formats.q4_k import Q4_K, Q5_K
 from moequant.formats.q6_k import Q6_K
 from tests.formats.checks import (
+    casualties,
     decodes_like_others,
     loss,
-    nasty_blocks,
     random_bytes,
     ratio_to_ggml,
-    survives,
     weights,
 )
 
@@ -49,7 +48,7 @@ def test_more_effort_loses_less(fmt: Format) -> None:
 @FORMATS
 @EFFORTS
 def test_survives_nasty_blocks(fmt: Format, effort: Effort) -> None:
-    assert [name for name, (x, w) in nasty_blocks(fmt).items() if not survives(fmt, x, w, effort)] == []
+    assert casualties(fmt, effort) == []
 
 
 @FORMATS

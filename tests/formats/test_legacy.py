@@ -8,12 +8,11 @@ import torch
 from moequant.formats.base import Effort, Format
 from moequant.formats.legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from tests.formats.checks import (
+    casualties,
     decodes_like_others,
     loss,
-    nasty_blocks,
     random_bytes,
     ratio_to_ggml,
-    survives,
     weights,
 )
 
@@ -47,7 +46,7 @@ def test_more_effort_loses_less(fmt: Format) -> None:
 @FORMATS
 @EFFORTS
 def test_survives_nasty_blocks(fmt: Format, effort: Effort) -> None:
-    assert [name for name, (x, w) in nasty_blocks(fmt).items() if not survives(fmt, x, w, effort)] == []
+    assert casualties(fmt, effort) == []
 
 
 @FORMATS
