@@ -124,7 +124,7 @@ MODELS = {
     "starved": Recipe(
         "mixtral",
         {"num_local_experts": 12, "num_experts_per_tok": 2, "intermediate_size": 256},
-        steps=40,
+        steps=16,
         router_std=0.1,
         starved=6,
     ),
