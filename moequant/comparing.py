@@ -180,7 +180,7 @@ def _settings(rows: Rows, settings: CompareSettings) -> dict[str, record.Setting
         "tokens SHA-256": record.digest(rows.ids),
         "context": rows.ids.shape[1],
         "batch": settings.resources.batch_tokens if ours else BATCH,
-        "threads": settings.threads,
+        "threads": settings.resources.workers if ours else settings.threads,
         "device": settings.resources.device,
         "seed": settings.seed,
     }

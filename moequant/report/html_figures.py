@@ -83,16 +83,18 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 def sizes(found: Compared) -> str:
     """Size against mean KL divergence, every candidate by name."""
+    largest = max(source.bytes for source in found.candidates)
+    scale, unit = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
     with style("sizes"):
         figure, axes = _figure(3.2)
         for number, (source, one) in enumerate(zip(found.candidates, found.measured, strict=True)):
             kl = one.comparison.kl_mean
-            x, y = source.bytes / 1e9, max(kl.value, FLOOR)
+            x, y = source.bytes / scale, max(kl.value, FLOOR)
             axes.errorbar(x, y, yerr=min(kl.error, 0.9 * y), fmt="o", color=PALETTE[number % 10], capsize=2)
             axes.annotate(one.name, (x, y), xytext=(6, 4), textcoords="offset points", color=INK)
         axes.set_yscale("log")
         axes.margins(x=0.25, y=0.15)
-        axes.set_xlabel("size, GB")
+        axes.set_xlabel(f"size, {unit}")
         axes.set_ylabel("mean KL divergence")
         return svg(figure)
 
@@ -150,7 +152,7 @@ def errors(one: Measured) -> str:
                 interpolation="nearest",
             )
             axes.set_title(str(role), loc="left", fontsize=9)
-            axes.set_ylabel("layer")
+            _layers(axes)
         panels[-1].set_xlabel("expert")
         bar = figure.colorbar(image, ax=list(panels))
         bar.set_label("relative squared error, log10", color=INK)
@@ -171,7 +173,7 @@ def routing(one: Measured) -> str:
         for layer, expert in zip(*np.nonzero(counts == 0), strict=True):
             axes.text(expert, layer, "×", ha="center", va="center", color="white", fontsize=7)
         axes.set_xlabel("expert")
-        axes.set_ylabel("layer")
+        _layers(axes)
         bar = figure.colorbar(image, ax=axes, ticks=range(-4, 5, 2))
         bar.ax.set_yticklabels(["1/16", "1/4", "1", "4", "16"])
         bar.set_label("times the fair share", color=INK)
@@ -196,7 +198,7 @@ def types(found: Compared, number: int) -> str:
             grid, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, aspect="auto", interpolation="nearest"
         )
         axes.set_xticks(range(len(roles)), [str(role) for role in roles])
-        axes.set_ylabel("layer")
+        _layers(axes)
         handles = [Patch(color=PALETTE[at % 10], label=name) for at, name in enumerate(names)]
         axes.legend(
             handles=handles, ncols=min(6, len(names)), loc="lower left", bbox_to_anchor=(0, 1), frameon=False
@@ -207,6 +209,12 @@ def types(found: Compared, number: int) -> str:
 def _grid(weights: list[WeightError]) -> NDArray[np.float64]:
     """Errors [layers, experts]."""
     return np.array([weight.error.tolist() for weight in weights])
+
+
+def _layers(axes: Axes) -> None:
+    """Rows are layers: the axis has whole numbers only."""
+    axes.set_ylabel("layer")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _height(layers: int) -> float:
