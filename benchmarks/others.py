@@ -10,6 +10,7 @@ llama-quantize. For every type our file of exactly the types that its tensors ha
 from the same tokens, and both are scored in llama.cpp on the first `--chunks` chunks of 512 tokens of --eval
 against the F32 file. For every one of `--sizes`, a type, ours is as large as llama.cpp's file of that type,
 types free to choose, against the best of all its files that are no larger. ± is paired by token.
+`TYPE:layers` among the types keeps embeddings and head in F32 on both sides.
 
 Models and llama.cpp's files are kept in `--cache` and found there again. The malloc settings keep glibc
 from handing every large activation of the training back to the kernel.
@@ -235,11 +236,11 @@ class Theirs:
         return self._made(path, lambda out: ["llama-imatrix", "-m", self.exact, *options, "-o", out])
 
     def quantized(self, kind: str, imatrix: Path) -> Path:
-        """llama-quantize's file of a type under an imatrix."""
-        path = self.folder / f"{kind}-{imatrix.name}"
-        return self._made(
-            path, lambda out: ["llama-quantize", "--imatrix", imatrix, self.exact, out, kind, 1]
-        )
+        """llama-quantize's file of a type under an imatrix; `TYPE:layers` leaves the ends in F32."""
+        path, (name, _, part) = self.folder / f"{kind}-{imatrix.name}", kind.partition(":")
+        kept = ["--token-embedding-type", "f32", "--output-tensor-type", "f32"] if part else []
+        tool = ["llama-quantize", *kept, "--imatrix", imatrix, self.exact]
+        return self._made(path, lambda out: [*tool, out, name, 1])
 
     def _made(self, path: Path, command: Any) -> Path:
         if path.exists():
