@@ -141,7 +141,9 @@ def _block_format(fmt: GroupFormat) -> Format:
 
     def decode_block(blocks: Tensor) -> Tensor:
         codes, scales = split(fmt, blocks, group)
-        return decode(fmt, codes, scales).float()
+        return decode(
+            fmt, codes, scales.to(fmt.scale_dtypes[0])
+        ).float()  # as a model in its own precision does
 
     view = Scalar(
         sub=group,

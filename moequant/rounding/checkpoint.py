@@ -14,6 +14,9 @@ from moequant.meter import available_bytes
 from moequant.rounding.coupled import Coupled, Plain, Result, Rounding, Streams
 from moequant.routing.stream import LayerStream, Resources
 
+BATCHES = 8
+"""The least number of batches, where there are as many rows."""
+
 
 def round_checkpoint(
     checkpoint: Checkpoint,
@@ -29,6 +32,7 @@ def round_checkpoint(
     that there is or may be used, and in not more than 4 GiB.
     """
     memory = resources.ram or available_bytes() or 16 << 30
+    resources = replace(resources, batch_tokens=min(resources.batch_tokens, ids.numel() // BATCHES))
     rounding = replace(rounding, gram_bytes=min(4 << 30, memory // 4))
     with (
         tempfile.TemporaryDirectory(prefix="moequant-") as folder,
