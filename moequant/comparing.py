@@ -14,13 +14,11 @@ from moequant import bundled, corpus
 from moequant.checkpoint import Checkpoint
 from moequant.compare import Measured, Ran, difference, record, runtime, samples
 from moequant.compare.activations import Rounded
-from moequant.compare.sources import Source, open_model, open_source
+from moequant.compare.sources import Source, open_files, open_model, open_source
 from moequant.compare.streaming import Version, compare
-from moequant.containers.gguf_header import read_header
 from moequant.containers.tokenizer import read_tokenizer
 from moequant.corpus import Rows
 from moequant.engines.serving import BATCH, Prompt, serve
-from moequant.errors import CheckpointError
 from moequant.meter import Meter
 from moequant.report.compare import Compared
 from moequant.routing.stream import Resources
@@ -111,7 +109,7 @@ def _opened(base: Path, candidates: Sequence[Path], settings: CompareSettings) -
         checkpoint = open_model(paths, settings.model)
         sources = tuple(open_source(path, checkpoint) for path in paths)
         return _Opened(sources, _rows(checkpoint, settings), checkpoint)
-    sources = tuple(_file(path) for path in paths)
+    sources = open_files(paths)
     if settings.model is not None:
         return _Opened(sources, _rows(open_model([], settings.model), settings), None)
     # Without its folder the baseline's own tokenizer has to do.
@@ -192,17 +190,6 @@ def _settings(rows: Rows, settings: CompareSettings) -> dict[str, record.Setting
             "sampled": f"{settings.tokens_sampled} tokens a prompt, greedy",
         }
     return found
-
-
-def _file(path: Path) -> Source:
-    """A GGUF file by its header; nobody here decodes it."""
-    if path.is_dir():
-        raise CheckpointError(f"{path}: llama.cpp runs GGUF files; convert it with --type BF16 or F32 first")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    header = read_header(path)
-    types = {tensor.name: tensor.type for tensor in header.tensors}
-    return Source(path, "GGUF", None, header.file_bytes, types)
 
 
 def _rows(checkpoint: Checkpoint, settings: CompareSettings) -> Rows:

@@ -266,6 +266,22 @@ def test_wrong_pairs_are_one_line(tiny, file, text: Path, tmp_path: Path) -> Non
         refused(lambda base=base, candidate=candidate: run(base, [candidate], settings(text)), match)
 
 
+def test_wrong_pairs_of_files_in_llama_cpp_are_one_line(tiny, file, text: Path, tmp_path: Path) -> None:
+    good = file("mixtral", "Q4_K_M")
+    deeper, wider = tmp_path / "deeper.gguf", tmp_path / "wider.gguf"
+    convert(tiny("mixtral", num_hidden_layers=3), deeper, Settings("F32", eval_tokens=0))
+    convert(tiny("mixtral", vocab_size=400), wider, Settings("F32", eval_tokens=0))
+    (tmp_path / "text.gguf").write_text("not a model")
+    for other, match in (
+        (deeper, "block_count is 3, not 2"),
+        (wider, "another vocabulary than"),
+        (file("qwen3_moe", "F32"), "general.architecture is qwen3moe, not llama"),
+        (tmp_path / "text.gguf", "not a GGUF file"),
+        (tmp_path / "absent.gguf", "no such file"),
+    ):
+        refused(lambda other=other: run(good, [other], settings(text, engine="llama.cpp")), match)
+
+
 def test_another_vocabulary_of_the_same_size_is_refused(tiny, text: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny("mixtral"), tmp_path / "copy"))
     value = json.loads((copy / "tokenizer.json").read_text())

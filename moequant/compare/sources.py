@@ -95,6 +95,29 @@ def open_source(path: Path, checkpoint: Checkpoint) -> Source:
     return _gguf(path, checkpoint)
 
 
+def open_files(paths: Sequence[Path]) -> tuple[Source, ...]:
+    """GGUF files of one model by their headers, for a runtime that decodes them itself.
+
+    Raises CheckpointError for what is no GGUF file, VerifyError when one is another model than the first.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise CheckpointError(
+                f"{path}: llama.cpp runs GGUF files; convert it with --type BF16 or F32 first"
+            )
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file")
+    headers = [read_header(path) for path in paths]
+    first, vocabulary = headers[0], GgufFile(paths[0]).tokens()
+    for header in headers[1:]:
+        _same_metadata(header.path, header.metadata, first.path, first.metadata)
+        _same_texts(header.path, GgufFile(header.path).tokens(), first.path, vocabulary)
+    return tuple(
+        Source(one.path, "GGUF", None, one.file_bytes, {each.name: each.type for each in one.tensors})
+        for one in headers
+    )
+
+
 def _method(path: Path) -> str | None:
     """How a folder is quantized; None when it is not."""
     try:
@@ -208,13 +231,16 @@ def shards(path: Path) -> list[Path]:
 
 def _same_model(path: Path, theirs: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """VerifyError naming the first thing that makes `theirs`, by GGUF key, another model."""
-    arch = checkpoint.family.gguf_arch
-    for key, mine in identity(checkpoint).items():
-        if key not in ("general.architecture", "vocab_size") and key.removeprefix(f"{arch}.") not in SAME:
-            continue
-        other = theirs.get(key)
-        if other is not None and not _equal(mine, other):
-            raise VerifyError(f"{path}: another model than {checkpoint.path}: {key} is {other}, not {mine}")
+    _same_metadata(path, theirs, checkpoint.path, identity(checkpoint))
+
+
+def _same_metadata(path: Path, theirs: Mapping[str, Any], base: Path, mine: Mapping[str, Any]) -> None:
+    """VerifyError naming the first of the keys in SAME, or architecture or vocabulary, that differs."""
+    arch = mine["general.architecture"]
+    for key in ("general.architecture", "vocab_size", *(f"{arch}.{name}" for name in SAME)):
+        one, two = mine.get(key), theirs.get(key)
+        if one is not None and two is not None and not _equal(one, two):
+            raise VerifyError(f"{path}: another model than {base}: {key} is {two}, not {one}")
 
 
 def _equal(one: Any, two: Any) -> bool:
@@ -237,13 +263,16 @@ def _same_tokens(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _same_vocabulary(path: Path, theirs: Sequence[str], checkpoint: Checkpoint) -> None:
+    _same_texts(path, theirs, checkpoint.path, read_tokenizer(checkpoint.path).tokens)
+
+
+def _same_texts(path: Path, theirs: Sequence[str], base: Path, mine: Sequence[str]) -> None:
     """VerifyError when the same ids mean other texts."""
-    mine = read_tokenizer(checkpoint.path).tokens
     pairs = list(zip(mine, theirs, strict=False))
     foreign = [number for number, (one, two) in enumerate(pairs) if one != two]
     if len(foreign) > FOREIGN_TOKENS * len(pairs):
         first = foreign[0]
         raise VerifyError(
-            f"{path}: another vocabulary than {checkpoint.path}: {len(foreign)} of {len(pairs)} tokens "
+            f"{path}: another vocabulary than {base}: {len(foreign)} of {len(pairs)} tokens "
             f"differ, token {first} is {theirs[first]!r}, not {mine[first]!r}"
         )
