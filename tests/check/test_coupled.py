@@ -167,9 +167,9 @@ def test_what_a_checksum_vouches_for_is_not_searched_for_flips(vouched: bool) ->
         replace(usual, cosine=0.05),
         replace(usual, norm=float("nan")),
     ]
-    sources = torch.randn(8, 4, 8, generator=torch.Generator().manual_seed(0))
+    sources = torch.randn(8, 32, 32, generator=torch.Generator().manual_seed(0))
     decoded = sources[[0, 1, 2, 3, 5, 5, 6, 7]]
-    decoded[6] = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    decoded[6] = torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
     told = dict(find(found, [vouched] * 8, 0.01, sources, decoded))
     assert told[4].startswith("holds the weights of expert 5") and "2 times" in told[5]
     assert told[6].startswith("holds other weights") and "not finite" in told[7]
