@@ -182,6 +182,8 @@ def _settings(rows: Rows, settings: CompareSettings) -> dict[str, record.Setting
         "device": settings.resources.device,
         "seed": settings.seed,
     }
+    if settings.model is not None:
+        found["model"] = str(settings.model)
     if settings.tokens_sampled:
         prompts = bundled.prompts()
         found |= {

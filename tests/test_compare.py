@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from moequant import bundled
 from moequant.checkpoint import load, open_checkpoint
 from moequant.cli import app
 from moequant.compare import Scores, difference, score_row, summarize
@@ -313,20 +314,22 @@ def test_rounded_activations_are_ggml_s() -> None:
     assert torch.equal(by_32(torch.zeros(1, 32)), torch.zeros(1, 32))
 
 
-def test_our_engine_agrees_with_llama_cpp(mix: Path, tmp_path: Path) -> None:
-    """The same file and text: perplexity to 0.2 %, mean KL divergence to 3 %."""
-    data = models.SHARED / "data"
-    out = tmp_path / "Q3_K_M.gguf"
-    base = tmp_path / "F32.gguf"
-    convert(mix, base, Settings("F32", eval_tokens=0))
-    convert(
-        mix,
-        out,
-        Settings("Q3_K_M", calib=data / "calib.txt", calib_tokens=8192, eval_tokens=0, effort="fast"),
+@pytest.mark.parametrize(("model", "type_"), [("demo", "Q2_K"), ("mix", "Q3_K_M")])
+def test_our_engine_agrees_with_llama_cpp(
+    request: pytest.FixtureRequest, tmp_path: Path, model: str, type_: str
+) -> None:
+    """Trained models, the same file and text in both: perplexity to 0.2 %, mean KL divergence to 3 %."""
+    folder = bundled.path("demo") if model == "demo" else request.getfixturevalue("mix")
+    data = None if model == "demo" else models.SHARED / "data"
+    base, out = tmp_path / "F32.gguf", tmp_path / f"{type_}.gguf"
+    convert(folder, base, Settings("F32", eval_tokens=0))
+    calib = data and data / "calib.txt"
+    convert(folder, out, Settings(type_, calib=calib, calib_tokens=8192, eval_tokens=0, effort="fast"))
+    wanted = CompareSettings(
+        data and data / "eval.txt", 8192, sample_tokens=0, resources=Resources(threads=1)
     )
-    wanted = CompareSettings(data / "eval.txt", 16 * 512, resources=Resources(threads=1))
-    ours = run(mix, [base, out], wanted)
-    theirs = run(base, [base, out], replace(wanted, engine="llama.cpp", model=mix))
+    ours = run(folder, [base, out], wanted)
+    theirs = run(base, [base, out], replace(wanted, engine="llama.cpp", model=folder))
     for one, two in zip(ours.measured, theirs.measured, strict=True):
         assert abs(one.comparison.perplexity.value / two.comparison.perplexity.value - 1) < 0.002
         assert abs(one.comparison.kl_mean.value - two.comparison.kl_mean.value) <= (
