@@ -1,4 +1,4 @@
-"""Writes calib/manifest.json from what lies in calib/text, calib/eval and calib/prompts and from the generators.
+"""Writes calib/manifest.json from calib/text, calib/eval, calib/prompts and the generators.
 
     python scripts/build_calib_manifest.py            write it
     python scripts/build_calib_manifest.py --check    fail when the one there is out of date
@@ -75,7 +75,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write calib/manifest.json.")
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     parser.add_argument(
-        "--root", type=Path, default=ROOT, help="the folder that holds text/, eval/, prompts/ and manifest.json"
+        "--root",
+        type=Path,
+        default=ROOT,
+        help="the folder that holds text/, eval/, prompts/ and manifest.json",
     )
     options = parser.parse_args()
     sections, content = zip(*(describe(options.root, split) for split in FOLDERS), strict=True)
