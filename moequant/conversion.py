@@ -32,7 +32,7 @@ from moequant.routing import store
 from moequant.routing.calibrate import FREE, calibrate
 from moequant.routing.statistics import Gating
 from moequant.routing.stream import Resources
-from moequant.texts import ROW, split_probes, token_rows
+from moequant.texts import ROW, calibration_rows, split_probes, token_rows
 from moequant.values import Calibration, ExpertLoss, Packed, Plan
 from moequant.verify import verify
 
@@ -308,11 +308,11 @@ def _texts(opened: Opened, settings: Settings) -> Texts:
     if opened.quantizes:
         documents = corpus.read(settings.calib, "calibration")
         if settings.effort == "fast" or settings.plan is not None:
-            calib = token_rows(checkpoint, documents, settings.calib_tokens, settings.seed, bos)
+            calib = calibration_rows(checkpoint, documents, settings.calib_tokens, settings.seed, bos)
         else:
             tokens = settings.calib_tokens + Probing().rows * ROW
             calib, probes = split_probes(
-                token_rows(checkpoint, documents, tokens, settings.seed, bos), Probing().rows
+                calibration_rows(checkpoint, documents, tokens, settings.seed, bos), Probing().rows
             )
     if settings.eval_tokens:
         documents = corpus.read(settings.eval, "evaluation")

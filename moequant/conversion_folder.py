@@ -24,7 +24,7 @@ from moequant.report import Report
 from moequant.rounding.checkpoint import round_checkpoint
 from moequant.rounding.coupled import Result, Rounding
 from moequant.routing.calibrate import calibrate
-from moequant.texts import token_rows
+from moequant.texts import calibration_rows, token_rows
 from moequant.values import ExpertLoss, Packed
 
 
@@ -124,13 +124,12 @@ def _texts(checkpoint: Checkpoint, settings: Settings, calibrated: bool) -> _Tex
 
 
 def _rows(checkpoint: Checkpoint, settings: Settings, split: Split) -> Rows:
-    source, tokens = (
-        (settings.calib, settings.calib_tokens)
-        if split == "calibration"
-        else (settings.eval, settings.eval_tokens)
-    )
     bos = read_tokenizer(checkpoint.path).leading
-    return token_rows(checkpoint, corpus.read(source, split), tokens, settings.seed, bos)
+    if split == "calibration":
+        documents = corpus.read(settings.calib, split)
+        return calibration_rows(checkpoint, documents, settings.calib_tokens, settings.seed, bos)
+    documents = corpus.read(settings.eval, split)
+    return token_rows(checkpoint, documents, settings.eval_tokens, settings.seed, bos)
 
 
 def _compared(

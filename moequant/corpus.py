@@ -246,10 +246,8 @@ def pack(
         raise CorpusError(
             f"row length {length}: a row needs at least 2 tokens, one to read and one to predict"
         )
-    if tokens is not None and tokens < MIN_ROWS * length:
-        raise CorpusError(
-            f"a budget of {tokens} tokens: expected at least {MIN_ROWS} rows of {length} tokens"
-        )
+    if tokens is not None:
+        _check_budget(tokens, length)
     streams = _streams(documents, tokenizer, seed, bos_id)
     total = sum(len(stream) for stream in streams.values())
     if total < MIN_ROWS * length:
@@ -266,6 +264,35 @@ def pack(
     if bos_id is not None:
         ids[:, 0] = bos_id
     return Rows(ids, tuple(domain for domain, _ in turns), source, ids.numel())
+
+
+def spread(rows: Rows, tokens: int) -> Rows:
+    """At most `tokens` tokens of `rows`, from all over the text instead of from its beginning.
+
+    Domains take turns as in `pack`; of each domain rows are taken in the order of their reversed binary
+    number, so that any prefix lies evenly and a larger `tokens` only appends rows.
+    Raises CorpusError when the budget gives fewer than MIN_ROWS rows.
+    """
+    length = rows.ids.shape[1]
+    _check_budget(tokens, length)
+    places: dict[str, list[int]] = {}
+    for row, domain in enumerate(rows.domains):
+        places.setdefault(domain, []).append(row)
+    for domain, found in places.items():
+        bits = len(found).bit_length()
+        places[domain] = [found[i] for i in sorted(range(len(found)), key=lambda i: f"{i:0{bits}b}"[::-1])]
+    turns = _in_turn({domain: len(found) for domain, found in places.items()})
+    chosen = [places[domain][row] for domain, row in turns[: tokens // length]]
+    ids = rows.ids[chosen]
+    return Rows(ids, tuple(rows.domains[row] for row in chosen), rows.source, ids.numel())
+
+
+def _check_budget(tokens: int, length: int) -> None:
+    """CorpusError when `tokens` are fewer than MIN_ROWS rows of `length`."""
+    if tokens < MIN_ROWS * length:
+        raise CorpusError(
+            f"a budget of {tokens} tokens: expected at least {MIN_ROWS} rows of {length} tokens"
+        )
 
 
 def _streams(

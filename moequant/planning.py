@@ -20,7 +20,7 @@ from moequant.report.curve import Curve, draw
 from moequant.report.routing import check_picture
 from moequant.routing import store
 from moequant.routing.calibrate import calibrate
-from moequant.texts import ROW, split_probes, token_rows
+from moequant.texts import ROW, calibration_rows, split_probes
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,4 +133,6 @@ def _texts(checkpoint: Checkpoint, tokenizer: TokenizerSpec, settings: PlanSetti
     most = Probing().rows
     documents = corpus.read(settings.calib, "calibration")
     tokens = settings.calib_tokens + most * ROW
-    return split_probes(token_rows(checkpoint, documents, tokens, settings.seed, tokenizer.leading), most)
+    return split_probes(
+        calibration_rows(checkpoint, documents, tokens, settings.seed, tokenizer.leading), most
+    )

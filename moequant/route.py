@@ -133,8 +133,8 @@ def calibration_pool(checkpoint: Checkpoint, settings: RouteSettings) -> Rows:
     encoder, tokenizer = load_encoder(checkpoint.path), read_tokenizer(checkpoint.path)
     bos = tokenizer.ids.get("bos") if tokenizer.add_bos else None
     documents = corpus.read(settings.calib, "calibration")
-    tokens = None if settings.ratio > 0 else settings.calib_tokens
-    rows = corpus.pack(documents, encoder, ROW, tokens, settings.seed, bos)
+    every = corpus.pack(documents, encoder, ROW, None, settings.seed, bos)
+    rows = corpus.spread(every, every.tokens if settings.ratio > 0 else settings.calib_tokens)
     config = checkpoint.config
     return corpus.check(
         rows, max_length=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"])

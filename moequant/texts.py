@@ -18,12 +18,18 @@ ROW = 512
 def token_rows(
     checkpoint: Checkpoint, documents: list[Document], tokens: int, seed: int, bos: int | None
 ) -> Rows:
-    """At most `tokens` tokens of the documents in rows that the model can take; CorpusError if none can."""
+    """At most `tokens` tokens of the documents, from their beginning as llama-perplexity scores them, in rows
+    that the model can take; CorpusError if it can take none."""
     rows = corpus.pack(documents, load_encoder(checkpoint.path), ROW, tokens, seed, bos)
-    config = checkpoint.config
-    return corpus.check(
-        rows, max_length=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"])
-    )
+    return _checked(checkpoint, rows)
+
+
+def calibration_rows(
+    checkpoint: Checkpoint, documents: list[Document], tokens: int, seed: int, bos: int | None
+) -> Rows:
+    """The same from all over the documents: what few tokens see should be as varied as the text is."""
+    every = corpus.pack(documents, load_encoder(checkpoint.path), ROW, None, seed, bos)
+    return _checked(checkpoint, corpus.spread(every, tokens))
 
 
 def split_probes(rows: Rows, most: int) -> tuple[Rows, Rows]:
@@ -48,6 +54,13 @@ def load_encoder(folder: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _checked(checkpoint: Checkpoint, rows: Rows) -> Rows:
+    config = checkpoint.config
+    return corpus.check(
+        rows, max_length=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"])
+    )
 
 
 def _part(rows: Rows, chosen: list[int]) -> Rows:

@@ -105,6 +105,35 @@ def test_a_smaller_budget_is_a_prefix(
     assert some.domains == everything.domains[: len(some.domains)]
 
 
+@given(corpora, lengths, st.data())
+def test_spread_rows_are_rows_and_a_smaller_budget_is_a_prefix(
+    documents: list[Document], length: int, data: st.DataObject
+) -> None:
+    every = packed(documents, length)
+    everything = corpus.spread(every, every.tokens)
+    assert sorted(everything.ids.tolist()) == sorted(every.ids.tolist())
+    pairs = [sorted(zip(rows.domains, rows.ids.tolist(), strict=True)) for rows in (every, everything)]
+    assert pairs[0] == pairs[1]
+    budget = data.draw(st.integers(corpus.MIN_ROWS * length, every.tokens))
+    some = corpus.spread(every, budget)
+    assert torch.equal(some.ids, everything.ids[: budget // length])
+    assert some.tokens == some.ids.numel()
+
+
+def test_spread_rows_lie_evenly() -> None:
+    rows = Rows(torch.arange(1000).view(500, 2), ("a",) * 200 + ("b",) * 300, "x", 1000)
+    for count in (2, 7, 40, 120):
+        chosen = corpus.spread(rows, 2 * count)
+        for domain, begin, size in ("a", 0, 200), ("b", 200, 300):
+            own = [row for row, each in zip(chosen.ids, chosen.domains, strict=True) if each == domain]
+            at = sorted(int(row[0]) // 2 - begin for row in own)
+            assert len(at) in (count // 2, -(-count // 2))
+            gaps = [y - x for x, y in zip([0, *at], [*at, size], strict=True)]
+            assert max(gaps) <= 4 * size / len(at) + 1
+    with pytest.raises(CorpusError, match="a budget of 3 tokens"):
+        corpus.spread(rows, 3)
+
+
 def test_the_seed_decides_the_order() -> None:
     documents = [Document(f"d{i % 3}", f"text number {i} " * 9) for i in range(30)]
     first, again, other = (corpus.pack(documents, TOKENIZER, 32, seed=seed) for seed in (0, 0, 1))
