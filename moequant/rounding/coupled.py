@@ -9,7 +9,7 @@ the next layer see the layer as it was rounded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -324,15 +324,25 @@ class Coupled:
         felt = None if self.fishers is None else self.fishers.outputs.get(weight.name)
         fisher = None if felt is None else felt[experts.start : experts.stop]
         found = round_to_hessian(fmt, target, hessian, options, fisher)
-        return judged(weight, fmt, target, found, grams.own, grams.tokens), hessian
+        own = (first + second for first, second in zip(*grams.halves, strict=True))
+        return judged(weight, fmt, target, found, own, grams.tokens), hessian
 
 
 def judged(
-    weight: Weight, fmt: Format, target: Tensor, found: Rounded, hessian: Tensor, tokens: Tensor | None = None
+    weight: Weight,
+    fmt: Format,
+    target: Tensor,
+    found: Rounded,
+    hessians: Iterable[Tensor],
+    tokens: Tensor | None = None,
 ) -> Result:
-    """Experts target f32 [E, out, in] as they were rounded, and what they lost under hessian [E, in, in]."""
-    lost = torch.stack([outputs_lost(fmt, *each) for each in zip(target, found.data, hessian, strict=True)])
-    energy = ((target @ hessian) * target).sum((1, 2)).double().cpu()
+    """Experts target f32 [E, out, in] as they were rounded, and what each lost under its Hessian [in, in]."""
+    each = list(zip(target, found.data, strict=True))
+    both = [
+        (outputs_lost(fmt, values, data, hessian), ((values @ hessian) * values).sum().double().cpu())
+        for (values, data), hessian in zip(each, hessians, strict=True)
+    ]
+    lost, energy = (torch.stack(part) for part in zip(*both, strict=True))
     loss = ExpertLoss(
         weight=weight.name,
         role=weight.role,

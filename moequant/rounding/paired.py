@@ -61,6 +61,12 @@ class Grams:
         """Both halves together, a new tensor."""
         return self.halves[0] + self.halves[1]
 
+    def of(self, experts: slice) -> Grams:
+        """Those of some experts, without a copy."""
+        pull = None if self.pull is None else self.pull[experts]
+        halves = self.halves[0][experts], self.halves[1][experts]
+        return Grams(halves, self.cross[experts], pull, self.tokens[experts])
+
     def add(self, expert: int, half: int, seen: Seen) -> None:
         """Add tokens of one expert to that half."""
         weighted = seen.rounded if seen.weight is None else seen.rounded * seen.weight[:, None]

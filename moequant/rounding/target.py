@@ -9,6 +9,9 @@ from torch import Tensor
 
 from moequant.rounding.paired import Grams
 
+AT_ONCE = 8
+"""Experts whose targets are solved together: each takes three more matrices of its Gram's size."""
+
 
 @dataclass(frozen=True, slots=True)
 class Coupling:
@@ -29,14 +32,19 @@ class Coupling:
 
     def target(self, weights: Tensor, grams: Grams) -> Tensor:
         """W' f32 [E, out, in] for weights [E, out, in]; experts whose Gram is useless keep theirs."""
-        weights, own, n_in = weights.float(), grams.own, weights.shape[-1]
+        parts = [slice(first, first + AT_ONCE) for first in range(0, len(weights), AT_ONCE)]
+        return torch.cat([self._target(weights[part].float(), grams.of(part)) for part in parts])
+
+    def _target(self, weights: Tensor, grams: Grams) -> Tensor:
+        own, n_in = grams.own, weights.shape[-1]
         mean = own.diagonal(dim1=-2, dim2=-1).mean(-1)
         tokens = grams.tokens.to(own.device).clamp(min=1)
         ridge = (self.ridge + self.few * n_in / tokens) * mean
-        damped = own + torch.diag_embed(ridge[:, None].expand(-1, n_in))
         drift = weights @ (grams.cross - own)
         if grams.pull is not None:
             drift += self.pull * grams.pull
+        damped = own
+        damped.diagonal(dim1=-2, dim2=-1).add_(ridge[:, None])
         factor, failed = torch.linalg.cholesky_ex(damped)
         correction = torch.cholesky_solve(drift.mT, factor).mT
         useful = (failed == 0) & (mean > 0) & correction.isfinite().all(-1).all(-1)
