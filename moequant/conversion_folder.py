@@ -15,7 +15,7 @@ from moequant.containers import folder, imatrix
 from moequant.containers.card import Card
 from moequant.containers.folder_plan import FolderSettings, block_formats, group_format, group_plan
 from moequant.containers.tokenizer import read_tokenizer
-from moequant.conversion import Settings, check_memory, given_statistics
+from moequant.conversion import Settings, check_memory, given_statistics, gradients
 from moequant.corpus import Rows
 from moequant.files import check_output
 from moequant.meter import Meter
@@ -51,6 +51,8 @@ def convert_folder(
         calibration = given_statistics(checkpoint, settings)
         texts = _texts(checkpoint, settings, calibrated=calibration is not None)
         check_memory(checkpoint, models=2 if texts.evaluation or texts.rounding else 1)
+        if texts.rounding is not None:
+            gradients(checkpoint, settings)
     if calibration is None:
         assert texts.calibration is not None
         with meter.stage("route"):

@@ -106,6 +106,12 @@ def test_best_says_first_what_its_gradients_take(tiny, text: Path, tmp_path: Pat
     assert re.fullmatch(said, done.stderr), done.stderr
 
 
+def test_best_has_nothing_to_say_where_nothing_is_rounded(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "f.gguf"
+    done = run("convert", model, "-o", out, "--type", "F16", "--effort", "best", "--eval-tokens", 0)
+    assert done.returncode == 0 and done.stderr == "" and out.exists()
+
+
 def test_an_existing_output_is_kept(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "q.gguf"
     out.write_text("precious")

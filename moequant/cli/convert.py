@@ -139,7 +139,7 @@ def convert(
         )
     )
     if not dry_run:
-        guarded(lambda: _announce(model, settings))
+        guarded(lambda: _announce(model, settings, format_))
     if format_ is not Format.gguf:
         folder = Folder(format_, bits, group_size, quantize_attention, tp)
         console().print(guarded(lambda: _convert_folder(model, out, settings, folder, dry_run)))
@@ -153,13 +153,14 @@ def convert(
     out_console.print(guarded(lambda: run(model, out, settings)).renderable())
 
 
-def _announce(model: Path, settings: Settings) -> None:
+def _announce(model: Path, settings: Settings, format_: Format) -> None:
     """Says what effort best will take, before it starts."""
     from moequant.checkpoint import open_checkpoint
-    from moequant.conversion import gradients
+    from moequant.conversion import gradients, open_model
 
-    if settings.effort == "best" and (needed := gradients(open_checkpoint(model), settings)) is not None:
-        typer.echo(f"moequant: {needed}", err=True)
+    if settings.effort != "best" or (format_ is Format.gguf and not open_model(model, settings).quantizes):
+        return
+    typer.echo(f"moequant: {gradients(open_checkpoint(model), settings)}", err=True)
 
 
 def _convert_folder(
