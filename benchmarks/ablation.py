@@ -26,19 +26,19 @@ from benchmarks.ladder import llama_logits, score  # noqa: E402
 from benchmarks.router import Fit, refit  # noqa: E402
 from moequant import corpus  # noqa: E402
 from moequant.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from moequant.compare import Comparison  # noqa: E402
-from moequant.compare.sources import GgufFile  # noqa: E402
+from moequant.commands.convert import Settings, convert, open_model  # noqa: E402
 from moequant.containers import gguf  # noqa: E402
-from moequant.containers.tokenizer import read_tokenizer  # noqa: E402
-from moequant.conversion import Settings, convert, open_model  # noqa: E402
-from moequant.corpus import Rows  # noqa: E402
-from moequant.quantize import Quantizer, pack_all  # noqa: E402
+from moequant.containers.gguf.tokenizer.spec import read_tokenizer  # noqa: E402
+from moequant.evaluate import Comparison  # noqa: E402
+from moequant.evaluate.open_source import GgufFile  # noqa: E402
+from moequant.forward.stream import LayerStream, Resources  # noqa: E402
 from moequant.rounding.coupled import FISHER_TOKENS, Coupled, Rounding, Streams  # noqa: E402
+from moequant.rounding.diagonal import Quantizer, pack_all  # noqa: E402
 from moequant.rounding.feedback import Options  # noqa: E402
 from moequant.rounding.shrinkage import Mix, Trial  # noqa: E402
-from moequant.routing.calibrate import calibrate  # noqa: E402
-from moequant.routing.stream import LayerStream, Resources  # noqa: E402
-from moequant.texts import load_encoder, token_rows  # noqa: E402
+from moequant.statistics.calibrate import calibrate  # noqa: E402
+from moequant.text.corpus import Rows  # noqa: E402
+from moequant.text.rows import load_encoder, token_rows  # noqa: E402
 from moequant.values import Calibration, Packed  # noqa: E402
 
 RAW = Trial(mixes=(Mix(1, 0, 0),))

@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parents[1])
 
-from moequant.comparing import CompareSettings, run  # noqa: E402
-from moequant.conversion import Settings, convert  # noqa: E402
+from moequant.commands.compare import CompareSettings, run  # noqa: E402
+from moequant.commands.convert import Settings, convert  # noqa: E402
+from moequant.forward.stream import Resources  # noqa: E402
 from moequant.report.compare import Compared  # noqa: E402
-from moequant.routing.stream import Resources  # noqa: E402
 
 
 def files(model: Path, types: list[str], folder: Path) -> list[Path]:

@@ -23,14 +23,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from moequant import corpus, formats
+from moequant import formats
 from moequant.checkpoint import load, open_checkpoint
+from moequant.forward.experts import EXPERTS
+from moequant.forward.model import build_model
+from moequant.forward.taps import recording, watch
 from moequant.rounding import Options, round_to_hessian
 from moequant.rounding.feedback import outputs_lost
-from moequant.routing.experts import EXPERTS
-from moequant.routing.model import build_model
-from moequant.routing.record import recording, watch
-from moequant.texts import load_encoder
+from moequant.text import corpus
+from moequant.text.rows import load_encoder
 from tests.rounding.data import correlated
 
 TYPES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,IQ4_XS,IQ4_NL,Q4_0,Q8_0,MXFP4,IQ1_S,IQ2_XXS,IQ2_S,IQ3_XXS,IQ3_S"

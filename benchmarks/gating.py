@@ -21,16 +21,17 @@ from torch import Tensor
 
 sys.path[0] = str(Path(__file__).parents[1])
 
-from moequant import corpus, formats  # noqa: E402
+from moequant import formats  # noqa: E402
 from moequant.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from moequant.compare import score_row  # noqa: E402
-from moequant.quantize import Quantizer  # noqa: E402
-from moequant.routing.experts import EXPERTS  # noqa: E402
-from moequant.routing.model import build_model  # noqa: E402
-from moequant.routing.moments import Moments  # noqa: E402
-from moequant.routing.store import combine  # noqa: E402
-from moequant.routing.stream import LayerStream, Resources  # noqa: E402
-from moequant.texts import load_encoder  # noqa: E402
+from moequant.evaluate import score_row  # noqa: E402
+from moequant.forward.experts import EXPERTS  # noqa: E402
+from moequant.forward.model import build_model  # noqa: E402
+from moequant.forward.stream import LayerStream, Resources  # noqa: E402
+from moequant.rounding.diagonal import Quantizer  # noqa: E402
+from moequant.statistics.moments import Moments  # noqa: E402
+from moequant.statistics.store import combine  # noqa: E402
+from moequant.text import corpus  # noqa: E402
+from moequant.text.rows import load_encoder  # noqa: E402
 from moequant.values import Calibration  # noqa: E402
 
 POWERS = {"1": 0.0, "gate": 0.5, "gate²": 1.0}

@@ -25,13 +25,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.ladder import llama_logits
-from moequant import corpus
 from moequant.checkpoint import Checkpoint, open_checkpoint
-from moequant.compare import score_row
-from moequant.containers import imatrix
-from moequant.conversion import Settings, convert
-from moequant.routing.calibrate import calibrate
-from moequant.texts import ROW, load_encoder
+from moequant.commands.convert import Settings, convert
+from moequant.containers.gguf import imatrix
+from moequant.evaluate import score_row
+from moequant.statistics.calibrate import calibrate
+from moequant.text import corpus
+from moequant.text.rows import ROW, load_encoder
 from moequant.values import Calibration
 
 

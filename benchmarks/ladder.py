@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from moequant import corpus
-from moequant.compare import Comparison, Scores, score_row, summarize
-from moequant.conversion import Settings, convert
-from moequant.presets import BASE_TYPES
-from moequant.texts import load_encoder
+from moequant.commands.convert import Settings, convert
+from moequant.containers.gguf.presets import BASE_TYPES
+from moequant.evaluate import Comparison, Scores, score_row, summarize
+from moequant.text import corpus
+from moequant.text.rows import load_encoder
 from tests.clients.llama import Llama
 
 

@@ -23,15 +23,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from moequant import corpus, formats
+from moequant import formats
 from moequant.checkpoint import load, open_checkpoint, uninterleave
-from moequant.compare import score_row
+from moequant.evaluate import score_row
 from moequant.formats import Format
-from moequant.routing.calibrate import calibrate
-from moequant.routing.experts import EXPERTS
-from moequant.routing.model import build_model
-from moequant.routing.statistics import importance
-from moequant.texts import load_encoder
+from moequant.forward.experts import EXPERTS
+from moequant.forward.model import build_model
+from moequant.statistics.calibrate import calibrate
+from moequant.statistics.importance import importance
+from moequant.text import corpus
+from moequant.text.rows import load_encoder
 from moequant.values import Weight
 from tests.formats import ggml
 

@@ -20,18 +20,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moequant import corpus, formats
+from moequant import formats
 from moequant.checkpoint import Checkpoint, load, open_checkpoint, uninterleave
-from moequant.compare import score_row
-from moequant.conversion import facts
-from moequant.damage import Probing, measure
+from moequant.commands.convert import facts
+from moequant.containers.gguf.presets import llama_cpp_types
+from moequant.evaluate import score_row
+from moequant.forward.experts import EXPERTS
+from moequant.forward.model import build_model
 from moequant.plan import Budget, Damages, data_bytes, make_plan, prior_damages
-from moequant.presets import llama_cpp_types
-from moequant.routing.calibrate import calibrate
-from moequant.routing.experts import EXPERTS
-from moequant.routing.model import build_model
-from moequant.routing.statistics import importance
-from moequant.texts import load_encoder
+from moequant.plan.sensitivity import Probing, measure
+from moequant.statistics.calibrate import calibrate
+from moequant.statistics.importance import importance
+from moequant.text import corpus
+from moequant.text.rows import load_encoder
 from moequant.values import Calibration
 
 PROBE_ROWS = 16

@@ -24,15 +24,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moequant import corpus
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
-from moequant.compare import score_row
-from moequant.compare.sources import GgufFile
+from moequant.evaluate import score_row
+from moequant.evaluate.open_source import GgufFile
+from moequant.forward.experts import EXPERTS
+from moequant.forward.model import Provider, build_model
+from moequant.forward.stream import LayerStream
 from moequant.rounding.paired import Capture
-from moequant.routing.experts import EXPERTS
-from moequant.routing.model import Provider, build_model
-from moequant.routing.stream import LayerStream
-from moequant.texts import load_encoder
+from moequant.text import corpus
+from moequant.text.rows import load_encoder
 from moequant.values import Role
 
 

@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from moequant import corpus, formats
+from moequant import formats
 from moequant.checkpoint import load, open_checkpoint, uninterleave
-from moequant.compare import score_row
-from moequant.quantize import relative_error
-from moequant.routing.calibrate import calibrate
-from moequant.routing.experts import EXPERTS
-from moequant.routing.model import build_model
-from moequant.routing.statistics import importance
-from moequant.texts import load_encoder
+from moequant.evaluate import score_row
+from moequant.forward.experts import EXPERTS
+from moequant.forward.model import build_model
+from moequant.rounding.diagonal import relative_error
+from moequant.statistics.calibrate import calibrate
+from moequant.statistics.importance import importance
+from moequant.text import corpus
+from moequant.text.rows import load_encoder
 from moequant.values import Role, Weight
 
 

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moequant import formats
 from moequant.checkpoint import load
-from moequant.conversion import Settings, convert
-from moequant.quantize import relative_error
+from moequant.commands.convert import Settings, convert
 from moequant.report.summary import Report
-from moequant.routing.statistics import importance
+from moequant.rounding.diagonal import relative_error
+from moequant.statistics.importance import importance
 from tests.formats import ggml
 
 

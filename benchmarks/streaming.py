@@ -32,15 +32,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from moequant import corpus
 from moequant.checkpoint import load, open_checkpoint
-from moequant.compare.sources import open_source
-from moequant.compare.streaming import Version, compare
-from moequant.conversion import Settings, convert
-from moequant.meter import Meter
-from moequant.routing.calibrate import calibrate
-from moequant.routing.stream import Reader, Resources
-from moequant.texts import ROW, load_encoder
+from moequant.commands.convert import Settings, convert
+from moequant.evaluate.open_source import open_source
+from moequant.evaluate.side_by_side import Version, compare
+from moequant.forward.stream import Reader, Resources
+from moequant.progress import Meter
+from moequant.statistics.calibrate import calibrate
+from moequant.text import corpus
+from moequant.text.rows import ROW, load_encoder
 from tests.models import VOCAB, tokenizer
 
 
@@ -248,7 +248,7 @@ def matmul_rate() -> float:
 
 def speed(model: Path, text: str, tokens: int, rounds: int) -> None:
     """Ours and llama.cpp's forward of the same rows in turn, both on one thread."""
-    from moequant.engines.llama import Llama
+    from moequant.runtimes.llama_cpp.engine import Llama
 
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(model)

@@ -26,7 +26,7 @@ sys.path[:1] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 import train_demo as demo  # noqa: E402
 
-from moequant.texts import load_encoder  # noqa: E402
+from moequant.text.rows import load_encoder  # noqa: E402
 
 
 def rows(text: str, tokenizer_folder: Path, seed: int) -> Iterator[Tensor]:

@@ -26,14 +26,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
-from moequant.compare import score_row
-from moequant.corpus import Rows
-from moequant.quantize import Quantizer
+from moequant.evaluate import score_row
+from moequant.forward.experts import EXPERTS
+from moequant.forward.model import build_model
+from moequant.forward.stream import LayerStream, Resources
 from moequant.rounding.coupled import Coupled, Rounding, Streams, decoded
-from moequant.routing.calibrate import calibrate
-from moequant.routing.experts import EXPERTS
-from moequant.routing.model import build_model
-from moequant.routing.stream import LayerStream, Resources
+from moequant.rounding.diagonal import Quantizer
+from moequant.statistics.calibrate import calibrate
+from moequant.text.corpus import Rows
 from moequant.values import Packed
 from tests.models import build
 

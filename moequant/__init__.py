@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moequant.errors import MoequantError
 
 if TYPE_CHECKING:
-    from moequant.conversion import Settings, convert
+    from moequant.commands.convert import Settings, convert
 
 __all__ = ["MoequantError", "Settings", "convert"]
 
@@ -23,5 +23,5 @@ def __getattr__(name: str) -> Any:
     if name in ("convert", "Settings"):
         from importlib import import_module
 
-        return getattr(import_module("moequant.conversion"), name)
+        return getattr(import_module("moequant.commands.convert"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moequant import bundled, generators
+from moequant import generators
+from moequant.text import bundled
 
 ROOT = Path(__file__).parents[1] / "calib"
 FOLDERS: dict[bundled.Split, str] = {"calibration": "text", "evaluation": "eval"}

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moequant import bundled, generators
+from moequant import generators
+from moequant.text import bundled
 
 END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # The pre-tokenizer of Qwen2, which llama.cpp knows as "qwen2". No NFC normalizer: llama.cpp applies none.

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moequant import bundled
+from moequant.text import bundled
 
 DEMO = bundled.path("demo")
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_demo.py"

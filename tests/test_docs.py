@@ -21,9 +21,10 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
-from moequant import bundled, families, formats
+from moequant import families, formats
 from moequant.cli import app
-from moequant.memory import UNMODELLED
+from moequant.runtimes.llama_cpp.kv_cache import UNMODELLED
+from moequant.text import bundled
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

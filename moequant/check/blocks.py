@@ -9,7 +9,7 @@ from moequant.check.activations import Collector
 from moequant.check.damage import error_limit
 from moequant.check.figures import LOCAL_ROUTING, BlockFigures, Damage
 from moequant.check.tensors import shape_of_error
-from moequant.routing.record import recording
+from moequant.forward.taps import recording
 
 CORRECTION = 0.5
 """Relative error that a block may have whose bytes are vouched for: rounding towards a corrected target

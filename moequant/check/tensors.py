@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from moequant.check.activations import TOKENS, Collector
+from moequant.check.baseline import ALTERED, Entry, Source
 from moequant.check.damage import Marks, expected_error, find, marks
 from moequant.check.figures import KERNEL_LIMIT, Damage, ExpertFigures, TensorFigures
 from moequant.check.product import Product
-from moequant.check.source import ALTERED, Entry, Source
 from moequant.checkpoint import load
 from moequant.kernels import Matrix
 from moequant.values import Weight

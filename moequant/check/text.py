@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moequant import corpus
 from moequant.checkpoint import Checkpoint
-from moequant.containers.tokenizer import read_tokenizer
-from moequant.texts import load_encoder
+from moequant.containers.gguf.tokenizer.spec import read_tokenizer
+from moequant.text import corpus
+from moequant.text.rows import load_encoder
 
 ROW = 256
 """Tokens in a row."""

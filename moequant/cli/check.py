@@ -43,8 +43,8 @@ def check(
     ] = None,
 ) -> None:
     """Check the packed bytes: decoders, GPU products, every expert against the model. Exits 1 if not."""
-    from moequant.check import CheckSettings  # torch is imported only when there is work
-    from moequant.check import check as run
+    from moequant.commands.check import CheckSettings  # torch is imported only when there is work
+    from moequant.commands.check import check as run
     from moequant.report.check import check_json, check_report
 
     settings = CheckSettings(baseline, device.value if device else None, sample, calib, tokens, speed)

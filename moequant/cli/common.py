@@ -9,8 +9,8 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
+from moequant.containers.gguf.presets import BASE_TYPES
 from moequant.errors import MoequantError
-from moequant.presets import BASE_TYPES
 
 
 class Effort(StrEnum):

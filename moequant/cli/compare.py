@@ -66,11 +66,11 @@ def compare(
     overwrite: Overwrite = False,
 ) -> None:
     """Score CANDIDATES against BASE: perplexity, KL divergence, routing, and every expert's error."""
-    from moequant.comparing import CompareSettings, run  # torch is imported only when there is work
+    from moequant.commands.compare import CompareSettings, run  # torch is imported only when there is work
     from moequant.files import check_output
+    from moequant.forward.stream import Resources
     from moequant.report.compare import compare_json, compare_tables
     from moequant.report.html import write
-    from moequant.routing.stream import Resources
 
     if html is not None:
         guarded(lambda: check_output(html, overwrite))

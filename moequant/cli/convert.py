@@ -27,7 +27,7 @@ from moequant.cli.common import (
 from moequant.errors import PlanError
 
 if TYPE_CHECKING:
-    from moequant.conversion import Settings
+    from moequant.commands.convert import Settings
 
 
 class Format(StrEnum):
@@ -113,8 +113,8 @@ def convert(
     ] = False,
 ) -> None:
     """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what it cost."""
-    from moequant.conversion import Settings, open_model  # torch is imported only when there is work
-    from moequant.conversion import convert as run
+    from moequant.commands.convert import Settings, open_model  # torch is imported only when there is work
+    from moequant.commands.convert import convert as run
     from moequant.report.dry_run import dry_run_table
 
     settings = guarded(
@@ -156,7 +156,7 @@ def convert(
 def _announce(model: Path, settings: Settings, format_: Format) -> None:
     """Says what effort best will take, before it starts."""
     from moequant.checkpoint import open_checkpoint
-    from moequant.conversion import gradients, open_model
+    from moequant.commands.convert import gradients, open_model
 
     if settings.effort != "best" or (format_ is Format.gguf and not open_model(model, settings).quantizes):
         return
@@ -168,9 +168,9 @@ def _convert_folder(
 ) -> RenderableType:
     """What the command prints for a folder."""
     from moequant.checkpoint import open_checkpoint
-    from moequant.containers.folder import folder_bytes
-    from moequant.containers.folder_plan import FolderSettings, group_plan
-    from moequant.conversion_folder import convert_folder
+    from moequant.commands.convert_folder import convert_folder
+    from moequant.containers.folders.plan import FolderSettings, group_plan
+    from moequant.containers.folders.write import folder_bytes
     from moequant.report.dry_run import dry_run_table
 
     layout = FolderSettings(

@@ -20,9 +20,9 @@ def demo(
     overwrite: Overwrite = False,
 ) -> None:
     """Convert the tiny trained MoE that ships with moequant and print the report."""
-    from moequant import bundled
-    from moequant.conversion import Settings
-    from moequant.conversion import convert as run
+    from moequant.commands.convert import Settings
+    from moequant.commands.convert import convert as run
+    from moequant.text import bundled
 
     # A model this small has nothing more to learn from the rest of the bundled text.
     settings = Settings(type_, calib_tokens=32_768, effort=effort.value, overwrite=overwrite)

@@ -51,10 +51,10 @@ def fit(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say what fits on a machine, where its experts go, how fast it can be, and how to start llama-server."""
-    from moequant.fit import Hardware
-    from moequant.fit import fit as run
-    from moequant.memory import Load
+    from moequant.inspection.fit import Hardware
+    from moequant.inspection.fit import fit as run
     from moequant.report.fit import fit_json, fit_report, nothing_fits
+    from moequant.runtimes.llama_cpp.kv_cache import Load
 
     disk = disk_bandwidth * 1e9 if disk_bandwidth else None
     hardware = Hardware(vram, ram, vram_bandwidth * 1e9, ram_bandwidth * 1e9, disk)

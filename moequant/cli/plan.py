@@ -7,16 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import (
-    Calib,
-    CalibTokens,
-    Effort,
-    EffortOption,
-    Overwrite,
-    Seed,
-    console,
-    guarded,
-)
+from moequant.cli.common import Calib, CalibTokens, Effort, EffortOption, Overwrite, Seed, console, guarded
 
 
 def plan(
@@ -57,8 +48,8 @@ def plan(
     overwrite: Overwrite = False,
 ) -> None:
     """Show what MODEL costs at every file size, and write the best plan for one."""
-    from moequant.planning import Outputs, PlanSettings, survey, write  # torch only when there is work
-    from moequant.planning import budgets as budgets_of
+    from moequant.commands.plan import Outputs, PlanSettings, survey, write  # torch only when there is work
+    from moequant.commands.plan import budgets as budgets_of
     from moequant.report.curve import curve_tables
 
     settings = PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed)

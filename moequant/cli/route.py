@@ -7,17 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import (
-    Calib,
-    CalibTokens,
-    Device,
-    Overwrite,
-    Ram,
-    Seed,
-    console,
-    guarded,
-    ram_bytes,
-)
+from moequant.cli.common import Calib, CalibTokens, Device, Overwrite, Ram, Seed, console, guarded, ram_bytes
 
 
 def route(
@@ -66,11 +56,11 @@ def route(
 
     With --out finished layers are kept beside it: run the same command again after it was killed.
     """
+    from moequant.commands.route import Outputs, RouteSettings
+    from moequant.commands.route import route as run
+    from moequant.forward.stream import Resources
     from moequant.report.routing import routing_json, routing_tables  # torch only when there is work
-    from moequant.route import Outputs, RouteSettings
-    from moequant.route import route as run
-    from moequant.routing.health import health
-    from moequant.routing.stream import Resources
+    from moequant.statistics.health import health
 
     resources = Resources(ram=guarded(lambda: ram_bytes(ram)), device=device)
     settings = RouteSettings(

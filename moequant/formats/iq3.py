@@ -16,13 +16,7 @@ from torch import Tensor
 
 from moequant.formats.base import Effort, Format
 from moequant.formats.codebook import Ladder
-from moequant.formats.grids import (
-    Grid,
-    Layout,
-    join_signs_and_scales,
-    search,
-    split_signs_and_scales,
-)
+from moequant.formats.grids import Grid, Layout, join_signs_and_scales, search, split_signs_and_scales
 from moequant.formats.layout import half_at, half_bytes
 from moequant.formats.parts import Vector, VectorParts
 

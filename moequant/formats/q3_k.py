@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 
 from moequant.formats.base import Effort, Format
-from moequant.formats.layout import (
-    half_at,
-    half_bytes,
-    join_pairs,
-    join_planes,
-    split_pairs,
-    split_planes,
-)
+from moequant.formats.layout import half_at, half_bytes, join_pairs, join_planes, split_pairs, split_planes
 from moequant.formats.parts import Parts, Scalar, count_up
 from moequant.formats.symmetric import Symmetric, search
 

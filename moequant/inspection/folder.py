@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from moequant import families
 from moequant.checkpoint import Checkpoint, open_checkpoint
-from moequant.containers.tokenizer import TokenizerSpec, read_tokenizer
+from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError
 from moequant.inspection import presets
 from moequant.inspection.runtimes import checkpoint_runtimes

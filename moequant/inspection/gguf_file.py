@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moequant.containers.gguf_header import Header, Skipped, TensorInfo, read_header
+from moequant.containers.gguf.header import Header, Skipped, TensorInfo, read_header
 from moequant.errors import CheckpointError
 from moequant.inspection.runtimes import gguf_runtimes
 from moequant.inspection.values import Inspection, Stored, by_role, by_type

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from moequant import families
 from moequant.checkpoint import Checkpoint, open_checkpoint
-from moequant.containers import gguf
-from moequant.containers.gguf_header import Header, TensorInfo
-from moequant.containers.tokenizer import TokenizerSpec, read_tokenizer
+from moequant.containers.gguf import write as gguf
+from moequant.containers.gguf.header import Header, TensorInfo
+from moequant.containers.gguf.presets import BASE_TYPES, ModelFacts
+from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.plan import ALIGNMENT, preset_plan
-from moequant.presets import BASE_TYPES, ModelFacts
 from moequant.values import Plan
 
 _FLOATS = {"F32": "F32", "BF16": "BF16", "F16": "F16"}

@@ -5,12 +5,12 @@ a plan's own. `make_plan` takes a `Budget` and, when they were measured, the `Da
 of every format in every weight, and finds the least total damage that fits.
 """
 
+from moequant.containers.gguf.sizes import ALIGNMENT, Budget, aligned, data_bytes, packed_bytes, parse_size
 from moequant.plan.allocate import Option, Unit, allocate
 from moequant.plan.choose import groups, make_plan, make_units, preset_plan
 from moequant.plan.curve import Point, curve, points, preset_points
 from moequant.plan.damages import Damages, candidates, prior_damages
 from moequant.plan.document import from_json, plan_from_types, read, to_json
-from moequant.plan.sizes import ALIGNMENT, Budget, aligned, data_bytes, packed_bytes, parse_size
 
 __all__ = [
     "ALIGNMENT",

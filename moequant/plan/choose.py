@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from moequant.containers.gguf.presets import LEGACY, UNQUANTIZED, ModelFacts, llama_cpp_types, mostly
+from moequant.containers.gguf.sizes import (
+    Budget,
+    aligned,
+    bits_of,
+    check_preset,
+    checksum_bytes,
+    packed_bytes,
+)
 from moequant.errors import PlanError
 from moequant.plan.allocate import Option, Unit, allocate
 from moequant.plan.damages import Damages, candidates, prior_damages
-from moequant.plan.sizes import Budget, aligned, bits_of, check_preset, checksum_bytes, packed_bytes
-from moequant.presets import LEGACY, UNQUANTIZED, ModelFacts, llama_cpp_types, mostly
 from moequant.values import Choice, Plan, Weight
 
 NEAR = 0.5

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from moequant.containers.gguf.presets import BASE_TYPES, UNQUANTIZED, ModelFacts, llama_cpp_types
+from moequant.containers.gguf.sizes import Budget, data_bytes
 from moequant.plan.choose import make_plan, make_units
 from moequant.plan.damages import Damages
-from moequant.plan.sizes import Budget, data_bytes
-from moequant.presets import BASE_TYPES, UNQUANTIZED, ModelFacts, llama_cpp_types
 from moequant.values import Plan, Weight
 
 

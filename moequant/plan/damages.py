@@ -1,4 +1,4 @@
-"""What every format costs every weight in KL divergence: measured by `moequant.damage`, or from tables."""
+"""What every format costs every weight in KL divergence: measured (`plan.sensitivity`) or from tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 
-from moequant.plan.sizes import bits_of
+from moequant.containers.gguf.sizes import bits_of
 from moequant.values import Role, Weight
 
 CANDIDATES = (

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moequant.containers.gguf.presets import mostly
+from moequant.containers.gguf.sizes import aligned, packed_bytes
 from moequant.errors import PlanError
-from moequant.plan.sizes import aligned, packed_bytes
-from moequant.presets import mostly
 from moequant.values import Choice, Plan, Weight
 
 VERSION = 1

@@ -8,8 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from moequant.check import CheckReport
-from moequant.check.figures import KERNEL_LIMIT, ExpertFigures, TensorFigures
+from moequant.check.figures import KERNEL_LIMIT, CheckReport, ExpertFigures, TensorFigures
 from moequant.report.summary import table
 
 NAMED = 20

@@ -10,11 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moequant.compare import Comparison, Difference, Estimate, Measured, Ran, WeightError
-from moequant.compare.record import Record
-from moequant.compare.scores import PERCENTILES
-from moequant.compare.sources import Source
-from moequant.meter import StageCost
+from moequant.evaluate import Comparison, Difference, Estimate, Measured, Ran, WeightError
+from moequant.evaluate.divergence import PERCENTILES
+from moequant.evaluate.environment import Record
+from moequant.evaluate.open_source import Source
+from moequant.progress import StageCost
 from moequant.report.compare_running import ran_tables, ran_value, record_table, record_value
 from moequant.report.summary import size, table
 

@@ -11,10 +11,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moequant.compare import Ran
-from moequant.compare.record import Record
-from moequant.engines.serving import Sample
+from moequant.evaluate import Ran
+from moequant.evaluate.environment import Record
 from moequant.report.summary import size, table
+from moequant.runtimes.llama_cpp.serving import Sample
 
 QUOTED = "average"
 """The prompt whose first token is quoted."""

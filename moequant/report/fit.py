@@ -10,7 +10,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from moequant.fit import RESERVE, Candidate, Fit, Placement
+from moequant.inspection.fit import RESERVE, Candidate, Fit, Placement
 from moequant.report.summary import table
 
 GIB = 2**30

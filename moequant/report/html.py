@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from moequant import __version__
-from moequant.compare.scores import PERCENTILES
+from moequant.evaluate.divergence import PERCENTILES
 from moequant.files import atomic
 from moequant.report import html_figures as figures
 from moequant.report.compare import OUTLIER, TELLING, Compared

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from moequant.compare import Measured, WeightError
+from moequant.evaluate import Measured, WeightError
 from moequant.report.compare import Compared
 
 INK = "#010203"

@@ -16,8 +16,8 @@ from rich.text import Text
 from moequant.errors import OutputError
 from moequant.files import atomic
 from moequant.report.summary import table
-from moequant.routing.coverage import Coverage
-from moequant.routing.health import STARVED_BELOW, Health, Load
+from moequant.statistics.coverage import Coverage
+from moequant.statistics.health import STARVED_BELOW, Health, Load
 from moequant.values import Calibration
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moequant.checkpoint import Checkpoint
-from moequant.compare import Comparison, Estimate
-from moequant.meter import StageCost
+from moequant.evaluate import Comparison, Estimate
+from moequant.progress import StageCost
 from moequant.values import Calibration, ExpertLoss, Plan
 
 WORST = 5

@@ -21,17 +21,17 @@ from torch import Tensor, nn
 
 from moequant import formats
 from moequant.formats import Effort, Format
+from moequant.forward.hidden import Hidden
+from moequant.forward.model import fill, release
+from moequant.forward.stream import LayerStream
+from moequant.forward.taps import recorder
 from moequant.rounding.feedback import Options, Rounded, outputs_lost, round_to_hessian
-from moequant.rounding.fisher import Fishers, gather
 from moequant.rounding.paired import WRITES, Capture, Grams, Pair, Seen
 from moequant.rounding.recall import Kept
 from moequant.rounding.shrinkage import Trial, shrink
 from moequant.rounding.target import Coupling
 from moequant.rounding.twosided import even_fisher
-from moequant.routing.hidden import Hidden
-from moequant.routing.model import fill, release
-from moequant.routing.record import recorder
-from moequant.routing.stream import LayerStream
+from moequant.statistics.fisher import Fishers, gather
 from moequant.values import ExpertLoss, Packed, Role, Weight
 
 UNROUNDED = ("F32", "F16", "BF16")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from moequant.routing.experts import FusedExperts, by_expert
-from moequant.routing.record import Enough
+from moequant.forward.experts import FusedExperts, by_expert
+from moequant.forward.taps import Enough
 from moequant.values import Role, Weight
 
 WRITES = (Role.ATTN_OUT, Role.DOWN, Role.DENSE_DOWN)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moequant.routing.record import Recorder, recorder
+from moequant.forward.taps import Recorder, recorder
 
 
 class Recalled:

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moequant.check import CheckReport, CheckSettings, check
 from moequant.check.damage import Marks, find
-from moequant.containers.folder_plan import FolderSettings
-from moequant.conversion import Settings, convert
-from moequant.conversion_folder import convert_folder
+from moequant.check.figures import CheckReport
+from moequant.commands.check import CheckSettings, check
+from moequant.commands.convert import Settings, convert
+from moequant.commands.convert_folder import convert_folder
+from moequant.containers.folders.plan import FolderSettings
 from moequant.errors import VerifyError
 from tests import models
 

@@ -1,11 +1,11 @@
-"""What llama.cpp reserves in memory, as it logs it; the runtime itself is `moequant.engines.llama`."""
+"""What llama.cpp reserves in memory, as it logs it; the runtime is `runtimes.llama_cpp.engine`."""
 
 import ctypes as C
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from moequant.engines.llama import Library, Llama, LlamaError, ModelParams, library
+from moequant.runtimes.llama_cpp.engine import Library, Llama, LlamaError, ModelParams, library
 
 __all__ = ["Llama", "LlamaError", "MemoryReport", "memory_report", "model_bytes"]
 

@@ -17,7 +17,7 @@ import torch
 
 from tests import models
 from tests.clients import transformers_folder
-from tests.containers.folders import quantized
+from tests.containers.folders.cases import quantized
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 ENVIRONMENT = CACHE / "moequant" / "vllm"

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from moequant.checkpoint import open_checkpoint
-from moequant.conversion import facts
+from moequant.commands.convert import facts
+from moequant.containers.gguf.presets import BASE_TYPES, LEGACY, UNQUANTIZED, ModelFacts, llama_cpp_types
+from moequant.containers.gguf.sizes import bits_of, data_bytes, packed_bytes
 from moequant.errors import PlanError
 from moequant.plan import Budget, aligned, make_plan, preset_plan, prior_damages
 from moequant.plan.damages import RELATIVE_ERROR, candidates
-from moequant.plan.sizes import bits_of, data_bytes, packed_bytes
-from moequant.presets import BASE_TYPES, LEGACY, UNQUANTIZED, ModelFacts, llama_cpp_types
 from moequant.values import Plan, Role, Source, TensorRef, Weight
 from tests import models
 

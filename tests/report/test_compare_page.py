@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from moequant.compare import Ran, Scores, WeightError, difference
-from moequant.compare.record import Origin, Record
-from moequant.compare.sources import Source
-from moequant.compare.streaming import measured
-from moequant.compare.values import RoutingChange
-from moequant.corpus import Rows
-from moequant.engines.serving import Sample, Serving
 from moequant.errors import OutputError
-from moequant.meter import StageCost
+from moequant.evaluate import Ran, Scores, WeightError, difference
+from moequant.evaluate.environment import Origin, Record
+from moequant.evaluate.open_source import Source
+from moequant.evaluate.results import RoutingChange
+from moequant.evaluate.side_by_side import measured
+from moequant.progress import StageCost
 from moequant.report.compare import Compared
 from moequant.report.html import page, write
 from moequant.report.html_figures import INK
+from moequant.runtimes.llama_cpp.serving import Sample, Serving
+from moequant.text.corpus import Rows
 from moequant.values import Role
 
 VOID = {"meta", "link", "br", "img"}

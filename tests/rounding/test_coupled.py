@@ -11,23 +11,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
-from moequant.compare import score_row
-from moequant.corpus import Rows
+from moequant.evaluate import score_row
 from moequant.formats import get
-from moequant.quantize import Quantizer
+from moequant.forward.experts import EXPERTS
+from moequant.forward.hidden import OnDisk
+from moequant.forward.model import build_model
+from moequant.forward.stream import LayerStream, Resources
 from moequant.rounding.coupled import Coupled, Layer, Rounding, Streams, decoded, joined
-from moequant.rounding.fisher import gather
+from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.paired import Grams
 from moequant.rounding.recall import Kept
 from moequant.rounding.target import Coupling
-from moequant.routing.calibrate import calibrate
-from moequant.routing.experts import EXPERTS
-from moequant.routing.hidden import OnDisk
-from moequant.routing.model import build_model
-from moequant.routing.stream import LayerStream, Resources
+from moequant.statistics.calibrate import calibrate
+from moequant.statistics.fisher import gather
+from moequant.text.corpus import Rows
 from moequant.values import ExpertLoss, Packed, Role
 from tests import models
-from tests.routing.starving import never_chosen
+from tests.statistics.starving import never_chosen
 
 
 def rows(seed: int = 0, count: int = 6) -> Rows:
@@ -196,8 +196,8 @@ def test_experts_without_tokens_are_rounded_by_what_their_layer_sees(tmp_path: P
 
 def test_hessians_coupling_and_fishers_each_lower_the_divergence(mix: Path, tmp_path: Path) -> None:
     """On a trained model, held-out text: plain search > Hessians > coupled > with Fishers, of few tokens."""
-    from moequant import corpus
-    from moequant.texts import token_rows
+    from moequant.text import corpus
+    from moequant.text.rows import token_rows
 
     checkpoint = open_checkpoint(mix)
     documents = corpus.read(models.SHARED / "data" / "calib.txt")

@@ -1,0 +1,305 @@
+"""The file under check, whatever its container: packed bytes for the kernels, and an independent decoder."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from moequant import formats
+from moequant.checkpoint import Checkpoint
+from moequant.containers.folders import compressed_tensors, gptq
+from moequant.containers.folders import write as folder
+from moequant.containers.folders.plan import modules
+from moequant.containers.folders.read import FolderWeights
+from moequant.containers.gguf import checksums
+from moequant.containers.gguf.write import GgufWeights
+from moequant.errors import VerifyError
+from moequant.formats import groups
+from moequant.formats.groups import GroupFormat
+from moequant.kernels import Matrix
+from moequant.values import Weight
+
+ALTERED = "bytes are not those that were written"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A quantized tensor: format as `formats.get` knows it, shape (E, out, in), E = 1 when dense; `stacked`
+    when it has experts."""
+
+    name: str
+    format: str
+    shape: tuple[int, int, int]
+    stacked: bool
+
+
+class Source(Protocol):
+    """What `check` needs of a file."""
+
+    path: Path
+    entries: tuple[Entry, ...]
+
+    def matrix(self, entry: Entry) -> Matrix:
+        """All experts of a tensor, packed."""
+
+    def decode(self, entry: Entry, matrix: Matrix) -> Tensor:
+        """All experts f32 [E, out, in], by moequant's decoder."""
+
+    def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
+        """The same by somebody else's decoder."""
+
+    def as_stored(self, weight: Weight) -> Weight:
+        """The baseline's weight with its rows in this file's order."""
+
+    def load(self, weight: Weight) -> Tensor:
+        """Decoded values as the model wants them: a `routing.model.Provider`."""
+
+    def altered(self, entry: Entry, matrix: Matrix) -> tuple[int, ...] | None:
+        """Experts whose bytes are not those that were written; None when no checksum was recorded."""
+
+    def altered_rest(self) -> tuple[tuple[str, str], ...]:
+        """(name, what) of tensors that are not quantized and not as they were written."""
+
+    def label(self, entry: Entry, expert: int) -> str:
+        """How the file calls one expert of a tensor."""
+
+
+def open_source(path: Path, baseline: Checkpoint | None) -> Source:
+    """A GGUF file, or a quantized folder (which needs the baseline to know what its tensors are)."""
+    if not path.is_dir():
+        return GgufSource(path)
+    if baseline is None:
+        raise VerifyError(f"{path}: a folder is checked against the model it was made from; add --baseline")
+    return FolderSource(path, baseline)
+
+
+class GgufSource:
+    """A GGUF file; gguf-py is the other decoder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._weights = GgufWeights(path)
+        self._checksums = checksums.recorded(path)
+        self.entries = tuple(
+            Entry(name, self._weights.format_of(name), _three(self._weights.shape(name)), _stacked(shape))
+            for name, shape in ((name, self._weights.shape(name)) for name in self._weights.tensors)
+            if len(shape) > 1 and _is_quantized(self.path, name, self._weights.format_of(name))
+        )
+
+    def matrix(self, entry: Entry) -> Matrix:
+        """The bytes, copied from the mapped file."""
+        rows = self._weights.data(entry.name)
+        data = torch.from_numpy(np.array(rows)).view(*entry.shape[:2], -1)
+        return Matrix(entry.format, entry.shape, data)
+
+    def decode(self, entry: Entry, matrix: Matrix) -> Tensor:
+        """See `Source`."""
+        return matrix.decode()
+
+    def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
+        """See `Source`."""
+        with np.errstate(all="ignore"):  # damaged scales may overflow; that is reported, not warned about
+            values = gguf.dequantize(matrix.data.numpy(), gguf.GGMLQuantizationType[entry.format])
+        return torch.from_numpy(np.array(values, dtype=np.float32))
+
+    def as_stored(self, weight: Weight) -> Weight:
+        """`checkpoint.load` gives llama.cpp's row order already."""
+        return weight
+
+    def load(self, weight: Weight) -> Tensor:
+        """See `Source`."""
+        return self._weights.load(weight)
+
+    def altered(self, entry: Entry, matrix: Matrix) -> tuple[int, ...] | None:
+        """See `Source`."""
+        if self._checksums is None:
+            return None
+        wanted = self._checksums[entry.name]
+        found = checksums.of_slices(matrix.data.numpy(), len(wanted))
+        return tuple(i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b)
+
+    def altered_rest(self) -> tuple[tuple[str, str], ...]:
+        """See `Source`."""
+        quantized = {entry.name for entry in self.entries}
+        return tuple(
+            (name, ALTERED)
+            for name, wanted in (self._checksums or {}).items()
+            if name not in quantized and checksums.of_slices(self._weights.data(name), len(wanted)) != wanted
+        )
+
+    def label(self, entry: Entry, expert: int) -> str:
+        """Tensor and expert."""
+        return f"{entry.name} expert {expert}" if entry.stacked else entry.name
+
+
+class FolderSource:
+    """A folder of int4 or int8 groups; `compressed-tensors` (or GPTQ's rule) is the other decoder."""
+
+    def __init__(self, path: Path, baseline: Checkpoint) -> None:
+        self.path = path
+        layout = _layout_of(path)
+        self._layout = folder.LAYOUTS[layout]
+        self._folder: FolderWeights = self._layout.open(path)
+        self._format = _group_format(self._folder, layout)
+        self._checksums = _recorded(path, layout, self._format)
+        found = [weight for weight in baseline.weights if len(weight.shape) > 1]
+        self._weights = {
+            weight.name: weight
+            for weight in found
+            if not weight.role.keeps_precision and self._folder.is_quantized(weight)
+        }
+        if not self._weights:
+            raise VerifyError(
+                f"{path}: holds no quantized weight of {baseline.path}; is it the right baseline?"
+            )
+        self.entries = tuple(
+            Entry(
+                weight.name,
+                self._format.of_rows(weight.n_in).name,
+                _three(weight.shape),
+                len(weight.shape) == 3,
+            )
+            for weight in self._weights.values()
+        )
+
+    def matrix(self, entry: Entry) -> Matrix:
+        """`weight_packed` and `weight_scale` of every expert as they lie; GPTQ's codes repacked."""
+        weight, parts = self._weights[entry.name], []
+        for expert in range(entry.shape[0]):
+            stored = self._folder.stored(weight, expert)
+            if "weight_packed" in stored:
+                packed, scales = stored["weight_packed"], stored["weight_scale"]
+            else:
+                codes, scales = self._layout.integers(self._format, stored, weight.n_in)
+                packed = groups.pack(codes, self._format.bits)
+            parts.append((packed.contiguous().view(torch.uint8), scales.contiguous()))
+        data, scales = (torch.stack(column) for column in zip(*parts, strict=True))
+        return Matrix(f"INT{self._format.bits}", entry.shape, data, scales)
+
+    def decode(self, entry: Entry, matrix: Matrix) -> Tensor:
+        """In the scale's own precision, as loaders compute it."""
+        assert matrix.scales is not None
+        codes = groups.unpack(matrix.data.view(torch.int32), self._format.bits, entry.shape[2])
+        return groups.decode(self._format, codes, matrix.scales).float()
+
+    def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
+        """See `Source`."""
+        weight = self._weights[entry.name]
+        return torch.stack([self._folder.decode(weight, e).float() for e in range(entry.shape[0])])
+
+    def as_stored(self, weight: Weight) -> Weight:
+        """Rows as transformers has them."""
+        return replace(weight, rope_heads=0)
+
+    def load(self, weight: Weight) -> Tensor:
+        """See `Source`."""
+        return self._folder.load(weight)
+
+    def altered(self, entry: Entry, matrix: Matrix) -> tuple[int, ...] | None:
+        """See `Source`."""
+        if self._checksums is None:
+            return None
+        weight, changed = self._weights[entry.name], []
+        for expert, module in enumerate(modules(self._folder.family, weight)):
+            for suffix, values in self._folder.stored(weight, expert).items():
+                if _crc(values) != self._checksums.get(f"{module}.{suffix}"):
+                    changed.append(expert)
+        return tuple(dict.fromkeys(changed))
+
+    def altered_rest(self) -> tuple[tuple[str, str], ...]:
+        """See `Source`; also tensors that are new."""
+        if self._checksums is None:
+            return ()
+        quantized = {
+            f"{module}.{suffix}"
+            for weight in self._weights.values()
+            for module in modules(self._folder.family, weight)
+            for suffix in self._folder.suffixes
+        }
+        kept = self._checksums.keys() - quantized
+        changed = [name for name in sorted(kept) if _crc(self._folder.tensor(name)) != self._checksums[name]]
+        new = sorted(set(self._folder.tensors) - self._checksums.keys())
+        return (
+            *((name, ALTERED) for name in changed),
+            *((name, "was not written by moequant") for name in new),
+        )
+
+    def label(self, entry: Entry, expert: int) -> str:
+        """Tensor, expert, and the module's own name."""
+        module = modules(self._folder.family, self._weights[entry.name])[expert]
+        return f"{entry.name} expert {expert} ({module})" if entry.stacked else f"{entry.name} ({module})"
+
+
+def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    rows, n_in = shape[-2:]
+    return (shape[0] if len(shape) == 3 else 1, rows, n_in)
+
+
+def _stacked(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3
+
+
+def _is_quantized(path: Path, name: str, format_name: str) -> bool:
+    """Whether a tensor is packed in blocks. VerifyError for a type nobody here decodes."""
+    if format_name not in formats.FORMATS:
+        raise VerifyError(f"{path}: {name} is {format_name}, which moequant cannot decode")
+    return formats.get(format_name).block > 1
+
+
+def _layout_of(path: Path) -> str:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VerifyError(f"{path}: config.json cannot be read ({error})") from error
+    method = str(config.get("quantization_config", {}).get("quant_method", "not quantized"))
+    if method not in folder.LAYOUTS:
+        raise VerifyError(f"{path}: is {method}; expected one of {', '.join(folder.LAYOUTS)}")
+    return method
+
+
+def _group_format(opened: FolderWeights, layout: str) -> GroupFormat:
+    """Bits and group size from the folder's own config, the scale's type from its first scale."""
+    config = opened.quantization
+    if layout == "compressed-tensors":
+        told = config["config_groups"]["group_0"]["weights"]
+        bits, group, suffix = told["num_bits"], told.get("group_size") or -1, compressed_tensors.SUFFIXES[1]
+    else:
+        bits, group, suffix = config["bits"], config["group_size"], gptq.SUFFIXES[2]
+    name = next(name for name in opened.tensors if name.endswith(f".{suffix}"))
+    return GroupFormat(int(bits), int(group), (opened.tensor(name).dtype,))
+
+
+def _crc(values: Tensor) -> int:
+    raw = values.contiguous().view(-1).view(torch.uint8).numpy()
+    return zlib.crc32(raw.data)
+
+
+def _recorded(path: Path, layout: str, fmt: GroupFormat) -> dict[str, int] | None:
+    """{stored tensor: CRC-32} from `moequant.json` beside the weights, None when it is not there.
+
+    VerifyError when config.json reads the integers otherwise than they were written.
+    """
+    file = path / folder.RECORD
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, int] = record["crc32"]
+        written = {name: record["settings"][name] for name in ("layout", "bits", "group_size")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VerifyError(f"{file}: cannot be read ({error})") from error
+    for name, now in (("layout", layout), ("bits", fmt.bits), ("group_size", fmt.group)):
+        if written[name] != now:
+            raise VerifyError(
+                f"{path}: config.json says {name} {now}, its weights were written with {written[name]}; "
+                "restore config.json"
+            )
+    return found

@@ -1,0 +1,202 @@
+"""The check from end to end: tensor by tensor, layer by layer where there is a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from moequant.check.activations import Collector, merged
+from moequant.check.baseline import ALTERED, Entry, Source, open_source
+from moequant.check.blocks import check_block
+from moequant.check.damage import expected_error
+from moequant.check.environment import versions
+from moequant.check.figures import BlockFigures, CheckReport, Damage, TensorFigures
+from moequant.check.product import Device, Product, choose
+from moequant.check.speed import measure
+from moequant.check.tensors import Against, check_tensor
+from moequant.check.text import token_rows
+from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.errors import VerifyError
+from moequant.forward.hidden import Hidden, InMemory
+from moequant.forward.stream import LayerStream, Resources
+from moequant.kernels import KERNEL_FORMATS
+from moequant.values import Role, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class CheckSettings:
+    """`baseline` is the model folder the file was made from; `device` None takes a GPU when there is one.
+
+    `sample` tensors, spread over the file, are checked (None: all); `tokens` of `calib` (None: the
+    bundled text) are run through both models.
+    """
+
+    baseline: Path | None = None
+    device: Device | None = None
+    sample: int | None = None
+    calib: str | Path | None = None
+    tokens: int = 2048
+    speed: bool = False
+
+
+@dataclass(slots=True)
+class _Found:
+    """What has been seen so far."""
+
+    tensors: list[TensorFigures]
+    blocks: list[BlockFigures]
+    damages: list[Damage]
+    notes: list[str]
+
+
+def check(out: str | Path, settings: CheckSettings = CheckSettings()) -> CheckReport:  # frozen
+    """Check the GGUF file or quantized folder `out`.
+
+    What is wrong is in the report's `damages`; VerifyError for a file that cannot be read at all, a
+    baseline that does not fit, or a device that is not there.
+    """
+    path = Path(out)
+    if not path.exists():
+        raise VerifyError(f"{path}: no such file or folder")
+    product, notes = choose(settings.device)
+    baseline = None if settings.baseline is None else open_checkpoint(settings.baseline)
+    source = open_source(path, baseline)
+    entries = _sample(source.entries, settings.sample)
+    found = _Found([], [], [], list(notes))
+    if len(entries) < len(source.entries):
+        found.notes.append(f"{len(entries)} of {len(source.entries)} quantized tensors were checked")
+    if not entries:
+        found.notes.append("the file has no quantized tensor")
+    if settings.sample is None:
+        found.damages += [Damage(name, what) for name, what in source.altered_rest()]
+    if not _has_checksums(source, entries):
+        found.notes.append(
+            "the file records no checksums: a flipped low bit, as large as ordinary rounding, cannot be seen"
+        )
+    if baseline is None:
+        found.notes.append("no --baseline: whether the weights are the model's was not checked")
+        for entry in tqdm(entries, desc="check", unit="tensor", disable=None, leave=False):
+            _tensor(source, entry, product, None, found)
+    else:
+        _against(source, entries, product, baseline, settings, found)
+    speed = _speed(source, entries, product, baseline, found) if settings.speed else ()
+    base = None if settings.baseline is None else str(settings.baseline)
+    return CheckReport(
+        str(path),
+        base,
+        product.name,
+        tuple(found.tensors),
+        tuple(found.blocks),
+        tuple(found.damages),
+        tuple(found.notes),
+        versions(product.device),
+        speed,
+    )
+
+
+def _speed(
+    source: Source, entries: tuple[Entry, ...], product: Product, baseline: Checkpoint | None, found: _Found
+) -> tuple[dict[str, float | int | str], ...]:
+    """Timings of the first expert tensor of each type that has a kernel."""
+    if product.device != "cuda":
+        found.notes.append("speed is measured on a GPU only")
+        return ()
+    config = {} if baseline is None else baseline.config
+    rows: list[dict[str, float | int | str]] = []
+    for entry in {entry.format: entry for entry in reversed(entries) if entry.stacked}.values():
+        matrix = source.matrix(entry)
+        if matrix.format in KERNEL_FORMATS:
+            top_k = min(int(config.get("num_experts_per_tok", 8)), entry.shape[0])
+            rows += measure(matrix, top_k)
+    return tuple(rows)
+
+
+def _sample(entries: tuple[Entry, ...], count: int | None) -> tuple[Entry, ...]:
+    """`count` entries spread evenly, first and last among them."""
+    if count is None or count >= len(entries):
+        return entries
+    chosen = {round(i) for i in torch.linspace(0, len(entries) - 1, count).tolist()}
+    return tuple(entry for i, entry in enumerate(entries) if i in chosen)
+
+
+def _has_checksums(source: Source, entries: tuple[Entry, ...]) -> bool:
+    return not entries or source.altered(entries[0], source.matrix(entries[0])) is not None
+
+
+def _tensor(source: Source, entry: Entry, product: Product, against: Against | None, found: _Found) -> None:
+    figures, damages = check_tensor(source, entry, product, against)
+    found.tensors.append(figures)
+    found.damages += damages
+
+
+def _against(
+    source: Source,
+    entries: tuple[Entry, ...],
+    product: Product,
+    baseline: Checkpoint,
+    settings: CheckSettings,
+    found: _Found,
+) -> None:
+    """Both models side by side, layer by layer, and every tensor when its layer has been crossed."""
+    by_name = {weight.name: weight for weight in baseline.weights}
+    for entry in entries:
+        weight = by_name.get(entry.name)
+        if weight is None or weight.numel != entry.shape[0] * entry.shape[1] * entry.shape[2]:
+            raise VerifyError(f"{source.path}: {entry.name} {list(entry.shape)} is not in {baseline.path}")
+    ids, recorded = token_rows(baseline, settings.calib, settings.tokens), _has_checksums(source, entries)
+    resources = Resources(device=product.device)
+    bar = tqdm(total=len(entries), desc="check", unit="tensor", disable=None, leave=False)
+    with (
+        LayerStream(baseline, ids, resources) as base,
+        LayerStream(baseline, ids, resources, source.load) as other,
+        bar,
+    ):
+        for layer, seen in _layers(base, other):
+            for entry in [entry for entry in entries if by_name[entry.name].layer == layer]:
+                _tensor(source, entry, product, Against(by_name[entry.name], seen[0]), found)
+                bar.update()
+            gate = next((w for w in baseline.weights if w.layer == layer and w.role is Role.GATE), None)
+            if layer is not None and gate is not None and gate.input is not None:
+                name = gate.input.partition(":")[0]
+                expected = _expected(source, baseline, layer)
+                vouched = recorded and not any(
+                    damage.what == ALTERED and damage.where.startswith(f"blk.{layer}.")
+                    for damage in found.damages
+                )
+                models = (base.model, other.model)
+                figures, damages = check_block(name, models, seen, layer, expected, vouched)
+                found.blocks.append(figures)
+                found.damages += damages
+
+
+def _layers(
+    base: LayerStream, other: LayerStream
+) -> Iterator[tuple[int | None, tuple[Collector, Collector]]]:
+    """Each layer while both models hold its weights, with what they were fed; then None for the rest."""
+    hidden: tuple[Hidden, Hidden] = (InMemory(len(base.batches)), InMemory(len(other.batches)))
+    base.embed(hidden[0])
+    other.embed(hidden[1])
+    for layer, _ in zip(base.layers(), other.layers(), strict=True):
+        seen = (
+            merged(base.cross(layer, hidden[0], lambda batch: Collector(), hidden[0])),
+            merged(other.cross(layer, hidden[1], lambda batch: Collector(), hidden[1])),
+        )
+        yield layer, seen
+    last = merged(told for told, _ in base.finish(hidden[0], lambda batch: Collector()))
+    yield None, (last, Collector())
+
+
+def _expected(source: Source, baseline: Checkpoint, layer: int) -> float:
+    """Relative errors of the formats of a block's experts, added as independent ones."""
+    formats = {entry.name: entry for entry in source.entries}
+    roles = (Role.GATE, Role.UP, Role.DOWN)
+    weights: list[Weight] = [w for w in baseline.weights if w.layer == layer and w.role in roles]
+    total = 0.0
+    for weight in weights:
+        if weight.name in formats:
+            total += expected_error(formats[weight.name].format) ** 2
+    return float(max(total**0.5, 1e-3))

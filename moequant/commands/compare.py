@@ -1,0 +1,207 @@
+"""Comparing on its own: open baseline and candidates, draw the text, score them all on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from moequant.checkpoint import Checkpoint
+from moequant.containers.gguf.tokenizer.spec import read_tokenizer
+from moequant.evaluate import Measured, Ran, difference, runtime, samples
+from moequant.evaluate import environment as record
+from moequant.evaluate.activations import Rounded
+from moequant.evaluate.open_source import Source, open_files, open_model, open_source
+from moequant.evaluate.side_by_side import Version, compare
+from moequant.forward.stream import Resources
+from moequant.progress import Meter
+from moequant.report.compare import Compared
+from moequant.runtimes.llama_cpp.serving import BATCH, Prompt, serve
+from moequant.text import bundled, corpus
+from moequant.text.corpus import Rows
+from moequant.text.rows import ROW, load_encoder
+
+Engine = Literal["moequant", "llama.cpp"]
+
+SAMPLE_TOKENS = 32
+"""Tokens that a prompt is continued by, unless somebody says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompareSettings:
+    """Which text, and who computes.
+
+    `eval` as `corpus.read` takes it, None the bundled text. `model` is the unquantized folder
+    when none is among what is compared. With `exact` the inputs of products are not rounded
+    as llama.cpp rounds them before quantized weights.
+
+    Every version continues the bundled prompts and those of `prompts` by `sample_tokens`
+    tokens, 0 for none; None means SAMPLE_TOKENS with llama.cpp or with prompts, else none.
+    `command` is what was typed, for the record.
+    """
+
+    eval: str | Path | None = None
+    eval_tokens: int = 16_384
+    seed: int = 0
+    engine: Engine = "moequant"
+    model: Path | None = None
+    exact: bool = False
+    prompts: tuple[str, ...] = ()
+    sample_tokens: int | None = None
+    command: str | None = None
+    resources: Resources = field(default_factory=Resources)
+
+    @property
+    def tokens_sampled(self) -> int:
+        """`sample_tokens`, or what None stands for."""
+        if self.sample_tokens is not None:
+            return self.sample_tokens
+        return SAMPLE_TOKENS if self.prompts or self.engine == "llama.cpp" else 0
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return self.resources.threads or torch.get_num_threads()
+
+
+def run(
+    base: Path,
+    candidates: Sequence[Path],
+    settings: CompareSettings = CompareSettings(),  # frozen
+) -> Compared:
+    """Score every candidate against `base`; a MoequantError with one clear line when something is wrong."""
+    meter = Meter()
+    with meter.stage("compare"):
+        opened = _opened(base, candidates, settings)
+        measured = _scored(opened, settings)
+    pairs = combinations([(one.name, one.scores) for one in measured], 2)
+    return Compared(
+        base=opened.sources[0],
+        candidates=opened.sources[1:],
+        measured=measured,
+        differences=tuple(difference(one, two) for one, two in pairs),
+        engine=settings.engine,
+        rounded=settings.engine == "moequant" and not settings.exact,
+        tokens=opened.rows.ids.numel(),
+        domains=tuple(dict.fromkeys(opened.rows.domains)),
+        source=opened.rows.source,
+        cost=meter.costs[0],
+        ran=_ran(opened, settings) if settings.tokens_sampled else (),
+        record=record.make(opened.sources, _settings(opened.rows, settings), settings.command),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """Baseline and candidates, the text they are scored on, and how the model computes where we compute."""
+
+    sources: tuple[Source, ...]
+    rows: Rows
+    checkpoint: Checkpoint | None
+
+
+def _opened(base: Path, candidates: Sequence[Path], settings: CompareSettings) -> _Opened:
+    paths = [base, *candidates]
+    if settings.engine == "moequant":
+        checkpoint = open_model(paths, settings.model)
+        sources = tuple(open_source(path, checkpoint) for path in paths)
+        return _Opened(sources, _rows(checkpoint, settings), checkpoint)
+    sources = open_files(paths)
+    if settings.model is not None:
+        return _Opened(sources, _rows(open_model([], settings.model), settings), None)
+    # Without its folder the baseline's own tokenizer has to do.
+    encoder = runtime.LlamaEncoder(base)
+    documents = corpus.read(settings.eval, "evaluation")
+    rows = corpus.pack(documents, encoder, ROW, settings.eval_tokens, settings.seed, encoder.bos)
+    return _Opened(sources, rows, None)
+
+
+def _scored(opened: _Opened, settings: CompareSettings) -> tuple[Measured, ...]:
+    """Every candidate against the baseline, by the engine that was asked for."""
+    names, checkpoint = _names(opened.sources), opened.checkpoint
+    if checkpoint is None:
+        paths = [source.path for source in opened.sources]
+        candidates = list(zip(names[1:], paths[1:], strict=True))
+        return runtime.compare(paths[0], candidates, opened.rows, settings.threads)
+    versions = [
+        Version(name, source.provider, _rounded(checkpoint, source, settings))
+        for name, source in zip(names, opened.sources, strict=True)
+        if source.provider is not None
+    ]
+    return compare(checkpoint, versions[0], versions[1:], opened.rows, settings.resources)
+
+
+def _rounded(checkpoint: Checkpoint, source: Source, settings: CompareSettings) -> Rounded | None:
+    return Rounded(checkpoint, source.types) if source.kind == "GGUF" and not settings.exact else None
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    """File names where they tell the sources apart, paths where they do not."""
+    names = [source.name for source in sources]
+    return [
+        name if names.count(name) == 1 else str(source.path)
+        for name, source in zip(names, sources, strict=True)
+    ]
+
+
+def _ran(opened: _Opened, settings: CompareSettings) -> tuple[Ran, ...]:
+    """What every version makes of the prompts: GGUF files in llama.cpp, folders in transformers."""
+    names = (
+        ["user"] if len(settings.prompts) == 1 else [f"user {n + 1}" for n in range(len(settings.prompts))]
+    )
+    texts = [*bundled.prompts().items(), *zip(names, settings.prompts, strict=True)]
+    prompts, tokens = [Prompt(name, text) for name, text in texts], settings.tokens_sampled
+    found = []
+    for name, source in zip(_names(opened.sources), opened.sources, strict=True):
+        if source.kind == "GGUF":
+            serving = serve(source.path, prompts, tokens, settings.threads)
+            found.append(Ran(name, serving.samples, serving))
+            continue
+        assert opened.checkpoint is not None and source.provider is not None
+        fits = samples.fits(opened.checkpoint)
+        made = samples.sample(opened.checkpoint, source.provider, prompts, tokens) if fits else ()
+        found.append(Ran(name, made))
+    return tuple(found)
+
+
+def _settings(rows: Rows, settings: CompareSettings) -> dict[str, record.Setting]:
+    """What decides the figures besides files, versions and machine."""
+    ours = settings.engine == "moequant"
+    found: dict[str, record.Setting] = {
+        "engine": settings.engine,
+        "activations": "rounded as llama.cpp does" if ours and not settings.exact else "the engine's own",
+        "text": rows.source,
+        "tokens": rows.ids.numel(),
+        "tokens SHA-256": record.digest(rows.ids),
+        "context": rows.ids.shape[1],
+        "batch": settings.resources.batch_tokens if ours else BATCH,
+        "threads": settings.resources.workers if ours else settings.threads,
+        "device": settings.resources.device,
+        "seed": settings.seed,
+    }
+    if settings.model is not None:
+        found["model"] = str(settings.model)
+    if settings.tokens_sampled:
+        prompts = bundled.prompts()
+        found |= {
+            "prompts": ", ".join([*prompts, *settings.prompts]),
+            "prompts SHA-256": record.text_digest([*prompts.values(), *settings.prompts]),
+            "sampled": f"{settings.tokens_sampled} tokens a prompt, greedy",
+        }
+    return found
+
+
+def _rows(checkpoint: Checkpoint, settings: CompareSettings) -> Rows:
+    tokenizer = read_tokenizer(checkpoint.path)
+    bos = tokenizer.ids.get("bos") if tokenizer.add_bos else None
+    documents = corpus.read(settings.eval, "evaluation")
+    encoder = load_encoder(checkpoint.path)
+    rows = corpus.pack(documents, encoder, ROW, settings.eval_tokens, settings.seed, bos)
+    config = checkpoint.config
+    return corpus.check(
+        rows, max_length=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"])
+    )

@@ -1,0 +1,139 @@
+"""Planning on its own: what a model costs at every size, before anything is converted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moequant import __version__, plan
+from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.commands.convert import facts
+from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
+from moequant.errors import PlanError
+from moequant.files import atomic, check_output
+from moequant.formats import Effort
+from moequant.plan import Budget, Damages, curve, points, preset_points, prior_damages
+from moequant.plan.planner import overhead
+from moequant.plan.sensitivity import Probing, measure, wants_probes
+from moequant.report.curve import Curve, draw
+from moequant.report.routing import check_picture
+from moequant.statistics import store
+from moequant.statistics.calibrate import calibrate
+from moequant.text import corpus
+from moequant.text.corpus import Rows
+from moequant.text.rows import ROW, calibration_rows, split_probes
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings:
+    """What measuring may be told.
+
+    `calib` is text as `corpus.read` takes it, None the bundled one; `stats` are statistics
+    that `moequant route` saved, which replace the calibration pass. `probes` None probes
+    when the model fits into memory.
+    """
+
+    calib: str | Path | None = None
+    calib_tokens: int = 131_072
+    stats: Path | None = None
+    probes: bool | None = None
+    effort: Effort = "default"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Files to write, None for those not wanted: the one plan that was asked for, and the curve's picture."""
+
+    plan: Path | None = None
+    picture: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is known of a model before it is converted: its damages and the curve of sizes.
+
+    `overhead` bytes of every file are not weights.
+    """
+
+    checkpoint: Checkpoint
+    overhead: int
+    damages: Damages
+    curve: Curve
+
+
+def budgets(sizes: str | None, bpw: float | None, preset: str | None) -> tuple[Budget, ...]:
+    """What a person asked for; sizes are separated by commas. PlanError for what is no budget."""
+    named = [Budget.of_size(part) for part in sizes.split(",")] if sizes is not None else []
+    named += [Budget.of_bpw(bpw)] if bpw is not None else []
+    named += [Budget.of_preset(preset)] if preset is not None else []
+    return tuple(named)
+
+
+def survey(
+    model: str | Path,
+    settings: PlanSettings = PlanSettings(),  # frozen
+    budgets: tuple[Budget, ...] = (),
+    outputs: Outputs = Outputs(),
+) -> Survey:
+    """Measure the folder `model` and plan it for every budget and along the whole curve.
+
+    Raises a MoequantError with one clear line when something is wrong; outputs and budgets
+    that no file can meet are refused before anything is measured.
+    """
+    checkpoint, tokenizer = open_checkpoint(Path(model)), read_tokenizer(Path(model))
+    provenance = {"general.quantized_by": f"moequant {__version__}"}
+    known, extra = facts(checkpoint), overhead(checkpoint, tokenizer, provenance)
+    _check(outputs, budgets)
+    points(checkpoint.weights, known, prior_damages(checkpoint.weights, known.layers), extra, budgets)
+    calib_rows, probe_rows = _texts(checkpoint, tokenizer, settings)
+    if settings.stats is not None:
+        calibration = store.load_for(checkpoint, settings.stats)
+    else:
+        calibration = calibrate(checkpoint, calib_rows)
+    ids = probe_rows.ids if wants_probes(checkpoint, settings.probes) else None
+    found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort))
+    drawn = Curve(
+        str(model),
+        curve(checkpoint.weights, known, found, extra),
+        points(checkpoint.weights, known, found, extra, budgets),
+        preset_points(checkpoint.weights, known, found, extra),
+        sum(weight.numel for weight in checkpoint.weights),
+        found.source,
+    )
+    return Survey(checkpoint, extra, found, drawn)
+
+
+def write(found: Survey, outputs: Outputs) -> None:
+    """Every file that is wanted, each complete or not there at all. OutputError when the disk refuses."""
+    if outputs.plan is not None:
+        chosen = found.curve.wanted[0].plan
+        assert chosen is not None
+        with atomic(outputs.plan) as partial:
+            partial.write_text(plan.to_json(chosen), encoding="utf-8")
+    if outputs.picture is not None:
+        draw(found.curve, outputs.picture)
+
+
+def _check(outputs: Outputs, budgets: tuple[Budget, ...]) -> None:
+    """Errors for outputs that cannot be written."""
+    for path in (outputs.plan, outputs.picture):
+        if path is not None:
+            check_output(path, outputs.overwrite)
+    if outputs.picture is not None:
+        check_picture(outputs.picture)
+    if outputs.plan is not None and len(budgets) != 1:
+        raise PlanError(
+            f"{outputs.plan}: holds one plan, {len(budgets)} were asked for; give one size, --bpw or --type"
+        )
+
+
+def _texts(checkpoint: Checkpoint, tokenizer: TokenizerSpec, settings: PlanSettings) -> tuple[Rows, Rows]:
+    """Rows to calibrate on, and others for the probes."""
+    most = Probing().rows
+    documents = corpus.read(settings.calib, "calibration")
+    tokens = settings.calib_tokens + most * ROW
+    return split_probes(
+        calibration_rows(checkpoint, documents, tokens, settings.seed, tokenizer.leading), most
+    )

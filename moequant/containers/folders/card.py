@@ -1,0 +1,109 @@
+"""The model card of a quantized folder: README.md, what it is, how it was made, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moequant import __version__
+from moequant.checkpoint import Checkpoint
+from moequant.containers.folders.plan import FolderSettings
+from moequant.text.corpus import Rows
+from moequant.values import Calibration, Plan
+
+_LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What the card tells.
+
+    `rounded_on` is the text under whose Hessians weights were rounded, None for the plain search, `coupled`
+    whether layers correct those before them. `measured` are lines of (what, value), empty until somebody
+    has measured.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    settings: FolderSettings
+    calibration: Calibration | None = None
+    rounded_on: Rows | None = None
+    coupled: bool = False
+    measured: Sequence[tuple[str, str]] = ()
+
+    def text(self) -> str:
+        """README.md with the front matter that the Hub reads."""
+        parts = [self._front(), self._what(), self._how()]
+        if self.measured:
+            rows = "\n".join(f"| {name} | {value} |" for name, value in self.measured)
+            parts.append(f"## Measured\n\n| | |\n|---|---|\n{rows}\n")
+        parts.append(self._loading())
+        return "\n".join(parts)
+
+    def _front(self) -> str:
+        folder = self.checkpoint.path.resolve()
+        front = [f"base_model: {folder.name}", "base_model_relation: quantized", *_license(folder)]
+        tags = ["moequant", self.settings.layout, *(["moe"] if self.checkpoint.n_experts else [])]
+        front += ["library_name: transformers", "pipeline_tag: text-generation"]
+        return "\n".join(["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---\n"])
+
+    def _what(self) -> str:
+        numel = {weight.name: weight.numel for weight in self.checkpoint.weights}
+        small = [c for c in self.plan.choices if c.format == self.plan.preset]
+        kept = [c for c in self.plan.choices if c.format != self.plan.preset]
+        bits = 8 * self.plan.bytes / sum(numel.values())
+        group = "a whole row" if self.settings.group_size == -1 else f"{self.settings.group_size} weights"
+        rows = [
+            (f"int{self.settings.bits}, one scale for {group}", small),
+            (f"{'/'.join(sorted({c.format for c in kept}))}, as in the original", kept),
+        ]
+        table = "\n".join(
+            f"| {name} | {sum(numel[c.weight] for c in part):,} | {sum(c.bytes for c in part) / 1e9:.3f} GB |"
+            for name, part in rows
+        )
+        experts = "every expert" if self.checkpoint.n_experts else "the feed-forward blocks"
+        also = " and attention" if self.settings.quantize_attention else ""
+        return (
+            f"# {self.checkpoint.path.resolve().name}, int{self.settings.bits}\n\n"
+            f"{experts[0].upper()}{experts[1:]}{also} as symmetric int{self.settings.bits}; router, norms, "
+            f"embedding and head in their original precision. {bits:.2f} bits a weight in all.\n\n"
+            f"| stored as | weights | size |\n|---|---|---|\n{table}\n"
+        )
+
+    def _how(self) -> str:
+        made = f"## How it was made\n\nmoequant {__version__}. "
+        if self.rounded_on is not None:
+            towards = ", each layer towards undoing what the layers before it lost" if self.coupled else ""
+            return made + (
+                f"Every expert was rounded under the Hessian of its own inputs{towards}. Calibration: "
+                f"{self.rounded_on.tokens:,} tokens of: {self.rounded_on.source}.\n"
+            )
+        made += "One scale search for every expert, every weight to its nearest code. "
+        if self.calibration is None:
+            return made + "No calibration text: all input channels count the same.\n"
+        return made + (
+            "Errors are weighted by the inputs that each expert saw in "
+            f"{self.calibration.tokens:,} tokens of: {self.calibration.source}.\n"
+        )
+
+    def _loading(self) -> str:
+        text = "## Loading\n\n```sh\nvllm serve THIS_FOLDER\n```\n"
+        if self.settings.layout == "gptq":
+            return text
+        return text + (
+            "\ntransformers loads it too, with `pip install compressed-tensors`; it decodes the experts to "
+            "their original precision in memory.\n"
+        )
+
+
+def _license(folder: Path) -> list[str]:
+    """The license lines of the original's card, if it has any."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return []
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return []
+    return [f"{key}: {value.rstrip()}" for key, value in _LICENSE.findall(parts[1])]

@@ -1,0 +1,126 @@
+"""Reading a quantized safetensors folder back, weight by weight, as a `routing.model.Provider`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moequant import families
+from moequant.containers.folders.plan import modules, stored_names
+from moequant.containers.folders.shards import INDEX
+from moequant.errors import VerifyError
+from moequant.values import Weight
+
+Decode = Callable[[Mapping[str, Any], Mapping[str, Tensor]], Tensor]
+"""(quantization_config, one module's tensors by suffix) -> weight [out, in]."""
+
+
+class FolderWeights:
+    """A quantized folder's weights; a tensor is read when it is asked for, and not kept."""
+
+    def __init__(self, path: Path, layout: str, suffixes: tuple[str, ...], decode: Decode) -> None:
+        self.path = path
+        self.suffixes = suffixes
+        self._decode = decode
+        self._opened: tuple[str, Any] = ("", None)
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            self.files = _files(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise VerifyError(f"{path}: not a readable model folder ({error})") from error
+        self.quantization: dict[str, Any] = config.pop("quantization_config", {})
+        method = self.quantization.get("quant_method", "not quantized")
+        if method != layout:
+            raise VerifyError(f"{path}: is {method}, expected {layout}")
+        self.family = families.find(config)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of all stored tensors."""
+        return tuple(self.files)
+
+    def tensor(self, name: str) -> Tensor:
+        """A stored tensor as it is. VerifyError when it is missing or damaged."""
+        if name not in self.files:
+            raise VerifyError(f"{self.path}: tensor {name} is missing")
+        try:
+            file = self.files[name]
+            if file != self._opened[0]:  # a header may describe 100,000 tensors: parsed once, one kept mapped
+                self._opened = (file, safe_open(self.path / file, "pt"))
+            stored: Tensor = self._opened[1].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise VerifyError(f"{self.path / self.files[name]}: {name} cannot be read ({error})") from error
+        return stored
+
+    def is_quantized(self, weight: Weight) -> bool:
+        """Whether the folder holds integers for it."""
+        return f"{modules(self.family, weight)[0]}.{self.suffixes[0]}" in self.files
+
+    def stored(self, weight: Weight, expert: int = 0) -> dict[str, Tensor]:
+        """The tensors of one expert of a quantized weight, by suffix."""
+        module = modules(self.family, weight)[expert]
+        return {suffix: self.tensor(f"{module}.{suffix}") for suffix in self.suffixes}
+
+    def decode(self, weight: Weight, expert: int = 0) -> Tensor:
+        """One expert of a quantized weight [out, in], rows as stored."""
+        return self._decode(self.quantization, self.stored(weight, expert))
+
+    def load(self, weight: Weight) -> Tensor:
+        """Decoded values, shape `weight.shape`, in the file's precision, rows in llama.cpp's order.
+
+        VerifyError when a tensor is missing or another shape comes out.
+        """
+        if not self.is_quantized(weight):
+            return self._kept(weight)
+        out: Tensor | None = None
+        for expert in range(weight.n_experts):
+            values = self.decode(weight, expert)
+            if tuple(values.shape) != weight.shape[-2:]:
+                raise VerifyError(
+                    f"{self.path}: {modules(self.family, weight)[expert]} is {list(values.shape)}, "
+                    f"expected {list(weight.shape[-2:])}"
+                )
+            if out is None:
+                out = torch.empty((weight.n_experts, *values.shape), dtype=values.dtype)
+            out[expert] = values
+        assert out is not None
+        return _interleaved(out.reshape(weight.shape), weight)
+
+    def _kept(self, weight: Weight) -> Tensor:
+        (name,) = stored_names(self.family, weight)
+        values = self.tensor(name)
+        source = weight.sources[0]
+        if values.ndim > 1:
+            values = values[..., source.start : source.stop, :]
+        if tuple(values.shape) != weight.shape:
+            raise VerifyError(f"{self.path}: {name} is {list(values.shape)}, expected {list(weight.shape)}")
+        return _interleaved(values, weight)
+
+
+def _interleaved(values: Tensor, weight: Weight) -> Tensor:
+    """Rotary rows as `checkpoint.load` gives them: from halves of each head to pairs."""
+    if not weight.rope_heads:
+        return values
+    n_out, n_in = values.shape
+    return values.view(weight.rope_heads, 2, -1, n_in).transpose(1, 2).reshape(n_out, n_in)
+
+
+def _files(path: Path) -> dict[str, str]:
+    """The file of every tensor, from the index or from the headers."""
+    index = path / INDEX
+    if index.is_file():
+        named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return named
+    found: dict[str, str] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= dict.fromkeys(opened.keys(), file.name)
+    if not found:
+        raise ValueError("no *.safetensors file")
+    return found

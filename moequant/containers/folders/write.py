@@ -1,0 +1,258 @@
+"""A quantized model folder: safetensors that vLLM and transformers load, written in one pass.
+
+Tensors go to the disk as they are made and are not kept; what stays in the checkpoint's own
+precision is copied as bytes. The folder grows beside its target under a temporary name and takes
+the target's name when it is complete and checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moequant import __version__
+from moequant.checkpoint import Checkpoint, uninterleave
+from moequant.containers.folders import compressed_tensors, gptq, shards
+from moequant.containers.folders.card import Card
+from moequant.containers.folders.plan import FolderSettings, group_format, kept_linears, modules, stored_names
+from moequant.containers.folders.read import FolderWeights
+from moequant.containers.folders.shards import Entry, Shard, ShardWriter
+from moequant.containers.gguf.write import Written
+from moequant.errors import OutputError, VerifyError
+from moequant.formats import groups
+from moequant.formats.groups import GroupFormat
+from moequant.values import Packed, Plan, TensorRef, Weight
+
+RECORD = "moequant.json"
+"""How the folder was made, and the CRC-32 of every tensor: `moequant check` names what changed."""
+
+_CHUNK = 1 << 24
+
+_NOT_COPIED = (
+    "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
+    ".*", "config.json", "quantize_config.json", "README.md", RECORD,
+)  # fmt: skip
+"""Weights in any format, hidden files, and the files that are written anew."""
+
+_COPIED_FOLDERS = ("additional_chat_templates",)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a loader wants integer weights: names and shapes, values, config, and the way back."""
+
+    entries: Callable[[str, GroupFormat, int, int], tuple[Entry, ...]]
+    tensors: Callable[[GroupFormat, Tensor, Tensor], tuple[Tensor, ...]]
+    integers: Callable[[GroupFormat, Mapping[str, Tensor], int], tuple[Tensor, Tensor]]
+    config: Callable[[GroupFormat, Sequence[str]], dict[str, Any]]
+    open: Callable[[Path], FolderWeights]
+
+
+LAYOUTS = {
+    "compressed-tensors": Layout(
+        compressed_tensors.entries,
+        compressed_tensors.tensors,
+        compressed_tensors.integers,
+        compressed_tensors.quantization_config,
+        compressed_tensors.open_folder,
+    ),
+    "gptq": Layout(gptq.entries, gptq.tensors, gptq.integers, gptq.quantization_config, gptq.open_folder),
+}
+
+
+def folder_bytes(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> int:
+    """Bytes of the weight files that `write` will produce."""
+    return sum(shard.bytes for shard in _shards(checkpoint, plan, settings))
+
+
+def check_target(path: Path, size: int, overwrite: bool, source: Path) -> None:
+    """OutputError when a folder of `size` bytes cannot be put at `path`: said before any work is done."""
+    path, source = path.absolute(), source.resolve()
+    if path.is_file():
+        raise OutputError(f"{path}: is a file; give a folder name")
+    if path.resolve() == source or path.resolve() in source.parents:
+        raise OutputError(f"{path}: holds the model that is read; give another name")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise OutputError(f"{path}: exists already; give another name or --overwrite")
+        if not (path / "config.json").is_file():
+            raise OutputError(f"{path}: is not a model folder and is not replaced; give another name")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent}: no such folder; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path.parent}: not writable")
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise OutputError(f"{path.parent}: {size:,} bytes are needed, {free:,} are free")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends well, else is removed."""
+    path = path.absolute()
+    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        for folder in (path, path.parent):
+            _sync(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write(folder: Path, card: Card, packed: Iterable[Packed]) -> Written:
+    """Write the card's plan into the empty `folder`: weights, config, tokenizer, all side files, README.md.
+
+    `packed` must yield the plan's integer weights, in their `block_formats` and the plan's order; each is
+    written as it comes and not kept. Raises OutputError when the disk refuses.
+    """
+    checkpoint, plan, settings = card.checkpoint, card.plan, card.settings
+    fmt, layout = group_format(checkpoint, settings), LAYOUTS[settings.layout]
+    files = _shards(checkpoint, plan, settings)
+    by_name = {weight.name: weight for weight in checkpoint.weights}
+    stream = iter(packed)
+    with ShardWriter(folder, files) as writer:
+        for choice in plan.choices:
+            if choice.format == plan.preset:
+                item = next(stream)
+                if item.weight.name != choice.weight:
+                    raise VerifyError(f"{item.weight.name}: came where {choice.weight} was planned")
+                _put(writer, layout, fmt, item, modules(checkpoint.family, item.weight))
+                del item
+                continue
+            name, ref = _kept(checkpoint, by_name[choice.weight])
+            if name not in writer.checksums:
+                writer.put(name, _chunks(ref))
+    config = layout.config(fmt, kept_linears(checkpoint, plan))
+    record = {"made_by": f"moequant {__version__}", "settings": asdict(settings), "crc32": writer.checksums}
+    _write_side_files(folder, card, files, config, record)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return Written(folder, size, writer.checksums)
+
+
+def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> int:
+    """Read the folder again: every byte as written, and of each integer weight one expert decoded twice.
+
+    The second decoder is the loader's: compressed-tensors. Returns how many weights both decoded;
+    VerifyError names the tensor that is missing, differs, or decodes to something else.
+    """
+    fmt, layout = group_format(checkpoint, settings), LAYOUTS[settings.layout]
+    on_disk = layout.open(written.path)
+    if differing := set(on_disk.tensors) ^ written.checksums.keys():
+        raise VerifyError(f"{written.path}: tensor {min(differing)} is in only one of plan and folder")
+    for name, expected in tqdm(written.checksums.items(), desc="verify", disable=None, leave=False):
+        if zlib.crc32(_bytes(on_disk.tensor(name))) != expected:
+            raise VerifyError(
+                f"{written.path}: bytes of {name} are not those that were written; is the disk healthy?"
+            )
+    by_name = {weight.name: weight for weight in checkpoint.weights}
+    chosen = [by_name[choice.weight] for choice in plan.choices if choice.format == plan.preset]
+    decoded = 0
+    for number, weight in enumerate(chosen):
+        expert = number % weight.n_experts
+        theirs = on_disk.decode(weight, expert)
+        codes, scales = layout.integers(fmt, on_disk.stored(weight, expert), weight.n_in)
+        if not torch.equal(groups.decode(fmt, codes, scales), theirs) or not torch.isfinite(theirs).all():
+            module = modules(checkpoint.family, weight)[expert]
+            raise VerifyError(f"{written.path}: {module} decodes to other values than meant")
+        decoded += theirs.numel()
+    return decoded
+
+
+def _shards(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> tuple[Shard, ...]:
+    """Every tensor of the folder in the plan's order, cut into files."""
+    fmt, layout = group_format(checkpoint, settings), LAYOUTS[settings.layout]
+    by_name = {weight.name: weight for weight in checkpoint.weights}
+    entries: dict[str, Entry] = {}
+    for choice in plan.choices:
+        weight = by_name[choice.weight]
+        if choice.format == plan.preset:
+            for module in modules(checkpoint.family, weight):
+                made = layout.entries(module, fmt, weight.shape[-2], weight.n_in)
+                entries |= {entry.name: entry for entry in made}
+        else:
+            name, ref = _kept(checkpoint, weight)
+            entries[name] = Entry(name, ref.dtype, ref.shape)
+    return shards.cut(list(entries.values()), settings.shard_bytes)
+
+
+def _kept(checkpoint: Checkpoint, weight: Weight) -> tuple[str, TensorRef]:
+    """Name and bytes of a weight that stays as it is."""
+    (name,) = stored_names(checkpoint.family, weight)
+    return name, weight.sources[0].ref
+
+
+def _put(writer: ShardWriter, layout: Layout, fmt: GroupFormat, item: Packed, names: Sequence[str]) -> None:
+    """All tensors of all experts of one weight, rows as transformers has them."""
+    n_out, n_in = item.weight.shape[-2:]
+    data = item.data.reshape(len(names), n_out, -1)
+    if item.weight.rope_heads:
+        data = uninterleave(data[0], item.weight.rope_heads)[None]
+    for module, rows in zip(names, data, strict=True):
+        values = layout.tensors(fmt, *groups.split(fmt, rows, n_in))
+        for entry, tensor in zip(layout.entries(module, fmt, n_out, n_in), values, strict=True):
+            writer.put(entry.name, [_bytes(tensor)])
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: np.ndarray[tuple[int], np.dtype[np.uint8]] = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return flat.data
+
+
+def _chunks(ref: TensorRef) -> Iterator[bytes]:
+    """The stored bytes of a tensor, a few megabytes at a time."""
+    with ref.file.open("rb") as file:
+        file.seek(ref.begin)
+        for at in range(ref.begin, ref.end, _CHUNK):
+            yield file.read(min(_CHUNK, ref.end - at))
+
+
+def _write_side_files(
+    folder: Path, card: Card, files: tuple[Shard, ...], quantization: dict[str, Any], record: dict[str, Any]
+) -> None:
+    """Everything but the weights: config, index, card, record, and what lies beside the weights."""
+    source = card.checkpoint.path
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    texts = {
+        "config.json": json.dumps(config | {"quantization_config": quantization}, indent=2) + "\n",
+        "README.md": card.text(),
+        RECORD: json.dumps(record, indent=1) + "\n",
+    }
+    if len(files) > 1:
+        texts[shards.INDEX] = shards.index(files)
+    if card.settings.layout == "gptq":
+        texts["quantize_config.json"] = json.dumps(quantization, indent=2) + "\n"
+    try:
+        for file in source.iterdir():
+            if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED):
+                shutil.copyfile(file, folder / file.name)
+            elif file.is_dir() and file.name in _COPIED_FOLDERS:
+                shutil.copytree(file, folder / file.name)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,1 +1,0 @@
-"""Other people's runtimes, called from here."""

@@ -1,0 +1,275 @@
+"""Layer-major streaming: all batches cross a layer, then its weights make room for the next.
+
+At any moment the weights of one decoder layer are in memory, every tensor is read once a
+pass, and hidden states wait between layers in memory or on disk.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moequant.checkpoint import Checkpoint, load
+from moequant.forward.calls import Skeleton
+from moequant.forward.experts import EXPERTS
+from moequant.forward.hidden import Hidden, InMemory, OnDisk
+from moequant.forward.model import Provider, empty_model, fill, release
+from moequant.forward.taps import Enough, Recorder, recording, watch
+from moequant.values import Role, Weight
+
+BATCH_TOKENS = 4096
+"""Tokens per forward pass: enough for efficient products, few enough to bound the activations."""
+
+R = TypeVar("R", bound=Recorder)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a pass may use: bytes of memory for hidden states (None: no limit), where layers run, threads.
+
+    On a CPU every thread takes whole batches with single-threaded kernels; None means one a core.
+    `read_ahead` reads the next layer while this one runs, at the price of its memory; an
+    accelerator always does. `batch_tokens` cross a layer in one forward pass.
+    """
+
+    ram: int | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    read_ahead: bool = False
+    batch_tokens: int = BATCH_TOKENS
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the next layer is read while this one runs."""
+        return self.read_ahead or self.device != "cpu"
+
+    @property
+    def workers(self) -> int:
+        """Batches that cross a layer at the same time."""
+        if self.device != "cpu":
+            return 1
+        return self.threads or os.cpu_count() or 1
+
+
+@dataclass(slots=True)
+class Reader:
+    """Loads weights and counts what it reads; keeps them when `keep` says that the model fits."""
+
+    keep: bool = False
+    bytes: int = 0
+    reads: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    _counting: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, weight: Weight) -> Tensor:
+        """The weight's values in the checkpoint's dtype, see `checkpoint.load`."""
+        if weight.name in self.kept:
+            return self.kept[weight.name]
+        values = load(weight)
+        with self._counting:  # the next layer is read by a thread of its own
+            self.bytes += values.numel() * values.element_size()
+            self.reads[weight.name] = self.reads.get(weight.name, 0) + 1
+            if self.keep:
+                self.kept[weight.name] = values
+        return values
+
+
+class LayerStream:
+    """The layers of a checkpoint, one at a time, and rows of tokens that cross them together.
+
+    `ids` i64 [rows, n]. `whole` runs the model with its head, otherwise up to the final norm;
+    `experts` names the registered function that runs the MoE blocks.
+    Use as a context manager; hidden states are the caller's (`new_hidden`), so that several
+    versions of the stream can cross the same layer.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: Tensor,
+        resources: Resources = Resources(),
+        provider: Provider = load,
+        whole: bool = False,
+        experts: str = EXPERTS,
+    ) -> None:
+        self.checkpoint, self.resources, self.provider, self.whole = checkpoint, resources, provider, whole
+        self.model = empty_model(checkpoint, experts, resources.device)
+        watch(self.model, checkpoint.weights)
+        self.batches = list(torch.split(ids, max(1, resources.batch_tokens // ids.shape[1])))
+        self.skeleton = Skeleton(
+            self.model,
+            self.model if whole else self.model.get_decoder(),
+            [batch.to(resources.device) for batch in self.batches],
+        )
+        self._ahead: dict[str, Future[Tensor]] = {}
+        self._disk = ThreadPoolExecutor(1)
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.skeleton.layers)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes [rows, n, h] of every batch's hidden states."""
+        width = int(self.checkpoint.config["hidden_size"])
+        return [(*batch.shape, width) for batch in self.batches]
+
+    def __enter__(self) -> LayerStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.skeleton.close()
+        self._disk.shutdown(cancel_futures=True)
+
+    def weights(self, layer: int | None) -> tuple[Weight, ...]:
+        """The weights of a decoder layer, or those outside all layers."""
+        return tuple(weight for weight in self.checkpoint.weights if weight.layer == layer)
+
+    def new_hidden(self, folder: Path) -> Hidden:
+        """Room for the hidden states: in memory when half of the limit holds them, else under `folder`."""
+        needed = 4 * sum(math.prod(shape) for shape in self.shapes)
+        if self.resources.ram is None or needed <= self.resources.ram // 2:
+            return InMemory(len(self.batches))
+        return OnDisk(folder, self.shapes)
+
+    def embed(self, hidden: Hidden, provider: Provider | None = None) -> None:
+        """Fill `hidden` with what the first layer is fed; `provider` has other weights than the stream's."""
+        embedding = self._outside(Role.EMBEDDING)
+        self._fill(embedding, provider)
+        with torch.inference_mode():
+            for batch, states in enumerate(self.skeleton.embed()):
+                hidden.put(0, batch, states)
+        release(self.model, embedding)
+
+    def layers(self, first: int = 0) -> Iterator[int]:
+        """Each decoder layer in turn, from `first`, with its weights in memory and all batches before it."""
+        self.rewind(first)
+        for layer in range(first, self.n_layers):
+            self._fill(self.weights(layer))
+            if layer + 1 < self.n_layers and self.resources.reads_ahead:
+                self._read_ahead(self.weights(layer + 1))
+            yield layer
+            release(self.model, self.weights(layer))
+            if layer + 1 < self.n_layers:
+                with torch.inference_mode():
+                    self.skeleton.advance()
+
+    def rewind(self, layer: int) -> None:
+        """Take every batch in front of that layer, of the last when it is past the end; needs no weights."""
+        with torch.inference_mode():
+            self.skeleton.begin()
+            for _ in range(min(layer, self.n_layers - 1)):
+                self.skeleton.advance()
+
+    def refill(
+        self, layer: int, provider: Provider, filled: Callable[[list[Weight]], None] = lambda weights: None
+    ) -> None:
+        """The layer's weights from elsewhere instead of those that are in memory.
+
+        `filled` is told, parameter by parameter, of the weights that are in it.
+        """
+        release(self.model, self.weights(layer))
+        for param in dict.fromkeys(weight.param for weight in self.weights(layer)):
+            weights = [weight for weight in self.weights(layer) if weight.param == param]
+            fill(self.model, weights, provider, None, self.resources.device)
+            filled(weights)
+
+    def cross(self, layer: int, hidden: Hidden, make: Callable[[int], R], into: Hidden | None) -> Iterator[R]:
+        """Every batch through the layer with its present weights, each with its own recorder `make(batch)`.
+
+        Outputs go to `into` as what is fed to the next layer (None: nowhere). Recorders
+        come back in the order of the batches, whatever the threads do.
+        """
+
+        def work(batch: int) -> R:
+            told = make(batch)
+            out = self.run(layer, batch, hidden, told)
+            if into is not None and out is not None:
+                into.put(layer + 1, batch, out)
+            return told
+
+        return self.each(work)
+
+    def run(
+        self, layer: int, batch: int, hidden: Hidden, told: Recorder | None, module: nn.Module | None = None
+    ) -> Tensor | None:
+        """One batch through the layer, or `module` in its place; None when the recorder had enough."""
+        states = hidden.get(layer, batch).to(self.resources.device)
+        with torch.inference_mode(), recording(told):
+            try:
+                return self.skeleton.calls[batch].run(module or self.skeleton.layers[layer], states)
+            except Enough:
+                return None
+
+    def each(self, work: Callable[[int], T]) -> Iterator[T]:
+        """`work(batch)` for every batch, a few at a time; results in the order of the batches."""
+        # More threads than cores would only wait; torch's own threads would wait for each other.
+        workers = self.resources.workers
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as running:
+            waiting = deque[Future[T]]()
+            try:
+                for batch in range(len(self.batches)):
+                    waiting.append(running.submit(work, batch))
+                    if len(waiting) > workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                running.shutdown(cancel_futures=True)
+
+    def finish(
+        self, hidden: Hidden, make: Callable[[int], R], provider: Provider | None = None
+    ) -> Iterator[tuple[R, Any]]:
+        """The end of the forward pass, batch by batch: its recorder and what the model returns.
+
+        Once for every time that the batches came to the last layer (`layers`, `rewind`).
+        """
+        roles = {Role.NORM} | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
+        ends = self._outside(*roles)
+        self._fill(ends, provider)
+        if self.whole and self.checkpoint.tied:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+        try:
+            for batch in range(len(self.batches)):
+                told = make(batch)
+                with torch.inference_mode(), recording(told):
+                    states = hidden.get(self.n_layers, batch).to(self.resources.device)
+                    result = self.skeleton.finish(batch, states)
+                yield told, result
+        finally:
+            release(self.model, ends)
+            if self.whole and self.checkpoint.tied:
+                self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+
+    def _outside(self, *roles: Role) -> tuple[Weight, ...]:
+        """Weights of these roles outside all layers, the embedding only when something computes with it."""
+        found = [weight for weight in self.weights(None) if weight.role in roles]
+        if Role.OUTPUT in roles and not self.checkpoint.tied:
+            found = [weight for weight in found if weight.role is not Role.EMBEDDING]
+        return tuple(found)
+
+    def _fill(self, weights: tuple[Weight, ...], other: Provider | None = None) -> None:
+        if other is not None:
+            fill(self.model, weights, other, None, self.resources.device)
+            return
+        ahead, self._ahead = self._ahead, {}
+
+        def provider(weight: Weight) -> Tensor:
+            return ahead.pop(weight.name).result() if weight.name in ahead else self.provider(weight)
+
+        fill(self.model, weights, provider, None, self.resources.device)
+
+    def _read_ahead(self, weights: tuple[Weight, ...]) -> None:
+        self._ahead = {weight.name: self._disk.submit(self.provider, weight) for weight in weights}

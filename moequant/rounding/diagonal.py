@@ -1,0 +1,107 @@
+"""Weights into packed bytes, one tensor at a time, with what each expert lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moequant import formats
+from moequant.checkpoint import Checkpoint, load, not_finite
+from moequant.errors import CheckpointError, FormatError
+from moequant.formats import Effort
+from moequant.statistics.importance import Gating, importance
+from moequant.values import Calibration, ExpertLoss, InputStats, Packed, Plan, Weight
+
+ROWS_AT_ONCE = 1 << 22
+"""Weights decoded at a time when errors are summed: bounds working memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantizer:
+    """How weights are rounded: what calibration saw, how hard to search, how tokens are weighted."""
+
+    calibration: Calibration | None
+    effort: Effort = "default"
+    gating: Gating = "gate2"
+
+    def stats(self, weight: Weight) -> InputStats | None:
+        """What calibration saw of the inputs of `weight`."""
+        if self.calibration is None or weight.input is None:
+            return None
+        return self.calibration.inputs[weight.input]
+
+    def pack(self, weight: Weight, format_name: str) -> tuple[Packed, ExpertLoss]:
+        """Load, quantize and measure one weight. CheckpointError names a weight that is not finite."""
+        values = load(weight)
+        stats = self.stats(weight)
+        columns = importance(stats, self.gating) if stats is not None else None
+        if columns is not None and values.ndim == 2:
+            columns = columns[0]
+        matrix = values if values.ndim > 1 else values[None]
+        fmt = formats.get(format_name)
+        try:
+            data = formats.quantize(fmt, matrix, columns, self.effort)
+        except FormatError as error:
+            raise CheckpointError(not_finite(weight, values) or f"{weight.name}: {error}") from error
+        loss = ExpertLoss(
+            weight.name,
+            weight.role,
+            weight.layer,
+            format_name,
+            relative_error(fmt, matrix, data, columns),
+            stats.tokens if stats is not None and weight.role.is_expert else None,
+        )
+        return Packed(weight, format_name, data), loss
+
+
+def relative_error(fmt: formats.Format, values: Tensor, data: Tensor, columns: Tensor | None) -> Tensor:
+    """Importance-weighted squared error over weighted square of each expert.
+
+    values [E, out, in] or [out, in], data u8 [..., out, row_bytes], columns [E, in] or
+    [in] or None -> f64 [E].
+    """
+    stack = values.reshape(-1, *values.shape[-2:])
+    packed = data.reshape(*stack.shape[:2], -1)
+    weights = torch.ones(len(stack), stack.shape[-1]) if columns is None else columns.reshape(len(stack), -1)
+    step = max(1, ROWS_AT_ONCE // stack.shape[-1])
+    error = torch.zeros(len(stack), dtype=torch.float64)
+    total = torch.zeros(len(stack), dtype=torch.float64)
+    for expert in range(len(stack)):
+        for first in range(0, stack.shape[1], step):
+            exact = stack[expert, first : first + step].float()
+            decoded = formats.dequantize(fmt, packed[expert, first : first + step])
+            error[expert] += ((exact - decoded).square().sum(0).double() * weights[expert]).sum()
+            total[expert] += (exact.square().sum(0).double() * weights[expert]).sum()
+    return error / total.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def pack_all(
+    checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer, losses: list[ExpertLoss]
+) -> Iterator[Packed]:
+    """Every weight of the plan in its order, packed when asked for; losses are appended as they are known."""
+    by_name = {weight.name: weight for weight in checkpoint.weights}
+    every = (quantizer.pack(by_name[choice.weight], choice.format) for choice in plan.choices)
+    for packed, loss in progress(every, checkpoint):
+        losses.append(loss)
+        yield packed
+
+
+def progress(
+    every: Iterator[tuple[Packed, ExpertLoss]], checkpoint: Checkpoint
+) -> Iterator[tuple[Packed, ExpertLoss]]:
+    """The same, with a progress bar that counts weights."""
+    with tqdm(
+        total=sum(weight.numel for weight in checkpoint.weights),
+        unit="w",
+        unit_scale=True,
+        desc="quantize",
+        disable=None,
+        leave=False,
+    ) as bar:
+        for packed, loss in every:
+            yield packed, loss
+            bar.update(packed.weight.numel)

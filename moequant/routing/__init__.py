@@ -1,1 +1,0 @@
-"""Calibration: what the router does and what every weight is fed."""

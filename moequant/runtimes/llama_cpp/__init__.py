@@ -1,0 +1,1 @@
+"""llama.cpp: its library, its memory."""

@@ -1,0 +1,1 @@
+"""What calibration text shows: where the router sends tokens and what every weight is fed."""

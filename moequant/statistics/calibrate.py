@@ -1,0 +1,130 @@
+"""The calibration pass: text through the model, layer by layer, every weight's inputs measured."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from moequant.checkpoint import Checkpoint, load, not_finite
+from moequant.errors import CheckpointError
+from moequant.forward.hidden import OnDisk
+from moequant.forward.model import Provider
+from moequant.forward.stream import LayerStream, Resources
+from moequant.statistics.journal import Journal
+from moequant.statistics.moments import Moments
+from moequant.statistics.store import combine
+from moequant.text.corpus import Rows
+from moequant.values import Calibration
+
+FREE = Resources()
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    rows: Rows,
+    resources: Resources = FREE,
+    provider: Provider = load,
+    journal: Journal | None = None,
+) -> Calibration:
+    """Route `rows` through the checkpoint and collect the moments of every weight's inputs.
+
+    With a `journal`, finished layers are kept and a run that was killed goes on after them,
+    with the same result. Raises CheckpointError naming the tensor when the activations
+    are not finite because a weight is not.
+    """
+    parts = journal.finished() if journal else []
+    with _folder(journal) as folder, LayerStream(checkpoint, rows.ids, resources, provider) as stream:
+        if len(parts) > stream.n_layers:  # the end of the forward pass is the last part
+            return _join(parts)
+        hidden = OnDisk(folder, stream.shapes) if journal else stream.new_hidden(folder)
+        domains = tuple(dict.fromkeys(rows.domains))
+        make = _recorders(checkpoint, rows, domains, stream)
+        if not parts:
+            stream.embed(hidden)
+
+        def total(recorders: Iterable[Moments], layer: int) -> Calibration:
+            # One by one: the sums of all batches of a wide layer would be gigabytes.
+            parts = (_part(recorder, layer, rows, domains) for recorder in recorders)
+            found = reduce(lambda one, two: combine([one, two]), parts)
+            if not all(torch.isfinite(stats.moment).all() for stats in found.inputs.values()):
+                _blame(checkpoint)
+            if journal:
+                journal.add(layer, found)
+            return found
+
+        with _progress(rows, stream.n_layers, done=len(parts)) as bar:
+            for layer in stream.layers(len(parts)):
+                crossing = stream.cross(layer, hidden, make, hidden)
+                parts.append(total(_counted(crossing, bar, stream.n_layers), layer))
+                hidden.drop(layer)
+            parts.append(total((recorder for recorder, _ in stream.finish(hidden, make)), stream.n_layers))
+    return _join(parts)
+
+
+def _recorders(
+    checkpoint: Checkpoint, rows: Rows, domains: tuple[str, ...], stream: LayerStream
+) -> Callable[[int], Moments]:
+    """A recorder for every batch, which knows the domain of each of its tokens."""
+    index = torch.tensor([domains.index(domain) for domain in rows.domains])
+    by_batch = torch.split(index.repeat_interleave(rows.ids.shape[1]), [b.numel() for b in stream.batches])
+    return lambda batch: Moments(checkpoint.n_experts, by_batch[batch], len(domains))
+
+
+def _part(moments: Moments, layer: int, rows: Rows, domains: tuple[str, ...]) -> Calibration:
+    """One batch's sums in one layer."""
+    routes = tuple(replace(route, layer=layer) for route in moments.routes.values())
+    tokens = len(moments.domains)
+    return Calibration(routes, moments.inputs, tokens // rows.ids.shape[1], tokens, rows.source, domains)
+
+
+def _join(layers: list[Calibration]) -> Calibration:
+    """The statistics of all layers as one; every layer saw the same text."""
+    return replace(
+        layers[0],
+        routes=tuple(route for layer in layers for route in layer.routes),
+        inputs={name: stats for layer in layers for name, stats in layer.inputs.items()},
+    )
+
+
+@contextmanager
+def _folder(journal: Journal | None) -> Iterator[Path]:
+    """Where hidden states may lie: with the journal, or in a folder that goes with the run."""
+    if journal:
+        yield journal.folder
+    else:
+        with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
+            yield Path(folder)
+
+
+def _progress(rows: Rows, layers: int, done: int) -> tqdm:
+    """A bar that counts a token when it has crossed all layers."""
+    return tqdm(
+        total=rows.ids.numel(),
+        initial=rows.ids.numel() * done // layers,
+        unit="tok",
+        unit_scale=True,
+        desc="calibrate",
+        disable=None,
+        leave=False,
+    )
+
+
+def _counted(recorders: Iterator[Moments], bar: tqdm, layers: int) -> Iterator[Moments]:
+    for recorder in recorders:
+        yield recorder
+        bar.update(len(recorder.domains) / layers)
+
+
+def _blame(checkpoint: Checkpoint) -> None:
+    """Name the tensor that makes the activations non-finite: read only when they are."""
+    for weight in checkpoint.weights:
+        if found := not_finite(weight, load(weight)):
+            raise CheckpointError(found)
+    raise CheckpointError("activations overflow during calibration, though all weights are finite")

@@ -1,0 +1,250 @@
+"""What the loss makes of each weight's outputs: Fishers from one backward pass over some of the tokens.
+
+With g the gradient of the cross-entropy at the outputs of a weight, G [out, out] is the sum of g gᵀ over
+tokens, and tr(G E H Eᵀ) (`twosided`) is what an error E of the weight does to the loss, as far as g and the
+inputs vary apart (Martens and Grosse 2015). Labels are drawn from the model's own predictions, so that G is
+the curvature of the KL divergence to it and not of the text's surprise. An expert's outputs are taken before
+the router's weight scales them: their g carries that weight, as tokens do in the Hessians (`paired`).
+
+The model is resident in float32 while this runs, with the activations of a few rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, one_hot
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moequant.checkpoint import Checkpoint, load, uninterleave
+from moequant.errors import CheckpointError
+from moequant.forward.experts import FusedExperts, by_expert
+from moequant.forward.model import Provider, empty_model, fill
+from moequant.progress import available_bytes
+from moequant.values import Role, Weight
+
+EXPERTS = "moequant-fisher"
+"""Name under which transformers finds the experts function that gradients flow through."""
+
+TOLD = "moequant_fisher"
+"""Attribute of an experts module: what is called with each expert's outputs."""
+
+BATCH_TOKENS = 1024
+"""Tokens of a forward and backward pass: their activations in every layer are there at once."""
+
+OVERHEAD = 3.0
+"""Seconds that a pass takes over those of its products at full speed; measured 3.5 on a small model."""
+
+PRIOR = 1.0
+"""An expert's Fisher is shrunk to its layer's as if it had seen so many more of its tokens per row."""
+
+Told = Callable[[int, Tensor, Tensor], None]
+"""Expert, outputs of its gate and up [m, 2f], outputs of its down [m, h]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fishers:
+    """Sums of g gᵀ: `outputs` f32 [E, out, out] by weight, rows in the order of the file; `embedding` f32
+    [h, h], of the stream that enters the first layer."""
+
+    outputs: dict[str, Tensor]
+    embedding: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What gathering takes: tokens, bytes of memory, seconds as the device multiplies now."""
+
+    tokens: int
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"effort best: a backward pass over {self.tokens:,} tokens with the model in float32, "
+            f"{self.bytes / 1e9:.1f} GB, about {self.seconds:.0f} s"
+        )
+
+
+def needs(checkpoint: Checkpoint, tokens: int, device: str = "cpu") -> Needs:
+    """What `gather` will take for so many tokens, before it starts."""
+    wanted = _wanted(checkpoint)
+    top = int(checkpoint.config.get("num_experts_per_tok") or 1) if checkpoint.n_experts else 1
+    flops, activations = 0, 0
+    for weight in checkpoint.weights:
+        if len(weight.shape) > 1 and weight.role is not Role.EMBEDDING:
+            share = top if weight.role.is_expert else 1
+            out = weight.shape[-2]
+            felt = out if weight in wanted else 0
+            flops += 2 * share * out * (2 * weight.n_in + felt)
+            activations += 3 * share * (out + weight.n_in)
+    held = sum(weight.numel for weight in checkpoint.weights)
+    held += sum(weight.n_experts * weight.shape[-2] ** 2 for weight in wanted)
+    held += activations * min(BATCH_TOKENS, tokens)
+    return Needs(tokens, 4 * held, OVERHEAD * flops * tokens / _speed(device))
+
+
+def check_memory(needed: Needs, device: str = "cpu", free: int | None = None) -> None:
+    """CheckpointError when the device has not that much memory; `free` bytes, None: as it says itself."""
+    if free is None:
+        cuda = torch.device(device).type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if cuda else available_bytes()
+    if free is not None and needed.bytes > free:
+        raise CheckpointError(
+            f"effort best holds the whole model for its gradients: {needed.bytes / 1e9:.1f} GB are needed, "
+            f"{free / 1e9:.1f} GB are free; use --effort default"
+        )
+
+
+def gather(
+    checkpoint: Checkpoint, ids: Tensor, provider: Provider = load, device: str = "cpu", seed: int = 0
+) -> Fishers:
+    """Fishers of every weight of the layers, over rows of tokens ids i64 [rows, n].
+
+    Experts that saw few tokens lean on their layer's. The same seed draws the same labels.
+    Raises CheckpointError when memory is short (`needs`), or a gradient is not finite.
+    """
+    check_memory(needs(checkpoint, ids.numel(), device), device)
+    model = empty_model(checkpoint, EXPERTS, device)
+    fill(model, checkpoint.weights, provider, device=device)
+    if checkpoint.tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    sums = _Sums(model, _wanted(checkpoint), int(checkpoint.config["hidden_size"]), device)
+    generator = torch.Generator().manual_seed(seed)
+    for batch in torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1])):
+        with torch.enable_grad():
+            logits = model(batch.to(device), use_cache=False).logits
+        chances = torch.softmax(logits.detach().float(), -1)
+        labels = _draw(chances, generator)
+        logits.backward(chances - one_hot(labels, chances.shape[-1]))
+    return sums.finished()
+
+
+def _draw(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """i64 [...]: an index by each row of chances [..., n], where its running sum passes a random number."""
+    at = torch.rand(*chances.shape[:-1], 1, generator=generator, dtype=torch.float64).to(chances.device)
+    running = chances.double().cumsum(-1)
+    return torch.searchsorted(running, at * running[..., -1:]).squeeze(-1).clamp_max(chances.shape[-1] - 1)
+
+
+class _Sums:
+    """Hooks in a model, and the sums that they add to."""
+
+    def __init__(self, model: PreTrainedModel, wanted: Sequence[Weight], width: int, device: str) -> None:
+        self.wanted, self.device = wanted, device
+        self.grams = {
+            weight.name: torch.zeros(weight.n_experts, *[weight.shape[-2]] * 2, device=device)
+            for weight in wanted
+        }
+        self.tokens = {weight.name: torch.zeros(weight.n_experts, device=device) for weight in wanted}
+        self.embedding = torch.zeros(width, width, device=device)
+        model.get_input_embeddings().register_forward_hook(self._embedded)
+        by_param: dict[str, list[Weight]] = {}
+        for weight in wanted:
+            by_param.setdefault(weight.param, []).append(weight)
+        blocks: dict[str, dict[str, list[Weight]]] = {}
+        for param, weights in by_param.items():
+            module, _, leaf = param.rpartition(".")
+            if weights[0].role.is_expert:
+                blocks.setdefault(module, {})[leaf] = weights
+            else:
+                model.get_submodule(module).register_forward_hook(self._dense(weights))
+        for module, leaves in blocks.items():
+            setattr(model.get_submodule(module), TOLD, self._experts(leaves))
+
+    def _embedded(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = output.detach().requires_grad_()
+
+        def add(gradient: Tensor) -> None:
+            flat = gradient.flatten(0, -2).float()
+            self.embedding.addmm_(flat.T, flat)
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+        return output
+
+    def _dense(self, weights: list[Weight]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._watch(output, weights, 0)
+
+        return hook
+
+    def _experts(self, leaves: dict[str, list[Weight]]) -> Told:
+        def told(expert: int, gate_up: Tensor, down: Tensor) -> None:
+            self._watch(gate_up, leaves["gate_up_proj"], expert)
+            self._watch(down, leaves["down_proj"], expert)
+
+        return told
+
+    def _watch(self, output: Tensor, weights: list[Weight], expert: int) -> None:
+        """When the gradient of `output` [..., rows] is known, add it to these weights' rows of it."""
+
+        def add(gradient: Tensor) -> None:
+            for weight in weights:
+                felt = gradient[..., slice(*weight.param_rows)].flatten(0, -2)
+                self.grams[weight.name][expert].addmm_(felt.T, felt)
+                self.tokens[weight.name][expert] += len(felt)
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    def finished(self) -> Fishers:
+        """The sums, in the order of the file's rows, few tokens' shrunk; CheckpointError: not finite."""
+        for weight in self.wanted:
+            gram, tokens = self.grams[weight.name], self.tokens[weight.name]
+            if not bool(gram.isfinite().all()):
+                raise CheckpointError(
+                    f"{weight.name}: the loss has no finite gradient there; use --effort default"
+                )
+            if weight.n_experts > 1:
+                prior = PRIOR * gram.shape[-1] / tokens.sum().clamp_min(1)
+                gram += prior * gram.sum(0)
+            if weight.rope_heads:
+                rows = torch.arange(gram.shape[-1], device=gram.device)
+                order = torch.argsort(uninterleave(rows[:, None], weight.rope_heads)[:, 0])
+                gram.copy_(gram[:, order][:, :, order])
+        return Fishers(self.grams, self.embedding)
+
+
+def experts_forward(
+    module: FusedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The weighted sum of each token's experts, as `routing.experts` has it; outputs are told to TOLD."""
+    told: Told | None = getattr(module, TOLD, None)
+    k, gates = top_k_index.shape[1], top_k_weights.reshape(-1, 1)
+    out = torch.zeros_like(hidden_states)
+    for expert, chosen in by_expert(top_k_index, module.num_experts):
+        tokens = torch.div(chosen, k, rounding_mode="floor")
+        gate_up = linear(hidden_states[tokens], module.gate_up_proj[expert])
+        down = linear(module._apply_gate(gate_up), module.down_proj[expert])
+        if told is not None:
+            told(expert, gate_up, down)
+        out = out.index_add(0, tokens, down * gates[chosen])
+    return out
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
+
+
+def _wanted(checkpoint: Checkpoint) -> tuple[Weight, ...]:
+    """Weights of the layers that may be rounded."""
+    return tuple(
+        weight
+        for weight in checkpoint.weights
+        if weight.layer is not None and weight.input is not None and len(weight.shape) > 1
+    )
+
+
+def _speed(device: str) -> float:
+    """Floating-point operations a second of a product that is as large as a layer's, measured."""
+    n = 4096 if torch.device(device).type == "cuda" else 512
+    x = torch.ones(n, n, device=device)
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        float((x @ x)[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)

@@ -1,0 +1,82 @@
+"""What a routing pass has finished, on disk, so that a killed run goes on where it stopped.
+
+One folder a run: `run.json` says which run it is, `layer-NNNN.safetensors` holds the
+statistics of a finished layer, `hidden-NNNN.f32` the hidden states in front of a layer. A
+layer counts as finished when its statistics are there under their final name; the hidden
+states that it was fed are deleted only after that. Hidden states are not flushed to the
+disk: a killed process loses nothing, a power failure may.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from moequant import __version__
+from moequant.checkpoint import Checkpoint
+from moequant.errors import OutputError
+from moequant.files import atomic
+from moequant.statistics import store
+from moequant.text.corpus import Rows
+from moequant.values import Calibration
+
+
+class Journal:
+    """The folder of one run; see the module."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, rows: Rows) -> None:
+        """Open or begin it. OutputError when the folder belongs to another run."""
+        self.folder, self.checkpoint = folder, checkpoint
+        run = {"moequant": __version__, "model": _fingerprint(checkpoint), "rows": digest(rows)}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            here = folder / "run.json"
+            if not here.exists():
+                with atomic(here) as partial:
+                    partial.write_text(json.dumps(run), encoding="utf-8")
+            elif json.loads(here.read_text(encoding="utf-8")) != run:
+                raise OutputError(
+                    f"{folder}: left by a run with another model, text or version; "
+                    "delete the folder to begin again"
+                )
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{folder}: cannot keep the state of this run ({error})") from None
+
+    def finished(self) -> list[Calibration]:
+        """The statistics of the layers that are finished, from the first."""
+        found: list[Calibration] = []
+        while (path := self._layer(len(found))).exists():
+            found.append(store.load(path).calibration)
+        return found
+
+    def add(self, layer: int, statistics: Calibration) -> None:
+        """Layer `layer` is finished."""
+        store.save(self._layer(layer), store.stored(self.checkpoint, statistics))
+
+    def remove(self) -> None:
+        """The run has ended: its result lies elsewhere."""
+        shutil.rmtree(self.folder)
+
+    def _layer(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:04d}.safetensors"
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Names, places, sizes and times of all tensors' files: changes when the checkpoint does."""
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
+    refs = {source.ref for weight in checkpoint.weights for source in weight.sources}
+    for ref in sorted(refs, key=lambda ref: ref.name):
+        digest.update(f"{ref.name} {ref.shape} {ref.dtype} {ref.begin}".encode())
+    for file in sorted({ref.file for ref in refs}):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def digest(rows: Rows) -> str:
+    """What tells these rows from others."""
+    found = hashlib.sha256(rows.ids.numpy().tobytes())
+    found.update(json.dumps([list(rows.ids.shape), rows.domains, rows.source]).encode())
+    return found.hexdigest()

@@ -1,0 +1,1 @@
+"""Calibration and evaluation text, as rows of a model's own tokens."""

@@ -1,0 +1,68 @@
+"""Text for one model: rows of its own tokens, and which of them probe instead of calibrating."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from moequant.checkpoint import Checkpoint
+from moequant.errors import TokenizerError
+from moequant.text import corpus
+from moequant.text.corpus import Document, Rows
+
+ROW = 512
+"""Tokens in a row: llama.cpp's context for perplexity and imatrix."""
+
+
+def token_rows(
+    checkpoint: Checkpoint, documents: list[Document], tokens: int, seed: int, bos: int | None
+) -> Rows:
+    """At most `tokens` tokens of the documents, from their beginning as llama-perplexity scores them, in rows
+    that the model can take; CorpusError if it can take none."""
+    rows = corpus.pack(documents, load_encoder(checkpoint.path), ROW, tokens, seed, bos)
+    return _checked(checkpoint, rows)
+
+
+def calibration_rows(
+    checkpoint: Checkpoint, documents: list[Document], tokens: int, seed: int, bos: int | None
+) -> Rows:
+    """The same from all over the documents: what few tokens see should be as varied as the text is."""
+    every = corpus.pack(documents, load_encoder(checkpoint.path), ROW, None, seed, bos)
+    return _checked(checkpoint, corpus.spread(every, tokens))
+
+
+def split_probes(rows: Rows, most: int) -> tuple[Rows, Rows]:
+    """Rows to calibrate on, and up to `most` others to probe with, drawn evenly from the same text.
+
+    Of a text too short for both, the probes get an eighth; a single row serves both.
+    """
+    count = len(rows.ids)
+    probes = min(most, max(1, count // 8))
+    chosen = {round((at + 0.5) * count / probes - 0.5) for at in range(probes)}
+    others = [row for row in range(count) if row not in chosen] or [0]
+    return _part(rows, others), _part(rows, sorted(chosen))
+
+
+def load_encoder(folder: Path) -> Tokenizer:
+    """The folder's tokenizer.json, told to neither truncate nor pad."""
+    file = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise TokenizerError(f"{file}: cannot be read ({error})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _checked(checkpoint: Checkpoint, rows: Rows) -> Rows:
+    config = checkpoint.config
+    return corpus.check(
+        rows, max_length=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"])
+    )
+
+
+def _part(rows: Rows, chosen: list[int]) -> Rows:
+    ids = rows.ids[chosen]
+    return Rows(ids, tuple(rows.domains[row] for row in chosen), rows.source, ids.numel())

@@ -1,0 +1,52 @@
+"""Two real files whose KL divergences are 2 % apart are told apart, though their own errors overlap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moequant.checkpoint import open_checkpoint
+from moequant.commands.compare import CompareSettings, run
+from moequant.commands.convert import Settings, convert
+from moequant.forward.stream import Resources
+from moequant.plan.document import plan_from_types, to_json
+from moequant.report.compare import TELLING
+from moequant.text import bundled
+from tests import models
+
+TYPES = {
+    "token_embd": "IQ4_XS", "output": "Q5_K", "attn_v": "Q6_K", "attn_output": "Q6_K",
+    "0.attn_q": "Q5_K", "0.attn_k": "Q5_K", "1.attn_q": "IQ4_XS", "1.attn_k": "IQ4_XS",
+    "0.ffn_gate_exps": "IQ3_S", "0.ffn_up_exps": "IQ3_S", "0.ffn_down_exps": "IQ3_S",
+    "1.ffn_gate_exps": "IQ4_XS", "1.ffn_up_exps": "IQ4_XS", "1.ffn_down_exps": "IQ4_XS",
+}  # fmt: skip
+"""What `moequant plan demo --type Q3_K_M` chose: by tensor, or by layer and tensor."""
+
+
+def packed(model: Path, out: Path, **changes: str) -> Path:
+    """`model` in TYPES but for `changes`, as `moequant convert --plan` makes it."""
+    weights = open_checkpoint(model).weights
+    chosen = TYPES | {name.replace("_", ".", 1): type_ for name, type_ in changes.items()}
+    types = {}
+    for weight in weights:
+        name = weight.name.removesuffix(".weight").removeprefix("blk.")
+        types[weight.name] = chosen.get(name) or chosen.get(name.split(".")[-1]) or "F32"
+    plan = out.with_suffix(".json")
+    plan.write_text(to_json(plan_from_types(weights, types)), encoding="utf-8")
+    convert(model, out, Settings(plan=plan, calib_tokens=4096, eval_tokens=0, effort="fast"))
+    return out
+
+
+def test_two_percent_are_told_apart(tmp_path: Path) -> None:
+    text = models.SHARED / "data" / "eval.txt"
+    if not text.is_file():
+        pytest.skip(f"{text} is not on this machine")
+    demo = bundled.path("demo")
+    files = [packed(demo, tmp_path / "one.gguf"), packed(demo, tmp_path / "two.gguf", **{"1_attn_q": "Q5_K"})]
+    found = run(demo, files, CompareSettings(text, 8192, resources=Resources(threads=1)))
+    one, two = (each.comparison.kl_mean for each in found.measured)
+    (apart,) = found.differences
+    assert 0.01 < 1 - two.value / one.value < 0.04, "about 2 % less"
+    assert one.value - two.value < one.error + two.error, "each alone is not known well enough"
+    assert apart.sigmas > TELLING and apart.kl.value < 0

@@ -1,0 +1,199 @@
+"""The whole line against the real runtime: llama.cpp loads every file and computes what transformers does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from moequant.checkpoint import open_checkpoint
+from moequant.commands.convert import Settings, check_memory, convert
+from moequant.containers.gguf.presets import BASE_TYPES
+from moequant.containers.gguf.write import GgufWeights
+from moequant.errors import CheckpointError
+from moequant.forward.experts import EXPERTS
+from moequant.forward.model import build_model
+from moequant.text.rows import load_encoder
+from tests import models
+from tests.clients.llama import Llama
+
+MOE = ["mixtral", "qwen3_moe", "olmoe"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calib.txt"
+    path.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
+    return path
+
+
+def settings(text: Path, type_: str, **changes: object) -> Settings:
+    return Settings(type_, text, 2048, text, **({"eval_tokens": 1024, "effort": "fast"} | changes))
+
+
+def ids_for(vocab: int, count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, vocab, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def reference_logits(folder: Path, ids: torch.Tensor) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    with torch.inference_mode():
+        return model(ids[None]).logits[0].numpy()
+
+
+def agrees(folder: Path, file: Path, count: int = 256) -> None:
+    with Llama(file, threads=1) as llama:
+        ids = ids_for(llama.n_vocab, count)
+        difference = np.abs(llama.logits(ids.tolist()) - reference_logits(folder, ids))
+    assert difference.max() < 1e-3
+
+
+@pytest.mark.parametrize("family", models.CONFIGS)
+def test_f32_gives_the_logits_of_transformers(tiny, tmp_path: Path, text: Path, family: str) -> None:
+    """Every position, float32 KV cache, no flash attention: a wrong transpose or permutation shows."""
+    out = tmp_path / "f32.gguf"
+    convert(tiny(family), out, settings(text, "F32", eval_tokens=0))
+    agrees(tiny(family), out)
+
+
+def test_f32_of_the_trained_model(mix: Path, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "f32.gguf"
+    convert(mix, out, settings(text, "F32", eval_tokens=0))
+    agrees(mix, out, 512)
+
+
+def test_fused_and_tied_checkpoints_give_the_same_logits(tiny, tmp_path: Path, text: Path) -> None:
+    for number, changes in enumerate(
+        ({"save": {"save_original_format": False}}, {"tie_word_embeddings": True})
+    ):
+        folder, out = tiny("qwen3_moe", **changes), tmp_path / f"{number}.gguf"
+        convert(folder, out, settings(text, "F32", eval_tokens=0))
+        agrees(folder, out)
+
+
+@pytest.mark.parametrize("type_", BASE_TYPES)
+@pytest.mark.parametrize("family", MOE)
+def test_every_type_loads_and_generates(tiny, tmp_path: Path, text: Path, family: str, type_: str) -> None:
+    out = tmp_path / "model.gguf"
+    report = convert(tiny(family), out, settings(text, type_, eval_tokens=0))
+    assert report.file_bytes == out.stat().st_size
+    with Llama(out, threads=1) as llama:
+        produced = llama.generate([5, 6, 7], 8)
+        assert len(produced) <= 8 and all(0 <= token < llama.n_vocab for token in produced)
+        assert np.isfinite(llama.logits(ids_for(llama.n_vocab, 32).tolist())).all()
+
+
+def test_our_decoded_weights_are_what_the_runtime_computes_with(tiny, tmp_path: Path, text: Path) -> None:
+    """The candidate that `compare` scores is the file as llama.cpp runs it, but for its 8-bit activations.
+
+    Those activations, and routers near a tie, move a random model's logits by about 1 % of
+    their energy; two-bit weights move them by far more, and that must be common to both.
+    """
+    out = tmp_path / "q.gguf"
+    convert(tiny("mixtral"), out, settings(text, "Q2_K", eval_tokens=0))
+    checkpoint = open_checkpoint(tiny("mixtral"))
+    with Llama(out, threads=1) as llama, torch.inference_mode():
+        ids = ids_for(llama.n_vocab, 128)
+        runtime = torch.from_numpy(llama.logits(ids.tolist())).double()
+        decoded = build_model(checkpoint, EXPERTS, GgufWeights(out).load)(ids[None]).logits[0].double()
+        original = build_model(checkpoint, EXPERTS)(ids[None]).logits[0].double()
+    assert (runtime - decoded).square().sum() < 0.1 * (runtime - original).square().sum()
+
+
+def test_perplexity_agrees_with_llama_cpp(mix: Path, tmp_path: Path) -> None:
+    """Our engine and llama.cpp on the same file and text: within 0.5 %."""
+    text = models.SHARED / "data" / "eval.txt"
+    calib = models.SHARED / "data" / "calib.txt"
+    out = tmp_path / "q.gguf"
+    rows = 12
+    report = convert(mix, out, Settings("Q4_K_M", calib, 8192, text, rows * 512, effort="fast"))
+    tokens = torch.tensor(load_ids(mix, text)[: rows * 512]).view(rows, 512)
+    nll = []
+    with Llama(out, threads=1) as llama:
+        for row in tokens:
+            log_p = torch.log_softmax(torch.from_numpy(llama.logits(row.tolist())), -1)
+            nll.append(-log_p[256:511].gather(1, row[257:, None])[:, 0])
+    theirs = float(torch.cat(nll).double().mean().exp())
+    assert report.comparison is not None
+    assert abs(report.comparison.perplexity.value / theirs - 1) < 0.005
+
+
+def load_ids(model: Path, text: Path) -> list[int]:
+    return load_encoder(model).encode(text.read_bytes().decode(), add_special_tokens=False).ids
+
+
+def test_rows_that_256_does_not_divide(tmp_path: Path, text: Path) -> None:
+    folder = models.build(tmp_path / "model", "qwen3_moe", moe_intermediate_size=96)
+    out = tmp_path / "q.gguf"
+    report = convert(folder, out, settings(text, "Q4_K_M"))
+    types = {choice.weight: choice for choice in report.plan.choices}
+    assert types["blk.0.ffn_down_exps.weight"].format in ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
+    assert "256 does not divide rows of 96" in report.summary()
+    with Llama(out, threads=1) as llama:
+        assert llama.generate([5, 6, 7], 4)
+
+
+def test_experts_that_no_token_reached_are_quantized_and_named(tiny, tmp_path: Path, text: Path) -> None:
+    """A router that starves experts on purpose: all are in the file, finite, and in the report."""
+    folder = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    router = tensors["model.layers.1.mlp.gate.weight"]
+    router[3:] = router[:3].repeat(2, 1)[:5] * 0.0
+    tensors["model.layers.1.post_attention_layernorm.weight"] = torch.ones(256, dtype=torch.bfloat16) * 0.01
+    router[:3] = 0.0
+    tensors["model.layers.1.mlp.gate.weight"] = router
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "q.gguf"
+    report = convert(folder, out, settings(text, "Q2_K"))
+    assert report.calibration is not None
+    unseen = (report.calibration.routes[1].tokens == 0).nonzero()[:, 0].tolist()
+    assert unseen, "all-zero logits send every token to the same two experts"
+    summary = " ".join(report.summary().split())
+    assert f"{len(unseen)} experts saw no token" in summary and f"1.{unseen[-1]}" in summary
+    tensor = next(t for t in gguf.GGUFReader(out).tensors if t.name == "blk.1.ffn_down_exps.weight")
+    decoded = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(8, 256, 256)
+    for expert in unseen:
+        assert np.isfinite(decoded[expert]).all() and np.abs(decoded[expert]).max() > 0
+    with Llama(out, threads=1) as llama:
+        assert np.isfinite(llama.logits([5, 6, 7])).all()
+
+
+def test_the_report_has_what_it_promises(tiny, tmp_path: Path, text: Path) -> None:
+    report = convert(tiny("mixtral"), tmp_path / "q.gguf", settings(text, "Q4_K_M"))
+    summary = report.summary()
+    for words in (
+        "perplexity",
+        "bits per weight",
+        "KL divergence",
+        "worst-hit experts",
+        "median",
+        "peak memory",
+    ):
+        assert words in summary
+    assert [cost.name for cost in report.stages] == ["open", "route", "quantize", "verify", "compare"]
+    assert report.comparison is not None and report.comparison.kl_mean.value > 0
+    assert {loss.weight for loss in report.losses} == {weight.name for weight in report.checkpoint.weights}
+
+
+def test_a_model_larger_than_memory_is_refused_at_the_start(tiny) -> None:
+    checkpoint = open_checkpoint(tiny("mixtral"))
+    check_memory(checkpoint, models=2, available=10**9)
+    with pytest.raises(CheckpointError, match=r"GB of memory are needed for its largest layer"):
+        check_memory(checkpoint, models=2, available=10**6)
+
+
+def test_a_dense_model_is_converted_with_a_note(tiny, tmp_path: Path, text: Path) -> None:
+    report = convert(tiny("llama"), tmp_path / "q.gguf", settings(text, "Q4_K_M"))
+    assert "dense model" in report.summary()
+
+
+def test_the_same_input_gives_the_same_bytes(tiny, tmp_path: Path, text: Path) -> None:
+    for name in ("one", "two"):
+        convert(tiny("olmoe"), tmp_path / f"{name}.gguf", settings(text, "Q3_K_M", eval_tokens=0))
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()

@@ -1,0 +1,250 @@
+"""The folder around the tensors: shards, side files, refusals, atomicity, verification, memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from moequant.checkpoint import open_checkpoint
+from moequant.commands.convert_folder import pack_all
+from moequant.containers.folders import write as container
+from moequant.containers.folders.shards import INDEX, Entry, ShardWriter, cut
+from moequant.errors import CheckpointError, OutputError, PlanError, VerifyError
+from tests import models
+from tests.containers.folders.cases import FAST, card_of, convert, own_decoder, quantized
+
+
+def leftovers(parent: Path) -> list[str]:
+    return [path.name for path in parent.iterdir() if path.name.startswith(".")]
+
+
+def test_shards_hold_the_same_tensors_as_one_file(tiny, tmp_path: Path) -> None:
+    quantized(tiny("mixtral"), tmp_path / "one")
+    card, _ = quantized(tiny("mixtral"), tmp_path / "many", shard_bytes=300_000)
+    index = json.loads((tmp_path / "many" / INDEX).read_text())
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 5 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert not (tmp_path / "one" / INDEX).exists()
+    one = own_decoder(tmp_path / "one")
+    found = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        sizes = [tensor.nbytes for tensor in tensors.values()]
+        assert sum(sizes) <= 300_000 or len(sizes) == 1
+        found |= dict.fromkeys(tensors, file.name)
+        assert all(torch.equal(tensor, one.tensor(name)) for name, tensor in tensors.items())
+    assert found == index["weight_map"] and set(found) == set(one.tensors)
+    assert index["metadata"]["total_size"] == sum(one.tensor(name).nbytes for name in one.tensors)
+    assert container.folder_bytes(card.checkpoint, card.plan, card.settings) == sum(
+        file.stat().st_size for file in files
+    )
+    kept = sum(choice.bytes for choice in card.plan.choices)
+    shapes = 16 * sum(name.endswith("weight_shape") for name in found)
+    assert index["metadata"]["total_size"] == kept + shapes, "the plan knows every byte"
+
+
+def test_side_files_and_card(tiny, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny("olmoe"), tmp_path / "Tiny-OLMoE"))
+    (model / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Praise of itself\n")
+    (model / "LICENSE").write_text("be nice\n")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (model / "pytorch_model.bin").write_bytes(b"old weights")
+    (model / ".cache").mkdir()
+    out = tmp_path / "out"
+    quantized(model, out, shard_bytes=400_000)
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "LICENSE",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+    ):
+        assert (out / name).read_bytes() == (model / name).read_bytes()
+    assert not (out / "pytorch_model.bin").exists() and not (out / ".cache").exists()
+    config, original = (json.loads((folder / "config.json").read_text()) for folder in (out, model))
+    assert config.pop("quantization_config")["quant_method"] == "compressed-tensors"
+    assert config == original
+    record = json.loads((out / "moequant.json").read_text())
+    assert record["settings"]["group_size"] == 128 and record["made_by"].startswith("moequant ")
+    decoder = own_decoder(out)
+    for name in decoder.tensors:
+        raw = decoder.tensor(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        assert record["crc32"].pop(name) == zlib.crc32(raw)
+    assert not record["crc32"]
+    card = (out / "README.md").read_text()
+    assert card.startswith(
+        "---\nbase_model: Tiny-OLMoE\nbase_model_relation: quantized\nlicense: apache-2.0\n"
+    )
+    assert "Praise" not in card and "int4, one scale for 128 weights" in card and "vllm serve" in card
+
+
+def test_the_card_tells_what_was_measured(tiny) -> None:
+    card = card_of(tiny("qwen3_moe"), bits=8, group_size=-1, quantize_attention=True)
+    assert "Measured" not in card.text() and "a whole row" in card.text() and "and attention" in card.text()
+    assert "| KL divergence | 0.0123 |" in replace(card, measured=[("KL divergence", "0.0123")]).text()
+
+
+@pytest.mark.parametrize(
+    "changes, settings, message",
+    [
+        ({}, {"bits": 3}, "--bits 3: loaders take 4 or 8"),
+        ({}, {"group_size": 100}, "--group-size 100: loaders take 32, 64, 128 or -1"),
+        (
+            {"moe_intermediate_size": 96},
+            {},
+            "blk.0.ffn_down_exps.weight: --group-size 128 does not divide rows of 96; "
+            "--group-size 32 or -1 would work",
+        ),
+        (
+            {},
+            {"tp": 4},
+            r"ffn_down_exps.weight: --group-size 128 does not divide rows of 64 \(256 / --tp 4\); "
+            "--group-size 32 or 64 or -1 would work",
+        ),
+        ({}, {"tp": 3}, "--tp 3 does not divide its 256 channels"),
+        ({}, {"tp": 0}, "at least one GPU"),
+        ({"moe_intermediate_size": 36}, {"group_size": -1}, "rows of 36; write GGUF instead"),
+        ({"moe_intermediate_size": 36}, {"group_size": -1, "bits": 8, "layout": "gptq"}, None),
+        ({}, {"tp": 2}, None),
+        ({}, {"tp": 8, "group_size": 32}, None),
+    ],
+)
+def test_sizes_that_no_loader_takes_are_refused(
+    tiny, changes: dict[str, int], settings: dict[str, object], message: str | None
+) -> None:
+    if message is None:
+        assert card_of(tiny("qwen3_moe", **changes), **settings).plan.bytes > 0
+        return
+    with pytest.raises(PlanError, match=message):
+        card_of(tiny("qwen3_moe", **changes), **settings)
+
+
+def test_targets_are_checked_before_work_begins(tiny, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "models" / "tiny"))
+    card = card_of(model)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    for out, overwrite, message in (
+        (tmp_path / "file", True, "is a file"),
+        (tmp_path / "none" / "out", False, "no such folder"),
+        (tmp_path / "full", False, "exists already"),
+        (tmp_path / "full", True, "is not a model folder and is not replaced"),
+        (model, True, "holds the model that is read"),
+        (model.parent, True, "holds the model that is read"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            convert(card, out, overwrite=overwrite)
+    assert (tmp_path / "full" / "thesis.tex").exists() and (model / "config.json").exists()
+    (tmp_path / "empty").mkdir()
+    convert(card, tmp_path / "empty")
+    with pytest.raises(OutputError, match="exists already"):
+        convert(card, tmp_path / "empty")
+    (tmp_path / "empty" / "stale.txt").write_text("x")
+    convert(card, tmp_path / "empty", overwrite=True)
+    assert not (tmp_path / "empty" / "stale.txt").exists()
+    assert not leftovers(tmp_path)
+    with pytest.raises(OutputError, match="bytes are needed"):
+        container.check_target(tmp_path / "new", 1 << 60, False, model)
+
+
+def test_nothing_is_left_when_it_fails(tiny, tmp_path: Path) -> None:
+    model = models.build(tmp_path / "model", "qwen3_moe")
+    out = tmp_path / "out"
+    convert(card_of(model), out)
+    before = (out / "model.safetensors").read_bytes()
+    damaged = Path(shutil.copytree(model, tmp_path / "damaged"))
+    checkpoint = open_checkpoint(damaged)
+    weight = next(w for w in checkpoint.weights if w.name == "blk.1.ffn_up_exps.weight")
+    with (damaged / "model.safetensors").open("r+b") as file:
+        file.seek(weight.sources[5].ref.begin)
+        file.write(b"\xc0\x7f")  # NaN
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.experts.5.up_proj.weight .* NaN"):
+        convert(card_of(damaged), out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == before and not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["weight_packed", "weight_scale"])
+def test_verify_names_the_tensor_that_changed(tiny, tmp_path: Path, suffix: str) -> None:
+    card = card_of(tiny("olmoe"))
+    name = f"model.layers.1.mlp.experts.6.down_proj.{suffix}"
+    (tmp_path / "out").mkdir()
+    written = container.write(tmp_path / "out", card, pack_all(card, FAST, []))
+    assert container.verify(written, card.checkpoint, card.plan, card.settings) == 6 * 256 * 256
+    header = (tmp_path / "out" / "model.safetensors").read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    begin = json.loads(header[8 : 8 + length])[name]["data_offsets"][0]
+    with (tmp_path / "out" / "model.safetensors").open("r+b") as file:
+        file.seek(8 + length + begin + 1)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 4]))
+    with pytest.raises(VerifyError, match=f"bytes of {name} are not those"):
+        container.verify(written, card.checkpoint, card.plan, card.settings)
+
+
+def test_the_writer_takes_nothing_but_the_plan(tmp_path: Path) -> None:
+    shards = cut([Entry("a", "I32", (2,)), Entry("b", "BF16", (3,)), Entry("c", "F32", (100,))], 16)
+    assert [shard.name for shard in shards] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    with pytest.raises(VerifyError, match="b came where a was planned"), ShardWriter(tmp_path, shards) as out:
+        out.put("b", [b"123456"])
+    with pytest.raises(VerifyError, match="7 bytes came"), ShardWriter(tmp_path, shards) as out:
+        out.put("a", [b"1234", b"567"])
+    with pytest.raises(VerifyError, match="tensor b was never written"), ShardWriter(tmp_path, shards) as out:
+        out.put("a", [b"1234", b"5678"])
+    with pytest.raises(OutputError, match="cannot be written"), ShardWriter(tmp_path / "no", shards) as out:
+        out.put("a", [b"12345678"])
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.containers.folders.cases import quantized
+quantized(Path(sys.argv[1]) / "small", Path(sys.argv[1]) / "warm", shard_bytes=1_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+quantized(Path(sys.argv[1]) / "model", Path(sys.argv[1]) / "out", shard_bytes=10_000_000)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_memory_is_a_few_tensors(tmp_path: Path) -> None:
+    """A checkpoint of 190 MB whose largest weight has 6 MB: neither it nor a shard is ever held."""
+    models.build(tmp_path / "small", "qwen3_moe", num_hidden_layers=1)
+    models.build(
+        tmp_path / "model",
+        "qwen3_moe",
+        num_hidden_layers=10,
+        num_experts=24,
+        hidden_size=512,
+        save={"max_shard_size": "40MB"},
+    )
+    size = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors")) / 1e6
+    assert size > 180
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout.split()[-1]) < 60, "MB more than a small model takes"

@@ -1,0 +1,159 @@
+"""Fishers: against gradients one token at a time, in another implementation of the experts, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moequant.checkpoint import load, open_checkpoint, uninterleave
+from moequant.errors import CheckpointError
+from moequant.forward.experts import EXPERTS
+from moequant.forward.model import build_model
+from moequant.statistics import fisher
+from moequant.statistics.fisher import PRIOR, Needs, check_memory, gather, needs
+from tests import models
+
+ROWS, LENGTH, SEED = 5, 300, 11
+"""More tokens than a batch holds, and batches that are not all as large."""
+
+
+def text() -> Tensor:
+    return torch.randint(5, models.VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(2))
+
+
+def labels(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """What the documentation says: the index where the running sum of the chances passes a random number."""
+    at = torch.rand(*chances.shape[:-1], 1, generator=generator, dtype=torch.float64)
+    return (chances.double().cumsum(-1) < at * chances.double().sum(-1, keepdim=True)).sum(-1)
+
+
+def in_batches(model: torch.nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(ids, labels) of each batch, drawn from the float32 model."""
+    generator, made = torch.Generator().manual_seed(SEED), []
+    for batch in ids.split(max(1, fisher.BATCH_TOKENS // LENGTH)):
+        with torch.inference_mode():
+            chances = model(batch).logits.float().softmax(-1)
+        made.append((batch, labels(chances, generator)))
+    return made
+
+
+def exact_grams(folder: Path, ids: Tensor) -> dict[str, Tensor]:
+    """Grams of the gradients, in float64, at the outputs of the embedding and of layer 0.
+
+    Experts run in transformers' own loop; products with their weights are recognised by where those are.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    drawn = in_batches(model, ids)
+    model = model.double().requires_grad_(False)
+    block = model.get_submodule("model.layers.0.mlp.experts")
+    grams: dict[str, Tensor] = {}
+    kept: list[tuple[str, Tensor]] = []
+    plain = torch.nn.functional.linear
+
+    def keep(name: str, output: Tensor) -> Tensor:
+        output.requires_grad_() if output.is_leaf else output.retain_grad()
+        kept.append((name, output))
+        return output
+
+    def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = plain(inputs, weight, bias)
+        for leaf in ("gate_up_proj", "down_proj"):
+            stack = getattr(block, leaf)
+            size = stack.stride(0) * stack.element_size()
+            at, inside = divmod(weight.data_ptr() - stack.data_ptr(), size)
+            if not inside and 0 <= at < len(stack):
+                keep(f"{leaf}.{at}", output)
+        return output
+
+    for name in ("q_proj", "v_proj", "o_proj"):
+        module = model.get_submodule(f"model.layers.0.self_attn.{name}")
+        module.register_forward_hook(lambda module, args, output, name=name: keep(name, output))
+    embed = model.get_input_embeddings()
+    embed.register_forward_hook(lambda module, args, output: keep("embedding", output))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", linear)
+        for batch, wanted in drawn:
+            kept.clear()
+            logits = model(batch).logits
+            torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), wanted.flatten(), reduction="sum"
+            ).backward()
+            for name, output in kept:
+                assert output.grad is not None
+                flat = output.grad.flatten(0, -2)
+                grams[name] = grams.get(name, 0) + flat.T @ flat
+    return grams
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_fishers_are_the_sums_that_the_definition_says(tiny, family: str) -> None:
+    folder = tiny(family)
+    checkpoint, ids = open_checkpoint(folder), text()
+    found = gather(checkpoint, ids, seed=SEED)
+    exact = exact_grams(folder, ids)
+
+    def same(one: Tensor, other: Tensor) -> None:
+        assert float((one.double() - other).norm()) < 2e-3 * float(other.norm())
+
+    same(found.embedding, exact["embedding"])
+    for name, weight in (("v_proj", "attn_v"), ("o_proj", "attn_output")):
+        same(found.outputs[f"blk.0.{weight}.weight"][0], exact[name])
+    q = next(weight for weight in checkpoint.weights if weight.name == "blk.0.attn_q.weight")
+    in_file = found.outputs[q.name][0]
+    if q.rope_heads:  # rows and columns, back into the model's order
+        in_file = uninterleave(uninterleave(in_file, q.rope_heads).T, q.rope_heads).T
+    same(in_file, exact["q_proj"])
+    for weight in checkpoint.weights:
+        if weight.layer == 0 and weight.role.is_expert:
+            leaf, rows = weight.param.rpartition(".")[2], slice(*weight.param_rows)
+            own = torch.stack([exact[f"{leaf}.{e}"][rows, rows] for e in range(weight.n_experts)])
+            prior = PRIOR * weight.shape[-2] / (ids.numel() * checkpoint.config["num_experts_per_tok"])
+            for expert in range(weight.n_experts):
+                same(found.outputs[weight.name][expert], own[expert] + prior * own.sum(0))
+
+
+def test_the_experts_function_computes_the_model(tiny) -> None:
+    checkpoint, ids = open_checkpoint(tiny("olmoe")), text()
+    with torch.inference_mode():
+        one = build_model(checkpoint, EXPERTS)(ids).logits
+        two = build_model(checkpoint, fisher.EXPERTS)(ids).logits
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_the_seed_decides(tiny) -> None:
+    checkpoint, ids = open_checkpoint(tiny("mixtral")), text()[:1]
+    one, same, other = (gather(checkpoint, ids, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(one.outputs[name], same.outputs[name]) for name in one.outputs)
+    assert not torch.equal(one.embedding, other.embedding)
+
+
+def test_memory_is_refused_in_one_line_before_anything_is_read(tiny, monkeypatch) -> None:
+    checkpoint = open_checkpoint(tiny("mixtral"))
+    needed = needs(checkpoint, 4096)
+    weights = sum(weight.numel for weight in checkpoint.weights)
+    assert needed.bytes > 4 * weights and needed.seconds > 0 and needed.tokens == 4096
+    check_memory(needed, free=needed.bytes)
+    with pytest.raises(CheckpointError, match=r"3\.0 GB are needed, 2\.0 GB are free; use --effort default$"):
+        check_memory(Needs(1, 3 * 10**9, 1.0), free=2 * 10**9)
+    monkeypatch.setattr(fisher, "available_bytes", lambda: 10**6)
+
+    def never(weight: object) -> Tensor:
+        raise AssertionError("a weight was read")
+
+    with pytest.raises(CheckpointError, match="use --effort default"):
+        gather(checkpoint, text(), never)
+
+
+def test_a_gradient_that_is_not_finite_names_its_weight(tiny) -> None:
+    checkpoint = open_checkpoint(tiny("mixtral"))
+
+    def broken(weight: object) -> Tensor:
+        values = load(weight)
+        return values * torch.nan if weight.name == "output_norm.weight" else values
+
+    with pytest.raises(CheckpointError, match=r"^blk\.0\.attn_q\.weight: the loss has no finite gradient"):
+        gather(checkpoint, text()[:1], broken)
