@@ -1,0 +1,116 @@
+"""What a codec is: how the bytes of a checkpoint become numbers, a range of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moequant.errors import CheckpointError
+from moequant.values import TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a checkpoint as the numbers that it holds; nothing is read yet.
+
+    `shape` and `dtype` ("BF16", "F16" or "F32") are those of the decoded values; `parts` are the tensors
+    in the files behind it, by what the codec calls them (a plain tensor has one part, `""`).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    parts: Mapping[str, TensorRef]
+    codec: Codec
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes in the files."""
+        return sum(ref.end - ref.begin for ref in self.parts.values())
+
+    def read(self, index: int | None = None, rows: range | None = None) -> Tensor:
+        """Decoded values [len(rows), in] of matrix `index` of a stack [E, rows, in] (None: of a matrix or,
+        whole, a vector); `rows` None is all of them. CheckpointError for bytes that are not there or make
+        no number."""
+        if len(self.shape) > 1 and rows is None:
+            rows = range(self.shape[-2])
+        return self.codec.decode(self, index, rows)
+
+
+class Codec(Protocol):
+    """One way in which tensors are stored."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+
+    def decode(self, stored: Stored, index: int | None, rows: range | None) -> Tensor:
+        """See `Stored.read`: a new tensor in `stored.dtype`; `rows` is contiguous, None only for a vector."""
+
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""torch's dtype for each that codecs read, by its name in safetensors."""
+
+
+def read_part(ref: TensorRef, index: int | None = None, rows: range | None = None) -> Tensor:
+    """Stored values of a part as they are: matrix `index` and `rows` as in `Stored.read`.
+
+    Reads only the bytes asked for. CheckpointError when the file ends before them.
+    """
+    dtype = DTYPES[ref.dtype]
+    shape = ref.shape if index is None else ref.shape[1:]
+    begin = ref.begin + (index or 0) * prod(shape) * dtype.itemsize
+    if rows is not None and shape:
+        begin += rows.start * prod(shape[1:]) * dtype.itemsize
+        shape = (len(rows), *shape[1:])
+    out = torch.empty(shape, dtype=dtype)
+    _read_into(ref, begin, out.view(-1).view(torch.uint8).numpy())
+    return out
+
+
+def _read_into(ref: TensorRef, begin: int, out: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
+    view = out.data
+    with ref.file.open("rb", buffering=0) as file:
+        file.seek(begin)
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError(f"{ref.file}: ends inside tensor {ref.name}; is the download complete?")
+            view = view[count:]
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """bf16, f16 or f32, stored as they are."""
+
+    name: str = "plain"
+
+    def decode(self, stored: Stored, index: int | None, rows: range | None) -> Tensor:
+        """See `Codec`."""
+        return read_part(stored.parts[""], index, rows)
+
+
+PLAIN = Plain()
+
+
+def plain(ref: TensorRef) -> Stored:
+    """A tensor that is stored as it is."""
+    return Stored(ref.name, ref.shape, ref.dtype, {"": ref}, PLAIN)
