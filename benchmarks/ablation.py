@@ -24,7 +24,6 @@ sys.path[0] = str(Path(__file__).parents[1])  # the tests' clients are found fro
 
 from benchmarks.ladder import llama_logits, score  # noqa: E402
 from benchmarks.router import Fit, refit  # noqa: E402
-from moequant import corpus  # noqa: E402
 from moequant.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from moequant.commands.convert import Settings, convert, open_model  # noqa: E402
 from moequant.containers import gguf  # noqa: E402
@@ -37,6 +36,7 @@ from moequant.rounding.diagonal import Quantizer, pack_all  # noqa: E402
 from moequant.rounding.feedback import Options  # noqa: E402
 from moequant.rounding.shrinkage import Mix, Trial  # noqa: E402
 from moequant.statistics.calibrate import calibrate  # noqa: E402
+from moequant.text import corpus  # noqa: E402
 from moequant.text.corpus import Rows  # noqa: E402
 from moequant.text.rows import load_encoder, token_rows  # noqa: E402
 from moequant.values import Calibration, Packed  # noqa: E402

@@ -42,11 +42,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 sys.path[0] = str(Path(__file__).parents[1])  # the other benchmarks and scripts are found from here
 
 from benchmarks.ladder import llama_logits  # noqa: E402
-from moequant import corpus  # noqa: E402
 from moequant.commands.convert import Settings, convert  # noqa: E402
 from moequant.evaluate import Scores, score_tokens, summarize  # noqa: E402
 from moequant.evaluate.divergence import join  # noqa: E402
 from moequant.report import Report  # noqa: E402
+from moequant.text import corpus  # noqa: E402
 from moequant.text.rows import ROW, load_encoder  # noqa: E402
 from scripts.train_demo import optimizers, schedule  # noqa: E402
 

@@ -20,10 +20,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).parents[1])  # the tests' clients are found from here
 
 from benchmarks.ladder import llama_logits, score  # noqa: E402
-from moequant import corpus  # noqa: E402
 from moequant.commands.convert import Settings, convert  # noqa: E402
 from moequant.evaluate import Comparison  # noqa: E402
 from moequant.plan import parse_size  # noqa: E402
+from moequant.text import corpus  # noqa: E402
 from moequant.text.rows import load_encoder  # noqa: E402
 
 VARIANTS = {

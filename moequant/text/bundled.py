@@ -18,7 +18,7 @@ from moequant.errors import CorpusError
 Split = Literal["calibration", "evaluation"]
 
 
-def path(name: Literal["calib", "demo"], package: Path = Path(__file__).parent) -> Path:
+def path(name: Literal["calib", "demo"], package: Path = Path(__file__).parents[1]) -> Path:
     """The folder of bundled data called `name`, in an installed wheel or in a checkout.
 
     `package` is the folder of the package itself. Raises CorpusError when neither has the folder.

@@ -191,7 +191,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny, tmp_path: Path)
     arguments = [str(tiny("qwen3_moe")), "--calib", str(text), "--calib-tokens", "4096"]
     killed = (
         "import os, signal, sys\n"
-        "from moequant.routing import moments\n"
+        "from moequant.statistics import moments\n"
         "routed, seen = moments.Moments.routed, []\n"
         "def count(self, *args):\n"
         "    seen.append(0)\n"
