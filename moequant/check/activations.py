@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from moequant.forward.taps import Recorder
+
 K = TypeVar("K")
 
 TOKENS = 16
@@ -19,11 +21,11 @@ BLOCK_TOKENS = 256
 
 
 @dataclass(slots=True)
-class Collector:
-    """A `routing.record.Recorder` that keeps the first inputs of every weight, and all choices.
+class Collector(Recorder):
+    """A recorder that keeps the first inputs of every weight, and all choices.
 
-    `inputs` by input name and expert (0 when dense) f32 [n, in]; `hidden` and `index` by the name
-    of the experts module: what the block was fed [n, in], and what its router chose i64 [n, k].
+    `inputs` by site and expert or head (0 when dense) f32 [n, in]; `hidden` and `index` by the site of
+    the experts' inputs: what the block was fed [n, in], and what its router chose i64 [n, k].
     """
 
     inputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -33,6 +35,12 @@ class Collector:
     def dense(self, name: str, inputs: Tensor) -> None:
         """See `Recorder`."""
         _keep(self.inputs, (name, 0), inputs.reshape(-1, inputs.shape[-1]), TOKENS)
+
+    def heads(self, name: str, inputs: Tensor) -> None:
+        """See `Recorder`."""
+        flat = inputs.reshape(-1, *inputs.shape[-2:])[:TOKENS]
+        for head in range(flat.shape[1]):
+            _keep(self.inputs, (name, head), flat[:, head], TOKENS)
 
     def routed(self, name: str, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
         """See `Recorder`."""

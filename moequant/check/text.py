@@ -19,6 +19,5 @@ def token_rows(baseline: Checkpoint, calib: str | Path | None, tokens: int) -> T
     """i64 [rows, ROW] of `calib` as `corpus.read` takes it, None the bundled text."""
     encoder, bos = load_encoder(baseline.path), read_tokenizer(baseline.path).leading
     rows = corpus.pack(corpus.read(calib, "calibration"), encoder, ROW, tokens, 0, bos)
-    config = baseline.config
-    limit = int(config["max_position_embeddings"])
-    return corpus.check(rows, max_length=limit, vocab_size=int(config["vocab_size"])).ids
+    shape = baseline.shape
+    return corpus.check(rows, max_length=shape.context, vocab_size=shape.vocab).ids

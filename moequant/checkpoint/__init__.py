@@ -1,5 +1,5 @@
-"""Model folders as stored tensors: headers first, then one weight at a time."""
+"""Model folders: stored tensors, and the model weights that they hold."""
 
-from moequant.checkpoint.open import Checkpoint, load, not_finite, open_checkpoint, uninterleave
+from moequant.checkpoint.open import Checkpoint, load, not_finite, open_checkpoint
 
-__all__ = ["Checkpoint", "load", "not_finite", "open_checkpoint", "uninterleave"]
+__all__ = ["Checkpoint", "load", "not_finite", "open_checkpoint"]

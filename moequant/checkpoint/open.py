@@ -1,56 +1,76 @@
 """A Hugging Face model folder, read lazily: headers first, then one weight at a time.
 
-The one place that knows how tensors lie in files and the one place where experts are
-stacked. A weight's bytes are read once, straight into the tensor that is handed out.
+The one place where stored tensors become model weights: the family's slots say how.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moequant import families
+from moequant.checkpoint.codecs import plain
+from moequant.checkpoint.headers import read_headers, read_json
 from moequant.errors import CheckpointError, FamilyError
-from moequant.families import Family, Part, Rule
-from moequant.values import Role, Source, TensorRef, Weight
+from moequant.families import Config, Family, Get, Slot
+from moequant.families.config import check_experts, make_config
+from moequant.values import ModelShape, Origin, Place, Role, Stack, Stored, Weight
+from moequant.values.ops import Part, apply, shape_after
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_MAX_HEADER = 100_000_000
-"""The safetensors format's own limit on its JSON header, in bytes."""
+FLOATS = ("BF16", "F16", "F32")
+"""Types that a stored tensor may decode to."""
+
+MOST = 1 << 20
+"""More layers or experts than this are a slip of the config, and would be looped over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened model: only headers are in memory. `weights` are in the order of the output file."""
+    """An opened model: only headers are in memory.
+
+    `raw` is config.json as it is, `config` what its class in transformers makes of it. `weights` are those of
+    the model in the order in which they compute, the head last. `skipped` counts the stored tensors that
+    are left out on purpose, by the reason.
+    """
 
     path: Path
-    config: dict[str, Any]
+    raw: Mapping[str, Any]
+    config: Config
     family: Family
+    shape: ModelShape
     weights: tuple[Weight, ...]
-    tied: bool
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def source_bytes(self) -> int:
         """Bytes of weight data in the checkpoint's own precision."""
-        refs = {source.ref.name: source.ref for weight in self.weights for source in weight.sources}
-        return sum(ref.end - ref.begin for ref in refs.values())
+        stored = {each.name: each for weight in self.weights for each in weight.origin.stored}
+        return sum(each.bytes for each in stored.values())
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the head as well."""
+        return self.shape.tied
 
     @property
     def n_experts(self) -> int:
         """Experts per layer, 0 for a dense model."""
-        return int(self.config[self.family.experts_key]) if self.family.experts_key else 0
+        return self.shape.experts
 
     @property
     def n_layers(self) -> int:
         """Decoder layers."""
-        return int(self.config["num_hidden_layers"])
+        return self.shape.layers
+
+    def with_weights(self, weights: tuple[Weight, ...]) -> Checkpoint:
+        """The same model cut into other weights: as a container refines them."""
+        return replace(self, weights=weights)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -65,294 +85,244 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: not a Hugging Face model folder (config.json and *.safetensors expected)"
         )
-    raw = _read_json(path / "config.json")
-    if "quantization_config" in raw:
-        raise CheckpointError(
-            f"{path}: already quantized ({raw['quantization_config'].get('quant_method', 'unknown')}); "
-            "give the bf16, f16 or f32 checkpoint"
-        )
+    raw = read_json(path / "config.json")
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"]
+        method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        raise CheckpointError(f"{path}: already quantized ({method}); give the bf16, f16 or f32 checkpoint")
     family = families.find(raw)
-    config = families.normalized(family, raw)
-    refs = _read_headers(path)
-    tied = "lm_head.weight" not in refs
-    if tied and not config.get("tie_word_embeddings", False):
-        raise CheckpointError(f"{path}: lm_head.weight is missing and tie_word_embeddings is not set")
-    if not tied and config.get("tie_word_embeddings", False):
-        # transformers uses the embedding for both, whatever the file holds.
-        del refs["lm_head.weight"]
-        tied = True
-    weights = _assemble(family, config, refs)
+    stored = {_renamed(family, name): plain(ref) for name, ref in read_headers(path).items()}
+    tied = _tied(path, bool(make_config(family, raw).tie_word_embeddings), stored)
+    config = make_config(family, raw, tied)
+    shape = _shape(family, config)
+    weights, skipped = _assemble(family, config, shape, stored)
     embedding = next(weight for weight in weights if weight.role is Role.EMBEDDING)
-    if embedding.shape != (config["vocab_size"], config["hidden_size"]):
+    if embedding.shape != (shape.vocab, shape.hidden):
         raise CheckpointError(
             f"{path}: the embedding is {list(embedding.shape)}, config.json says "
-            f"{[config['vocab_size'], config['hidden_size']]} (vocab_size, hidden_size)"
+            f"{[shape.vocab, shape.hidden]} (vocab_size, hidden_size)"
         )
-    if tied:
-        weights = tuple(
-            replace(weight, input="model.norm:out") if weight.role is Role.EMBEDDING else weight
-            for weight in weights
-        )
-    return Checkpoint(path, config, family, weights, tied)
+    return Checkpoint(path, raw, config, family, shape, weights, skipped)
 
 
-def load(weight: Weight) -> Tensor:
-    """A weight's values in the checkpoint's dtype, shape `weight.shape`, rows in llama.cpp's order."""
-    dtype = _DTYPES[weight.sources[0].ref.dtype]
-    out = torch.empty(weight.shape, dtype=dtype)
-    if len(weight.sources[0].ref.shape) == 3:
-        _read_fused(weight.sources[0], out)
-    elif len(weight.shape) == 3:
-        _read_stacked(weight.sources, out)
-    else:
-        (source,) = weight.sources
-        with source.ref.file.open("rb", buffering=0) as file:
-            _read_into(file, source.ref, 0, out)
-    return _interleave(out, weight.rope_heads) if weight.rope_heads else out
+def load(weight: Weight, matrices: range | None = None) -> Tensor:
+    """A weight's values in the checkpoint's precision, shape `weight.shape`; of a stack of experts, those in
+    `matrices` alone."""
+    origin = weight.origin
+    if weight.stack is not Stack.EXPERTS:
+        return apply(origin.ops, origin.stored[0].read()).contiguous()
+    if len(origin.stored) == 1 and len(origin.stored[0].shape) == 2:  # one matrix that is cut into experts
+        whole = apply(origin.ops, origin.stored[0].read())
+        return (whole if matrices is None else whole[matrices.start : matrices.stop]).contiguous()
+    wanted = range(weight.matrices) if matrices is None else matrices
+    out: Tensor | None = None
+    for at, number in enumerate(wanted):
+        one = _matrix(origin, number)
+        if out is None:
+            out = torch.empty((len(wanted), *one.shape), dtype=one.dtype)
+        out[at] = one
+    assert out is not None
+    return out
+
+
+def _matrix(origin: Origin, number: int) -> Tensor:
+    """One expert's matrix; where the first op takes rows, no others are read."""
+    stored, index = (origin.stored[0], number) if len(origin.stored) == 1 else (origin.stored[number], None)
+    first = origin.ops[0] if origin.ops else None
+    if isinstance(first, Part) and first.axis == -2 and first.step == 1:
+        return apply(origin.ops[1:], stored.read(index, range(first.start, first.stop)))
+    return apply(origin.ops, stored.read(index))
 
 
 def not_finite(weight: Weight, values: Tensor) -> str | None:
     """Which stored tensor of a loaded weight holds NaN or infinity, and how many; None when none does."""
     if torch.isfinite(values).all():
         return None
-    parts = values if len(weight.sources) > 1 else values[None]
+    stored = weight.origin.stored
+    parts = values if len(stored) > 1 else values[None]
     bad = (~torch.isfinite(parts)).flatten(1).sum(1)
     first = int(bad.nonzero()[0])
     return (
-        f"tensor {weight.sources[first].ref.name} ({weight.name}): {int(bad[first])} of "
+        f"tensor {stored[first].name} ({weight.name}): {int(bad[first])} of "
         f"{parts[first].numel()} values are NaN or infinite; the checkpoint is damaged"
     )
 
 
-def _interleave(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from transformers' rotary halves to llama.cpp's pairs: [out, in] -> [out, in]."""
-    out, n_in = weight.shape
-    return weight.view(heads, 2, out // heads // 2, n_in).transpose(1, 2).reshape(out, n_in)
+def _renamed(family: Family, name: str) -> str:
+    """A stored name as the family's slots spell it."""
+    for old, new in family.renamed:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
-def uninterleave(weight: Tensor, heads: int) -> Tensor:
-    """The inverse of the row order that `load` gives rotary weights: [out, in] -> [out, in]."""
-    out, n_in = weight.shape
-    return weight.view(heads, out // heads // 2, 2, n_in).transpose(1, 2).reshape(out, n_in)
+def _tied(path: Path, wanted: bool, stored: dict[str, Stored]) -> bool:
+    """Whether the model's head is its embedding, as transformers decides it: not where both are stored and
+    differ. The second of two equal ones is dropped."""
+    embedding, head = (stored.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if not wanted and head is None:
+        raise CheckpointError(f"{path}: lm_head.weight is missing and tie_word_embeddings is not set")
+    if not wanted or head is None or embedding is None:
+        return wanted
+    if _same(embedding, head):
+        del stored["lm_head.weight"]
+        return True
+    return False
 
 
-def _read_stacked(sources: tuple[Source, ...], out: Tensor) -> None:
-    """Each expert's tensor into its slice of out [E, rows, in], keeping one file open at a time."""
-    file: BinaryIO | None = None
-    opened: Path | None = None
+def _same(one: Stored, two: Stored, rows: int = 1024) -> bool:
+    """Whether two matrices hold the same numbers."""
+    if one.shape != two.shape or len(one.shape) != 2:
+        return False
+    parts = (range(at, min(at + rows, one.shape[0])) for at in range(0, one.shape[0], rows))
+    return all(torch.equal(one.read(rows=part), two.read(rows=part)) for part in parts)
+
+
+def _shape(family: Family, config: Config) -> ModelShape:
+    """The typed shape, its numbers within reason. FamilyError names a key that is none."""
     try:
-        for expert, source in enumerate(sources):
-            if source.ref.file != opened:
-                if file is not None:
-                    file.close()
-                file, opened = source.ref.file.open("rb", buffering=0), source.ref.file
-            assert file is not None
-            _read_into(file, source.ref, 0, out[expert])
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _read_fused(source: Source, out: Tensor) -> None:
-    """Rows start:stop of every expert of a stored [E, rows, in] tensor into out [E, stop - start, in]."""
-    rows, n_in = source.ref.shape[1:]
-    row_bytes = n_in * out.element_size()
-    with source.ref.file.open("rb", buffering=0) as file:
-        for expert in range(out.shape[0]):
-            _read_into(file, source.ref, (expert * rows + source.start) * row_bytes, out[expert])
-
-
-def _read_into(file: BinaryIO, ref: TensorRef, offset: int, out: Tensor) -> None:
-    view = out.view(torch.uint8).reshape(-1).numpy().data
-    file.seek(ref.begin + offset)
-    while view:
-        count = file.readinto(view)  # type: ignore[attr-defined]
-        if not count:
-            raise CheckpointError(f"{ref.file}: ends inside tensor {ref.name}; is the download complete?")
-        view = view[count:]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object was expected")
-    return value
-
-
-def _read_headers(folder: Path) -> dict[str, TensorRef]:
-    """All tensors of a folder by name, the index checked against the shards."""
-    index_path = folder / "model.safetensors.index.json"
-    if index_path.is_file():
-        weight_map: dict[str, str] = _read_json(index_path).get("weight_map", {})
-        shards = sorted(set(weight_map.values()))
-        if missing := [name for name in shards if not (folder / name).is_file()]:
-            raise CheckpointError(
-                f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(shards)} named in "
-                f"{index_path.name}); is the download complete?"
-            )
-    else:
-        weight_map = {}
-        shards = sorted(path.name for path in folder.glob("*.safetensors"))
-        if not shards:
-            raise CheckpointError(f"{folder}: no *.safetensors file; other weight formats are not read")
-    refs: dict[str, TensorRef] = {}
-    for name in shards:
-        for ref in _read_header(folder / name):
-            if ref.name in refs:
-                raise CheckpointError(
-                    f"{folder}: tensor {ref.name} is in two shards, {name} and {refs[ref.name].file.name}"
-                )
-            refs[ref.name] = ref
-    if absent := sorted(weight_map.keys() - refs.keys()):
-        raise CheckpointError(f"{folder}: {absent[0]} is in the index but not in {weight_map[absent[0]]}")
-    return refs
-
-
-def _read_header(path: Path) -> Iterable[TensorRef]:
-    """The tensors of one safetensors file, its length checked against what its header promises."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise CheckpointError(f"{path}: not a complete safetensors file ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path}: safetensors header is damaged ({error})") from error
-    header.pop("__metadata__", None)
-    start = 8 + length
-    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if end > size:
-        raise CheckpointError(f"{path}: truncated, {size} bytes of {end}; is the download complete?")
-    for name, entry in header.items():
-        begin, stop = entry["data_offsets"]
-        yield TensorRef(name, tuple(entry["shape"]), entry["dtype"], path, start + begin, start + stop)
-
-
-def _assemble(family: Family, config: dict[str, Any], refs: dict[str, TensorRef]) -> tuple[Weight, ...]:
-    """Every stored tensor claimed by a rule, every rule complete, experts in order."""
-    found: dict[tuple[Rule, int | None], dict[int | None, TensorRef]] = {}
-    patterns = [
-        (re.compile(_pattern(name)), rule)
-        for rule in family.rules
-        for name in {rule.param, rule.stored or rule.param}
-    ]
-    ignored = [re.compile(_pattern(name)) for name in family.ignored]
-    for ref in refs.values():
-        claims = [(rule, match) for regex, rule in patterns if (match := regex.fullmatch(ref.name))]
-        if not claims and not any(regex.fullmatch(ref.name) for regex in ignored):
-            raise FamilyError(
-                f"{family.name}: tensor {ref.name} {list(ref.shape)} is unknown; nothing is dropped silently"
-            )
-        if claims and ref.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"tensor {ref.name} is stored as {ref.dtype}; expected "
-                f"{', '.join(_DTYPES)} (convert the checkpoint first)"
-            )
-        for rule, match in claims:
-            groups = match.groupdict()
-            layer = int(groups["l"]) if "l" in groups else None
-            expert = int(groups["e"]) if "e" in groups else None
-            found.setdefault((rule, layer), {})[expert] = ref
-    _check_complete(family, config, found)
-    weights = [_weight(rule, layer, parts, config, family) for (rule, layer), parts in found.items()]
-    order = {rule.gguf: position for position, rule in enumerate(family.rules)}
-    # The head comes last: what it is fed is known when everything before it has been rounded.
-    rank = {
-        (rule.gguf, layer): (rule.role is Role.OUTPUT, layer is not None, layer or 0, order[rule.gguf])
-        for rule, layer in found
+        shape = family.shape(config)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise FamilyError(
+            f"{family.name}: config.json does not say how large the model is ({error})"
+        ) from None
+    sizes = {
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.context,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
     }
-    keyed = zip(found, weights, strict=True)
-    return tuple(weight for _, weight in sorted(keyed, key=lambda item: rank[item[0][0].gguf, item[0][1]]))
+    for key, size in sizes.items():
+        if size < 1:
+            raise FamilyError(f"{family.name}: config key {key} = {size}: a size above 0 was expected")
+    for key, size in (("num_hidden_layers", shape.layers), ("number of experts", shape.experts)):
+        if size > MOST:
+            raise FamilyError(f"{family.name}: config key {key} = {size}: more than any model has")
+    check_experts(family, shape.experts, shape.experts_used)
+    return shape
 
 
-def _check_complete(
-    family: Family,
-    config: dict[str, Any],
-    found: dict[tuple[Rule, int | None], dict[int | None, TensorRef]],
-) -> None:
-    layers = int(config["num_hidden_layers"])
-    if beyond := [layer for _, layer in found if layer is not None and layer >= layers]:
-        raise CheckpointError(f"tensors of layer {beyond[0]} exist, but config.json says {layers} layers")
-    for rule in family.rules:
-        if rule.gguf == "output.weight":
-            continue  # may be tied, checked by open_checkpoint
-        for layer in range(layers) if "{l}" in rule.param else [None]:
-            if (rule, layer) not in found:
-                where = f"layer {layer}: " if layer is not None else ""
-                name = (rule.stored or rule.param).replace("{l}", str(layer))
-                raise CheckpointError(f"{where}{rule.role} is missing ({name}); is the download complete?")
+def _assemble(
+    family: Family, config: Config, shape: ModelShape, stored: Mapping[str, Stored]
+) -> tuple[tuple[Weight, ...], dict[str, int]]:
+    """Every slot filled, every stored tensor claimed or skipped on purpose."""
+    claimed: set[str] = set()
+    found: list[Weight] = []
+    numbered = [(None, family.ends(config)), *((n, family.layer(config, n)) for n in range(shape.layers))]
+    for number, slots in numbered:
+        for slot in slots:
+            weight = _weight(slot, number, shape, stored)
+            if weight is not None:
+                claimed |= {each.name for each in weight.origin.stored}
+                found.append(weight)
+    skipped = _left_out(family, config, (name for name in stored if name not in claimed), stored)
+    # The head comes last: what it is fed is known when everything before it has been rounded.
+    return tuple(sorted(found, key=lambda weight: weight.role is Role.OUTPUT)), skipped
 
 
-def _weight(
-    rule: Rule,
-    layer: int | None,
-    parts: dict[int | None, TensorRef],
-    config: dict[str, Any],
-    family: Family,
-) -> Weight:
-    """One rule's tensors of one layer as a Weight, shapes checked against each other."""
-    where = f"layer {layer} {rule.role}"
-    experts = int(config[family.experts_key]) if family.experts_key else 0
-    if None in parts:
-        if len(parts) > 1:
-            raise CheckpointError(f"{where}: stored both fused and per expert")
-        ref = parts[None]
-        if rule.role.is_expert and (len(ref.shape) != 3 or ref.shape[0] != experts):
-            raise CheckpointError(
-                f"{where}: {ref.name} is {list(ref.shape)}, config.json says {experts} experts"
+def _left_out(
+    family: Family, config: Config, names: Iterable[str], stored: Mapping[str, Stored]
+) -> dict[str, int]:
+    """Tensors that no slot names, counted by the reason. FamilyError for one without any."""
+    reasons = [(re.compile(pattern), reason) for pattern, reason in family.skipped(config).items()]
+    skipped: dict[str, int] = {}
+    for name in names:
+        reason = next((reason for pattern, reason in reasons if pattern.fullmatch(name)), None)
+        if reason is None:
+            layer = re.search(r"layers\.(\d+)\.", name)
+            layers = config.num_hidden_layers
+            if layer is not None and int(layer[1]) >= layers:
+                raise CheckpointError(
+                    f"tensors of layer {layer[1]} exist ({name}), but config.json says {layers} layers"
+                )
+            raise FamilyError(
+                f"{family.name}: tensor {name} {list(stored[name].shape)} is unknown; nothing is dropped silently"
             )
-        refs: tuple[TensorRef, ...] = (ref,)
-        rows = ref.shape[-2] if len(ref.shape) > 1 else 1
-        start, stop = _rows(rule.part, rows)
-        shape = (*ref.shape[:-2], stop - start, ref.shape[-1]) if len(ref.shape) > 1 else ref.shape
-        param_rows = (start, stop)
-    else:
-        if gone := sorted(set(range(experts)) - {expert for expert in parts if expert is not None}):
-            raise CheckpointError(f"{where}: experts {gone} of {experts} missing; is the download complete?")
-        refs = tuple(parts[expert] for expert in range(experts))
-        if len(parts) != experts or len({(ref.shape, ref.dtype) for ref in refs}) != 1:
-            raise CheckpointError(
-                f"{where}: experts differ in number, shape or dtype from config.json's {experts}"
-            )
-        rows = refs[0].shape[0]
-        shape = (experts, *refs[0].shape)
-        start, stop = 0, rows
-        param_rows = {Part.WHOLE: (0, rows), Part.FIRST_HALF: (0, rows), Part.SECOND_HALF: (rows, 2 * rows)}[
-            rule.part
-        ]
-    heads = int(config[rule.rope]) if rule.rope else 0
+        skipped[reason] = skipped.get(reason, 0) + 1
+    return skipped
+
+
+def _weight(slot: Slot, layer: int | None, shape: ModelShape, stored: Mapping[str, Stored]) -> Weight | None:
+    """What the checkpoint has for a slot; None for an optional one that is absent."""
+    where = slot.role.value if layer is None else f"layer {layer} {slot.role.value}"
+    ways = {way: names for way in slot.ways if (names := _there(way, shape.experts, stored))}
+    if not ways:
+        if slot.optional:
+            return None
+        name = slot.ways[0].name
+        raise CheckpointError(f"{where} is missing ({name}); is the download complete?")
+    if len(ways) > 1:
+        one, two = (names[0] for names in list(ways.values())[:2])
+        raise CheckpointError(f"{where}: stored twice, as {one} and as {two}")
+    ((way, names),) = ways.items()
+    tensors = tuple(stored[name] for name in names)
+    _check_tensors(where, way, tensors, shape.experts)
+    try:
+        whole = _shape_of(slot, way, tensors, shape.experts)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {names[0]} is {list(tensors[0].shape)}; {error} do not go") from None
     return Weight(
-        name=rule.gguf.replace("{l}", str(layer)),
-        role=rule.role,
+        name=slot.name,
+        role=slot.role,
         layer=layer,
-        shape=tuple(shape),
-        sources=tuple(Source(ref, start, stop) for ref in refs),
-        param=rule.param.replace("{l}", str(layer)),
-        param_rows=param_rows,
-        input=_input(rule, layer),
-        rope_heads=heads,
+        shape=whole,
+        stack=slot.stack,
+        origin=Origin(tensors, way.ops),
+        place=Place(slot.param, slot.ops),
+        site=slot.site,
+        names=_release_names(slot, shape.experts),
+        adds=slot.adds,
     )
 
 
-def _input(rule: Rule, layer: int | None) -> str | None:
-    """The name under which `routing` collects the activations that a weight multiplies, if any."""
-    if rule.role.keeps_precision or rule.role == "embedding":
-        return None
-    if rule.role.is_expert:
-        side = "down" if rule.role == "down" else "up"
-        return f"model.layers.{layer}.mlp.experts:{side}"
-    name = rule.input or rule.param.removesuffix(".weight")
-    return name.replace("{l}", str(layer))
+def _there(way: Get, experts: int, stored: Mapping[str, Stored]) -> tuple[str, ...]:
+    """The stored tensors of a way that are there, in the order of the experts."""
+    if "{e}" not in way.name:
+        return (way.name,) if way.name in stored else ()
+    names = (way.name.replace("{e}", str(expert)) for expert in range(experts))
+    return tuple(name for name in names if name in stored)
 
 
-def _rows(part: Part, rows: int) -> tuple[int, int]:
-    return {Part.WHOLE: (0, rows), Part.FIRST_HALF: (0, rows // 2), Part.SECOND_HALF: (rows // 2, rows)}[part]
+def _check_tensors(where: str, way: Get, tensors: tuple[Stored, ...], experts: int) -> None:
+    """CheckpointError for experts that are missing or unlike each other, and for types that are not floats."""
+    for each in tensors:
+        if each.dtype not in FLOATS:
+            raise CheckpointError(
+                f"tensor {each.name} is stored as {each.dtype}; expected "
+                f"{', '.join(FLOATS)} (convert the checkpoint first)"
+            )
+    if "{e}" not in way.name:
+        return
+    if len(tensors) < experts:
+        there = {each.name for each in tensors}
+        gone = [e for e in range(experts) if way.name.replace("{e}", str(e)) not in there]
+        shown = ", ".join(map(str, gone[:10])) + (", …" if len(gone) > 10 else "")
+        raise CheckpointError(f"{where}: experts [{shown}] of {experts} missing; is the download complete?")
+    if len({(each.shape, each.dtype) for each in tensors}) != 1:
+        odd = next(
+            each for each in tensors if (each.shape, each.dtype) != (tensors[0].shape, tensors[0].dtype)
+        )
+        raise CheckpointError(f"{where}: {odd.name} has another shape or dtype than expert 0; experts differ")
 
 
-def _pattern(name: str) -> str:
-    """A name table entry as a regex: `{l}` and `{e}` become named groups of digits."""
-    return re.escape(name).replace(r"\{l\}", r"(?P<l>\d+)").replace(r"\{e\}", r"(?P<e>\d+)")
+def _shape_of(slot: Slot, way: Get, tensors: tuple[Stored, ...], experts: int) -> tuple[int, ...]:
+    """The weight's shape; ValueError, with what does not go, when the stored ones are not what the slot says."""
+    shape = tensors[0].shape
+    if slot.stack is not Stack.EXPERTS:
+        return shape_after(way.ops, shape)
+    if "{e}" in way.name:
+        return (experts, *shape_after(way.ops, shape))
+    if len(shape) == 2:
+        return shape_after(way.ops, shape)
+    if len(shape) != 3 or shape[0] != experts:
+        raise ValueError(f"{experts} experts of config.json")
+    return (experts, *shape_after(way.ops, shape[1:]))
+
+
+def _release_names(slot: Slot, experts: int) -> tuple[str, ...]:
+    """What checkpoints with a tensor of its own for every expert call the matrices of a slot."""
+    name = slot.ways[0].name
+    return tuple(name.replace("{e}", str(e)) for e in range(experts)) if "{e}" in name else (name,)

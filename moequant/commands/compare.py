@@ -201,7 +201,4 @@ def _rows(checkpoint: Checkpoint, settings: CompareSettings) -> Rows:
     documents = corpus.read(settings.eval, "evaluation")
     encoder = load_encoder(checkpoint.path)
     rows = corpus.pack(documents, encoder, ROW, settings.eval_tokens, settings.seed, bos)
-    config = checkpoint.config
-    return corpus.check(
-        rows, max_length=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"])
-    )
+    return corpus.check(rows, max_length=checkpoint.shape.context, vocab_size=checkpoint.shape.vocab)

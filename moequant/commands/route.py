@@ -135,10 +135,7 @@ def calibration_pool(checkpoint: Checkpoint, settings: RouteSettings) -> Rows:
     documents = corpus.read(settings.calib, "calibration")
     every = corpus.pack(documents, encoder, ROW, None, settings.seed, bos)
     rows = corpus.spread(every, every.tokens if settings.ratio > 0 else settings.calib_tokens)
-    config = checkpoint.config
-    return corpus.check(
-        rows, max_length=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"])
-    )
+    return corpus.check(rows, max_length=checkpoint.shape.context, vocab_size=checkpoint.shape.vocab)
 
 
 def _load(checkpoint: Checkpoint, files: tuple[Path, ...]) -> list[store.Stored]:

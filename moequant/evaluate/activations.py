@@ -12,16 +12,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moequant.checkpoint import Checkpoint
 from moequant.errors import VerifyError
-from moequant.forward.experts import FusedExperts, experts_forward
-from moequant.forward.taps import NAME, recorder
+from moequant.forward.taps import recorder
 from moequant.values import Role
-
-EXPERTS = "moequant-rounded"
-"""Name under which the experts function of this module is registered with transformers."""
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -61,12 +56,11 @@ class Rounded:
         found: dict[str, set[Rounding | None]] = {}
         names: dict[str, str] = {}
         for weight in checkpoint.weights:
-            if weight.input is None and not (checkpoint.tied and weight.role is Role.EMBEDDING):
+            if weight.site is None:
                 continue  # norms, routers and look-ups are exact
-            place = weight.input if weight.role.is_expert else weight.param.removesuffix(".weight")
+            place = weight.site.name if weight.is_expert else weight.place.param.removesuffix(".weight")
             if weight.role is Role.EMBEDDING:
                 place = "lm_head"
-            assert place is not None
             found.setdefault(place, set()).add(rounding(types[weight.name]))
             names[place] = weight.name
         self.by_place: dict[str, Rounding] = {}
@@ -93,9 +87,9 @@ def current() -> Rounded | None:
 
 def listen(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Make every linear module of the model round its input when the current recorder asks for it."""
-    for place in sorted({weight.param.removesuffix(".weight") for weight in checkpoint.weights}):
+    for place in sorted({weight.place.param.removesuffix(".weight") for weight in checkpoint.weights}):
         owner, _, last = place.rpartition(".")  # of fused experts the last part is a parameter
-        module = getattr(model.get_submodule(owner), last)
+        module = getattr(model.get_submodule(owner), last, None)
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(_hook(place))
     if checkpoint.tied:
@@ -108,30 +102,3 @@ def _hook(place: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor,
         return None if wanted is None else (wanted(place, args[0]), *args[1:])
 
     return hook
-
-
-class _Between:
-    """An experts module whose second product is fed rounded inputs."""
-
-    def __init__(self, module: FusedExperts, place: str, wanted: Rounded) -> None:
-        self.num_experts = module.num_experts
-        self.gate_up_proj, self.down_proj = module.gate_up_proj, module.down_proj
-        self._gate, self._place, self._wanted = module._apply_gate, place, wanted
-        setattr(self, NAME, place)
-
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        return self._wanted(f"{self._place}:down", self._gate(gate_up))
-
-
-def rounded_experts(
-    module: FusedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """`experts_forward` with both products' inputs rounded, if the current recorder asks for it."""
-    wanted, place = current(), getattr(module, NAME, None)
-    if wanted is None or place is None:
-        return experts_forward(module, hidden_states, top_k_index, top_k_weights)
-    between = _Between(module, place, wanted)
-    return experts_forward(between, wanted(f"{place}:up", hidden_states), top_k_index, top_k_weights)
-
-
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS, rounded_experts)

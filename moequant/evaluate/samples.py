@@ -37,7 +37,7 @@ def sample(
     tokenizer, encoder = read_tokenizer(checkpoint.path), load_encoder(checkpoint.path)
     start = [tokenizer.ids["bos"]] if tokenizer.add_bos and "bos" in tokenizer.ids else []
     ends = _ends(checkpoint)
-    room = min(CONTEXT, int(checkpoint.config["max_position_embeddings"])) - tokens
+    room = min(CONTEXT, checkpoint.shape.context) - tokens
     if room < 1:
         raise CorpusError(f"{checkpoint.path}: {tokens} tokens to sample do not fit the model's context")
     found = []
@@ -54,7 +54,7 @@ def sample(
 
 def _ends(checkpoint: Checkpoint) -> set[int]:
     """Tokens after which nothing is generated."""
-    end = checkpoint.config.get("eos_token_id")
+    end = checkpoint.config.eos_token_id
     if end is None:
         return set()
     return {int(one) for one in end} if isinstance(end, Sequence) else {int(end)}

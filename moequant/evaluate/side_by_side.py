@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moequant.checkpoint import Checkpoint
-from moequant.evaluate.activations import EXPERTS, Rounded, listen
+from moequant.evaluate.activations import Rounded, listen
 from moequant.evaluate.divergence import Scores, join, score_tokens, summarize
 from moequant.evaluate.results import Measured, RoutingChange, WeightError
 from moequant.forward.hidden import Hidden
-from moequant.forward.model import Provider
+from moequant.forward.model import Provider, held
 from moequant.forward.stream import LayerStream, Resources
-from moequant.forward.taps import recording
+from moequant.forward.taps import Recorder, recording
 from moequant.text.corpus import Rows
 from moequant.values import Role, Weight
+from moequant.values.ops import apply
 
 FREE = Resources()
 
@@ -57,7 +58,7 @@ def compare(
     named = [base, *candidates]
     share = None if resources.ram is None else replace(resources, ram=resources.ram // len(named))
     with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
-        with LayerStream(checkpoint, rows.ids, share or resources, base.provider, experts=EXPERTS) as stream:
+        with LayerStream(checkpoint, rows.ids, share or resources, base.provider) as stream:
             listen(stream.model, checkpoint)
             first, *others = (
                 _Running(one.name, one.provider, stream.new_hidden(Path(folder) / str(number)), one.rounded)
@@ -97,7 +98,7 @@ class _Running:
         return self.outside[weight.name]
 
 
-class _Chosen:
+class _Chosen(Recorder):
     """A recorder that keeps which experts every token was sent to: `index` i16 [tokens, k], sorted.
 
     `rounded` is what `activations` looks for.
@@ -107,11 +108,9 @@ class _Chosen:
         self.index: Tensor | None = None
         self.rounded = rounded
 
-    def dense(self, name: str, inputs: Tensor) -> None:
-        """Nothing to know."""
-
-    def expert(self, name: str, expert: int, inputs: Tensor, gates: Tensor) -> None:
-        """Nothing to know."""
+    def fed(self, site: str, inputs: Tensor) -> Tensor:
+        """See `forward.experts.Rounding`."""
+        return inputs if self.rounded is None else self.rounded(site, inputs)
 
     def routed(self, name: str, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
         """The router's choice, the order within a token forgotten."""
@@ -145,13 +144,13 @@ class _Beside:
 
     def __call__(self, weights: list[Weight]) -> None:
         """Errors of the weights that make up a parameter."""
-        param = weights[0].param
-        values = self.stream.model.get_parameter(param).data
+        param = weights[0].place.param
+        values = held(self.stream.model, param)
         for weight in weights:
-            # A vector is whole; of a matrix, a weight may be some rows.
-            rows = (..., slice(*weight.param_rows), slice(None)) if weight.shape[1:] else (...,)
-            tokens = self.tokens if weight.role.is_expert else None
-            self.version.errors.append(_error(weight, self.kept[param][rows], values[rows], tokens))
+            tokens = self.tokens if weight.is_expert else None
+            ops = weight.place.ops
+            error = _error(weight, apply(ops, self.kept[param]), apply(ops, values), tokens)
+            self.version.errors.append(error)
         if self.last:
             del self.kept[param]
 
@@ -161,7 +160,7 @@ def _cross(stream: LayerStream, layer: int, base: _Running, others: list[_Runnin
     chosen, tokens = _route(stream, layer, base), None
     if chosen is not None:
         tokens = torch.bincount(chosen.flatten().long(), minlength=stream.checkpoint.n_experts)
-    kept = {one.param: stream.model.get_parameter(one.param).data for one in stream.weights(layer)}
+    kept = {one.place.param: held(stream.model, one.place.param) for one in stream.weights(layer)}
     for version in others:
         beside = _Beside(stream, kept, tokens, version, version is others[-1])
         stream.refill(layer, version.provider, beside)
@@ -192,8 +191,8 @@ def _of(rows: Rows, domain: str) -> Tensor:
 
 def _error(weight: Weight, base: Tensor, candidate: Tensor, tokens: Tensor | None) -> WeightError:
     """Relative squared error of every expert of a weight, tensors [E, out, in], [out, in] or [n]."""
-    shape = (weight.n_experts, *weight.shape[-2:]) if weight.shape[1:] else (1, 1, *weight.shape)
-    error, total = torch.zeros(2, weight.n_experts, dtype=torch.float64)
+    shape = (weight.matrices, *weight.shape[-2:]) if weight.shape[1:] else (1, 1, *weight.shape)
+    error, total = torch.zeros(2, weight.matrices, dtype=torch.float64)
     for expert, (one, two) in enumerate(zip(base.reshape(shape), candidate.reshape(shape), strict=True)):
         exact = one.float()
         error[expert] = (exact - two).square().sum(dtype=torch.float64)
@@ -238,7 +237,7 @@ def _parameter(values: Tensor, device: str) -> nn.Parameter:
 
 def _scored(stream: LayerStream, versions: list[Hidden]) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """The next tokens i64 [m] and every version's states [m, h] in front of them, a few tokens at a time."""
-    step = max(1, LOGITS // int(stream.checkpoint.config["vocab_size"]))
+    step = max(1, LOGITS // stream.checkpoint.shape.vocab)
     for batch, ids in enumerate(stream.batches):
         states = [hidden.get(stream.n_layers + 1, batch) for hidden in versions]
         for row in range(len(ids)):

@@ -1,18 +1,39 @@
 """Dense Llama and Mistral: no experts to win anything on, converted all the same."""
 
-from moequant.families.base import SHAPE_KEYS, Family, attention, dense_ffn, ends
+from collections.abc import Mapping
+
+from moequant.families.base import Config, Family, Slot
+from moequant.families.blocks import SHAPE_KEYS, attention, ends, gated_ffn, shape
+
+
+def layer(config: Config, number: int) -> tuple[Slot, ...]:
+    """One decoder layer."""
+    return (*attention(number), *gated_ffn(number))
+
+
+def computed(config: Config) -> Mapping[str, str]:
+    """What old checkpoints hold though the model computes it."""
+    return {r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq": "computed from the config"}
+
 
 LLAMA = Family(
     name="llama",
-    architectures=("LlamaForCausalLM", "MistralForCausalLM"),
-    gguf_arch="llama",
-    rules=(*ends(), *attention(rope=True), *dense_ffn()),
-    keys=SHAPE_KEYS,
-    fixed={
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "sliding_window": (None,),
-    },
-    ignored=("model.layers.{l}.self_attn.rotary_emb.inv_freq",),
+    classes=("LlamaForCausalLM",),
+    model_type="llama",
+    shape=shape,
+    layer=layer,
+    ends=ends,
+    known=SHAPE_KEYS,
+    skipped=computed,
+)
+
+MISTRAL = Family(
+    name="mistral",
+    classes=("MistralForCausalLM",),
+    model_type="mistral",
+    shape=shape,
+    layer=layer,
+    ends=ends,
+    known=SHAPE_KEYS,
+    skipped=computed,
 )

@@ -1,21 +1,21 @@
-"""Mixtral: llama attention with interleaved rotary rows, experts named w1 (gate), w3 (up), w2 (down)."""
+"""Mixtral: llama's attention, experts named w1 (gate), w3 (up) and w2 (down)."""
 
-from moequant.families.base import SHAPE_KEYS, Family, Key, attention, ends, experts
+from moequant.families.base import Config, Family, Slot
+from moequant.families.blocks import SHAPE_KEYS, Experts, attention, ends, moe_shape, router
+
+
+def layer(config: Config, number: int) -> tuple[Slot, ...]:
+    """One decoder layer."""
+    experts = Experts(config.intermediate_size, "block_sparse_moe.experts", ("w1", "w3", "w2"))
+    return (*attention(number), router(number, "block_sparse_moe.gate"), *experts.slots(number))
+
 
 MIXTRAL = Family(
     name="mixtral",
-    architectures=("MixtralForCausalLM",),
-    gguf_arch="llama",
-    rules=(
-        *ends(),
-        *attention(rope=True),
-        *experts("block_sparse_moe", gate="w1", up="w3", down="w2"),
-    ),
-    keys=(
-        *SHAPE_KEYS,
-        Key("num_local_experts", "expert_count", "u32"),
-        Key("num_experts_per_tok", "expert_used_count", "u32", default=2),
-    ),
-    fixed={"hidden_act": ("silu",), "sliding_window": (None,), "attention_bias": (False,)},
-    experts_key="num_local_experts",
+    classes=("MixtralForCausalLM",),
+    model_type="mixtral",
+    shape=moe_shape,
+    layer=layer,
+    ends=ends,
+    known=SHAPE_KEYS | {"num_local_experts", "num_experts", "num_experts_per_tok"},
 )

@@ -1,26 +1,22 @@
-"""OLMoE: q/k norms over all heads; llama.cpp neither renormalises top-k weights nor clips q, k, v."""
+"""OLMoE: q/k norms over all heads at once."""
 
-from moequant.families.base import SHAPE_KEYS, Family, Key, attention, ends, experts
+from moequant.families.base import Config, Family, Slot
+from moequant.families.blocks import SHAPE_KEYS, Experts, attention, ends, moe_shape, router
+
+
+def layer(config: Config, number: int) -> tuple[Slot, ...]:
+    """One decoder layer."""
+    experts = Experts(config.intermediate_size)
+    return (*attention(number, qk_norm=True), router(number), *experts.slots(number))
+
 
 OLMOE = Family(
     name="olmoe",
-    architectures=("OlmoeForCausalLM",),
-    gguf_arch="olmoe",
-    rules=(
-        *ends(),
-        *attention(qk_norm=True),
-        *experts("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
-    ),
-    keys=(
-        *SHAPE_KEYS,
-        Key("num_experts", "expert_count", "u32", default=64),
-        Key("num_experts_per_tok", "expert_used_count", "u32", default=8),
-    ),
-    fixed={
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "norm_topk_prob": (False,),
-        "clip_qkv": (None,),
-    },
-    experts_key="num_experts",
+    classes=("OlmoeForCausalLM",),
+    model_type="olmoe",
+    shape=moe_shape,
+    layer=layer,
+    ends=ends,
+    known=SHAPE_KEYS
+    | {"num_local_experts", "num_experts", "num_experts_per_tok", "norm_topk_prob", "clip_qkv"},
 )

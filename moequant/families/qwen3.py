@@ -1,17 +1,21 @@
 """Dense Qwen3: Qwen3-MoE without the experts."""
 
-from moequant.families.base import SHAPE_KEYS, Family, attention, dense_ffn, ends
+from moequant.families.base import Config, Family, Slot
+from moequant.families.blocks import SHAPE_KEYS, attention, ends, gated_ffn, shape
+
+
+def layer(config: Config, number: int) -> tuple[Slot, ...]:
+    """One decoder layer."""
+    return (*attention(number, qk_norm=True), *gated_ffn(number))
+
 
 QWEN3 = Family(
     name="qwen3",
-    architectures=("Qwen3ForCausalLM",),
-    gguf_arch="qwen3",
-    rules=(*ends(), *attention(qk_norm=True), *dense_ffn()),
-    keys=SHAPE_KEYS,
-    fixed={
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "use_sliding_window": (False,),
-        "layer_types": (None, "full_attention"),
-    },
+    classes=("Qwen3ForCausalLM",),
+    model_type="qwen3",
+    shape=shape,
+    layer=layer,
+    ends=ends,
+    known=SHAPE_KEYS | {"use_sliding_window", "max_window_layers"},
+    says={"qkv_bias": (False,), "use_qk_norm": (True,)},
 )

@@ -1,29 +1,41 @@
-"""Qwen3-MoE: per-head q/k norms; llama.cpp always renormalises the top-k weights and has no dense layers."""
+"""Qwen3-MoE: q/k norms in every head; layers without experts where the config says so."""
 
-from moequant.families.base import SHAPE_KEYS, Family, Key, attention, ends, experts
+from moequant.families.base import Config, Family, Slot
+from moequant.families.blocks import SHAPE_KEYS, Experts, attention, ends, gated_ffn, moe_shape, router
+
+
+def is_sparse(config: Config, number: int) -> bool:
+    """Whether a layer has experts."""
+    listed = number in (config.mlp_only_layers or ())
+    return not listed and (number + 1) % config.decoder_sparse_step == 0
+
+
+def layer(config: Config, number: int) -> tuple[Slot, ...]:
+    """One decoder layer."""
+    heads = attention(number, qk_norm=True)
+    if not is_sparse(config, number):
+        return (*heads, *gated_ffn(number))
+    return (*heads, router(number), *Experts(config.moe_intermediate_size).slots(number))
+
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
-    architectures=("Qwen3MoeForCausalLM",),
-    gguf_arch="qwen3moe",
-    rules=(
-        *ends(),
-        *attention(qk_norm=True),
-        *experts("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
-    ),
-    keys=(
-        *SHAPE_KEYS,
-        Key("num_experts", "expert_count", "u32"),
-        Key("num_experts_per_tok", "expert_used_count", "u32", default=8),
-        Key("moe_intermediate_size", "expert_feed_forward_length", "u32", default=768),
-    ),
-    fixed={
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "norm_topk_prob": (True,),
-        "decoder_sparse_step": (1,),
-        "mlp_only_layers": (None,),
-        "use_sliding_window": (False,),
+    classes=("Qwen3MoeForCausalLM",),
+    model_type="qwen3_moe",
+    shape=moe_shape,
+    layer=layer,
+    ends=ends,
+    known=SHAPE_KEYS
+    | {
+        "num_local_experts",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "use_sliding_window",
+        "max_window_layers",
     },
-    experts_key="num_experts",
+    says={"qkv_bias": (False,), "use_qk_norm": (True,), "shared_expert_intermediate_size": (0, None)},
 )

@@ -21,10 +21,6 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moequant.errors import CheckpointError
 
-LAYERS = "model.layers"
-"""Where the decoder layers are in every model of the families' tables."""
-
-
 @dataclass(frozen=True, slots=True)
 class Call:
     """One batch in front of a layer: everything the model passes besides the hidden states."""
@@ -94,17 +90,19 @@ def _nothing(shape: tuple[int, ...], device: torch.device) -> Tensor:
 class Skeleton:
     """The forward passes of all batches, in lock step.
 
-    `forward` is the model or its decoder; `batches` are i64 [rows, n] on the device where
+    `forward` is the model or its decoder; `layers_at` names its decoder layers; `batches` are i64 [rows, n] on the device where
     layers run. Use: `embed`, then per layer `calls` and `advance`, then `finish`.
     """
 
-    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], batches: list[Tensor]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, forward: Callable[..., Any], layers_at: str, batches: list[Tensor]
+    ) -> None:
         self.model, self.forward, self.batches = model, forward, batches
         # Collected by hooks while a layer runs, but here layers run outside of the model's forward.
         for collected in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(model.config, collected, False):
                 setattr(model.config, collected, False)
-        holder = model.get_submodule(LAYERS)
+        holder = model.get_submodule(layers_at)
         assert isinstance(holder, nn.ModuleList)
         self.layers = list(holder)
         for index, layer in enumerate(self.layers):

@@ -1,33 +1,40 @@
-"""The experts function that transformers calls for every MoE block.
+"""The experts function that transformers calls for every MoE block: the one expert forward of moequant.
 
-transformers dispatches each block's experts to a registered function
-(`ALL_EXPERTS_FUNCTIONS`). Ours sorts the tokens by expert, multiplies each expert once,
-and tells the current recorder what every expert sees.
+transformers dispatches each block's experts to a registered function (`ALL_EXPERTS_FUNCTIONS`) and says on
+the module how they are kept: transposed, with biases, without a gate, with a norm behind. Ours sorts the
+tokens by expert, multiplies each expert once, and tells the current recorder what every expert sees. A
+recorder may also change what the products are fed (`Rounding`), or see what they give (`Told`).
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moequant.forward.taps import NAME, recorder
+from moequant.forward.taps import SEEN, Seen, recorder
 
 EXPERTS = "moequant"
 """Name under which the experts function is registered with transformers."""
 
 
-class FusedExperts(Protocol):
-    """What transformers 5 gives every fused experts module: gate_up_proj [E, 2f, h], down_proj [E, h, f]."""
+@runtime_checkable
+class Rounding(Protocol):
+    """A recorder that also says what the products of a site are really fed."""
 
-    num_experts: int
-    gate_up_proj: Tensor
-    down_proj: Tensor
+    def fed(self, site: str, inputs: Tensor) -> Tensor:
+        """The inputs as a kernel sees them."""
 
-    def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+
+@runtime_checkable
+class Told(Protocol):
+    """A recorder that also sees what an expert's products give, before the router's weight scales it."""
+
+    def gave(self, site: str, expert: int, outputs: Tensor) -> None:
+        """Outputs [m, out] of the product whose inputs are seen at `site`."""
 
 
 def by_expert(index: Tensor, experts: int) -> list[tuple[int, Tensor]]:
@@ -41,31 +48,78 @@ def by_expert(index: Tensor, experts: int) -> list[tuple[int, Tensor]]:
     return [(expert, chosen) for expert, chosen in enumerate(torch.split(order, counts)) if len(chosen)]
 
 
+def first_product(module: nn.Module, expert: int, inputs: Tensor) -> Tensor:
+    """What one expert's gate and up (or up alone) make of inputs [m, h]."""
+    return _product(module, "gate_up_proj" if _has(module, "has_gate") else "up_proj", expert, inputs)
+
+
+def between(module: nn.Module, product: Tensor) -> Tensor:
+    """What the second product is fed: the gated activations [m, f]."""
+    inner: Tensor = module._apply_gate(product) if _has(module, "has_gate") else module.act_fn(product)  # type: ignore[operator]
+    return inner
+
+
+def last_product(module: nn.Module, expert: int, inner: Tensor) -> Tensor:
+    """What one expert gives [m, h]."""
+    out = _product(module, "down_proj", expert, inner)
+    if _has(module, "has_post_expert_norm"):
+        out = module.post_expert_norm(out)  # type: ignore[operator]
+    return out
+
+
 def experts_forward(
-    module: FusedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """The weighted sum of each token's experts: hidden [n, h], index and weights [n, k] -> [n, h].
 
     Experts are visited in order and each multiplies all its tokens at once. Weights may be
     stored narrower than the hidden states; the sum over a token's experts runs in float32.
     """
-    told, name = recorder(), getattr(module, NAME, None)
-    if told is not None and name is not None:
-        told.routed(name, hidden_states, top_k_index, top_k_weights)
+    told, sites = recorder(), getattr(module, SEEN, None)
     n, k = top_k_index.shape
     gates = top_k_weights.reshape(-1)
     dtype = hidden_states.dtype
+    fed = hidden_states
+    if told is not None and sites is not None:
+        told.routed(sites.before, hidden_states, top_k_index, top_k_weights)
+        fed = told.fed(sites.before, fed) if isinstance(told, Rounding) else fed
     out = torch.zeros(n, hidden_states.shape[-1], dtype=torch.float32, device=hidden_states.device)
-    for expert, chosen in by_expert(top_k_index, module.num_experts):
+    for expert, chosen in by_expert(top_k_index, int(module.num_experts)):  # type: ignore[arg-type]
         tokens = torch.div(chosen, k, rounding_mode="floor")
-        inputs, gate = hidden_states[tokens], gates[chosen]
-        inner = module._apply_gate(linear(inputs, module.gate_up_proj[expert].to(dtype)))
-        if told is not None and name is not None:
-            told.expert(f"{name}:up", expert, inputs, gate)
-            told.expert(f"{name}:down", expert, inner, gate)
-        result = linear(inner, module.down_proj[expert].to(dtype))
-        out.index_add_(0, tokens, result.float() * gate[:, None].float())
+        result = _one(module, expert, fed[tokens], gates[chosen], sites)
+        out.index_add_(0, tokens, result.float() * gates[chosen, None].float())
     return out.to(dtype)
+
+
+def _one(module: nn.Module, expert: int, inputs: Tensor, gates: Tensor, sites: Seen | None) -> Tensor:
+    """One expert on its tokens, with everything told that somebody wants to know."""
+    told = recorder() if sites is not None else None
+    if told is None or sites is None:
+        return last_product(module, expert, between(module, first_product(module, expert, inputs)))
+    told.expert(sites.before, expert, inputs, gates)
+    product = first_product(module, expert, inputs)
+    if isinstance(told, Told):
+        told.gave(sites.before, expert, product)
+    inner = between(module, product)
+    if isinstance(told, Rounding):
+        inner = told.fed(sites.inner, inner)
+    told.expert(sites.inner, expert, inner, gates)
+    result = last_product(module, expert, inner)
+    if isinstance(told, Told):
+        told.gave(sites.inner, expert, result)
+    return result
+
+
+def _product(module: nn.Module, name: str, expert: int, inputs: Tensor) -> Tensor:
+    weight = getattr(module, name)[expert].to(inputs.dtype)
+    weight = weight.T if _has(module, "is_transposed") else weight
+    bias: Any = getattr(module, f"{name}_bias")[expert].to(inputs.dtype) if _has(module, "has_bias") else None
+    return linear(inputs, weight, bias)
+
+
+def _has(module: nn.Module, what: str) -> bool:
+    """What transformers says of an experts module; modules that do not say have gates and nothing else."""
+    return bool(getattr(module, what, what == "has_gate"))
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)

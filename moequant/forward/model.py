@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moequant.checkpoint import Checkpoint, load, uninterleave
+from moequant.checkpoint import Checkpoint, load
 from moequant.errors import CheckpointError
 from moequant.values import Weight
+from moequant.values.ops import put, shape_after
 
 Provider = Callable[[Weight], Tensor]
-"""A weight's values, shape `weight.shape`, rows in the order of the output file."""
+"""A weight's values, shape `weight.shape`."""
 
 
 def build_model(
@@ -24,7 +24,7 @@ def build_model(
     """The checkpoint's whole model in evaluation mode with weights from `provider`.
 
     `experts` names the registered experts implementation that runs the MoE blocks, see
-    `routing.experts`. Raises CheckpointError when transformers expects another shape.
+    `forward.experts`. Raises CheckpointError when transformers expects another shape.
     """
     model = empty_model(checkpoint, experts)
     fill(model, checkpoint.weights, provider, dtype)
@@ -36,22 +36,31 @@ def build_model(
 def empty_model(checkpoint: Checkpoint, experts: str, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The model without memory for its weights: parameters are on the meta device, buffers on `device`.
 
-    Raises CheckpointError when a parameter would be filled by nothing in the checkpoint.
+    Raises CheckpointError for a weight of another shape than the model's, and when a parameter or a buffer
+    that checkpoints hold would be filled by nothing.
     """
-    config = AutoConfig.for_model(**_config_kwargs(checkpoint))
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation=experts
+            copy.deepcopy(checkpoint.config),
+            dtype=torch.float32,
+            attn_implementation=_attention(checkpoint),
+            experts_implementation=experts,
         )
+    _check_filled(checkpoint, model)
     # Buffers are computed from the config by transformers' own initialisation, which meta tensors skipped.
     for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
             model._init_weights(module)
-    _check_filled(checkpoint, model)
     made: PreTrainedModel = model.eval().requires_grad_(False)
     return made
+
+
+def _attention(checkpoint: Checkpoint) -> str:
+    """torch's attention kernels, unless the class has terms that they do not know, such as sinks."""
+    cls = AutoModelForCausalLM._model_mapping[type(checkpoint.config)]
+    return "sdpa" if cls._supports_sdpa else "eager"
 
 
 def fill(
@@ -61,60 +70,86 @@ def fill(
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
 ) -> None:
-    """Give the parameters of `weights` memory on `device` and their values.
+    """Give the parameters and buffers of `weights` memory on `device` and their values.
 
     `dtype` None keeps experts as they are stored (the experts function widens one at a
-    time) and everything else in float32. Raises CheckpointError for a shape that the
-    model does not have.
+    time) and everything else in float32.
     """
-    for weight in weights:
-        parameter = model.get_parameter(weight.param)
-        start, stop = weight.param_rows
-        expected = (*parameter.shape[:-2], stop - start, *parameter.shape[-1:]) if weight.shape[1:] else None
-        if (expected or tuple(parameter.shape)) != weight.shape:
-            raise CheckpointError(
-                f"{weight.name}: shape {list(weight.shape)} does not fit config.json, "
-                f"which asks for {list(expected or parameter.shape)}"
-            )
-        values = provider(weight)
-        wanted = dtype or (values.dtype if weight.role.is_expert else torch.float32)
-        if parameter.is_meta:
-            parameter = _assign(model, weight.param, torch.empty_like(parameter, dtype=wanted, device=device))
-        target = parameter.data[..., start:stop, :] if weight.shape[1:] else parameter.data
-        target.copy_(uninterleave(values, weight.rope_heads) if weight.rope_heads else values)
+    for weight in _placed(weights):
+        target, values = _target(model, weight.place.param), provider(weight)
+        wanted = dtype or (values.dtype if weight.is_expert else torch.float32)
+        if target.is_meta:
+            target = _assign(model, weight.place.param, torch.empty_like(target, dtype=wanted, device=device))
+        put(weight.place.ops, target.data, values)
 
 
 def release(model: nn.Module, weights: Iterable[Weight]) -> None:
     """Take the memory of these weights' parameters back."""
-    for name in {weight.param for weight in weights}:
-        parameter = model.get_parameter(name)
-        _assign(model, name, torch.empty_like(parameter, device="meta"))
+    for name in {weight.place.param for weight in _placed(weights)}:
+        target = _target(model, name)
+        if isinstance(target, nn.Parameter):
+            _assign(model, name, torch.empty_like(target, device="meta"))
 
 
-def _assign(model: nn.Module, name: str, values: Tensor) -> nn.Parameter:
+def held(model: nn.Module, name: str) -> Tensor:
+    """The values of a parameter or a buffer."""
+    return _target(model, name).data
+
+
+def replace_memory(model: nn.Module, name: str, keep: bool) -> None:
+    """Give a parameter memory of its own in float32, its values copied with `keep`: modules that share the old
+    one keep that."""
+    old = _target(model, name)
+    _assign(model, name, old.float().clone() if keep else torch.empty_like(old, dtype=torch.float32))
+
+
+def _placed(weights: Iterable[Weight]) -> list[Weight]:
+    """Those that live in the model; a file may hold tensors that the model computes."""
+    return [weight for weight in weights if weight.place.param]
+
+
+def _target(model: nn.Module, name: str) -> Tensor:
+    module, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(module), leaf)
+    return found
+
+
+def _assign(model: nn.Module, name: str, values: Tensor) -> Tensor:
     module, _, leaf = name.rpartition(".")
     parameter = nn.Parameter(values, requires_grad=False)
     setattr(model.get_submodule(module), leaf, parameter)
     return parameter
 
 
-def _config_kwargs(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config as the folder has it: transformers resolves its own aliases."""
-    config: dict[str, Any] = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
-    config.pop("auto_map", None)
-    config["tie_word_embeddings"] = checkpoint.tied
-    return config
-
-
-def _check_filled(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Every parameter will have its values, every weight its parameter."""
-    there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    filled = {weight.param for weight in checkpoint.weights}
-    if unknown := sorted(filled - there):
-        raise CheckpointError(f"{unknown[0]}: transformers' {type(model).__name__} has no such parameter")
+def _check_filled(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Every parameter and stored buffer will have its values, every weight its place and the place's shape."""
+    there = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
+    there |= {name: tuple(one.shape) for name, one in model.named_buffers() if _is_stored(model, name)}
+    for weight in _placed(checkpoint.weights):
+        shape = there.get(weight.place.param)
+        if shape is None:
+            raise CheckpointError(
+                f"{weight.name}: transformers' {type(model).__name__} has no {weight.place.param}"
+            )
+        try:
+            expected = shape_after(weight.place.ops, shape)
+        except ValueError as error:
+            raise CheckpointError(f"{weight.name}: config.json asks for {list(shape)}; {error}") from None
+        if expected != weight.shape:
+            raise CheckpointError(
+                f"{weight.name}: shape {list(weight.shape)} does not fit config.json, which asks for "
+                f"{list(expected)}"
+            )
+    filled = {weight.place.param for weight in checkpoint.weights}
     if checkpoint.tied:
-        there.discard("lm_head.weight")
-    if empty := sorted(there - filled):
+        filled.add("lm_head.weight")
+    if empty := sorted(there.keys() - filled):
         raise CheckpointError(
             f"{type(model).__name__}: nothing in the checkpoint fills {', '.join(empty[:3])}"
         )
+
+
+def _is_stored(model: nn.Module, name: str) -> bool:
+    """Whether checkpoints hold a buffer: it is no number that the model computes from its config."""
+    module, _, leaf = name.rpartition(".")
+    return leaf not in model.get_submodule(module)._non_persistent_buffers_set

@@ -10,7 +10,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from moequant.forward.experts import EXPERTS
 from moequant.forward.hidden import Hidden, InMemory, OnDisk
 from moequant.forward.model import Provider, empty_model, fill, release
 from moequant.forward.taps import Enough, Recorder, recording, watch
-from moequant.values import Role, Weight
+from moequant.values import Role, Site, Weight
 
 BATCH_TOKENS = 4096
 """Tokens per forward pass: enough for efficient products, few enough to bound the activations."""
@@ -85,6 +85,11 @@ class Reader:
         return values
 
 
+def sites(weights: Iterable[Weight]) -> tuple[Site, ...]:
+    """Every site of the weights, once."""
+    return tuple({weight.site.name: weight.site for weight in weights if weight.site is not None}.values())
+
+
 class LayerStream:
     """The layers of a checkpoint, one at a time, and rows of tokens that cross them together.
 
@@ -105,11 +110,12 @@ class LayerStream:
     ) -> None:
         self.checkpoint, self.resources, self.provider, self.whole = checkpoint, resources, provider, whole
         self.model = empty_model(checkpoint, experts, resources.device)
-        watch(self.model, checkpoint.weights)
+        watch(self.model, sites(checkpoint.weights))
         self.batches = list(torch.split(ids, max(1, resources.batch_tokens // ids.shape[1])))
         self.skeleton = Skeleton(
             self.model,
             self.model if whole else self.model.get_decoder(),
+            checkpoint.family.layers_at,
             [batch.to(resources.device) for batch in self.batches],
         )
         self._ahead: dict[str, Future[Tensor]] = {}
@@ -123,8 +129,7 @@ class LayerStream:
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes [rows, n, h] of every batch's hidden states."""
-        width = int(self.checkpoint.config["hidden_size"])
-        return [(*batch.shape, width) for batch in self.batches]
+        return [(*batch.shape, self.checkpoint.shape.hidden) for batch in self.batches]
 
     def __enter__(self) -> LayerStream:
         return self
@@ -181,8 +186,8 @@ class LayerStream:
         `filled` is told, parameter by parameter, of the weights that are in it.
         """
         release(self.model, self.weights(layer))
-        for param in dict.fromkeys(weight.param for weight in self.weights(layer)):
-            weights = [weight for weight in self.weights(layer) if weight.param == param]
+        for param in dict.fromkeys(weight.place.param for weight in self.weights(layer)):
+            weights = [weight for weight in self.weights(layer) if weight.place.param == param]
             fill(self.model, weights, provider, None, self.resources.device)
             filled(weights)
 

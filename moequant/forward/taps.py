@@ -7,23 +7,31 @@ its own, so several batches can cross the same module at once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from moequant.values import Weight
+from moequant.values import Site
+from moequant.values.ops import apply
 
-NAME = "moequant_name"
-"""Attribute of an experts module that holds its name in the model."""
+SEEN = "moequant_sites"
+"""Attribute of an experts module that holds its `Seen`."""
 
 
-class Recorder(Protocol):
-    """What a layer's forward reports. Names are those of `Weight.input`; n tokens, m of them an expert's."""
+class Recorder:
+    """What a layer's forward reports; by itself it keeps nothing.
+
+    Names are those of `Site`; n tokens, m of them an expert's.
+    """
 
     def dense(self, name: str, inputs: Tensor) -> None:
-        """The inputs [..., in] of a weight that every token sees."""
+        """What a weight that every token sees is fed: [..., in]."""
+
+    def heads(self, name: str, inputs: Tensor) -> None:
+        """What each matrix of a stack of heads is fed, for every token: [..., heads, in]."""
 
     def routed(self, name: str, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
         """The experts' common input [n, in] and the router's choice: index i64 [n, k], gates [n, k]."""
@@ -34,6 +42,14 @@ class Recorder(Protocol):
 
 class Enough(Exception):
     """Raised by a recorder that has seen what it came for: the rest of the layer is not computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The sites of a module of experts: before its first product, and before its second."""
+
+    before: str
+    inner: str
 
 
 class _Thread(threading.local):
@@ -60,34 +76,35 @@ def recording(to: Recorder | None) -> Iterator[None]:
         _thread.recorder = before
 
 
-def watch(model: nn.Module, weights: tuple[Weight, ...]) -> None:
-    """Make the model report every input name of `weights` to the current recorder.
-
-    A name is a module (its input), `module:out` (its output), or `experts:up` and
-    `experts:down` (what the two products of every expert are fed).
-    """
-    for name in sorted({weight.input for weight in weights if weight.input is not None}):
-        module_name, _, side = name.partition(":")
-        module = model.get_submodule(module_name)
-        if side == "up":
-            setattr(module, NAME, module_name)
-        elif side == "out":
-            module.register_forward_hook(_output_hook(name))
-        elif not side:
-            module.register_forward_pre_hook(_input_hook(name))
+def watch(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Make the model report every one of `sites` to the current recorder."""
+    experts: dict[str, dict[str, str]] = {}
+    for site in sites:
+        module = model.get_submodule(site.module)
+        if site.side == "output":
+            module.register_forward_hook(_output_hook(site))
+        elif site.side == "input":
+            module.register_forward_pre_hook(_input_hook(site))
+        else:
+            experts.setdefault(site.module, {})[site.side] = site.name
+    for name, sides in experts.items():
+        setattr(model.get_submodule(name), SEEN, Seen(sides["experts"], sides["inner"]))
 
 
-def _input_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _tell(site: Site, values: Tensor) -> None:
+    if (current := recorder()) is not None:
+        (current.heads if site.heads else current.dense)(site.name, apply(site.ops, values))
+
+
+def _input_hook(site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if (current := recorder()) is not None:
-            current.dense(name, args[0])
+        _tell(site, args[0])
 
     return hook
 
 
-def _output_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+def _output_hook(site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if (current := recorder()) is not None:
-            current.dense(name, output)
+        _tell(site, output)
 
     return hook

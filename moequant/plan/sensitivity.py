@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moequant import formats
-from moequant.checkpoint import Checkpoint, load, uninterleave
+from moequant.checkpoint import Checkpoint, load
 from moequant.evaluate import score_row
 from moequant.formats import Effort
 from moequant.forward.experts import EXPERTS
@@ -28,6 +28,7 @@ from moequant.plan import Damages, allocate, candidates, groups, make_units, pri
 from moequant.progress import available_bytes
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, InputStats, Weight
+from moequant.values.ops import put
 
 PROBE = ("Q2_K", "IQ4_NL")
 """What a probed weight is quantized to, with rows of 256s and of 32s: coarse, so that the KL divergence is
@@ -131,7 +132,7 @@ def _sample_experts(stats: InputStats | None, experts: int, limit: int) -> tuple
 
 
 def _stats(weight: Weight, calibration: Calibration) -> InputStats | None:
-    return None if weight.input is None else calibration.inputs[weight.input]
+    return None if weight.site is None else calibration.inputs[weight.site.name]
 
 
 class _Prober:
@@ -205,8 +206,7 @@ class _Prober:
         return formats.dequantize(fmt, formats.quantize(fmt, values, columns, self.probing.effort))
 
     def _put(self, weight: Weight, values: Tensor) -> None:
-        target = self.params[weight.param][..., slice(*weight.param_rows), :]
-        target.copy_(uninterleave(values, weight.rope_heads) if weight.rope_heads else values)
+        put(weight.place.ops, self.params[weight.place.param].data, values)
 
 
 def fit(checks: Iterable[tuple[float, float]]) -> tuple[float, float]:

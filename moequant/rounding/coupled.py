@@ -12,7 +12,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,17 @@ from torch import Tensor, nn
 from moequant import formats
 from moequant.formats import Effort, Format
 from moequant.forward.hidden import Hidden
-from moequant.forward.model import fill, release
+from moequant.forward.model import fill, held, release, replace_memory
 from moequant.forward.stream import LayerStream
 from moequant.forward.taps import recorder
 from moequant.rounding.feedback import Options, Rounded, outputs_lost, round_to_hessian
-from moequant.rounding.paired import WRITES, Capture, Grams, Pair, Seen
+from moequant.rounding.paired import Capture, Grams, Pair, Seen
 from moequant.rounding.recall import Kept
 from moequant.rounding.shrinkage import Trial, shrink
 from moequant.rounding.target import Coupling
 from moequant.rounding.twosided import even_fisher
 from moequant.statistics.fisher import Fishers, gather
+from moequant.values.ops import put
 from moequant.values import ExpertLoss, Packed, Role, Weight
 
 UNROUNDED = ("F32", "F16", "BF16")
@@ -97,7 +97,12 @@ class Layer:
 
     def part(self, name: str) -> nn.Module:
         """The original module of that name in the model."""
-        return self.original.get_submodule(name.split(f"layers.{self.index}.", 1)[1])
+        return self.original.get_submodule(inside(self.index, name))
+
+
+def inside(layer: int, name: str) -> str:
+    """The name within its layer of a module that the model calls `name`."""
+    return name.split(f".{layer}.", 1)[1]
 
 
 @contextmanager
@@ -188,8 +193,8 @@ class Coupled:
 
     def _middle(self, index: int) -> str:
         """The norm in front of the feed-forward block."""
-        norms = [w for w in self.stream.weights(index) if w.name == f"blk.{index}.ffn_norm.weight"]
-        return norms[0].param.removesuffix(".weight") if norms else ""
+        norms = [each for each in self.stream.weights(index) if each.name == f"layers.{index}.ffn_norm"]
+        return norms[0].place.param.removesuffix(".weight") if norms else ""
 
     def _attention_output(self, index: int) -> str:
         """The module in the layer that ends its attention, "" when there is no room to keep its inputs."""
@@ -197,21 +202,20 @@ class Coupled:
         tokens = sum(batch.numel() for batch in self.stream.batches)
         if not ends or 2 * 4 * tokens * ends[0].n_in > self.rounding.kept_bytes:
             return ""
-        return ends[0].param.split(f"layers.{index}.", 1)[1].removesuffix(".weight")
+        return inside(index, ends[0].place.param).removesuffix(".weight")
 
     def _layer(self, layer: Layer, streams: Streams) -> list[Result]:
         weights = self.stream.weights(layer.index)
         done: dict[str, Result] = {}
-        groups: list[list[Weight]] = []
-        for name, members in groupby(weights, key=lambda weight: weight.input):
-            group = list(members)
-            if name is None or any(self.formats[weight.name] in UNROUNDED for weight in group):
-                done |= {weight.name: self.plain(weight, self.formats[weight.name]) for weight in group}
+        groups: dict[str, list[Weight]] = {}  # in the order in which their sites are first met
+        for weight in weights:
+            if weight.site is None or self.formats[weight.name] in UNROUNDED:
+                done[weight.name] = self.plain(weight, self.formats[weight.name])
             else:
-                groups.append(group)
+                groups.setdefault(weight.site.name, []).append(weight)
         layers = layer.original, self.stream.skeleton.layers[layer.index]
         with reporting(layer, self.stream.model), layer.kept.used_by(*layers):
-            for group in groups:
+            for group in groups.values():
                 done |= self._group(layer, group, streams)
                 self._replace([done[weight.name][0] for weight in group])
             self._leave(layer, streams)
@@ -219,11 +223,14 @@ class Coupled:
 
     def _replace(self, packed: list[Packed]) -> None:
         """Let the rounded stream see these weights as they were packed; the copy keeps the original ones."""
-        values = {each.weight.name: each for each in packed}
-        group = [each.weight for each in packed]
-        release(self.stream.model, group)
-        device = self.stream.resources.device
-        fill(self.stream.model, group, lambda weight: decoded(values[weight.name]), None, device)
+        model, sizes = self.stream.model, dict[str, int]()
+        for each in packed:
+            param = each.weight.place.param
+            sizes[param] = sizes.get(param, 0) + each.weight.numel
+        for param, size in sizes.items():
+            replace_memory(model, param, keep=size < held(model, param).numel())
+        for each in packed:
+            put(each.weight.place.ops, held(model, each.weight.place.param), decoded(each))
 
     def _leave(self, layer: Layer, streams: Streams) -> None:
         """Both streams cross the finished layer."""
@@ -247,11 +254,11 @@ class Coupled:
     def _group(self, layer: Layer, group: list[Weight], streams: Streams) -> dict[str, Result]:
         """Round weights that share their inputs, as many experts at a time as the Grams' memory allows."""
         first = group[0]
-        rows = 3 * first.n_in + (first.shape[-2] if first.role in WRITES else 0)
+        rows = 3 * first.n_in + (first.shape[-2] if first.adds else 0)
         at_once = max(1, self.rounding.gram_bytes // (4 * rows * first.n_in))
         parts: dict[str, list[Result]] = {weight.name: [] for weight in group}
-        for begin in range(0, first.n_experts, at_once):
-            experts = range(begin, min(begin + at_once, first.n_experts))
+        for begin in range(0, first.matrices, at_once):
+            experts = range(begin, min(begin + at_once, first.matrices))
             grams = self._collect(layer, first, experts, streams)
             hessian: Tensor | None = None
             for weight in group:
@@ -263,13 +270,13 @@ class Coupled:
 
     def _collect(self, layer: Layer, weight: Weight, experts: range, streams: Streams) -> Grams:
         """Grams of these experts of the group of `weight`."""
-        assert weight.input is not None
-        wanted = weight.input
+        assert weight.site is not None
+        site, before = weight.site, f"layers.{layer.index}.experts.input"
         grams = Grams.empty(len(experts), weight, self.stream.resources.device)
-        block = layer.part(wanted.partition(":")[0]) if weight.role.is_expert else None
+        block = layer.part(site.module) if weight.is_expert else None
 
         def work(batch: int) -> Pair:
-            exact, rounded = (Capture(wanted, layer.middle, inner) for inner in (False, True))
+            exact, rounded = (Capture(site, before, layer.middle, inner) for inner in (False, True))
             told = layer.kept.recorders(batch, exact, rounded)
             self.stream.run(layer.index, batch, streams.exact, told[0], layer.original)
             self.stream.run(layer.index, batch, streams.rounded, told[1])
@@ -280,7 +287,7 @@ class Coupled:
                 layer.kept.keep(batch, exact.inputs.view(shape), rounded.inputs.view(shape))
                 before = [each.get(layer.index, batch) for each in (streams.exact, streams.rounded)]
                 residual = (before[0] - before[1]).flatten(0, -2).to(self.stream.resources.device)
-            elif weight.role in WRITES and exact.residual is not None and rounded.residual is not None:
+            elif weight.adds and exact.residual is not None and rounded.residual is not None:
                 residual = exact.residual - rounded.residual
             return Pair(exact, rounded, residual)
 
@@ -294,11 +301,11 @@ class Coupled:
     def _head(self, weight: Weight, streams: Streams) -> Result:
         """The output head, fed by the final norm."""
         stream, name = self.stream, self.formats[weight.name]
-        if name in UNROUNDED or weight.input is None:
+        if name in UNROUNDED or weight.site is None:
             return self.plain(weight, name)
         norms = [each for each in stream.weights(None) if each.role is Role.NORM]
         fill(stream.model, norms, device=stream.resources.device)
-        norm = stream.model.get_submodule(weight.input.partition(":")[0])
+        norm = stream.model.get_submodule(weight.site.module)
         grams = Grams.empty(1, weight, stream.resources.device)
         with torch.inference_mode():
             for batch in range(len(stream.batches)):
@@ -349,7 +356,7 @@ def judged(
         layer=weight.layer,
         format=fmt.name,
         error=(lost / energy.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(),
-        tokens=tokens if weight.role.is_expert else None,
+        tokens=tokens if weight.is_expert else None,
         fallbacks=tuple(bad.reason for bad in found.fallbacks),
     )
     return Packed(weight, fmt.name, found.data.cpu()), loss

@@ -30,9 +30,9 @@ class Quantizer:
 
     def stats(self, weight: Weight) -> InputStats | None:
         """What calibration saw of the inputs of `weight`."""
-        if self.calibration is None or weight.input is None:
+        if self.calibration is None or weight.site is None:
             return None
-        return self.calibration.inputs[weight.input]
+        return self.calibration.inputs[weight.site.name]
 
     def pack(self, weight: Weight, format_name: str) -> tuple[Packed, ExpertLoss]:
         """Load, quantize and measure one weight. CheckpointError names a weight that is not finite."""
@@ -53,7 +53,7 @@ class Quantizer:
             weight.layer,
             format_name,
             relative_error(fmt, matrix, data, columns),
-            stats.tokens if stats is not None and weight.role.is_expert else None,
+            stats.tokens if stats is not None and weight.is_expert else None,
         )
         return Packed(weight, format_name, data), loss
 

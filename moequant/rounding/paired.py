@@ -15,14 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from moequant.forward.experts import FusedExperts, by_expert
-from moequant.forward.taps import Enough
-from moequant.values import Role, Weight
-
-WRITES = (Role.ATTN_OUT, Role.DOWN, Role.DENSE_DOWN)
-"""Roles whose output is added to the residual stream: only they can pull its error back."""
+from moequant.forward.experts import between, by_expert, first_product
+from moequant.forward.taps import Enough, Recorder
+from moequant.values import Site, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +48,7 @@ class Grams:
         def zeros(rows: int) -> Tensor:
             return torch.zeros(experts, rows, weight.n_in, device=device)
 
-        pull = zeros(weight.shape[-2]) if weight.role in WRITES else None
+        pull = zeros(weight.shape[-2]) if weight.adds else None
         halves = zeros(weight.n_in), zeros(weight.n_in)
         return cls(halves, zeros(weight.n_in), pull, torch.zeros(experts, dtype=torch.int64))
 
@@ -77,16 +73,17 @@ class Grams:
         self.tokens[expert] += len(weighted)
 
 
-class Capture:
+class Capture(Recorder):
     """A recorder that keeps what a weight is fed and the residual stream before it, then stops the layer.
 
-    `wanted` is the weight's input name; `middle` names the norm between attention and
-    feed-forward block, whose input is the residual stream that the block adds to. `inner`
-    keeps what the experts' second product is fed, with the routing of this stream.
+    `site` is the weight's; `before` that of the experts' common input, where it is one of theirs. `middle`
+    names the norm between attention and feed-forward block, whose input is the residual stream that the
+    block adds to. `inner` keeps what the experts' second product is fed, with the routing of this stream.
     """
 
-    def __init__(self, wanted: str, middle: str, inner: bool) -> None:
-        self.wanted, self.middle, self.keeps_inner = wanted, middle, inner
+    def __init__(self, site: Site, before: str, middle: str, inner: bool) -> None:
+        self.site, self.wanted, self.before = site, site.name, before
+        self.middle, self.keeps_inner = middle, inner
         self.inputs: Tensor | None = None
         self.residual: Tensor | None = None
         self.index: Tensor | None = None
@@ -101,16 +98,22 @@ class Capture:
             self.inputs = inputs.flatten(0, -2)
             raise Enough
 
+    def heads(self, name: str, inputs: Tensor) -> None:
+        """See `Recorder`."""
+        if name == self.wanted:
+            self.inputs = inputs.flatten(0, -3)
+            raise Enough
+
     def routed(self, name: str, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
         """See `Recorder`."""
-        if self.wanted in (f"{name}:up", f"{name}:down"):
+        if name == self.before:
             self.inputs, self.index, self.gates = hidden, index, gates
-            if self.wanted.endswith(":up") or not self.keeps_inner:
+            if self.site.side == "experts" or not self.keeps_inner:
                 raise Enough
 
     def expert(self, name: str, expert: int, inputs: Tensor, gates: Tensor) -> None:
         """See `Recorder`."""
-        if name == self.wanted and name.endswith(":down"):
+        if name == self.wanted and self.site.side == "inner":
             self.inner[expert] = inputs
 
 
@@ -123,26 +126,29 @@ class Pair:
     residual: Tensor | None
 
     def seen(self, weight: Weight, experts: nn.Module | None) -> Iterator[tuple[int, Seen]]:
-        """What each expert of `weight` is fed; `experts` is the original block (None: dense).
+        """What each expert or head of `weight` is fed; `experts` is the original block (None: not routed).
 
         Of a token's residual error, each of its experts takes the share that its router
         weight has among them: Σ g·(r/Σg) = r.
         """
         exact, rounded = self.exact.inputs, self.rounded.inputs
         assert exact is not None and rounded is not None
+        if experts is None and rounded.ndim == 3:
+            for head in range(rounded.shape[1]):
+                yield head, Seen(rounded[:, head], exact[:, head])
+            return
         if experts is None:
             yield 0, Seen(rounded, exact, residual=self.residual)
             return
         index, gates = self.rounded.index, self.rounded.gates
         assert index is not None and gates is not None
-        fused: FusedExperts = experts  # type: ignore[assignment]
         mass, flat = gates.sum(1, keepdim=True), gates.reshape(-1)
-        for expert, chosen in by_expert(index, weight.n_experts):
+        for expert, chosen in by_expert(index, weight.matrices):
             tokens = torch.div(chosen, index.shape[1], rounding_mode="floor")
             square = flat[chosen].square()
-            if weight.role is not Role.DOWN:
+            if self.rounded.site.side == "experts":
                 yield expert, Seen(rounded[tokens], exact[tokens], square)
                 continue
-            inner = fused._apply_gate(linear(exact[tokens], fused.gate_up_proj[expert].to(exact.dtype)))
+            inner = between(experts, first_product(experts, expert, exact[tokens]))
             residual = None if self.residual is None else self.residual[tokens] / mass[tokens]
             yield expert, Seen(self.rounded.inner[expert], inner, square, residual)

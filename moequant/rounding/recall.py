@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moequant.forward.taps import Recorder, recorder
 
 
-class Recalled:
+class Recalled(Recorder):
     """A recorder that knows what the attention output of its batch is fed, [rows, n, in]; `to` is told."""
 
     def __init__(self, attention: Tensor, to: Recorder | None) -> None:
@@ -26,6 +26,11 @@ class Recalled:
         """See `Recorder`."""
         if self._to is not None:
             self._to.dense(name, inputs)
+
+    def heads(self, name: str, inputs: Tensor) -> None:
+        """See `Recorder`."""
+        if self._to is not None:
+            self._to.heads(name, inputs)
 
     def routed(self, name: str, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
         """See `Recorder`."""

@@ -17,22 +17,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, one_hot
+from torch.nn.functional import one_hot
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moequant.checkpoint import Checkpoint, load, uninterleave
+from moequant.checkpoint import Checkpoint, load
 from moequant.errors import CheckpointError
-from moequant.forward.experts import FusedExperts, by_expert
+from moequant.forward.experts import EXPERTS
 from moequant.forward.model import Provider, empty_model, fill
+from moequant.forward.stream import sites
+from moequant.forward.taps import Recorder, recording, watch
 from moequant.progress import available_bytes
 from moequant.values import Role, Weight
-
-EXPERTS = "moequant-fisher"
-"""Name under which transformers finds the experts function that gradients flow through."""
-
-TOLD = "moequant_fisher"
-"""Attribute of an experts module: what is called with each expert's outputs."""
+from moequant.values.ops import Transposed, apply
 
 BATCH_TOKENS = 1024
 """Tokens of a forward and backward pass: their activations in every layer are there at once."""
@@ -43,13 +39,9 @@ OVERHEAD = 3.0
 PRIOR = 1.0
 """An expert's Fisher is shrunk to its layer's as if it had seen so many more of its tokens per row."""
 
-Told = Callable[[int, Tensor, Tensor], None]
-"""Expert, outputs of its gate and up [m, 2f], outputs of its down [m, h]."""
-
-
 @dataclass(frozen=True, slots=True)
 class Fishers:
-    """Sums of g gᵀ: `outputs` f32 [E, out, out] by weight, rows in the order of the file; `embedding` f32
+    """Sums of g gᵀ: `outputs` f32 [E, out, out] by weight, rows in the weight's order; `embedding` f32
     [h, h], of the stream that enters the first layer."""
 
     outputs: dict[str, Tensor]
@@ -74,17 +66,17 @@ class Needs:
 def needs(checkpoint: Checkpoint, tokens: int, device: str = "cpu") -> Needs:
     """What `gather` will take for so many tokens, before it starts."""
     wanted = _wanted(checkpoint)
-    top = int(checkpoint.config.get("num_experts_per_tok") or 1) if checkpoint.n_experts else 1
+    top = checkpoint.shape.experts_used or 1
     flops, activations = 0, 0
     for weight in checkpoint.weights:
         if len(weight.shape) > 1 and weight.role is not Role.EMBEDDING:
-            share = top if weight.role.is_expert else 1
+            share = top if weight.is_expert else 1
             out = weight.shape[-2]
             felt = out if weight in wanted else 0
             flops += 2 * share * out * (2 * weight.n_in + felt)
             activations += 3 * share * (out + weight.n_in)
     held = sum(weight.numel for weight in checkpoint.weights)
-    held += sum(weight.n_experts * weight.shape[-2] ** 2 for weight in wanted)
+    held += sum(weight.matrices * weight.shape[-2] ** 2 for weight in wanted)
     held += activations * min(BATCH_TOKENS, tokens)
     return Needs(tokens, 4 * held, OVERHEAD * flops * tokens / _speed(device))
 
@@ -114,10 +106,10 @@ def gather(
     fill(model, checkpoint.weights, provider, device=device)
     if checkpoint.tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    sums = _Sums(model, _wanted(checkpoint), int(checkpoint.config["hidden_size"]), device)
+    sums = _Sums(model, _wanted(checkpoint), checkpoint.shape.hidden, device)
     generator = torch.Generator().manual_seed(seed)
     for batch in torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1])):
-        with torch.enable_grad():
+        with torch.enable_grad(), recording(sums):
             logits = model(batch.to(device), use_cache=False).logits
         chances = torch.softmax(logits.detach().float(), -1)
         labels = _draw(chances, generator)
@@ -132,30 +124,29 @@ def _draw(chances: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(running, at * running[..., -1:]).squeeze(-1).clamp_max(chances.shape[-1] - 1)
 
 
-class _Sums:
-    """Hooks in a model, and the sums that they add to."""
+class _Sums(Recorder):
+    """A recorder of what experts give, hooks in a model, and the sums that both add to."""
 
     def __init__(self, model: PreTrainedModel, wanted: Sequence[Weight], width: int, device: str) -> None:
         self.wanted, self.device = wanted, device
         self.grams = {
-            weight.name: torch.zeros(weight.n_experts, *[weight.shape[-2]] * 2, device=device)
+            weight.name: torch.zeros(weight.matrices, *[weight.shape[-2]] * 2, device=device)
             for weight in wanted
         }
-        self.tokens = {weight.name: torch.zeros(weight.n_experts, device=device) for weight in wanted}
+        self.tokens = {weight.name: torch.zeros(weight.matrices, device=device) for weight in wanted}
         self.embedding = torch.zeros(width, width, device=device)
         model.get_input_embeddings().register_forward_hook(self._embedded)
-        by_param: dict[str, list[Weight]] = {}
+        self.by_site: dict[str, list[Weight]] = {}
+        by_module: dict[str, list[Weight]] = {}
         for weight in wanted:
-            by_param.setdefault(weight.param, []).append(weight)
-        blocks: dict[str, dict[str, list[Weight]]] = {}
-        for param, weights in by_param.items():
-            module, _, leaf = param.rpartition(".")
-            if weights[0].role.is_expert:
-                blocks.setdefault(module, {})[leaf] = weights
+            assert weight.site is not None
+            if weight.is_expert:
+                self.by_site.setdefault(weight.site.name, []).append(weight)
             else:
-                model.get_submodule(module).register_forward_hook(self._dense(weights))
-        for module, leaves in blocks.items():
-            setattr(model.get_submodule(module), TOLD, self._experts(leaves))
+                by_module.setdefault(weight.place.param.rpartition(".")[0], []).append(weight)
+        watch(model, [site for site in sites(wanted) if site.side in ("experts", "inner")])
+        for module, weights in by_module.items():
+            model.get_submodule(module).register_forward_hook(self._dense(weights))
 
     def _embedded(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         output = output.detach().requires_grad_()
@@ -173,60 +164,42 @@ class _Sums:
 
         return hook
 
-    def _experts(self, leaves: dict[str, list[Weight]]) -> Told:
-        def told(expert: int, gate_up: Tensor, down: Tensor) -> None:
-            self._watch(gate_up, leaves["gate_up_proj"], expert)
-            self._watch(down, leaves["down_proj"], expert)
-
-        return told
+    def gave(self, site: str, expert: int, outputs: Tensor) -> None:
+        """See `forward.experts.Told`."""
+        self._watch(outputs, self.by_site.get(site, []), expert)
 
     def _watch(self, output: Tensor, weights: list[Weight], expert: int) -> None:
         """When the gradient of `output` [..., rows] is known, add it to these weights' rows of it."""
 
         def add(gradient: Tensor) -> None:
             for weight in weights:
-                felt = gradient[..., slice(*weight.param_rows)].flatten(0, -2)
+                felt = _rows(weight, gradient.flatten(0, -2))
                 self.grams[weight.name][expert].addmm_(felt.T, felt)
                 self.tokens[weight.name][expert] += len(felt)
 
         output.register_hook(add)  # type: ignore[no-untyped-call]
 
     def finished(self) -> Fishers:
-        """The sums, in the order of the file's rows, few tokens' shrunk; CheckpointError: not finite."""
+        """The sums, few tokens' shrunk; CheckpointError: not finite."""
         for weight in self.wanted:
             gram, tokens = self.grams[weight.name], self.tokens[weight.name]
             if not bool(gram.isfinite().all()):
                 raise CheckpointError(
                     f"{weight.name}: the loss has no finite gradient there; use --effort default"
                 )
-            if weight.n_experts > 1:
+            if weight.matrices > 1:
                 prior = PRIOR * gram.shape[-1] / tokens.sum().clamp_min(1)
                 gram += prior * gram.sum(0)
-            if weight.rope_heads:
-                rows = torch.arange(gram.shape[-1], device=gram.device)
-                order = torch.argsort(uninterleave(rows[:, None], weight.rope_heads)[:, 0])
-                gram.copy_(gram[:, order][:, :, order])
         return Fishers(self.grams, self.embedding)
 
 
-def experts_forward(
-    module: FusedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """The weighted sum of each token's experts, as `routing.experts` has it; outputs are told to TOLD."""
-    told: Told | None = getattr(module, TOLD, None)
-    k, gates = top_k_index.shape[1], top_k_weights.reshape(-1, 1)
-    out = torch.zeros_like(hidden_states)
-    for expert, chosen in by_expert(top_k_index, module.num_experts):
-        tokens = torch.div(chosen, k, rounding_mode="floor")
-        gate_up = linear(hidden_states[tokens], module.gate_up_proj[expert])
-        down = linear(module._apply_gate(gate_up), module.down_proj[expert])
-        if told is not None:
-            told(expert, gate_up, down)
-        out = out.index_add(0, tokens, down * gates[chosen])
-    return out
-
-
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
+def _rows(weight: Weight, outputs: Tensor) -> Tensor:
+    """Of what a parameter's product gives, [n, out] in the parameter's order, the outputs of a weight's rows, in
+    its order: [n, rows]."""
+    ops = weight.place.ops
+    if ops and isinstance(ops[0], Transposed):  # the parameter lies [in, out], as outputs do
+        return apply(ops, outputs).mT
+    return apply(ops, outputs.mT).mT
 
 
 def _wanted(checkpoint: Checkpoint) -> tuple[Weight, ...]:
@@ -234,7 +207,10 @@ def _wanted(checkpoint: Checkpoint) -> tuple[Weight, ...]:
     return tuple(
         weight
         for weight in checkpoint.weights
-        if weight.layer is not None and weight.input is not None and len(weight.shape) > 1
+        if weight.layer is not None
+        and weight.site is not None
+        and not weight.site.heads
+        and len(weight.shape) > 1
     )
 
 

@@ -65,8 +65,9 @@ class Journal:
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
     """Names, places, sizes and times of all tensors' files: changes when the checkpoint does."""
-    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
-    refs = {source.ref for weight in checkpoint.weights for source in weight.sources}
+    digest = hashlib.sha256(json.dumps(checkpoint.raw, sort_keys=True, default=str).encode())
+    stored = {each.name: each for weight in checkpoint.weights for each in weight.origin.stored}
+    refs = [ref for each in stored.values() for ref in each.parts.values()]
     for ref in sorted(refs, key=lambda ref: ref.name):
         digest.update(f"{ref.name} {ref.shape} {ref.dtype} {ref.begin}".encode())
     for file in sorted({ref.file for ref in refs}):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moequant.forward.taps import Recorder
 from moequant.values import InputStats, RouteStats
 
 
-class Moments:
+class Moments(Recorder):
     """A recorder that sums the squares of what every weight is fed, and where the router sends tokens.
 
     `experts` is E; `domains` i64 [n] is the domain of every token of the batch, out of `n_domains`.
@@ -25,6 +26,14 @@ class Moments:
         """One moment for all tokens."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         self._add(name, 1, 0, flat, torch.ones(len(flat), device=flat.device))
+
+    def heads(self, name: str, inputs: Tensor) -> None:
+        """The moments of each head, which every token crosses."""
+        count = inputs.shape[-2]
+        flat = inputs.reshape(-1, count, inputs.shape[-1])
+        ones = torch.ones(len(flat), device=flat.device)
+        for head in range(count):
+            self._add(name, count, head, flat[:, head], ones)
 
     def expert(self, name: str, expert: int, inputs: Tensor, gates: Tensor) -> None:
         """The moments of one expert's tokens."""

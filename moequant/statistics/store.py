@@ -19,22 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moequant import families
 from moequant.checkpoint import Checkpoint
 from moequant.errors import CorpusError
 from moequant.files import atomic
-from moequant.values import Calibration, InputStats, RouteStats
+from moequant.values import Calibration, InputStats, RouteStats, Weight
 
-VERSION = 1
-"""Layout of the file; another number is refused."""
+VERSION = 2
+"""Layout of the file: sites and keys of the config have the model's names. Version 1 had those of llama.cpp."""
 
 METADATA = "moequant"
 
 _INPUT_FIELDS = tuple(field.name for field in fields(InputStats))
 _ROUTE_FIELDS = ("tokens", "gate_mass", "domain_tokens", "pairs")
 
-Model = Mapping[str, str | int | float | bool]
-"""What decides how a model computes, by GGUF key; statistics of two models never mix."""
+Model = Mapping[str, Any]
+"""What decides how a model computes, by config key; statistics of two models never mix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +43,16 @@ class Stored:
     model: Model
     calibration: Calibration
     origin: str
+    version: int = VERSION
 
 
 def identity(checkpoint: Checkpoint) -> Model:
-    """Architecture, every config value that reaches a GGUF file, and the vocabulary's size."""
-    keys = families.metadata(checkpoint.family, checkpoint.config)
-    return {
-        "general.architecture": checkpoint.family.gguf_arch,
-        "vocab_size": int(checkpoint.config["vocab_size"]),
-        **{key: value for key, _, value in keys},
-    }
+    """The family, and every config value that its tables know, as the class in transformers fills them."""
+    values = {key: getattr(checkpoint.config, key, None) for key in sorted(checkpoint.family.known)}
+    found = {"family": checkpoint.family.name, **values}
+    # Through JSON, because that is what a file keeps: tuples are lists there.
+    known: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def stored(checkpoint: Checkpoint, calibration: Calibration) -> Stored:
@@ -96,36 +95,34 @@ def load(path: Path) -> Stored:
         raise CorpusError(f"{path}: cannot be read as statistics ({error})") from None
     if not isinstance(meta, dict):
         raise CorpusError(f"{path}: a safetensors file, but not statistics from moequant route")
-    if meta.get("version") != VERSION:
+    if meta.get("version") not in (1, VERSION):
         raise CorpusError(
             f"{path}: statistics of version {meta.get('version')}, expected {VERSION}; route again"
         )
     if meta.pop("crc32", None) != _checksum(meta, tensors):
         raise CorpusError(f"{path}: statistics are damaged (checksum differs); copy or route again")
     try:
-        return Stored(meta["model"], _calibration(meta, tensors), str(path))
+        return Stored(meta["model"], _calibration(meta, tensors), str(path), int(meta["version"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CorpusError(f"{path}: statistics are damaged ({error!r} in the header)") from None
-
-
-def load_for(checkpoint: Checkpoint, path: Path) -> Calibration:
-    """The statistics in `path`, if they are of `checkpoint`; CorpusError names what differs."""
-    found = load(path)
-    check(checkpoint, found)
-    return found.calibration
 
 
 def check(checkpoint: Checkpoint, found: Stored) -> None:
     """CorpusError, naming what differs, unless `found` has statistics for every weight of `checkpoint`."""
     _same_model(stored(checkpoint, found.calibration), found)
     for weight in checkpoint.weights:
-        if weight.input is None:
+        if weight.site is None:
             continue
-        stats = found.calibration.inputs.get(weight.input)
-        if stats is None or stats.moment.shape != (weight.n_experts, weight.n_in):
+        stats = found.calibration.inputs.get(weight.site.name)
+        if stats is None or stats.moment.shape != (stacked(weight), weight.n_in):
             raise CorpusError(
                 f"{found.origin}: no fitting statistics for {weight.name}; route {checkpoint.path} again"
             )
+
+
+def stacked(weight: Weight) -> int:
+    """How many matrices of a weight have statistics of their own."""
+    return weight.matrices if weight.is_expert or (weight.site is not None and weight.site.heads) else 1
 
 
 def merge(parts: Sequence[Stored]) -> Stored:

@@ -57,10 +57,7 @@ def load_encoder(folder: Path) -> Tokenizer:
 
 
 def _checked(checkpoint: Checkpoint, rows: Rows) -> Rows:
-    config = checkpoint.config
-    return corpus.check(
-        rows, max_length=int(config["max_position_embeddings"]), vocab_size=int(config["vocab_size"])
-    )
+    return corpus.check(rows, max_length=checkpoint.shape.context, vocab_size=checkpoint.shape.vocab)
 
 
 def _part(rows: Rows, chosen: list[int]) -> Rows:

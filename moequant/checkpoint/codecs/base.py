@@ -1,58 +1,17 @@
-"""What a codec is: how the bytes of a checkpoint become numbers, a range of rows at a time."""
+"""Stored values as they are, read a range of rows at a time; other codecs stand on this."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moequant.errors import CheckpointError
-from moequant.values import TensorRef
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor of a checkpoint as the numbers that it holds; nothing is read yet.
-
-    `shape` and `dtype` ("BF16", "F16" or "F32") are those of the decoded values; `parts` are the tensors
-    in the files behind it, by what the codec calls them (a plain tensor has one part, `""`).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    parts: Mapping[str, TensorRef]
-    codec: Codec
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that it takes in the files."""
-        return sum(ref.end - ref.begin for ref in self.parts.values())
-
-    def read(self, index: int | None = None, rows: range | None = None) -> Tensor:
-        """Decoded values [len(rows), in] of matrix `index` of a stack [E, rows, in] (None: of a matrix or,
-        whole, a vector); `rows` None is all of them. CheckpointError for bytes that are not there or make
-        no number."""
-        if len(self.shape) > 1 and rows is None:
-            rows = range(self.shape[-2])
-        return self.codec.decode(self, index, rows)
-
-
-class Codec(Protocol):
-    """One way in which tensors are stored."""
-
-    @property
-    def name(self) -> str:
-        """What reports call it."""
-
-    def decode(self, stored: Stored, index: int | None, rows: range | None) -> Tensor:
-        """See `Stored.read`: a new tensor in `stored.dtype`; `rows` is contiguous, None only for a vector."""
-
+from moequant.values import Stored, TensorRef
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,

@@ -109,7 +109,7 @@ def data_bytes(weights: Iterable[Weight], types: dict[str, str]) -> int:
 
 def checksum_bytes(weights: Iterable[Weight]) -> int:
     """What the checksums of every expert add to a GGUF header (llama.cpp's files have none), at most."""
-    return aligned(4 * sum(weight.n_experts for weight in weights) + 2 * ALIGNMENT)
+    return aligned(4 * sum(weight.matrices for weight in weights) + 2 * ALIGNMENT)
 
 
 def _block(format_name: str) -> tuple[int, int]:

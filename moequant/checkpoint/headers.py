@@ -1,0 +1,157 @@
+"""The header of a safetensors file, read once, with the format's full rules; and the tensors of a folder.
+
+The rules are those of the format's own page (huggingface.co/docs/safetensors): offsets cover the data
+without gap or overlap, and every tensor's bytes are its shape times its type.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from moequant.errors import CheckpointError
+from moequant.values import TensorRef
+
+MAX_HEADER = 100_000_000
+"""The format's own limit on its JSON header, in bytes."""
+
+INDEX = "model.safetensors.index.json"
+
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+"""Bits of a number of each of the format's types."""
+
+
+def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
+    """A JSON object from a regular file; CheckpointError when there is none."""
+    check_regular(path)
+    if path.stat().st_size > limit:
+        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; at most {limit:,} were expected")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a JSON object was expected")
+    return value
+
+
+def check_regular(path: Path) -> None:
+    """CheckpointError for a file that is not there, or is a folder, a device or a pipe."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: is not a regular file")
+
+
+def read_headers(folder: Path) -> dict[str, TensorRef]:
+    """All tensors of a folder by name, the index checked against the shards."""
+    weight_map = _weight_map(folder)
+    shards = sorted(set(weight_map.values()))
+    if not weight_map:
+        shards = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not shards:
+            raise CheckpointError(f"{folder}: no *.safetensors file; other weight formats are not read")
+    if missing := [name for name in shards if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(shards)} named in "
+            f"{INDEX}); is the download complete?"
+        )
+    refs: dict[str, TensorRef] = {}
+    for name in shards:
+        for ref in read_header(folder / name):
+            if ref.name in refs:
+                raise CheckpointError(
+                    f"{folder}: tensor {ref.name} is in two shards, {name} and {refs[ref.name].file.name}"
+                )
+            refs[ref.name] = ref
+    if absent := sorted(weight_map.keys() - refs.keys()):
+        raise CheckpointError(f"{folder}: {absent[0]} is in the index but not in {weight_map[absent[0]]}")
+    return refs
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index of a sharded folder, checked: shards lie in the folder itself; empty when there is none."""
+    if not (folder / INDEX).is_file():
+        return {}
+    found = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{folder / INDEX}: has no weight_map; is the download complete?")
+    for tensor, name in found.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+            raise CheckpointError(
+                f"{folder / INDEX}: {tensor!r} is said to lie in {name!r}; a *.safetensors file of the folder "
+                "was expected"
+            )
+    return found
+
+
+def read_header(path: Path) -> tuple[TensorRef, ...]:
+    """The tensors of one safetensors file, in the order of their bytes. CheckpointError for what breaks a
+    rule of the format."""
+    check_regular(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise CheckpointError(
+                f"{path}: not a complete safetensors file ({size} bytes); download it again"
+            )
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+        except (UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: safetensors header is damaged ({error})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: safetensors header is damaged (no JSON object)")
+    header.pop("__metadata__", None)
+    refs = sorted(
+        (_ref(path, name, entry, 8 + length) for name, entry in header.items()), key=lambda r: r.begin
+    )
+    at = 8 + length
+    for ref in refs:
+        if ref.begin != at:
+            what = "overlaps the tensor before it" if ref.begin < at else "leaves a gap before it"
+            raise CheckpointError(f"{path}: tensor {ref.name} {what}; the file is damaged")
+        at = ref.end
+    if at != size:
+        what = "truncated" if at > size else "has bytes that no tensor names"
+        raise CheckpointError(f"{path}: {what}, {size} bytes of {at}; is the download complete?")
+    return tuple(refs)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+def _ref(path: Path, name: str, entry: Any, start: int) -> TensorRef:
+    """One entry of a header, its types and its size checked."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = (*shape, begin, end)
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(
+            f"{path}: tensor {name}: dtype, shape and two data_offsets were expected; the header is damaged"
+        ) from None
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in numbers):
+        raise CheckpointError(f"{path}: tensor {name}: shape or offsets are no sizes; the header is damaged")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise CheckpointError(f"{path}: tensor {name}: dtype {dtype!r} is none of the format's")
+    if end - begin != prod(shape) * BITS[dtype] // 8:
+        raise CheckpointError(
+            f"{path}: tensor {name}: {list(shape)} of {dtype} are {prod(shape) * BITS[dtype] // 8} bytes, its "
+            f"offsets say {end - begin}; the header is damaged"
+        )
+    return TensorRef(name, tuple(shape), dtype, path, start + begin, start + end)

@@ -1,0 +1,130 @@
+"""A model as the tensors and keys of a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moequant.checkpoint import Checkpoint
+from moequant.containers.gguf.families import COMMON, EXPORTS, Computed, Export, FileTensor, Key
+from moequant.errors import FamilyError
+from moequant.values import Origin, Place, Role, Stack, Stored, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What a GGUF file of a model holds, but for types and tokenizer.
+
+    `checkpoint` is the model cut into the file's tensors, in the file's order. `names` and `shapes` are those of
+    the file, by our names. `keys` are without the architecture's name.
+    """
+
+    checkpoint: Checkpoint
+    arch: str
+    names: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    keys: tuple[Key, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The file's tensors."""
+        return self.checkpoint.weights
+
+    @property
+    def own_names(self) -> dict[str, str]:
+        """Our names, by the file's."""
+        return {theirs: ours for ours, theirs in self.names.items()}
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The keys by their full names."""
+        return {f"{self.arch}.{key.name}": key.value for key in self.keys}
+
+
+def export(checkpoint: Checkpoint) -> Exported:
+    """The model as a GGUF file has it.
+
+    FamilyError, with every reason, when llama.cpp has no such architecture or computes something else.
+    """
+    way = way_of(checkpoint)
+    if reasons := list(way.complaints(checkpoint.config)):
+        more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
+        raise FamilyError(f"{checkpoint.family.name}: {reasons[0]}{more}")
+    weights: list[Weight] = []
+    names: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    tensors = [pair for each in checkpoint.weights for pair in _cut(checkpoint, way, each)]
+    # The head stays last, behind what the file alone has.
+    tensors[-1:-1] = [(_computed(each), FileTensor(each.name)) for each in way.computed(checkpoint.config)]
+    for weight, tensor in tensors:
+        prefix = "" if weight.layer is None else f"blk.{weight.layer}."
+        weights.append(weight)
+        names[weight.name] = prefix + tensor.name
+        shapes[weight.name] = tensor.shape or weight.shape
+        assert prod(shapes[weight.name]) == weight.numel
+    return Exported(
+        checkpoint.with_weights(tuple(weights)),
+        way.arch,
+        names,
+        shapes,
+        way.keys(checkpoint.config),
+        way.warnings(checkpoint.config),
+    )
+
+
+def way_of(checkpoint: Checkpoint) -> Export:
+    """The family's way into GGUF; FamilyError when llama.cpp has none."""
+    way = EXPORTS.get(checkpoint.family.name)
+    if way is None:
+        raise FamilyError(
+            f"{checkpoint.family.name}: llama.cpp has no such architecture; --format safetensors writes a folder"
+        )
+    return way
+
+
+def local(weight: Weight) -> str:
+    """A weight's name within its layer."""
+    return weight.name if weight.layer is None else weight.name.removeprefix(f"layers.{weight.layer}.")
+
+
+def _cut(checkpoint: Checkpoint, way: Export, weight: Weight) -> Iterator[tuple[Weight, FileTensor]]:
+    """The file's tensors that are made of one weight."""
+    parts = way.cut(checkpoint.config, weight)
+    if parts is None:
+        name = way.names.get(local(weight)) or COMMON.get(local(weight))
+        if name is None:
+            raise FamilyError(f"{checkpoint.family.name}: llama.cpp's {way.arch!r} has no name for {weight.name}")
+        yield weight, FileTensor(name)
+        return
+    for part in parts:
+        own = weight.name if part.own is None else f"layers.{weight.layer}.{part.own}"
+        made = weight.refined(
+            part.ops, part.stack, name=own, role=part.role or weight.role, site=part.site or weight.site
+        )
+        yield made, part
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """A codec of values that the config gives."""
+
+    values: tuple[float, ...]
+    name: str = "computed"
+
+    def decode(self, stored: Stored, index: int | None, rows: range | None) -> Tensor:
+        """See `Codec`."""
+        return torch.tensor(self.values, dtype=torch.float32)
+
+
+def _computed(tensor: Computed) -> Weight:
+    """A tensor that the file has and the model computes: a weight that lives nowhere."""
+    shape = (len(tensor.values),)
+    stored = Stored(tensor.name, shape, "F32", {}, _Values(tensor.values))
+    name = tensor.name.removesuffix(".weight")
+    return Weight(name, Role.SCALE, None, shape, Stack.NONE, Origin((stored,)), Place(""), None)

@@ -1,0 +1,23 @@
+"""One file for each family's way into GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moequant.containers.gguf.families.base import Computed, Export, FileTensor, Key
+from moequant.containers.gguf.families.llama import LLAMA, MIXTRAL
+from moequant.containers.gguf.families.names import COMMON
+from moequant.containers.gguf.families.olmoe import OLMOE
+from moequant.containers.gguf.families.qwen3 import QWEN3, QWEN3_MOE
+
+__all__ = ["COMMON", "EXPORTS", "Computed", "Export", "FileTensor", "Key"]
+
+EXPORTS: Mapping[str, Export] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "mixtral": MIXTRAL,
+    "olmoe": OLMOE,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+}
+"""By the family's name."""

@@ -1,0 +1,103 @@
+"""How a family becomes a GGUF file: names, what is cut or reordered, keys, and what llama.cpp computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moequant.families import Config
+from moequant.values import Role, Site, Stack, Weight
+from moequant.values.ops import Ops
+
+Kind = Literal["u32", "f32", "bool", "str", "u32s", "f32s", "bools"]
+"""Types of keys; those that end in s are arrays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of the file. Its name is without the architecture's, which is put before it."""
+
+    name: str
+    kind: Kind
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A tensor of the file that is made of (a part of) a weight.
+
+    `name` is GGUF's, without `blk.N.`. `own` is our name of the part within its layer, None for the weight's own.
+    Blocks of codes run along the rows of what `ops` make, under the statistics of `site` where it is given.
+    `shape` is what the file says where it differs, at the same bytes.
+    """
+
+    name: str
+    ops: Ops = ()
+    own: str | None = None
+    role: Role | None = None
+    site: Site | None = None
+    stack: Stack | None = None
+    shape: tuple[int, ...] | None = None
+
+
+Cut = Callable[[Config, Weight], "tuple[FileTensor, ...] | None"]
+"""What the file makes of a weight; None: one tensor, as it is, named by the table."""
+
+
+def whole(config: Config, weight: Weight) -> tuple[FileTensor, ...] | None:
+    """Every weight as it is."""
+    return None
+
+
+def nothing(config: Config) -> tuple[()]:
+    """No tensors beside the weights."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A tensor that the file has and the model computes: name, and its values in F32."""
+
+    name: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A family's way into GGUF.
+
+    `arch` is llama.cpp's name of the architecture. `names` are the tensors that are called otherwise than in
+    `names.COMMON`, by our name within the layer. `complaints` yields one sentence for each thing in the config that
+    llama.cpp's graph does not compute; `warnings` one for each that it computes a little differently.
+    """
+
+    arch: str
+    keys: Callable[[Config], tuple[Key, ...]]
+    complaints: Callable[[Config], Iterator[str]]
+    names: Mapping[str, str] = field(default_factory=dict)
+    cut: Cut = whole
+    computed: Callable[[Config], tuple[Computed, ...]] = nothing
+    warnings: Callable[[Config], tuple[str, ...]] = nothing
+
+
+def only(config: Config, arch: str, key: str, *allowed: Any) -> Iterator[str]:
+    """A complaint when a config value is none of those that the graph implements."""
+    value = getattr(config, key, allowed[0])
+    if value not in allowed:
+        yield (
+            f"config key {key} = {value!r}: llama.cpp's {arch!r} implements only "
+            f"{' or '.join(map(repr, allowed))}, the file would compute something else"
+        )
+
+
+def full_attention(config: Config, arch: str) -> Iterator[str]:
+    """A complaint when some layer looks at a window that a context can exceed."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+        if "sliding_attention" in kinds:
+            yield (
+                f"config key sliding_window = {window!r}: llama.cpp's {arch!r} implements only full "
+                "attention, the file would compute something else"
+            )

@@ -1,0 +1,45 @@
+"""llama.cpp's `llama`: Llama, Mistral and Mixtral. It rotates pairs of rows, where transformers rotates halves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moequant.containers.gguf.families.base import Export, FileTensor, Key, full_attention, only
+from moequant.containers.gguf.families.keys import expert_counts, head_sizes, sizes
+from moequant.families import Config
+from moequant.values import Role, Weight
+from moequant.values.ops import Interleaved
+
+ARCH = "llama"
+
+
+def pairs(config: Config, weight: Weight) -> tuple[FileTensor, ...] | None:
+    """Rows of q and k, head by head, in llama.cpp's rotary order."""
+    if weight.role is Role.ATTN_Q:
+        return (FileTensor("attn_q.weight", (Interleaved(config.num_attention_heads),)),)
+    if weight.role is Role.ATTN_K:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return (FileTensor("attn_k.weight", (Interleaved(heads),)),)
+    return None
+
+
+def complaints(config: Config) -> Iterator[str]:
+    """What the graph takes for granted."""
+    yield from only(config, ARCH, "hidden_act", "silu")
+    yield from only(config, ARCH, "attention_bias", False)
+    yield from only(config, ARCH, "mlp_bias", False)
+    yield from full_attention(config, ARCH)
+
+
+def dense_keys(config: Config) -> tuple[Key, ...]:
+    """Keys of a dense model."""
+    return (*sizes(config), *head_sizes(config))
+
+
+def moe_keys(config: Config) -> tuple[Key, ...]:
+    """Keys of Mixtral."""
+    return (*sizes(config), *expert_counts(config), *head_sizes(config))
+
+
+LLAMA = Export(ARCH, dense_keys, complaints, cut=pairs)
+MIXTRAL = Export(ARCH, moe_keys, complaints, cut=pairs)

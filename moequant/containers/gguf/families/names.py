@@ -1,0 +1,45 @@
+"""GGUF's names of tensors, by our names of weights within a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def _both(ours: str, theirs: str) -> dict[str, str]:
+    """A linear's weight and bias."""
+    return {ours: f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
+
+
+COMMON: Mapping[str, str] = {
+    "embedding": "token_embd.weight",
+    **_both("norm", "output_norm"),
+    **_both("head", "output"),
+    **_both("attn_norm", "attn_norm"),
+    **_both("attn_q", "attn_q"),
+    **_both("attn_k", "attn_k"),
+    **_both("attn_v", "attn_v"),
+    **_both("attn_qkv", "attn_qkv"),
+    **_both("attn_out", "attn_output"),
+    **_both("attn_gate", "attn_gate"),
+    "attn_q_norm": "attn_q_norm.weight",
+    "attn_k_norm": "attn_k_norm.weight",
+    "attn_sinks": "attn_sinks.weight",
+    "attn_q_a": "attn_q_a.weight",
+    "attn_q_a_norm": "attn_q_a_norm.weight",
+    "attn_q_b": "attn_q_b.weight",
+    "attn_kv_a": "attn_kv_a_mqa.weight",
+    "attn_kv_a_norm": "attn_kv_a_norm.weight",
+    **_both("ffn_norm", "ffn_norm"),
+    **_both("ffn.gate", "ffn_gate"),
+    **_both("ffn.up", "ffn_up"),
+    **_both("ffn.down", "ffn_down"),
+    **_both("router", "ffn_gate_inp"),
+    "router.correction": "exp_probs_b.bias",
+    **_both("experts.gate", "ffn_gate_exps"),
+    **_both("experts.up", "ffn_up_exps"),
+    **_both("experts.down", "ffn_down_exps"),
+    "shared.router": "ffn_gate_inp_shexp.weight",
+    **_both("shared.gate", "ffn_gate_shexp"),
+    **_both("shared.up", "ffn_up_shexp"),
+    **_both("shared.down", "ffn_down_shexp"),
+}

@@ -1,0 +1,23 @@
+"""llama.cpp's `olmoe`: it neither renormalises top-k weights nor clips q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moequant.containers.gguf.families.base import Export, full_attention, only
+from moequant.containers.gguf.families.llama import moe_keys
+from moequant.families import Config
+
+ARCH = "olmoe"
+
+
+def complaints(config: Config) -> Iterator[str]:
+    """What the graph takes for granted."""
+    yield from only(config, ARCH, "hidden_act", "silu")
+    yield from only(config, ARCH, "attention_bias", False)
+    yield from only(config, ARCH, "norm_topk_prob", False)
+    yield from only(config, ARCH, "clip_qkv", None)
+    yield from full_attention(config, ARCH)
+
+
+OLMOE = Export(ARCH, moe_keys, complaints)

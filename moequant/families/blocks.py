@@ -1,0 +1,189 @@
+"""Blocks that families share, as the slots of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moequant.families.base import Config, Get, Slot
+from moequant.values import ModelShape, Role, Site, Stack
+from moequant.values.ops import Op, Ops, Part
+
+SHAPE_KEYS = frozenset(
+    {
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "vocab_size",
+        "max_position_embeddings",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "hidden_act",
+        "attention_bias",
+        "mlp_bias",
+        "sliding_window",
+        "layer_types",
+    }
+)
+"""Config keys that every llama-like family has, and every container looks at."""
+
+
+def shape(config: Config, experts: int = 0, used: int = 0) -> ModelShape:
+    """The shape of a llama-like model."""
+    heads = int(config.num_attention_heads)
+    return ModelShape(
+        layers=int(config.num_hidden_layers),
+        hidden=int(config.hidden_size),
+        vocab=int(config.vocab_size),
+        context=int(config.max_position_embeddings),
+        heads=heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        experts=experts,
+        experts_used=used,
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+def moe_shape(config: Config) -> ModelShape:
+    """The same with experts, which transformers knows as `num_local_experts` or `num_experts`."""
+    experts = getattr(config, "num_local_experts", None) or config.num_experts
+    return shape(config, int(experts), int(config.num_experts_per_tok))
+
+
+def ends(config: Config) -> tuple[Slot, ...]:
+    """Embedding, final norm and head. The head's input is seen where it is made, so that nobody computes
+    logits to see it. Of a tied pair checkpoints may hold either one."""
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    site = Site("head.input", "model.norm", "output")
+    return (
+        Slot(
+            "embedding",
+            Role.EMBEDDING,
+            embedding,
+            (Get(embedding), Get(head)) if config.tie_word_embeddings else (),
+            site=site if config.tie_word_embeddings else None,
+        ),
+        Slot("norm", Role.NORM, "model.norm.weight"),
+        Slot("head", Role.OUTPUT, head, site=site, optional=bool(config.tie_word_embeddings)),
+    )
+
+
+def norm(layer: int, name: str, module: str) -> Slot:
+    """A norm's weight; `module` is its name within the layer."""
+    return Slot(f"layers.{layer}.{name}", Role.NORM, f"model.layers.{layer}.{module}.weight")
+
+
+def bias(slot: str, module: str) -> Slot:
+    """The bias of a slot's module, where there is one."""
+    return Slot(f"{slot}.bias", Role.BIAS, f"{module}.bias", optional=True)
+
+
+def linear(
+    layer: int, name: str, role: Role, module: str, site: Site, *, biased: bool = False, adds: bool = False
+) -> tuple[Slot, ...]:
+    """A linear module's weight, and its bias if it may have one; `module` is its name within the layer."""
+    own, at = f"layers.{layer}.{name}", f"model.layers.{layer}.{module}"
+    slot = Slot(own, role, f"{at}.weight", site=site, adds=adds)
+    return (slot, bias(own, at)) if biased else (slot,)
+
+
+def seen(layer: int, name: str, module: str) -> Site:
+    """The input of a module of a layer."""
+    return Site(f"layers.{layer}.{name}", f"model.layers.{layer}.{module}")
+
+
+def attention(
+    layer: int, *, qk_norm: bool = False, biased: bool = False, ffn_norm: str = "post_attention_layernorm"
+) -> tuple[Slot, ...]:
+    """Norms and projections of llama-like attention; q, k and v multiply the same activations."""
+    into = seen(layer, "attn.input", "self_attn.q_proj")
+    out = seen(layer, "attn.output", "self_attn.o_proj")
+    slots = [
+        norm(layer, "attn_norm", "input_layernorm"),
+        *linear(layer, "attn_q", Role.ATTN_Q, "self_attn.q_proj", into, biased=biased),
+        *linear(layer, "attn_k", Role.ATTN_K, "self_attn.k_proj", into, biased=biased),
+        *linear(layer, "attn_v", Role.ATTN_V, "self_attn.v_proj", into, biased=biased),
+        *linear(layer, "attn_out", Role.ATTN_OUT, "self_attn.o_proj", out, biased=biased, adds=True),
+        norm(layer, "ffn_norm", ffn_norm),
+    ]
+    if qk_norm:
+        slots += [
+            norm(layer, "attn_q_norm", "self_attn.q_norm"),
+            norm(layer, "attn_k_norm", "self_attn.k_norm"),
+        ]
+    return tuple(slots)
+
+
+def gated_ffn(layer: int, module: str = "mlp", kind: str = "ffn") -> tuple[Slot, ...]:
+    """A gated feed-forward block that every token crosses: of a dense layer, or the shared experts."""
+    roles = {
+        "ffn": (Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN),
+        "shared": (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN),
+    }[kind]
+    into = seen(layer, f"{kind}.input", f"{module}.gate_proj")
+    inner = seen(layer, f"{kind}.inner", f"{module}.down_proj")
+    return (
+        *linear(layer, f"{kind}.gate", roles[0], f"{module}.gate_proj", into),
+        *linear(layer, f"{kind}.up", roles[1], f"{module}.up_proj", into),
+        # Beside routed experts, only those pull the residual's error back: both would do it twice.
+        *linear(layer, f"{kind}.down", roles[2], f"{module}.down_proj", inner, adds=kind == "ffn"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """How a family keeps the experts of a layer.
+
+    `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert, `names` what those
+    call gate, up and down. `module` is where transformers has them, fused: gate_up_proj [E, 2f, h],
+    down_proj [E, h, f].
+    """
+
+    width: int
+    stored: str = "mlp.experts"
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    module: str = "mlp.experts"
+
+    def slots(self, layer: int, adds: bool = True) -> tuple[Slot, ...]:
+        """Gate, up and down of all experts of a layer."""
+        at = f"model.layers.{layer}.{self.module}"
+        before = Site(f"layers.{layer}.experts.input", at, "experts")
+        inner = Site(f"layers.{layer}.experts.inner", at, "inner")
+        halves: tuple[tuple[Op, ...], ...] = (Part(0, self.width),), (Part(self.width, 2 * self.width),)
+        return (
+            self._slot(layer, 0, Role.GATE, "gate_up_proj", halves[0], before),
+            self._slot(layer, 1, Role.UP, "gate_up_proj", halves[1], before),
+            self._slot(layer, 2, Role.DOWN, "down_proj", (), inner, adds),
+        )
+
+    def _slot(
+        self, layer: int, which: int, role: Role, param: str, ops: Ops, site: Site, adds: bool = False
+    ) -> Slot:
+        fused = f"model.layers.{layer}.{self.module}.{param}"
+        one = f"model.layers.{layer}.{self.stored}.{{e}}.{self.names[which]}.weight"
+        name = f"layers.{layer}.experts.{role.value}"
+        return Slot(name, role, fused, (Get(one), Get(fused, ops)), ops, site, Stack.EXPERTS, adds)
+
+
+def router(layer: int, stored: str = "mlp.gate", module: str = "mlp.gate") -> Slot:
+    """The router's weight; checkpoints may use either name."""
+    param, other = (f"model.layers.{layer}.{name}.weight" for name in (module, stored))
+    ways = tuple(Get(name) for name in dict.fromkeys((other, param)))
+    return Slot(f"layers.{layer}.router", Role.ROUTER, param, ways)
+
+
+def correction(layer: int, name: str = "mlp.gate.e_score_correction_bias") -> Slot:
+    """What is added to a router's scores for the choice of experts alone; transformers keeps it in a buffer."""
+    return Slot(f"layers.{layer}.router.correction", Role.CORRECTION, f"model.layers.{layer}.{name}")
+
+
+def value(config: Config, name: str, default: Any = None) -> Any:
+    """A config's value, or the default where its class has no such key."""
+    return getattr(config, name, default)

@@ -1,0 +1,163 @@
+"""What a config.json means: its class in transformers says, and every key is accounted for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from moequant.errors import CheckpointError, FamilyError
+from moequant.families.base import Config, Family
+
+HARMLESS = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "hidden_dropout",
+        "id2label",
+        "initializer_range",
+        "initializer_factor",
+        "label2id",
+        "max_window_layers",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "quantization_config",
+        "resid_pdrop",
+        "return_dict",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "router_z_loss_coef",
+        "sep_token_id",
+        "torch_dtype",
+        "transformers_version",
+        "unk_token_id",
+        "use_cache",
+        "use_return_dict",
+    }
+)
+"""Config keys that never change what inference computes, in any family: the one list of them."""
+
+BOOKKEEPING = ("_", "unsloth")
+"""Saving tools keep books under such names: `_attn_implementation_autoset`, `unsloth_version`."""
+
+
+def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that says how text is computed; of a plain text model, all of it."""
+    inner = raw.get("text_config")
+    if not isinstance(inner, dict):
+        return dict(raw)
+    outer = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw and key not in inner}
+    return {**inner, **outer}
+
+
+def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None) -> Config:
+    """The config object of the family's class in transformers: absent keys filled, all keys checked.
+
+    `tied` overrides `tie_word_embeddings`. Raises FamilyError for a value of a wrong type and for a key that
+    nobody accounts for.
+    """
+    from transformers import CONFIG_MAPPING  # seconds to import, and `--help` does without
+
+    text = text_config(raw)
+    # Releases of remote code have a name of their own for what is another model's class.
+    kind = text.get("model_type") if text.get("model_type") in CONFIG_MAPPING else family.model_type
+    if kind != family.model_type:
+        raise FamilyError(
+            f"config.json: model_type {kind!r} does not go with {family.classes[0]}, whose type is "
+            f"{family.model_type!r}"
+        )
+    given = {key: value for key, value in text.items() if key not in ("auto_map", "quantization_config")}
+    if tied is not None:
+        given["tie_word_embeddings"] = tied
+    cls = CONFIG_MAPPING[family.model_type]
+    try:
+        config = cls.from_dict(given)
+    except Exception as error:  # the class's own checks raise what they like
+        raise FamilyError(
+            f"config.json: {family.model_type} cannot be made of it ({one_line(error)})"
+        ) from None
+    _check_keys(family, given, config)
+    return config
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """An exception of somebody else's as one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> None:
+    """FamilyError for the first key that may change what is computed and that nobody accounts for."""
+    aliases = dict(getattr(type(config), "attribute_map", {}))
+    known = family.known | HARMLESS
+    known |= {aliases[key] for key in known if key in aliases} | {k for k, v in aliases.items() if v in known}
+    own, source = _defaults(type(config)), _model_source(type(config))
+    for key, value in given.items():
+        if key in known or key.startswith(BOOKKEEPING) or value is None:
+            continue
+        if key in family.says:
+            if value not in family.says[key]:
+                raise _refused(family, key, value, f"this class computes {family.says[key][0]!r}")
+        elif key in own or aliases.get(key, key) in own:
+            default = own.get(key, own.get(aliases.get(key, key)))
+            if value != default:
+                raise _refused(family, key, value, f"only the class's own {default!r} is described")
+        elif _mentions(source, key):
+            raise _refused(family, key, value, "the class uses it, and no table describes it")
+        elif value:
+            raise _refused(family, key, value, "unknown, and it may change what the model computes")
+    for key, default in own.items():  # what the class derives, or reads under another name
+        now = getattr(config, key, default)
+        if key not in known and key not in given and aliases.get(key, key) not in known and now != default:
+            raise _refused(family, key, now, f"only the class's own {default!r} is described")
+
+
+def _refused(family: Family, key: str, value: Any, why: str) -> FamilyError:
+    shown = repr(value)
+    shown = shown if len(shown) < 80 else shown[:79] + "…"
+    return FamilyError(f"{family.name}: config key {key} = {shown}: {why}")
+
+
+@cache
+def _defaults(cls: type) -> dict[str, Any]:
+    """Every key of a config class, with the value that it has when nobody says."""
+    from transformers import PreTrainedConfig
+
+    base = PreTrainedConfig().to_dict()
+    made = cls().to_dict()
+    return {key: value for key, value in made.items() if key not in base or value != base[key]}
+
+
+@cache
+def _model_source(cls: type) -> str:
+    """The source of the model that a config class belongs to."""
+    module = cls.__module__.replace(".configuration_", ".modeling_")
+    try:
+        return inspect.getsource(__import__(module, fromlist=["_"]))
+    except (ImportError, OSError):
+        return ""
+
+
+def _mentions(source: str, key: str) -> bool:
+    return f"config.{key}" in source or f'"{key}"' in source
+
+
+def check_experts(family: Family, experts: int, used: int) -> None:
+    """CheckpointError when a token is to be sent to more experts than there are."""
+    if experts and not 0 < used <= experts:
+        raise CheckpointError(
+            f"{family.name}: num_experts_per_tok is {used}, but there are {experts} experts; a token "
+            f"can be sent to 1 to {experts} of them"
+        )

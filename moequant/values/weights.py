@@ -1,0 +1,203 @@
+"""Model weights: what transformers computes with, in torch's shapes, under names of our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum, StrEnum, auto
+from math import prod
+from typing import Literal
+
+from moequant.values.ops import Ops, shape_after
+from moequant.values.stored import Stored
+
+
+class Role(StrEnum):
+    """What a weight does in the model."""
+
+    EMBEDDING = "embedding"
+    OUTPUT = "output"
+    NORM = "norm"
+    BIAS = "bias"
+    SCALE = "scale"
+    ATTN_Q = "attn_q"
+    ATTN_K = "attn_k"
+    ATTN_V = "attn_v"
+    ATTN_QKV = "attn_qkv"
+    ATTN_OUT = "attn_out"
+    ATTN_GATE = "attn_gate"
+    Q_A = "q_a"
+    Q_B = "q_b"
+    KV_A = "kv_a"
+    KV_B = "kv_b"
+    K_B = "k_b"
+    V_B = "v_b"
+    SINKS = "sinks"
+    INDEXER = "indexer"
+    ROUTER = "router"
+    CORRECTION = "correction"
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+    SHARED_ROUTER = "shared_router"
+    SHARED_GATE = "shared_gate"
+    SHARED_UP = "shared_up"
+    SHARED_DOWN = "shared_down"
+    DENSE_GATE = "dense_gate"
+    DENSE_UP = "dense_up"
+    DENSE_DOWN = "dense_down"
+    LATENT_DOWN = "latent_down"
+    LATENT_UP = "latent_up"
+    STATE = "state"
+    CONV = "conv"
+    SSM_IN = "ssm_in"
+    SSM_OUT = "ssm_out"
+
+    @property
+    def keeps_precision(self) -> bool:
+        """Vectors and routers are small and decide much: they stay F32 in every file."""
+        return self in _PRECISE
+
+
+_PRECISE = frozenset(
+    {
+        Role.NORM,
+        Role.BIAS,
+        Role.SCALE,
+        Role.SINKS,
+        Role.ROUTER,
+        Role.CORRECTION,
+        Role.SHARED_ROUTER,
+        Role.STATE,
+        Role.CONV,
+    }
+)
+
+
+class Stack(Enum):
+    """What the first of three dimensions counts."""
+
+    NONE = auto()
+    EXPERTS = auto()
+    HEADS = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Activations that weights multiply: those with one site share their statistics.
+
+    `name` is what statistics call it. `module` is where they are seen in the transformers model: at its
+    input or output, or, for a module of experts, before its first product ("experts") or its second
+    ("inner"). `ops` lead from what is seen there [.., width] to [.., in] or, with `heads`, for a stack of
+    heads, to [.., heads, in].
+    """
+
+    name: str
+    module: str
+    side: Literal["input", "output", "experts", "inner"] = "input"
+    ops: Ops = ()
+    heads: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a weight lives in the transformers model: `ops` make it of the parameter or buffer `param`."""
+
+    param: str
+    ops: Ops = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a weight's values come from: each of `stored`, or each matrix of the one stack, through `ops`.
+
+    Several stored tensors are stacked, one expert behind the other.
+    """
+
+    stored: tuple[Stored, ...]
+    ops: Ops = ()
+
+    @property
+    def dtype(self) -> str:
+        """What it decodes to, as safetensors names it."""
+        return self.stored[0].dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the stored tensors; weights that share one count it each."""
+        return sum(stored.bytes for stored in self.stored)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One weight of the model, in the model's shape and order.
+
+    `shape` is `(E, out, in)` for a stack, `(out, in)` for a matrix, `(n,)` for a vector. `site` is None
+    for what multiplies nothing that is observed: vectors, look-ups, routers. `adds` says that what it
+    gives is added to the residual stream as it is. `names` are what checkpoints with a tensor of its own
+    for every expert call its matrices.
+    """
+
+    name: str
+    role: Role
+    layer: int | None
+    shape: tuple[int, ...]
+    stack: Stack
+    origin: Origin
+    place: Place
+    site: Site | None
+    names: tuple[str, ...] = ()
+    adds: bool = False
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.shape)
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether only the tokens that the router sends see it."""
+        return self.stack is Stack.EXPERTS
+
+    @property
+    def matrices(self) -> int:
+        """Experts or heads of a stack, 1 otherwise."""
+        return self.shape[0] if self.stack is not Stack.NONE else 1
+
+    @property
+    def n_in(self) -> int:
+        """Row length: the dimension that a format cuts into blocks."""
+        return self.shape[-1]
+
+    def refined(self, ops: Ops, stack: Stack | None = None, **changes: object) -> Weight:
+        """What a container makes of this weight: the same through `ops`, here and in the model.
+
+        Raises ValueError when the ops do not fit its shape.
+        """
+        made = replace(
+            self,
+            shape=shape_after(ops, self.shape),
+            stack=self.stack if stack is None else stack,
+            origin=Origin(self.origin.stored, (*self.origin.ops, *ops)),
+            place=Place(self.place.param, (*self.place.ops, *ops)),
+        )
+        return replace(made, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """How large a model is, typed: what its config says, absent keys filled by its class.
+
+    `kv_heads` and `head_dim` are those of most layers. `experts` is 0 for a dense model; `context` is the
+    longest row that it takes.
+    """
+
+    layers: int
+    hidden: int
+    vocab: int
+    context: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int = 0
+    experts_used: int = 0
+    tied: bool = False
