@@ -27,9 +27,9 @@ from benchmarks.router import Fit, refit  # noqa: E402
 from moequant.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from moequant.commands.convert import Settings, convert, open_model  # noqa: E402
 from moequant.containers import gguf  # noqa: E402
+from moequant.containers.gguf.read import GgufFile  # noqa: E402
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer  # noqa: E402
 from moequant.evaluate import Comparison  # noqa: E402
-from moequant.evaluate.open_source import GgufFile  # noqa: E402
 from moequant.forward.stream import LayerStream, Resources  # noqa: E402
 from moequant.rounding.coupled import FISHER_TOKENS, Coupled, Rounding, Streams  # noqa: E402
 from moequant.rounding.diagonal import Quantizer, pack_all  # noqa: E402

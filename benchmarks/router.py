@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
+from moequant.containers.gguf.read import GgufFile
 from moequant.evaluate import score_row
-from moequant.evaluate.open_source import GgufFile
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import Provider, build_model
 from moequant.forward.stream import LayerStream

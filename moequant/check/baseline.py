@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import gguf
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +18,8 @@ from moequant.containers.folders import write as folder
 from moequant.containers.folders.plan import modules
 from moequant.containers.folders.read import FolderWeights
 from moequant.containers.gguf import checksums
-from moequant.containers.gguf.write import GgufWeights
+from moequant.containers.gguf.header import TensorInfo
+from moequant.containers.gguf.read import GgufFile, decode
 from moequant.errors import VerifyError
 from moequant.formats import groups
 from moequant.formats.groups import GroupFormat
@@ -86,18 +85,19 @@ class GgufSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._weights = GgufWeights(path)
-        self._checksums = checksums.recorded(path)
+        self._file = GgufFile(path)
+        if not self._file.tensors:
+            raise VerifyError(f"{path}: no tensors in it; give the file of a whole model")
+        self._checksums = checksums.recorded(self._file)
         self.entries = tuple(
-            Entry(name, self._weights.format_of(name), _three(self._weights.shape(name)), _stacked(shape))
-            for name, shape in ((name, self._weights.shape(name)) for name in self._weights.tensors)
-            if len(shape) > 1 and _is_quantized(self.path, name, self._weights.format_of(name))
+            Entry(tensor.name, tensor.type, _three(tensor.shape), _stacked(tensor.shape))
+            for tensor in self._file.header.tensors
+            if _is_quantized(path, tensor)
         )
 
     def matrix(self, entry: Entry) -> Matrix:
-        """The bytes, copied from the mapped file."""
-        rows = self._weights.data(entry.name)
-        data = torch.from_numpy(np.array(rows)).view(*entry.shape[:2], -1)
+        """See `Source`."""
+        data = torch.from_numpy(self._file.data(entry.name)).view(*entry.shape[:2], -1)
         return Matrix(entry.format, entry.shape, data)
 
     def decode(self, entry: Entry, matrix: Matrix) -> Tensor:
@@ -106,9 +106,7 @@ class GgufSource:
 
     def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
         """See `Source`."""
-        with np.errstate(all="ignore"):  # damaged scales may overflow; that is reported, not warned about
-            values = gguf.dequantize(matrix.data.numpy(), gguf.GGMLQuantizationType[entry.format])
-        return torch.from_numpy(np.array(values, dtype=np.float32))
+        return torch.from_numpy(decode(matrix.data.numpy(), entry.format))
 
     def as_stored(self, weight: Weight) -> Weight:
         """`checkpoint.load` gives llama.cpp's row order already."""
@@ -116,7 +114,7 @@ class GgufSource:
 
     def load(self, weight: Weight) -> Tensor:
         """See `Source`."""
-        return self._weights.load(weight)
+        return self._file.load(weight)
 
     def altered(self, entry: Entry, matrix: Matrix) -> tuple[int, ...] | None:
         """See `Source`."""
@@ -132,7 +130,7 @@ class GgufSource:
         return tuple(
             (name, ALTERED)
             for name, wanted in (self._checksums or {}).items()
-            if name not in quantized and checksums.of_slices(self._weights.data(name), len(wanted)) != wanted
+            if name not in quantized and checksums.of_slices(self._file.data(name), len(wanted)) != wanted
         )
 
     def label(self, entry: Entry, expert: int) -> str:
@@ -247,11 +245,16 @@ def _stacked(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3
 
 
-def _is_quantized(path: Path, name: str, format_name: str) -> bool:
-    """Whether a tensor is packed in blocks. VerifyError for a type nobody here decodes."""
-    if format_name not in formats.FORMATS:
-        raise VerifyError(f"{path}: {name} is {format_name}, which moequant cannot decode")
-    return formats.get(format_name).block > 1
+def _is_quantized(path: Path, tensor: TensorInfo) -> bool:
+    """Whether a tensor is packed in blocks. VerifyError for what nobody here decodes."""
+    if len(tensor.shape) < 2:
+        return False
+    if tensor.type not in formats.FORMATS:
+        raise VerifyError(f"{path}: {tensor.name} is {tensor.type}, which moequant cannot decode")
+    quantized = formats.get(tensor.type).block > 1
+    if quantized and len(tensor.shape) > 3:
+        raise VerifyError(f"{path}: {tensor.name} is {tensor.shape}, expected a matrix or a stack of them")
+    return quantized
 
 
 def _layout_of(path: Path) -> str:

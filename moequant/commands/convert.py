@@ -11,11 +11,11 @@ from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.containers.gguf import imatrix
 from moequant.containers.gguf import write as gguf
 from moequant.containers.gguf.presets import ModelFacts
+from moequant.containers.gguf.read import GgufFile
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.containers.gguf.verify import verify
 from moequant.errors import CheckpointError, CorpusError, PlanError
 from moequant.evaluate import Comparison
-from moequant.evaluate.open_source import GgufFile
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, check_output
 from moequant.formats import Effort

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from moequant import __version__
+from moequant.containers.gguf.read import shards
 from moequant.errors import CheckpointError
-from moequant.evaluate.open_source import Source, shards
+from moequant.evaluate.open_source import Source
 from moequant.progress import total_memory
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "gguf", "xllamacpp", "compressed-tensors", "numpy")

@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
-import torch
-from gguf import GGUFReader
-from torch import Tensor
-
 from moequant import families
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
-from moequant.containers.gguf.header import read_header
+from moequant.containers.gguf.read import GgufFile, read_header
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.errors import CheckpointError, VerifyError
 from moequant.forward.model import Provider
@@ -40,6 +32,9 @@ SAME = (
     "rope.freq_base",
 )
 """GGUF keys that versions of one model have in common; a key that a file lacks is not compared."""
+
+TOKENS = "tokenizer.ggml.tokens"
+"""The key of the vocabulary's texts."""
 
 FOREIGN_TOKENS = 0.01
 """Tools spell a few special tokens differently; more than this share of others is another vocabulary."""
@@ -108,10 +103,10 @@ def open_files(paths: Sequence[Path]) -> tuple[Source, ...]:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file")
     headers = [read_header(path) for path in paths]
-    first, vocabulary = headers[0], GgufFile(paths[0]).tokens()
+    first, vocabulary = headers[0], headers[0].array(TOKENS)
     for header in headers[1:]:
         _same_metadata(header.path, header.metadata, first.path, first.metadata)
-        _same_texts(header.path, GgufFile(header.path).tokens(), first.path, vocabulary)
+        _same_texts(header.path, header.array(TOKENS), first.path, vocabulary)
     return tuple(
         Source(one.path, "GGUF", None, one.file_bytes, {each.name: each.type for each in one.tensors})
         for one in headers
@@ -168,66 +163,18 @@ def _quantized(path: Path, method: str, checkpoint: Checkpoint) -> Source:
 
 
 def _gguf(path: Path, checkpoint: Checkpoint) -> Source:
-    header = read_header(path)
+    file = GgufFile(path)
+    header = file.header
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     vocabulary = shapes.get("token_embd.weight", (None,))[0]
     _same_model(path, {**header.metadata, "vocab_size": vocabulary}, checkpoint)
-    decoded = GgufFile(path)
-    _same_vocabulary(path, decoded.tokens(), checkpoint)
+    _same_vocabulary(path, header.array(TOKENS), checkpoint)
     for weight in checkpoint.weights:
         _same_shape(path, weight, shapes.get(weight.name))
     if extra := sorted(shapes.keys() - {weight.name for weight in checkpoint.weights}):
         raise VerifyError(f"{path}: tensor {extra[0]} is unknown to {checkpoint.path}; is it the same model?")
     types = {tensor.name: tensor.type for tensor in header.tensors}
-    return Source(path, "GGUF", decoded.load, header.file_bytes, types)
-
-
-class GgufFile:
-    """A GGUF file, all shards of it, decoded by gguf-py an expert at a time; data is read, not mapped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._readers = [GGUFReader(shard) for shard in shards(path)]
-        except (OSError, ValueError, IndexError) as error:
-            raise VerifyError(f"{path}: not a readable GGUF file ({error})") from None
-        self._tensors = {
-            tensor.name: (shard, tensor)
-            for shard, reader in zip(shards(path), self._readers, strict=True)
-            for tensor in reader.tensors
-        }
-
-    def tokens(self) -> list[str]:
-        """The vocabulary's texts; empty when the file has none."""
-        field = self._readers[0].fields.get("tokenizer.ggml.tokens")
-        return [] if field is None else list(field.contents())
-
-    def load(self, weight: Weight) -> Tensor:
-        """Decoded values, f32, shape `weight.shape`: a `routing.model.Provider`."""
-        shard, tensor = self._tensors[weight.name]
-        out = torch.empty(weight.n_experts, *weight.shape[-2:])
-        rows = prod(weight.shape[:-1]) // weight.n_experts
-        size = int(tensor.n_bytes) // weight.n_experts
-        for expert in range(weight.n_experts):
-            data = np.fromfile(shard, np.uint8, size, offset=int(tensor.data_offset) + expert * size)
-            if len(data) < size:
-                raise VerifyError(f"{shard}: ends inside tensor {weight.name}; is the download complete?")
-            try:
-                values = gguf.dequantize(data.reshape(rows, -1), tensor.tensor_type)
-            except NotImplementedError:
-                raise VerifyError(
-                    f"{self.path}: gguf-py cannot decode {tensor.tensor_type.name} ({weight.name})"
-                ) from None
-            out[expert] = torch.from_numpy(np.ascontiguousarray(values, np.float32)).view(out.shape[1:])
-        return out.view(weight.shape)
-
-
-def shards(path: Path) -> list[Path]:
-    """All files of a split GGUF by the name of its first; `read_header` has checked that they are there."""
-    found = re.fullmatch(r"(.*-)00001(-of-(\d{5})\.gguf)", path.name)
-    if found is None:
-        return [path]
-    return [path.with_name(f"{found[1]}{number:05d}{found[2]}") for number in range(1, int(found[3]) + 1)]
+    return Source(path, "GGUF", file.load, header.file_bytes, types)
 
 
 def _same_model(path: Path, theirs: Mapping[str, Any], checkpoint: Checkpoint) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moequant.containers.gguf.header import Header, read_header
+from moequant.containers.gguf.header import Header
+from moequant.containers.gguf.read import read_header
 from moequant.errors import CheckpointError, PlanError
 from moequant.inspection.presets import PresetFile, preset_files
 from moequant.runtimes.llama_cpp.kv_cache import (
@@ -144,14 +145,16 @@ def place(header: Header, hardware: Hardware, load: Load) -> Placement:
     """The placement with most on the GPU.
 
     Raises PlanError when the cache of the architecture is not described, and CheckpointError for a file
-    without layers.
+    without layers, or whose keys are not those of its tensors.
     """
-    if not header.get("block_count") or not header.tensors:
+    if not header.layers:
         raise CheckpointError(f"{header.path}: no layers in it; give the file of a whole model")
-    limit = int(header.get("context_length", 0) or 0)
+    limit = header.count("context_length")
     if limit and load.ctx > limit:
         raise PlanError(f"{header.path}: a context of {load.ctx:,} was asked for, the model has {limit:,}")
     model = _Model.of(header, load)
+    if not model.head + sum(model.dense) + sum(model.active):
+        raise CheckpointError(f"{header.path}: no weight that a token would read; make it again")
     placement = model.placement(0, model.layers, hardware)
     for gpu_layers, cpu_moe in model.options() if hardware.vram else ():
         tried = model.placement(gpu_layers, cpu_moe, hardware)
@@ -178,20 +181,20 @@ class _Model:
 
     @classmethod
     def of(cls, header: Header, load: Load) -> _Model:
-        layers = int(header.get("block_count", 0))
+        layers = header.layers
         dense, experts, active = [0] * layers, [0] * layers, [0.0] * layers
         embedding = head = largest = 0
         tied = all(tensor.name != "output.weight" for tensor in header.tensors)
         for tensor in header.tensors:
             layer = tensor.layer
-            if layer is None or layer >= layers:
+            if layer is None:
                 first = "embd" in tensor.name
                 embedding += tensor.bytes if first else 0
                 # A tied embedding is loaded a second time, as the head.
                 head += tensor.bytes if not first or (tied and tensor.name == "token_embd.weight") else 0
             elif tensor.is_expert:
                 experts[layer] += tensor.bytes
-                active[layer] += tensor.bytes * experts_used(header, layer) / tensor.shape[0]
+                active[layer] += tensor.bytes * experts_used(header, layer, tensor.shape[0]) / tensor.shape[0]
                 largest = max(largest, tensor.bytes)
             else:
                 dense[layer] += tensor.bytes

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-from moequant.containers.gguf.header import Header, Skipped, TensorInfo, read_header
+from moequant.containers.gguf.header import Header, TensorInfo
+from moequant.containers.gguf.read import read_header
 from moequant.errors import CheckpointError
 from moequant.inspection.runtimes import gguf_runtimes
 from moequant.inspection.values import Inspection, Stored, by_role, by_type
+from moequant.runtimes.llama_cpp.kv_cache import experts_used
 
 _ROLES = (
     ("embedding", r"(token_embd|per_layer_token_embd|position_embd|token_types)\b"),
@@ -32,12 +33,14 @@ ORDER = (*(role for role, _ in _ROLES), "other")
 def inspect_gguf(path: Path) -> Inspection:
     """Describe a GGUF file, all shards of it. Raises CheckpointError for what is not a whole GGUF model."""
     header = read_header(path)
-    kind = header.metadata.get("general.type", "model")
+    kind = header.text("general.type") or "model"
     if not header.arch or kind != "model":
         raise CheckpointError(f"{path}: a GGUF file of type {kind!r}, not a model; give the model's own file")
-    layers = int(header.get("block_count", 0) or 0)
+    if not header.tensors:
+        raise CheckpointError(f"{path}: no tensors in it; give the file of a whole model")
+    layers = header.layers
     # Blocks that guess the token after the next one are not run in plain decoding.
-    running = layers - int(header.get("nextn_predict_layers", 0) or 0)
+    running = layers - header.count("nextn_predict_layers")
     tied = all(tensor.name != "output.weight" for tensor in header.tensors)
     stored = [_stored(tensor, header, running, tied) for tensor in header.tensors]
     types = by_type(stored)
@@ -47,10 +50,10 @@ def inspect_gguf(path: Path) -> Inspection:
         architecture=header.arch,
         family=None,
         layers=layers or None,
-        experts=_most(header.get("expert_count")),
-        experts_per_token=_most(header.get("expert_used_count")),
-        shared_experts=_most(header.get("expert_shared_count")) or _has_shared(header),
-        context=header.get("context_length"),
+        experts=header.largest("expert_count") or None,
+        experts_per_token=header.largest("expert_used_count") or None,
+        shared_experts=header.largest("expert_shared_count") or _has_shared(header),
+        context=header.count("context_length") or None,
         parameters=sum(tensor.parameters for tensor in stored),
         active=round(sum(tensor.parameters * tensor.share for tensor in stored)),
         bytes=sum(tensor.bytes for tensor in stored),
@@ -59,7 +62,7 @@ def inspect_gguf(path: Path) -> Inspection:
         types=types,
         roles=by_role(stored, ORDER),
         tokenizer=_tokenizer(header),
-        made_by=header.metadata.get("general.quantized_by"),
+        made_by=header.text("general.quantized_by"),
         presets=(),
         missing=("a GGUF file is a result: `moequant convert` starts from a Hugging Face folder",),
         notes=_notes(header),
@@ -78,17 +81,9 @@ def _stored(tensor: TensorInfo, header: Header, running: int, tied: bool) -> Sto
     if layer is not None and layer >= running:
         share = 0.0
     elif layer is not None and tensor.is_expert:
-        used = header.get("expert_used_count", tensor.shape[0])
-        share = (used[layer] if isinstance(used, tuple) else used) / tensor.shape[0]
+        share = experts_used(header, layer, tensor.shape[0]) / tensor.shape[0]
     read = role != "embedding" or (tied and tensor.name == "token_embd.weight")
     return Stored(role, tensor.type, tensor.numel, tensor.bytes, share, read)
-
-
-def _most(value: Any) -> int | None:
-    """One number, or the largest of a per-layer array; None for none."""
-    if isinstance(value, tuple):
-        value = max(value, default=0)
-    return int(value) if value else None
 
 
 def _has_shared(header: Header) -> int | None:
@@ -97,24 +92,23 @@ def _has_shared(header: Header) -> int | None:
 
 
 def _tokenizer(header: Header) -> str:
-    model, pre = (header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    model, pre = (header.text(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if model is None:
         return "none"
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    count = tokens.count if isinstance(tokens, Skipped) else len(tokens or ())
+    tokens = header.arrays.get("tokenizer.ggml.tokens")
+    count = 0 if tokens is None else tokens.count
     template = "with" if "tokenizer.chat_template" in header.metadata else "without"
     return f"{model}, pre-tokenizer {pre or '(none)'}, {count:,} tokens, {template} chat template"
 
 
 def _notes(header: Header) -> tuple[str, ...]:
     notes = []
-    if data := header.metadata.get("quantize.imatrix.dataset"):
+    if data := header.text("quantize.imatrix.dataset"):
         notes.append(f"importance matrix from: {data}")
     for key, word in (
         ("attention.key_length_mla", "multi-head latent attention"),
         ("attention.sliding_window", ""),
     ):
-        value = header.get(key)
-        if value:
+        if value := header.largest(key):
             notes.append(word or f"sliding window of {value:,} tokens in some or all layers")
     return tuple(notes)

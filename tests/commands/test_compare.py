@@ -17,11 +17,12 @@ from moequant.checkpoint import load, open_checkpoint
 from moequant.cli import app
 from moequant.commands.compare import CompareSettings, run
 from moequant.commands.convert import Settings, convert
+from moequant.containers.gguf.read import GgufFile
 from moequant.errors import CheckpointError, MoequantError, VerifyError
 from moequant.evaluate import Scores, difference, score_row, summarize
 from moequant.evaluate.activations import Rounded, by_32, by_256
 from moequant.evaluate.divergence import PERCENTILES, join
-from moequant.evaluate.open_source import GgufFile, open_source
+from moequant.evaluate.open_source import open_source
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model

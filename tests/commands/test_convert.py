@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, check_memory, convert
 from moequant.containers.gguf.presets import BASE_TYPES
-from moequant.containers.gguf.write import GgufWeights
+from moequant.containers.gguf.read import GgufFile
 from moequant.errors import CheckpointError
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
@@ -101,7 +101,7 @@ def test_our_decoded_weights_are_what_the_runtime_computes_with(tiny, tmp_path: 
     with Llama(out, threads=1) as llama, torch.inference_mode():
         ids = ids_for(llama.n_vocab, 128)
         runtime = torch.from_numpy(llama.logits(ids.tolist())).double()
-        decoded = build_model(checkpoint, EXPERTS, GgufWeights(out).load)(ids[None]).logits[0].double()
+        decoded = build_model(checkpoint, EXPERTS, GgufFile(out).load)(ids[None]).logits[0].double()
         original = build_model(checkpoint, EXPERTS)(ids[None]).logits[0].double()
     assert (runtime - decoded).square().sum() < 0.1 * (runtime - original).square().sum()
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from moequant.cli import app
 from moequant.cli.fit import memory
 from moequant.commands.convert import Settings, convert
-from moequant.containers.gguf.header import Header, TensorInfo, read_header
+from moequant.containers.gguf.header import Header, TensorInfo
+from moequant.containers.gguf.read import read_header
 from moequant.errors import CheckpointError, PlanError
 from moequant.inspection.fit import RESERVE, Candidate, Hardware, fit, place
 from moequant.runtimes.llama_cpp.kv_cache import Load, compute_bytes, kv_bytes

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 
-from moequant.errors import VerifyError
+from moequant.containers.gguf.header import TensorInfo
+from moequant.containers.gguf.read import Bytes, GgufFile
+from moequant.errors import OutputError, VerifyError
 
 KEY = "moequant.crc32"
-
-Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
 def of_slices(data: Bytes, slices: int) -> tuple[int, ...]:
@@ -35,27 +35,39 @@ def reserve(writer: GGUFWriter, slices: int) -> None:
 
 
 def record(path: Path, checksums: Mapping[str, tuple[int, ...]]) -> None:
-    """Fill the reserved room of a finished file with the checksums of all its tensors."""
-    reader = GGUFReader(path, "r+")
-    field = reader.get_field(KEY)
-    values = [value for tensor in reader.tensors for value in checksums[tensor.name]]
-    if field is None or len(field.data) != len(values):
+    """Fill the reserved room of a finished file with the checksums of all its tensors.
+
+    Raises VerifyError when there is no such room, OutputError when the disk refuses.
+    """
+    file = GgufFile(path)
+    values = [value for name in file.tensors for value in checksums[name]]
+    room = file.header.arrays.get(KEY)
+    if room is None or room.kind is not GGUFValueType.UINT32 or room.count != len(values):
         raise VerifyError(f"{path}: no room for {len(values)} checksums was reserved")
-    for part, value in zip(field.data, values, strict=True):
-        field.parts[part][0] = value
-    reader.data.flush()
+    try:
+        with path.open("r+b") as out:
+            out.seek(room.offset)
+            out.write(np.array(values, "<u4").tobytes())
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def recorded(path: Path) -> dict[str, tuple[int, ...]] | None:
-    """{tensor: a checksum for each expert, or one}, None when the file holds none."""
-    reader = GGUFReader(path)
-    field = reader.get_field(KEY)
-    if field is None:
+def recorded(file: GgufFile) -> dict[str, tuple[int, ...]] | None:
+    """{tensor: a checksum for each expert, or one}, None when the file holds none.
+
+    Raises VerifyError when they are not as many as its experts and tensors.
+    """
+    if KEY not in file.header.arrays:
         return None
-    values = iter(int(field.parts[part][0]) for part in field.data)
-    counts = {tensor.name: int(tensor.shape[2]) if len(tensor.shape) == 3 else 1 for tensor in reader.tensors}
-    if sum(counts.values()) != len(field.data):
+    found = file.header.array(KEY)
+    counts = {tensor.name: _slices(tensor) for tensor in file.header.tensors}
+    if sum(counts.values()) != len(found):
         raise VerifyError(
-            f"{path}: {len(field.data)} checksums for {sum(counts.values())} experts and tensors"
+            f"{file.path}: {len(found)} checksums for {sum(counts.values())} experts and tensors"
         )
+    values = iter(found)
     return {name: tuple(next(values) for _ in range(count)) for name, count in counts.items()}
+
+
+def _slices(tensor: TensorInfo) -> int:
+    return tensor.shape[0] if len(tensor.shape) == 3 else 1

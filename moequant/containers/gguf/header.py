@@ -1,50 +1,46 @@
-"""The header of a GGUF file, without its data: keys and tensor descriptions, whatever the size behind them.
-
-A reader of its own because gguf-py makes an array view of every token of the vocabulary, which takes
-seconds on today's vocabularies; here long arrays are stepped over. The layout is that of gguf.md in ggml.
-"""
+"""What the header of a GGUF file says: keys, tensors, and arrays by their position."""
 
 from __future__ import annotations
 
-import mmap
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+import numpy as np
+from gguf import GGUFValueType
 
 from moequant.errors import CheckpointError
 
-_SCALARS: Final = {
-    GGUFValueType.UINT8: "<B",
-    GGUFValueType.INT8: "<b",
-    GGUFValueType.UINT16: "<H",
-    GGUFValueType.INT16: "<h",
-    GGUFValueType.UINT32: "<I",
-    GGUFValueType.INT32: "<i",
-    GGUFValueType.UINT64: "<Q",
-    GGUFValueType.INT64: "<q",
-    GGUFValueType.FLOAT32: "<f",
-    GGUFValueType.FLOAT64: "<d",
-    GGUFValueType.BOOL: "<?",
+SCALARS: Final = {
+    GGUFValueType.UINT8: struct.Struct("<B"),
+    GGUFValueType.INT8: struct.Struct("<b"),
+    GGUFValueType.UINT16: struct.Struct("<H"),
+    GGUFValueType.INT16: struct.Struct("<h"),
+    GGUFValueType.UINT32: struct.Struct("<I"),
+    GGUFValueType.INT32: struct.Struct("<i"),
+    GGUFValueType.UINT64: struct.Struct("<Q"),
+    GGUFValueType.INT64: struct.Struct("<q"),
+    GGUFValueType.FLOAT32: struct.Struct("<f"),
+    GGUFValueType.FLOAT64: struct.Struct("<d"),
+    GGUFValueType.BOOL: struct.Struct("<?"),
 }
-_KEPT: Final = 4096
-"""Arrays of more numbers than this are counted, not kept: no per-layer array is longer."""
+"""How numbers are stored, little endian."""
 
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-_BLOCK = re.compile(r"blk\.(\d+)\.")
+MOST_LAYERS = 512
+"""Blocks of the deepest model that llama.cpp loads (LLAMA_MAX_LAYERS)."""
+
+_SHOWN = 1000
+"""Letters of a string that is shown; the longest in real files are paths."""
+
+_COUNT = 2**32
+"""Counts are u32 in llama.cpp; a larger number is no count."""
+
+_BLOCK = re.compile(r"blk\.([0-9]{1,6})\.")
 _EXPERT = re.compile(r"\.ffn_(up|down|gate|gate_up)_(ch|)exps\.")
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """An array that was stepped over: so many elements."""
-
-    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,146 +70,131 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Array:
+    """An array of a header by its position: `count` elements in `size` bytes from `offset` of `path`."""
+
+    path: Path
+    kind: GGUFValueType
+    count: int
+    offset: int
+    size: int
+
+    def values(self) -> list[Any]:
+        """The elements, read now: strings or numbers.
+
+        Raises CheckpointError when the file is no longer as its header was read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                raw = file.read(self.size)
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+        found = self._strings(raw) if self.kind is GGUFValueType.STRING else self._numbers(raw)
+        if len(raw) != self.size or len(found) != self.count:
+            raise CheckpointError(f"{self.path}: changed while it was read; start again when it is complete")
+        return found
+
+    def _numbers(self, raw: bytes) -> list[Any]:
+        kind = np.dtype(SCALARS[self.kind].format)
+        return list(np.frombuffer(raw, kind, len(raw) // kind.itemsize).tolist())
+
+    def _strings(self, raw: bytes) -> list[Any]:
+        found, at, length = [], 0, SCALARS[GGUFValueType.UINT64]
+        while at + 8 <= len(raw):
+            end = at + 8 + length.unpack_from(raw, at)[0]
+            found.append(raw[at + 8 : end].decode("utf-8", "replace"))
+            at = end
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class Header:
-    """What a GGUF file (all shards of it) says before its data; strings and numbers as Python values."""
+    """What a GGUF file (all shards of it) says before its data; strings and numbers as Python values.
+
+    Arrays of strings and long arrays of numbers are not in `metadata`: `array` reads them when asked.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: tuple[TensorInfo, ...]
     file_bytes: int
+    arrays: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def arch(self) -> str:
         """llama.cpp's name of the architecture."""
-        return str(self.metadata.get("general.architecture", ""))
+        return self.text("general.architecture") or ""
 
     @property
     def bits(self) -> float:
         """Bits of weight data per weight."""
         return 8 * sum(tensor.bytes for tensor in self.tensors) / sum(tensor.numel for tensor in self.tensors)
 
+    @property
+    def layers(self) -> int:
+        """Blocks, 0 without the key. CheckpointError when `block_count` is not what the tensors are of."""
+        count = self.count("block_count")
+        if not count:
+            return 0
+        last = max((tensor.layer for tensor in self.tensors if tensor.layer is not None), default=-1)
+        # Blocks that guess further tokens are counted, but may have been left out.
+        if count > MOST_LAYERS or not count - self.count("nextn_predict_layers") <= last + 1 <= count:
+            raise CheckpointError(
+                f"{self.path}: {self.arch}.block_count is {count:,}, but its tensors are of {last + 1:,} "
+                f"blocks (at most {MOST_LAYERS}); download or make it again"
+            )
+        return count
+
+    def text(self, key: str) -> str | None:
+        """The string `key` (its whole name) as it can be shown on one line; None when there is none."""
+        found = self.metadata.get(key)
+        return plain(found) if isinstance(found, str) else None
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value of `{arch}.key`."""
         return self.metadata.get(f"{self.arch}.{key}", default)
 
+    def count(self, key: str, default: int = 0) -> int:
+        """`{arch}.key` as a count. CheckpointError for anything but a whole number under 2**32."""
+        return self._whole(key, self.get(key, default))
 
-def read_header(path: Path) -> Header:
-    """Read keys and tensor descriptions of a GGUF file, of all shards when it is the first of several.
+    def largest(self, key: str) -> int:
+        """`{arch}.key`, the largest where each layer has its own; 0 without. Raises as `count` does."""
+        value = self.get(key, 0)
+        values = value if isinstance(value, tuple) else (value,)
+        return max((self._whole(key, one) for one in values), default=0)
 
-    Raises CheckpointError for what is not a complete GGUF file and for missing shards.
-    """
-    paths = _shards(path)
-    parts = [_read_one(part) for part in paths]
-    tensors = tuple(tensor for _, found in parts for tensor in found)
-    return Header(path, parts[0][0], tensors, sum(part.stat().st_size for part in paths))
-
-
-def _shards(path: Path) -> list[Path]:
-    found = _SHARD.fullmatch(path.name)
-    if found is None:
-        paths = [path]
-    else:
-        stem, number, count = found[1], int(found[2]), int(found[3])
-        if number != 1:
+    def at(self, key: str, layer: int, default: int = 0) -> int:
+        """`{arch}.key` of a layer, also where one number is for all. Raises as `count` does."""
+        value = self.get(key, default)
+        if not isinstance(value, tuple):
+            return self._whole(key, value)
+        if layer >= len(value):
             raise CheckpointError(
-                f"{path}: shard {number} of {count}; give the first, {stem}-00001-of-{found[3]}.gguf"
+                f"{self.path}: {self.arch}.{key} has {len(value)} elements and none for layer {layer}; "
+                "make it again"
             )
-        paths = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
-    for part in paths:
-        if not part.is_file():
-            raise CheckpointError(f"{part}: no such file; is the download complete?")
-    return paths
+        return self._whole(key, value[layer])
+
+    def array(self, key: str) -> list[Any]:
+        """The elements of the array `key` (its whole name), read now; empty when there is none."""
+        return self.arrays[key].values() if key in self.arrays else []
+
+    def _whole(self, key: str, value: Any) -> int:
+        if not isinstance(value, int) or not 0 <= value < _COUNT:
+            raise CheckpointError(
+                f"{self.path}: {self.arch}.{key} is {value!r:.40}, expected a whole number under 2**32; "
+                "make it again"
+            )
+        return int(value)
 
 
-def _read_one(path: Path) -> tuple[dict[str, Any], list[TensorInfo]]:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path}: not a GGUF file (it starts with other bytes)")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                return _Cursor(data).contents(path)
-            except (struct.error, IndexError, ValueError, OverflowError) as error:
-                raise CheckpointError(
-                    f"{path}: damaged GGUF header ({error}); is the download complete?"
-                ) from error
+def plain(text: str) -> str:
+    """A string of a file as it can be shown on one line of a terminal."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text[:_SHOWN])
 
 
-class _Cursor:
-    """A position in the header's bytes that moves as values are read."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 4
-
-    def contents(self, path: Path) -> tuple[dict[str, Any], list[TensorInfo]]:
-        """Keys and tensors, the length of the file checked against what they promise."""
-        version = self.number("<I")
-        if version not in (2, 3):
-            raise CheckpointError(f"{path}: GGUF version {version}; expected 2 or 3, little endian")
-        n_tensors, n_keys = self.number("<Q"), self.number("<Q")
-        metadata = {self.string(): self.value(GGUFValueType(self.number("<I"))) for _ in range(n_keys)}
-        raw = [self.tensor() for _ in range(n_tensors)]
-        alignment = int(metadata.get("general.alignment", 32))
-        start = -(-self.at // alignment) * alignment
-        room = len(self.data) - start
-        ends = dict(_neighbours(sorted(offset for _, _, _, offset in raw), room))
-        tensors = []
-        for name, kind, shape, offset in raw:
-            type_name, size = _type(kind, shape, ends[offset] - offset)
-            if offset + size > room:
-                raise CheckpointError(f"{path}: ends inside tensor {name}; is the download complete?")
-            tensors.append(TensorInfo(name, type_name, shape, size))
-        return metadata, tensors
-
-    def number(self, kind: str) -> Any:
-        """One number in struct's notation."""
-        (value,) = struct.unpack_from(kind, self.data, self.at)
-        self.at += struct.calcsize(kind)
-        return value
-
-    def string(self) -> str:
-        """A string: u64 length, UTF-8."""
-        length = self.number("<Q")
-        if length > len(self.data) - self.at:
-            raise IndexError(f"a string of {length} bytes at {self.at}")
-        raw = self.data[self.at : self.at + length]
-        self.at += length
-        return raw.decode("utf-8", "replace")
-
-    def value(self, kind: GGUFValueType) -> Any:
-        """A value; arrays of strings and long arrays become `Skipped`."""
-        if kind is GGUFValueType.STRING:
-            return self.string()
-        if kind is not GGUFValueType.ARRAY:
-            return self.number(_SCALARS[kind])
-        inner, count = GGUFValueType(self.number("<I")), self.number("<Q")
-        if inner is GGUFValueType.STRING:
-            for _ in range(count):
-                self.at += 8 + struct.unpack_from("<Q", self.data, self.at)[0]
-            return Skipped(count)
-        if inner is GGUFValueType.ARRAY or count > _KEPT:
-            if inner is GGUFValueType.ARRAY:
-                raise IndexError("arrays of arrays are not known")
-            self.at += count * struct.calcsize(_SCALARS[inner])
-            return Skipped(count)
-        return tuple(self.number(_SCALARS[inner]) for _ in range(count))
-
-    def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
-        """Name, type, shape (torch order) and offset of a tensor."""
-        name = self.string()
-        shape = tuple(self.number("<Q") for _ in range(self.number("<I")))
-        return name, self.number("<I"), shape[::-1], self.number("<Q")
-
-
-def _neighbours(offsets: list[int], end: int) -> list[tuple[int, int]]:
-    """Every offset with the one that follows it."""
-    return list(zip(offsets, [*offsets, end][1:], strict=True))
-
-
-def _type(kind: int, shape: tuple[int, ...], room: int) -> tuple[str, int]:
-    """Name and bytes; a type that gguf-py does not know takes the room up to the next tensor."""
-    try:
-        known = GGMLQuantizationType(kind)
-    except ValueError:
-        return f"type {kind}", room
-    block, block_bytes = GGML_QUANT_SIZES[known]
-    return known.name, prod(shape) // block * block_bytes
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The error of a file that the system does not let us read."""
+    return CheckpointError(f"{path}: cannot be read ({error.strerror or error})")

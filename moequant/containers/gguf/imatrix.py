@@ -10,18 +10,20 @@ common/imatrix-loader.cpp).
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
-from moequant.errors import CorpusError
+from moequant.containers.gguf.header import Header, plain
+from moequant.containers.gguf.read import GgufFile
+from moequant.errors import CheckpointError, CorpusError, VerifyError
 from moequant.files import atomic
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, InputStats, Role, RouteStats, Weight
@@ -30,6 +32,12 @@ log = logging.getLogger(__name__)
 
 LEGACY_CHUNK = 512
 """Tokens in a call of a .dat file, which does not say: llama-imatrix's default context."""
+
+_COUNT = 2**31
+"""Chunks, and tokens in one, are below: i32 in llama.cpp."""
+
+_TOKENS = 2.0**53
+"""Tokens of an expert are below: doubles count no further."""
 
 _FUSED = {".ffn_gate_exps.": ".ffn_gate_up_exps.", ".ffn_up_exps.": ".ffn_gate_up_exps."}
 """Gate and up may be one tensor in the model that an imatrix was made with; their input is the same."""
@@ -161,13 +169,22 @@ def _route(weight: Weight, tokens: Tensor) -> RouteStats:
 def parse(path: Path) -> Imatrix:
     """An imatrix file of either format. CorpusError when it is neither, damaged, or not finite."""
     try:
+        if path.exists() and not path.is_file():
+            raise CorpusError(f"{path}: cannot be read (not a regular file)")
         with path.open("rb") as file:
             magic = file.read(4)
-        found = _parse_gguf(path) if magic == b"GGUF" else _parse_legacy(path)
+            file.seek(0)
+            found = _parse_gguf(path) if magic == b"GGUF" else _Legacy(path, file).imatrix()
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (CheckpointError, VerifyError) as error:
+        raise CorpusError(str(error)) from None
     if not found.entries:
         raise CorpusError(f"{path}: an imatrix without any entry")
+    if not (0 <= found.chunks < _COUNT and 0 <= found.chunk_size < _COUNT):
+        raise CorpusError(
+            f"{path}: {found.chunks} chunks of {found.chunk_size} tokens, expected 0 to 2**31; make it again"
+        )
     for name, entry in found.entries.items():
         if not torch.isfinite(entry.sums).all() or (entry.sums < 0).any():
             raise CorpusError(f"{path}: {name} has values that are negative, NaN or infinite; make it again")
@@ -175,60 +192,75 @@ def parse(path: Path) -> Imatrix:
 
 
 def _parse_gguf(path: Path) -> Imatrix:
-    try:
-        reader = GGUFReader(path)
-        meta = {name: field.contents() for name, field in reader.fields.items()}
-    except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
-        raise CorpusError(f"{path}: damaged GGUF file ({' '.join(str(error).split())})") from None
-    if meta.get("general.type") != "imatrix":
-        raise CorpusError(f"{path}: GGUF of type {meta.get('general.type')!r}, expected 'imatrix'")
-    keys = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
-    for key, kind in zip(keys, (list, int, int), strict=True):
-        if not isinstance(meta.get(key), kind):
-            raise CorpusError(
-                f"{path}: key {key} is missing or no {kind.__name__}; llama-quantize needs it too"
+    file = GgufFile(path)
+    if (kind := file.header.text("general.type")) != "imatrix":
+        raise CorpusError(f"{path}: GGUF of type {kind!r}, expected 'imatrix'")
+    chunks, chunk_size = (_number(file.header, f"imatrix.{key}") for key in ("chunk_count", "chunk_size"))
+    array = file.header.arrays.get("imatrix.datasets")
+    if array is None or array.kind is not GGUFValueType.STRING:
+        raise CorpusError(f"{path}: key imatrix.datasets is missing or no list; llama-quantize needs it too")
+    names = [name.removesuffix(".in_sum2") for name in file.tensors if name.endswith(".in_sum2")]
+    return Imatrix(
+        path,
+        {name: _entry(file, name) for name in names},
+        tuple(plain(text) for text in array.values()),
+        chunks,
+        chunk_size,
+        legacy=False,
+    )
+
+
+def _number(header: Header, key: str) -> int:
+    value = header.metadata.get(key)
+    if not isinstance(value, int):
+        raise CorpusError(f"{header.path}: key {key} is missing or no int; llama-quantize needs it too")
+    return value
+
+
+def _entry(file: GgufFile, name: str) -> Entry:
+    """One weight's sums and counts."""
+    kinds = ("in_sum2", "counts")
+    tensors = [file.tensors.get(f"{name}.{kind}") for kind in kinds]
+    if any(tensor is None or tensor.type != "F32" for tensor in tensors):
+        raise CorpusError(f"{file.path}: {name} needs in_sum2 and counts, both F32")
+    sums, counts = (file.values(f"{name}.{kind}").double().flatten() for kind in kinds)
+    if not ((counts >= 0) & (counts < _TOKENS)).all():
+        raise CorpusError(f"{file.path}: {name} has counts that are negative, NaN or infinite; make it again")
+    return Entry(sums, counts.round().long())
+
+
+class _Legacy:
+    """A .dat file as it is read: no length in it is believed beyond the file's own."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self.file, self.left = path, file, path.stat().st_size
+
+    def imatrix(self) -> Imatrix:
+        """i32 n; n times i32 length, name, i32 calls, i32 values, f32s; then i32 chunks, i32 length, text."""
+        entries = {}
+        for _ in range(self.number()):
+            name = plain(self.take(self.number()).decode(errors="replace"))
+            calls, values = self.number(), self.number()
+            stored = torch.from_numpy(np.frombuffer(self.take(4 * values), "<f4").astype(np.float64))
+            # Without calls the values are means already.
+            calls = max(1, calls)
+            entries[name] = Entry(
+                stored / calls * (calls * LEGACY_CHUNK), torch.tensor([calls * LEGACY_CHUNK])
             )
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    entries = {}
-    for full, tensor in tensors.items():
-        name, _, kind = full.rpartition(".")
-        if kind != "in_sum2":
-            continue
-        counts = tensors.get(f"{name}.counts")
-        if counts is None or tensor.tensor_type.name != "F32" or counts.tensor_type.name != "F32":
-            raise CorpusError(f"{path}: {name} needs in_sum2 and counts, both F32")
-        sizes = np.array(counts.data, dtype=np.float64).reshape(-1)
-        if not np.isfinite(sizes).all() or (sizes < 0).any():
-            raise CorpusError(f"{path}: {name} has counts that are negative, NaN or infinite; make it again")
-        sums = np.array(tensor.data, dtype=np.float64).reshape(-1)
-        entries[name] = Entry(torch.from_numpy(sums), torch.from_numpy(sizes.round().astype(np.int64)))
-    datasets, chunks, chunk_size = (meta[key] for key in keys)
-    return Imatrix(path, entries, tuple(datasets), int(chunks), int(chunk_size), legacy=False)
+        # The trailer came later than the format: a file may end here.
+        chunks = self.number() if self.left else 0
+        datasets = (plain(self.take(self.number()).decode(errors="replace")),) if self.left else ()
+        return Imatrix(self.path, entries, datasets, chunks, LEGACY_CHUNK, legacy=True)
 
+    def number(self) -> int:
+        """An i32."""
+        return int.from_bytes(self.take(4), "little", signed=True)
 
-def _parse_legacy(path: Path) -> Imatrix:
-    """i32 n; n times i32 length, name, i32 calls, i32 values, f32s; then i32 chunks, i32 length, text."""
-    data, at = path.read_bytes(), 0
-
-    def take(size: int) -> bytes:
-        nonlocal at
-        if not 0 <= size <= len(data) - at:
-            raise CorpusError(f"{path}: neither a GGUF nor a complete .dat imatrix (stops at byte {at})")
-        at += size
-        return data[at - size : at]
-
-    def number() -> int:
-        return int(struct.unpack("<i", take(4))[0])
-
-    entries = {}
-    for _ in range(number()):
-        name = take(number()).decode(errors="replace")
-        calls, values = number(), number()
-        stored = torch.from_numpy(np.frombuffer(take(4 * values), "<f4").astype(np.float64))
-        # Without calls the values are means already.
-        calls = max(1, calls)
-        entries[name] = Entry(stored / calls * (calls * LEGACY_CHUNK), torch.tensor([calls * LEGACY_CHUNK]))
-    # The trailer came later than the format: a file may end here.
-    chunks = number() if at < len(data) else 0
-    datasets = (take(number()).decode(errors="replace"),) if at < len(data) else ()
-    return Imatrix(path, entries, datasets, chunks, LEGACY_CHUNK, legacy=True)
+    def take(self, size: int) -> bytes:
+        """The next bytes. CorpusError when the file has no so many."""
+        found = self.file.read(size) if 0 <= size <= self.left else b""
+        if len(found) != size:
+            raise CorpusError(f"{self.path}: neither a GGUF nor a complete .dat imatrix (stops {self.left} "
+                              "bytes before its end)")  # fmt: skip
+        self.left -= size
+        return found

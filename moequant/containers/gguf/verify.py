@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import zlib
 
-import gguf
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from moequant import formats
-from moequant.containers.gguf.write import GgufWeights, Written
+from moequant.containers.gguf.read import Bytes, GgufFile, decode
+from moequant.containers.gguf.write import Written
 from moequant.errors import VerifyError
 from moequant.values import Plan, Weight
 
@@ -24,16 +24,17 @@ def verify(written: Written, plan: Plan, weights: tuple[Weight, ...]) -> int:
     Raises VerifyError naming the tensor for a missing or extra tensor, another type or
     shape, a byte that differs, values that are not finite, or decoders that disagree.
     """
-    on_disk = GgufWeights(written.path)
+    on_disk = GgufFile(written.path)
     shapes = {weight.name: weight.shape for weight in weights}
     if differing := on_disk.tensors.keys() ^ shapes.keys():
         raise VerifyError(f"{written.path}: tensor {min(differing)} is in only one of plan and file")
     decoded = 0
     for choice in tqdm(plan.choices, desc="verify", unit="tensor", disable=None, leave=False):
         name = choice.weight
-        if on_disk.format_of(name) != choice.format or on_disk.shape(name) != shapes[name]:
+        found = on_disk.info(name)
+        if found.type != choice.format or found.shape != shapes[name]:
             raise VerifyError(
-                f"{written.path}: {name} is {on_disk.format_of(name)} {on_disk.shape(name)}, "
+                f"{written.path}: {name} is {found.type} {found.shape}, "
                 f"planned {choice.format} {shapes[name]}"
             )
         data = on_disk.data(name)
@@ -45,17 +46,13 @@ def verify(written: Written, plan: Plan, weights: tuple[Weight, ...]) -> int:
     return decoded
 
 
-def _compare_decoders(
-    name: str, format_name: str, data: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
-) -> int:
+def _compare_decoders(name: str, format_name: str, data: Bytes) -> int:
     """Rows spread over the tensor, decoded twice; the number of weights compared."""
     rows = data[np.unique(np.linspace(0, len(data) - 1, SAMPLE_ROWS).astype(np.int64))]
-    theirs = gguf.dequantize(rows, gguf.GGMLQuantizationType[format_name])
+    theirs = decode(rows, format_name)
     ours = formats.dequantize(formats.get(format_name), torch.from_numpy(rows)).numpy()
     if not np.isfinite(theirs).all():
         raise VerifyError(f"{name}: decodes to values that are not finite")
-    if not np.array_equal(
-        ours.view(np.uint32), np.ascontiguousarray(theirs, dtype=np.float32).view(np.uint32)
-    ):
+    if not np.array_equal(ours.view(np.uint32), theirs.view(np.uint32)):
         raise VerifyError(f"{name}: gguf-py decodes {format_name} to other floats than moequant")
     return int(ours.size)

@@ -1,24 +1,20 @@
 """GGUF: the file llama.cpp loads, written once, front to back, and never half-finished under its own name.
 
-gguf-py lays out the header and is the independent decoder of what we wrote; the packed
-bytes are ours.
+gguf-py lays out the header; the packed bytes are ours.
 """
 
 from __future__ import annotations
 
+import io
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-import gguf
 import numpy as np
-import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
-from torch import Tensor
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.gguf_writer import WriterState
 
 from moequant import families
 from moequant.checkpoint import Checkpoint
@@ -28,7 +24,7 @@ from moequant.containers.gguf.sizes import ALIGNMENT
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, add_tokenizer
 from moequant.errors import OutputError, VerifyError
 from moequant.files import check_output
-from moequant.values import Packed, Plan, Weight
+from moequant.values import Packed, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +40,11 @@ def file_bytes(
     checkpoint: Checkpoint, tokenizer: TokenizerSpec, plan: Plan, provenance: dict[str, str]
 ) -> int:
     """The exact size that `write` will produce: header laid out for real, weights added up."""
-    with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
-        path = Path(folder) / "header.gguf"
-        writer = _lay_out(checkpoint, tokenizer, plan, provenance)
-        _write_header(writer, path)
-        writer.close()
-        header = path.stat().st_size
-    return _aligned(header) + sum(_aligned(choice.bytes) for choice in plan.choices)
+    writer, header = _lay_out(checkpoint, tokenizer, plan, provenance), io.BytesIO()
+    # As if it had opened its file: a header in memory needs no disk that may be full.
+    writer.fout, writer.state = [header], WriterState.EMPTY
+    _write_header(writer, None)
+    return _aligned(header.tell()) + sum(_aligned(choice.bytes) for choice in plan.choices)
 
 
 def check_target(path: Path, size: int, overwrite: bool) -> None:
@@ -133,7 +127,7 @@ def _lay_out(
     return writer
 
 
-def _write_header(writer: GGUFWriter, path: Path) -> None:
+def _write_header(writer: GGUFWriter, path: Path | None) -> None:
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -141,40 +135,3 @@ def _write_header(writer: GGUFWriter, path: Path) -> None:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-class GgufWeights:
-    """A GGUF file's weights, decoded by gguf-py: independent of our own decoders."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            reader = GGUFReader(path)
-        except (OSError, ValueError, IndexError) as error:
-            raise VerifyError(f"{path}: not a readable GGUF file ({error})") from error
-        self.path = path
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-
-    def format_of(self, name: str) -> str:
-        """The ggml type of a tensor."""
-        return str(self.tensors[name].tensor_type.name)
-
-    def data(self, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        """The packed bytes of a tensor, [rows, row_bytes]: read, not mapped, so that they can be let go."""
-        tensor = self.tensors[name]
-        raw = np.fromfile(self.path, np.uint8, int(tensor.n_bytes), offset=int(tensor.data_offset))
-        return raw.reshape(prod(int(n) for n in tensor.shape[1:]), -1)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape in torch order."""
-        return tuple(int(n) for n in reversed(self.tensors[name].shape))
-
-    def load(self, weight: Weight) -> Tensor:
-        """Decoded values, f32, shape `weight.shape`: a `routing.model.Provider`."""
-        if weight.name not in self.tensors:
-            raise VerifyError(f"{self.path}: tensor {weight.name} is missing")
-        if self.shape(weight.name) != weight.shape:
-            raise VerifyError(
-                f"{self.path}: {weight.name} is {self.shape(weight.name)}, expected {weight.shape}"
-            )
-        values = gguf.dequantize(self.data(weight.name), self.tensors[weight.name].tensor_type)
-        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(weight.shape)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from moequant.containers.gguf.header import Header
-from moequant.errors import PlanError
+from moequant.errors import CheckpointError, PlanError
 
 UBATCH = 512
 """Tokens that llama.cpp computes at once (`-ub`): the width of every buffer."""
@@ -77,17 +76,17 @@ def kv_bytes(header: Header, load: Load) -> tuple[int, ...]:
     """Bytes of KV cache and recurrent state of every layer, for all sequences.
 
     Raises PlanError for an architecture with a cache that is not described here, and for a cache type whose
-    blocks do not divide the heads.
+    blocks do not divide the heads; CheckpointError for keys that are no counts.
     """
     if header.arch in UNMODELLED:
         raise PlanError(
             f"{header.path}: the cache of {header.arch!r} is not described yet; "
             "llama-fit-params prints what llama.cpp reserves"
         )
-    layers = int(header.get("block_count", 0))
+    layers = header.layers
     windowed = _windowed(header, layers)
     recurrent = {tensor.layer for tensor in header.tensors if _RECURRENT.match(tensor.name)}
-    own = layers - int(header.get("attention.shared_kv_layers", 0) or 0)
+    own = layers - header.count("attention.shared_kv_layers")
     found = []
     for layer in range(layers):
         if layer in recurrent:
@@ -109,20 +108,20 @@ def compute_bytes(header: Header, load: Load) -> int:
     own figures for ten shapes (docs/fitting.md).
     """
     width = 4 * UBATCH
-    hidden = int(header.get("embedding_length", 0))
-    used, experts = _largest(header, "expert_used_count"), _largest(header, "expert_count")
-    dense = _largest(header, "feed_forward_length")
-    expert = _largest(header, "expert_feed_forward_length") or (dense if experts else 0)
-    heads = _largest(header, "attention.head_count")
-    keys = int(header.get("attention.key_length", 0) or (hidden // heads if heads else 0))
+    hidden = header.count("embedding_length")
+    used, experts = header.largest("expert_used_count"), header.largest("expert_count")
+    dense = header.largest("feed_forward_length")
+    expert = header.largest("expert_feed_forward_length") or (dense if experts else 0)
+    heads = header.largest("attention.head_count")
+    keys = header.count("attention.key_length") or (hidden // heads if heads else 0)
     stages = (
         vocabulary(header),
         used * max(3 * expert, 2 * hidden) + 2 * experts,
-        3 * dense if not experts or header.get("leading_dense_block_count") else 0,
+        3 * dense if not experts or header.count("leading_dense_block_count") else 0,
         3 * heads * keys,
     )
     cells = load.cells
-    layers = int(header.get("block_count", 0))
+    layers = header.layers
     if any(_windowed(header, layers)):
         cells += _window_cells(header, load)
     return cells * UBATCH * 2 + width * (max(stages) + 6 * hidden) + _SMALL
@@ -130,7 +129,7 @@ def compute_bytes(header: Header, load: Load) -> int:
 
 def host_compute_bytes(header: Header, load: Load) -> int:
     """What stays in system memory when the GPU computes: inputs of a batch and the logits of one token."""
-    hidden = int(header.get("embedding_length", 0))
+    hidden = header.count("embedding_length")
     return load.cells * UBATCH * 2 + 4 * UBATCH * hidden + 4 * vocabulary(header) * load.parallel
 
 
@@ -142,21 +141,27 @@ def vocabulary(header: Header) -> int:
     return 0
 
 
-def experts_used(header: Header, layer: int) -> int:
-    """Experts that a token reaches in a layer."""
-    return int(_at(header.get("expert_used_count", 0), layer))
+def experts_used(header: Header, layer: int, experts: int) -> int:
+    """Of a layer's `experts`, those that a token reaches; all where no key says. CheckpointError for more."""
+    used = header.at("expert_used_count", layer, experts)
+    if used > experts:
+        raise CheckpointError(
+            f"{header.path}: a token reaches {used:,} experts of layer {layer}, which has {experts:,}; "
+            "make it again"
+        )
+    return used
 
 
 def _cell_bytes(header: Header, layer: int, windowed: bool, cache_type: str) -> int:
     """Bytes of one token in one layer; MLA keeps a single compressed row and no values."""
-    heads = int(_at(header.get("attention.head_count", 0), layer))
-    heads_kv = int(_at(header.get("attention.head_count_kv", heads), layer))
-    default = int(header.get("embedding_length", 0)) // heads if heads else 0
-    suffix = "_swa" if windowed and header.get("attention.key_length_swa") else ""
-    keys = heads_kv * int(header.get(f"attention.key_length{suffix}", default))
-    values = heads_kv * int(header.get(f"attention.value_length{suffix}", default))
-    if header.get("attention.key_length_mla"):
-        values = int(header.get("attention.indexer.key_length", 0) or 0)
+    heads = header.at("attention.head_count", layer)
+    heads_kv = header.at("attention.head_count_kv", layer, heads)
+    default = header.count("embedding_length") // heads if heads else 0
+    suffix = "_swa" if windowed and header.count("attention.key_length_swa") else ""
+    keys = heads_kv * header.count(f"attention.key_length{suffix}", default)
+    values = heads_kv * header.count(f"attention.value_length{suffix}", default)
+    if header.count("attention.key_length_mla"):
+        values = header.count("attention.indexer.key_length")
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[cache_type.upper()]]
     if keys % block or values % block:
         raise PlanError(
@@ -167,25 +172,22 @@ def _cell_bytes(header: Header, layer: int, windowed: bool, cache_type: str) -> 
 
 def _state_bytes(header: Header, layer: int) -> int:
     """Recurrent state of one sequence in one layer, f32: convolution history and hidden state."""
-    hidden, heads = (
-        int(header.get("embedding_length", 0)),
-        int(_at(header.get("attention.head_count", 0), layer)),
-    )
-    if short := int(header.get("shortconv.l_cache", 0) or 0):
+    hidden, heads = header.count("embedding_length"), header.at("attention.head_count", layer)
+    if short := header.count("shortconv.l_cache"):
         return 4 * hidden * (short - 1)
-    kernel = int(header.get("ssm.conv_kernel", 0) or 0)
-    if kda := int(header.get("kda.head_dim", 0) or 0):
+    kernel = header.count("ssm.conv_kernel")
+    if kda := header.count("kda.head_dim"):
         return 4 * (3 * max(kernel - 1, 0) * heads * kda + kda * kda * heads)
-    inner, state = int(header.get("ssm.inner_size", 0) or 0), int(header.get("ssm.state_size", 0) or 0)
-    groups = int(header.get("ssm.group_count", 0) or 0)
+    inner, state = header.count("ssm.inner_size"), header.count("ssm.state_size")
+    groups = header.count("ssm.group_count")
     return 4 * (max(kernel - 1, 0) * (inner + 2 * groups * state) + state * inner)
 
 
 def _window(header: Header) -> int:
-    window = header.get("attention.sliding_window")
-    if header.arch in ("llama4", "smallthinker") and window != 0:
-        return 8192 if header.arch == "llama4" else 4096  # fixed in llama.cpp's code, whatever the file says
-    return int(window or 0)
+    # Fixed in llama.cpp's code, whatever the file says, but for 0.
+    fixed = {"llama4": 8192, "smallthinker": 4096}.get(header.arch, 0)
+    window = header.count("attention.sliding_window", fixed)
+    return window and (fixed or window)
 
 
 def _windowed(header: Header, layers: int) -> tuple[bool, ...]:
@@ -198,23 +200,13 @@ def _windowed(header: Header, layers: int) -> tuple[bool, ...]:
     if header.arch not in _SWA_PERIOD:
         return (False,) * layers
     period, full_first = _SWA_PERIOD[header.arch]
-    period = int(pattern or period)
+    period = header.count("attention.sliding_window_pattern") or period
     full = 0 if full_first else period - 1
     return tuple(layer % period != full for layer in range(layers))
 
 
 def _window_cells(header: Header, load: Load) -> int:
     return _padded(min(load.cells, _window(header) + UBATCH))
-
-
-def _at(value: Any, layer: int) -> Any:
-    """The layer's element of a per-layer array, or the one value for all."""
-    return value[layer] if isinstance(value, tuple) else value
-
-
-def _largest(header: Header, key: str) -> int:
-    value = header.get(key, 0) or 0
-    return int(max(value) if isinstance(value, tuple) else value)
 
 
 def _padded(cells: int) -> int:

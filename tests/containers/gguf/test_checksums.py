@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from moequant import formats
 from moequant.commands.check import CheckSettings, check
 from moequant.containers.gguf import checksums
+from moequant.containers.gguf.read import GgufFile
 from moequant.errors import VerifyError
 
 EXPERTS, DENSE = "blk.0.ffn_up_exps.weight", "blk.0.attn_q.weight"
@@ -46,7 +47,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_recorded_is_what_was_written(file: Path) -> None:
-    found = checksums.recorded(file)
+    found = checksums.recorded(GgufFile(file))
     assert found is not None
     assert {name: len(values) for name, values in found.items()} == {EXPERTS: 4, DENSE: 1}
     reader = GGUFReader(file)
@@ -76,7 +77,7 @@ def test_every_flipped_bit_is_named(file: Path) -> None:
 def test_a_file_without_any(tmp_path: Path) -> None:
     path = tmp_path / "none.gguf"
     write(path, None)
-    assert checksums.recorded(path) is None
+    assert checksums.recorded(GgufFile(path)) is None
     with pytest.raises(VerifyError, match="no room"):
         checksums.record(path, {EXPERTS: (1, 2, 3, 4), DENSE: (5,)})
 
@@ -87,5 +88,5 @@ def test_room_for_another_number(tmp_path: Path) -> None:
     with pytest.raises(VerifyError, match="no room for 5"):
         checksums.record(path, {EXPERTS: (1, 2, 3, 4), DENSE: (5,)})
     with pytest.raises(VerifyError, match="3 checksums for 5"):
-        checksums.recorded(path)
+        checksums.recorded(GgufFile(path))
     assert tensors[EXPERTS].shape == (4, 6, gguf.GGML_QUANT_SIZES[GGMLQuantizationType.Q2_K][1])

@@ -1,0 +1,150 @@
+"""GGUF files as moequant reads them, anyone's: the checked header of all shards, and the weights behind it.
+
+gguf-py decodes the bytes, so that what our encoders wrote is read by somebody else's code. Data is read and
+not mapped: it can be let go, and a file that shrinks is an error and no SIGBUS.
+"""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gguf
+import numpy as np
+
+from moequant.containers.gguf.header import Header, TensorInfo, unreadable
+from moequant.containers.gguf.parse import Part, parse
+from moequant.errors import CheckpointError, VerifyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moequant.values import Weight
+
+_SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
+
+Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+class GgufFile:
+    """A GGUF file, all shards of it: its header, and its weights a tensor or an expert at a time.
+
+    Raises CheckpointError, one line, for what is not a complete and healthy GGUF file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        parts = [parse(part) for part in shards(path)]
+        _check_shards(path, parts)
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        for part in parts:
+            for tensor in part.tensors:
+                if tensor.name in self.tensors:
+                    raise CheckpointError(f"{part.path}: tensor {tensor.name} is in another shard too; "
+                                          "download all of them again")  # fmt: skip
+                self.tensors[tensor.name] = tensor
+                self._places[tensor.name] = (part.path, part.offsets[tensor.name])
+        first, size = parts[0], sum(part.bytes for part in parts)
+        self.header = Header(path, first.metadata, tuple(self.tensors.values()), size, first.arrays)
+
+    def info(self, name: str) -> TensorInfo:
+        """A tensor's description. VerifyError when the file has none of that name."""
+        if name not in self.tensors:
+            raise VerifyError(f"{self.path}: tensor {name} is missing")
+        return self.tensors[name]
+
+    def data(self, name: str, expert: int | None = None) -> Bytes:
+        """The packed bytes of a tensor, or of one slice of its first dimension: [rows, row_bytes].
+
+        Raises VerifyError for a missing tensor and one of an unknown type, CheckpointError for a file that is
+        no longer as its header was read.
+        """
+        info, (path, offset) = self.info(name), self._places[name]
+        if info.type not in gguf.GGMLQuantizationType.__members__:
+            raise VerifyError(f"{self.path}: {name} is of {info.type}, which gguf-py does not know")
+        rows, size = prod(info.shape[:-1]), info.bytes
+        if expert is not None:
+            rows, size = rows // info.shape[0], size // info.shape[0]
+            offset += expert * size
+        try:
+            found = np.fromfile(path, np.uint8, size, offset=offset)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        if len(found) < size:
+            raise CheckpointError(f"{path}: ends inside tensor {name}; is the download complete?")
+        return found.reshape(rows, -1)
+
+    def values(self, name: str) -> Tensor:
+        """A tensor decoded by gguf-py, f32 in its own shape, an expert at a time.
+
+        Raises what `data` raises, and VerifyError for a type that gguf-py cannot decode.
+        """
+        import torch  # headers are read without it: a second faster
+
+        info = self.info(name)
+        out = np.empty(info.shape, np.float32)
+        if len(info.shape) == 3:
+            for expert, part in enumerate(out):
+                part[...] = decode(self.data(name, expert), info.type)
+        else:
+            out[...] = decode(self.data(name), info.type).reshape(info.shape)
+        return torch.from_numpy(out)
+
+    def load(self, weight: Weight) -> Tensor:
+        """`values` of a weight of a model: a `forward.model.Provider`. VerifyError for another shape."""
+        if (shape := self.info(weight.name).shape) != weight.shape:
+            raise VerifyError(f"{self.path}: {weight.name} is {shape}, expected {weight.shape}")
+        return self.values(weight.name)
+
+
+def read_header(path: Path) -> Header:
+    """Keys and tensor descriptions of a GGUF file, of all shards when it is the first of several.
+
+    Raises CheckpointError as `GgufFile` does.
+    """
+    return GgufFile(path).header
+
+
+def decode(data: Bytes, type_name: str) -> Floats:
+    """Packed rows [..., row_bytes] decoded by gguf-py, f32 [..., n]. VerifyError when it cannot."""
+    try:
+        with np.errstate(all="ignore"):  # damaged scales may overflow; callers look at the values
+            values = gguf.dequantize(data, gguf.GGMLQuantizationType[type_name])
+    except NotImplementedError:
+        raise VerifyError(f"gguf-py cannot decode {type_name}") from None
+    return np.ascontiguousarray(values, np.float32)
+
+
+def shards(path: Path) -> list[Path]:
+    """All files of a GGUF by the name of its first, whether they are there or not.
+
+    CheckpointError when it is not the first.
+    """
+    found = _SHARD.fullmatch(path.name)
+    if found is None:
+        return [path]
+    stem, number, count = found[1], int(found[2]), int(found[3])
+    if number != 1:
+        raise CheckpointError(
+            f"{path}: shard {number} of {count}; give the first, {stem}-00001-of-{found[3]}.gguf"
+        )
+    return [path.with_name(f"{stem}-{i:05d}-of-{found[3]}.gguf") for i in range(1, max(count, 1) + 1)]
+
+
+def _check_shards(path: Path, parts: list[Part]) -> None:
+    """CheckpointError when shards do not say of themselves what their names say."""
+    count, total = len(parts), sum(len(part.tensors) for part in parts)
+    for number, part in enumerate(parts):
+        wanted = {"split.no": number, "split.count": count, "split.tensors.count": total}
+        if count == 1 and part.metadata.get("split.count", 0) in (0, 1):
+            continue
+        for key, value in wanted.items():
+            if (found := part.metadata.get(key)) != value:
+                raise CheckpointError(
+                    f"{part.path}: {key} is {found!r:.40}, expected {value} of a shard by that name; "
+                    "keep the names that shards were made with"
+                )
