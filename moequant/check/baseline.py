@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -18,6 +19,8 @@ from moequant.containers.folders import write as folder
 from moequant.containers.folders.plan import modules
 from moequant.containers.folders.read import FolderWeights
 from moequant.containers.gguf import checksums
+from moequant.containers.gguf.export import export
+from moequant.containers.gguf.weights import GgufWeights
 from moequant.containers.gguf.header import TensorInfo
 from moequant.containers.gguf.read import GgufFile, decode
 from moequant.errors import VerifyError
@@ -41,10 +44,16 @@ class Entry:
 
 
 class Source(Protocol):
-    """What `check` needs of a file."""
+    """What `check` needs of a file.
+
+    `model` is the baseline cut into weights as the file has them, None without one; `weights` are those, by
+    the names of entries.
+    """
 
     path: Path
     entries: tuple[Entry, ...]
+    model: Checkpoint | None
+    weights: Mapping[str, Weight]
 
     def matrix(self, entry: Entry) -> Matrix:
         """All experts of a tensor, packed."""
@@ -55,11 +64,8 @@ class Source(Protocol):
     def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
         """The same by somebody else's decoder."""
 
-    def as_stored(self, weight: Weight) -> Weight:
-        """The baseline's weight with its rows in this file's order."""
-
     def load(self, weight: Weight) -> Tensor:
-        """Decoded values as the model wants them: a `routing.model.Provider`."""
+        """Decoded values of a weight of `model`: a `forward.model.Provider`."""
 
     def altered(self, entry: Entry, matrix: Matrix) -> tuple[int, ...] | None:
         """Experts whose bytes are not those that were written; None when no checksum was recorded."""
@@ -74,7 +80,7 @@ class Source(Protocol):
 def open_source(path: Path, baseline: Checkpoint | None) -> Source:
     """A GGUF file, or a quantized folder (which needs the baseline to know what its tensors are)."""
     if not path.is_dir():
-        return GgufSource(path)
+        return GgufSource(path, baseline)
     if baseline is None:
         raise VerifyError(f"{path}: a folder is checked against the model it was made from; add --baseline")
     return FolderSource(path, baseline)
@@ -83,9 +89,15 @@ def open_source(path: Path, baseline: Checkpoint | None) -> Source:
 class GgufSource:
     """A GGUF file; gguf-py is the other decoder."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, baseline: Checkpoint | None) -> None:
         self.path = path
         self._file = GgufFile(path)
+        exported = None if baseline is None else export(baseline)
+        self.model = None if exported is None else exported.checkpoint
+        self.weights: dict[str, Weight] = {}
+        if exported is not None:
+            self.weights = {exported.names[weight.name]: weight for weight in exported.weights}
+            self._decoded = GgufWeights(path, exported, self._file)
         if not self._file.tensors:
             raise VerifyError(f"{path}: no tensors in it; give the file of a whole model")
         self._checksums = checksums.recorded(self._file)
@@ -108,13 +120,9 @@ class GgufSource:
         """See `Source`."""
         return torch.from_numpy(decode(matrix.data.numpy(), entry.format))
 
-    def as_stored(self, weight: Weight) -> Weight:
-        """`checkpoint.load` gives llama.cpp's row order already."""
-        return weight
-
     def load(self, weight: Weight) -> Tensor:
         """See `Source`."""
-        return self._file.load(weight)
+        return self._decoded.as_cut(weight)
 
     def altered(self, entry: Entry, matrix: Matrix) -> tuple[int, ...] | None:
         """See `Source`."""
@@ -142,19 +150,19 @@ class FolderSource:
     """A folder of int4 or int8 groups; `compressed-tensors` (or GPTQ's rule) is the other decoder."""
 
     def __init__(self, path: Path, baseline: Checkpoint) -> None:
-        self.path = path
+        self.path, self.model = path, baseline
         layout = _layout_of(path)
         self._layout = folder.LAYOUTS[layout]
         self._folder: FolderWeights = self._layout.open(path)
         self._format = _group_format(self._folder, layout)
         self._checksums = _recorded(path, layout, self._format)
         found = [weight for weight in baseline.weights if len(weight.shape) > 1]
-        self._weights = {
+        self.weights: dict[str, Weight] = {
             weight.name: weight
             for weight in found
             if not weight.role.keeps_precision and self._folder.is_quantized(weight)
         }
-        if not self._weights:
+        if not self.weights:
             raise VerifyError(
                 f"{path}: holds no quantized weight of {baseline.path}; is it the right baseline?"
             )
@@ -165,12 +173,12 @@ class FolderSource:
                 _three(weight.shape),
                 len(weight.shape) == 3,
             )
-            for weight in self._weights.values()
+            for weight in self.weights.values()
         )
 
     def matrix(self, entry: Entry) -> Matrix:
         """`weight_packed` and `weight_scale` of every expert as they lie; GPTQ's codes repacked."""
-        weight, parts = self._weights[entry.name], []
+        weight, parts = self.weights[entry.name], []
         for expert in range(entry.shape[0]):
             stored = self._folder.stored(weight, expert)
             if "weight_packed" in stored:
@@ -190,12 +198,8 @@ class FolderSource:
 
     def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
         """See `Source`."""
-        weight = self._weights[entry.name]
+        weight = self.weights[entry.name]
         return torch.stack([self._folder.decode(weight, e).float() for e in range(entry.shape[0])])
-
-    def as_stored(self, weight: Weight) -> Weight:
-        """Rows as transformers has them."""
-        return replace(weight, rope_heads=0)
 
     def load(self, weight: Weight) -> Tensor:
         """See `Source`."""
@@ -205,8 +209,8 @@ class FolderSource:
         """See `Source`."""
         if self._checksums is None:
             return None
-        weight, changed = self._weights[entry.name], []
-        for expert, module in enumerate(modules(self._folder.family, weight)):
+        weight, changed = self.weights[entry.name], []
+        for expert, module in enumerate(modules(weight)):
             for suffix, values in self._folder.stored(weight, expert).items():
                 if _crc(values) != self._checksums.get(f"{module}.{suffix}"):
                     changed.append(expert)
@@ -218,8 +222,8 @@ class FolderSource:
             return ()
         quantized = {
             f"{module}.{suffix}"
-            for weight in self._weights.values()
-            for module in modules(self._folder.family, weight)
+            for weight in self.weights.values()
+            for module in modules(weight)
             for suffix in self._folder.suffixes
         }
         kept = self._checksums.keys() - quantized
@@ -232,7 +236,7 @@ class FolderSource:
 
     def label(self, entry: Entry, expert: int) -> str:
         """Tensor, expert, and the module's own name."""
-        module = modules(self._folder.family, self._weights[entry.name])[expert]
+        module = modules(self.weights[entry.name])[expert]
         return f"{entry.name} expert {expert} ({module})" if entry.stacked else f"{entry.name} ({module})"
 
 

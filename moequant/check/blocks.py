@@ -10,6 +10,7 @@ from moequant.check.damage import error_limit
 from moequant.check.figures import LOCAL_ROUTING, BlockFigures, Damage
 from moequant.check.tensors import shape_of_error
 from moequant.forward.taps import recording
+from moequant.values import Site
 
 CORRECTION = 0.5
 """Relative error that a block may have whose bytes are vouched for: rounding towards a corrected target
@@ -17,20 +18,21 @@ changes outputs on purpose. Seen: 0.17 in a trained model at 3 bits, 0.35 in a r
 
 
 def check_block(
-    name: str,
+    site: Site,
     models: tuple[nn.Module, nn.Module],
     seen: tuple[Collector, Collector],
     layer: int,
     expected: float,
     vouched: bool,
 ) -> tuple[BlockFigures, list[Damage]]:
-    """The block whose experts module is `name`, baseline first in `models` and `seen`.
+    """The block whose experts are fed at `site`, baseline first in `models` and `seen`.
 
     `expected` is the relative error that the formats of its tensors add up to on normal weights, `vouched`
     whether checksums say that their bytes are those that were written.
     """
-    x, own = seen[0].hidden[name], [part.index[name] for part in seen]
-    ran = [_run(model.get_submodule(name.rpartition(".")[0]), name, x) for model in models]
+    x, own = seen[0].hidden[site.name], [part.index[site.name] for part in seen]
+    block = site.module.rpartition(".")[0]
+    ran = [_run(model.get_submodule(block), site.name, x) for model in models]
     (want, chosen), (got, other) = ran
     cosine, largest = shape_of_error(got, want)
     figures = BlockFigures(

@@ -59,7 +59,7 @@ def check_tensor(
         if not f.kernel_error <= KERNEL_LIMIT
     ]
     if against is not None:
-        values = load(source.as_stored(against.weight)).float().view(entry.shape)
+        values = load(against.weight).float().view(entry.shape)
         found = [marks(matrix, e, values[e], decoded[e]) for e in range(entry.shape[0])]
         figures = [_with_baseline(f, m, values, decoded, rows) for f, m in zip(figures, found, strict=True)]
         vouched = [changed is not None and e not in changed for e in range(entry.shape[0])]
@@ -79,7 +79,9 @@ def _rows(entry: Entry, against: Against | None) -> _Rows:
     generator = torch.Generator().manual_seed(0)
     xs, experts, real = [], [], []
     for expert in range(entry.shape[0]):
-        key = None if against is None or against.weight.input is None else (against.weight.input, expert)
+        key = None
+        if against is not None and against.weight.site is not None:
+            key = (against.weight.site.name, expert if against.weight.matrices > 1 else 0)
         x = None if against is None or key is None else against.seen.inputs.get(key)
         real.append(0 if x is None else len(x))
         xs.append(torch.randn(TOKENS, entry.shape[2], generator=generator) if x is None else x)

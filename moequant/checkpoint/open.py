@@ -48,6 +48,14 @@ class Checkpoint:
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
+    def name(self) -> str:
+        """What people call the model: the folder's name, or that of the repository in Hugging Face's cache."""
+        folder = self.path.resolve()
+        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+            return folder.parents[1].name.rpartition("--")[2]
+        return folder.name
+
+    @property
     def source_bytes(self) -> int:
         """Bytes of weight data in the checkpoint's own precision."""
         stored = {each.name: each for weight in self.weights for each in weight.origin.stored}
@@ -91,7 +99,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise CheckpointError(f"{path}: already quantized ({method}); give the bf16, f16 or f32 checkpoint")
     family = families.find(raw)
-    stored = {_renamed(family, name): plain(ref) for name, ref in read_headers(path).items()}
+    stored = {renamed(family, name): plain(ref) for name, ref in read_headers(path).items()}
     tied = _tied(path, bool(make_config(family, raw).tie_word_embeddings), stored)
     config = make_config(family, raw, tied)
     shape = _shape(family, config)
@@ -148,7 +156,7 @@ def not_finite(weight: Weight, values: Tensor) -> str | None:
     )
 
 
-def _renamed(family: Family, name: str) -> str:
+def renamed(family: Family, name: str) -> str:
     """A stored name as the family's slots spell it."""
     for old, new in family.renamed:
         if name.startswith(old):

@@ -24,7 +24,7 @@ from moequant.errors import VerifyError
 from moequant.forward.hidden import Hidden, InMemory
 from moequant.forward.stream import LayerStream, Resources
 from moequant.kernels import KERNEL_FORMATS
-from moequant.values import Role, Weight
+from moequant.values import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +105,11 @@ def _speed(
     if product.device != "cuda":
         found.notes.append("speed is measured on a GPU only")
         return ()
-    config = {} if baseline is None else baseline.config
     rows: list[dict[str, float | int | str]] = []
     for entry in {entry.format: entry for entry in reversed(entries) if entry.stacked}.values():
         matrix = source.matrix(entry)
         if matrix.format in KERNEL_FORMATS:
-            top_k = min(int(config.get("num_experts_per_tok", 8)), entry.shape[0])
+            top_k = min(8 if baseline is None else baseline.shape.experts_used, entry.shape[0])
             rows += measure(matrix, top_k)
     return tuple(rows)
 
@@ -142,7 +141,8 @@ def _against(
     found: _Found,
 ) -> None:
     """Both models side by side, layer by layer, and every tensor when its layer has been crossed."""
-    by_name = {weight.name: weight for weight in baseline.weights}
+    by_name, model = source.weights, source.model
+    assert model is not None
     for entry in entries:
         weight = by_name.get(entry.name)
         if weight is None or weight.numel != entry.shape[0] * entry.shape[1] * entry.shape[2]:
@@ -151,24 +151,21 @@ def _against(
     resources = Resources(device=product.device)
     bar = tqdm(total=len(entries), desc="check", unit="tensor", disable=None, leave=False)
     with (
-        LayerStream(baseline, ids, resources) as base,
-        LayerStream(baseline, ids, resources, source.load) as other,
+        LayerStream(model, ids, resources) as base,
+        LayerStream(model, ids, resources, source.load) as other,
         bar,
     ):
         for layer, seen in _layers(base, other):
+            before = len(found.damages)
             for entry in [entry for entry in entries if by_name[entry.name].layer == layer]:
                 _tensor(source, entry, product, Against(by_name[entry.name], seen[0]), found)
                 bar.update()
-            gate = next((w for w in baseline.weights if w.layer == layer and w.role is Role.GATE), None)
-            if layer is not None and gate is not None and gate.input is not None:
-                name = gate.input.partition(":")[0]
-                expected = _expected(source, baseline, layer)
-                vouched = recorded and not any(
-                    damage.what == ALTERED and damage.where.startswith(f"blk.{layer}.")
-                    for damage in found.damages
-                )
+            up = next((w for w in model.weights if w.layer == layer and w.role is Role.UP), None)
+            if layer is not None and up is not None and up.site is not None:
+                expected = _expected(source, layer)
+                vouched = recorded and not any(each.what == ALTERED for each in found.damages[before:])
                 models = (base.model, other.model)
-                figures, damages = check_block(name, models, seen, layer, expected, vouched)
+                figures, damages = check_block(up.site, models, seen, layer, expected, vouched)
                 found.blocks.append(figures)
                 found.damages += damages
 
@@ -190,13 +187,9 @@ def _layers(
     yield None, (last, Collector())
 
 
-def _expected(source: Source, baseline: Checkpoint, layer: int) -> float:
+def _expected(source: Source, layer: int) -> float:
     """Relative errors of the formats of a block's experts, added as independent ones."""
-    formats = {entry.name: entry for entry in source.entries}
-    roles = (Role.GATE, Role.UP, Role.DOWN)
-    weights: list[Weight] = [w for w in baseline.weights if w.layer == layer and w.role in roles]
-    total = 0.0
-    for weight in weights:
-        if weight.name in formats:
-            total += expected_error(formats[weight.name].format) ** 2
+    of_layer = [entry for entry in source.entries if source.weights[entry.name].layer == layer]
+    formats = [entry.format for entry in of_layer if source.weights[entry.name].is_expert]
+    total = sum(expected_error(name) ** 2 for name in formats)
     return float(max(total**0.5, 1e-3))

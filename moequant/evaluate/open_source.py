@@ -12,14 +12,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moequant import families
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
+from moequant.containers.gguf.export import export
 from moequant.containers.gguf.read import GgufFile, read_header
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer
+from moequant.containers.gguf.weights import GgufWeights
 from moequant.errors import CheckpointError, VerifyError
 from moequant.forward.model import Provider
-from moequant.statistics.store import identity
+from moequant.statistics.store import identity, identity_of
 from moequant.values import Weight
+
+SAME_CONFIG = (
+    "family",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "vocab_size",
+)
+"""Config keys that versions of one model have in common; a key that one lacks is not compared."""
 
 SAME = (
     "block_count",
@@ -127,14 +143,14 @@ def _method(path: Path) -> str | None:
 
 def _folder(path: Path, checkpoint: Checkpoint) -> Source:
     other = checkpoint if path == checkpoint.path else open_checkpoint(path)
-    _same_model(path, identity(other), checkpoint)
+    _same_values(path, identity(other), checkpoint.path, identity(checkpoint), SAME_CONFIG)
     _same_tokens(path, checkpoint)
     theirs = {weight.name: weight for weight in other.weights}
     for weight in checkpoint.weights:
         _same_shape(path, weight, theirs[weight.name].shape if weight.name in theirs else None)
     if extra := sorted(theirs.keys() - {weight.name for weight in checkpoint.weights}):
         raise VerifyError(f"{path}: {extra[0]} is not in {checkpoint.path}; is one tied and the other not?")
-    types = {name: weight.sources[0].ref.dtype for name, weight in theirs.items()}
+    types = {name: weight.origin.dtype for name, weight in theirs.items()}
     return Source(path, "checkpoint", lambda weight: load(theirs[weight.name]), other.source_bytes, types)
 
 
@@ -147,45 +163,51 @@ def _quantized(path: Path, method: str, checkpoint: Checkpoint) -> Source:
     if method not in openers:
         raise CheckpointError(f"{path}: quantized as {method}; known here: {', '.join(openers)}")
     found = openers[method](path)
-    raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    raw.pop("quantization_config")
-    config = families.normalized(found.family, raw)
-    theirs: dict[str, Any] = {key: value for key, _, value in families.metadata(found.family, config)}
-    theirs |= {"general.architecture": found.family.gguf_arch, "vocab_size": config["vocab_size"]}
-    _same_model(path, theirs, checkpoint)
+    mine = identity(checkpoint)
+    _same_values(path, identity_of(found.family, found.config), checkpoint.path, mine, SAME_CONFIG)
     _same_tokens(path, checkpoint)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     types = {
-        weight.name: method if found.is_quantized(weight) else weight.sources[0].ref.dtype
+        weight.name: method if found.is_quantized(weight) else weight.origin.dtype
         for weight in checkpoint.weights
     }
     return Source(path, method, found.load, size, types)
 
 
 def _gguf(path: Path, checkpoint: Checkpoint) -> Source:
-    file = GgufFile(path)
-    header = file.header
+    file, exported = GgufFile(path), export(checkpoint)
+    header, names = file.header, exported.names
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
-    vocabulary = shapes.get("token_embd.weight", (None,))[0]
-    _same_model(path, {**header.metadata, "vocab_size": vocabulary}, checkpoint)
+    vocabulary = shapes.get(names["embedding"], (None,))[0]
+    mine = {**exported.metadata, "general.architecture": exported.arch, "vocab_size": checkpoint.shape.vocab}
+    _same_metadata(path, {**header.metadata, "vocab_size": vocabulary}, checkpoint.path, mine)
     _same_vocabulary(path, header.array(TOKENS), checkpoint)
-    for weight in checkpoint.weights:
-        _same_shape(path, weight, shapes.get(weight.name))
-    if extra := sorted(shapes.keys() - {weight.name for weight in checkpoint.weights}):
+    for weight in exported.weights:
+        theirs = names[weight.name]
+        if theirs not in shapes:
+            raise VerifyError(f"{path}: tensor {theirs} is missing")
+        if shapes[theirs] != exported.shapes[weight.name]:
+            expected = list(exported.shapes[weight.name])
+            raise VerifyError(f"{path}: {theirs} is {list(shapes[theirs])}, expected {expected}")
+    if extra := sorted(shapes.keys() - set(names.values())):
         raise VerifyError(f"{path}: tensor {extra[0]} is unknown to {checkpoint.path}; is it the same model?")
-    types = {tensor.name: tensor.type for tensor in header.tensors}
-    return Source(path, "GGUF", file.load, header.file_bytes, types)
-
-
-def _same_model(path: Path, theirs: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """VerifyError naming the first thing that makes `theirs`, by GGUF key, another model."""
-    _same_metadata(path, theirs, checkpoint.path, identity(checkpoint))
+    by_name = {tensor.name: tensor.type for tensor in header.tensors}
+    types = {weight: by_name[names[parts[-1][0]]] for weight, parts in exported.parts.items()}
+    return Source(path, "GGUF", GgufWeights(path, exported, file).load, header.file_bytes, types)
 
 
 def _same_metadata(path: Path, theirs: Mapping[str, Any], base: Path, mine: Mapping[str, Any]) -> None:
     """VerifyError naming the first of the keys in SAME, or architecture or vocabulary, that differs."""
     arch = mine["general.architecture"]
-    for key in ("general.architecture", "vocab_size", *(f"{arch}.{name}" for name in SAME)):
+    keys = ("general.architecture", "vocab_size", *(f"{arch}.{name}" for name in SAME))
+    _same_values(path, theirs, base, mine, keys)
+
+
+def _same_values(
+    path: Path, theirs: Mapping[str, Any], base: Path, mine: Mapping[str, Any], keys: Sequence[str]
+) -> None:
+    """VerifyError naming the first of `keys` that both have and that differs."""
+    for key in keys:
         one, two = mine.get(key), theirs.get(key)
         if one is not None and two is not None and not _equal(one, two):
             raise VerifyError(f"{path}: another model than {base}: {key} is {two}, not {one}")

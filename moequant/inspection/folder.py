@@ -14,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from moequant import families
 from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.checkpoint.open import renamed
+from moequant.containers.gguf.export import export
+from moequant.families.config import make_config
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError
 from moequant.inspection import presets
@@ -90,12 +93,18 @@ def inspect_folder(path: Path) -> Inspection:
         types=by_type(stored),
         roles=by_role(stored, ORDER),
         tokenizer=support.tokenizer,
-        made_by=(config.get("quantization_config") or {}).get("quant_method"),
+        made_by=_method(config),
         presets=support.presets,
         missing=support.missing,
         notes=support.notes,
         runtimes=checkpoint_runtimes(architecture, str(config.get("model_type", "")), not support.missing),
     )
+
+
+def _method(config: Mapping[str, Any]) -> str | None:
+    """How the folder is quantized, None when it is not."""
+    found = config.get("quantization_config")
+    return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else None
 
 
 def role_of(name: str) -> str:
@@ -197,29 +206,34 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
     missing: list[str] = []
     family: families.Family | None = None
     checkpoint: Checkpoint | None = None
+    tokenizer: TokenizerSpec | None = None
+    sizes: tuple[PresetSize, ...] = ()
     try:
         family = families.find(config)
-        families.metadata(family, families.normalized(family, config))
+        unknown = _unknown(family, make_config(family, config), tensors)
+        if unknown:
+            missing.append(f"{family.name}: unknown tensors: {', '.join(unknown)}")
     except FamilyError as error:
         missing.append(str(error))
-    if family is not None and (unknown := _unknown(family, tensors)):
-        missing.append(f"{family.name}: unknown tensors: {', '.join(unknown)}")
-    if not missing or "quantization_config" in config:
+    if not missing:
         try:
             checkpoint = open_checkpoint(path)
         except MoequantError as error:
             missing.append(str(error))
-    tokenizer: TokenizerSpec | None = None
     try:
         tokenizer = read_tokenizer(path)
     except TokenizerError as error:
         missing.append(str(error))
-    sizes: tuple[PresetSize, ...] = ()
-    if checkpoint is not None and tokenizer is not None:
-        sizes = tuple(
-            PresetSize(made.name, made.header.file_bytes, made.header.bits, made.damage)
-            for made in presets.files_of(checkpoint, tokenizer)
-        )
+    if checkpoint is not None:
+        try:
+            exported = export(checkpoint)
+            if tokenizer is not None:
+                sizes = tuple(
+                    PresetSize(made.name, made.header.file_bytes, made.header.bits, made.damage)
+                    for made in presets.files_of(exported, tokenizer)
+                )
+        except MoequantError as error:
+            missing.append(str(error))
     return _Support(
         family.name if family else None,
         _describe(tokenizer),
@@ -229,15 +243,20 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
     )
 
 
-def _unknown(family: families.Family, tensors: list[_Tensor]) -> list[str]:
-    """Kinds of tensors that no table of the family names, numbers replaced by `*`."""
-    names = {name for rule in family.rules for name in (rule.param, rule.stored or rule.param)}
-    known = [
-        re.compile(re.escape(name).replace(r"\{l\}", r"\d+").replace(r"\{e\}", r"\d+"))
-        for name in (*names, *family.ignored)
-    ]
-    strange = (t.name for t in tensors if not any(pattern.fullmatch(t.name) for pattern in known))
-    return sorted({re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", name)) for name in strange})
+def _unknown(family: families.Family, config: families.Config, tensors: list[_Tensor]) -> list[str]:
+    """Kinds of tensors that no slot of the family names, numbers replaced by `*`."""
+    slots = [slot for number in range(config.num_hidden_layers) for slot in family.layer(config, number)]
+    known = {_kind(way.name) for slot in (*family.ends(config), *slots) for way in slot.ways}
+    known.add("lm_head.weight")  # of a tied model it may be there, equal to the embedding
+    skipped = [re.compile(pattern) for pattern in family.skipped(config)]
+    names = (renamed(family, tensor.name) for tensor in tensors)
+    left = (name for name in names if not any(pattern.fullmatch(name) for pattern in skipped))
+    return sorted({_kind(name) for name in left} - known)
+
+
+def _kind(name: str) -> str:
+    """A tensor's name without its numbers."""
+    return re.sub(r"(?<=\.)(\d+|\{e\})(?=\.)", "*", name)
 
 
 def _describe(tokenizer: TokenizerSpec | None) -> str:

@@ -126,10 +126,8 @@ def candidates(weight: Weight) -> tuple[str, ...]:
 
 
 def is_mxfp4(weight: Weight) -> bool:
-    """Whether the checkpoint stores it as MXFP4, as transformers does: `..._blocks` of bytes, and scales."""
-    return bool(weight.sources) and all(
-        source.ref.dtype == "U8" and source.ref.name.endswith("_blocks") for source in weight.sources
-    )
+    """Whether the checkpoint stores it as MXFP4."""
+    return all(stored.codec.name == "mxfp4" for stored in weight.origin.stored)
 
 
 def prior_damages(weights: tuple[Weight, ...], layers: int) -> Damages:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from moequant import plan
-from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf import write as gguf
-from moequant.containers.gguf.presets import ModelFacts
+from moequant.containers.gguf.export import Exported
+from moequant.containers.gguf.presets import facts
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec
 from moequant.plan import Budget, Damages, data_bytes
 from moequant.values import Plan
 
 
-def overhead(checkpoint: Checkpoint, tokenizer: TokenizerSpec, provenance: dict[str, str]) -> int:
+def overhead(exported: Exported, tokenizer: TokenizerSpec, provenance: dict[str, str]) -> int:
     """Bytes of a GGUF file of this model that are not weights: the same for every plan."""
-    weights = checkpoint.weights
+    weights = exported.weights
     types = {weight.name: "F32" for weight in weights}
     bare = plan.plan_from_types(weights, types)
-    return gguf.file_bytes(checkpoint, tokenizer, bare, provenance) - data_bytes(weights, types)
+    return gguf.file_bytes(exported, tokenizer, bare, provenance) - data_bytes(weights, types)
 
 
 def choose(
-    checkpoint: Checkpoint,
-    facts: ModelFacts,
+    exported: Exported,
     budget: Budget,
     not_weights: int,
     damages: Damages | None = None,
@@ -31,4 +30,4 @@ def choose(
     Without `damages` the tables of other models decide: enough to know before any work
     whether the budget can be met. PlanError says the smallest possible size when not.
     """
-    return plan.make_plan(checkpoint.weights, budget, facts, damages, not_weights)
+    return plan.make_plan(exported.weights, budget, facts(exported), damages, not_weights)

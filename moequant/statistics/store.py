@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
+from moequant.families import Config, Family
 from moequant.errors import CorpusError
 from moequant.files import atomic
 from moequant.values import Calibration, InputStats, RouteStats, Weight
@@ -47,9 +48,14 @@ class Stored:
 
 
 def identity(checkpoint: Checkpoint) -> Model:
+    """What decides how a checkpoint computes."""
+    return identity_of(checkpoint.family, checkpoint.config)
+
+
+def identity_of(family: Family, config: Config) -> Model:
     """The family, and every config value that its tables know, as the class in transformers fills them."""
-    values = {key: getattr(checkpoint.config, key, None) for key in sorted(checkpoint.family.known)}
-    found = {"family": checkpoint.family.name, **values}
+    values = {key: getattr(config, key, None) for key in sorted(family.known)}
+    found = {"family": family.name, **values}
     # Through JSON, because that is what a file keeps: tuples are lists there.
     known: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return {key: value for key, value in known.items() if value is not None}

@@ -10,7 +10,6 @@ import torch
 
 from moequant.checkpoint import Checkpoint
 from moequant.errors import FamilyError, PlanError
-from moequant.families import Family, Rule
 from moequant.formats.groups import BITS, GROUPS, GroupFormat
 from moequant.values import Choice, Plan, Role, Weight
 
@@ -41,7 +40,7 @@ def group_format(checkpoint: Checkpoint, settings: FolderSettings) -> GroupForma
             f"--group-size {settings.group_size}: loaders take {', '.join(map(str, GROUPS[:-1]))} "
             "or -1 (one scale a row)"
         )
-    stored = {weight.sources[0].ref.dtype for weight in checkpoint.weights if weight.role.is_expert}
+    stored = {weight.origin.dtype for weight in checkpoint.weights if weight.is_expert}
     own = torch.float16 if stored == {"F16"} else torch.bfloat16
     # GPTQ files hold f16 scales; rounded like the other layout's first, they give the same codes.
     also = (torch.float16,) if settings.layout == "gptq" and own != torch.float16 else ()
@@ -65,10 +64,10 @@ def group_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
     for weight in checkpoint.weights:
         if weight.name in quantized:
             row = weight.n_in * fmt.bits // 8 + fmt.groups(weight.n_in) * fmt.scale_dtype.itemsize
-            reason = "" if weight.role.is_expert else "asked for"
+            reason = "" if weight.is_expert else "asked for"
             choices.append(Choice(weight.name, fmt.name, prod(weight.shape[:-1]) * row, reason))
         else:
-            dtype = weight.sources[0].ref.dtype
+            dtype = weight.origin.dtype
             size = weight.numel * (4 if dtype == "F32" else 2)
             choices.append(Choice(weight.name, dtype, size, "as in the checkpoint"))
     return Plan(fmt.name, tuple(choices), sum(choice.bytes for choice in choices))
@@ -85,31 +84,19 @@ def block_formats(checkpoint: Checkpoint, plan: Plan, fmt: GroupFormat) -> dict[
     }
 
 
-def stored_rule(family: Family, weight: Weight) -> Rule:
-    """The table entry that a weight came from."""
-    for rule in family.rules:
-        if rule.gguf.replace("{l}", str(weight.layer)) == weight.name:
-            return rule
-    raise FamilyError(f"{family.name}: no rule is called {weight.name}")
-
-
-def stored_names(family: Family, weight: Weight) -> tuple[str, ...]:
-    """What checkpoints with an own tensor for every expert call it: E names, or one."""
-    rule = stored_rule(family, weight)
-    name = (rule.stored or rule.param).replace("{l}", str(weight.layer))
-    if not weight.role.is_expert:
-        return (name,)
-    if "{e}" not in name:
+def stored_names(weight: Weight) -> tuple[str, ...]:
+    """What checkpoints with a tensor of its own for every expert call a weight's matrices: E names, or one."""
+    if weight.is_expert and len(weight.names) != weight.matrices:
         raise FamilyError(
-            f"{family.name}: {name} has no name for a single expert, which safetensors loaders want; "
+            f"{weight.name}: {weight.names[0]} has no name for a single expert, which safetensors loaders want; "
             "write GGUF instead"
         )
-    return tuple(name.replace("{e}", str(expert)) for expert in range(weight.shape[0]))
+    return weight.names
 
 
-def modules(family: Family, weight: Weight) -> tuple[str, ...]:
+def modules(weight: Weight) -> tuple[str, ...]:
     """The linear modules behind `stored_names`."""
-    return tuple(name.removesuffix(".weight") for name in stored_names(family, weight))
+    return tuple(name.removesuffix(".weight") for name in stored_names(weight))
 
 
 def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
@@ -119,18 +106,18 @@ def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     for weight in checkpoint.weights:
         is_linear = len(weight.shape) == 2 and weight.role is not Role.EMBEDDING
         if is_linear and formats[weight.name] != plan.preset:
-            names |= {*modules(checkpoint.family, weight), weight.param.removesuffix(".weight")}
+            names |= {*modules(weight), weight.place.param.removesuffix(".weight")}
     return tuple(sorted(names))
 
 
 def _is_quantized(
     checkpoint: Checkpoint, weight: Weight, settings: FolderSettings, shared: frozenset[str]
 ) -> bool:
-    if weight.role.is_expert:
+    if weight.is_expert:
         return len(weight.shape) == 3
     if len(weight.shape) != 2 or weight.role.keeps_precision or weight.role in (Role.EMBEDDING, Role.OUTPUT):
         return False
-    if weight.sources[0].ref.name in shared:
+    if weight.origin.stored[0].name in shared:
         return False
     if weight.role in DENSE and checkpoint.n_experts == 0:
         return True
@@ -142,8 +129,8 @@ def _shared_tensors(checkpoint: Checkpoint) -> frozenset[str]:
     seen: set[str] = set()
     twice: set[str] = set()
     for weight in checkpoint.weights:
-        if not weight.role.is_expert:
-            name = weight.sources[0].ref.name
+        if not weight.is_expert:
+            name = weight.origin.stored[0].name
             (twice if name in seen else seen).add(name)
     return frozenset(twice)
 

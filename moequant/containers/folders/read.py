@@ -1,4 +1,4 @@
-"""Reading a quantized safetensors folder back, weight by weight, as a `routing.model.Provider`."""
+"""Reading a quantized safetensors folder back, weight by weight, as a `forward.model.Provider`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moequant import families
-from moequant.containers.folders.plan import modules, stored_names
+from moequant.families.config import make_config
+from moequant.containers.folders.plan import modules
 from moequant.containers.folders.shards import INDEX
 from moequant.errors import VerifyError
 from moequant.values import Weight
+from moequant.values.ops import apply
 
 Decode = Callable[[Mapping[str, Any], Mapping[str, Tensor]], Tensor]
 """(quantization_config, one module's tensors by suffix) -> weight [out, in]."""
@@ -39,6 +41,7 @@ class FolderWeights:
         if method != layout:
             raise VerifyError(f"{path}: is {method}, expected {layout}")
         self.family = families.find(config)
+        self.config = make_config(self.family, config)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -60,11 +63,11 @@ class FolderWeights:
 
     def is_quantized(self, weight: Weight) -> bool:
         """Whether the folder holds integers for it."""
-        return f"{modules(self.family, weight)[0]}.{self.suffixes[0]}" in self.files
+        return f"{modules(weight)[0]}.{self.suffixes[0]}" in self.files
 
     def stored(self, weight: Weight, expert: int = 0) -> dict[str, Tensor]:
         """The tensors of one expert of a quantized weight, by suffix."""
-        module = modules(self.family, weight)[expert]
+        module = modules(weight)[expert]
         return {suffix: self.tensor(f"{module}.{suffix}") for suffix in self.suffixes}
 
     def decode(self, weight: Weight, expert: int = 0) -> Tensor:
@@ -72,43 +75,33 @@ class FolderWeights:
         return self._decode(self.quantization, self.stored(weight, expert))
 
     def load(self, weight: Weight) -> Tensor:
-        """Decoded values, shape `weight.shape`, in the file's precision, rows in llama.cpp's order.
+        """Decoded values, shape `weight.shape`, in the file's precision.
 
         VerifyError when a tensor is missing or another shape comes out.
         """
         if not self.is_quantized(weight):
             return self._kept(weight)
         out: Tensor | None = None
-        for expert in range(weight.n_experts):
+        for expert in range(weight.matrices):
             values = self.decode(weight, expert)
             if tuple(values.shape) != weight.shape[-2:]:
                 raise VerifyError(
-                    f"{self.path}: {modules(self.family, weight)[expert]} is {list(values.shape)}, "
+                    f"{self.path}: {modules(weight)[expert]} is {list(values.shape)}, "
                     f"expected {list(weight.shape[-2:])}"
                 )
             if out is None:
-                out = torch.empty((weight.n_experts, *values.shape), dtype=values.dtype)
+                out = torch.empty((weight.matrices, *values.shape), dtype=values.dtype)
             out[expert] = values
         assert out is not None
-        return _interleaved(out.reshape(weight.shape), weight)
+        return out.reshape(weight.shape)
 
     def _kept(self, weight: Weight) -> Tensor:
-        (name,) = stored_names(self.family, weight)
+        stored = weight.origin.stored[0]
+        name = weight.names[0] if weight.names[0] in self.files else stored.name
         values = self.tensor(name)
-        source = weight.sources[0]
-        if values.ndim > 1:
-            values = values[..., source.start : source.stop, :]
-        if tuple(values.shape) != weight.shape:
-            raise VerifyError(f"{self.path}: {name} is {list(values.shape)}, expected {list(weight.shape)}")
-        return _interleaved(values, weight)
-
-
-def _interleaved(values: Tensor, weight: Weight) -> Tensor:
-    """Rotary rows as `checkpoint.load` gives them: from halves of each head to pairs."""
-    if not weight.rope_heads:
-        return values
-    n_out, n_in = values.shape
-    return values.view(weight.rope_heads, 2, -1, n_in).transpose(1, 2).reshape(n_out, n_in)
+        if tuple(values.shape) != stored.shape:
+            raise VerifyError(f"{self.path}: {name} is {list(values.shape)}, expected {list(stored.shape)}")
+        return apply(weight.origin.ops, values)
 
 
 def _files(path: Path) -> dict[str, str]:

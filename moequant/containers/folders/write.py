@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moequant import __version__
-from moequant.checkpoint import Checkpoint, uninterleave
+from moequant.checkpoint import Checkpoint
 from moequant.containers.folders import compressed_tensors, gptq, shards
 from moequant.containers.folders.card import Card
-from moequant.containers.folders.plan import FolderSettings, group_format, kept_linears, modules, stored_names
+from moequant.containers.folders.plan import FolderSettings, group_format, kept_linears, modules
 from moequant.containers.folders.read import FolderWeights
 from moequant.containers.folders.shards import Entry, Shard, ShardWriter
 from moequant.containers.gguf.write import Written
@@ -133,10 +133,10 @@ def write(folder: Path, card: Card, packed: Iterable[Packed]) -> Written:
                 item = next(stream)
                 if item.weight.name != choice.weight:
                     raise VerifyError(f"{item.weight.name}: came where {choice.weight} was planned")
-                _put(writer, layout, fmt, item, modules(checkpoint.family, item.weight))
+                _put(writer, layout, fmt, item, modules(item.weight))
                 del item
                 continue
-            name, ref = _kept(checkpoint, by_name[choice.weight])
+            name, ref = _kept(by_name[choice.weight])
             if name not in writer.checksums:
                 writer.put(name, _chunks(ref))
     config = layout.config(fmt, kept_linears(checkpoint, plan))
@@ -165,11 +165,11 @@ def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: Folde
     chosen = [by_name[choice.weight] for choice in plan.choices if choice.format == plan.preset]
     decoded = 0
     for number, weight in enumerate(chosen):
-        expert = number % weight.n_experts
+        expert = number % weight.matrices
         theirs = on_disk.decode(weight, expert)
         codes, scales = layout.integers(fmt, on_disk.stored(weight, expert), weight.n_in)
         if not torch.equal(groups.decode(fmt, codes, scales), theirs) or not torch.isfinite(theirs).all():
-            module = modules(checkpoint.family, weight)[expert]
+            module = modules(weight)[expert]
             raise VerifyError(f"{written.path}: {module} decodes to other values than meant")
         decoded += theirs.numel()
     return decoded
@@ -183,27 +183,26 @@ def _shards(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> tup
     for choice in plan.choices:
         weight = by_name[choice.weight]
         if choice.format == plan.preset:
-            for module in modules(checkpoint.family, weight):
+            for module in modules(weight):
                 made = layout.entries(module, fmt, weight.shape[-2], weight.n_in)
                 entries |= {entry.name: entry for entry in made}
         else:
-            name, ref = _kept(checkpoint, weight)
+            name, ref = _kept(weight)
             entries[name] = Entry(name, ref.dtype, ref.shape)
     return shards.cut(list(entries.values()), settings.shard_bytes)
 
 
-def _kept(checkpoint: Checkpoint, weight: Weight) -> tuple[str, TensorRef]:
-    """Name and bytes of a weight that stays as it is."""
-    (name,) = stored_names(checkpoint.family, weight)
-    return name, weight.sources[0].ref
+def _kept(weight: Weight) -> tuple[str, TensorRef]:
+    """The stored tensor of a weight that stays as it is, and the name that loaders know it by: the release's,
+    unless it holds other weights too."""
+    (ref,) = weight.origin.stored[0].parts.values()
+    return (ref.name if weight.origin.ops else weight.names[0]), ref
 
 
 def _put(writer: ShardWriter, layout: Layout, fmt: GroupFormat, item: Packed, names: Sequence[str]) -> None:
-    """All tensors of all experts of one weight, rows as transformers has them."""
+    """All tensors of all experts of one weight."""
     n_out, n_in = item.weight.shape[-2:]
     data = item.data.reshape(len(names), n_out, -1)
-    if item.weight.rope_heads:
-        data = uninterleave(data[0], item.weight.rope_heads)[None]
     for module, rows in zip(names, data, strict=True):
         values = layout.tensors(fmt, *groups.split(fmt, rows, n_in))
         for entry, tensor in zip(layout.entries(module, fmt, n_out, n_in), values, strict=True):
@@ -228,7 +227,7 @@ def _write_side_files(
 ) -> None:
     """Everything but the weights: config, index, card, record, and what lies beside the weights."""
     source = card.checkpoint.path
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = {key: value for key, value in card.checkpoint.raw.items() if key != "quantization_config"}
     texts = {
         "config.json": json.dumps(config | {"quantization_config": quantization}, indent=2) + "\n",
         "README.md": card.text(),

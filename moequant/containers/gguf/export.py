@@ -13,6 +13,7 @@ from torch import Tensor
 from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf.families import COMMON, EXPORTS, Computed, Export, FileTensor, Key
 from moequant.errors import FamilyError
+from moequant.values.ops import Ops
 from moequant.values import Origin, Place, Role, Stack, Stored, Weight
 
 
@@ -21,7 +22,8 @@ class Exported:
     """What a GGUF file of a model holds, but for types and tokenizer.
 
     `checkpoint` is the model cut into the file's tensors, in the file's order. `names` and `shapes` are those of
-    the file, by our names. `keys` are without the architecture's name.
+    the file, by our names. `keys` are without the architecture's name. `parts` says of every weight of the model,
+    by its name, which of the file's tensors hold it, and by which ops they are made of it.
     """
 
     checkpoint: Checkpoint
@@ -29,6 +31,7 @@ class Exported:
     names: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     keys: tuple[Key, ...]
+    parts: Mapping[str, tuple[tuple[str, Ops], ...]]
     warnings: tuple[str, ...]
 
     @property
@@ -59,7 +62,11 @@ def export(checkpoint: Checkpoint) -> Exported:
     weights: list[Weight] = []
     names: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    tensors = [pair for each in checkpoint.weights for pair in _cut(checkpoint, way, each)]
+    cut = {each.name: list(_cut(checkpoint, way, each)) for each in checkpoint.weights}
+    parts = {
+        name: tuple((weight.name, tensor.ops) for weight, tensor in pairs) for name, pairs in cut.items()
+    }
+    tensors = [pair for pairs in cut.values() for pair in pairs]
     # The head stays last, behind what the file alone has.
     tensors[-1:-1] = [(_computed(each), FileTensor(each.name)) for each in way.computed(checkpoint.config)]
     for weight, tensor in tensors:
@@ -74,6 +81,7 @@ def export(checkpoint: Checkpoint) -> Exported:
         names,
         shapes,
         way.keys(checkpoint.config),
+        parts,
         way.warnings(checkpoint.config),
     )
 

@@ -20,12 +20,13 @@ import torch
 from gguf import GGUFValueType, GGUFWriter
 from torch import Tensor
 
-from moequant.checkpoint import Checkpoint
+from moequant.containers.gguf.export import Exported
 from moequant.containers.gguf.header import Header, plain
 from moequant.containers.gguf.read import GgufFile
 from moequant.errors import CheckpointError, CorpusError, VerifyError
 from moequant.files import atomic
 from moequant.statistics.importance import Gating, importance
+from moequant.statistics.store import stacked
 from moequant.values import Calibration, InputStats, Role, RouteStats, Weight
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Imatrix:
     legacy: bool
 
 
-def write(path: Path, checkpoint: Checkpoint, calibration: Calibration, gating: Gating = "gate2") -> None:
+def write(path: Path, exported: Exported, calibration: Calibration, gating: Gating = "gate2") -> None:
     """Write `calibration` as a GGUF imatrix for llama-quantize.
 
     With "gate2" the mean that llama.cpp computes is our `importance`, with its router
@@ -72,17 +73,20 @@ def write(path: Path, checkpoint: Checkpoint, calibration: Calibration, gating: 
     sums over the expert's tokens. `counts` are tokens either way.
     Raises OutputError when the disk refuses.
     """
-    writer = GGUFWriter(None, checkpoint.family.gguf_arch)
+    writer = GGUFWriter(None, exported.arch)
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [calibration.source])
     writer.add_uint32("imatrix.chunk_count", calibration.rows)
     writer.add_uint32("imatrix.chunk_size", calibration.tokens // max(1, calibration.rows))
     writer.add_string("moequant.gating", gating)
-    for weight in sorted(checkpoint.weights, key=lambda weight: weight.name):
-        if weight.input is not None:
-            sums, counts = _export(calibration.inputs[weight.input], gating)
-            writer.add_tensor(f"{weight.name}.in_sum2", sums.float().numpy())
-            writer.add_tensor(f"{weight.name}.counts", counts.float()[:, None].numpy())
+    for weight in sorted(exported.weights, key=lambda weight: exported.names[weight.name]):
+        if weight.site is not None:
+            sums, counts = _export(calibration.inputs[weight.site.name], gating)
+            name, shape = exported.names[weight.name], exported.shapes[weight.name]
+            if len(shape) == 3 and len(sums) == 1:  # a stack whose matrices are all fed the same
+                sums, counts = sums.expand(shape[0], -1), counts.expand(shape[0])
+            writer.add_tensor(f"{name}.in_sum2", sums.float().contiguous().numpy())
+            writer.add_tensor(f"{name}.counts", counts.float()[:, None].contiguous().numpy())
     with atomic(path) as partial:
         try:
             writer.write_header_to_file(partial)
@@ -100,54 +104,68 @@ def _export(stats: InputStats, gating: Gating) -> tuple[Tensor, Tensor]:
     return importance(stats, gating).double() * counts[:, None], counts
 
 
-def read(path: Path, checkpoint: Checkpoint) -> Calibration:
-    """An imatrix of either format as statistics for the weights of `checkpoint`.
+def read(path: Path, exported: Exported) -> Calibration:
+    """An imatrix of either format as statistics for the weights of a model.
 
     Every expert's count is kept (0 too: `importance` then takes the layer's pooled mean).
     llama-imatrix knows no router weights, so each token weighs 1, and no domains, pairs or
     entropies: those are 0. A .dat file does not say how many tokens an expert saw; each is
-    taken to have seen as many as the busiest, but one whose values are all 1 saw none. The
-    output head may be absent, as llama-imatrix leaves it out: its columns then count alike.
+    taken to have seen as many as the busiest, but one whose values are all 1 saw none. Some
+    entries may be absent: llama-imatrix leaves the head out, and stacks of which an expert saw nothing. Their
+    columns then count alike, and the log says so.
     Raises CorpusError for a damaged file and for one of another model.
     """
     found = parse(path)
     inputs: dict[str, InputStats] = {}
-    for weight in checkpoint.weights:
-        if weight.input is not None and weight.input not in inputs:
-            inputs[weight.input] = _stats(found, weight, checkpoint.weights)
+    absent = []
+    for weight in exported.weights:
+        if weight.site is not None and weight.site.name not in inputs:
+            stats = _stats(found, weight, exported)
+            if stats is None:
+                absent.append(exported.names[weight.name])
+                columns = torch.zeros(stacked(weight), weight.n_in, dtype=torch.float64)
+                stats = _plain(columns, torch.zeros(stacked(weight), dtype=torch.int64))
+            inputs[weight.site.name] = stats
+    if len(absent) > len(inputs) / 2:
+        raise CorpusError(f"{path}: no entry for {absent[0]}; the imatrix of another model?")
+    for name in absent:
+        log.warning("%s: no entry for %s, whose columns count alike", path, name)
     routes = tuple(
-        _route(weight, inputs[weight.input].tokens)
-        for weight in checkpoint.weights
-        if weight.role is Role.GATE and weight.input is not None
+        _route(weight, inputs[weight.site.name].tokens)
+        for weight in exported.weights
+        if weight.role is Role.UP and weight.site is not None
     )
     source = f"{path.name} ({', '.join(found.datasets) or 'text not named'})"
     return Calibration(routes, inputs, found.chunks, found.chunks * found.chunk_size, source, ())
 
 
-def _stats(found: Imatrix, weight: Weight, weights: tuple[Weight, ...]) -> InputStats:
-    """The moments of `weight`'s input, under the name of any weight that multiplies the same activations."""
-    names = [other.name for other in weights if other.input == weight.input]
+def _stats(found: Imatrix, weight: Weight, exported: Exported) -> InputStats | None:
+    """The moments of a weight's input, under the name of any weight that multiplies the same activations; None
+    when there is no entry."""
+    same = [other for other in exported.weights if other.site == weight.site]
+    names = [exported.names[other.name] for other in same]
     names += [name.replace(one, fused) for name in names for one, fused in _FUSED.items() if one in name]
     entries = [(name, found.entries[name]) for name in dict.fromkeys(names) if name in found.entries]
     if not entries:
-        if weight.role not in (Role.OUTPUT, Role.EMBEDDING):
-            raise CorpusError(f"{found.path}: no entry for {weight.name}; the imatrix of another model?")
-        log.warning("%s: no entry for %s, whose columns count alike", found.path, weight.name)
-        return _plain(torch.zeros(1, weight.n_in, dtype=torch.float64), torch.zeros(1, dtype=torch.int64))
+        return None
     (name, entry), others = entries[0], entries[1:]
-    experts, n_in = weight.n_experts, weight.n_in
-    if entry.sums.numel() != experts * n_in or len(entry.counts) not in (1, experts):
+    matrices, n_in = stacked(weight), weight.n_in
+    if matrices == 1 and entry.sums.numel() > n_in and entry.sums.numel() % n_in == 0:
+        # A stack whose matrices are all fed the same: its entry says so once for each.
+        entry = Entry(entry.sums.view(-1, n_in).mean(0), entry.counts[:1])
+    if entry.sums.numel() != matrices * n_in or len(entry.counts) not in (1, matrices):
         raise CorpusError(
             f"{found.path}: {name} has {entry.sums.numel()} values and {len(entry.counts)} counts, "
-            f"expected {experts} x {n_in} and {experts}; the imatrix of another model?"
+            f"expected {matrices} x {n_in} and {matrices}; the imatrix of another model?"
         )
-    for other, same in others:
-        if same.sums.shape != entry.sums.shape or not torch.allclose(same.sums, entry.sums, rtol=1e-3):
+    for other, twin in others:
+        alike = twin.sums.shape == entry.sums.shape and torch.allclose(twin.sums, entry.sums, rtol=1e-3)
+        if twin.sums.shape == entry.sums.shape and not alike:
             raise CorpusError(
                 f"{found.path}: {name} and {other} multiply the same activations, but their values differ"
             )
-    sums, tokens = entry.sums.view(experts, n_in), entry.counts.expand(experts).clone()
-    if found.legacy and experts > 1:
+    sums, tokens = entry.sums.view(matrices, n_in), entry.counts.expand(matrices).clone()
+    if found.legacy and matrices > 1:
         # What a .dat file holds for an expert that saw nothing: a mean of exactly 1 everywhere.
         tokens[(sums == tokens[:, None]).all(1)] = 0
     return _plain(sums, tokens)

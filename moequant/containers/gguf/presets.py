@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from moequant.containers.gguf.export import Exported
 from moequant.values import Role, Weight
 
 BASE_TYPES: Mapping[str, str] = {
@@ -117,6 +118,12 @@ class ModelFacts:
     experts: int
     gqa: int
     tied: bool
+
+
+def facts(exported: Exported) -> ModelFacts:
+    """What the rules look at, of a model."""
+    shape = exported.checkpoint.shape
+    return ModelFacts(shape.layers, shape.experts, shape.heads // shape.kv_heads, shape.tied)
 
 
 def llama_cpp_types(preset: str, weights: Iterable[Weight], facts: ModelFacts) -> dict[str, str]:

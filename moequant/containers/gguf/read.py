@@ -21,8 +21,6 @@ from moequant.errors import CheckpointError, VerifyError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moequant.values import Weight
-
 _SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
@@ -93,12 +91,6 @@ class GgufFile:
         else:
             out[...] = decode(self.data(name), info.type).reshape(info.shape)
         return torch.from_numpy(out)
-
-    def load(self, weight: Weight) -> Tensor:
-        """`values` of a weight of a model: a `forward.model.Provider`. VerifyError for another shape."""
-        if (shape := self.info(weight.name).shape) != weight.shape:
-            raise VerifyError(f"{self.path}: {weight.name} is {shape}, expected {weight.shape}")
-        return self.values(weight.name)
 
 
 def read_header(path: Path) -> Header:

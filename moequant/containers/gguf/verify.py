@@ -9,36 +9,36 @@ import torch
 from tqdm import tqdm
 
 from moequant import formats
+from moequant.containers.gguf.export import Exported
 from moequant.containers.gguf.read import Bytes, GgufFile, decode
 from moequant.containers.gguf.write import Written
 from moequant.errors import VerifyError
-from moequant.values import Plan, Weight
+from moequant.values import Plan
 
 SAMPLE_ROWS = 64
 """Rows of each tensor that both decoders decode; the checksum covers all bytes."""
 
 
-def verify(written: Written, plan: Plan, weights: tuple[Weight, ...]) -> int:
+def verify(written: Written, plan: Plan, exported: Exported) -> int:
     """Check the file against what was meant; the number of weights that both decoders decoded.
 
     Raises VerifyError naming the tensor for a missing or extra tensor, another type or
     shape, a byte that differs, values that are not finite, or decoders that disagree.
     """
     on_disk = GgufFile(written.path)
-    shapes = {weight.name: weight.shape for weight in weights}
-    if differing := on_disk.tensors.keys() ^ shapes.keys():
+    if differing := on_disk.tensors.keys() ^ set(exported.names.values()):
         raise VerifyError(f"{written.path}: tensor {min(differing)} is in only one of plan and file")
     decoded = 0
     for choice in tqdm(plan.choices, desc="verify", unit="tensor", disable=None, leave=False):
-        name = choice.weight
+        name, shape = exported.names[choice.weight], exported.shapes[choice.weight]
         found = on_disk.info(name)
-        if found.type != choice.format or found.shape != shapes[name]:
+        if found.type != choice.format or found.shape != shape:
             raise VerifyError(
                 f"{written.path}: {name} is {found.type} {found.shape}, "
-                f"planned {choice.format} {shapes[name]}"
+                f"planned {choice.format} {shape}"
             )
         data = on_disk.data(name)
-        if zlib.crc32(data.data) != written.checksums[name]:
+        if zlib.crc32(data.data) != written.checksums[choice.weight]:
             raise VerifyError(
                 f"{written.path}: bytes of {name} are not those that were written; is the disk healthy?"
             )

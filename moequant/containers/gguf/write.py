@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
-from moequant import families
-from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf import checksums
+from moequant.containers.gguf.export import Exported
+from moequant.containers.gguf.families import Key
 from moequant.containers.gguf.presets import FILE_TYPES
 from moequant.containers.gguf.sizes import ALIGNMENT
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, add_tokenizer
@@ -37,10 +37,10 @@ class Written:
 
 
 def file_bytes(
-    checkpoint: Checkpoint, tokenizer: TokenizerSpec, plan: Plan, provenance: dict[str, str]
+    exported: Exported, tokenizer: TokenizerSpec, plan: Plan, provenance: dict[str, str]
 ) -> int:
     """The exact size that `write` will produce: header laid out for real, weights added up."""
-    writer, header = _lay_out(checkpoint, tokenizer, plan, provenance), io.BytesIO()
+    writer, header = _lay_out(exported, tokenizer, plan, provenance), io.BytesIO()
     # As if it had opened its file: a header in memory needs no disk that may be full.
     writer.fout, writer.state = [header], WriterState.EMPTY
     _write_header(writer, None)
@@ -60,7 +60,7 @@ def check_target(path: Path, size: int, overwrite: bool) -> None:
 
 def write(
     path: Path,
-    checkpoint: Checkpoint,
+    exported: Exported,
     tokenizer: TokenizerSpec,
     plan: Plan,
     packed: Iterable[Packed],
@@ -73,7 +73,7 @@ def write(
     """
     sums: dict[str, int] = {}
     slices: dict[str, tuple[int, ...]] = {}
-    writer = _lay_out(checkpoint, tokenizer, plan, provenance)
+    writer = _lay_out(exported, tokenizer, plan, provenance)
     try:
         _write_header(writer, path)
         for item, choice in zip(packed, plan.choices, strict=True):
@@ -83,7 +83,8 @@ def write(
                 )
             data = item.data.reshape(-1).contiguous().cpu().numpy()
             sums[choice.weight] = zlib.crc32(data.data)
-            slices[choice.weight] = checksums.of_slices(data, item.weight.n_experts)
+            name = exported.names[choice.weight]
+            slices[name] = checksums.of_slices(data, _slices(exported.shapes[choice.weight]))
             writer.write_tensor_data(data)
         writer.flush()
     except OSError as error:
@@ -95,36 +96,51 @@ def write(
 
 
 def _lay_out(
-    checkpoint: Checkpoint, tokenizer: TokenizerSpec, plan: Plan, provenance: dict[str, str]
+    exported: Exported, tokenizer: TokenizerSpec, plan: Plan, provenance: dict[str, str]
 ) -> GGUFWriter:
     """All keys and tensor descriptions of the file, nothing written yet."""
-    writer = GGUFWriter(None, checkpoint.family.gguf_arch)
+    writer = GGUFWriter(None, exported.arch)
     writer.add_type("model")
-    writer.add_name(checkpoint.path.resolve().name)
+    writer.add_name(exported.checkpoint.name)
     writer.add_quantization_version(2)
     writer.add_file_type(FILE_TYPES[plan.preset])
-    for key, kind, value in families.metadata(checkpoint.family, checkpoint.config):
-        add = {
-            "u32": writer.add_uint32,
-            "f32": writer.add_float32,
-            "bool": writer.add_bool,
-            "str": writer.add_string,
-        }
-        add[kind](key, value)
-    for key, value in provenance.items():
-        writer.add_string(key, value)
-    add_tokenizer(writer, tokenizer, int(checkpoint.config["vocab_size"]))
-    checksums.reserve(writer, sum(weight.n_experts for weight in checkpoint.weights))
-    shapes = {weight.name: weight.shape for weight in checkpoint.weights}
+    for key in exported.keys:
+        _add(writer, f"{exported.arch}.{key.name}", key)
+    for name, value in provenance.items():
+        writer.add_string(name, value)
+    add_tokenizer(writer, tokenizer, exported.checkpoint.shape.vocab)
+    checksums.reserve(writer, sum(_slices(shape) for shape in exported.shapes.values()))
     for choice in plan.choices:
         writer.add_tensor_info(
-            choice.weight,
-            shapes[choice.weight],
+            exported.names[choice.weight],
+            exported.shapes[choice.weight],
             np.dtype(np.float32),
             choice.bytes,
             raw_dtype=GGMLQuantizationType[choice.format],
         )
     return writer
+
+
+_SCALARS = {
+    "u32": GGUFValueType.UINT32,
+    "f32": GGUFValueType.FLOAT32,
+    "bool": GGUFValueType.BOOL,
+    "str": GGUFValueType.STRING,
+}
+
+
+def _add(writer: GGUFWriter, name: str, key: Key) -> None:
+    """One key, of a number or of an array of them."""
+    kind = _SCALARS[key.kind.removesuffix("s")]
+    if key.kind.endswith("s"):
+        writer.add_key_value(name, list(key.value), GGUFValueType.ARRAY, sub_type=kind)
+    else:
+        writer.add_key_value(name, key.value, kind)
+
+
+def _slices(shape: tuple[int, ...]) -> int:
+    """Parts of a tensor with checksums of their own: the matrices of a stack."""
+    return shape[0] if len(shape) == 3 else 1
 
 
 def _write_header(writer: GGUFWriter, path: Path | None) -> None:

@@ -1,0 +1,45 @@
+"""The weights of a model as a GGUF file has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moequant.containers.gguf.export import Exported
+from moequant.containers.gguf.read import GgufFile
+from moequant.errors import VerifyError
+from moequant.values import Weight
+from moequant.values.ops import put
+
+
+class GgufWeights:
+    """A GGUF file of a known model, decoded by gguf-py."""
+
+    def __init__(self, path: Path, exported: Exported, file: GgufFile | None = None) -> None:
+        self.file, self.exported = file or GgufFile(path), exported
+        self._shapes = {weight.name: weight.shape for weight in exported.weights}
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the file's tensors by our name, f32, shape of its weight. VerifyError for another shape."""
+        theirs = self.exported.names[name]
+        expected, found = self.exported.shapes[name], self.file.info(theirs).shape
+        if found != expected:
+            raise VerifyError(f"{self.file.path}: {theirs} is {list(found)}, expected {list(expected)}")
+        return self.file.values(theirs).reshape(self._shapes[name])
+
+    def as_cut(self, weight: Weight) -> Tensor:
+        """Decoded values of a weight as the file cuts it: a `forward.model.Provider` of
+        `exported.checkpoint`."""
+        return self.tensor(weight.name)
+
+    def load(self, weight: Weight) -> Tensor:
+        """Decoded values of a weight of the model, in the model's order: a `forward.model.Provider`."""
+        parts = self.exported.parts[weight.name]
+        if len(parts) == 1 and not parts[0][1]:
+            return self.tensor(weight.name)
+        out = torch.empty(weight.shape)
+        for name, ops in parts:
+            put(ops, out, self.tensor(name))
+        return out
