@@ -22,6 +22,7 @@ from moequant.containers.folders.read import FolderWeights
 from moequant.containers.gguf import checksums
 from moequant.containers.gguf.write import GgufWeights
 from moequant.errors import VerifyError
+from moequant.files import RECORD
 from moequant.formats import groups
 from moequant.formats.groups import GroupFormat
 from moequant.kernels import Matrix
@@ -287,7 +288,7 @@ def _recorded(path: Path, layout: str, fmt: GroupFormat) -> dict[str, int] | Non
 
     VerifyError when config.json reads the integers otherwise than they were written.
     """
-    file = path / folder.RECORD
+    file = path / RECORD
     if not file.is_file():
         return None
     try:
