@@ -12,7 +12,7 @@ import moequant
 PACKAGE = Path(moequant.__file__).parent
 
 ORDER = [
-    {"errors"},
+    {"errors", "escape"},
     {"values", "progress", "files"},
     {"formats", "families", "generators"},
     {"kernels", "checkpoint"},

@@ -24,6 +24,7 @@ from moequant.containers.gguf.weights import GgufWeights
 from moequant.containers.gguf.header import TensorInfo
 from moequant.containers.gguf.read import GgufFile, decode
 from moequant.errors import VerifyError
+from moequant.files import RECORD
 from moequant.formats import groups
 from moequant.formats.groups import GroupFormat
 from moequant.kernels import Matrix
@@ -294,7 +295,7 @@ def _recorded(path: Path, layout: str, fmt: GroupFormat) -> dict[str, int] | Non
 
     VerifyError when config.json reads the integers otherwise than they were written.
     """
-    file = path / folder.RECORD
+    file = path / RECORD
     if not file.is_file():
         return None
     try:

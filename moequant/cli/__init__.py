@@ -9,6 +9,7 @@ import typer
 
 import moequant
 from moequant.cli.check import check
+from moequant.cli.common import Commands
 from moequant.cli.compare import compare
 from moequant.cli.convert import convert
 from moequant.cli.demo import demo
@@ -19,6 +20,7 @@ from moequant.cli.route import route
 
 app = typer.Typer(
     name="moequant",
+    cls=Commands,
     help="Quantize mixture-of-experts models: every expert measured, packed and checked.",
     no_args_is_help=True,
     add_completion=False,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import console, guarded
+from moequant.cli.common import Overwrite, console, guarded
 
 
 class CheckDevice(StrEnum):
@@ -41,16 +41,25 @@ def check(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything found as JSON.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Check the packed bytes: decoders, GPU products, every expert against the model. Exits 1 if not."""
     from moequant.commands.check import CheckSettings  # torch is imported only when there is work
     from moequant.commands.check import check as run
+    from moequant.files import atomic, claim
     from moequant.report.check import check_json, check_report
 
     settings = CheckSettings(baseline, device.value if device else None, sample, calib, tokens, speed)
-    report = guarded(lambda: run(out, settings))
-    if json_file is not None:
-        json_file.write_text(json.dumps(check_json(report), indent=1, ensure_ascii=False), encoding="utf-8")
-    console().print(check_report(report))
-    if not report.holds:
+
+    def work() -> bool:
+        with claim(json_file, overwrite=overwrite, inputs=(out, baseline, calib)):
+            report = run(out, settings)
+            if json_file is not None:
+                with atomic(json_file) as partial:
+                    text = json.dumps(check_json(report), indent=1, ensure_ascii=False)
+                    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+            console().print(check_report(report))
+            return report.holds
+
+    if not guarded(work):
         raise typer.Exit(1)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
+from moequant import escape
 from moequant.containers.gguf.presets import BASE_TYPES
 from moequant.errors import MoequantError
+from moequant.files import Interrupted, interruptible
 
 
 class Effort(StrEnum):
@@ -49,6 +54,22 @@ Device = Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1 â
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output file that exists.")]
 
 
+class Commands(TyperGroup):
+    """Runs a command so that no signal leaves litter, and no terminal is asked for what it cannot show."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """See the class. A signal ends the process with one line and the exit code that shells expect."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=escape.STAND_IN)
+        try:
+            with interruptible():
+                return super().invoke(ctx)
+        except Interrupted as signal:
+            typer.echo(f"moequant: ended by {signal}; what was unfinished is removed", err=True)
+            raise typer.Exit(signal.exit_code) from None
+
+
 def console() -> Console:
     """As wide as the terminal; wide enough for every table when the output goes to a file or a pipe."""
     made = Console()
@@ -60,7 +81,7 @@ def guarded(action: Callable[[], T]) -> T:
     try:
         return action()
     except MoequantError as error:
-        typer.echo(f"moequant: {error}", err=True)
+        typer.echo(f"moequant: {escape.plain(str(error))}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from moequant import escape
 from moequant.cli.common import Device, Overwrite, Ram, console, guarded, ram_bytes
 
 
@@ -67,13 +67,11 @@ def compare(
 ) -> None:
     """Score CANDIDATES against BASE: perplexity, KL divergence, routing, and every expert's error."""
     from moequant.commands.compare import CompareSettings, run  # torch is imported only when there is work
-    from moequant.files import check_output
+    from moequant.files import claim
     from moequant.forward.stream import Resources
     from moequant.report.compare import compare_json, compare_tables
     from moequant.report.html import write
 
-    if html is not None:
-        guarded(lambda: check_output(html, overwrite))
     resources = Resources(guarded(lambda: ram_bytes(ram)), device, threads)
     settings = CompareSettings(
         eval=eval_,
@@ -84,13 +82,18 @@ def compare(
         exact=exact,
         prompts=tuple(prompt or ()),
         sample_tokens=sample_tokens,
-        command=shlex.join(["moequant", *sys.argv[1:]]),
+        command=escape.command(["moequant", *sys.argv[1:]]),
         resources=resources,
     )
-    found = guarded(lambda: run(base, candidates, settings))
-    if as_json:
-        typer.echo(compare_json(found))
-    else:
-        console().print(compare_tables(found))
-    if html is not None:
-        guarded(lambda: write(found, html))
+
+    def work() -> None:
+        with claim(html, overwrite=overwrite, inputs=(base, *candidates, model, eval_)):
+            found = run(base, candidates, settings)
+            if as_json:
+                typer.echo(compare_json(found))
+            else:
+                console().print(compare_tables(found))
+            if html is not None:
+                write(found, html)
+
+    guarded(work)

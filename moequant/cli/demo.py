@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -22,13 +21,17 @@ def demo(
     """Convert the tiny trained MoE that ships with moequant and print the report."""
     from moequant.commands.convert import Settings
     from moequant.commands.convert import convert as run
+    from moequant.files import scratch
     from moequant.text import bundled
 
     # A model this small has nothing more to learn from the rest of the bundled text.
     settings = Settings(type_, calib_tokens=32_768, effort=effort.value, overwrite=overwrite)
-    with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
-        target = out or Path(folder) / f"demo-{type_}.gguf"
-        report = guarded(lambda: run(bundled.path("demo"), target, settings))
-    console().print(report.renderable())
+
+    def work() -> None:
+        with scratch() as folder:
+            target = out or folder / f"demo-{type_}.gguf"
+            console().print(run(bundled.path("demo"), target, settings).renderable())
+
+    guarded(work)
     if out is None:
         typer.echo("The file was made in a temporary folder and is gone; -o FILE keeps it.")

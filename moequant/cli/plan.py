@@ -48,13 +48,24 @@ def plan(
     overwrite: Overwrite = False,
 ) -> None:
     """Show what MODEL costs at every file size, and write the best plan for one."""
-    from moequant.commands.plan import Outputs, PlanSettings, survey, write  # torch only when there is work
+    from moequant.commands.plan import (  # torch only when there is work
+        Outputs,
+        PlanSettings,
+        claimed,
+        survey,
+        write,
+    )
     from moequant.commands.plan import budgets as budgets_of
     from moequant.report.curve import curve_tables
 
     settings = PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed)
     outputs = Outputs(out, curve, overwrite)
     wanted = guarded(lambda: budgets_of(sizes, bpw, type_))
-    found = guarded(lambda: survey(model, settings, wanted, outputs))
-    console().print(curve_tables(found.curve))
-    guarded(lambda: write(found, outputs))
+
+    def work() -> None:
+        with claimed(outputs, model, calib, stats):
+            found = survey(model, settings, wanted, outputs)
+            console().print(curve_tables(found.curve))
+            write(found, outputs)
+
+    guarded(work)

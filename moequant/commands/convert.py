@@ -17,7 +17,7 @@ from moequant.containers.gguf.verify import verify
 from moequant.errors import CheckpointError, CorpusError, PlanError
 from moequant.evaluate import Comparison
 from moequant.evaluate.side_by_side import Version, compare
-from moequant.files import atomic, check_output
+from moequant.files import atomic, claim
 from moequant.formats import Effort
 from moequant.forward.stream import Resources
 from moequant.plan import Budget
@@ -85,6 +85,11 @@ class Settings:
         return Budget.of_bpw(self.bpw) if self.bpw is not None else Budget.of_preset(self.type)
 
     @property
+    def inputs(self) -> tuple[str | Path | None, ...]:
+        """What is read beside the model."""
+        return (self.calib, self.eval, self.plan, self.stats, self.imatrix)
+
+    @property
     def resources(self) -> Resources:
         """What passes over the model may use."""
         return Resources(ram=self.ram, device=self.device)
@@ -135,12 +140,17 @@ def convert(model: str | Path, out: str | Path, settings: Settings = Settings())
     Raises a MoequantError with one clear line when something is wrong; `out` is then
     absent, or as it was before.
     """
-    model, out, meter = Path(model), Path(out), Meter()
+    out = Path(out)
+    outputs = claim(out, settings.imatrix_out, overwrite=settings.overwrite, inputs=(model, *settings.inputs))
+    with outputs:
+        return _convert(Path(model), out, settings)
+
+
+def _convert(model: Path, out: Path, settings: Settings) -> Report:
+    meter = Meter()
     with meter.stage("open"):
         opened = open_model(model, settings)
         gguf.check_target(out, opened.file_bytes, settings.overwrite)
-        if settings.imatrix_out is not None:
-            check_output(settings.imatrix_out, settings.overwrite)
         calibration = given_statistics(opened.checkpoint, settings)
         texts = _texts(opened, settings)
         check_memory(opened.checkpoint, models=2 if texts.evaluation else 1 if texts.calibration else 0)

@@ -15,7 +15,7 @@ from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.evaluate import Comparison
 from moequant.evaluate.side_by_side import Version, compare
-from moequant.files import check_output
+from moequant.files import atomic_folder, claim
 from moequant.progress import Meter
 from moequant.report import Report
 from moequant.rounding.coupled import Result, Rounding
@@ -40,15 +40,22 @@ def convert_folder(
     Of `settings`, what says how large a GGUF file is has no meaning here. Raises a MoequantError
     with one clear line when something is wrong; `out` is then absent, or as it was before.
     """
-    model, out, meter = Path(model), Path(out), Meter()
+    out = Path(out)
+    outputs = claim(
+        settings.imatrix_out, folder=out, overwrite=settings.overwrite, inputs=(model, *settings.inputs)
+    )
+    with outputs:
+        return _convert(Path(model), out, settings, layout)
+
+
+def _convert(model: Path, out: Path, settings: Settings, layout: FolderSettings) -> Report:
+    meter = Meter()
     with meter.stage("open"):
         checkpoint = open_checkpoint(model)
         card = Card(checkpoint, group_plan(checkpoint, layout), layout)
         folder.check_target(
             out, folder.folder_bytes(checkpoint, card.plan, layout), settings.overwrite, model
         )
-        if settings.imatrix_out is not None:
-            check_output(settings.imatrix_out, settings.overwrite)
         calibration = given_statistics(checkpoint, settings)
         texts = _texts(checkpoint, settings, calibrated=calibration is not None)
         check_memory(checkpoint, models=2 if texts.evaluation or texts.rounding else 1)
@@ -62,17 +69,17 @@ def convert_folder(
         imatrix.write(settings.imatrix_out, checkpoint, calibration, "none")
     card = replace(card, calibration=calibration, rounded_on=texts.rounding, coupled=settings.coupled)
     losses: list[ExpertLoss] = []
-    with folder.atomic(out) as partial:
+    comparison: Comparison | None = None
+    with atomic_folder(out) as partial:
         with meter.stage("quantize"):
             written = folder.write(partial, card, pack_all(card, settings, losses))
         with meter.stage("verify"):
             folder.verify(written, checkpoint, card.plan, layout)
-    comparison: Comparison | None = None
-    if texts.evaluation is not None:
-        with meter.stage("compare"):
-            comparison = _compared(checkpoint, out, layout, texts.evaluation, settings)
-        card = replace(card, measured=_measured(comparison))
-        (out / "README.md").write_text(card.text(), encoding="utf-8")
+        if texts.evaluation is not None:
+            with meter.stage("compare"):
+                comparison = _compared(checkpoint, partial, layout, texts.evaluation, settings)
+            card = replace(card, measured=_measured(comparison))
+            (partial / "README.md").write_text(card.text(), encoding="utf-8")
     return Report(
         model=model,
         out=out,

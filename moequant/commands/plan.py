@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.commands.convert import facts
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.errors import PlanError
-from moequant.files import atomic, check_output
+from moequant.files import atomic, claim
 from moequant.formats import Effort
 from moequant.plan import Budget, Damages, curve, points, preset_points, prior_damages
 from moequant.plan.planner import overhead
@@ -86,6 +87,8 @@ def survey(
     provenance = {"general.quantized_by": f"moequant {__version__}"}
     known, extra = facts(checkpoint), overhead(checkpoint, tokenizer, provenance)
     _check(outputs, budgets)
+    with claimed(outputs, model, settings.calib, settings.stats):
+        pass  # refused now, not when all is measured
     points(checkpoint.weights, known, prior_damages(checkpoint.weights, known.layers), extra, budgets)
     calib_rows, probe_rows = _texts(checkpoint, tokenizer, settings)
     if settings.stats is not None:
@@ -107,20 +110,23 @@ def survey(
 
 def write(found: Survey, outputs: Outputs) -> None:
     """Every file that is wanted, each complete or not there at all. OutputError when the disk refuses."""
-    if outputs.plan is not None:
-        chosen = found.curve.wanted[0].plan
-        assert chosen is not None
-        with atomic(outputs.plan) as partial:
-            partial.write_text(plan.to_json(chosen), encoding="utf-8")
-    if outputs.picture is not None:
-        draw(found.curve, outputs.picture)
+    with claimed(outputs):
+        if outputs.plan is not None:
+            chosen = found.curve.wanted[0].plan
+            assert chosen is not None
+            with atomic(outputs.plan) as partial:
+                partial.write_text(plan.to_json(chosen), encoding="utf-8")
+        if outputs.picture is not None:
+            draw(found.curve, outputs.picture)
+
+
+def claimed(outputs: Outputs, *inputs: str | Path | None) -> AbstractContextManager[None]:
+    """The outputs, locked; OutputError when one cannot be written or is one of `inputs`."""
+    return claim(outputs.plan, outputs.picture, overwrite=outputs.overwrite, inputs=inputs)
 
 
 def _check(outputs: Outputs, budgets: tuple[Budget, ...]) -> None:
-    """Errors for outputs that cannot be written."""
-    for path in (outputs.plan, outputs.picture):
-        if path is not None:
-            check_output(path, outputs.overwrite)
+    """Errors for outputs that cannot hold what is wanted."""
     if outputs.picture is not None:
         check_picture(outputs.picture)
     if outputs.plan is not None and len(budgets) != 1:

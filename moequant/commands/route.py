@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,19 +11,17 @@ from moequant.commands.convert import check_memory
 from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.errors import CorpusError, OutputError
-from moequant.files import check_output
+from moequant.files import claim
 from moequant.forward.stream import Resources
 from moequant.report.routing import check_picture, heatmap
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.coverage import Coverage, cover
-from moequant.statistics.journal import Journal, digest
+from moequant.statistics.journal import Journal, check_journals, digest
 from moequant.text import corpus
 from moequant.text.corpus import Rows
 from moequant.text.rows import ROW, load_encoder
 from moequant.values import Calibration
-
-Calibrate = Callable[[Checkpoint, Rows], Calibration]
 
 BUDGET = 4
 """Feeding starved experts may take so many times the tokens of the first draw, unless told otherwise."""
@@ -78,25 +75,29 @@ def route(
     from there after it was killed. Raises a MoequantError with one clear line when something is
     wrong; the text, the statistics to merge and the outputs are looked at before any work is done.
     """
-    checkpoint = open_checkpoint(Path(model))
+    with claimed(outputs, model, settings.calib, *settings.merge):
+        return _route(Path(model), settings, outputs)
+
+
+def _route(model: Path, settings: RouteSettings, outputs: Outputs) -> Routed:
+    checkpoint = open_checkpoint(model)
     _check(checkpoint, outputs)
     parts = _load(checkpoint, settings.merge)
     coverage = None
-    pass_over = _resumable(outputs.stats, settings.resources)
+    passes = _Passes(outputs.stats, settings.resources)
     if settings.calib is not None or not parts:
         pool = calibration_pool(checkpoint, settings)
         check_memory(checkpoint, models=1)
         if settings.ratio > 0:
             budget = settings.max_tokens or BUDGET * settings.calib_tokens
             coverage = cover(
-                checkpoint, pool, settings.calib_tokens, settings.ratio, budget, calibrate=pass_over
+                checkpoint, pool, settings.calib_tokens, settings.ratio, budget, calibrate=passes.calibrate
             )
-        found = coverage.calibration if coverage else pass_over(checkpoint, pool)
+        found = coverage.calibration if coverage else passes.calibrate(checkpoint, pool)
         parts.append(store.stored(checkpoint, found))
     routed = Routed(checkpoint, store.merge(parts), coverage)
     write(routed, outputs)
-    if outputs.stats is not None:
-        shutil.rmtree(journals(outputs.stats), ignore_errors=True)
+    passes.forget()
     return routed
 
 
@@ -105,27 +106,44 @@ def journals(stats: Path) -> Path:
     return stats.with_name(f"{stats.name}.journal")
 
 
-def _resumable(stats: Path | None, resources: Resources) -> Calibrate:
-    """A pass that keeps its finished layers beside `stats`, one folder for each text that is routed."""
+class _Passes:
+    """Passes that keep their finished layers beside `stats`, one folder for each text that is routed."""
 
-    def pass_over(checkpoint: Checkpoint, rows: Rows) -> Calibration:
-        if stats is None:
-            return calibrate(checkpoint, rows, resources)
-        folder = journals(stats) / digest(rows)[:16]
-        return calibrate(checkpoint, rows, resources, journal=Journal(folder, checkpoint, rows))
+    def __init__(self, stats: Path | None, resources: Resources) -> None:
+        self._stats, self._resources = stats, resources
+        self._journals: list[Journal] = []
 
-    return pass_over
+    def calibrate(self, checkpoint: Checkpoint, rows: Rows) -> Calibration:
+        """Statistics of `rows`, from where a killed run stopped."""
+        if self._stats is None:
+            return calibrate(checkpoint, rows, self._resources)
+        journal = Journal(journals(self._stats) / digest(rows)[:16], checkpoint, rows)
+        self._journals.append(journal)
+        return calibrate(checkpoint, rows, self._resources, journal=journal)
+
+    def forget(self) -> None:
+        """Remove what this run kept. What a run on another text has kept stays, for it to go on from."""
+        for journal in self._journals:
+            journal.remove()
+        if self._journals and self._stats is not None and not any(journals(self._stats).iterdir()):
+            journals(self._stats).rmdir()
 
 
 def write(routed: Routed, outputs: Outputs) -> None:
     """Every file that is wanted, each complete or not there at all."""
     calibration = routed.stored.calibration
-    if outputs.stats is not None:
-        store.save(outputs.stats, routed.stored)
-    if outputs.imatrix is not None:
-        imatrix.write(outputs.imatrix, routed.checkpoint, calibration, "none")
-    if outputs.picture is not None:
-        heatmap(calibration, outputs.picture)
+    with claimed(outputs):
+        if outputs.stats is not None:
+            store.save(outputs.stats, routed.stored)
+        if outputs.imatrix is not None:
+            imatrix.write(outputs.imatrix, routed.checkpoint, calibration, "none")
+        if outputs.picture is not None:
+            heatmap(calibration, outputs.picture)
+
+
+def claimed(outputs: Outputs, *inputs: str | Path | None) -> AbstractContextManager[None]:
+    """The outputs, locked; OutputError when one cannot be written or is one of `inputs`."""
+    return claim(outputs.stats, outputs.imatrix, outputs.picture, overwrite=outputs.overwrite, inputs=inputs)
 
 
 def calibration_pool(checkpoint: Checkpoint, settings: RouteSettings) -> Rows:
@@ -153,11 +171,8 @@ def _load(checkpoint: Checkpoint, files: tuple[Path, ...]) -> list[store.Stored]
 
 def _check(checkpoint: Checkpoint, outputs: Outputs) -> None:
     """OutputError for an output that cannot be written."""
-    wanted = [path for path in (outputs.stats, outputs.imatrix, outputs.picture) if path is not None]
-    for path in wanted:
-        check_output(path, outputs.overwrite)
-    if len(set(wanted)) < len(wanted):
-        raise OutputError(f"{wanted[0]}: one name for two outputs; give each its own")
+    if outputs.stats is not None:
+        check_journals(journals(outputs.stats))
     if outputs.picture is not None:
         check_picture(outputs.picture)
         if not checkpoint.n_experts:

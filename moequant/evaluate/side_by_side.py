@@ -7,10 +7,8 @@ logits are made and scored a few tokens at a time.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from moequant.checkpoint import Checkpoint
 from moequant.evaluate.activations import Rounded, listen
 from moequant.evaluate.divergence import Scores, join, score_tokens, summarize
 from moequant.evaluate.results import Measured, RoutingChange, WeightError
+from moequant.files import scratch
 from moequant.forward.hidden import Hidden
 from moequant.forward.model import Provider, held
 from moequant.forward.stream import LayerStream, Resources
@@ -57,11 +56,11 @@ def compare(
     """
     named = [base, *candidates]
     share = None if resources.ram is None else replace(resources, ram=resources.ram // len(named))
-    with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
+    with scratch() as folder:
         with LayerStream(checkpoint, rows.ids, share or resources, base.provider) as stream:
             listen(stream.model, checkpoint)
             first, *others = (
-                _Running(one.name, one.provider, stream.new_hidden(Path(folder) / str(number)), one.rounded)
+                _Running(one.name, one.provider, stream.new_hidden(folder / str(number)), one.rounded)
                 for number, one in enumerate(named)
             )
             _embed(stream, first, others)

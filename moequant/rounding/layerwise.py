@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
+from moequant.files import scratch
 from moequant.forward.stream import LayerStream, Resources
 from moequant.progress import available_bytes
 from moequant.rounding.coupled import Coupled, Plain, Result, Rounding, Streams
@@ -35,7 +34,7 @@ def round_checkpoint(
     resources = replace(resources, batch_tokens=min(resources.batch_tokens, ids.numel() // BATCHES))
     rounding = replace(rounding, gram_bytes=min(4 << 30, memory // 4))
     with (
-        tempfile.TemporaryDirectory(prefix="moequant-") as folder,
+        scratch() as folder,
         LayerStream(checkpoint, ids, resources) as stream,
     ):
-        yield from Coupled(stream, formats, plain, rounding).run(Streams.under(Path(folder), stream))
+        yield from Coupled(stream, formats, plain, rounding).run(Streams.under(folder, stream))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from moequant.checkpoint import Checkpoint, load, not_finite
 from moequant.errors import CheckpointError
+from moequant.files import scratch
 from moequant.forward.hidden import OnDisk
 from moequant.forward.model import Provider
 from moequant.forward.stream import LayerStream, Resources
@@ -99,8 +99,8 @@ def _folder(journal: Journal | None) -> Iterator[Path]:
     if journal:
         yield journal.folder
     else:
-        with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
-            yield Path(folder)
+        with scratch() as folder:
+            yield folder
 
 
 def _progress(rows: Rows, layers: int, done: int) -> tqdm:

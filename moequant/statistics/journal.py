@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
 from pathlib import Path
 
 from moequant import __version__
@@ -22,6 +22,39 @@ from moequant.statistics import store
 from moequant.text.corpus import Rows
 from moequant.values import Calibration
 
+_FILES = re.compile(r"run\.json|layer-\d{4,}\.safetensors|hidden-\d{4,}\.f32|\..+\.moequant-.+")
+"""Names in a run's folder, and of what a killed run leaves beside them."""
+
+_RUNS = re.compile("[0-9a-f]{16}")
+
+
+def check_journals(folder: Path) -> None:
+    """OutputError unless `folder` may hold the folders of runs: it is absent, or holds nothing else."""
+    _check_kind(folder)
+    if folder.is_dir():
+        for run in folder.iterdir():
+            if not _RUNS.fullmatch(run.name):
+                raise _foreign(run)
+            _check(run)
+
+
+def _check(run: Path) -> None:
+    """OutputError unless `run` is absent or a folder in which everything has a name that a run gives."""
+    _check_kind(run)
+    if run.is_dir():
+        for file in run.iterdir():
+            if file.is_symlink() or not file.is_file() or not _FILES.fullmatch(file.name):
+                raise _foreign(file)
+
+
+def _check_kind(folder: Path) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise _foreign(folder)
+
+
+def _foreign(path: Path) -> OutputError:
+    return OutputError(f"{path}: is not a run's state and is kept; move it away, or give another --out")
+
 
 class Journal:
     """The folder of one run; see the module."""
@@ -29,6 +62,7 @@ class Journal:
     def __init__(self, folder: Path, checkpoint: Checkpoint, rows: Rows) -> None:
         """Open or begin it. OutputError when the folder belongs to another run."""
         self.folder, self.checkpoint = folder, checkpoint
+        _check(folder)
         run = {"moequant": __version__, "model": _fingerprint(checkpoint), "rows": digest(rows)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +91,10 @@ class Journal:
 
     def remove(self) -> None:
         """The run has ended: its result lies elsewhere."""
-        shutil.rmtree(self.folder)
+        if self.folder.is_dir():
+            for file in self.folder.iterdir():
+                file.unlink()
+            self.folder.rmdir()
 
     def _layer(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:04d}.safetensors"

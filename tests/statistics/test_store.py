@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from moequant.checkpoint import open_checkpoint
 from moequant.errors import CorpusError, OutputError
+from moequant.files import claim
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.coverage import take
@@ -60,8 +61,10 @@ def test_the_same_statistics_are_the_same_bytes(whole, tmp_path: Path) -> None:
     backwards = dict(reversed(whole.calibration.inputs.items()))
     store.save(two, replace(whole, calibration=replace(whole.calibration, inputs=backwards)))
     assert one.read_bytes() == two.read_bytes()
-    store.save(two, store.load(one))
-    assert one.read_bytes() == two.read_bytes()
+    store.save(tmp_path / "three", store.load(one))
+    assert one.read_bytes() == (tmp_path / "three").read_bytes()
+    with pytest.raises(OutputError, match="two: exists already"):
+        store.save(two, whole)
 
 
 def test_others_may_read_it_as_any_file(whole, tmp_path: Path) -> None:
@@ -186,7 +189,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file(whole, tmp_path: Path) -> None
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
-        with pytest.raises(OutputError, match="cannot be written"):
+        with pytest.raises(OutputError, match="cannot be written"), claim(path, overwrite=True):
             store.save(path, whole)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

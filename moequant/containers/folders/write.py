@@ -1,18 +1,15 @@
 """A quantized model folder: safetensors that vLLM and transformers load, written in one pass.
 
 Tensors go to the disk as they are made and are not kept; what stays in the checkpoint's own
-precision is copied as bytes. The folder grows beside its target under a temporary name and takes
-the target's name when it is complete and checked.
+precision is copied as bytes. `moequant.json` says how the folder was made, which files in it are
+moequant's, and the CRC-32 of every tensor: `moequant check` names what changed.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,29 +21,19 @@ from tqdm import tqdm
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
-from moequant.containers.folders import compressed_tensors, gptq, shards
+from moequant.containers.folders import compressed_tensors, gptq, shards, side_files
 from moequant.containers.folders.card import Card
 from moequant.containers.folders.plan import FolderSettings, group_format, kept_linears, modules
 from moequant.containers.folders.read import FolderWeights
 from moequant.containers.folders.shards import Entry, Shard, ShardWriter
 from moequant.containers.gguf.write import Written
 from moequant.errors import OutputError, VerifyError
+from moequant.files import RECORD, check_space, claim
 from moequant.formats import groups
 from moequant.formats.groups import GroupFormat
 from moequant.values import Packed, Plan, TensorRef, Weight
 
-RECORD = "moequant.json"
-"""How the folder was made, and the CRC-32 of every tensor: `moequant check` names what changed."""
-
 _CHUNK = 1 << 24
-
-_NOT_COPIED = (
-    "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
-    ".*", "config.json", "quantize_config.json", "README.md", RECORD,
-)  # fmt: skip
-"""Weights in any format, hidden files, and the files that are written anew."""
-
-_COPIED_FOLDERS = ("additional_chat_templates",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,41 +66,8 @@ def folder_bytes(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -
 
 def check_target(path: Path, size: int, overwrite: bool, source: Path) -> None:
     """OutputError when a folder of `size` bytes cannot be put at `path`: said before any work is done."""
-    path, source = path.absolute(), source.resolve()
-    if path.is_file():
-        raise OutputError(f"{path}: is a file; give a folder name")
-    if path.resolve() == source or path.resolve() in source.parents:
-        raise OutputError(f"{path}: holds the model that is read; give another name")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise OutputError(f"{path}: exists already; give another name or --overwrite")
-        if not (path / "config.json").is_file():
-            raise OutputError(f"{path}: is not a model folder and is not replaced; give another name")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path.parent}: no such folder; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path.parent}: not writable")
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise OutputError(f"{path.parent}: {size:,} bytes are needed, {free:,} are free")
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, else is removed."""
-    path = path.absolute()
-    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
-    partial.mkdir()
-    try:
-        yield partial
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-        for folder in (path, path.parent):
-            _sync(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with claim(folder=path, overwrite=overwrite, inputs=[source]):
+        check_space(path.parent, size)
 
 
 def write(folder: Path, card: Card, packed: Iterable[Packed]) -> Written:
@@ -231,27 +185,17 @@ def _write_side_files(
     texts = {
         "config.json": json.dumps(config | {"quantization_config": quantization}, indent=2) + "\n",
         "README.md": card.text(),
-        RECORD: json.dumps(record, indent=1) + "\n",
     }
     if len(files) > 1:
         texts[shards.INDEX] = shards.index(files)
     if card.settings.layout == "gptq":
         texts["quantize_config.json"] = json.dumps(quantization, indent=2) + "\n"
     try:
-        for file in source.iterdir():
-            if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COPIED):
-                shutil.copyfile(file, folder / file.name)
-            elif file.is_dir() and file.name in _COPIED_FOLDERS:
-                shutil.copytree(file, folder / file.name)
+        side_files.copy(source, folder)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
+        files_here = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+        record["files"] = sorted([RECORD, *(name.as_posix() for name in files_here)])
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from error
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,8 +1,7 @@
 """How a GGUF file runs in llama.cpp: timed and sampled in a process of its own, whose memory is the model's.
 
-    python -m moequant.runtimes.llama_cpp.serving < job.json > result.json
-
-is what `serve` starts for every file. Cache and attention are llama.cpp's defaults; decoding is greedy.
+`serve` starts one for every file, a job as JSON on its standard input and the result on its output.
+Cache and attention are llama.cpp's defaults; decoding is greedy.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import moequant
 from moequant.errors import MoequantError
 from moequant.progress import peak_bytes, resident_bytes
 from moequant.runtimes.llama_cpp.engine import Llama, LlamaError
@@ -25,6 +25,19 @@ CONTEXT = 4096
 
 BATCH = 512
 """Prompt tokens that llama.cpp computes at a time: its default for a micro-batch."""
+
+
+_START = """
+import importlib.util, pathlib, sys
+package = pathlib.Path(sys.argv[1])
+sys.path += sys.argv[2:]
+spec = importlib.util.spec_from_file_location("moequant", package / "__init__.py")
+sys.modules["moequant"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from moequant.runtimes.llama_cpp.serving import main
+main()
+"""
+"""Imports this very moequant by its place: the folder it lies in is not searched for anything else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +114,7 @@ def serve(path: Path, prompts: Sequence[Prompt], tokens: int, threads: int) -> S
         "threads": threads,
         "prompts": [asdict(prompt) for prompt in prompts],
     }
-    command = [sys.executable, "-m", "moequant.runtimes.llama_cpp.serving"]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
+    done = subprocess.run(_command(), input=json.dumps(job), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = " ".join(done.stderr.split())[-300:] or f"it ended with {done.returncode}"
         raise LlamaError(f"{path}: llama.cpp did not get through the prompts: {reason}")
@@ -112,6 +124,16 @@ def serve(path: Path, prompts: Sequence[Prompt], tokens: int, threads: int) -> S
         for one in found.pop("samples")
     ]
     return Serving(**found, samples=tuple(samples))
+
+
+def _command() -> list[str]:
+    """The interpreter without the current folder on its path: that may be a stranger's, with a json.py.
+
+    -I leaves out PYTHONPATH and the user's packages too; those that are in use here are searched last.
+    """
+    here = Path.cwd()
+    used = [entry for entry in sys.path if Path(entry).is_absolute() and Path(entry).resolve() != here]
+    return [sys.executable, "-I", "-c", _START, str(Path(moequant.__file__).parent), *used]
 
 
 def _child(job: dict[str, Any]) -> Serving:
@@ -161,7 +183,3 @@ def main() -> None:
     except MoequantError as error:
         sys.exit(str(error))
     json.dump(asdict(found), sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

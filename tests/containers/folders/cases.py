@@ -17,6 +17,7 @@ from moequant.containers.folders import write as container
 from moequant.containers.folders.card import Card
 from moequant.containers.folders.plan import FolderSettings, group_plan
 from moequant.containers.folders.read import FolderWeights
+from moequant.files import atomic_folder
 from moequant.formats import groups
 from moequant.formats.groups import GroupFormat
 from moequant.values import Calibration, ExpertLoss
@@ -34,7 +35,7 @@ def convert(card: Card, out: Path, settings: Settings = FAST, overwrite: bool = 
         card.checkpoint.path,
     )
     losses: list[ExpertLoss] = []
-    with container.atomic(out) as partial:
+    with atomic_folder(out, overwrite) as partial:
         written = container.write(partial, card, pack_all(card, settings, losses))
         container.verify(written, card.checkpoint, card.plan, card.settings)
     return losses

@@ -79,6 +79,8 @@ def test_side_files_and_card(tiny, tmp_path: Path) -> None:
     assert config.pop("quantization_config")["quant_method"] == "compressed-tensors"
     assert config == original
     record = json.loads((out / "moequant.json").read_text())
+    files = [file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()]
+    assert record["files"] == sorted(files), "all of them are moequant's"
     assert record["settings"]["group_size"] == 128 and record["made_by"].startswith("moequant ")
     decoder = own_decoder(out)
     for name in decoder.tensors:
@@ -96,6 +98,54 @@ def test_the_card_tells_what_was_measured(tiny) -> None:
     card = card_of(tiny("qwen3_moe"), bits=8, group_size=-1, quantize_attention=True)
     assert "Measured" not in card.text() and "a whole row" in card.text() and "and attention" in card.text()
     assert "| KL divergence | 0.0123 |" in replace(card, measured=[("KL divergence", "0.0123")]).text()
+
+
+def test_nothing_but_the_model_is_copied(tiny, tmp_path: Path) -> None:
+    """What a stranger's folder holds beside the model is not published, least of all files from elsewhere."""
+    model = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
+    (tmp_path / "id_rsa").write_text("a key")
+    for name in ("LICENSE", "tokenizer_key.json", "additional_chat_templates"):
+        (model / name).symlink_to(tmp_path / "id_rsa" if "." in name or name.isupper() else tmp_path)
+    (tmp_path / "x.jinja").write_text("elsewhere")
+    left = (
+        "modeling.py",
+        "tokenizer.py",
+        "tokenizer.pkl",
+        "x.npz",
+        "model.ckpt",
+        "x.bin",
+        "notes.json",
+        ".env",
+    )
+    for name in left:
+        (model / name).write_text("x")
+    (model / "NOTICE").write_text("kept")
+    (model / "merges.txt").unlink(missing_ok=True)
+    (model / "sub").mkdir()
+    (model / "sub" / "real").write_text("merges")
+    (model / "merges.txt").symlink_to("sub/real")
+    quantized(model, tmp_path / "out")
+    found = {file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*")}
+    assert found == {
+        "NOTICE", "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors",
+        "moequant.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert (tmp_path / "out" / "merges.txt").read_text() == "merges"
+
+
+def test_links_into_the_cache_of_hugging_face_are_followed(tiny, tmp_path: Path) -> None:
+    """There a model's folder holds links to files under `blobs`, which are named by their hashes."""
+    blobs, model = tmp_path / "models--a" / "blobs", tmp_path / "models--a" / "snapshots" / ("0" * 40)
+    blobs.mkdir(parents=True)
+    model.mkdir(parents=True)
+    for number, file in enumerate(tiny("qwen3_moe").iterdir()):
+        shutil.copy(file, blobs / f"{number}")
+        (model / file.name).symlink_to(f"../../blobs/{number}")
+    (blobs / "license").write_text("free")
+    (model / "LICENSE").symlink_to("../../blobs/license")
+    quantized(model, tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "free"
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +193,7 @@ def test_targets_are_checked_before_work_begins(tiny, tmp_path: Path) -> None:
         (tmp_path / "file", True, "is a file"),
         (tmp_path / "none" / "out", False, "no such folder"),
         (tmp_path / "full", False, "exists already"),
-        (tmp_path / "full", True, "is not a model folder and is not replaced"),
+        (tmp_path / "full", True, "is not a folder that moequant made and is not replaced"),
         (model, True, "holds the model that is read"),
         (model.parent, True, "holds the model that is read"),
     ):
@@ -154,9 +204,9 @@ def test_targets_are_checked_before_work_begins(tiny, tmp_path: Path) -> None:
     convert(card, tmp_path / "empty")
     with pytest.raises(OutputError, match="exists already"):
         convert(card, tmp_path / "empty")
-    (tmp_path / "empty" / "stale.txt").write_text("x")
+    (tmp_path / "empty" / "notes.txt").write_text("mine")
     convert(card, tmp_path / "empty", overwrite=True)
-    assert not (tmp_path / "empty" / "stale.txt").exists()
+    assert (tmp_path / "empty" / "notes.txt").read_text() == "mine"
     assert not leftovers(tmp_path)
     with pytest.raises(OutputError, match="bytes are needed"):
         container.check_target(tmp_path / "new", 1 << 60, False, model)

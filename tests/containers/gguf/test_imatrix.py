@@ -295,7 +295,7 @@ def close(writer: GGUFWriter) -> None:
 
 def altered(path: Path, checkpoint, calibration, change) -> Path:
     """A GGUF imatrix after `change(tensors)` on its name -> f32 arrays."""
-    source = path.with_name("source.gguf")
+    source = path.with_name(f"{path.name}-source.gguf")
     imatrix.write(source, checkpoint, calibration, "none")
     tensors = {tensor.name: np.array(tensor.data) for tensor in GGUFReader(source).tensors}
     change(tensors)

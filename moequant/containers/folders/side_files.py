@@ -1,0 +1,45 @@
+"""What lies beside the weights and belongs to the model: tokenizer, templates, settings, license.
+
+A list of what is copied, not of what is left out: whatever else lies in a model folder, such as
+code, pickles or keys, is not published with the quantized one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+COPIED = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "merges.txt", "preprocessor_config.json", "processor_config.json", "special_tokens_map.json",
+    "tokenizer*.json", "tokenizer*.jinja", "tokenizer*.txt", "*.model", "*.tiktoken",
+    "vocab.json", "vocab.txt", "LICENSE", "LICENSE.md", "LICENSE.txt", "LICENSE-*.txt", "LICENSE-*.md",
+    "NOTICE", "NOTICE.md", "NOTICE.txt", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+"""Patterns of names. config.json, README.md and the weights are written anew."""
+
+
+def copy(source: Path, folder: Path) -> None:
+    """Copy the side files of the model folder `source` into `folder`."""
+    for file in side_files(source):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def side_files(source: Path) -> Iterator[Path]:
+    """The files of the model folder `source` that are copied, each once."""
+    found = {file for pattern in COPIED for file in source.glob(pattern)}
+    return (file for file in sorted(found) if belongs(file, source))
+
+
+def belongs(file: Path, source: Path) -> bool:
+    """Whether `file` is a regular file of the model.
+
+    A symlink must stay inside the model folder, or lead to where Hugging Face's cache keeps the files of
+    this model; any other could make a stranger's folder publish something of this machine.
+    """
+    root, real = source.resolve(), file.resolve()
+    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    return real.is_file() and (real.is_relative_to(root) or real.parent == cache)

@@ -1,0 +1,97 @@
+"""Text that came from files and command lines, made safe for where it is shown.
+
+Names of files, tensors and domains, metadata and what models say may hold anything: codes that steer a
+terminal, markup, formulas. Here they become what a person would read.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import shlex
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+"""Unicode's categories of what is no visible character: controls, formats, surrogates, line ends."""
+
+_MARKDOWN = re.compile(r"([\\`*\[\]<>|~&]|^[#+-]|(?<!\w)_|_(?!\w))")
+
+_YAML_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]+)*")
+
+_YAML_VALUES = {"true", "false", "yes", "no", "on", "off", "y", "n", "null"}
+"""Words that YAML does not take for text."""
+
+_ASCII = {
+    "→": "->",
+    "±": "+-",
+    "×": "x",
+    "Δ": "d",
+    "…": "...",
+    "–": "-",
+    "−": "-",
+    "⏎": "\\n",
+    "’": "'",
+}
+"""What our own reports print, for terminals that have only ASCII."""
+
+
+def plain(text: str, newline: str = "⏎") -> str:
+    """For a terminal or a page: what would steer the terminal, turn the line or hide is spelled out."""
+    return "".join(
+        newline if one == "\n" else one if _visible(one) else f"\\u{{{ord(one):x}}}" for one in text
+    )
+
+
+def _visible(character: str) -> bool:
+    return unicodedata.category(character) not in _HIDDEN
+
+
+def mathtext(text: str) -> str:
+    """For matplotlib, which takes what stands between two dollars for a formula."""
+    return plain(text).replace("$", r"\$")
+
+
+def markdown(text: str) -> str:
+    """For a line or a table cell of Markdown."""
+    return _MARKDOWN.sub(r"\\\1", plain(text))
+
+
+def yaml(text: str) -> str:
+    """A YAML scalar: bare where it is a plain word, else in quotes, on one line."""
+    bare = _YAML_WORD.fullmatch(text) and text.lower() not in _YAML_VALUES
+    return text if bare else json.dumps(text)
+
+
+def command(arguments: Sequence[str]) -> str:
+    """A command line for others to read: paths that are there are shown as names."""
+    return shlex.join([_named(argument) for argument in arguments])
+
+
+def _named(argument: str) -> str:
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{Path(value).name}" if "/" in value and _is_path(value) else argument
+
+
+def _is_path(value: str) -> bool:
+    """Whether it names a file, or a name in a folder that is there, such as an output."""
+    try:
+        return Path(value).exists() or Path(value).parent.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _stand_in(error: UnicodeError) -> tuple[str, int]:
+    """A codec's error handler: what an encoding lacks is printed as ASCII."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lost = error.object[error.start : error.end]
+    return "".join(_ASCII.get(one) or f"\\u{{{ord(one):x}}}" for one in lost), error.end
+
+
+STAND_IN = "moequant.ascii"
+"""The error handler's name, for `reconfigure(errors=STAND_IN)`."""
+
+codecs.register_error(STAND_IN, _stand_in)

@@ -1,0 +1,24 @@
+"""Output: claimed before any work is done, and never half-written under its own name.
+
+`claim` checks and locks every target of a run. `atomic` and `atomic_folder` give a temporary name
+beside the target to write to, and put the result in its place when it is complete. A run that dies
+leaves at most temporaries and a lock file, which the next run to the same target removes.
+"""
+
+from moequant.files.folder import RECORD
+from moequant.files.scratch import scratch
+from moequant.files.signals import Interrupted, interruptible
+from moequant.files.targets import check_space
+from moequant.files.write import atomic, atomic_folder, check_output, claim
+
+__all__ = [
+    "RECORD",
+    "Interrupted",
+    "atomic",
+    "atomic_folder",
+    "check_output",
+    "check_space",
+    "claim",
+    "interruptible",
+    "scratch",
+]

@@ -1,0 +1,191 @@
+"""Claiming targets and putting complete files and folders in their places."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from moequant.errors import OutputError
+from moequant.files.folder import carry_over
+from moequant.files.lock import locked
+from moequant.files.rename import exchange, move
+from moequant.files.targets import Target, check_apart, unwritable
+from moequant.files.temporary import aside, create, remove, repair, sweep, sync, sync_tree
+
+_CLAIMED: ContextVar[Mapping[Path, Target]] = ContextVar("claimed", default={})  # noqa: B039  never changed
+"""What this run has locked, by the absolute path that was given."""
+
+
+@contextmanager
+def claim(
+    *files: Path | None,
+    folder: Path | None = None,
+    overwrite: bool = False,
+    inputs: Iterable[str | Path | None] = (),
+) -> Iterator[None]:
+    """All outputs of a run are checked, and locked while the block runs. None is an output not wanted.
+
+    Inside, `atomic` and `atomic_folder` know whether the targets may be replaced. `inputs` are
+    what the run reads; those that are no paths are passed over. OutputError when a target cannot be
+    written, is there already and may not be replaced, is another target or an input, or when
+    another run is writing it.
+    """
+    wanted = [(path, False) for path in files if path is not None]
+    wanted += [(folder, True)] if folder is not None else []
+    targets = [_claimed(*each) or Target.of(*each, overwrite) for each in wanted]
+    check_apart(targets, _paths(inputs))
+    with ExitStack() as stack:
+        for target in targets:
+            if _claimed(target.given, target.folder) is None:
+                stack.enter_context(_locked(target))
+        mine = {target.given.absolute(): target for target in targets}
+        token = _CLAIMED.set({**_CLAIMED.get(), **mine})
+        stack.callback(_CLAIMED.reset, token)
+        yield
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """OutputError when no file can be put at `path`."""
+    with claim(path, overwrite=overwrite):
+        pass
+
+
+@contextmanager
+def atomic(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new file beside `path` to write to; takes its place when the block ends well, else is removed.
+
+    What the claim on `path` said counts for `overwrite`. Without one it is claimed here. OutputError
+    when the disk refuses, or when a file has appeared at `path` that may not be replaced.
+    """
+    with _target(path, False, overwrite) as target, _partial(target) as partial:
+        yield partial
+        sync(partial)
+        if target.overwrite:
+            _check_file(target)
+            partial.replace(target.path)
+        else:
+            _move(partial, target)
+        sync(target.path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `path` to fill; takes its place when the block ends well, else is removed.
+
+    The block writes the names of its files into RECORD. With `overwrite` those files of the folder
+    before are replaced by the new ones, and everything else in it is kept. Claims count as in `atomic`.
+    """
+    with _target(path, True, overwrite) as target:
+        waiting = target.path.is_dir() and not any(target.path.iterdir())
+        with _partial(target) as partial:
+            yield partial
+            sync_tree(partial)
+            if waiting:
+                _replace_empty(partial, target)
+            elif target.overwrite and target.present:
+                _swap(partial, target)
+            else:
+                _move(partial, target)
+            sync(target.path.parent)
+
+
+@contextmanager
+def _target(path: Path, folder: bool, overwrite: bool) -> Iterator[Target]:
+    """The target at that path, claimed for the block unless this run has it already."""
+    with claim(*[] if folder else [path], folder=path if folder else None, overwrite=overwrite):
+        target = _claimed(path, folder)
+        assert target is not None
+        yield target
+
+
+def _claimed(path: Path, folder: bool) -> Target | None:
+    """The target that this run holds under that path."""
+    target = _CLAIMED.get().get(path.absolute())
+    return target if target is not None and target.folder == folder else None
+
+
+@contextmanager
+def _locked(target: Target) -> Iterator[None]:
+    """The target's lock is held, nothing of dead runs is left, and what is there may be replaced."""
+    with ExitStack() as stack:
+        try:
+            if stack.enter_context(locked(target.path)):
+                sweep(target.path)
+            target.check_free()
+        except OSError as error:
+            raise unwritable(target.given, error) from None
+        yield
+
+
+@contextmanager
+def _partial(target: Target) -> Iterator[Path]:
+    """A temporary beside the target, gone afterwards whatever happens; the disk's errors as OutputError."""
+    try:
+        partial = create(target.path, target.folder)
+    except OSError as error:
+        raise unwritable(target.given, error) from error
+    try:
+        yield partial
+    except OSError as error:
+        other = Path(str(error.filename or partial))
+        if other in (partial, target.path) or partial in other.parents:
+            raise unwritable(target.given, error) from error
+        raise OutputError(f"{other}: {error.strerror}, while {target.given} was written") from error
+    finally:
+        if target.folder:
+            repair(target.path)
+        remove(partial)
+
+
+def _move(partial: Path, target: Target) -> None:
+    try:
+        move(partial, target.path)
+    except FileExistsError:
+        raise _appeared(target) from None
+
+
+def _replace_empty(partial: Path, target: Target) -> None:
+    """An empty folder was waiting; a rename replaces it as long as it is empty."""
+    try:
+        partial.rename(target.path)
+    except (FileExistsError, NotADirectoryError):
+        raise _appeared(target) from None
+    except OSError:
+        if target.path.is_dir() and any(target.path.iterdir()):
+            raise _appeared(target) from None
+        raise
+
+
+def _swap(partial: Path, target: Target) -> None:
+    """The new folder gets the old one's name, and the old one a temporary name, with which it goes."""
+    carry_over(target.path, partial, target.ours())
+    shutil.copymode(target.path, partial)
+    if exchange(partial, target.path):
+        return
+    target.path.rename(aside(target.path))
+    partial.rename(target.path)
+
+
+def _check_file(target: Target) -> None:
+    """What may be replaced is a file; anything else has come since the run began."""
+    if target.path.is_symlink() or (target.path.exists() and not target.path.is_file()):
+        raise _appeared(target)
+
+
+def _appeared(target: Target) -> OutputError:
+    return OutputError(f"{target.given}: appeared during this run and is kept; run again with another name")
+
+
+def _paths(inputs: Iterable[str | Path | None]) -> list[Path]:
+    """The inputs that are there. Others are names of data sets, or missed by whoever reads them."""
+    found = []
+    for each in inputs:
+        try:
+            if each is not None and Path(each).exists():
+                found.append(Path(each))
+        except (OSError, ValueError):
+            continue
+    return found

@@ -1,0 +1,67 @@
+"""A process that dies before a chosen file operation: what it leaves is what a power cut would."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from moequant.files import rename
+
+DEAD = 9
+
+COUNTED = ("open", "os.", "shutil.", "fcntl.")
+"""Audit events of file operations begin so; reading ones are counted too, which does no harm."""
+
+
+def killed_at_every_step(action: Callable[[], object], check: Callable[[int], None]) -> int:
+    """Run `action` in forked processes, the first killed before its first file operation, and so on.
+
+    `check` looks at what each left, before the next begins. Returns how many were killed.
+    """
+    for step in range(1, 10_000):
+        child = os.fork()
+        if not child:
+            _run(action, step)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, DEAD), f"step {step}: the process failed by itself"
+        if code == 0:
+            return step - 1
+        check(step)
+    raise AssertionError("it never came to an end")
+
+
+def _run(action: Callable[[], object], step: int) -> None:
+    """In the child: never returns."""
+    left = step
+
+    def count(*args: object) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            os._exit(DEAD)
+
+    def audited(event: str, args: object) -> None:
+        if event.startswith(COUNTED):
+            count()
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            count()
+            return function(*args)
+
+        return call
+
+    # Python's own audit events know neither of these.
+    os.fsync = counted(os.fsync)  # type: ignore[assignment]
+    rename.renameat2 = counted(rename.renameat2)  # type: ignore[assignment]
+    try:
+        sys.addaudithook(audited)
+        action()
+        left = 0
+        os._exit(0)
+    except BaseException as error:
+        left = 0
+        print(repr(error), file=sys.stderr, flush=True)
+    finally:
+        os._exit(1)
