@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -20,9 +20,9 @@ from moequant.containers.folders.plan import modules
 from moequant.containers.folders.read import FolderWeights
 from moequant.containers.gguf import checksums
 from moequant.containers.gguf.export import export
-from moequant.containers.gguf.weights import GgufWeights
 from moequant.containers.gguf.header import TensorInfo
 from moequant.containers.gguf.read import GgufFile, decode
+from moequant.containers.gguf.weights import GgufWeights
 from moequant.errors import VerifyError
 from moequant.files import RECORD
 from moequant.formats import groups
@@ -53,8 +53,14 @@ class Source(Protocol):
 
     path: Path
     entries: tuple[Entry, ...]
-    model: Checkpoint | None
-    weights: Mapping[str, Weight]
+
+    @property
+    def model(self) -> Checkpoint | None:
+        """See the class."""
+
+    @property
+    def weights(self) -> Mapping[str, Weight]:
+        """See the class."""
 
     def matrix(self, entry: Entry) -> Matrix:
         """All experts of a tensor, packed."""

@@ -22,9 +22,9 @@ MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
 
 BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
-    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 """Bits of a number of each of the format's types."""
 
@@ -89,8 +89,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for tensor, name in found.items():
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
             raise CheckpointError(
-                f"{folder / INDEX}: {tensor!r} is said to lie in {name!r}; a *.safetensors file of the folder "
-                "was expected"
+                f"{folder / INDEX}: {tensor!r} is said to lie in {name!r}; a *.safetensors file of the "
+                "folder was expected"
             )
     return found
 
@@ -151,7 +151,7 @@ def _ref(path: Path, name: str, entry: Any, start: int) -> TensorRef:
         raise CheckpointError(f"{path}: tensor {name}: dtype {dtype!r} is none of the format's")
     if end - begin != prod(shape) * BITS[dtype] // 8:
         raise CheckpointError(
-            f"{path}: tensor {name}: {list(shape)} of {dtype} are {prod(shape) * BITS[dtype] // 8} bytes, its "
-            f"offsets say {end - begin}; the header is damaged"
+            f"{path}: tensor {name}: {list(shape)} of {dtype} are {prod(shape) * BITS[dtype] // 8} bytes, "
+            f"its offsets say {end - begin}; the header is damaged"
         )
     return TensorRef(name, tuple(shape), dtype, path, start + begin, start + end)

@@ -49,7 +49,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What people call the model: the folder's name, or that of the repository in Hugging Face's cache."""
+        """What people call the model: the folder's name, or the repository's in Hugging Face's cache."""
         folder = self.path.resolve()
         if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
             return folder.parents[1].name.rpartition("--")[2]
@@ -247,7 +247,8 @@ def _left_out(
                     f"tensors of layer {layer[1]} exist ({name}), but config.json says {layers} layers"
                 )
             raise FamilyError(
-                f"{family.name}: tensor {name} {list(stored[name].shape)} is unknown; nothing is dropped silently"
+                f"{family.name}: tensor {name} {list(stored[name].shape)} is unknown; nothing is dropped "
+                "silently"
             )
         skipped[reason] = skipped.get(reason, 0) + 1
     return skipped
@@ -295,7 +296,7 @@ def _there(way: Get, experts: int, stored: Mapping[str, Stored]) -> tuple[str, .
 
 
 def _check_tensors(where: str, way: Get, tensors: tuple[Stored, ...], experts: int) -> None:
-    """CheckpointError for experts that are missing or unlike each other, and for types that are not floats."""
+    """CheckpointError for experts that are missing or unlike each other, and for types that are no floats."""
     for each in tensors:
         if each.dtype not in FLOATS:
             raise CheckpointError(
@@ -317,7 +318,8 @@ def _check_tensors(where: str, way: Get, tensors: tuple[Stored, ...], experts: i
 
 
 def _shape_of(slot: Slot, way: Get, tensors: tuple[Stored, ...], experts: int) -> tuple[int, ...]:
-    """The weight's shape; ValueError, with what does not go, when the stored ones are not what the slot says."""
+    """The weight's shape; ValueError, with what does not go, when the stored ones are not what the slot
+    says."""
     shape = tensors[0].shape
     if slot.stack is not Stack.EXPERTS:
         return shape_after(way.ops, shape)

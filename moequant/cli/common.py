@@ -30,7 +30,8 @@ T = TypeVar("T")
 
 PIPE_WIDTH = 120
 
-Type = Annotated[str, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset: {', '.join(BASE_TYPES)}.")]
+PRESETS = ", ".join(BASE_TYPES)
+Type = Annotated[str, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset: {PRESETS}.")]
 Calib = Annotated[
     str | None,
     typer.Option(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import RenderableType
 
 from moequant.cli.common import (
+    PRESETS,
     Calib,
     CalibTokens,
     Device,
@@ -19,12 +18,10 @@ from moequant.cli.common import (
     Overwrite,
     Ram,
     Seed,
-    Type,
     console,
     guarded,
     ram_bytes,
 )
-from moequant.errors import PlanError
 
 if TYPE_CHECKING:
     from moequant.commands.convert import Settings
@@ -38,21 +35,12 @@ class Format(StrEnum):
     gptq = "gptq"
 
 
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """The options of a folder, as they were given."""
-
-    format: Format
-    bits: int
-    group_size: int
-    quantize_attention: bool
-    tp: int
-
-
 def convert(
     model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="GGUF file to write, or folder.")],
-    type_: Type = "Q4_K_M",
+    type_: Annotated[
+        str | None, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset of a file: {PRESETS}.")
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Largest file, such as 14G, instead of a type."),
@@ -94,14 +82,17 @@ def convert(
         Format,
         typer.Option("--format", help="gguf for llama.cpp; safetensors or gptq folders for vLLM."),
     ] = Format.gguf,
-    bits: Annotated[int, typer.Option(help="Bits of a folder's weights: 4 or 8.")] = 4,
+    bits: Annotated[int | None, typer.Option(help="Bits of a folder's weights: 4 (default) or 8.")] = None,
     group_size: Annotated[
-        int, typer.Option(help="Weights that share a scale in a folder: 32, 64, 128, or -1 for a row.")
-    ] = 128,
+        int | None,
+        typer.Option(help="Weights that share a scale in a folder: 32, 64, 128 (default), or -1 for a row."),
+    ] = None,
     quantize_attention: Annotated[
-        bool, typer.Option("--quantize-attention", help="In a folder, round attention as well.")
-    ] = False,
-    tp: Annotated[int, typer.Option(min=1, help="GPUs that will share each weight of a folder.")] = 1,
+        bool | None, typer.Option("--quantize-attention", help="In a folder, round attention as well.")
+    ] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="GPUs that will share each weight of a folder (default 1).")
+    ] = None,
     ram: Ram = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
@@ -113,7 +104,7 @@ def convert(
     ] = False,
 ) -> None:
     """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what it cost."""
-    from moequant.commands.convert import Settings, open_model  # torch is imported only when there is work
+    from moequant.commands.convert import Settings, open_job  # torch is imported only when there is work
     from moequant.commands.convert import convert as run
     from moequant.report.dry_run import dry_run_table
 
@@ -136,54 +127,27 @@ def convert(
             ram=ram_bytes(ram),
             device=device,
             overwrite=overwrite,
+            format=format_.value,
+            bits=bits,
+            group_size=group_size,
+            quantize_attention=quantize_attention,
+            tp=tp,
         )
     )
-    if not dry_run:
-        guarded(lambda: _announce(model, settings, format_))
-    if format_ is not Format.gguf:
-        folder = Folder(format_, bits, group_size, quantize_attention, tp)
-        console().print(guarded(lambda: _convert_folder(model, out, settings, folder, dry_run)))
-        return
-    out_console = console()
     if dry_run:
-        opened = guarded(lambda: open_model(model, settings))
-        limit = opened.limit(settings)
-        out_console.print(dry_run_table(opened.checkpoint, opened.plan, opened.file_bytes, limit))
+        job = guarded(lambda: open_job(model, settings))
+        console().print(dry_run_table(job.container.checkpoint, job.plan, job.size, job.limit))
         return
-    out_console.print(guarded(lambda: run(model, out, settings)).renderable())
+    guarded(lambda: _announce(model, settings))
+    guarded(lambda: console().print(run(model, out, settings).renderable()))
 
 
-def _announce(model: Path, settings: Settings, format_: Format) -> None:
+def _announce(model: Path, settings: Settings) -> None:
     """Says what effort best will take, before it starts."""
-    from moequant.checkpoint import open_checkpoint
-    from moequant.commands.convert import gradients, open_model
+    from moequant.commands.convert import gradients, open_job
 
-    if settings.effort != "best" or (format_ is Format.gguf and not open_model(model, settings).quantizes):
+    if settings.effort != "best":
         return
-    typer.echo(f"moequant: {gradients(open_checkpoint(model), settings)}", err=True)
-
-
-def _convert_folder(
-    model: Path, out: Path, settings: Settings, options: Folder, dry_run: bool
-) -> RenderableType:
-    """What the command prints for a folder."""
-    from moequant.checkpoint import open_checkpoint
-    from moequant.commands.convert_folder import convert_folder
-    from moequant.containers.folders.plan import FolderSettings, group_plan
-    from moequant.containers.folders.write import folder_bytes
-    from moequant.report.dry_run import dry_run_table
-
-    layout = FolderSettings(
-        layout="gptq" if options.format is Format.gptq else "compressed-tensors",
-        bits=options.bits,
-        group_size=options.group_size,
-        quantize_attention=options.quantize_attention,
-        tp=options.tp,
-    )
-    if settings.size is not None or settings.bpw is not None or settings.plan is not None:
-        raise PlanError(f"--format {options.format}: --bits and --group-size say how large it is")
-    if not dry_run:
-        return convert_folder(model, out, settings, layout).renderable()
-    checkpoint = open_checkpoint(model)
-    plan = group_plan(checkpoint, layout)
-    return dry_run_table(checkpoint, plan, folder_bytes(checkpoint, plan, layout))
+    job = open_job(model, settings)
+    if job.quantizes:
+        typer.echo(f"moequant: {gradients(job.container.checkpoint, settings)}", err=True)

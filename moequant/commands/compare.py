@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from moequant.checkpoint import Checkpoint
-from moequant.containers.gguf.tokenizer.spec import read_tokenizer
+from moequant.commands.text import leading
 from moequant.evaluate import Measured, Ran, difference, runtime, samples
 from moequant.evaluate import environment as record
 from moequant.evaluate.activations import Rounded
@@ -23,7 +23,7 @@ from moequant.report.compare import Compared
 from moequant.runtimes.llama_cpp.serving import BATCH, Prompt, serve
 from moequant.text import bundled, corpus
 from moequant.text.corpus import Rows
-from moequant.text.rows import ROW, load_encoder
+from moequant.text.rows import load_encoder, row_length
 
 Engine = Literal["moequant", "llama.cpp"]
 
@@ -116,7 +116,9 @@ def _opened(base: Path, candidates: Sequence[Path], settings: CompareSettings) -
     # Without its folder the baseline's own tokenizer has to do.
     encoder = runtime.LlamaEncoder(base)
     documents = corpus.read(settings.eval, "evaluation")
-    rows = corpus.pack(documents, encoder, ROW, settings.eval_tokens, settings.seed, encoder.bos)
+    rows = corpus.pack(
+        documents, encoder, row_length(checkpoint), settings.eval_tokens, settings.seed, encoder.bos
+    )
     return _Opened(sources, rows, None)
 
 
@@ -196,9 +198,8 @@ def _settings(rows: Rows, settings: CompareSettings) -> dict[str, record.Setting
 
 
 def _rows(checkpoint: Checkpoint, settings: CompareSettings) -> Rows:
-    tokenizer = read_tokenizer(checkpoint.path)
-    bos = tokenizer.ids.get("bos") if tokenizer.add_bos else None
+    bos = leading(checkpoint)
     documents = corpus.read(settings.eval, "evaluation")
     encoder = load_encoder(checkpoint.path)
-    rows = corpus.pack(documents, encoder, ROW, settings.eval_tokens, settings.seed, bos)
+    rows = corpus.pack(documents, encoder, row_length(checkpoint), settings.eval_tokens, settings.seed, bos)
     return corpus.check(rows, max_length=checkpoint.shape.context, vocab_size=checkpoint.shape.vocab)

@@ -6,19 +6,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moequant import __version__, plan
+from moequant import plan
 from moequant.checkpoint import Checkpoint, open_checkpoint
-from moequant.commands.convert import facts
-from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
+from moequant.commands.statistics import load_statistics
+from moequant.containers.gguf.container import GgufContainer
+from moequant.containers.gguf.presets import facts
 from moequant.errors import PlanError
 from moequant.files import atomic, claim
 from moequant.formats import Effort
 from moequant.plan import Budget, Damages, curve, points, preset_points, prior_damages
-from moequant.plan.planner import overhead
 from moequant.plan.sensitivity import Probing, measure, wants_probes
 from moequant.report.curve import Curve, draw
 from moequant.report.routing import check_picture
-from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
 from moequant.text import corpus
 from moequant.text.corpus import Rows
@@ -83,16 +82,17 @@ def survey(
     Raises a MoequantError with one clear line when something is wrong; outputs and budgets
     that no file can meet are refused before anything is measured.
     """
-    checkpoint, tokenizer = open_checkpoint(Path(model)), read_tokenizer(Path(model))
-    provenance = {"general.quantized_by": f"moequant {__version__}"}
-    known, extra = facts(checkpoint), overhead(checkpoint, tokenizer, provenance)
+    file = GgufContainer(opened := open_checkpoint(Path(model)))
+    checkpoint, known = file.checkpoint, facts(file.exported)
+    bare = plan.plan_from_types(checkpoint.weights, {weight.name: "F32" for weight in checkpoint.weights})
+    extra = file.overhead(bare)
     _check(outputs, budgets)
     with claimed(outputs, model, settings.calib, settings.stats):
         pass  # refused now, not when all is measured
     points(checkpoint.weights, known, prior_damages(checkpoint.weights, known.layers), extra, budgets)
-    calib_rows, probe_rows = _texts(checkpoint, tokenizer, settings)
+    calib_rows, probe_rows = _texts(checkpoint, file.tokenizer.leading, settings)
     if settings.stats is not None:
-        calibration = store.load_for(checkpoint, settings.stats)
+        calibration = load_statistics(opened, checkpoint, settings.stats).calibration
     else:
         calibration = calibrate(checkpoint, calib_rows)
     ids = probe_rows.ids if wants_probes(checkpoint, settings.probes) else None
@@ -135,11 +135,9 @@ def _check(outputs: Outputs, budgets: tuple[Budget, ...]) -> None:
         )
 
 
-def _texts(checkpoint: Checkpoint, tokenizer: TokenizerSpec, settings: PlanSettings) -> tuple[Rows, Rows]:
+def _texts(checkpoint: Checkpoint, bos: int | None, settings: PlanSettings) -> tuple[Rows, Rows]:
     """Rows to calibrate on, and others for the probes."""
     most = Probing().rows
     documents = corpus.read(settings.calib, "calibration")
     tokens = settings.calib_tokens + most * ROW
-    return split_probes(
-        calibration_rows(checkpoint, documents, tokens, settings.seed, tokenizer.leading), most
-    )
+    return split_probes(calibration_rows(checkpoint, documents, tokens, settings.seed, bos), most)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint, open_checkpoint
-from moequant.commands.convert import check_memory
+from moequant.commands.statistics import all_sites, load_statistics, with_all
+from moequant.commands.text import leading
 from moequant.containers.gguf import imatrix
-from moequant.containers.gguf.tokenizer.spec import read_tokenizer
+from moequant.containers.gguf.export import export
 from moequant.errors import CorpusError, OutputError
 from moequant.files import claim
+from moequant.forward.memory import check_memory
 from moequant.forward.stream import Resources
 from moequant.report.routing import check_picture, heatmap
 from moequant.statistics import store
@@ -20,7 +22,7 @@ from moequant.statistics.coverage import Coverage, cover
 from moequant.statistics.journal import Journal, check_journals, digest
 from moequant.text import corpus
 from moequant.text.corpus import Rows
-from moequant.text.rows import ROW, load_encoder
+from moequant.text.rows import load_encoder, row_length
 from moequant.values import Calibration
 
 BUDGET = 4
@@ -116,10 +118,10 @@ class _Passes:
     def calibrate(self, checkpoint: Checkpoint, rows: Rows) -> Calibration:
         """Statistics of `rows`, from where a killed run stopped."""
         if self._stats is None:
-            return calibrate(checkpoint, rows, self._resources)
+            return calibrate(checkpoint, rows, self._resources, watched=all_sites(checkpoint))
         journal = Journal(journals(self._stats) / digest(rows)[:16], checkpoint, rows)
         self._journals.append(journal)
-        return calibrate(checkpoint, rows, self._resources, journal=journal)
+        return calibrate(checkpoint, rows, self._resources, journal=journal, watched=all_sites(checkpoint))
 
     def forget(self) -> None:
         """Remove what this run kept. What a run on another text has kept stays, for it to go on from."""
@@ -136,7 +138,7 @@ def write(routed: Routed, outputs: Outputs) -> None:
         if outputs.stats is not None:
             store.save(outputs.stats, routed.stored)
         if outputs.imatrix is not None:
-            imatrix.write(outputs.imatrix, routed.checkpoint, calibration, "none")
+            imatrix.write(outputs.imatrix, export(routed.checkpoint), calibration, "none")
         if outputs.picture is not None:
             heatmap(calibration, outputs.picture)
 
@@ -148,10 +150,9 @@ def claimed(outputs: Outputs, *inputs: str | Path | None) -> AbstractContextMana
 
 def calibration_pool(checkpoint: Checkpoint, settings: RouteSettings) -> Rows:
     """The rows to calibrate on: `calib_tokens` of them, or all of the text to feed starved experts from."""
-    encoder, tokenizer = load_encoder(checkpoint.path), read_tokenizer(checkpoint.path)
-    bos = tokenizer.ids.get("bos") if tokenizer.add_bos else None
+    encoder, bos = load_encoder(checkpoint.path), leading(checkpoint)
     documents = corpus.read(settings.calib, "calibration")
-    every = corpus.pack(documents, encoder, ROW, None, settings.seed, bos)
+    every = corpus.pack(documents, encoder, row_length(checkpoint), None, settings.seed, bos)
     rows = corpus.spread(every, every.tokens if settings.ratio > 0 else settings.calib_tokens)
     return corpus.check(rows, max_length=checkpoint.shape.context, vocab_size=checkpoint.shape.vocab)
 
@@ -163,14 +164,13 @@ def _load(checkpoint: Checkpoint, files: tuple[Path, ...]) -> list[store.Stored]
         if file.resolve() in known:
             raise CorpusError(f"{file}: named twice; its text would count twice")
         known.add(file.resolve())
-    parts = [store.load(file) for file in files]
-    for part in parts:
-        store.check(checkpoint, part)
-    return parts
+    return [load_statistics(checkpoint, with_all(checkpoint), file) for file in files]
 
 
 def _check(checkpoint: Checkpoint, outputs: Outputs) -> None:
     """OutputError for an output that cannot be written."""
+    if outputs.imatrix is not None:
+        export(checkpoint)  # says why not, where llama.cpp has no such model
     if outputs.stats is not None:
         check_journals(journals(outputs.stats))
     if outputs.picture is not None:

@@ -31,9 +31,9 @@ class Get:
 class Slot:
     """One weight of the model.
 
-    `name` is our own; `param` is the parameter or buffer of the transformers model that holds it, `ops` make the
-    weight of it. `get` are the ways in which checkpoints store it, the release's own first; by default there
-    is one, under the parameter's name. An `optional` one may be absent.
+    `name` is our own; `param` is the parameter or buffer of the transformers model that holds it, `ops`
+    make the weight of it. `get` are the ways in which checkpoints store it, the release's own first; by
+    default there is one, under the parameter's name. An `optional` one may be absent.
     """
 
     name: str

@@ -141,8 +141,8 @@ def gated_ffn(layer: int, module: str = "mlp", kind: str = "ffn") -> tuple[Slot,
 class Experts:
     """How a family keeps the experts of a layer.
 
-    `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert, `names` what those
-    call gate, up and down. `module` is where transformers has them, fused: gate_up_proj [E, 2f, h],
+    `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert, `names` what
+    those call gate, up and down. `module` is where transformers has them, fused: gate_up_proj [E, 2f, h],
     down_proj [E, h, f].
     """
 
@@ -180,7 +180,8 @@ def router(layer: int, stored: str = "mlp.gate", module: str = "mlp.gate") -> Sl
 
 
 def correction(layer: int, name: str = "mlp.gate.e_score_correction_bias") -> Slot:
-    """What is added to a router's scores for the choice of experts alone; transformers keeps it in a buffer."""
+    """What is added to a router's scores for the choice of experts alone; transformers keeps it in a
+    buffer."""
     return Slot(f"layers.{layer}.router.correction", Role.CORRECTION, f"model.layers.{layer}.{name}")
 
 

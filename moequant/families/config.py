@@ -103,7 +103,8 @@ def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> Non
     aliases = dict(getattr(type(config), "attribute_map", {}))
     known = family.known | HARMLESS
     known |= {aliases[key] for key in known if key in aliases} | {k for k, v in aliases.items() if v in known}
-    own, source = _defaults(type(config)), _model_source(type(config))
+    cls: type = type(config)
+    own, source = _defaults(cls), _model_source(cls)
     for key, value in given.items():
         if key in known or key.startswith(BOOKKEEPING) or value is None:
             continue

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moequant.errors import CheckpointError
 
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One batch in front of a layer: everything the model passes besides the hidden states."""
@@ -90,8 +91,8 @@ def _nothing(shape: tuple[int, ...], device: torch.device) -> Tensor:
 class Skeleton:
     """The forward passes of all batches, in lock step.
 
-    `forward` is the model or its decoder; `layers_at` names its decoder layers; `batches` are i64 [rows, n] on the device where
-    layers run. Use: `embed`, then per layer `calls` and `advance`, then `finish`.
+    `forward` is the model or its decoder; `layers_at` names its decoder layers; `batches` are i64 [rows, n]
+    on the device where layers run. Use: `embed`, then per layer `calls` and `advance`, then `finish`.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.errors import CheckpointError
+from moequant.forward.experts import EXPERTS
 from moequant.values import Weight
 from moequant.values.ops import put, shape_after
 
@@ -19,7 +20,10 @@ Provider = Callable[[Weight], Tensor]
 
 
 def build_model(
-    checkpoint: Checkpoint, experts: str, provider: Provider = load, dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint,
+    experts: str = EXPERTS,
+    provider: Provider = load,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """The checkpoint's whole model in evaluation mode with weights from `provider`.
 
@@ -33,7 +37,9 @@ def build_model(
     return model
 
 
-def empty_model(checkpoint: Checkpoint, experts: str, device: str | torch.device = "cpu") -> PreTrainedModel:
+def empty_model(
+    checkpoint: Checkpoint, experts: str = EXPERTS, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
     """The model without memory for its weights: parameters are on the meta device, buffers on `device`.
 
     Raises CheckpointError for a weight of another shape than the model's, and when a parameter or a buffer
@@ -97,8 +103,8 @@ def held(model: nn.Module, name: str) -> Tensor:
 
 
 def replace_memory(model: nn.Module, name: str, keep: bool) -> None:
-    """Give a parameter memory of its own in float32, its values copied with `keep`: modules that share the old
-    one keep that."""
+    """Give a parameter memory of its own in float32, its values copied with `keep`: modules that share the
+    old one keep that."""
     old = _target(model, name)
     _assign(model, name, old.float().clone() if keep else torch.empty_like(old, dtype=torch.float32))
 
@@ -122,7 +128,7 @@ def _assign(model: nn.Module, name: str, values: Tensor) -> Tensor:
 
 
 def _check_filled(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Every parameter and stored buffer will have its values, every weight its place and the place's shape."""
+    """Every parameter and stored buffer will have its values, every weight its place and its shape."""
     there = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
     there |= {name: tuple(one.shape) for name, one in model.named_buffers() if _is_stored(model, name)}
     for weight in _placed(checkpoint.weights):

@@ -93,10 +93,10 @@ def sites(weights: Iterable[Weight]) -> tuple[Site, ...]:
 class LayerStream:
     """The layers of a checkpoint, one at a time, and rows of tokens that cross them together.
 
-    `ids` i64 [rows, n]. `whole` runs the model with its head, otherwise up to the final norm;
-    `experts` names the registered function that runs the MoE blocks.
-    Use as a context manager; hidden states are the caller's (`new_hidden`), so that several
-    versions of the stream can cross the same layer.
+    `ids` i64 [rows, n]. `whole` runs the model with its head, otherwise up to the final norm; `experts`
+    names the registered function that runs the MoE blocks. Recorders are told of `watched`, by default of
+    the sites of all weights. Use as a context manager; hidden states are the caller's (`new_hidden`), so
+    that several versions of the stream can cross the same layer.
     """
 
     def __init__(
@@ -107,10 +107,11 @@ class LayerStream:
         provider: Provider = load,
         whole: bool = False,
         experts: str = EXPERTS,
+        watched: Iterable[Site] | None = None,
     ) -> None:
         self.checkpoint, self.resources, self.provider, self.whole = checkpoint, resources, provider, whole
         self.model = empty_model(checkpoint, experts, resources.device)
-        watch(self.model, sites(checkpoint.weights))
+        watch(self.model, sites(checkpoint.weights) if watched is None else watched)
         self.batches = list(torch.split(ids, max(1, resources.batch_tokens // ids.shape[1])))
         self.skeleton = Skeleton(
             self.model,

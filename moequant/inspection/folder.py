@@ -16,9 +16,9 @@ from moequant import families
 from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.checkpoint.open import renamed
 from moequant.containers.gguf.export import export
-from moequant.families.config import make_config
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError
+from moequant.families.config import make_config
 from moequant.inspection import presets
 from moequant.inspection.runtimes import checkpoint_runtimes
 from moequant.inspection.values import Inspection, PresetSize, Stored, by_role, by_type

@@ -12,7 +12,8 @@ from moequant.containers.gguf.sizes import aligned, packed_bytes
 from moequant.errors import PlanError
 from moequant.values import Choice, Plan, Weight
 
-VERSION = 1
+VERSION = 2
+"""Weights have our names; in version 1 they had those of GGUF."""
 
 
 def to_json(plan: Plan) -> str:
@@ -42,8 +43,14 @@ def to_json(plan: Plan) -> str:
     return "\n".join(["{", *lines, '  "choices": [', ",\n".join(f"    {row}" for row in rows), "  ]", "}\n"])
 
 
-def from_json(text: str, weights: tuple[Weight, ...], source: str = "plan") -> Plan:
-    """The plan of a document for these weights, in file order.
+Aliases = Mapping[str, str]
+"""Other names of weights that documents may use, and ours: plans of version 1 had those of GGUF."""
+
+
+def from_json(
+    text: str, weights: tuple[Weight, ...], source: str = "plan", aliases: Aliases | None = None
+) -> Plan:
+    """The plan of a document for these weights, in their order.
 
     Of each row only `weight` and `format` count; bytes are worked out again, and a row
     whose format is no longer the one that was `planned` has an unknown damage. A plain
@@ -54,11 +61,14 @@ def from_json(text: str, weights: tuple[Weight, ...], source: str = "plan") -> P
         document = json.loads(text)
     except ValueError as error:
         raise PlanError(f"{source}: not JSON ({error}); write one with `moequant plan -o`") from None
+    names = aliases or {}
     if isinstance(document, dict) and "moequant_plan" not in document:
-        return plan_from_types(weights, document, source)
-    if not isinstance(document, dict) or document["moequant_plan"] != VERSION:
+        return plan_from_types(
+            weights, {names.get(key, key): value for key, value in document.items()}, source
+        )
+    if not isinstance(document, dict) or document["moequant_plan"] not in (1, VERSION):
         raise PlanError(f"{source}: not a plan of version {VERSION}; write one with `moequant plan -o`")
-    rows = _rows(document, source)
+    rows = {names.get(name, name): row for name, row in _rows(document, source).items()}
     types = {name: row["format"] for name, row in rows.items()}
     plan = plan_from_types(weights, types, source)
     choices = tuple(_restored(choice, rows[choice.weight]) for choice in plan.choices)
@@ -68,7 +78,7 @@ def from_json(text: str, weights: tuple[Weight, ...], source: str = "plan") -> P
     return Plan(plan.preset, choices, budget, str(document.get("target") or source))
 
 
-def read(path: Path, weights: tuple[Weight, ...]) -> Plan:
+def read(path: Path, weights: tuple[Weight, ...], aliases: Aliases | None = None) -> Plan:
     """`from_json` of a file; PlanError when it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -76,7 +86,7 @@ def read(path: Path, weights: tuple[Weight, ...]) -> Plan:
         raise PlanError(
             f"{path}: cannot be read ({error}); give a plan that `moequant plan -o` wrote"
         ) from None
-    return from_json(text, weights, str(path))
+    return from_json(text, weights, str(path), aliases)
 
 
 def plan_from_types(weights: tuple[Weight, ...], types: Mapping[str, str], source: str = "types") -> Plan:

@@ -31,8 +31,8 @@ from moequant.rounding.shrinkage import Trial, shrink
 from moequant.rounding.target import Coupling
 from moequant.rounding.twosided import even_fisher
 from moequant.statistics.fisher import Fishers, gather
-from moequant.values.ops import put
 from moequant.values import ExpertLoss, Packed, Role, Weight
+from moequant.values.ops import put
 
 UNROUNDED = ("F32", "F16", "BF16")
 
@@ -127,7 +127,7 @@ def reporting(layer: Layer, model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Coupled:
-    """One coupled pass over `stream` that rounds every weight to its format in `formats`.
+    """One coupled pass over `stream` that rounds every weight of `formats` to its format; others stay.
 
     `fishers` None: `run` gathers them itself when `rounding` asks for some.
     """
@@ -149,14 +149,15 @@ class Coupled:
         stream = self.stream
         outside = stream.weights(None)
         for weight in outside:
-            if weight.role is Role.OUTPUT:
-                continue
             if weight.role is Role.EMBEDDING:
                 result = self._embedding(weight)
-                self._embed(result[0], streams)
-            else:
+                self._embed(result, streams)
+            elif weight.role is not Role.OUTPUT and weight.name in self.formats:
                 result = self.plain(weight, self.formats[weight.name])
-            yield result
+            else:
+                continue
+            if result is not None:
+                yield result
         copies = [copy.deepcopy(layer) for layer in stream.skeleton.layers]  # empty: on the meta device
         for index in stream.layers():
             share(stream.skeleton.layers[index], copies[index])
@@ -164,7 +165,7 @@ class Coupled:
             yield from self._layer(layer, streams)
             copies[index] = nn.Identity()
         for weight in outside:
-            if weight.role is Role.OUTPUT:
+            if weight.role is Role.OUTPUT and weight.name in self.formats:
                 yield self._head(weight, streams)
 
     def _gather(self) -> Fishers:
@@ -173,11 +174,14 @@ class Coupled:
         rows = max(1, self.rounding.fisher_tokens // ids.shape[1])
         return gather(stream.checkpoint, ids[:rows], stream.provider, stream.resources.device)
 
-    def _embedding(self, weight: Weight) -> Result:
-        """The embedding; its rows under the Fisher of the stream that they enter, where there is one.
+    def _embedding(self, weight: Weight) -> Result | None:
+        """The embedding, None where it stays; its rows under the Fisher of the stream that they enter,
+        where there is one.
 
         One that is the head as well is looked up and multiplied: the Fisher knows only half of that.
         """
+        if weight.name not in self.formats:
+            return None
         fmt = formats.get(self.formats[weight.name])
         if self.fishers is None or fmt.name in UNROUNDED or self.stream.checkpoint.tied:
             return self.plain(weight, fmt.name)
@@ -186,10 +190,10 @@ class Coupled:
         found = round_to_hessian(fmt, values, hessian, self.rounding.options)
         return joined(weight, [judged(weight, fmt, values, found, hessian)])
 
-    def _embed(self, packed: Packed, streams: Streams) -> None:
+    def _embed(self, packed: Result | None, streams: Streams) -> None:
         """What the first layer is fed by the original embedding and by the packed one."""
         self.stream.embed(streams.exact)
-        self.stream.embed(streams.rounded, lambda weight: decoded(packed))
+        self.stream.embed(streams.rounded, None if packed is None else lambda weight: decoded(packed[0]))
 
     def _middle(self, index: int) -> str:
         """The norm in front of the feed-forward block."""
@@ -209,6 +213,8 @@ class Coupled:
         done: dict[str, Result] = {}
         groups: dict[str, list[Weight]] = {}  # in the order in which their sites are first met
         for weight in weights:
+            if weight.name not in self.formats:
+                continue
             if weight.site is None or self.formats[weight.name] in UNROUNDED:
                 done[weight.name] = self.plain(weight, self.formats[weight.name])
             else:
@@ -219,7 +225,7 @@ class Coupled:
                 done |= self._group(layer, group, streams)
                 self._replace([done[weight.name][0] for weight in group])
             self._leave(layer, streams)
-        return [done[weight.name] for weight in weights]
+        return [done[weight.name] for weight in weights if weight.name in done]
 
     def _replace(self, packed: list[Packed]) -> None:
         """Let the rounded stream see these weights as they were packed; the copy keeps the original ones."""

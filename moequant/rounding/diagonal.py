@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from moequant.checkpoint import Checkpoint, load, not_finite
 from moequant.errors import CheckpointError, FormatError
 from moequant.formats import Effort
 from moequant.statistics.importance import Gating, importance
-from moequant.values import Calibration, ExpertLoss, InputStats, Packed, Plan, Weight
+from moequant.values import Calibration, ExpertLoss, InputStats, Packed, Weight
 
 ROWS_AT_ONCE = 1 << 22
 """Weights decoded at a time when errors are summed: bounds working memory."""
@@ -80,14 +80,11 @@ def relative_error(fmt: formats.Format, values: Tensor, data: Tensor, columns: T
 
 
 def pack_all(
-    checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer, losses: list[ExpertLoss]
-) -> Iterator[Packed]:
-    """Every weight of the plan in its order, packed when asked for; losses are appended as they are known."""
-    by_name = {weight.name: weight for weight in checkpoint.weights}
-    every = (quantizer.pack(by_name[choice.weight], choice.format) for choice in plan.choices)
-    for packed, loss in progress(every, checkpoint):
-        losses.append(loss)
-        yield packed
+    checkpoint: Checkpoint, formats: Mapping[str, str], quantizer: Quantizer
+) -> Iterator[tuple[Packed, ExpertLoss]]:
+    """Every weight of `formats`, in the checkpoint's order, packed when asked for."""
+    wanted = (weight for weight in checkpoint.weights if weight.name in formats)
+    return (quantizer.pack(weight, formats[weight.name]) for weight in wanted)
 
 
 def progress(

@@ -21,7 +21,7 @@ from moequant.statistics.journal import Journal
 from moequant.statistics.moments import Moments
 from moequant.statistics.store import combine
 from moequant.text.corpus import Rows
-from moequant.values import Calibration
+from moequant.values import Calibration, Site
 
 FREE = Resources()
 
@@ -32,15 +32,19 @@ def calibrate(
     resources: Resources = FREE,
     provider: Provider = load,
     journal: Journal | None = None,
+    watched: Iterable[Site] | None = None,
 ) -> Calibration:
-    """Route `rows` through the checkpoint and collect the moments of every weight's inputs.
+    """Route `rows` through the checkpoint and collect the moments of every weight's inputs, or of `watched`.
 
     With a `journal`, finished layers are kept and a run that was killed goes on after them,
     with the same result. Raises CheckpointError naming the tensor when the activations
     are not finite because a weight is not.
     """
     parts = journal.finished() if journal else []
-    with _folder(journal) as folder, LayerStream(checkpoint, rows.ids, resources, provider) as stream:
+    with (
+        _folder(journal) as folder,
+        LayerStream(checkpoint, rows.ids, resources, provider, watched=watched) as stream,
+    ):
         if len(parts) > stream.n_layers:  # the end of the forward pass is the last part
             return _join(parts)
         hidden = OnDisk(folder, stream.shapes) if journal else stream.new_hidden(folder)

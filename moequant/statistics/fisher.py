@@ -39,6 +39,7 @@ OVERHEAD = 3.0
 PRIOR = 1.0
 """An expert's Fisher is shrunk to its layer's as if it had seen so many more of its tokens per row."""
 
+
 @dataclass(frozen=True, slots=True)
 class Fishers:
     """Sums of g gᵀ: `outputs` f32 [E, out, out] by weight, rows in the weight's order; `embedding` f32
@@ -194,8 +195,8 @@ class _Sums(Recorder):
 
 
 def _rows(weight: Weight, outputs: Tensor) -> Tensor:
-    """Of what a parameter's product gives, [n, out] in the parameter's order, the outputs of a weight's rows, in
-    its order: [n, rows]."""
+    """Of what a parameter's product gives, [n, out] in the parameter's order, the outputs of a weight's
+    rows, in its order: [n, rows]."""
     ops = weight.place.ops
     if ops and isinstance(ops[0], Transposed):  # the parameter lies [in, out], as outputs do
         return apply(ops, outputs).mT

@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
-from moequant.families import Config, Family
 from moequant.errors import CorpusError
+from moequant.families import Config, Family
 from moequant.files import atomic
 from moequant.values import Calibration, InputStats, RouteStats, Weight
 
 VERSION = 2
-"""Layout of the file: sites and keys of the config have the model's names. Version 1 had those of llama.cpp."""
+"""Layout of the file: sites and keys of the config have the model's names. Version 1 had those of
+llama.cpp."""
 
 METADATA = "moequant"
 

@@ -12,7 +12,12 @@ from moequant.text import corpus
 from moequant.text.corpus import Document, Rows
 
 ROW = 512
-"""Tokens in a row: llama.cpp's context for perplexity and imatrix."""
+"""Tokens in a row: llama.cpp's context for perplexity and imatrix. A shorter context has shorter rows."""
+
+
+def row_length(checkpoint: Checkpoint) -> int:
+    """Tokens in a row for this model."""
+    return min(ROW, checkpoint.shape.context)
 
 
 def token_rows(
@@ -20,7 +25,7 @@ def token_rows(
 ) -> Rows:
     """At most `tokens` tokens of the documents, from their beginning as llama-perplexity scores them, in rows
     that the model can take; CorpusError if it can take none."""
-    rows = corpus.pack(documents, load_encoder(checkpoint.path), ROW, tokens, seed, bos)
+    rows = corpus.pack(documents, load_encoder(checkpoint.path), row_length(checkpoint), tokens, seed, bos)
     return _checked(checkpoint, rows)
 
 
@@ -28,7 +33,7 @@ def calibration_rows(
     checkpoint: Checkpoint, documents: list[Document], tokens: int, seed: int, bos: int | None
 ) -> Rows:
     """The same from all over the documents: what few tokens see should be as varied as the text is."""
-    every = corpus.pack(documents, load_encoder(checkpoint.path), ROW, None, seed, bos)
+    every = corpus.pack(documents, load_encoder(checkpoint.path), row_length(checkpoint), None, seed, bos)
     return _checked(checkpoint, corpus.spread(every, tokens))
 
 

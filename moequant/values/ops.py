@@ -61,8 +61,8 @@ class Part(View):
 
     def apply(self, x: Tensor) -> Tensor:
         """See `Op`."""
-        behind = (slice(None),) * (-self.axis - 1)
-        return x[(..., slice(self.start, self.stop, self.step), *behind)]
+        rows = x.transpose(self.axis, 0)[self.start : self.stop : self.step]
+        return rows.transpose(self.axis, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Stacked(View):
 
     def apply(self, x: Tensor) -> Tensor:
         """See `Op`."""
-        return x.unflatten(self.axis, (self.count, -1))
+        return _cut(x, x.ndim + self.axis, (self.count, -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class Grouped(Op):
 
     def _swapped(self, x: Tensor, a: int, b: int) -> Tensor:
         at = x.ndim + self.axis
-        return x.unflatten(at, (a, b, -1)).transpose(at, at + 1).reshape(x.shape)
+        return _cut(x, at, (a, b, -1)).transpose(at, at + 1).reshape(x.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ class Interleaved(Op):
 
     def _swapped(self, x: Tensor, a: int, b: int) -> Tensor:
         at = x.ndim + self.axis
-        return x.unflatten(at, (self.heads, a, b)).transpose(at + 1, at + 2).reshape(x.shape)
+        return _cut(x, at, (self.heads, a, b)).transpose(at + 1, at + 2).reshape(x.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +299,12 @@ def put(ops: Sequence[Op], into: Tensor, x: Tensor) -> None:
 def numel(shape: Shape) -> int:
     """How many numbers a tensor of that shape holds."""
     return prod(shape)
+
+
+def _cut(x: Tensor, at: int, sizes: Shape) -> Tensor:
+    """An axis as several: a view."""
+    found: Tensor = x.unflatten(at, sizes)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _replaced(shape: Shape, axis: int, by: Shape) -> Shape:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class InputStats:
-    """What the inputs of a weight looked like during calibration; E = 1 when dense, heads count as experts do.
+    """What the inputs of a weight looked like during calibration; E = 1 when dense, heads count as experts
+    do.
 
     `tokens` i64 [E] rows seen; `gate_mass` f64 [E] sum of the router's weights g;
     `moment` f64 [E, in] sum of x²; `gated_moment` f64 [E, in] sum of g²·x², and

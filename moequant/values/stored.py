@@ -59,4 +59,5 @@ class Codec(Protocol):
         """What reports call it."""
 
     def decode(self, stored: Stored, index: int | None, rows: range | None) -> Tensor:
-        """See `Stored.read`: a new tensor in `stored.dtype`; `rows` is contiguous; None: a tensor that is no matrix."""
+        """See `Stored.read`: a new tensor in `stored.dtype`; `rows` is contiguous; None: a tensor that is
+        no matrix."""

@@ -53,6 +53,11 @@ class Role(StrEnum):
     SSM_OUT = "ssm_out"
 
     @property
+    def is_expert(self) -> bool:
+        """Whether it is a product of routed experts."""
+        return self in (Role.GATE, Role.UP, Role.DOWN)
+
+    @property
     def keeps_precision(self) -> bool:
         """Vectors and routers are small and decide much: they stay F32 in every file."""
         return self in _PRECISE

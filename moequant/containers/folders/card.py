@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
+from moequant.containers.base import Made
 from moequant.containers.folders.plan import FolderSettings
-from moequant.text.corpus import Rows
-from moequant.values import Calibration, Plan
 
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What the card tells.
-
-    `rounded_on` is the text under whose Hessians weights were rounded, None for the plain search, `coupled`
-    whether layers correct those before them. `measured` are lines of (what, value), empty until somebody
-    has measured.
-    """
+    """What the card tells of a folder, and of how it was made."""
 
     checkpoint: Checkpoint
-    plan: Plan
     settings: FolderSettings
-    calibration: Calibration | None = None
-    rounded_on: Rows | None = None
-    coupled: bool = False
-    measured: Sequence[tuple[str, str]] = ()
+    made: Made
 
     def text(self) -> str:
         """README.md with the front matter that the Hub reads."""
         parts = [self._front(), self._what(), self._how()]
-        if self.measured:
-            rows = "\n".join(f"| {name} | {value} |" for name, value in self.measured)
+        if self.made.measured:
+            rows = "\n".join(f"| {name} | {value} |" for name, value in self.made.measured)
             parts.append(f"## Measured\n\n| | |\n|---|---|\n{rows}\n")
         parts.append(self._loading())
         return "\n".join(parts)
@@ -51,9 +40,9 @@ class Card:
 
     def _what(self) -> str:
         numel = {weight.name: weight.numel for weight in self.checkpoint.weights}
-        small = [c for c in self.plan.choices if c.format == self.plan.preset]
-        kept = [c for c in self.plan.choices if c.format != self.plan.preset]
-        bits = 8 * self.plan.bytes / sum(numel.values())
+        small = [c for c in self.made.plan.choices if c.format == self.made.plan.preset]
+        kept = [c for c in self.made.plan.choices if c.format != self.made.plan.preset]
+        bits = 8 * self.made.plan.bytes / sum(numel.values())
         group = "a whole row" if self.settings.group_size == -1 else f"{self.settings.group_size} weights"
         rows = [
             (f"int{self.settings.bits}, one scale for {group}", small),
@@ -74,18 +63,20 @@ class Card:
 
     def _how(self) -> str:
         made = f"## How it was made\n\nmoequant {__version__}. "
-        if self.rounded_on is not None:
-            towards = ", each layer towards undoing what the layers before it lost" if self.coupled else ""
+        if self.made.rounded_on is not None:
+            towards = (
+                ", each layer towards undoing what the layers before it lost" if self.made.coupled else ""
+            )
             return made + (
                 f"Every expert was rounded under the Hessian of its own inputs{towards}. Calibration: "
-                f"{self.rounded_on.tokens:,} tokens of: {self.rounded_on.source}.\n"
+                f"{self.made.rounded_on.tokens:,} tokens of: {self.made.rounded_on.source}.\n"
             )
         made += "One scale search for every expert, every weight to its nearest code. "
-        if self.calibration is None:
+        if self.made.calibration is None:
             return made + "No calibration text: all input channels count the same.\n"
         return made + (
             "Errors are weighted by the inputs that each expert saw in "
-            f"{self.calibration.tokens:,} tokens of: {self.calibration.source}.\n"
+            f"{self.made.calibration.tokens:,} tokens of: {self.made.calibration.source}.\n"
         )
 
     def _loading(self) -> str:

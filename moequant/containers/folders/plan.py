@@ -85,11 +85,11 @@ def block_formats(checkpoint: Checkpoint, plan: Plan, fmt: GroupFormat) -> dict[
 
 
 def stored_names(weight: Weight) -> tuple[str, ...]:
-    """What checkpoints with a tensor of its own for every expert call a weight's matrices: E names, or one."""
+    """What checkpoints with a tensor for every expert call a weight's matrices: E names, or one."""
     if weight.is_expert and len(weight.names) != weight.matrices:
         raise FamilyError(
-            f"{weight.name}: {weight.names[0]} has no name for a single expert, which safetensors loaders want; "
-            "write GGUF instead"
+            f"{weight.name}: {weight.names[0]} has no name for a single expert, which safetensors loaders "
+            "want; write GGUF instead"
         )
     return weight.names
 

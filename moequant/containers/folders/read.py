@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moequant import families
-from moequant.families.config import make_config
 from moequant.containers.folders.plan import modules
 from moequant.containers.folders.shards import INDEX
 from moequant.errors import VerifyError
+from moequant.families.config import make_config
 from moequant.values import Weight
 from moequant.values.ops import apply
 

@@ -21,14 +21,13 @@ from tqdm import tqdm
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
+from moequant.containers.base import Written
 from moequant.containers.folders import compressed_tensors, gptq, shards, side_files
-from moequant.containers.folders.card import Card
 from moequant.containers.folders.plan import FolderSettings, group_format, kept_linears, modules
 from moequant.containers.folders.read import FolderWeights
 from moequant.containers.folders.shards import Entry, Shard, ShardWriter
-from moequant.containers.gguf.write import Written
 from moequant.errors import OutputError, VerifyError
-from moequant.files import RECORD, check_space, claim
+from moequant.files import RECORD, check_space
 from moequant.formats import groups
 from moequant.formats.groups import GroupFormat
 from moequant.values import Packed, Plan, TensorRef, Weight
@@ -64,19 +63,20 @@ def folder_bytes(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -
     return sum(shard.bytes for shard in _shards(checkpoint, plan, settings))
 
 
-def check_target(path: Path, size: int, overwrite: bool, source: Path) -> None:
-    """OutputError when a folder of `size` bytes cannot be put at `path`: said before any work is done."""
-    with claim(folder=path, overwrite=overwrite, inputs=[source]):
-        check_space(path.parent, size)
+def check_target(path: Path, size: int) -> None:
+    """OutputError when there is no room for `size` bytes: said before any work is done."""
+    check_space(path.absolute().parent, size)
 
 
-def write(folder: Path, card: Card, packed: Iterable[Packed]) -> Written:
-    """Write the card's plan into the empty `folder`: weights, config, tokenizer, all side files, README.md.
+def write(
+    folder: Path, checkpoint: Checkpoint, plan: Plan, settings: FolderSettings, packed: Iterable[Packed]
+) -> Written:
+    """Write a plan into the empty `folder`: weights, config, tokenizer and all side files; the card comes
+    later.
 
     `packed` must yield the plan's integer weights, in their `block_formats` and the plan's order; each is
     written as it comes and not kept. Raises OutputError when the disk refuses.
     """
-    checkpoint, plan, settings = card.checkpoint, card.plan, card.settings
     fmt, layout = group_format(checkpoint, settings), LAYOUTS[settings.layout]
     files = _shards(checkpoint, plan, settings)
     by_name = {weight.name: weight for weight in checkpoint.weights}
@@ -95,7 +95,7 @@ def write(folder: Path, card: Card, packed: Iterable[Packed]) -> Written:
                 writer.put(name, _chunks(ref))
     config = layout.config(fmt, kept_linears(checkpoint, plan))
     record = {"made_by": f"moequant {__version__}", "settings": asdict(settings), "crc32": writer.checksums}
-    _write_side_files(folder, card, files, config, record)
+    _write_side_files(folder, checkpoint, files, config, record)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Written(folder, size, writer.checksums)
 
@@ -177,25 +177,25 @@ def _chunks(ref: TensorRef) -> Iterator[bytes]:
 
 
 def _write_side_files(
-    folder: Path, card: Card, files: tuple[Shard, ...], quantization: dict[str, Any], record: dict[str, Any]
+    folder: Path,
+    checkpoint: Checkpoint,
+    files: tuple[Shard, ...],
+    quantization: dict[str, Any],
+    record: dict[str, Any],
 ) -> None:
-    """Everything but the weights: config, index, card, record, and what lies beside the weights."""
-    source = card.checkpoint.path
-    config = {key: value for key, value in card.checkpoint.raw.items() if key != "quantization_config"}
-    texts = {
-        "config.json": json.dumps(config | {"quantization_config": quantization}, indent=2) + "\n",
-        "README.md": card.text(),
-    }
+    """Everything but weights and card: config, index, record, and what lies beside the weights."""
+    config = {key: value for key, value in checkpoint.raw.items() if key != "quantization_config"}
+    texts = {"config.json": json.dumps(config | {"quantization_config": quantization}, indent=2) + "\n"}
     if len(files) > 1:
         texts[shards.INDEX] = shards.index(files)
-    if card.settings.layout == "gptq":
+    if quantization["quant_method"] == "gptq":
         texts["quantize_config.json"] = json.dumps(quantization, indent=2) + "\n"
     try:
-        side_files.copy(source, folder)
+        side_files.copy(checkpoint.path, folder)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         files_here = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-        record["files"] = sorted([RECORD, *(name.as_posix() for name in files_here)])
+        record["files"] = sorted([RECORD, "README.md", *(name.as_posix() for name in files_here)])
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from error

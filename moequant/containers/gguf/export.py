@@ -13,17 +13,18 @@ from torch import Tensor
 from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf.families import COMMON, EXPORTS, Computed, Export, FileTensor, Key
 from moequant.errors import FamilyError
-from moequant.values.ops import Ops
 from moequant.values import Origin, Place, Role, Stack, Stored, Weight
+from moequant.values.ops import Ops
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
     """What a GGUF file of a model holds, but for types and tokenizer.
 
-    `checkpoint` is the model cut into the file's tensors, in the file's order. `names` and `shapes` are those of
-    the file, by our names. `keys` are without the architecture's name. `parts` says of every weight of the model,
-    by its name, which of the file's tensors hold it, and by which ops they are made of it.
+    `checkpoint` is the model cut into the file's tensors, in the file's order. `names` and `shapes` are
+    those of the file, by our names. `keys` are without the architecture's name. `parts` says of every
+    weight of the model, by its name, which of the file's tensors hold it, and by which ops they are made of
+    it.
     """
 
     checkpoint: Checkpoint
@@ -91,7 +92,8 @@ def way_of(checkpoint: Checkpoint) -> Export:
     way = EXPORTS.get(checkpoint.family.name)
     if way is None:
         raise FamilyError(
-            f"{checkpoint.family.name}: llama.cpp has no such architecture; --format safetensors writes a folder"
+            f"{checkpoint.family.name}: llama.cpp has no such architecture; --format safetensors writes "
+            "a folder"
         )
     return way
 
@@ -107,7 +109,9 @@ def _cut(checkpoint: Checkpoint, way: Export, weight: Weight) -> Iterator[tuple[
     if parts is None:
         name = way.names.get(local(weight)) or COMMON.get(local(weight))
         if name is None:
-            raise FamilyError(f"{checkpoint.family.name}: llama.cpp's {way.arch!r} has no name for {weight.name}")
+            raise FamilyError(
+                f"{checkpoint.family.name}: llama.cpp's {way.arch!r} has no name for {weight.name}"
+            )
         yield weight, FileTensor(name)
         return
     for part in parts:

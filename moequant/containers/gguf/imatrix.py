@@ -140,8 +140,8 @@ def read(path: Path, exported: Exported) -> Calibration:
 
 
 def _stats(found: Imatrix, weight: Weight, exported: Exported) -> InputStats | None:
-    """The moments of a weight's input, under the name of any weight that multiplies the same activations; None
-    when there is no entry."""
+    """The moments of a weight's input, under the name of any weight that multiplies the same activations;
+    None when there is no entry."""
     same = [other for other in exported.weights if other.site == weight.site]
     names = [exported.names[other.name] for other in same]
     names += [name.replace(one, fused) for name in names for one, fused in _FUSED.items() if one in name]

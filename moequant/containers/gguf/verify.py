@@ -9,9 +9,9 @@ import torch
 from tqdm import tqdm
 
 from moequant import formats
+from moequant.containers.base import Written
 from moequant.containers.gguf.export import Exported
 from moequant.containers.gguf.read import Bytes, GgufFile, decode
-from moequant.containers.gguf.write import Written
 from moequant.errors import VerifyError
 from moequant.values import Plan
 
@@ -34,8 +34,7 @@ def verify(written: Written, plan: Plan, exported: Exported) -> int:
         found = on_disk.info(name)
         if found.type != choice.format or found.shape != shape:
             raise VerifyError(
-                f"{written.path}: {name} is {found.type} {found.shape}, "
-                f"planned {choice.format} {shape}"
+                f"{written.path}: {name} is {found.type} {found.shape}, planned {choice.format} {shape}"
             )
         data = on_disk.data(name)
         if zlib.crc32(data.data) != written.checksums[choice.weight]:

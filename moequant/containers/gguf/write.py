@@ -6,16 +6,15 @@ gguf-py lays out the header; the packed bytes are ours.
 from __future__ import annotations
 
 import io
-import shutil
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
+from moequant.containers.base import Written
 from moequant.containers.gguf import checksums
 from moequant.containers.gguf.export import Exported
 from moequant.containers.gguf.families import Key
@@ -23,22 +22,11 @@ from moequant.containers.gguf.presets import FILE_TYPES
 from moequant.containers.gguf.sizes import ALIGNMENT
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, add_tokenizer
 from moequant.errors import OutputError, VerifyError
-from moequant.files import check_output
+from moequant.files import check_space
 from moequant.values import Packed, Plan
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A finished file: its size in bytes and the CRC-32 of every tensor's data, by name."""
-
-    path: Path
-    bytes: int
-    checksums: dict[str, int]
-
-
-def file_bytes(
-    exported: Exported, tokenizer: TokenizerSpec, plan: Plan, provenance: dict[str, str]
-) -> int:
+def file_bytes(exported: Exported, tokenizer: TokenizerSpec, plan: Plan, provenance: dict[str, str]) -> int:
     """The exact size that `write` will produce: header laid out for real, weights added up."""
     writer, header = _lay_out(exported, tokenizer, plan, provenance), io.BytesIO()
     # As if it had opened its file: a header in memory needs no disk that may be full.
@@ -47,15 +35,11 @@ def file_bytes(
     return _aligned(header.tell()) + sum(_aligned(choice.bytes) for choice in plan.choices)
 
 
-def check_target(path: Path, size: int, overwrite: bool) -> None:
+def check_target(path: Path, size: int) -> None:
     """OutputError when a file of `size` bytes cannot be put at `path`: said before any work is done."""
     if path.suffix != ".gguf":
         raise OutputError(f"{path}: the output must be named *.gguf")
-    check_output(path, overwrite)
-    folder = path.parent
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OutputError(f"{folder}: {size:,} bytes are needed, {free:,} are free")
+    check_space(path.absolute().parent, size)
 
 
 def write(

@@ -27,9 +27,9 @@ class Key:
 class FileTensor:
     """A tensor of the file that is made of (a part of) a weight.
 
-    `name` is GGUF's, without `blk.N.`. `own` is our name of the part within its layer, None for the weight's own.
-    Blocks of codes run along the rows of what `ops` make, under the statistics of `site` where it is given.
-    `shape` is what the file says where it differs, at the same bytes.
+    `name` is GGUF's, without `blk.N.`. `own` is our name of the part within its layer, None for the
+    weight's own. Blocks of codes run along the rows of what `ops` make, under the statistics of `site`
+    where it is given. `shape` is what the file says where it differs, at the same bytes.
     """
 
     name: str
@@ -67,9 +67,10 @@ class Computed:
 class Export:
     """A family's way into GGUF.
 
-    `arch` is llama.cpp's name of the architecture. `names` are the tensors that are called otherwise than in
-    `names.COMMON`, by our name within the layer. `complaints` yields one sentence for each thing in the config that
-    llama.cpp's graph does not compute; `warnings` one for each that it computes a little differently.
+    `arch` is llama.cpp's name of the architecture. `names` are the tensors that are called otherwise than
+    in `names.COMMON`, by our name within the layer. `complaints` yields one sentence for each thing in the
+    config that llama.cpp's graph does not compute; `warnings` one for each that it computes a little
+    differently.
     """
 
     arch: str

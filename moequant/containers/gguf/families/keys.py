@@ -102,6 +102,11 @@ def _yarn(config: Config, found: Mapping[str, Any], factor: float) -> tuple[Key,
 
 def _number(found: Mapping[str, Any], name: str, kind: str) -> float:
     value = found.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
         raise FamilyError(f"rope scaling {kind!r}: {name} is {value!r}; a number above 0 was expected")
     return float(value)

@@ -1,4 +1,5 @@
-"""llama.cpp's `llama`: Llama, Mistral and Mixtral. It rotates pairs of rows, where transformers rotates halves."""
+"""llama.cpp's `llama`: Llama, Mistral and Mixtral. It rotates pairs of rows, where transformers rotates
+halves."""
 
 from __future__ import annotations
 

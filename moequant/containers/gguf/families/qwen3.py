@@ -1,4 +1,4 @@
-"""llama.cpp's `qwen3` and `qwen3moe`: the latter always renormalises top-k weights and has no dense layers."""
+"""llama.cpp's `qwen3`, and `qwen3moe`, which renormalises top-k weights and has no dense layers."""
 
 from __future__ import annotations
 

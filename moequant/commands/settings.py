@@ -1,0 +1,110 @@
+"""What a conversion may be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moequant.containers.folders.plan import FolderSettings
+from moequant.containers.gguf.sizes import Budget
+from moequant.errors import PlanError
+from moequant.formats import Effort
+from moequant.forward.stream import Resources
+from moequant.statistics.importance import Gating
+
+FormatName = Literal["gguf", "safetensors", "gptq"]
+
+PRESET = "Q4_K_M"
+"""The size of a GGUF file when nobody says."""
+
+_OF_FILES = ("type", "size", "bpw", "plan")
+_OF_FOLDERS = ("bits", "group_size", "quantize_attention", "tp")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a conversion may be told; the defaults are the recommendation.
+
+    `format` says what is written: a GGUF file, or a folder. How large a file is, one of these says: `size`
+    (bytes, as people write them), `bpw`, `plan` (a plan's JSON) or `type`, a preset. How large a folder is:
+    `bits` and `group_size`; `tp` GPUs will share each weight. `calib` and `eval` are texts as `corpus.read`
+    takes them, None the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant
+    route`) or `imatrix` (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is written
+    beside the file. `coupled` rounds each layer towards what full precision would have made of what the
+    layers before it lost.
+
+    PlanError for an option that the format does not have, and for two that say the same thing.
+    """
+
+    type: str | None = None
+    calib: str | Path | None = None
+    calib_tokens: int = 131_072
+    eval: str | Path | None = None
+    eval_tokens: int = 16_384
+    effort: Effort = "default"
+    gating: Gating = "gate2"
+    seed: int = 0
+    size: str | None = None
+    bpw: float | None = None
+    plan: Path | None = None
+    coupled: bool = True
+    stats: Path | None = None
+    imatrix: Path | None = None
+    imatrix_out: Path | None = None
+    ram: int | None = None
+    device: str = "cpu"
+    overwrite: bool = False
+    format: FormatName = "gguf"
+    bits: int | None = None
+    group_size: int | None = None
+    quantize_attention: bool | None = None
+    tp: int | None = None
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        foreign = _OF_FOLDERS if self.format == "gguf" else _OF_FILES
+        if given := [name for name in foreign if getattr(self, name) is not None]:
+            own = _OF_FILES if self.format == "gguf" else _OF_FOLDERS
+            raise PlanError(
+                f"{_option(given[0])} does not go with --format {self.format}; how large it is, "
+                f"{', '.join(map(_option, own))} say"
+            )
+        if self.format == "gguf":
+            sizes = [name for name in _OF_FILES if getattr(self, name) is not None]
+            if len(sizes) > 1:
+                raise PlanError(
+                    f"{' and '.join(map(_option, sizes))} each say how large the file is; give one of them"
+                )
+            if self.plan is None:
+                _ = self.budget
+        if self.stats is not None and self.imatrix is not None:
+            raise PlanError(f"{self.stats}, {self.imatrix}: two sources of statistics; name one")
+
+    @property
+    def budget(self) -> Budget:
+        """The size of a GGUF file that was asked for; PlanError for what is none."""
+        if self.size is not None:
+            return Budget.of_size(self.size)
+        return Budget.of_bpw(self.bpw) if self.bpw is not None else Budget.of_preset(self.type or PRESET)
+
+    @property
+    def folder(self) -> FolderSettings:
+        """What was asked for of a folder."""
+        given: dict[str, Any] = {name: getattr(self, name) for name in _OF_FOLDERS}
+        known = {name: value for name, value in given.items() if value is not None}
+        return FolderSettings("gptq" if self.format == "gptq" else "compressed-tensors", **known)
+
+    @property
+    def inputs(self) -> tuple[str | Path | None, ...]:
+        """What is read beside the model."""
+        return (self.calib, self.eval, self.plan, self.stats, self.imatrix)
+
+    @property
+    def resources(self) -> Resources:
+        """What passes over the model may use."""
+        return Resources(ram=self.ram, device=self.device)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,63 @@
+"""GGUF as a container."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from moequant import __version__
+from moequant.checkpoint import Checkpoint
+from moequant.containers.base import Made, Written
+from moequant.containers.gguf import write as file
+from moequant.containers.gguf.export import Exported, export
+from moequant.containers.gguf.sizes import data_bytes
+from moequant.containers.gguf.tokenizer.spec import read_tokenizer
+from moequant.containers.gguf.verify import verify
+from moequant.containers.gguf.weights import GgufWeights
+from moequant.values import Packed, Plan
+
+
+class GgufContainer:
+    """A GGUF file of one model; see `containers.base.Container`."""
+
+    is_folder = False
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """FamilyError when llama.cpp cannot run the model, TokenizerError for its tokenizer."""
+        self.exported: Exported = export(checkpoint)
+        self.tokenizer = read_tokenizer(checkpoint.path)
+        self.checkpoint = self.exported.checkpoint
+        self.provenance = {"general.quantized_by": f"moequant {__version__}"}
+        self.notes = (*self.tokenizer.notes, *self.exported.warnings)
+
+    def size(self, plan: Plan) -> int:
+        """See `Container`."""
+        return file.file_bytes(self.exported, self.tokenizer, plan, self.provenance)
+
+    def overhead(self, plan: Plan) -> int:
+        """Bytes of the file that are not weights: the same for every plan."""
+        types = {choice.weight: choice.format for choice in plan.choices}
+        return self.size(plan) - data_bytes(self.checkpoint.weights, types)
+
+    def check_target(self, path: Path, plan: Plan) -> None:
+        """See `Container`."""
+        file.check_target(path, self.size(plan))
+
+    def formats(self, plan: Plan) -> dict[str, str]:
+        """See `Container`: a file holds every weight in a format of its own."""
+        return {choice.weight: choice.format for choice in plan.choices}
+
+    def write(self, path: Path, plan: Plan, packed: Iterable[Packed]) -> Written:
+        """See `Container`."""
+        return file.write(path, self.exported, self.tokenizer, plan, packed, self.provenance)
+
+    def verify(self, written: Written, plan: Plan) -> None:
+        """See `Container`."""
+        verify(written, plan, self.exported)
+
+    def describe(self, path: Path, made: Made) -> None:
+        """See `Container`: a file's keys were written with it."""
+
+    def open(self, path: Path) -> GgufWeights:
+        """See `Container`."""
+        return GgufWeights(path, self.exported)
