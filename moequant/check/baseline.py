@@ -106,7 +106,7 @@ class GgufSource:
 
     def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
         """See `Source`."""
-        return torch.from_numpy(decode(matrix.data.numpy(), entry.format))
+        return torch.from_numpy(decode(matrix.data.numpy(), entry.format, entry.name))
 
     def as_stored(self, weight: Weight) -> Weight:
         """`checkpoint.load` gives llama.cpp's row order already."""

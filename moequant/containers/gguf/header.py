@@ -105,7 +105,7 @@ class Array:
             end = at + 8 + length.unpack_from(raw, at)[0]
             found.append(raw[at + 8 : end].decode("utf-8", "replace"))
             at = end
-        return found
+        return found if at == len(raw) else []
 
 
 @dataclass(frozen=True, slots=True)
