@@ -59,6 +59,8 @@ KEYS = (
     array("tokenizer.ggml.tokens", V.STRING, 3, text("a") + text("") + text("ä")),
     array("tokenizer.ggml.scores", V.FLOAT32, 5000, struct.pack("<5000f", *range(5000))),
     key("tokenizer.ggml.add_bos_token", V.BOOL, b"\1"),
+    array("no.numbers", V.INT16, 0, b""),
+    array("no.texts", V.STRING, 0, b""),
 )
 TENSORS = (
     tensor("token_embd.weight", (32, 4)),
@@ -99,14 +101,14 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "big endian": (file(start=b"GGUF\0\0\0\3"), "big endian; expected 2 or 3"),
     "tensors without end": (file(counts=(U64, None)), "tensors, expected up to 65,536"),
     "keys without end": (file(counts=(None, U64)), "keys, expected up to 65,536"),
-    "a key more": (file(counts=(None, len(KEYS) + 1), tensors=(), data=b""), "inside key 9|name of key 9"),
+    "a key more": (file(counts=(None, len(KEYS) + 1), tensors=(), data=b""), "inside key 11|name of key 11"),
     "a tensor too many": (file(counts=(9, None), data=b""), "ends inside|is not 1 to"),
     "an array of 2^60": (with_key(array("x", V.UINT8, 2**60, b"")), "ends inside key x"),
     "2^60 strings": (with_key(array("x", V.STRING, 2**60, b"")), "strings, expected up to"),
     "bytes over 2^64": (with_key(array("x", V.UINT64, U64, b"")), "ends inside key x"),
     "strings that are not there": (with_key(array("x", V.STRING, 2**20, b"")), "ends inside key x"),
     "a string without end": (with_key(key("x", V.STRING, text("", U64))), "ends inside key x"),
-    "a name without end": (with_key(text("", U64)), "ends inside key 9"),
+    "a name without end": (with_key(text("", U64)), "ends inside key 11"),
     "a string in an array without end": (
         with_key(array("x", V.STRING, 2, text("", U64 - 7) + text(""))), "ends inside key x"
     ),
@@ -115,7 +117,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "an unknown element type": (with_key(array("x", 99, 1, b"")), "value of type 99"),
     "a key twice": (with_key(u32("llama.block_count", 1)), "key llama.block_count is there twice"),
     "an array twice": (with_key(array("tokenizer.ggml.tokens", V.STRING, 0, b"")), "is there twice"),
-    "a key without a name": (with_key(u32("", 1)), "name of key 9"),
+    "a key without a name": (with_key(u32("", 1)), "name of key 11"),
     "control codes in a key": (with_key(u32("a\n\x1b[31m", 1)), "printable"),
     "a key that is no UTF-8": (with_key(key(b"\xff", V.UINT8, b"\1")), "printable"),
     "a name of 70,000 bytes": (with_key(u32("x" * 70_000, 1)), "1 to 65,535 bytes"),
