@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gguf import GGUFReader
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -43,6 +42,7 @@ sys.path[0] = str(Path(__file__).parents[1])  # the other benchmarks and scripts
 
 from benchmarks.ladder import llama_logits  # noqa: E402
 from moequant.commands.convert import Settings, convert  # noqa: E402
+from moequant.containers.gguf.read import read_header  # noqa: E402
 from moequant.evaluate import Scores, score_tokens, summarize  # noqa: E402
 from moequant.evaluate.divergence import join  # noqa: E402
 from moequant.report import Report  # noqa: E402
@@ -251,7 +251,7 @@ class Theirs:
 
 def types_of(path: Path) -> dict[str, str]:
     """Tensor → its type in a GGUF file: a plan."""
-    return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    return {tensor.name: tensor.type for tensor in read_header(path).tensors}
 
 
 # ------------------------------------------------------------------------------------------- the tables

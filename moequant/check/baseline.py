@@ -125,7 +125,7 @@ class GgufSource:
 
     def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
         """See `Source`."""
-        return torch.from_numpy(decode(matrix.data.numpy(), entry.format))
+        return torch.from_numpy(decode(matrix.data.numpy(), entry.format, entry.name))
 
     def load(self, weight: Weight) -> Tensor:
         """See `Source`."""

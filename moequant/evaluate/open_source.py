@@ -14,6 +14,7 @@ from typing import Any
 
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.containers.gguf.export import export
+from moequant.containers.gguf.header import plain
 from moequant.containers.gguf.read import GgufFile, read_header
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.containers.gguf.weights import GgufWeights
@@ -210,11 +211,12 @@ def _same_values(
     for key in keys:
         one, two = mine.get(key), theirs.get(key)
         if one is not None and two is not None and not _equal(one, two):
-            raise VerifyError(f"{path}: another model than {base}: {key} is {two}, not {one}")
+            raise VerifyError(f"{path}: another model than {base}: {key} is {plain(str(two))}, not {one}")
 
 
 def _equal(one: Any, two: Any) -> bool:
-    if isinstance(one, float) or isinstance(two, float):
+    numbers = isinstance(one, int | float) and isinstance(two, int | float)
+    if numbers and (isinstance(one, float) or isinstance(two, float)):
         return math.isclose(float(one), float(two), rel_tol=1e-5)
     return bool(one == two)
 
@@ -244,5 +246,5 @@ def _same_texts(path: Path, theirs: Sequence[str], base: Path, mine: Sequence[st
         first = foreign[0]
         raise VerifyError(
             f"{path}: another vocabulary than {base}: {len(foreign)} of {len(pairs)} tokens "
-            f"differ, token {first} is {theirs[first]!r}, not {mine[first]!r}"
+            f"differ, token {first} is {theirs[first]!r:.80}, not {mine[first]!r}"
         )

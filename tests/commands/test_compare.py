@@ -284,6 +284,22 @@ def test_wrong_pairs_of_files_in_llama_cpp_are_one_line(tiny, file, text: Path, 
         refused(lambda other=other: run(good, [other], settings(text, engine="llama.cpp")), match)
 
 
+@pytest.mark.parametrize("value", ["many", [1, 2], "\x1b[31m\n"])
+def test_keys_of_another_kind_are_another_model(tiny, text: Path, tmp_path: Path, value: object) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "llama")
+    if isinstance(value, str):
+        writer.add_string("llama.attention.layer_norm_rms_epsilon", value)
+    else:
+        writer.add_array("llama.attention.layer_norm_rms_epsilon", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(
+        lambda: run(tiny("mixtral"), [tmp_path / "odd.gguf"], settings(text)), "rms_epsilon is .*, not 1e-06"
+    )
+
+
 def test_another_vocabulary_of_the_same_size_is_refused(tiny, text: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny("mixtral"), tmp_path / "copy"))
     value = json.loads((copy / "tokenizer.json").read_text())

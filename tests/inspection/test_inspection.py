@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -304,3 +305,14 @@ def test_values_are_frozen_and_headers_name_layers(file) -> None:
     assert isinstance(header, Header) and isinstance(inspect(file("mixtral")), Inspection)
     experts = [tensor for tensor in header.tensors if tensor.is_expert]
     assert [(tensor.layer, tensor.shape[0]) for tensor in experts] == [(0, 4)] * 3 + [(1, 4)] * 3
+
+
+def test_sizes_need_no_temporary_folder(tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The header is laid out in memory: a full /tmp is no reason to fail."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(FileNotFoundError):
+        tempfile.mkdtemp()
+    found = inspect(tiny("mixtral"))
+    out = tmp_path / "bf16.gguf"
+    convert(tiny("mixtral"), out, Settings("BF16", eval_tokens=0))
+    assert {preset.name: preset.file_bytes for preset in found.presets}["BF16"] == out.stat().st_size

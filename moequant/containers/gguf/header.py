@@ -10,7 +10,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from gguf import GGUFValueType
 
 from moequant.errors import CheckpointError
@@ -96,8 +95,8 @@ class Array:
         return found
 
     def _numbers(self, raw: bytes) -> list[Any]:
-        kind = np.dtype(SCALARS[self.kind].format)
-        return list(np.frombuffer(raw, kind, len(raw) // kind.itemsize).tolist())
+        number = SCALARS[self.kind]
+        return [value for (value,) in number.iter_unpack(raw[: len(raw) // number.size * number.size])]
 
     def _strings(self, raw: bytes) -> list[Any]:
         found, at, length = [], 0, SCALARS[GGUFValueType.UINT64]
@@ -105,7 +104,7 @@ class Array:
             end = at + 8 + length.unpack_from(raw, at)[0]
             found.append(raw[at + 8 : end].decode("utf-8", "replace"))
             at = end
-        return found
+        return found if at == len(raw) else []
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class GgufFile:
         return self.tensors[name]
 
     def data(self, name: str, expert: int | None = None) -> Bytes:
-        """The packed bytes of a tensor, or of one slice of its first dimension: [rows, row_bytes].
+        """The packed bytes of a tensor, or of one expert of a stack [E, out, in]: u8 [rows, row_bytes].
 
         Raises VerifyError for a missing tensor and one of an unknown type, CheckpointError for a file that is
         no longer as its header was read.
@@ -83,13 +83,13 @@ class GgufFile:
         """
         import torch  # headers are read without it: a second faster
 
-        info = self.info(name)
+        info, label = self.info(name), f"{self.path}: {name}"
         out = np.empty(info.shape, np.float32)
         if len(info.shape) == 3:
             for expert, part in enumerate(out):
-                part[...] = decode(self.data(name, expert), info.type)
+                part[...] = decode(self.data(name, expert), info.type, label)
         else:
-            out[...] = decode(self.data(name), info.type).reshape(info.shape)
+            out[...] = decode(self.data(name), info.type, label).reshape(info.shape)
         return torch.from_numpy(out)
 
 
@@ -101,13 +101,13 @@ def read_header(path: Path) -> Header:
     return GgufFile(path).header
 
 
-def decode(data: Bytes, type_name: str) -> Floats:
-    """Packed rows [..., row_bytes] decoded by gguf-py, f32 [..., n]. VerifyError when it cannot."""
+def decode(data: Bytes, type_name: str, name: str) -> Floats:
+    """Packed rows of `name` [..., row_bytes] decoded by gguf-py, f32 [..., n]. VerifyError when it cannot."""
     try:
         with np.errstate(all="ignore"):  # damaged scales may overflow; callers look at the values
             values = gguf.dequantize(data, gguf.GGMLQuantizationType[type_name])
     except NotImplementedError:
-        raise VerifyError(f"gguf-py cannot decode {type_name}") from None
+        raise VerifyError(f"{name} is {type_name}, which gguf-py cannot decode") from None
     return np.ascontiguousarray(values, np.float32)
 
 
@@ -129,14 +129,15 @@ def shards(path: Path) -> list[Path]:
 
 def _check_shards(path: Path, parts: list[Part]) -> None:
     """CheckpointError when shards do not say of themselves what their names say."""
-    count, total = len(parts), sum(len(part.tensors) for part in parts)
-    for number, part in enumerate(parts):
-        wanted = {"split.no": number, "split.count": count, "split.tensors.count": total}
-        if count == 1 and part.metadata.get("split.count", 0) in (0, 1):
-            continue
-        for key, value in wanted.items():
-            if (found := part.metadata.get(key)) != value:
-                raise CheckpointError(
-                    f"{part.path}: {key} is {found!r:.40}, expected {value} of a shard by that name; "
-                    "keep the names that shards were made with"
-                )
+    if len(parts) == 1 and parts[0].metadata.get("split.count", 1) in (0, 1):
+        return
+    total = sum(len(part.tensors) for part in parts)
+    wanted = [(part, "split.count", len(parts)) for part in parts]
+    wanted += [(part, "split.no", number) for number, part in enumerate(parts)]
+    wanted += [(part, "split.tensors.count", total) for part in parts]
+    for part, key, value in wanted:
+        if (found := part.metadata.get(key)) != value:
+            raise CheckpointError(
+                f"{part.path}: {key} is {found!r:.40}, expected {value} of a shard by that name; "
+                "download all of them again, under the names that they were made with"
+            )

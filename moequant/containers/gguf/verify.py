@@ -48,7 +48,7 @@ def verify(written: Written, plan: Plan, exported: Exported) -> int:
 def _compare_decoders(name: str, format_name: str, data: Bytes) -> int:
     """Rows spread over the tensor, decoded twice; the number of weights compared."""
     rows = data[np.unique(np.linspace(0, len(data) - 1, SAMPLE_ROWS).astype(np.int64))]
-    theirs = decode(rows, format_name)
+    theirs = decode(rows, format_name, name)
     ours = formats.dequantize(formats.get(format_name), torch.from_numpy(rows)).numpy()
     if not np.isfinite(theirs).all():
         raise VerifyError(f"{name}: decodes to values that are not finite")

@@ -325,6 +325,37 @@ def test_values_that_cannot_be(checkpoint, calibration, tmp_path: Path, kind: st
     )
 
 
+@pytest.mark.parametrize(("count", "says"), [(1e16, "counts that are"), (9e15, None)])
+def test_counts_that_no_text_has(checkpoint, calibration, tmp_path: Path, count: float, says: str) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[f"{DOWN}.counts"][0, 0] = count
+
+    path = altered(tmp_path / "i.gguf", checkpoint, calibration, change)
+    if says:
+        refused(path, checkpoint, says)
+    else:
+        assert imatrix.parse(path).entries[DOWN].counts[0] == np.float32(count)
+
+
+def test_a_dat_file_is_believed_only_as_far_as_it_goes(checkpoint, tmp_path: Path) -> None:
+    """Lengths beyond the file, none of which is allocated; text that a terminal would obey."""
+    path = tmp_path / "i.dat"
+    for content in (
+        struct.pack("<ii", 1, 2**31 - 1),
+        struct.pack("<ii", 1, -1),
+        struct.pack("<ii1sii", 1, 1, b"x", 1, 2**29),
+        struct.pack("<ii1sii", 1, 1, b"x", 1, -(2**29)),
+    ):
+        path.write_bytes(content)
+        refused(path, checkpoint, "neither a GGUF nor a complete .dat imatrix")
+    entries = {"a\x1b[31m\nb": (1, np.ones(2))}
+    path.write_bytes(legacy(entries, struct.pack("<ii", 1, 3) + b"a\nb"))
+    found = imatrix.parse(path)
+    assert list(found.entries) == ["a\ufffd[31m\ufffdb"] and found.datasets == ("a\ufffdb",)
+    path.write_bytes(legacy(entries, struct.pack("<ii", -7, 0)))
+    refused(path, checkpoint, "-7 chunks of 512 tokens")
+
+
 def test_missing_and_misfitting_tensors(checkpoint, calibration, tiny, tmp_path: Path) -> None:
     def without(*names: str):
         return lambda tensors: [tensors.pop(name) for name in names]
