@@ -1,0 +1,61 @@
+"""Codes of a few bits out of bytes and 32-bit words, the lowest bits first."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of FP4's codes 0..7; codes 8..15 are their negatives."""
+
+
+def period(bits: int, dense: bool) -> tuple[int, int]:
+    """After how many words, and so many codes, codes start at a word's first bit again.
+
+    Dense: codes lie end to end and may straddle words; else as many as fit whole, the rest of a word empty.
+    """
+    return (bits, 32) if dense and 32 % bits else (1, 32 // bits)
+
+
+def words_for(count: int, bits: int, dense: bool) -> int:
+    """Words that hold `count` codes."""
+    return -(-count * bits // 32) if dense else -(-count // (32 // bits))
+
+
+def unpack(words: Tensor, bits: int, dense: bool = True) -> Tensor:
+    """int32 [n, words] -> uint8 [n, codes], the empty ones at the end included; bits is 2..8."""
+    words = words.contiguous()
+    if bits == 4:
+        return nibbles(words.view(torch.uint8))
+    if bits == 8:
+        return words.view(torch.uint8)
+    span, count = period(bits, dense)
+    groups = pad(words, (0, -words.shape[1] % span)).view(len(words), -1, span)
+    out = torch.empty((*groups.shape[:2], count), dtype=torch.uint8)
+    for i in range(count):
+        word, shift = divmod(i * bits, 32)
+        code = groups[..., word] >> shift
+        if shift + bits > 32:  # >> fills with the sign: keep the bits that were there
+            code = code & ((1 << 32 - shift) - 1) | groups[..., word + 1] << 32 - shift
+        out[..., i] = code & ((1 << bits) - 1)
+    return out.view(len(words), -1)
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """uint8 [n, k] -> [n, 2 k]: the low nibble of each byte, then the high one."""
+    return torch.stack([packed & 15, packed >> 4], -1).view(len(packed), -1)
+
+
+def e2m1(packed: Tensor) -> Tensor:
+    """uint8 [n, k] of two FP4 codes -> f32 [n, 2 k], the low nibble first."""
+    return _pairs().index_select(0, packed.flatten().to(torch.int32)).view(len(packed), -1)
+
+
+@cache
+def _pairs() -> Tensor:
+    """f32 [256, 2]: the two numbers of every byte."""
+    values = torch.tensor(E2M1)
+    return torch.cat([values, -values])[nibbles(torch.arange(256, dtype=torch.uint8)[:, None]).long()]
