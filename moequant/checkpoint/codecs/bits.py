@@ -28,10 +28,10 @@ def words_for(count: int, bits: int, dense: bool) -> int:
 def unpack(words: Tensor, bits: int, dense: bool = True) -> Tensor:
     """int32 [n, words] -> uint8 [n, codes], the empty ones at the end included; bits is 2..8."""
     words = words.contiguous()
-    if bits == 4:
-        return nibbles(words.view(torch.uint8))
-    if bits == 8:
-        return words.view(torch.uint8)
+    if bits in (4, 8):
+        # Flat first: one column of a transposed matrix is contiguous, but not to `view`.
+        as_bytes = words.flatten().view(torch.uint8).view(len(words), -1)
+        return as_bytes if bits == 8 else nibbles(as_bytes)
     span, count = period(bits, dense)
     groups = pad(words, (0, -words.shape[1] % span)).view(len(words), -1, span)
     out = torch.empty((*groups.shape[:2], count), dtype=torch.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorRef]:
     for name, entry in json.loads(raw[8:start]).items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            refs[name] = TensorRef(name, tuple(entry["shape"]), entry["dtype"], path, start + begin, start + end)
+            refs[name] = TensorRef(
+                name, tuple(entry["shape"]), entry["dtype"], path, start + begin, start + end
+            )
     return refs
 
 
@@ -36,16 +39,17 @@ def one(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] |
 
 
 def read(stored: Stored) -> Tensor:
-    """All values, and the promise of every codec: dtype and shape as announced, rows alone as in the whole."""
-    stack = [stored.read(index) for index in range(stored.shape[0])] if len(stored.shape) == 3 else None
-    whole = torch.stack(stack) if stack else stored.read()
-    assert tuple(whole.shape) == stored.shape
-    assert whole.dtype == {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[stored.dtype]
+    """All values, and what every codec promises: dtype and shape as announced, rows alone as in the whole."""
+    indices = range(stored.shape[0]) if len(stored.shape) == 3 else [None]
+    matrices = [stored.read(index) for index in indices]
     height = stored.shape[-2]
     cuts = sorted({0, 1, height // 3, height // 2, min(height, 37), height})
-    for matrix, index in zip(whole if stack else whole[None], range(len(whole)) if stack else [None]):
-        parts = [stored.read(index, range(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
+    for index, matrix in zip(indices, matrices, strict=True):
+        parts = [stored.read(index, range(*cut)) for cut in pairwise(cuts)]
         assert torch.equal(torch.cat(parts), matrix)
+    whole = torch.stack(matrices) if len(stored.shape) == 3 else matrices[0]
+    assert tuple(whole.shape) == stored.shape
+    assert whole.dtype == {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[stored.dtype]
     return whole
 
 

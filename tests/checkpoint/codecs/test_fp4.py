@@ -49,7 +49,9 @@ def test_gpt_oss(tmp_path: Path) -> None:
         name.replace("_blocks", "_scales"): scales,
         name.replace("_blocks", "_bias"): torch.ones(3, 10).bfloat16(),
     }
-    found = recognise(write(tmp_path, tensors), {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    found = recognise(
+        write(tmp_path, tensors), {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    )
     assert set(found) == {name, name.replace("_blocks", "_bias")}
     stored = found[name]
     assert (stored.shape, stored.dtype, stored.bytes) == ((3, 10, 128), "BF16", 3 * 10 * 4 * 17)
@@ -154,7 +156,7 @@ def test_nvfp4_scales_that_have_a_sign_or_are_none(tmp_path: Path, byte: int) ->
         tmp_path, {"a.weight": some_bytes(4, 32), "a.weight_scale": scale, "a.weight_scale_2": torch.ones(1)}
     )
     for use in (stored.read, lambda: repack(stored, "NVFP4", None, range(4))):
-        with pytest.raises(CheckpointError, match="a.weight_scale: 1 of 16 scales are NaN or negative"):
+        with pytest.raises(CheckpointError, match=r"a.weight_scale: 1 of 16 scales are NaN or negative"):
             use()
 
 
@@ -163,15 +165,21 @@ def test_mxfp4_scales_that_are_none(tmp_path: Path) -> None:
     scale[1, 1] = 255
     stored = one(tmp_path, {"a.weight": some_bytes(4, 32), "a.weight_scale": scale})
     for use in (stored.read, lambda: repack(stored, "MXFP4", None, range(4))):
-        with pytest.raises(CheckpointError, match="a.weight_scale: 1 of 8 scales are NaN"):
+        with pytest.raises(CheckpointError, match=r"a.weight_scale: 1 of 8 scales are NaN"):
             use()
 
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"a.weight_scale": e4m3(4, 5)}, r"a.weight_scale is \[4, 5\] .* expected a scale for each 16 weights"),
-        ({"a.weight_scale": e4m3(4, 4)}, "a.weight_scale: a.weight_scale_2 or a.weight_global_scale is missing"),
+        (
+            {"a.weight_scale": e4m3(4, 5)},
+            r"a.weight_scale is \[4, 5\] .* expected a scale for each 16 weights",
+        ),
+        (
+            {"a.weight_scale": e4m3(4, 4)},
+            "a.weight_scale: a.weight_scale_2 or a.weight_global_scale is missing",
+        ),
         (
             {"a.weight_scale": e4m3(4, 4), "a.weight_scale_2": torch.ones(4)},
             r"a.weight_scale_2 is \[4, 1\] .* expected one number for each matrix",
@@ -188,8 +196,8 @@ def test_parts_that_do_not_fit(tmp_path: Path, tensors: dict[str, Tensor], messa
 def test_numbers_to_divide_by(tmp_path: Path) -> None:
     parts = {"a.weight_packed": some_bytes(4, 32), "a.weight_scale": e4m3(4, 4)}
     stored = one(tmp_path, parts | {"a.weight_global_scale": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="a.weight_global_scale: is 0"):
+    with pytest.raises(CheckpointError, match=r"a.weight_global_scale: is 0"):
         stored.read()
     stored = one(tmp_path, parts | {"a.weight_global_scale": torch.tensor([np.nan])})
-    with pytest.raises(CheckpointError, match="a.weight_global_scale: 1 of 1 scales are NaN"):
+    with pytest.raises(CheckpointError, match=r"a.weight_global_scale: 1 of 1 scales are NaN"):
         stored.read()

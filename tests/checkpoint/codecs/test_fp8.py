@@ -129,9 +129,15 @@ def test_modelopt_blocks_in_four_dimensions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
-        (scales(3, 2), r"weight_scale_inv is \[3, 2\] for a weight of \[256, 256\], expected blocks of \[128"),
+        (
+            scales(3, 2),
+            r"weight_scale_inv is \[3, 2\] for a weight of \[256, 256\], expected blocks of \[128",
+        ),
         (scales(2), r"weight_scale_inv is \[2\] .* expected one for each block"),
-        (torch.tensor([[1.0, torch.nan], [1.0, torch.inf]]), "weight_scale_inv: 2 of 4 scales are NaN or inf"),
+        (
+            torch.tensor([[1.0, torch.nan], [1.0, torch.inf]]),
+            "weight_scale_inv: 2 of 4 scales are NaN or inf",
+        ),
         (torch.full((2, 2), 3e38), r"up_proj.weight: \d+ of 65536 values read are NaN or beyond f32"),
         (torch.full((2, 2), 255, dtype=torch.uint8), "weight_scale_inv: 4 of 4 scales are NaN"),
     ],
