@@ -58,4 +58,4 @@ def _outputs(ref: TensorRef, rows: range) -> Tensor:
     begin = rows.start // 8
     words = read_part(ref)[:, begin : -(-rows.stop // 8)]
     codes = unpack(words, BITS).view(len(words), -1, 8)[..., torch.tensor(_NIBBLE_OF)]
-    return codes.view(len(words), -1)[:, rows.start - begin * 8 :][:, : len(rows)].T
+    return codes.view(len(words), -1)[:, rows.start - begin * 8 :][:, : len(rows)].T.contiguous()

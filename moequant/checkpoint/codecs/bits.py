@@ -49,13 +49,30 @@ def nibbles(packed: Tensor) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], -1).view(len(packed), -1)
 
 
-def e2m1(packed: Tensor) -> Tensor:
-    """uint8 [n, k] of two FP4 codes -> f32 [n, 2 k], the low nibble first."""
-    return _pairs().index_select(0, packed.flatten().to(torch.int32)).view(len(packed), -1)
+def e2m1(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 [n, k] of two FP4 codes -> f32 or bf16 [n, 2 k], the low nibble first."""
+    return _look_up(_pairs(dtype), packed).view(dtype)
+
+
+def floats(packed: Tensor) -> Tensor:
+    """An 8-bit float type -> f32, by table: several times as fast as torch's conversion."""
+    return _look_up(_numbers(packed.dtype), packed.view(torch.uint8))
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    return torch.from_numpy(table.numpy()[index.numpy()])
 
 
 @cache
-def _pairs() -> Tensor:
-    """f32 [256, 2]: the two numbers of every byte."""
-    values = torch.tensor(E2M1)
-    return torch.cat([values, -values])[nibbles(torch.arange(256, dtype=torch.uint8)[:, None]).long()]
+def _numbers(dtype: torch.dtype) -> Tensor:
+    """f32 [256]: the number of every byte."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32)
+
+
+@cache
+def _pairs(dtype: torch.dtype) -> Tensor:
+    """[256]: the two numbers of every byte, side by side in one integer."""
+    values = torch.tensor(E2M1, dtype=dtype)
+    codes = nibbles(torch.arange(256, dtype=torch.uint8)[:, None]).long()
+    pairs = torch.cat([values, -values])[codes]
+    return pairs.view(torch.int64 if dtype == torch.float32 else torch.int32)[:, 0]

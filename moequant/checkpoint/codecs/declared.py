@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cache
 from typing import Any
 
 from moequant.errors import CheckpointError
@@ -69,16 +70,43 @@ def disagrees(tensor: str, found: str, said: str) -> CheckpointError:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Modules that a config names as not quantized: plain names by the key they are under, and patterns.
+
+    Lists of hundreds of names meet 100,000 weights: plain names are looked up. `parts`: a name also stands
+    for what is inside it ("model.layers.3"), and may be the end of one ("gate").
+    """
+
+    names: Mapping[str, str]
+    patterns: tuple[tuple[str, str, re.Pattern[str]], ...]
+    parts: bool = True
+
+    def find(self, module: str) -> tuple[str, str] | None:
+        """The key and the entry that leave a module out."""
+        dots = [match.start() for match in re.finditer(r"\.", module)] if self.parts else []
+        for name in (module, *(module[:dot] for dot in dots), *(module[dot + 1 :] for dot in dots)):
+            if name in self.names:
+                return self.names[name], name
+        for key, entry, pattern in self.patterns:
+            if pattern.match(module):
+                return key, entry
+        return None
+
+
+@dataclass(frozen=True, slots=True)
 class Declared:
     """A quantization config as moequant reads it; `method` is empty when there is none."""
 
     method: str = ""
     raw: Config = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=lambda: LeftOut({}, ()))
 
     def scheme(self, tensor: str) -> Scheme:
         """What holds for a quantized tensor, by its plain name. CheckpointError when it should not be one."""
         module = tensor.removesuffix(".weight")
-        self._check_left_out(tensor, module)
+        if found := self.left_out.find(module):
+            key, pattern = found
+            raise disagrees(tensor, "is quantized", f"quantization_config.{key} has {pattern!r}")
         if self.method == "compressed-tensors":
             return _from_groups(self.raw, tensor, module)
         if self.method.startswith("modelopt"):
@@ -108,27 +136,6 @@ class Declared:
         block = None if group is None else (1, max(int(group), 0))
         return Scheme(source, int(bits) if bits else None, "int", block, sym)
 
-    def _check_left_out(self, tensor: str, module: str) -> None:
-        """CheckpointError when a key names the module as not quantized."""
-        for key in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"):
-            for pattern in self.raw.get(key) or ():
-                if self._names(key, str(pattern), module):
-                    raise disagrees(tensor, "is quantized", f"quantization_config.{key} has {pattern!r}")
-        for pattern in self.raw.get("dynamic") or ():
-            if pattern.startswith("-:") and _matches(pattern.removeprefix("-:"), module):
-                raise disagrees(tensor, "is quantized", f"quantization_config.dynamic has {pattern!r}")
-
-    def _names(self, key: str, pattern: str, module: str) -> bool:
-        """Whether a pattern means the module, by the rules of the library that reads the key."""
-        if pattern.startswith("re:"):
-            return _matches(pattern.removeprefix("re:"), module)
-        if self.method.startswith("modelopt"):
-            return fnmatchcase(module, pattern)
-        if key == "ignore":
-            return pattern == module
-        # transformers takes any ending too; "gate" is then part of "up_gate", which nobody means.
-        return module.endswith(f".{pattern}") or _matches(rf"(?:{pattern})(?:\.|$)", module)
-
 
 def read_config(quantization: Config | None) -> Declared:
     """The config of `config.json`, `hf_quant_config.json`, `quantize_config.json` or Mistral's `params.json`.
@@ -157,7 +164,27 @@ def read_config(quantization: Config | None) -> Declared:
         raw, method = _auto_round(raw)
     if method == "gptq_v2":
         raw, method = {**raw, "checkpoint_format": "gptq_v2"}, "gptq"
-    return Declared(method, raw)
+    return Declared(method, raw, _left_out(raw, method))
+
+
+def _left_out(raw: Config, method: str) -> LeftOut:
+    """Every module that a config leaves out, by the rules of the library that reads the key."""
+    names, patterns = {}, []
+    for key in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"):
+        for entry in map(str, raw.get(key) or ()):
+            if entry.startswith("re:"):
+                patterns.append((key, entry, entry.removeprefix("re:")))
+            elif re.fullmatch(r"[\w.-]*", entry):
+                names[entry] = key
+            elif method.startswith("modelopt"):
+                patterns.append((key, entry, translate(entry)))
+            else:
+                patterns.append((key, entry, rf"(?:{entry})(?:\.|$)"))
+    removed = [entry for entry in raw.get("dynamic") or () if entry.startswith("-:")]
+    patterns += [("dynamic", entry, entry.removeprefix("-:")) for entry in removed]
+    compiled = tuple((key, entry, _compiled(pattern)) for key, entry, pattern in patterns)
+    # compressed-tensors and ModelOpt want whole names, transformers' own methods parts of them.
+    return LeftOut(names, compiled, method != "compressed-tensors" and not method.startswith("modelopt"))
 
 
 def _refuse_parts(raw: Config) -> None:
@@ -244,7 +271,13 @@ def _from_algorithm(raw: Config, module: str) -> Scheme:
 
 def _matches(pattern: str, module: str) -> bool:
     """Whether a regular expression fits the start of a name, as all of these libraries ask."""
+    return _compiled(pattern).match(module) is not None
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """A regular expression; one that is none ("*", for example) is taken as a plain name."""
     try:
-        return re.match(pattern, module) is not None
+        return re.compile(pattern)
     except re.error:
-        return False  # a plain name with a star in it, for example
+        return re.compile(re.escape(pattern))

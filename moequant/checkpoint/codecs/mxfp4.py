@@ -30,14 +30,14 @@ _GRID = Grid(1, BLOCK)
 class Mxfp4:
     """Parts `weight` U8 [.., out, in / 2] and `scale` F8_E8M0 [.., out, in / 32].
 
-    BF16, exact: a code has two bits, and bf16 the exponents of all scales.
+    BF16, exact: a code has two bits, and bf16 the exponents of all scales; so the product is taken in it.
     """
 
     name: str = "mxfp4"
 
     def decode(self, stored: Stored, index: int | None, rows: range | None) -> Tensor:
-        """See `Codec`. CheckpointError for a scale that is NaN (byte 255), or a product beyond f32."""
+        """See `Codec`. CheckpointError for a scale that is NaN (byte 255), or a product beyond bf16."""
         assert rows is not None
-        values = e2m1(read_part(stored.parts["weight"], index, rows))
-        values = scaled(values, _GRID.read(stored.parts["scale"], index, rows), BLOCK)
-        return finite(stored, values).to(torch.bfloat16)
+        scales = _GRID.read(stored.parts["scale"], index, rows).to(torch.bfloat16)
+        values = e2m1(read_part(stored.parts["weight"], index, rows), torch.bfloat16)
+        return finite(stored, scaled(values, scales, BLOCK))

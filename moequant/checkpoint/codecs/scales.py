@@ -58,7 +58,7 @@ def spread(scales: Tensor, columns: int, n_in: int) -> Tensor:
 
 
 def scaled(values: Tensor, scales: Tensor, columns: int) -> Tensor:
-    """f32 values [n, in], multiplied in place by scales [n, blocks] of `columns` weights each."""
+    """Values [n, in], multiplied in place by scales [n, blocks] of `columns` weights each."""
     n, n_in = values.shape
     if scales.shape[1] * columns == n_in:  # no copy of the scales as large as the values
         values.view(n, -1, columns).mul_(scales[..., None])

@@ -46,7 +46,7 @@ def read(stored: Stored) -> Tensor:
     cuts = sorted({0, 1, height // 3, height // 2, min(height, 37), height})
     for index, matrix in zip(indices, matrices, strict=True):
         parts = [stored.read(index, range(*cut)) for cut in pairwise(cuts)]
-        assert torch.equal(torch.cat(parts), matrix)
+        assert torch.equal(torch.cat(parts), matrix) and matrix.is_contiguous()
     whole = torch.stack(matrices) if len(stored.shape) == 3 else matrices[0]
     assert tuple(whole.shape) == stored.shape
     assert whole.dtype == {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[stored.dtype]
