@@ -51,15 +51,16 @@ def nibbles(packed: Tensor) -> Tensor:
 
 def e2m1(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [n, k] of two FP4 codes -> f32 or bf16 [n, 2 k], the low nibble first."""
-    return _look_up(_pairs(dtype), packed).view(dtype)
+    return look_up(_pairs(dtype), packed).view(dtype)
 
 
 def floats(packed: Tensor) -> Tensor:
     """An 8-bit float type -> f32, by table: several times as fast as torch's conversion."""
-    return _look_up(_numbers(packed.dtype), packed.view(torch.uint8))
+    return look_up(_numbers(packed.dtype), packed.view(torch.uint8))
 
 
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index] for a uint8 index, which torch takes for a mask; numpy knows no bf16."""
     return torch.from_numpy(table.numpy()[index.numpy()])
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from moequant.checkpoint.codecs import bits, mxfp4, nvfp4
+from moequant.checkpoint.codecs import bits, mxfp4, mxfp6, nvfp4
 from moequant.checkpoint.codecs.awq import Awq
 from moequant.checkpoint.codecs.base import Stored, read_part
 from moequant.checkpoint.codecs.declared import Declared, Scheme, disagrees
 from moequant.checkpoint.codecs.eight_bit import EightBit
 from moequant.checkpoint.codecs.gptq import Gptq
 from moequant.checkpoint.codecs.mxfp4 import Mxfp4
+from moequant.checkpoint.codecs.mxfp6 import Mxfp6
 from moequant.checkpoint.codecs.nvfp4 import Nvfp4
 from moequant.checkpoint.codecs.packed_int import PackedInt
 from moequant.checkpoint.codecs.scales import Grid, as_grid, fit, misfit
@@ -133,7 +134,7 @@ def is_mxfp4(parts: Parts) -> bool:
 
 
 def fp4(name: str, parts: Parts, scheme: Scheme) -> Stored:
-    """MXFP4 or NVFP4: the type of the scales tells them apart."""
+    """MXFP4, MXFP6 or NVFP4: the type and number of scales tell them apart."""
     weight, scale = parts["weight"], parts["scale"]
     shape = (*weight.shape[:-1], weight.shape[-1] * 2)
     if scale.dtype not in ("U8", "F8_E8M0", "F8_E4M3"):
@@ -141,6 +142,8 @@ def fp4(name: str, parts: Parts, scheme: Scheme) -> Stored:
             f"tensor {scale.name} is {scale.dtype} for the bytes of {weight.name}, expected F8_E4M3 (NVFP4) "
             "or U8 (MXFP4); give a checkpoint of a form that moequant reads"
         )
+    if weight.shape[-1] == scale.shape[-1] * mxfp6.BLOCK * 3 // 4 and scale.dtype != "F8_E4M3":
+        return _fp6(name, parts, scheme)
     nv = scale.dtype == "F8_E4M3"
     block = nvfp4.BLOCK if nv else mxfp4.BLOCK
     scheme.check(name, 4, "float", block)
@@ -160,6 +163,15 @@ def fp4(name: str, parts: Parts, scheme: Scheme) -> Stored:
     kept = {"weight": weight, "scale": scale, "global_scale": whole}
     divides = whole.name.endswith("_global_scale")
     return Stored(name, shape, "F32", kept, Nvfp4(divides))
+
+
+def _fp6(name: str, parts: Parts, scheme: Scheme) -> Stored:
+    weight, scale = parts["weight"], parts["scale"]
+    shape = (*weight.shape[:-1], scale.shape[-1] * mxfp6.BLOCK)
+    scheme.check(name, 6, "float", mxfp6.BLOCK)
+    if scale.shape[:-1] != weight.shape[:-1]:
+        raise misfit(scale, shape, f"a scale for each {mxfp6.BLOCK} weights of a row")
+    return Stored(name, shape, "BF16", {"weight": weight, "scale": replace(scale, dtype="F8_E8M0")}, Mxfp6())
 
 
 def gpt_oss(name: str, parts: Parts) -> Stored:

@@ -144,6 +144,14 @@ def test_a_tensor_with_one_scale(tmp_path: Path) -> None:
     assert torch.equal(read(one(tmp_path, named(tensors), config(s))), theirs("pack-quantized", s, tensors))
 
 
+def test_a_tensor_with_one_scale_and_zero_point(tmp_path: Path) -> None:
+    s = scheme(4, "int", "tensor", symmetric=False)
+    tensors = compressed("pack-quantized", s, 10, 64, torch.bfloat16)
+    tensors["weight_zero_point"] = torch.tensor([-3], dtype=torch.int8)
+    stored = one(tmp_path, named(tensors), config(s))
+    assert torch.equal(read(stored), theirs("pack-quantized", s, tensors))
+
+
 def old_words(codes: Tensor, bits: int) -> Tensor:
     """Codes [out, in] as before 0.20: as many whole ones to a word as fit, the lowest bits first."""
     each = 32 // bits

@@ -1,4 +1,4 @@
-"""MXFP4 and NVFP4 in every packing, decoded and taken over into ggml's blocks."""
+"""MXFP4, MXFP6 and NVFP4 in every packing, decoded and taken over into ggml's blocks."""
 
 from __future__ import annotations
 
@@ -94,6 +94,25 @@ def test_mxfp4_of_compressed_tensors(tmp_path: Path) -> None:
     stored = one(tmp_path, {f"a.{name}": tensor for name, tensor in packed.items()}, config)
     theirs = compressor.decompress(packed, s)["weight"]
     assert stored.name == "a.weight" and torch.equal(read(stored).float(), theirs.float())
+
+
+def test_mxfp6_of_compressed_tensors(tmp_path: Path) -> None:
+    weight = torch.randn(24, 96, generator=seeded())
+    scale = 2.0 ** torch.randint(-9, -1, (24, 3), generator=seeded(1)).float()
+    compressor = BaseCompressor.get_value_from_registry("mxfp6-pack-quantized")
+    args = QuantizationArgs(num_bits=6, type="float", strategy="group", group_size=32)
+    s = QuantizationScheme(targets=["Linear"], weights=args)
+    packed = compressor.compress({"weight": weight, "weight_scale": scale}, s)
+    config = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump(mode="json")}},
+    }
+    stored = one(tmp_path, {f"a.{name}": tensor for name, tensor in packed.items()}, config)
+    assert (stored.codec.name, stored.shape, stored.dtype) == ("mxfp6", (24, 96), "BF16")
+    assert torch.equal(read(stored).float(), compressor.decompress(packed, s)["weight"].float())
+    packed["weight_packed"] = some_bytes(24, 72)  # every code
+    stored = one(tmp_path, {f"a.{name}": tensor for name, tensor in packed.items()}, config)
+    assert torch.equal(read(stored).float(), compressor.decompress(packed, s)["weight"].float())
 
 
 def test_nvfp4_of_compressed_tensors(tmp_path: Path) -> None:

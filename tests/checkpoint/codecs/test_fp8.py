@@ -68,6 +68,19 @@ def test_powers_of_two_are_exact_in_bf16(tmp_path: Path, as_bytes: bool) -> None
     assert torch.equal(read(stored).double(), by_hand(weight, 2.0 ** (exponents.double() - 127), (128, 128)))
 
 
+def test_five_bits_of_exponent(tmp_path: Path) -> None:
+    weight, scale = codes(64, 32).to(torch.float8_e5m2), scales(64, 1)
+    stored = one(tmp_path, {W: weight, S: scale})
+    assert torch.equal(read(stored), (weight.double() * scale.double()).float())
+
+
+def test_every_number_of_eight_bits(tmp_path: Path) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(2, 128)[:, :127]  # the last of each half is NaN
+    weight = every.contiguous().view(torch.float8_e4m3fn)
+    stored = one(tmp_path, {W: weight, S: torch.ones(1)[0]})
+    assert torch.equal(read(stored), weight.float())
+
+
 def test_fused_experts_whose_blocks_straddle_gate_and_up(tmp_path: Path) -> None:
     weight, scale = codes(3, 2 * 80, 136), scales(3, 2, 2)
     name = "model.layers.0.mlp.experts.gate_up_proj"
