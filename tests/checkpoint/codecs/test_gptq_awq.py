@@ -86,6 +86,27 @@ def test_gptq_with_and_without_the_group_of_each_channel(tmp_path: Path, act_ord
         assert torch.equal(read(one(tmp_path, tensors, config(4, 32))).double(), weight)
 
 
+def test_one_group_has_no_order(tmp_path: Path) -> None:
+    tensors, _ = gptq(4, 64, 128, -1, symmetric=True)
+    stored = one(tmp_path, tensors, config(4, -1, desc_act=True, sym=True))
+    assert as_shipped(stored) == "Q4_0" and repack(stored, "Q4_0", None, range(64)) is not None
+
+
+@pytest.mark.parametrize(
+    ("code", "zero", "fits"), [(0, 8, True), (0, 9, False), (15, 8, True), (15, 7, False)]
+)
+def test_numbers_at_the_ends_of_a_type(tmp_path: Path, code: int, zero: int, fits: bool) -> None:
+    tensors, _ = gptq(4, 64, 128, 32)
+    tensors["m.q_proj.qweight"] = words_of(torch.full((128, 64), code), 4)
+    tensors["m.q_proj.qzeros"] = words_of(torch.full((64, 4), zero - 1), 4).T
+    stored = one(tmp_path, tensors, config(4, 32))
+    blocks = repack(stored, "Q4_0", None, range(64))
+    assert (blocks is not None) == fits
+    if blocks is not None:
+        values = quants.dequantize(blocks.numpy(), GGMLQuantizationType.Q4_0)
+        assert torch.equal(torch.from_numpy(values), stored.read())
+
+
 def test_gptq_with_a_group_that_does_not_divide(tmp_path: Path) -> None:
     tensors, weight = gptq(4, 32, 96, 64)
     assert torch.equal(read(one(tmp_path, tensors, config(4, 64))).double(), weight)
