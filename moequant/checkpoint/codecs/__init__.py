@@ -1,6 +1,21 @@
-"""Codecs: one file for each way in which checkpoints store numbers."""
+"""Codecs: one file for each way in which checkpoints store numbers.
 
-from moequant.checkpoint.codecs.base import plain, read_part
-from moequant.values import Codec, Stored
+`recognise` makes the tensors of a model out of those of its files, `Stored.read` decodes them a range of
+rows at a time, and `repack` takes over into a ggml type those that it holds exactly.
+"""
 
-__all__ = ["Codec", "Stored", "plain", "read_part"]
+from moequant.checkpoint.codecs.base import Codec, Stored, plain, read_part
+from moequant.checkpoint.codecs.recognise import activation_scales, recognise
+from moequant.checkpoint.codecs.repack import as_shipped, multiplier, repack
+
+__all__ = [
+    "Codec",
+    "Stored",
+    "activation_scales",
+    "as_shipped",
+    "multiplier",
+    "plain",
+    "read_part",
+    "recognise",
+    "repack",
+]

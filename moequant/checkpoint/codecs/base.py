@@ -19,6 +19,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -43,6 +44,11 @@ def read_part(ref: TensorRef, index: int | None = None, rows: range | None = Non
     out = torch.empty(shape, dtype=dtype)
     _read_into(ref, begin, out.view(-1).view(torch.uint8).numpy())
     return out
+
+
+def damaged(tensor: str, found: str) -> CheckpointError:
+    """The error for stored bytes that cannot be meant."""
+    return CheckpointError(f"tensor {tensor}: {found}; the checkpoint is damaged, download it again")
 
 
 def _read_into(ref: TensorRef, begin: int, out: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:

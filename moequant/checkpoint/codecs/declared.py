@@ -1,0 +1,283 @@
+"""What a checkpoint's quantization config says of each module, to be held against the tensors that are there.
+
+Tensors decide how they are read. A config that contradicts them makes one of both wrong, which is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import translate
+from functools import cache
+from typing import Any
+
+from moequant.errors import CheckpointError
+
+Config = Mapping[str, Any]
+
+METHODS = (
+    "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed",
+    "mxfp4", "mxfp8", "gptq", "gptq_v2", "awq", "auto-round",
+)  # fmt: skip
+"""Every `quant_method` that is read."""
+
+_ALGORITHMS = {
+    "FP8": (8, None),
+    "FP8_PER_CHANNEL_PER_TOKEN": (8, None),
+    "FP8_PB_WO": (8, None),
+    "NVFP4": (4, 16),
+    "W4A16_NVFP4": (4, 16),
+    "W4A8_NVFP4_FP8": (4, 16),
+    "MXFP8": (8, 32),
+    "MXFP4": (4, 32),
+    "W4A8_MXFP4_FP8": (4, 32),
+    "MIXED_PRECISION": (None, None),
+}
+"""ModelOpt's `quant_algo`: bits and group, None where tensors may differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What is declared of one module's weight; None is not declared, 0 in `block` a whole side."""
+
+    source: str = ""
+    bits: int | None = None
+    kind: str | None = None
+    block: tuple[int, int] | None = None
+    symmetric: bool | None = None
+
+    def check(self, tensor: str, bits: int, kind: str, columns: int | None = None) -> None:
+        """CheckpointError when the tensor holds other numbers, or in other groups, than declared."""
+        if self.bits not in (None, bits) or self.kind not in (None, kind):
+            raise disagrees(tensor, f"holds {kind} of {bits} bits", f"{self.source} says {self._says()}")
+        if columns and self.bits and self.block and self.block != (1, columns):
+            raise disagrees(
+                tensor,
+                f"has a scale for each {columns} weights of a row",
+                f"{self.source} says blocks of {list(self.block)} (0: all)",
+            )
+
+    def _says(self) -> str:
+        return f"{self.kind or 'numbers'} of {self.bits if self.bits is not None else 'any number of'} bits"
+
+
+def disagrees(tensor: str, found: str, said: str) -> CheckpointError:
+    """The error for a tensor that is not as the config says."""
+    return CheckpointError(
+        f"tensor {tensor} {found}, but {said}; correct the config, or download all files of one revision"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Modules that a config names as not quantized: plain names by the key they are under, and patterns.
+
+    Lists of hundreds of names meet 100,000 weights: plain names are looked up. `parts`: a name also stands
+    for what is inside it ("model.layers.3"), and may be the end of one ("gate").
+    """
+
+    names: Mapping[str, str]
+    patterns: tuple[tuple[str, str, re.Pattern[str]], ...]
+    parts: bool = True
+
+    def find(self, module: str) -> tuple[str, str] | None:
+        """The key and the entry that leave a module out."""
+        dots = [match.start() for match in re.finditer(r"\.", module)] if self.parts else []
+        for name in (module, *(module[:dot] for dot in dots), *(module[dot + 1 :] for dot in dots)):
+            if name in self.names:
+                return self.names[name], name
+        for key, entry, pattern in self.patterns:
+            if pattern.match(module):
+                return key, entry
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """A quantization config as moequant reads it; `method` is empty when there is none."""
+
+    method: str = ""
+    raw: Config = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=lambda: LeftOut({}, ()))
+
+    def scheme(self, tensor: str) -> Scheme:
+        """What holds for a quantized tensor, by its plain name. CheckpointError when it should not be one."""
+        module = tensor.removesuffix(".weight")
+        if found := self.left_out.find(module):
+            key, pattern = found
+            raise disagrees(tensor, "is quantized", f"quantization_config.{key} has {pattern!r}")
+        if self.method == "compressed-tensors":
+            return _from_groups(self.raw, tensor, module)
+        if self.method.startswith("modelopt"):
+            return _from_algorithm(self.raw, module)
+        if self.method in ("gptq", "awq"):
+            return self._of_integers(tensor, module)
+        block = self.raw.get("weight_block_size")
+        return Scheme("weight_block_size", block=(int(block[0]), int(block[1])) if block else None)
+
+    def _of_integers(self, tensor: str, module: str) -> Scheme:
+        """GPTQ, AWQ and auto-round: bits and group of all, and what `dynamic` or `extra_config` change."""
+        settings = {key: self.raw.get(key) for key in ("bits", "group_size", "sym")}
+        settings["bits"] = settings["bits"] or self.raw.get("w_bit")
+        settings["group_size"] = settings["group_size"] or self.raw.get("q_group_size")
+        source = "quantization_config"
+        for pattern, change in (self.raw.get("dynamic") or {}).items():
+            if not pattern.startswith("-:") and _matches(pattern.removeprefix("+:"), module):
+                settings |= {key: change[key] for key in settings if key in change}
+                source = f"quantization_config.dynamic[{pattern!r}]"
+                break
+        if change := (self.raw.get("extra_config") or {}).get(module):
+            settings |= {key: change[key] for key in settings if key in change}
+            source = f"quantization_config.extra_config[{module!r}]"
+        bits, group, sym = settings["bits"], settings["group_size"], settings["sym"]
+        if bits is not None and int(bits) > 8:
+            raise disagrees(tensor, "is quantized", f"{source} leaves it at {bits} bits")
+        block = None if group is None else (1, max(int(group), 0))
+        return Scheme(source, int(bits) if bits else None, "int", block, sym)
+
+
+def read_config(quantization: Config | None) -> Declared:
+    """The config of `config.json`, `hf_quant_config.json`, `quantize_config.json` or Mistral's `params.json`.
+
+    CheckpointError for a method, or a part of one, that is not read.
+    """
+    if not quantization:
+        return Declared()
+    raw: Config = quantization
+    if "quant_method" not in raw and isinstance(raw.get("quantization"), Mapping):
+        raw = {"quant_method": "modelopt", **raw["quantization"]}
+    method = str(raw.get("quant_method", "")).lower().replace("_round", "-round")
+    if not method and "qformat_weight" in raw:
+        method = "fp8"
+    elif not method and "bits" in raw:
+        method = "gptq"  # quantize_config.json before there was a quant_method
+    elif not method and "w_bit" in raw:
+        method = "awq"  # quant_config.json, likewise
+    if method not in METHODS:
+        raise CheckpointError(
+            f"quantization_config.quant_method is {method or 'missing'}, expected one of "
+            f"{', '.join(METHODS)}; give the unquantized checkpoint"
+        )
+    _refuse_parts(raw)
+    if method == "auto-round":
+        raw, method = _auto_round(raw)
+    if method == "gptq_v2":
+        raw, method = {**raw, "checkpoint_format": "gptq_v2"}, "gptq"
+    return Declared(method, raw, _left_out(raw, method))
+
+
+def _left_out(raw: Config, method: str) -> LeftOut:
+    """Every module that a config leaves out, by the rules of the library that reads the key."""
+    names, patterns = {}, []
+    for key in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"):
+        for entry in map(str, raw.get(key) or ()):
+            if entry.startswith("re:"):
+                patterns.append((key, entry, entry.removeprefix("re:")))
+            elif re.fullmatch(r"[\w.-]*", entry):
+                names[entry] = key
+            elif method.startswith("modelopt"):
+                patterns.append((key, entry, translate(entry)))
+            else:
+                patterns.append((key, entry, rf"(?:{entry})(?:\.|$)"))
+    removed = [entry for entry in raw.get("dynamic") or () if entry.startswith("-:")]
+    patterns += [("dynamic", entry, entry.removeprefix("-:")) for entry in removed]
+    compiled = tuple((key, entry, _compiled(pattern)) for key, entry, pattern in patterns)
+    # compressed-tensors and ModelOpt want whole names, transformers' own methods parts of them.
+    return LeftOut(names, compiled, method != "compressed-tensors" and not method.startswith("modelopt"))
+
+
+def _refuse_parts(raw: Config) -> None:
+    """Weights that are not what they seem: turned by a transform, or sparse."""
+    transform = raw.get("transform_config") or {}
+    if transform.get("config_groups"):
+        raise CheckpointError(
+            "quantization_config.transform_config: weights are stored turned, expected none; give the "
+            "unquantized checkpoint"
+        )
+    sparsity = (raw.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense":
+        raise CheckpointError(
+            f"quantization_config.sparsity_config.format is {sparsity}, expected dense; give the unquantized "
+            "checkpoint"
+        )
+
+
+def _auto_round(raw: Config) -> tuple[Config, str]:
+    """auto-round packs as others do; which of them is in `packing_format`."""
+    packing = str(raw.get("packing_format", "auto_round:auto_gptq"))
+    for ending, method in (("gptq", "gptq"), ("awq", "awq")):
+        if packing.endswith(ending):
+            return raw, method
+    raise CheckpointError(
+        f"quantization_config.packing_format is {packing}, expected auto_round:auto_gptq or "
+        "auto_round:auto_awq; give the unquantized checkpoint"
+    )
+
+
+def _from_groups(raw: Config, tensor: str, module: str) -> Scheme:
+    """compressed-tensors: the config group that names the module, else the one for its class."""
+    groups: Mapping[str, Config] = raw.get("config_groups") or {}
+    if not groups:
+        return Scheme()
+    by_class = None
+    for name, group in groups.items():
+        for target in map(str, group.get("targets") or ()):
+            if target == module or (target.startswith("re:") and _matches(target[3:], module)):
+                return _of_group(name, group)
+            if re.fullmatch(r"[A-Z]\w*", target):
+                by_class = by_class or (name, group)
+    if by_class is None:
+        raise disagrees(tensor, "is quantized", "no targets of quantization_config.config_groups name it")
+    return _of_group(*by_class)
+
+
+def _of_group(name: str, group: Config) -> Scheme:
+    weights: Config = group.get("weights") or {}
+    size, strategy = weights.get("group_size"), weights.get("strategy")
+    if strategy is None and size is not None:
+        strategy = "group" if size > 0 else "channel"
+    block: tuple[int, int] | None = None
+    if strategy in ("group", "tensor_group") and size:
+        block = (1, int(size))
+    elif strategy == "block" and weights.get("block_structure"):
+        rows, columns = weights["block_structure"]
+        block = (int(rows), int(columns))
+    elif strategy in ("channel", "tensor"):
+        block = (1, 0) if strategy == "channel" else (0, 0)
+    return Scheme(
+        f"quantization_config.config_groups.{name}",
+        weights.get("num_bits"),
+        weights.get("type"),
+        block,
+        weights.get("symmetric"),
+    )
+
+
+def _from_algorithm(raw: Config, module: str) -> Scheme:
+    """ModelOpt: the algorithm of the layer, else of all; its config groups say the same."""
+    layer = (raw.get("quantized_layers") or {}).get(module) or {}
+    name = layer.get("quant_algo") or raw.get("quant_algo")
+    if name is None:
+        return Scheme()
+    if str(name).upper() not in _ALGORITHMS:
+        raise CheckpointError(
+            f"quantization_config.quant_algo is {name}, expected one of {', '.join(_ALGORITHMS)}; give the "
+            "unquantized checkpoint"
+        )
+    bits, group = _ALGORITHMS[str(name).upper()]
+    return Scheme(f"quant_algo {name}", bits, "float" if bits else None, (1, group) if group else None)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a regular expression fits the start of a name, as all of these libraries ask."""
+    return _compiled(pattern).match(module) is not None
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """A regular expression; one that is none ("*", for example) is taken as a plain name."""
+    try:
+        return re.compile(pattern)
+    except re.error:
+        return re.compile(re.escape(pattern))
