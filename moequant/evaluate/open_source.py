@@ -25,6 +25,7 @@ from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.containers.gguf.header import read_header
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.errors import CheckpointError, VerifyError
+from moequant.escape import shown
 from moequant.forward.model import Provider
 from moequant.statistics.store import identity
 from moequant.values import Weight
@@ -61,7 +62,7 @@ class Source:
     @property
     def name(self) -> str:
         """What tables call it."""
-        return self.path.name
+        return shown(self.path)
 
 
 def open_model(paths: Sequence[Path], model: Path | None) -> Checkpoint:
