@@ -49,6 +49,11 @@ def _visible(character: str) -> bool:
     return unicodedata.category(character) not in _HIDDEN
 
 
+def shown(path: Path) -> str:
+    """What reports and pages call a file: not where it lies on this machine."""
+    return path.name or path.resolve().name
+
+
 def mathtext(text: str) -> str:
     """For matplotlib, which takes what stands between two dollars for a formula."""
     return plain(text).replace("$", r"\$")

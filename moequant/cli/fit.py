@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from moequant.cli.common import console, guarded
+from moequant.escape import plain
 
 
 class CacheType(StrEnum):
@@ -65,5 +66,5 @@ def fit(
     else:
         console().print(fit_report(found), crop=False)
     if found.best is None:
-        typer.echo(f"moequant: {nothing_fits(found)}", err=True)
+        typer.echo(f"moequant: {plain(nothing_fits(found))}", err=True)
         raise typer.Exit(1)

@@ -21,6 +21,7 @@ from moequant.check.tensors import Against, check_tensor
 from moequant.check.text import token_rows
 from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.errors import VerifyError
+from moequant.escape import shown
 from moequant.forward.hidden import Hidden, InMemory
 from moequant.forward.stream import LayerStream, Resources
 from moequant.kernels import KERNEL_FORMATS
@@ -84,9 +85,9 @@ def check(out: str | Path, settings: CheckSettings = CheckSettings()) -> CheckRe
     else:
         _against(source, entries, product, baseline, settings, found)
     speed = _speed(source, entries, product, baseline, found) if settings.speed else ()
-    base = None if settings.baseline is None else str(settings.baseline)
+    base = None if settings.baseline is None else shown(settings.baseline)
     return CheckReport(
-        str(path),
+        shown(path),
         base,
         product.name,
         tuple(found.tensors),

@@ -12,6 +12,7 @@ import torch
 
 from moequant.checkpoint import Checkpoint
 from moequant.commands.text import leading
+from moequant.escape import shown
 from moequant.evaluate import Measured, Ran, difference, runtime, samples
 from moequant.evaluate import environment as record
 from moequant.evaluate.activations import Rounded
@@ -186,7 +187,7 @@ def _settings(rows: Rows, settings: CompareSettings) -> dict[str, record.Setting
         "seed": settings.seed,
     }
     if settings.model is not None:
-        found["model"] = str(settings.model)
+        found["model"] = shown(settings.model)
     if settings.tokens_sampled:
         prompts = bundled.prompts()
         found |= {

@@ -12,6 +12,7 @@ from moequant.commands.statistics import load_statistics
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.presets import facts
 from moequant.errors import PlanError
+from moequant.escape import shown
 from moequant.files import atomic, claim
 from moequant.formats import Effort
 from moequant.plan import Budget, Damages, curve, points, preset_points, prior_damages
@@ -98,7 +99,7 @@ def survey(
     ids = probe_rows.ids if wants_probes(checkpoint, settings.probes) else None
     found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort))
     drawn = Curve(
-        str(model),
+        shown(Path(model)),
         curve(checkpoint.weights, known, found, extra),
         points(checkpoint.weights, known, found, extra, budgets),
         preset_points(checkpoint.weights, known, found, extra),

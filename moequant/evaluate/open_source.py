@@ -19,6 +19,7 @@ from moequant.containers.gguf.read import GgufFile, read_header
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.containers.gguf.weights import GgufWeights
 from moequant.errors import CheckpointError, VerifyError
+from moequant.escape import shown
 from moequant.forward.model import Provider
 from moequant.statistics.store import identity, identity_of
 from moequant.values import Weight
@@ -73,7 +74,7 @@ class Source:
     @property
     def name(self) -> str:
         """What tables call it."""
-        return self.path.name
+        return shown(self.path)
 
 
 def open_model(paths: Sequence[Path], model: Path | None) -> Checkpoint:

@@ -6,10 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from moequant.check.figures import KERNEL_LIMIT, CheckReport, ExpertFigures, TensorFigures
-from moequant.report.summary import table
+from moequant.report.style import line, table
 
 NAMED = 20
 """Damages listed in the terminal; the JSON has all."""
@@ -23,21 +22,21 @@ def check_json(report: CheckReport) -> dict[str, Any]:
 def check_report(report: CheckReport) -> RenderableType:
     """The report for a rich console: tensors by layer and type, blocks, damages, and what was not checked."""
     against = f" against {report.baseline}" if report.baseline else ""
-    parts: list[RenderableType] = [Text(f"{report.out}{against}", style="bold"), Text(report.product + "\n")]
+    parts: list[RenderableType] = [line(f"{report.out}{against}", style="bold"), line(report.product + "\n")]
     if report.tensors:
         parts.append(_tensors(report))
     if report.blocks:
         parts.append(_blocks(report))
     if report.speed:
         parts.append(_speed(report))
-    parts += [Text(f"note: {note}") for note in report.notes]
-    parts.append(Text(", ".join(f"{name} {version}" for name, version in report.versions.items())))
-    parts += [Text(f"DAMAGED {damage.where}: {damage.what}") for damage in report.damages[:NAMED]]
+    parts += [line(f"note: {note}") for note in report.notes]
+    parts.append(line(", ".join(f"{name} {version}" for name, version in report.versions.items())))
+    parts += [line(f"DAMAGED {damage.where}: {damage.what}") for damage in report.damages[:NAMED]]
     if len(report.damages) > NAMED:
-        parts.append(Text(f"and {len(report.damages) - NAMED} more (--json has all)"))
+        parts.append(line(f"and {len(report.damages) - NAMED} more (--json has all)"))
     count = sum(len(tensor.experts) for tensor in report.tensors)
     held = "all hold" if report.holds else f"{len(report.damages)} do not hold"
-    parts.append(Text(f"{len(report.tensors)} tensors, {count} matrices: {held}", style="bold"))
+    parts.append(line(f"{len(report.tensors)} tensors, {count} matrices: {held}", style="bold"))
     return Group(*parts)
 
 

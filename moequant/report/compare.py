@@ -10,13 +10,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moequant.escape import shown
 from moequant.evaluate import Comparison, Difference, Estimate, Measured, Ran, WeightError
 from moequant.evaluate.divergence import PERCENTILES
 from moequant.evaluate.environment import Record
 from moequant.evaluate.open_source import Source
 from moequant.progress import StageCost
 from moequant.report.compare_running import ran_tables, ran_value, record_table, record_value
-from moequant.report.summary import size, table
+from moequant.report.style import line, size, table
 
 WORST = 8
 """Experts listed as worst; the JSON has all."""
@@ -55,8 +56,8 @@ def compare_tables(found: Compared) -> RenderableType:
     scored = found.measured[0].comparison.tokens
     rounded = ", inputs of GGUF products rounded as llama.cpp does" if found.rounded else ""
     parts: list[RenderableType] = [
-        Text(f"{found.base.path} ({found.base.kind}) is the baseline", style="bold"),
-        Text(
+        line(f"{shown(found.base.path)} ({found.base.kind}) is the baseline", style="bold"),
+        line(
             f"{found.tokens:,} tokens read, {scored:,} scored of: {found.source}; {found.engine}{rounded}\n"
         ),
         _figures(found),
@@ -72,7 +73,7 @@ def compare_tables(found: Compared) -> RenderableType:
         if one.expert_errors:
             parts += [_worst(one), *_outliers(one)]
     parts += [*ran_tables(found.ran), record_table(found.record)]
-    parts.append(Text(f"{found.cost.seconds:.1f} s, peak memory {size(found.cost.peak_bytes)}"))
+    parts.append(line(f"{found.cost.seconds:.1f} s, peak memory {size(found.cost.peak_bytes)}"))
     return Group(*parts)
 
 
@@ -200,7 +201,7 @@ def _outliers(one: Measured) -> list[Text]:
     if not named:
         return []
     return [
-        Text(
+        line(
             f"{one.name}: {len(named)} experts err more than {OUTLIER:g} x as much as the middle one of "
             f"their tensor, layer.expert: {', '.join(named[:WORST])}{', …' if len(named) > WORST else ''}\n",
             style="bold",
@@ -240,7 +241,12 @@ def compare_value(found: Compared) -> dict[str, Any]:
 
 
 def _source(source: Source) -> dict[str, Any]:
-    return {"path": str(source.path), "kind": source.kind, "bytes": source.bytes, "types": dict(source.types)}
+    return {
+        "path": shown(source.path),
+        "kind": source.kind,
+        "bytes": source.bytes,
+        "types": dict(source.types),
+    }
 
 
 def _measured(one: Measured, domains: tuple[str, ...]) -> dict[str, Any]:

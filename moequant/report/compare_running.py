@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,9 +10,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moequant.escape import plain, shown
 from moequant.evaluate import Ran
 from moequant.evaluate.environment import Record
-from moequant.report.summary import size, table
+from moequant.report.style import line, size, table
 from moequant.runtimes.llama_cpp.serving import Sample
 
 QUOTED = "average"
@@ -34,7 +34,7 @@ def ran_tables(ran: Sequence[Ran]) -> Iterator[RenderableType]:
         yield _sample(ran, number)
     for one in ran:
         if not one.samples:
-            yield Text(f"{one.name}: no samples, the whole model does not fit the free memory\n")
+            yield line(f"{one.name}: no samples, the whole model does not fit the free memory\n")
 
 
 def _speeds(ran: Sequence[Ran]) -> Table:
@@ -93,7 +93,7 @@ def _sample(ran: Sequence[Ran], number: int) -> Table:
     made.columns[2].overflow = "fold"
     for one in shown:
         sample = one.samples[number]
-        text = visible(sample.text)
+        text = plain(sample.text)
         short = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
         made.add_row(one.name, as_base(first, sample, one is shown[0]), Text(short))
     return made
@@ -110,22 +110,13 @@ def same_tokens(base: Sample, sample: Sample) -> int:
     return next((at for at, (one, two) in enumerate(pairs) if one != two), len(pairs))
 
 
-def visible(text: str, newline: str = "⏎") -> str:
-    """The text; characters that would steer a terminal or turn the line are spelled out."""
-    return "".join(newline if one == "\n" else one if _plain(one) else f"\\u{{{ord(one):x}}}" for one in text)
-
-
-def _plain(character: str) -> bool:
-    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-
-
 def record_table(record: Record) -> Table:
     """The record as lines of a name and a value."""
     made = table("record", "", "")
     made.columns[1].justify = "left"
     made.columns[1].overflow = "fold"
     for name, value in record_rows(record):
-        made.add_row(name, Text(value))
+        made.add_row(name, line(value))
     return made
 
 
@@ -136,9 +127,9 @@ def record_rows(record: Record, digits: int = SHORT) -> list[tuple[str, str]]:
         types = ", ".join(f"{count} {name}" for name, count in origin.precision.items())
         files = ", ".join(f"{name} {digest[:digits]}" for name, digest in origin.files.items())
         revision = origin.revision or "revision unknown"
-        rows.append((origin.path.name, f"{origin.kind}, {revision}; tensors: {types}; SHA-256: {files}"))
+        rows.append((shown(origin.path), f"{origin.kind}, {revision}; tensors: {types}; SHA-256: {files}"))
     for name, value in record.settings.items():
-        rows.append((name, str(value)[:digits] if name.endswith("SHA-256") else visible(str(value))))
+        rows.append((name, str(value)[:digits] if name.endswith("SHA-256") else plain(str(value))))
     rows += [*record.machine.items()]
     rows.append(("versions", ", ".join(f"{name} {value}" for name, value in record.libraries.items())))
     rows.append(("date", record.date))
@@ -170,5 +161,5 @@ def record_value(record: Record) -> dict[str, Any]:
     """The record for the JSON."""
     value = asdict(record)
     for origin in value["origins"]:
-        origin["path"] = str(origin["path"])
+        origin["path"] = shown(origin["path"])
     return value

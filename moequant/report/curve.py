@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
+from moequant.escape import mathtext
 from moequant.files import atomic
 from moequant.plan import Point
-from moequant.report.summary import size, table
+from moequant.report.style import line, size, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ class Curve:
 
 def curve_tables(curve: Curve) -> RenderableType:
     """What was asked for, the curve, and what llama.cpp's own choice of types is expected to cost."""
-    parts: list[RenderableType] = [Text(f"{curve.title}: predicted KL divergence, from {curve.source}\n")]
+    parts: list[RenderableType] = [line(f"{curve.title}: predicted KL divergence, from {curve.source}\n")]
     if curve.wanted:
         parts.append(_table("asked for", curve, curve.wanted))
     parts.append(_table("every size", curve, curve.plans))
@@ -108,7 +108,7 @@ def draw(curve: Curve, path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xlabel(f"file size, {unit}")
         axes.set_ylabel("predicted KL divergence")
-        axes.set_title(curve.title, loc="left", fontsize=10)
+        axes.set_title(mathtext(curve.title), loc="left", fontsize=10)
         axes.grid(True, which="both", alpha=0.25)
         axes.legend(frameon=False)
         kind = path.suffix[1:]
@@ -127,4 +127,6 @@ def _name(axes: Axes, points: Sequence[Point], scale: float, style: dict[str, An
     for point in points:
         if point.predicted > 0:
             where = (point.file_bytes / scale, point.predicted)
-            axes.annotate(point.label, where, textcoords="offset points", fontsize=7, rotation=30, **style)
+            axes.annotate(
+                mathtext(point.label), where, textcoords="offset points", fontsize=7, rotation=30, **style
+            )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rich.console import Group
-from rich.text import Text
 
 from moequant.checkpoint import Checkpoint
-from moequant.report.summary import size, table
+from moequant.escape import shown
+from moequant.report.style import line, size, table
 from moequant.values import Choice, Plan
 
 
@@ -25,21 +25,21 @@ def dry_run_table(checkpoint: Checkpoint, plan: Plan, file_bytes: int, limit: in
         damage = [_damage(choice)] if known else []
         made.add_row(choice.weight, shape, choice.format, size(choice.bytes), *damage, choice.reason)
     total = sum(weight.numel for weight in checkpoint.weights)
-    line = (
-        f"{checkpoint.path} as {plan.target or plan.preset}: {file_bytes:,} bytes, "
+    total_line = (
+        f"{shown(checkpoint.path)} as {plan.target or plan.preset}: {file_bytes:,} bytes, "
         f"{8 * plan.bytes / total:.2f} bits per weight "
         f"(checkpoint: {checkpoint.source_bytes:,} bytes of weights)"
     )
-    lines = [Text(line)]
+    lines = [line(total_line)]
     if limit is not None:
         lines.append(
-            Text(
+            line(
                 "These types come from tables. The conversion measures this model and may choose others, "
                 f"in a file of at most {limit:,} bytes; --effort fast keeps these."
             )
         )
     if known:
-        lines.append(Text(f"expected KL divergence to the unquantized model: {plan.damage:.5f}"))
+        lines.append(line(f"expected KL divergence to the unquantized model: {plan.damage:.5f}"))
     return Group(made, *lines)
 
 

@@ -10,8 +10,9 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from moequant.escape import plain, shown
 from moequant.inspection.fit import RESERVE, Candidate, Fit, Placement
-from moequant.report.summary import table
+from moequant.report.style import line, table
 
 GIB = 2**30
 
@@ -20,13 +21,13 @@ def fit_report(found: Fit) -> RenderableType:
     """The candidates, where the chosen one lies, and the command that starts it."""
     parts: list[RenderableType] = [_heading(found), _candidates(found)]
     if found.best is None:
-        parts.append(Text(nothing_fits(found)))
+        parts.append(line(nothing_fits(found)))
         return Group(*parts)
     title = "fits" if len(found.candidates) == 1 else "best that fits"
     parts += _chosen(found, found.best, f"{title}: {found.best.name}")
     if found.fastest is not None and found.fastest is not found.best:
         parts += _chosen(found, found.fastest, f"best that the GPU holds alone: {found.fastest.name}")
-    parts.append(Text(_small_print()))
+    parts.append(line(_small_print()))
     return Group(*parts)
 
 
@@ -78,9 +79,10 @@ def _heading(found: Fit) -> Text:
     hardware, load = found.hardware, found.load
     times = f" x {load.parallel} sequences" if load.parallel > 1 else ""
     gpu = f"{gib(hardware.vram)} GPU ({hardware.vram_bandwidth / 1e9:g} GB/s) and " if hardware.vram else ""
-    return Text(
-        f"{found.path} on {gpu}{gib(hardware.ram)} system memory ({hardware.ram_bandwidth / 1e9:g} GB/s), "
-        f"{load.ctx:,} tokens of context{times}, cache {load.cache_type}",
+    return line(
+        f"{shown(found.path)} on {gpu}{gib(hardware.ram)} system memory "
+        f"({hardware.ram_bandwidth / 1e9:g} GB/s), {load.ctx:,} tokens of context{times}, "
+        f"cache {load.cache_type}",
         style="bold",
     )
 
@@ -133,13 +135,13 @@ def _chosen(found: Fit, chosen: Candidate, title: str) -> list[RenderableType]:
     )
     read = f"read per token: GPU {gib(round(place.gpu.read))}, system {gib(round(place.ram.read))}"
     bound = f"at most {_speed(place.speed)} tokens/s, {_speed(place.speed_full)} with the context full"
-    lines: list[RenderableType] = [made, Text(f"{read}; {bound}\n")]
+    lines: list[RenderableType] = [made, line(f"{read}; {bound}\n")]
     if found.is_checkpoint:
         lines.append(_Shell(f"moequant convert {found.path} -o {chosen.file} --type {chosen.name}"))
     lines.append(_Shell(chosen.command))
     if chosen.override:
         lines += [
-            Text("or, to choose layers yourself, instead of the --…cpu-moe option:"),
+            line("or, to choose layers yourself, instead of the --…cpu-moe option:"),
             _Shell(f"-ot '{chosen.override}'"),
         ]
     return lines
@@ -152,7 +154,7 @@ class _Shell:
     line: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Segment(f"  {self.line}\n\n")
+        yield Segment(f"  {plain(self.line)}\n\n")
 
 
 def _small_print() -> str:

@@ -9,12 +9,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from moequant import __version__
+from moequant.escape import plain
 from moequant.evaluate.divergence import PERCENTILES
 from moequant.files import atomic
 from moequant.report import html_figures as figures
 from moequant.report.compare import OUTLIER, TELLING, Compared
-from moequant.report.compare_running import QUOTED, as_base, record_rows, speeds, visible
-from moequant.report.summary import size
+from moequant.report.compare_running import QUOTED, as_base, record_rows, speeds
+from moequant.report.style import size
 
 WORST = 20
 """Experts listed for each candidate."""
@@ -26,6 +27,7 @@ def page(found: Compared) -> str:
         loader=PackageLoader("moequant.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -56,6 +58,11 @@ def write(found: Compared, path: Path) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def _shown(value: object) -> object:
+    """What the template prints: nothing that hides or turns the reading direction. Escaping comes after."""
+    return plain(value, "\n") if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _percent(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}%}"
 
@@ -76,7 +83,7 @@ def _samples(found: Compared) -> list[dict[str, Any]]:
                 {
                     "name": one.name,
                     "same": as_base(first, one.samples[number], one is shown[0]),
-                    "text": visible(one.samples[number].text, "\n"),
+                    "text": plain(one.samples[number].text, "\n"),
                 }
                 for one in shown
             ],

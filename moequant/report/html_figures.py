@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from moequant.escape import mathtext
 from moequant.evaluate import Measured, WeightError
 from moequant.report.compare import Compared
 
@@ -91,7 +92,7 @@ def sizes(found: Compared) -> str:
             kl = one.comparison.kl_mean
             x, y = source.bytes / scale, max(kl.value, FLOOR)
             axes.errorbar(x, y, yerr=min(kl.error, 0.9 * y), fmt="o", color=PALETTE[number % 10], capsize=2)
-            axes.annotate(one.name, (x, y), xytext=(6, 4), textcoords="offset points", color=INK)
+            axes.annotate(mathtext(one.name), (x, y), xytext=(6, 4), textcoords="offset points", color=INK)
         axes.set_yscale("log")
         axes.margins(x=0.25, y=0.15)
         axes.set_xlabel(f"size, {unit}")
@@ -109,9 +110,15 @@ def domains(found: Compared) -> str:
             values = [part.kl_mean.value for part in one.domains]
             errors = [part.kl_mean.error for part in one.domains]
             axes.barh(
-                at, values, 0.8 / count, xerr=errors, color=PALETTE[number % 10], ecolor=INK, label=one.name
+                at,
+                values,
+                0.8 / count,
+                xerr=errors,
+                color=PALETTE[number % 10],
+                ecolor=INK,
+                label=mathtext(one.name),
             )
-        axes.set_yticks(np.arange(len(found.domains)) + 0.4, found.domains)
+        axes.set_yticks(np.arange(len(found.domains)) + 0.4, [mathtext(domain) for domain in found.domains])
         axes.invert_yaxis()
         axes.set_xlabel("mean KL divergence")
         _legend(axes)
@@ -125,7 +132,7 @@ def rerouted(found: Compared) -> str:
         for number, one in enumerate(found.measured):
             layers = [layer.layer for layer in one.routing]
             shares = [100 * layer.changed for layer in one.routing]
-            axes.plot(layers, shares, "o-", ms=3, color=PALETTE[number % 10], label=one.name)
+            axes.plot(layers, shares, "o-", ms=3, color=PALETTE[number % 10], label=mathtext(one.name))
         axes.set_xlabel("layer")
         axes.set_ylabel("tokens rerouted, %")
         axes.set_ylim(bottom=0)
@@ -199,7 +206,7 @@ def types(found: Compared, number: int) -> str:
         )
         axes.set_xticks(range(len(roles)), [str(role) for role in roles])
         _layers(axes)
-        handles = [Patch(color=PALETTE[at % 10], label=name) for at, name in enumerate(names)]
+        handles = [Patch(color=PALETTE[at % 10], label=mathtext(name)) for at, name in enumerate(names)]
         axes.legend(
             handles=handles, ncols=min(6, len(names)), loc="lower left", bbox_to_anchor=(0, 1), frameon=False
         )

@@ -9,17 +9,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moequant.escape import shown
 from moequant.inspection import Inspection
-from moequant.report.summary import size, table
+from moequant.report.style import line, size, table
 
 
 def inspection_report(found: Inspection) -> RenderableType:
     """What a person asks about a model, in the order they ask it."""
-    parts: list[RenderableType] = [Text(str(found.path), style="bold"), _facts(found), _roles(found)]
+    parts: list[RenderableType] = [line(shown(found.path), style="bold"), _facts(found), _roles(found)]
     if found.presets:
-        parts += [_presets(found), Text("KL is what the plan expects, before anything is measured.\n")]
+        parts += [_presets(found), line("KL is what the plan expects, before anything is measured.\n")]
     parts.append(_support(found))
-    parts += [Text(f"note: {note}") for note in found.notes]
+    parts += [line(f"note: {note}") for note in found.notes]
     return Group(*parts)
 
 
@@ -110,7 +111,8 @@ def _support(found: Inspection) -> Table:
     made.show_header = False
     made.columns[1].justify = made.columns[2].justify = "left"
     made.columns[2].overflow = "fold"
-    made.add_row("moequant", "no" if found.missing else "yes", "\n".join(found.missing) or "moequant convert")
+    missing = Text("\n").join(line(reason) for reason in found.missing or ("moequant convert",))
+    made.add_row("moequant", "no" if found.missing else "yes", missing)
     for runtime in found.runtimes:
         made.add_row(runtime.name, {True: "yes", False: "no", None: "?"}[runtime.supported], runtime.note)
     return made

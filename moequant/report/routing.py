@@ -15,7 +15,7 @@ from rich.text import Text
 
 from moequant.errors import OutputError
 from moequant.files import atomic
-from moequant.report.summary import table
+from moequant.report.style import line, table
 from moequant.statistics.coverage import Coverage
 from moequant.statistics.health import STARVED_BELOW, Health, Load
 from moequant.values import Calibration
@@ -37,14 +37,14 @@ DARK = 0.45
 
 def routing_tables(found: Health, coverage: Coverage | None = None) -> RenderableType:
     """Everything a person looks at first: layers, extremes, domains, and who still starves."""
-    parts: list[RenderableType] = [Text(f"routed {found.tokens:,} tokens of: {found.source}\n")]
+    parts: list[RenderableType] = [line(f"routed {found.tokens:,} tokens of: {found.source}\n")]
     if not found.layers:
-        return Group(*parts, Text("a dense model: there are no routers"))
+        return Group(*parts, line("a dense model: there are no routers"))
     parts += [_layers(found), *_absent(found), _extremes(found)]
     if len(found.domains) > 1:
         parts.append(_domains(found))
     if coverage is not None:
-        parts += [Text(line) for line in coverage_lines(coverage)]
+        parts += [line(text) for text in coverage_lines(coverage)]
     return Group(*parts)
 
 
@@ -102,7 +102,7 @@ def _layers(found: Health) -> Table:
 def _absent(found: Health) -> list[Text]:
     """Experts that saw no token at all, by name."""
     dead = [f"{layer.layer}.{expert}" for layer in found.layers for expert in layer.dead]
-    return [Text(f"{len(dead)} experts saw no token (layer.expert): {_named(dead)}\n")] if dead else []
+    return [line(f"{len(dead)} experts saw no token (layer.expert): {_named(dead)}\n")] if dead else []
 
 
 def _extremes(found: Health) -> Table:

@@ -7,14 +7,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from moequant.checkpoint import Checkpoint
+from moequant.escape import shown
 from moequant.evaluate import Comparison, Estimate
 from moequant.progress import StageCost
+from moequant.report.style import line, size, table
 from moequant.values import Calibration, ExpertLoss, Plan
 
 WORST = 5
@@ -43,19 +44,19 @@ class Report:
 
     def renderable(self) -> RenderableType:
         """The report for a rich console."""
-        heading = Text(f"{self.model} → {self.out}", style="bold")
+        heading = line(f"{shown(self.model)} → {shown(self.out)}", style="bold")
         parts: list[RenderableType] = [heading, _before_after(self)]
         if self.comparison is not None:
-            parts.append(Text(f"{self.comparison.tokens:,} tokens scored of: {self.comparison.source}\n"))
+            parts.append(line(f"{self.comparison.tokens:,} tokens scored of: {self.comparison.source}\n"))
         parts.append(_types(self))
         if self.calibration is not None:
             parts.append(
-                Text(f"calibrated on {self.calibration.tokens:,} tokens of: {self.calibration.source}\n")
+                line(f"calibrated on {self.calibration.tokens:,} tokens of: {self.calibration.source}\n")
             )
             if self.calibration.routes:
                 parts += [_routing(self.calibration), *_unseen(self.calibration), _worst(self.losses)]
-        parts += [Text(note) for note in _fallbacks(self.losses)]
-        parts += [Text(f"note: {note}") for note in self.notes]
+        parts += [line(note) for note in _fallbacks(self.losses)]
+        parts += [line(f"note: {note}") for note in self.notes]
         parts.append(_stages(self.stages))
         return Group(*parts)
 
@@ -66,26 +67,6 @@ class Report:
         file = console.file
         assert isinstance(file, io.StringIO)
         return file.getvalue().rstrip() + "\n"
-
-
-def table(title: str, *columns: str) -> Table:
-    """An empty table in the house style: the first column left, numbers right."""
-    made = Table(
-        title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index else "left")
-    return made
-
-
-def size(count: int) -> str:
-    """Bytes as people say them, in powers of ten like file managers and download pages."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
 
 
 def _before_after(report: Report) -> Table:
@@ -147,7 +128,7 @@ def _unseen(calibration: Calibration) -> list[Text]:
     if not names:
         return []
     return [
-        Text(
+        line(
             f"{len(names)} experts saw no token and were quantized with their layer's pooled importance "
             f"(layer.expert): {', '.join(names)}"
         )

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from moequant.errors import CorpusError
+from moequant.escape import shown
 from moequant.text import bundled
 from moequant.text.bundled import Split
 
@@ -94,9 +95,9 @@ def read(
         raise CorpusError("the text source is an empty name; give a file, a folder or a dataset")
     try:
         if path.is_dir():
-            found = _folder(path, label, render)
+            found = _folder(path, shown(path), render)
         elif path.exists():
-            found = _file(path, path.stem, label, render)
+            found = _file(path, path.stem, shown(path), render)
         else:
             found = list(_dataset(label, split, render))
     except OSError as error:

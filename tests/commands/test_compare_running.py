@@ -14,10 +14,11 @@ from moequant.checkpoint import load, open_checkpoint
 from moequant.commands.compare import CompareSettings, run
 from moequant.commands.convert import Settings, convert
 from moequant.errors import MoequantError
+from moequant.escape import plain
 from moequant.evaluate import environment as record
 from moequant.evaluate.samples import sample
 from moequant.forward.stream import Resources
-from moequant.report.compare_running import same_tokens, speeds, visible
+from moequant.report.compare_running import same_tokens, speeds
 from moequant.runtimes.llama_cpp.engine import Llama, LlamaError
 from moequant.runtimes.llama_cpp.serving import Prompt, serve
 from moequant.text import bundled, corpus
@@ -173,4 +174,4 @@ def test_revisions_of_downloads_are_found(tmp_path: Path) -> None:
 
 
 def test_samples_cannot_steer_a_terminal() -> None:
-    assert visible("a\x1b[31m\nb\u202ec\u200b é😀") == "a\\u{1b}[31m⏎b\\u{202e}c\\u{200b} é😀"
+    assert plain("a\x1b[31m\nb\u202ec\u200b é😀") == "a\\u{1b}[31m⏎b\\u{202e}c\\u{200b} é😀"

@@ -10,6 +10,8 @@ from moequant import __version__
 from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Made
 from moequant.containers.folders.plan import FolderSettings
+from moequant.containers.folders.side_files import belongs
+from moequant.escape import markdown, yaml
 
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*)$", re.MULTILINE)
 
@@ -26,14 +28,14 @@ class Card:
         """README.md with the front matter that the Hub reads."""
         parts = [self._front(), self._what(), self._how()]
         if self.made.measured:
-            rows = "\n".join(f"| {name} | {value} |" for name, value in self.made.measured)
+            rows = "\n".join(f"| {markdown(name)} | {markdown(value)} |" for name, value in self.made.measured)
             parts.append(f"## Measured\n\n| | |\n|---|---|\n{rows}\n")
         parts.append(self._loading())
         return "\n".join(parts)
 
     def _front(self) -> str:
         folder = self.checkpoint.path.resolve()
-        front = [f"base_model: {folder.name}", "base_model_relation: quantized", *_license(folder)]
+        front = [f"base_model: {yaml(folder.name)}", "base_model_relation: quantized", *_license(folder)]
         tags = ["moequant", self.settings.layout, *(["moe"] if self.checkpoint.n_experts else [])]
         front += ["library_name: transformers", "pipeline_tag: text-generation"]
         return "\n".join(["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---\n"])
@@ -55,7 +57,7 @@ class Card:
         experts = "every expert" if self.checkpoint.n_experts else "the feed-forward blocks"
         also = " and attention" if self.settings.quantize_attention else ""
         return (
-            f"# {self.checkpoint.path.resolve().name}, int{self.settings.bits}\n\n"
+            f"# {markdown(self.checkpoint.path.resolve().name)}, int{self.settings.bits}\n\n"
             f"{experts[0].upper()}{experts[1:]}{also} as symmetric int{self.settings.bits}; router, norms, "
             f"embedding and head in their original precision. {bits:.2f} bits a weight in all.\n\n"
             f"| stored as | weights | size |\n|---|---|---|\n{table}\n"
@@ -69,14 +71,14 @@ class Card:
             )
             return made + (
                 f"Every expert was rounded under the Hessian of its own inputs{towards}. Calibration: "
-                f"{self.made.rounded_on.tokens:,} tokens of: {self.made.rounded_on.source}.\n"
+                f"{self.made.rounded_on.tokens:,} tokens of: {markdown(self.made.rounded_on.source)}.\n"
             )
         made += "One scale search for every expert, every weight to its nearest code. "
         if self.made.calibration is None:
             return made + "No calibration text: all input channels count the same.\n"
         return made + (
             "Errors are weighted by the inputs that each expert saw in "
-            f"{self.made.calibration.tokens:,} tokens of: {self.made.calibration.source}.\n"
+            f"{self.made.calibration.tokens:,} tokens of: {markdown(self.made.calibration.source)}.\n"
         )
 
     def _loading(self) -> str:
@@ -92,9 +94,14 @@ class Card:
 def _license(folder: Path) -> list[str]:
     """The license lines of the original's card, if it has any."""
     card = folder / "README.md"
-    if not card.is_file():
+    if not belongs(card, folder):
         return []
     parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return []
-    return [f"{key}: {value.rstrip()}" for key, value in _LICENSE.findall(parts[1])]
+    return [f"{key}: {yaml(_unquoted(value.strip()))}" for key, value in _LICENSE.findall(parts[1])]
+
+
+def _unquoted(value: str) -> str:
+    """A YAML scalar without the quotes around it."""
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value

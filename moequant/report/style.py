@@ -1,0 +1,49 @@
+"""The house style of reports: lines, tables and sizes that hold whatever names they are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moequant.escape import plain
+
+
+def line(text: str, style: str = "") -> Text:
+    """A line as it is: no markup is read in it, and only line ends at its end turn the line."""
+    body = text.rstrip("\n")
+    return Text(plain(body) + text[len(body) :], style=style)
+
+
+class _Table(Table):
+    """A table whose cells are lines."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """One row; strings are shown as they are."""
+        super().add_row(*(line(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table in the house style: the first column left, numbers right."""
+    made = _Table(
+        title=line(title, style="bold") if title else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for index, column in enumerate(columns):
+        made.add_column(line(column), justify="right" if index else "left")
+    return made
+
+
+def size(count: int) -> str:
+    """Bytes as people say them, in powers of ten like file managers and download pages."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
