@@ -5,7 +5,7 @@ from fractions import Fraction
 from math import gcd
 from random import Random
 
-from moequant.generators import words
+from scripts.generators import words
 
 # How a sheet writes "times"; the exercises below all write an asterisk.
 TIMES = ("*", "*", "\N{MULTIPLICATION SIGN}", "\N{MIDDLE DOT}", "\\times")

@@ -6,7 +6,7 @@ from datetime import timedelta
 from random import Random
 from typing import Any
 
-from moequant.generators import words
+from scripts.generators import words
 
 Json = dict[str, Any] | list[Any]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import date, timedelta
 from random import Random
 
-from moequant.generators import words
+from scripts.generators import words
 
 Column = tuple[tuple[str, ...], Callable[[Random, int], str]]
 
