@@ -1,26 +1,16 @@
-"""Chooses the ranges that the searches of `affine.py` and `symmetric.py` try first, and prints their tables.
-
-    python benchmarks/landings.py --count 24
-
-Each candidate says where the extreme weights of a sub-block land among its codes, before rounding. One after
-another, the candidate is taken that lowers the error most, together with those taken before: summed over
-sub-blocks of twelve kinds of tensor, each kind counting the same. What is minimised is the error with the
-scale (and the minimum) solved for the codes and not yet rounded.
-"""
+"""The ranges that the searches of `formats/affine.py` and `formats/symmetric.py` try first."""
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.formats import importance, weights
+from benchmarks.harness import Rows, case
+from benchmarks.tensors import importance, weights
 from moequant.formats import affine, symmetric
 from moequant.formats.engine import _weigh
 from moequant.formats.layout import clip, inverse, to_lanes
@@ -28,17 +18,48 @@ from moequant.formats.layout import clip, inverse, to_lanes
 SHAPE = (1, 24, 2048)
 
 
-def kinds(sub: int) -> list[tuple[Tensor, Tensor]]:
+@dataclass(frozen=True)
+class Landings:
+    """`count` ranges for each grid, of `steps` candidates a side."""
+
+    count: int = 24
+    steps: int = 25
+
+
+@case("The ranges that searches try first", Landings(2, 3))
+def landings(o: Landings) -> Rows:
+    """Each candidate says where the extreme weights of a sub-block land among its codes, before rounding.
+    One after another the candidate is taken that lowers the error most, together with those taken before:
+    summed over sub-blocks of twelve kinds of tensor, each kind counting the same. What is minimised is the
+    error with the scale (and the minimum) solved for the codes and not yet rounded."""
+    for grid, reach in (
+        (affine.Affine(16, 3, 15), 1.0),
+        (affine.Affine(32, 15, 63), 1.2),
+        (affine.Affine(32, 31, 63), 1.2),
+    ):
+        line = [round(float(v), 2) for v in torch.linspace(-reach, reach, o.steps)]
+        ends = list(product(line, line))
+        errors = [affine_errors(grid, ends, x, w) for x, w in kinds(grid.sub)]
+        for order, at in enumerate(greedy(errors, o.count), 1):
+            yield {"codes to": grid.top, "order": order, "low end": ends[at][0], "high end": ends[at][1]}
+    for low, high, sub in ((-4, 3, 16), (-8, 7, 32), (-16, 15, 32), (-32, 31, 16), (-127, 127, 32)):
+        table = symmetric.Symmetric(sub, low, high)
+        shares = torch.linspace(0.5, 1.3, 3 * o.steps + 6)
+        places = [round(float(v), 2) for v in torch.cat([low * shares, high * shares])]
+        errors = [symmetric_errors(table, places, x, w) for x, w in kinds(sub)]
+        for order, at in enumerate(greedy(errors, o.count), 1):
+            yield {"codes from": low, "order": order, "largest lands at": places[at]}
+
+
+def kinds(sub: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(x, w) in lanes: Gaussian or heavy-tailed, flat to spiky importance, magnitude factor or not."""
-    pairs = []
     for i, (kind, form, p) in enumerate(
         product(("Gaussian", "heavy-tailed"), ("flat", "log-normal", "channels x100"), (0.0, 1.0))
     ):
         x = weights(kind, SHAPE, 10 + i).view(-1, 256)
         v = importance(form, SHAPE, 30 + i)[:, None].expand(SHAPE).reshape(-1, 256)
         w = _weigh(x, v, p, 2.0) * x.square().mean(-1, keepdim=True) ** (p / 2)
-        pairs.append((to_lanes(x, sub), to_lanes(w, sub)))
-    return pairs
+        yield to_lanes(x, sub), to_lanes(w, sub)
 
 
 def affine_errors(grid: affine.Affine, ends: list[tuple[float, float]], x: Tensor, w: Tensor) -> Tensor:
@@ -68,30 +89,3 @@ def greedy(errors: list[Tensor], count: int) -> list[int]:
         chosen.append(int(torch.minimum(table, best).double().sum(1).argmin()))
         best = torch.minimum(best, table[chosen[-1]])
     return chosen
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=24)
-    count = parser.parse_args().count
-    for grid, reach in (
-        (affine.Affine(16, 3, 15), 1.0),
-        (affine.Affine(32, 15, 63), 1.2),
-        (affine.Affine(32, 31, 63), 1.2),
-    ):
-        line = [round(float(v), 2) for v in torch.linspace(-reach, reach, 25)]
-        ends = list(product(line, line))
-        errors = [affine_errors(grid, ends, x, w) for x, w in kinds(grid.sub)]
-        print(f"{grid.top}: {[ends[i] for i in greedy(errors, count)]}", flush=True)
-    for low, high, sub in ((-4, 3, 16), (-8, 7, 32), (-16, 15, 32), (-32, 31, 16), (-127, 127, 32)):
-        table = symmetric.Symmetric(sub, low, high)
-        shares = torch.linspace(0.5, 1.3, 81)
-        landings = [round(float(v), 2) for v in torch.cat([low * shares, high * shares])]
-        errors = [symmetric_errors(table, landings, x, w) for x, w in kinds(sub)]
-        print(f"{low}: {[landings[i] for i in greedy(errors, count)]}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

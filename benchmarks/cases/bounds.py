@@ -1,47 +1,73 @@
 """The least error that any encoder can reach, against ggml's and ours.
 
-    python benchmarks/bounds.py --rows 8
-    python benchmarks/bounds.py --types Q6_K --rows 1 --joint
-
-Twelve tensors as in formats.py, the first rows of each expert. Where weight = scale · level, the error of a
-sub-block is piecewise quadratic in 1 / scale: its codes change where a weight crosses the middle between two
-levels and nowhere else, and with codes fixed the best scale is a / b, a = sum(w·x·level), b = sum(w·level²).
-Between all crossings of both signs, every fit that nearest codes allow is met, so the least error over real
-scales is exact (f64). No encoder can go below it: what a format stores (an f16 step, an integer times a step)
-is a real scale.
-
---joint adds, for super-blocks with integer scales, the least error over all f16 steps of both signs from 0.7
-to 2 times the one with which the largest wanted scale just fits, every sub-block free to take any integer.
-
---raised: importance as encoders take it, no less than 2 % of the median. As given, a tenth of the channels
-counts nothing in three of the tensors, and a bound may store anything there; an encoder may not.
-
-Figures are geometric means of (error / ggml's) on the objective that the type minimises by default.
-"""
+Where weight = scale · level, the error of a sub-block is piecewise quadratic in 1 / scale: its codes change
+where a weight crosses the middle between two levels and nowhere else, and with codes fixed the best scale
+is a / b, a = sum(w·x·level), b = sum(w·level²). Between all crossings of both signs, every fit that nearest
+codes allow is met, so the least error over real scales is exact (f64). No encoder can go below it: what a
+format stores (an f16 step, an integer times a step) is a real scale. """
 
 from __future__ import annotations
 
-import argparse
-import math
-import statistics
-import sys
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.formats import cases, loss
+from benchmarks import measure
+from benchmarks.harness import Rows, case
+from benchmarks.tensors import loss, twelve, weighted
 from moequant import formats
-from moequant.formats.base import Effort, Format
+from moequant.formats import Effort
 from moequant.formats.codebook import midpoints
 from moequant.formats.engine import even_out
 from moequant.formats.parts import Scalar
 from tests.formats import ggml
 
 EFFORTS: tuple[Effort, ...] = ("fast", "default", "best")
+
+VIEWS = {f.name: f.view for f in formats.FORMATS.values() if isinstance(f.view, Scalar) and not f.view.minima}
+"""Types whose weights are scale · level: no minimum, no grid of rows."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """`rows` of each expert. `joint` adds the optimum over stored scales. `raised` takes importance as
+    encoders take it, no less than 2 % of the median: as given, a tenth of the channels counts nothing in
+    three of the tensors, and a bound may store anything there; an encoder may not."""
+
+    types: tuple[str, ...] = tuple(VIEWS)
+    rows: int = 8
+    joint: bool = False
+    raised: bool = False
+
+
+@case("The least error that any encoder can reach", Bounds(("Q4_0",), rows=1), ("ggml",))
+def bounds(o: Bounds) -> Rows:
+    """Twelve tensors; geometric means of error over ggml's on the objective that the type minimises by
+    default. `joint`, for super-blocks with integer scales: the least error over all f16 steps of both signs
+    from 0.7 to 2 times the one with which the largest wanted scale just fits, every sub-block free to take
+    any integer."""
+    for name in o.types:
+        ratios = [ratio(name, o, *case) for case in twelve(o.rows)]
+        columns = zip(*(each.values() for each in ratios), strict=True)
+        means = [measure.geometric_mean(column) for column in columns]
+        yield {"type": name} | dict(zip(ratios[0], means, strict=True))
+
+
+def ratio(name: str, o: Bounds, x: Tensor, given: Tensor) -> dict[str, float]:
+    """Errors over ggml's of one tensor: bound, (joint optimum,) each effort."""
+    fmt, view = formats.get(name), VIEWS[name]
+    v = even_out(given.double()) if o.raised else given
+    blocks, w = weighted(fmt, x, v)
+    found = {"bound": lower_bound(blocks, w, view)}
+    if o.joint:
+        found["joint"] = joint(blocks, w, view)
+    for effort in EFFORTS:
+        ours = formats.dequantize(fmt, formats.quantize(fmt, x, given, effort))
+        found[effort] = loss(fmt, x, v, ours)
+    theirs = loss(fmt, x, v, ggml.dequantize(fmt, ggml.quantize(fmt, x, given)))
+    return {name: error / theirs for name, error in found.items()}
 
 
 class Pieces(NamedTuple):
@@ -140,56 +166,3 @@ def lower_bound(x: Tensor, w: Tensor, view: Scalar) -> float:
             found = errors_at(pieces(xs, ws, ascending(view)), scales[scales > 0].expand(len(xs), -1))
             total += float(((ws * xs.square()).sum(1) + found[0].amin(1).clamp_max(0)).sum())
     return total
-
-
-def ratios(fmt: Format, view: Scalar, rows: int, with_joint: bool, raised: bool) -> list[float]:
-    """Geometric means over the tensors, of errors over ggml's: bound, (joint optimum,) each effort."""
-    table = []
-    for _, x, given in cases():
-        x = x[:, :rows].contiguous()
-        v = even_out(given.double()) if raised else given
-        blocks, w = weighted(fmt, x, v)
-        theirs = loss(fmt, x, v, ggml.dequantize(fmt, ggml.quantize(fmt, x, given)), fmt.magnitude)
-        found = [lower_bound(blocks, w, view)]
-        if with_joint:
-            found.append(joint(blocks, w, view))
-        for effort in EFFORTS:
-            ours = formats.dequantize(fmt, formats.quantize(fmt, x, given, effort))
-            found.append(loss(fmt, x, v, ours, fmt.magnitude))
-        table.append([f / theirs for f in found])
-    return [math.exp(statistics.fmean(map(math.log, column))) for column in zip(*table, strict=True)]
-
-
-def weighted(fmt: Format, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks and the weights of their squared error as `formats.loss` has them, f64 [n, block]."""
-    blocks = x.double().reshape(-1, fmt.block)
-    square = blocks.square()
-    factor = (fmt.spread * square.mean(-1, keepdim=True) + square) ** (fmt.magnitude / 2)
-    return blocks, v.double()[:, None].expand(x.shape).reshape(-1, fmt.block) * factor
-
-
-def bounded() -> dict[str, Scalar]:
-    """Types whose weights are scale · level: no minimum, no grid of rows."""
-    views = {f.name: f.view for f in formats.FORMATS.values() if isinstance(f.view, Scalar)}
-    return {name: view for name, view in views.items() if not view.minima}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    views = bounded()
-    parser.add_argument("--types", nargs="+", default=list(views), choices=list(views))
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--joint", action="store_true")
-    parser.add_argument("--raised", action="store_true")
-    arguments = parser.parse_args()
-    columns = ["type", "bound", *(["joint"] if arguments.joint else []), *EFFORTS]
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for name in arguments.types:
-        found = ratios(formats.get(name), views[name], arguments.rows, arguments.joint, arguments.raised)
-        print(f"| {name} | " + " | ".join(f"{r:.3f}" for r in found) + " |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

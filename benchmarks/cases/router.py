@@ -1,21 +1,15 @@
 """Do routers that are fitted to the rounded layers before them make a file better?
 
-    python benchmarks/router.py MODEL FILE --text TEXT
-
-FILE is a GGUF file of MODEL. Layer by layer its router W (F32) becomes the least-squares answer to W X,
-what the original routes by, from X_q, what the file's own layers feed the router with:
+Layer by layer a router W (F32) becomes the least-squares answer to W X, what the original routes by, from
+X_q, what the file's own layers feed the router with:
 
     W' = W + strength · W (X - X_q) S X_qᵀ (X_q S X_qᵀ + ridge · mean diagonal · I)⁻¹
 
-S weights the tokens, for each expert's row of W on its own. The first `--rows` rows of 512 tokens of TEXT
-fit; the `--held-out` rows behind `--skip` others (those that calibrated FILE) judge: the KL divergence
-between the routers' softmaxes and the share of tokens with the same experts, both means over the layers, and
-the KL divergence of the model in our own engine. ± is the standard error of the difference, paired by token.
+S weights the tokens, for each expert's row of W on its own.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,31 +18,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moequant.checkpoint import Checkpoint, load, open_checkpoint
-from moequant.evaluate import score_row
+from benchmarks import llama, measure
+from benchmarks.data import CALIB, DEMO, MIX, rows
+from benchmarks.engine import Judge
+from benchmarks.harness import Rows, case
+from moequant import Settings, convert
+from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.evaluate.open_source import GgufFile
-from moequant.forward.experts import EXPERTS
-from moequant.forward.model import Provider, build_model
+from moequant.forward.model import Provider
 from moequant.forward.stream import LayerStream
 from moequant.rounding.paired import Capture
-from moequant.text import corpus
-from moequant.text.rows import load_encoder
-from moequant.values import Role
+from moequant.values import Role, Weight
 
 
-def _contested(logits: Tensor, top: int) -> Tensor:
+def contested(logits: Tensor, top: int) -> Tensor:
+    """By the doubt about each expert."""
     chances = logits.softmax(-1)
     return chances * (1 - chances)
 
 
-def _chosen(logits: Tensor, top: int) -> Tensor:
+def chosen(logits: Tensor, top: int) -> Tensor:
+    """An expert's own tokens."""
     return torch.zeros_like(logits).scatter_(1, logits.topk(top, -1).indices, 1.0)
 
 
 TOKENS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "all": lambda logits, top: torch.ones_like(logits),
-    "p(1-p)": _contested,
-    "chosen": _chosen,
+    "p(1-p)": contested,
+    "chosen": chosen,
 }
 """S [n, E] of the original logits [n, E]: tokens alike, by the router's doubt, or an expert's own."""
 
@@ -114,7 +111,7 @@ def refit(checkpoint: Checkpoint, provider: Provider, ids: Tensor, fit: Fit, row
             new = fit.router(weight, exact[:seen], rounded[:seen], top)
             file.model.get_parameter(router.param).data.copy_(new)
             made[router.name] = new
-            judged.append(_judge(exact[seen:] @ weight.T, rounded[seen:] @ new.T, top))
+            judged.append(judge(exact[seen:] @ weight.T, rounded[seen:] @ new.T, top))
             for stream, hidden in streams:
                 for _ in stream.cross(layer, hidden, lambda _: Capture("", "", False), hidden):
                     pass
@@ -122,54 +119,63 @@ def refit(checkpoint: Checkpoint, provider: Provider, ids: Tensor, fit: Fit, row
     return Refitted(made, divergence, same)
 
 
-def _judge(exact: Tensor, found: Tensor, top: int) -> tuple[float, float]:
+def judge(exact: Tensor, found: Tensor, top: int) -> tuple[float, float]:
+    """KL divergence of routers' logits [n, E], and the share of tokens with the same experts."""
     if not len(exact):
         return 0.0, 0.0
     before, after = exact.log_softmax(-1), found.log_softmax(-1)
-    same = (_chosen(exact, top) == _chosen(found, top)).all(-1)
+    same = (chosen(exact, top) == chosen(found, top)).all(-1)
     return float((before.exp() * (before - after)).sum(-1).mean()), float(same.float().mean())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--rows", type=int, default=60)
-    parser.add_argument("--skip", type=int, default=540)
-    parser.add_argument("--held-out", type=int, default=60)
-    arguments = parser.parse_args()
-    checkpoint, provider = open_checkpoint(arguments.model), GgufFile(arguments.file).load
-    ids = corpus.pack(corpus.read(arguments.text), load_encoder(arguments.model), 512).ids
-    held_out = ids[arguments.rows + arguments.skip :][: arguments.held_out]
-    ids = torch.cat([ids[: arguments.rows], held_out])
+@dataclass(frozen=True)
+class Options:
+    """`type` says which types the file has; `skip` rows calibrated it besides those that fit."""
 
-    def logits(weights: Provider) -> list[Tensor]:
-        model = build_model(checkpoint, EXPERTS, weights)
-        with torch.inference_mode():
-            return [model(row[None]).logits[0] for row in held_out]
-
-    exact, before = logits(load), None
-    print("| tokens | strength | ridge | routers' KL | same experts | model's KL | ratio |")
-    print("|---" * 7 + "|", flush=True)
-    fits = [Fit(strength=0), Fit(), Fit(strength=0.5, ridge=0.01), Fit("all"), Fit("chosen")]
-    for fit in fits:
-        found = refit(checkpoint, provider, ids, fit, arguments.rows)
-
-        def changed(weight, found=found):
-            return found.routers[weight.name] if weight.role is Role.ROUTER else provider(weight)
-
-        rows = zip(exact, logits(changed), held_out, strict=True)
-        kl = torch.cat([score_row(*each).kl for each in rows])
-        before = kl if before is None else before
-        error = float((kl - before).std() / len(kl) ** 0.5 / before.mean())
-        print(
-            f"| {fit.tokens} | {fit.strength} | {fit.ridge} | {found.divergence:.5f} "
-            f"| {100 * found.same:.2f} % | {float(kl.mean()):.5f} "
-            f"| {float(kl.mean() / before.mean()):.4f} ± {error:.4f} |",
-            flush=True,
-        )
+    model: Path = MIX
+    text: Path | None = CALIB
+    type: str = "Q2_K_S"
+    rows: int = 60
+    skip: int = 200
+    held_out: int = 60
 
 
-if __name__ == "__main__":
-    main()
+FITS = (Fit(strength=0), Fit(), Fit(strength=0.5, ridge=0.01), Fit("all"), Fit("chosen"))
+
+
+@case(
+    "Routers fitted to the rounded layers before them",
+    Options(DEMO, None, rows=4, skip=4, held_out=4),
+)
+def router(o: Options) -> Rows:
+    """The first rows fit; rows behind those that calibrated the file judge: the routers' KL divergence and
+    the share of tokens with the same experts, means over the layers, and the model's KL divergence in our
+    engine. ± is the standard error, paired by token."""
+    checkpoint, ids = open_checkpoint(o.model), rows(o.model, o.text).ids
+    held_out = ids[o.rows + o.skip :][: o.held_out]
+    seen = torch.cat([ids[: o.rows], held_out])
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "ours.gguf"
+        plan = llama.plan_of(o.model, o.type, Path(name) / "plan.json")
+        tokens = (o.rows + o.skip) * ids.shape[1]
+        convert(o.model, path, Settings(plan=plan, calib=o.text, calib_tokens=tokens, eval_tokens=0))
+        provider, model, before = GgufFile(path).load, Judge.of(checkpoint, held_out), None
+        for fit in FITS:
+            found = refit(checkpoint, provider, seen, fit, o.rows)
+
+            def changed(weight: Weight, routers: dict[str, Tensor] = found.routers) -> Tensor:
+                return routers[weight.name] if weight.role is Role.ROUTER else provider(weight)
+
+            kl = model.kl(changed).flatten()
+            before = kl if before is None else before
+            ratio, error = measure.ratio(kl, before)
+            yield {
+                "tokens": fit.tokens,
+                "strength": fit.strength,
+                "ridge": fit.ridge,
+                "routers' KL": found.divergence,
+                "same experts": found.same,
+                "model's KL": float(kl.mean()),
+                "ratio": ratio,
+                "±": error,
+            }
