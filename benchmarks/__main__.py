@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import page
-from benchmarks.harness import CASES, Case, Row, load
+from benchmarks.harness import Case, Row, load
 from benchmarks.record import RESULTS, Record
 
 
@@ -24,13 +24,20 @@ def add_options(parser: argparse.ArgumentParser, given: Any) -> None:
     hints = typing.get_type_hints(type(given))
     for field in fields(given):
         name, default = "--" + field.name.replace("_", "-"), getattr(given, field.name)
-        hint, told = hints[field.name], {"default": default, "help": f"[{page.shown(default)}]"}
-        if hint is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, **told)
-            continue
-        kinds = [kind for kind in typing.get_args(hint) if kind not in (types.NoneType, ...)]
-        several = {"nargs": "*"} if typing.get_origin(hint) is tuple else {}
-        parser.add_argument(name, type=kinds[0] if kinds else hint, **several, **told)
+        told = {"default": default, "help": f"[{page.shown(default)}]"} | kind(hints[field.name])
+        parser.add_argument(name, **told)
+
+
+def kind(hint: Any) -> dict[str, Any]:
+    """How argparse reads a value of that type: plain, a Literal, either or None, or a tuple of them."""
+    parts = typing.get_args(hint)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is tuple:
+        return {"nargs": "*"} | kind(parts[0])
+    if typing.get_origin(hint) is typing.Literal:
+        return {"choices": parts}
+    return kind(next(part for part in parts if part is not types.NoneType)) if parts else {"type": hint}
 
 
 def parser_of(case: Case, smoke: bool) -> argparse.ArgumentParser:
@@ -90,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument("action", choices=("list", "run", "render"))
     parser.add_argument("name", nargs="?", help="of a case")
-    given, rest = parser.parse_known_args(arguments)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="options of the run; NAME --help shows them")
+    given = parser.parse_args(arguments)
     cases = load()
     if given.action == "list":
         print(*map(describe, cases.values()), sep="\n")
@@ -98,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.name not in cases:
         parser.error(f"no case {given.name!r}; there is {', '.join(cases)}")
     if given.action == "run":
-        run(CASES[given.name], rest)
+        run(cases[given.name], given.rest)
     else:
         print(page.write(Record.read(RESULTS / f"{given.name}.json"), RESULTS))
 

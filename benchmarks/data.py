@@ -15,6 +15,7 @@ from tests.models import SHARED
 DEMO = bundled.path("demo")
 MIX = SHARED / "models" / "mix"
 CALIB = SHARED / "data" / "calib.txt"
+ONE_TEXT = bundled.path("calib") / "text/long/01.txt"
 EVAL = SHARED / "data" / "eval.txt"
 BASELINES = SHARED / "baselines" / "mix.json"
 

@@ -15,6 +15,7 @@ instance of it that takes seconds on the demo model, its smoke run:
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import subprocess
 import time
@@ -79,7 +80,7 @@ class Case:
     @property
     def explanation(self) -> str:
         """What is measured, and how: the docstring of the case."""
-        return (self.work.__doc__ or "").strip()
+        return inspect.cleandoc(self.work.__doc__ or "")
 
     def missing(self, options: Any) -> list[str]:
         """What a run with these options lacks here: tools, and files that options name."""

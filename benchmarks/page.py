@@ -30,6 +30,8 @@ def shown(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.5g}"
+    if isinstance(value, tuple):
+        return " ".join(map(shown, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -44,8 +46,8 @@ def render(record: Record) -> str:
         "",
         f"    {record.command}",
         "",
-        f"{record.date[:10]}, {commit}{changed}. It took {record.seconds:,.0f} s, {record.cpu_seconds:,.0f} s of",
-        f"CPU time; load average at the start {record.load}. {machine}.",
+        f"{record.date[:10]}, {commit}{changed}. {machine}; load average at the start {record.load}.",
+        f"It took {record.seconds:,.0f} s, {record.cpu_seconds:,.0f} s of them CPU time of this process.",
         f"{libraries}.",
         "",
         *lines(record.rows),

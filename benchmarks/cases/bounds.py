@@ -4,7 +4,7 @@ Where weight = scale · level, the error of a sub-block is piecewise quadratic i
 where a weight crosses the middle between two levels and nowhere else, and with codes fixed the best scale
 is a / b, a = sum(w·x·level), b = sum(w·level²). Between all crossings of both signs, every fit that nearest
 codes allow is met, so the least error over real scales is exact (f64). No encoder can go below it: what a
-format stores (an f16 step, an integer times a step) is a real scale. """
+format stores (an f16 step, an integer times a step) is a real scale."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ class Feedback:
     """Random inputs of these widths, unless a model is named. `rounds` of coordinate descent."""
 
     types: tuple[str, ...] = (
-        "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q8_0", "MXFP4", "IQ1_S", "IQ2_XXS",
-        "IQ2_S", "IQ3_XXS", "IQ3_S",
+        "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q8_0", "MXFP4", "IQ1_S",
+        "IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S",
     )  # fmt: skip
     columns: tuple[int, ...] = (256, 1024)
     rounds: tuple[int, ...] = (0, 2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import llama, measure
-from benchmarks.data import SHARED, TINY, Beside, rows
+from benchmarks.data import CALIB, ONE_TEXT, TINY, Beside, rows
 from benchmarks.harness import Row, Rows, case
 from moequant.checkpoint import open_checkpoint
 from moequant.containers.gguf import imatrix as files
@@ -17,28 +17,33 @@ from moequant.values import Calibration
 
 @dataclass(frozen=True)
 class Imatrix(Beside):
-    """`theirs` was made by llama-imatrix on the tokens that calibrate."""
+    """llama-imatrix reads a text file, so the bundled text will not do."""
 
-    theirs: Path = SHARED / "baselines" / "mix.imatrix.gguf"
+    calib: Path = CALIB
     types: tuple[str, ...] = ("Q2_K", "IQ3_S", "Q4_K_M")
     chunks: int = 80
 
 
-@case("Our imatrix in llama.cpp's own quantizer", Imatrix(**TINY), ("llama.cpp", "llama-quantize"))
+@case(
+    "Our imatrix in llama.cpp's own quantizer",
+    Imatrix(**TINY | {"calib": ONE_TEXT}),
+    ("llama.cpp", "llama-quantize", "llama-imatrix"),
+)
 def imatrix(o: Imatrix) -> Rows:
     """First how far our sums lie from llama-imatrix's, tensor by tensor. Then every type quantized by
     llama-quantize with their file, with ours in their definition (gating "none") and with our importance
     ("gate2"): mean KL divergence in llama.cpp against the F32 file. ± is paired by token."""
     checkpoint = open_checkpoint(o.model)
     ours = calibrate(checkpoint, rows(o.model, o.calib, count=o.tokens // 512))
-    yield from agreement(ours, files.read(o.theirs, checkpoint))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        judge, made = llama.Judge.of(llama.exact_file(o.model, folder), o.ids), {"theirs": o.theirs}
+        tools = llama.Tools(llama.exact_file(o.model, folder), folder)
+        made = {"theirs": tools.imatrix(o.calib, o.tokens // 512)}
+        yield from agreement(ours, files.read(made["theirs"], checkpoint))
+        judge = llama.Judge.of(tools.exact, o.ids)
         for gating in ("none", "gate2"):
             made[gating] = folder / f"{gating}.gguf"
             files.write(made[gating], checkpoint, ours, gating)
-        tools = llama.Tools(folder / "F32.gguf", folder)
         for kind in o.types:
             kl = {label: judge.scores(tools.quantized(kind, file)).kl for label, file in made.items()}
             row: Row = {"type": kind, "theirs": float(kl["theirs"].mean())}

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import llama, measure
 from benchmarks.cases.rounding import PROBES
-from benchmarks.data import CALIB, DEMO, EVAL, MIX, rows
+from benchmarks.data import CALIB, DEMO, EVAL, MIX, ONE_TEXT, rows
 from benchmarks.harness import Rows, case
 from benchmarks.trained import MODELS
 from moequant import Settings, convert
@@ -50,8 +50,9 @@ class Others:
     effort: Effort = "default"
 
 
-SMOKE = Others(("starved",), DEMO, cache="/tmp/moequant-smoke", steps=1, tokens=4096, chunks=2,
-               types=("Q4_K_M",), sizes=(), effort="fast")  # fmt: skip
+SMOKE = Others(
+    ("starved",), DEMO, ONE_TEXT, ONE_TEXT, "/tmp/moequant-smoke", 1, 1024, 2, ("Q4_K_M",), (), "fast"
+)
 
 
 @case(

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from torch import Tensor
-
 from benchmarks.data import CALIB, DEMO, MIX, part, rows
 from benchmarks.engine import Judge
 from benchmarks.harness import Rows, case
 from moequant.checkpoint import load, open_checkpoint
+from moequant.forward.model import Provider
 from moequant.rounding.coupled import decoded
 from moequant.rounding.diagonal import Quantizer
 from moequant.statistics.calibrate import calibrate
-from moequant.values import Role, Weight
+from moequant.values import Packed, Role
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,8 @@ def sensitivity(o: Sensitivity) -> Rows:
         if weight.role.keeps_precision:
             continue
         packed, loss = quantizer.pack(weight, o.type)
-
-        def provider(other: Weight, changed: str = weight.name, values: Tensor = decoded(packed)) -> Tensor:
-            return values if other.name == changed else load(other)
-
-        error, kl = float(loss.error.mean()), float(judge.kl(provider).mean())
+        kl = float(judge.kl(only(packed)).mean())
+        error = float(loss.error.mean())
         costs[weight.role].append(kl / error)
         place = {"layer": weight.layer, "role": str(weight.role)}
         yield place | {"relative error": error, "KL": kl, "KL per unit of error": kl / error}
@@ -60,3 +56,9 @@ def sensitivity(o: Sensitivity) -> Rows:
         yield {"role": str(role), "mean KL per unit of error": fmean(found)}
     for name, found in errors.items():
         yield {"format": name, "relative error of expert weights": fmean(found)}
+
+
+def only(packed: Packed) -> Provider:
+    """One weight rounded, all others as they are."""
+    values = decoded(packed)
+    return lambda weight: values if weight.name == packed.weight.name else load(weight)

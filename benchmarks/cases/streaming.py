@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from moequant.runtimes.llama_cpp.engine import Llama
 from moequant.statistics.calibrate import calibrate
 from moequant.text.rows import ROW
 
-SHAPES = {"full": FULL, "small": replace(SMALL, layers=4)}
+SHAPES = {"full": FULL, "small": replace(SMALL, layers=2, experts=8)}
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ def streaming(o: Streaming) -> Rows:
         assert shutil.disk_usage(folder).free > 3 * shape.layers * shape.layer_bytes, f"{folder}: too small"
         build(folder / "model", shape)
         yield alone(routed, folder / "model", o.routed, Resources())
-        for stage in alone(converted, folder / "model", folder / "out.gguf", o.tokens):
-            yield stage
+        yield from alone(converted, folder / "model", folder / "out.gguf", o.tokens)
         yield alone(compared, folder / "model", folder / "out.gguf", o.compared)
 
 
@@ -77,8 +77,8 @@ def depth(o: Depth) -> Rows:
 
 def alone(action: Callable[..., Any], *arguments: Any) -> Any:
     """The action in a fresh process: its peak is nobody else's."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(action, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(action, *arguments).result()
 
 
 def routed(folder: Path, tokens: int, resources: Resources) -> dict[str, Any]:
