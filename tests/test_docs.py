@@ -23,8 +23,8 @@ from moequant.cli import app
 from moequant.runtimes.llama_cpp.kv_cache import UNMODELLED
 from moequant.text import bundled
 from scripts import build_cli_reference
+from tests.models import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -18,7 +18,7 @@ from benchmarks.harness import Rows, case
 from moequant import Settings, convert
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import open_model
-from moequant.containers import gguf
+from moequant.containers.gguf import write as gguf
 from moequant.evaluate.open_source import GgufFile
 from moequant.forward.stream import Resources
 from moequant.rounding.coupled import FISHER_TOKENS, Rounding
@@ -57,7 +57,7 @@ class Ablation(Beside):
 
 @case(
     "What each step of the rounding buys, one after another",
-    Ablation(**TINY, types=("Q2_K_S",), steps=("plain", "feedback", "refit")),
+    Ablation(**TINY, types=("Q2_K_S",), steps=("plain", "refit")),
     ("llama.cpp",),
 )
 def ablation(o: Ablation) -> Rows:

@@ -37,7 +37,11 @@ class Rounding(Beside):
     variants: tuple[str, ...] = ("coupled",)
 
 
-@case("Other bytes at the types of llama.cpp's files", Rounding(**TINY, types=("Q4_K_S",)), ("llama.cpp",))
+@case(
+    "Other bytes at the types of llama.cpp's files",
+    Rounding(**TINY, types=("Q4_0",), variants=("search",)),
+    ("llama.cpp",),
+)
 def rounding(o: Rounding) -> Rows:
     """The same types as llama.cpp's file, other bytes: mean KL divergence in llama.cpp over its own."""
     theirs = llama.Baselines.of(o)

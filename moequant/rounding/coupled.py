@@ -252,7 +252,7 @@ class Coupled:
         parts: dict[str, list[Result]] = {weight.name: [] for weight in group}
         for begin in range(0, first.n_experts, at_once):
             experts = range(begin, min(begin + at_once, first.n_experts))
-            grams = self._collect(layer, first, experts, streams)
+            grams = self.collect(layer, first, experts, streams)
             hessian: Tensor | None = None
             for weight in group:
                 values = self.stream.provider(weight)
@@ -261,7 +261,7 @@ class Coupled:
                 parts[weight.name].append(result)
         return {weight.name: joined(weight, parts[weight.name]) for weight in group}
 
-    def _collect(self, layer: Layer, weight: Weight, experts: range, streams: Streams) -> Grams:
+    def collect(self, layer: Layer, weight: Weight, experts: range, streams: Streams) -> Grams:
         """Grams of these experts of the group of `weight`."""
         assert weight.input is not None
         wanted = weight.input

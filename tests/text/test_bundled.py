@@ -12,8 +12,8 @@ import pytest
 
 from moequant.errors import CorpusError
 from moequant.text import bundled
+from tests.models import ROOT
 
-ROOT = Path(__file__).parents[2]
 CALIB = ROOT / "calib"
 SCRIPT = ROOT / "scripts/build_calib_manifest.py"
 SPLITS: dict[bundled.Split, str] = {"calibration": "text", "evaluation": "eval"}

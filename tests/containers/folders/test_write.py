@@ -241,7 +241,7 @@ def test_memory_is_a_few_tensors(tmp_path: Path) -> None:
     assert size > 180
     run = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)],
-        cwd=Path(__file__).parents[3],
+        cwd=models.ROOT,
         capture_output=True,
         text=True,
         check=False,
