@@ -1,4 +1,4 @@
-"""Writes calib/manifest.json from calib/text, calib/eval, calib/prompts and the generators.
+"""Writes calib/manifest.json from calib/text, calib/eval and calib/prompts.
 
     python scripts/build_calib_manifest.py            write it
     python scripts/build_calib_manifest.py --check    fail when the one there is out of date
@@ -13,51 +13,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moequant import generators
 from moequant.text import bundled
 
 ROOT = Path(__file__).parents[1] / "calib"
 FOLDERS: dict[bundled.Split, str] = {"calibration": "text", "evaluation": "eval"}
-# Another seed for each split, and about as many bytes as the written domains have.
-GENERATED: dict[bundled.Split, tuple[int, int]] = {"calibration": (1, 16_000), "evaluation": (2, 4_000)}
 # From the least to the most demanding; what is sampled and timed comes in this order.
 PROMPTS = ("easy", "average", "long", "malformed")
 # Shorter lines ("</table>", "    return None") are bound to come up twice.
 LONG_LINE = 40
 
 
-def written(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+def domain(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The manifest entry of one folder of files, and their texts."""
     files = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     texts = tuple((folder / file).read_bytes().decode() for file in files)
     size, sha256 = bundled.digest(texts)
-    return {"kind": "written", "files": files, "bytes": size, "sha256": sha256}, texts
-
-
-def generated(domain: str, seed: int, size: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The manifest entry of one generated domain, and its texts."""
-    texts = generators.generate(domain, seed, size)
-    total, sha256 = bundled.digest(texts)
-    return {"kind": "generated", "seed": seed, "bytes": total, "sha256": sha256}, texts
+    if not size:
+        sys.exit(f"{folder}: no text")
+    return {"files": files, "bytes": size, "sha256": sha256}, texts
 
 
 def describe(root: Path, split: bundled.Split) -> tuple[dict[str, Any], set[str]]:
     """The section of one split, and its documents and long lines."""
-    parts = {
-        folder.name: written(folder)
-        for folder in sorted((root / FOLDERS[split]).iterdir())
-        if folder.is_dir()
-    }
-    if clash := parts.keys() & generators.DOMAINS.keys():
-        sys.exit(
-            f"{root / FOLDERS[split]}: {sorted(clash)} are names of generated domains; rename the folders"
-        )
-    parts |= {domain: generated(domain, *GENERATED[split]) for domain in generators.DOMAINS}
-    if empty := [domain for domain, (entry, _) in parts.items() if not entry["bytes"]]:
-        sys.exit(f"{root / FOLDERS[split]}: no text in {empty}")
+    folders = sorted(folder for folder in (root / FOLDERS[split]).iterdir() if folder.is_dir())
+    parts = {folder.name: domain(folder) for folder in folders}
     texts = [text for _, found in parts.values() for text in found]
     lines = {line for text in texts for line in text.splitlines()}
-    section = {"folder": FOLDERS[split], "domains": {domain: parts[domain][0] for domain in sorted(parts)}}
+    section = {"folder": FOLDERS[split], "domains": {name: entry for name, (entry, _) in parts.items()}}
     return section, {*texts, *(line for line in lines if len(line) > LONG_LINE)}
 
 

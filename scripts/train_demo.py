@@ -1,6 +1,6 @@
 """Train the tiny Qwen3-MoE that ships in demo/ (9 MB of bf16) on a CPU, from text that any machine has.
 
-    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 python scripts/train_demo.py --minutes 35 -o demo
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 python -m scripts.train_demo --minutes 35 -o demo
 
 The text is the standard library of the interpreter that runs this program (source code, docstrings and
 the language reference that `pydoc` carries), the calibration text of this repository, and its generators
@@ -20,7 +20,6 @@ import math
 import pydoc_data.topics
 import random
 import sysconfig
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +33,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moequant import generators
 from moequant.text import bundled
+from scripts import generators
+from scripts.training import BATCH, ROW, Recipe, sorted_experts, train
 
 END, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # The pre-tokenizer of Qwen2, which llama.cpp knows as "qwen2". No NFC normalizer: llama.cpp applies none.
@@ -47,9 +47,6 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# llama.cpp's perplexity window; rows of this length make every position it scores a trained one.
-ROW = 512
-BATCH = 8  # rows per step
 
 
 @dataclass(frozen=True)
@@ -59,17 +56,6 @@ class Source:
     name: str
     documents: tuple[str, ...]
     repeats: int
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides a run besides the text. `steps` 0 means: as many as `minutes` allow."""
-
-    seed: int
-    minutes: float
-    steps: int
-    rate: float  # peak learning rate of Muon; AdamW's is a quarter of it
-    balance: float  # weight of the load-balancing loss
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -141,22 +127,6 @@ def rows(sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerFast, seed: 
 # --------------------------------------------------------------------------------------------- model
 
 
-def sorted_experts(experts: nn.Module, hidden: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-    """Experts function for transformers: one matrix product per expert over its tokens, made contiguous.
-
-    hidden [T, d], chosen i64[T, k], gates [T, k] -> [T, d].
-    """
-    k = chosen.shape[1]
-    by_expert = chosen.flatten().argsort(stable=True)
-    counts = chosen.flatten().bincount(minlength=experts.num_experts).tolist()
-    outputs = []
-    for e, tokens in enumerate(hidden[by_expert // k].split(counts)):
-        gate, up = F.linear(tokens, experts.gate_up_proj[e]).chunk(2, dim=-1)
-        outputs.append(F.linear(F.silu(gate) * up, experts.down_proj[e]))
-    unsorted = torch.cat(outputs)[by_expert.argsort()].unflatten(0, (-1, k))
-    return (unsorted * gates.unsqueeze(-1)).sum(dim=1)
-
-
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3MoeForCausalLM:
     """A freshly initialised two-layer Qwen3-MoE of 4.6 million parameters, in float32."""
     config = Qwen3MoeConfig(
@@ -179,100 +149,6 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3MoeForCausa
     )
     torch.manual_seed(seed)
     return Qwen3MoeForCausalLM(config)
-
-
-# ------------------------------------------------------------------------------------------ training
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for matrices and stacks of matrices (K. Jordan et al., 2024).
-
-    torch.optim.Muon takes 2-D parameters only; the experts here are [E, out, in].
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], rate: float) -> None:
-        super().__init__(parameters, {"lr": rate, "initial_lr": rate})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                update = orthogonal(p.grad.lerp(momentum, 0.95))
-                p.mul_(1 - 0.1 * group["lr"])
-                p.add_(update, alpha=-group["lr"] * max(1, p.shape[-2] / p.shape[-1]) ** 0.5)
-
-
-def orthogonal(matrix: Tensor) -> Tensor:
-    """[..., out, in] -> the nearest semi-orthogonal matrix, roughly, by five quintic Newton-Schulz steps."""
-    wide = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
-    x = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
-
-
-def optimizers(model: Qwen3MoeForCausalLM, rate: float) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for attention and experts, AdamW for embeddings, output, router and norms."""
-    named = dict(model.named_parameters())
-    hidden = [n for n in named if n.endswith(("_proj.weight", "gate_up_proj", "down_proj"))]
-    others = [p for n, p in named.items() if n not in hidden]
-    adam = torch.optim.AdamW(others, lr=rate / 4, betas=(0.9, 0.95), weight_decay=0.01)
-    adam.param_groups[0]["initial_lr"] = rate / 4
-    return Muon([named[n] for n in hidden], rate), adam
-
-
-def schedule(progress: float) -> float:
-    """Share of the peak rate at `progress` 0..1: 3 % warm-up, then a cosine down to 2 %."""
-    warm = min(1.0, progress / 0.03)
-    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def train(model: Qwen3MoeForCausalLM, data: Iterator[Tensor], recipe: Recipe, out: Path) -> int:
-    """Train in place, print the loss curve, save every five minutes; the number of steps taken."""
-    steppers = optimizers(model, recipe.rate)
-    begin = printed = saved = time.monotonic()
-    step, losses = 0, []
-    while (progress := run_share(step, time.monotonic() - begin, recipe)) < 1:
-        for group in (g for o in steppers for g in o.param_groups):
-            group["lr"] = group["initial_lr"] * schedule(progress)
-        batch = torch.stack([next(data) for _ in range(BATCH)])
-        answer = model(batch[:, :-1], output_router_logits=True, use_cache=False)
-        loss = F.cross_entropy(answer.logits.flatten(0, 1), batch[:, 1:].flatten())
-        (loss + recipe.balance * sum(map(imbalance, answer.router_logits))).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in steppers:
-            optimizer.step()
-        model.zero_grad()
-        step, losses = step + 1, [*losses, loss.item()]
-        now = time.monotonic()
-        if now - printed > 20:
-            speed = len(losses) * BATCH * ROW / (now - printed)
-            mean = sum(losses) / len(losses)
-            print(f"{progress:6.1%}  step {step:5}  loss {mean:.3f}  {speed:,.0f} tokens/s", flush=True)
-            printed, losses = now, []
-        if now - saved > 300:
-            save(model, out)
-            saved = now
-    return step
-
-
-def imbalance(router_logits: Tensor) -> Tensor:
-    """[T, E] of one layer -> the Switch Transformer's load-balancing loss; 1 when evenly loaded.
-
-    transformers pools the layers before multiplying, so that one layer may make up for another.
-    """
-    probabilities = router_logits.softmax(dim=-1)
-    experts = probabilities.shape[1]
-    load = probabilities.topk(2).indices.flatten().bincount(minlength=experts) / probabilities.shape[0]
-    return experts / 2 * (load * probabilities.mean(dim=0)).sum()
-
-
-def run_share(step: int, seconds: float, recipe: Recipe) -> float:
-    """How much of the run is done, 0..1."""
-    return step / recipe.steps if recipe.steps else seconds / (60 * recipe.minutes)
 
 
 def save(model: Qwen3MoeForCausalLM, out: Path) -> None:
@@ -331,13 +207,12 @@ def main(
     balance: Annotated[float, typer.Option(help="Weight of the load-balancing loss.")] = 0.005,
 ) -> None:
     """Train the demo model and measure it on text it has not seen."""
-    ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
     sources = corpus(seed)
     tokenizer = train_tokenizer(sources, size=2048)
     model = new_model(tokenizer, seed)
     tokenizer.save_pretrained(out, save_jinja_files=False)
     recipe = Recipe(seed, minutes, steps, rate, balance)
-    taken = train(model.train(), rows(sources, tokenizer, seed), recipe, out)
+    taken = train(model, rows(sources, tokenizer, seed), recipe, lambda: save(model, out))
     save(model, out)
     print(
         f"{taken} steps of {BATCH} x {ROW} tokens, {sum(p.numel() for p in model.parameters()):,} parameters"

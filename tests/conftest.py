@@ -34,6 +34,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of a few thousand tokens of the tiny checkpoints."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def mix() -> Path:
     """The shared trained Mixtral checkpoint; the test skips where it is absent."""
     path = models.SHARED / "models" / "mix"

@@ -11,7 +11,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[1]
+"""The checkout."""
+
+SHARED = ROOT.parent / "shared"
 """Trained checkpoints and text that some machines have beside the checkout; tests skip without them."""
 
 QWEN2_SPLIT = (

@@ -14,7 +14,7 @@ PACKAGE = Path(moequant.__file__).parent
 ORDER = [
     {"errors", "escape"},
     {"values", "progress", "files"},
-    {"formats", "families", "generators"},
+    {"formats", "families"},
     {"kernels", "checkpoint"},
     {"text"},
     {"forward"},

@@ -1,10 +1,7 @@
 """The trained model in demo/: what it is, that it learned something, and the program that trained it."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,21 +9,12 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moequant.text import bundled
+from scripts import train_demo, training
 
 DEMO = bundled.path("demo")
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train_demo.py"
 WINDOW = 512
-
-
-@pytest.fixture(scope="module")
-def trainer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_demo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +62,10 @@ def test_the_tokenizer_gives_any_text_back(tokenizer, text):
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-def test_the_tokenizer_is_one_that_llama_cpp_knows(tokenizer, trainer):
+def test_the_tokenizer_is_one_that_llama_cpp_knows(tokenizer):
     parts = json.loads((DEMO / "tokenizer.json").read_text())
     split, byte_level = parts["pre_tokenizer"]["pretokenizers"]
-    assert split["pattern"] == {"Regex": trainer.QWEN2_SPLIT}
+    assert split["pattern"] == {"Regex": train_demo.QWEN2_SPLIT}
     assert byte_level["type"] == "ByteLevel"
     assert parts["normalizer"] is None
     assert len(tokenizer) == 2048
@@ -113,26 +101,35 @@ def test_its_experts_are_all_in_use_and_not_evenly(model, windows):
 
 
 @torch.no_grad()
-def test_the_experts_function_it_was_trained_with_is_the_models_own(model, windows, trainer):
-    ALL_EXPERTS_FUNCTIONS.register("train_demo", trainer.sorted_experts)
+def test_the_experts_function_it_was_trained_with_is_the_models_own(model, windows):
     tokens = windows[:2]
     model.set_experts_implementation("eager")
     expected = model(tokens).logits
-    model.set_experts_implementation("train_demo")
+    model.set_experts_implementation("sorted")
     assert torch.allclose(model(tokens).logits, expected, atol=1e-4)
 
 
-def test_the_balance_loss_is_one_for_an_even_load_and_grows_with_favourites(trainer):
+def test_the_balance_loss_is_one_for_an_even_load_and_grows_with_favourites():
     even = torch.eye(8).repeat(4, 1) + torch.eye(8).roll(1, 0).repeat(4, 1)
-    assert trainer.imbalance(even).item() == pytest.approx(1)
+    assert training.imbalance(even, 2).item() == pytest.approx(1)
     favourite = even.clone()
     favourite[:, 3] += 5
-    assert trainer.imbalance(favourite).item() > 1.5
+    assert training.imbalance(favourite, 2).item() > 1.5
+
+
+def test_training_lowers_the_loss(tokenizer):
+    model = train_demo.new_model(tokenizer, seed=0)
+    # A text of few tokens: four steps are enough to learn which.
+    data = training.rows(torch.arange(3).repeat(training.ROW * training.BATCH), seed=0)
+    probe = next(data)[None]
+    before = model(probe, labels=probe).loss.item()
+    assert training.train(model, data, training.Recipe(steps=4)) == 4
+    assert model(probe, labels=probe).loss.item() < 0.8 * before
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (32, 64), (3, 48, 32)])
-def test_muon_takes_steps_of_nearly_equal_length_in_every_direction(trainer, shape):
+def test_muon_takes_steps_of_nearly_equal_length_in_every_direction(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    singular = torch.linalg.svdvals(trainer.orthogonal(matrix))
+    singular = torch.linalg.svdvals(training.orthogonal(matrix))
     # The five steps are tuned for speed, not for exactness: they land within about 0.7 to 1.2.
     assert singular.min() > 0.6 and singular.max() < 1.3

@@ -8,15 +8,12 @@ blocks, of README.md too, must exist.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import io
 import re
 import shlex
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
@@ -25,8 +22,9 @@ from moequant import families, formats
 from moequant.cli import app
 from moequant.runtimes.llama_cpp.kv_cache import UNMODELLED
 from moequant.text import bundled
+from scripts import build_cli_reference
+from tests.models import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -103,25 +101,14 @@ def options_of(name: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", shown.stdout))
 
 
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "cli_reference", ROOT / "scripts" / "build_cli_reference.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_reference_of_commands_is_current() -> None:
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert page == generator().render(), "run: python scripts/build_cli_reference.py"
+    assert page == build_cli_reference.render(), "run: python scripts/build_cli_reference.py"
 
 
 def test_the_reference_has_what_help_has() -> None:
     """Names and help as the program itself prints them, on a terminal wide enough for every line."""
-    page = generator().render()
+    page = build_cli_reference.render()
     names = {info.callback.__name__ for info in app.registered_commands if info.callback}
     assert set(re.findall(r"^## moequant (\w+)$", page, re.MULTILINE)) == names
     for name in names:

@@ -79,7 +79,7 @@ _PLANS: dict[Effort, _Plan] = {
 }
 
 # For each top code: how far inside the codes 0..top the least and the largest weight land (negative: beyond,
-# so that they are clipped), most useful first. benchmarks/landings.py makes such lists; of several for
+# so that they are clipped), most useful first. benchmarks/cases/landings.py makes such lists; of several for
 # 2 bits, this one served super-blocks with outliers best.
 _ENDS: dict[int, list[tuple[float, float]]] = {
     3: [

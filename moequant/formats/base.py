@@ -42,7 +42,7 @@ class Format:
     `gain` multiplies the weights before they are packed. The scale of least squared error
     shrinks what a coarse code stores (least squares pulls towards 0), and all products of
     a layer shrink together: at 1 to 3 bits that costs more KL divergence than the error
-    that the gain adds (`benchmarks/objective.py`).
+    that the gain adds (`benchmarks/cases/objective.py`).
     """
 
     name: str

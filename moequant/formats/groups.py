@@ -134,7 +134,7 @@ def _block_format(fmt: GroupFormat) -> Format:
 
     def encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
         landings = torch.tensor(_LANDINGS[fmt.bits][: _TRIED[effort]], device=x.device)
-        scale = _search(x, w, landings, fmt)[:, None]
+        scale = search(x, w, landings, fmt)[:, None]
         codes = torch.where(scale != 0, x / scale, 0.0).round_().clamp_(fmt.low, fmt.high) - fmt.low
         none = scale[:, :0]
         return pack_block(Parts(codes.to(torch.uint8), scale, none, scale, none))
@@ -204,7 +204,7 @@ def _unpack_bytes(packed: Tensor, bits: int, n: int) -> Tensor:
 
 
 @kernel
-def _search(x: Tensor, w: Tensor, landings: Tensor, fmt: GroupFormat) -> Tensor:
+def search(x: Tensor, w: Tensor, landings: Tensor, fmt: GroupFormat) -> Tensor:
     """The best storable scale of each group: x, w [n, group] -> f32 [n]."""
     low, high = x.amin(-1), x.amax(-1)
     by = inverse(torch.where(high > -low, high, low))

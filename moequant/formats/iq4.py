@@ -32,7 +32,7 @@ LADDER = Ladder(-32, 31, 1)
 
 # Where the largest weight may land among the values (negative: with a negative scale), most useful first:
 # chosen greedily for the least error over Gaussian and heavy tails, outlier columns, even and uneven
-# importance. Sixteen come within 0.2 % of the optimum over every scale (benchmarks/bounds.py).
+# importance. Sixteen come within 0.2 % of the optimum over every scale (benchmarks/cases/bounds.py).
 LANDINGS = (-128, 114, -110, -140, -122, 128, -104, -132, 108, 90, 120, -154, -84, 146, -174, -136)
 # (landings tried per block, refits of the best one)
 BUDGET_NL = {"fast": (4, 1), "default": (16, 1), "best": (64, 2)}

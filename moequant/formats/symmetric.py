@@ -79,8 +79,8 @@ _PLANS: dict[Effort, _Plan] = {
 }
 
 # For each lowest code: where in the codes, before rounding, the weight of largest size lands, most useful
-# first. benchmarks/landings.py makes such lists; of several for 3 bits, this one served super-blocks with
-# outliers best.
+# first. benchmarks/cases/landings.py makes such lists; of several for 3 bits, this one served
+# super-blocks with outliers best.
 _LANDINGS: dict[int, list[float]] = {
     -4: [-4.2, -3.2, -5.1, -3.8, -4.6, 4, -5.3, -4, -3, -2.2, -3.4, -4.4, -4.8, -3.6, -2.6, -4.1],
     -8: [

@@ -46,7 +46,7 @@ SENSITIVITY: Mapping[Role, float] = {
 }
 """KL divergence per unit of relative error in all of a role's weights, each layer an equal share of it.
 
-Between what one weight at a time costs in two trained models (`benchmarks/sensitivity.py`, results
+Between what one weight at a time costs in two trained models (`benchmarks/cases/sensitivity.py`, results
 beside it) and what whole plans cost them. All experts of a layer count as one weight, because a
 token's top-k weights add up to about one.
 """
@@ -76,7 +76,7 @@ RELATIVE_ERROR: Mapping[str, float] = {
     "MXFP4": 0.0,
 }
 """Importance-weighted squared error over squared weight, default effort, experts of two trained models
-(`benchmarks/sensitivity.py` and `benchmarks/plan.py`, results beside them)."""
+(`benchmarks/cases/sensitivity.py` and `benchmarks/cases/plan.py`, results beside them)."""
 
 EARLY_DOWN = 2.0
 """Down projections of the first eighth of the layers count this many times: errors there pass through

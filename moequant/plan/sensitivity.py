@@ -3,7 +3,7 @@
 A format's damage to a weight is its relative error, from a sample of rows and experts,
 times the loss's sensitivity to that weight, from a probe: the weight alone is quantized
 in the whole model and the KL divergence to the unquantized one is scored. Probes of two
-whole plans, the best for those damages, then say how damages add up. `benchmarks/plan.py`
+whole plans, the best for those damages, then say how damages add up. `benchmarks/cases/plan.py`
 holds predictions against measurements.
 """
 

@@ -265,7 +265,7 @@ class Coupled:
         parts: dict[str, list[Result]] = {weight.name: [] for weight in group}
         for begin in range(0, first.matrices, at_once):
             experts = range(begin, min(begin + at_once, first.matrices))
-            grams = self._collect(layer, first, experts, streams)
+            grams = self.collect(layer, first, experts, streams)
             hessian: Tensor | None = None
             for weight in group:
                 values = self.stream.provider(weight)
@@ -274,7 +274,7 @@ class Coupled:
                 parts[weight.name].append(result)
         return {weight.name: joined(weight, parts[weight.name]) for weight in group}
 
-    def _collect(self, layer: Layer, weight: Weight, experts: range, streams: Streams) -> Grams:
+    def collect(self, layer: Layer, weight: Weight, experts: range, streams: Streams) -> Grams:
         """Grams of these experts of the group of `weight`."""
         assert weight.site is not None
         site, before = weight.site, f"layers.{layer.index}.experts.input"

@@ -37,12 +37,12 @@ def descend_two_sided(
             # Rows that the loss does not feel (weight 0) have their own value for a target, and stay.
             descend(lattice, before + pull * inverse(weight), new, hessian, 1)
             moved = before - lattice.value(new)
-            kept = _accept(moved, pull, hessian, fisher[:, batch][:, :, batch])
+            kept = accepted(moved, pull, hessian, fisher[:, batch][:, :, batch])
             fields.put(batch, old.where(kept, new))
             error[:, :, batch] += torch.where(kept[:, None], moved, 0.0)
 
 
-def _accept(moved: Tensor, pull: Tensor, hessian: Tensor, fisher: Tensor) -> Tensor:
+def accepted(moved: Tensor, pull: Tensor, hessian: Tensor, fisher: Tensor) -> Tensor:
     """bool [E, n]: which moves [E, in, n] of a batch are made; pull [E, in, n] is E G, fisher [E, n, n].
 
     Moving the rows by D changes the objective by tr(G D H Dᵀ) + 2 tr(D H Eᵀ G).

@@ -2,8 +2,8 @@
 
 In a checkout both folders lie beside the package; in an installed wheel they lie inside it, under
 `_bundled/`, where the build puts them. `calib/manifest.json` describes the text: for either split
-and each domain whether it is written (a list of files) or generated (a seed), its bytes and the
-SHA-256 of all of them in order; and of every prompt in `calib/prompts/` the same.
+and each domain its files, a document each, their bytes and the SHA-256 of all of them in order;
+and of every prompt in `calib/prompts/` the same.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from moequant import generators
 from moequant.errors import CorpusError
 
 Split = Literal["calibration", "evaluation"]
@@ -60,7 +59,7 @@ def texts(split: Split, root: Path | None = None) -> dict[str, tuple[str, ...]]:
     section = manifest(root)["splits"][split]
     found: dict[str, tuple[str, ...]] = {}
     for domain, entry in section["domains"].items():
-        found[domain] = _read(root / section["folder"] / domain, entry)
+        found[domain] = _read(root / section["folder"] / domain, entry["files"])
         size, sha256 = digest(found[domain])
         if (size, sha256) != (entry["bytes"], entry["sha256"]):
             raise CorpusError(
@@ -78,17 +77,15 @@ def prompts(root: Path | None = None) -> dict[str, str]:
     root = root or path("calib")
     found = {}
     for name, entry in manifest(root)["prompts"].items():
-        (found[name],) = _read(root / "prompts", {"kind": "written", "files": [f"{name}.txt"]})
+        (found[name],) = _read(root / "prompts", [f"{name}.txt"])
         if digest([found[name]]) != (entry["bytes"], entry["sha256"]):
             raise CorpusError(f"{root}: prompt {name} is not what the manifest says; reinstall moequant")
     return found
 
 
-def _read(folder: Path, entry: dict[str, Any]) -> tuple[str, ...]:
-    """The documents of the domain that `folder` is named for, in the order of the manifest."""
-    if entry["kind"] == "generated":
-        return generators.generate(folder.name, entry["seed"], entry["bytes"])
+def _read(folder: Path, files: Iterable[str]) -> tuple[str, ...]:
+    """The documents in `files` of `folder`, in that order."""
     try:
-        return tuple((folder / file).read_bytes().decode() for file in entry["files"])
+        return tuple((folder / file).read_bytes().decode() for file in files)
     except (OSError, ValueError) as error:
         raise CorpusError(f"{folder}: bundled text is unreadable ({error}); reinstall moequant") from None

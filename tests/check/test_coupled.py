@@ -11,6 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from moequant.commands.convert_folder import convert_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,22 +19,13 @@ from moequant.check.damage import Marks, find
 from moequant.check.figures import CheckReport
 from moequant.commands.check import CheckSettings, check
 from moequant.commands.convert import Settings, convert
-from moequant.commands.convert_folder import convert_folder
 from moequant.containers.folders.plan import FolderSettings
 from moequant.errors import VerifyError
-from tests import models
 
 UP = "blk.1.ffn_up_exps.weight"
 MODULE = "model.layers.1.mlp.experts.{}.up_proj"
 
 Stored = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calib.txt"
-    path.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

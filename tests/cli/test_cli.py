@@ -44,13 +44,6 @@ def model(tiny, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "calib.txt"
-    path.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
-    return path
-
-
 def refused(out: Path, *arguments: object, says: str) -> None:
     """The command fails with one line on stderr, no traceback, and leaves no file behind."""
     before = set(out.parent.iterdir())

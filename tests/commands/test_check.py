@@ -24,17 +24,9 @@ from moequant.cli import app
 from moequant.commands.check import CheckSettings, check
 from moequant.commands.convert import Settings, convert
 from moequant.errors import VerifyError
-from tests import models
 from tests.containers.folders.cases import quantized
 
 UP, DOWN = "blk.1.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calib.txt"
-    path.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -41,13 +41,6 @@ def rows(count: int = 6, length: int = 64) -> Rows:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "eval.txt"
-    path.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def file(tiny, text: Path, tmp_path_factory: pytest.TempPathFactory):
     """`file("mixtral", "Q4_K_M")`: a GGUF of the tiny model, made once."""
     folder = tmp_path_factory.mktemp("files")

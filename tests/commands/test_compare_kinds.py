@@ -13,15 +13,7 @@ from moequant.commands.convert import Settings, convert
 from moequant.errors import MoequantError
 from moequant.evaluate.open_source import open_source
 from moequant.forward.stream import Resources
-from tests import models
 from tests.containers.folders.cases import own_decoder, quantized
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "eval.txt"
-    path.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

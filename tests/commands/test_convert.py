@@ -26,13 +26,6 @@ from tests.clients.llama import Llama
 MOE = ["mixtral", "qwen3_moe", "olmoe"]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calib.txt"
-    path.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
-    return path
-
-
 def settings(text: Path, type_: str, **changes: object) -> Settings:
     return Settings(type_, text, 2048, text, **({"eval_tokens": 1024, "effort": "fast"} | changes))
 

@@ -11,7 +11,6 @@ from moequant.checkpoint import open_checkpoint
 from moequant.plan import read
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
-from tests import models
 from tests.cli.test_cli import run
 from tests.plan.test_sensitivity import rows
 
@@ -19,13 +18,6 @@ from tests.plan.test_sensitivity import rows
 @pytest.fixture(scope="module")
 def model(tiny) -> Path:
     return tiny("mixtral", num_hidden_layers=1)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "calib.txt"
-    path.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
-    return path
 
 
 def test_one_run_measures_writes_and_draws(model: Path, text: Path, tmp_path: Path) -> None:

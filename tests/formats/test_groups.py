@@ -139,7 +139,7 @@ def test_the_compiled_search_loses_nothing() -> None:
     fmt, landings = GroupFormat(4, 128), torch.tensor([-8.6, -10.4, 7.2])
     x = weights(1, TILE["cpu"] // 128, 128)[0].float()
     w = importances(len(x), 128)
-    compiled, eager = groups._search(x, w, landings, fmt), groups._search.eager(x, w, landings, fmt)
+    compiled, eager = groups.search(x, w, landings, fmt), groups.search.eager(x, w, landings, fmt)
     assert (compiled != eager).float().mean() < 0.01
 
     def lost(scale: torch.Tensor) -> torch.Tensor:

@@ -230,19 +230,20 @@ def test_a_weight_of_another_shape_is_named(tiny) -> None:
         calibrate(replace(checkpoint, weights=wrong), rows(), SMALL, provider)
 
 
-def test_memory_does_not_grow_with_depth() -> None:
+def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     """A model of 32 layers needs a few layers more than one of two, which is what malloc keeps for itself."""
-    script = Path(__file__).parents[2] / "benchmarks" / "streaming.py"
     # glibc keeps freed blocks below 32 MB for later; told to map those of a megabyte, it gives them back.
     done = subprocess.run(
-        [sys.executable, script, "--small"],
+        [sys.executable, "-m", "benchmarks", "run", "depth", "--out", tmp_path],
+        cwd=models.ROOT,
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    more = found["deep"]["growth"] - found["shallow"]["growth"]
-    assert more < 12 * found["layer"], "the 30 layers more are not kept"
-    assert found["layers"] == 32 and found["deep"]["reads"] == 1
+    shallow, deep = json.loads((tmp_path / "depth.json").read_text(encoding="utf-8"))["rows"]
+    more = deep["growth"] - shallow["growth"]
+    assert (shallow["layers"], deep["layers"]) == (2, 32)
+    assert more < 12 * deep["layer bytes"], "the 30 layers more are not kept"
+    assert deep["reads of a tensor"] == 1

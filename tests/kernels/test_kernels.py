@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.kernels import cases, reference
+from tests.models import ROOT
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 1e-3
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -85,12 +86,13 @@ def test_grams_are_the_sums_that_the_definition_says(tiny, tmp_path: Path) -> No
         stream.embed(streams.rounded)
         for number in stream.layers():
             layer = Layer(number, stream.skeleton.layers[number], "", Kept())
-            grams = run._collect(layer, weight, range(8), streams)
+            grams = run.collect(layer, weight, range(8), streams)
             break
     experts = block.experts
     for expert in range(8):
         tokens, choice = (index == expert).nonzero(as_tuple=True)
-        inner = experts._apply_gate(seen["x"][tokens].float() @ experts.gate_up_proj[expert].T).double()
+        gate, up = (seen["x"][tokens].float() @ experts.gate_up_proj[expert].T).chunk(2, -1)
+        inner = (F.silu(gate) * up).double()
         expected = ((inner * gates[tokens, choice].double().square()[:, None]).T @ inner).detach()
         for found in (grams.own, grams.cross):  # entries near 0 are sums that cancel: held to the whole
             assert float((found[expert].double() - expected).norm() / expected.norm()) < 1e-5

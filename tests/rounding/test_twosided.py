@@ -12,7 +12,7 @@ from moequant.formats import FORMATS
 from moequant.rounding import Options, round_to_hessian
 from moequant.rounding.feedback import outputs_lost
 from moequant.rounding.lattice import lattice_of
-from moequant.rounding.twosided import _accept, descend_two_sided, even_fisher
+from moequant.rounding.twosided import accepted, descend_two_sided, even_fisher
 from tests.rounding.data import correlated
 
 NAMES = ["Q2_K", "Q4_K", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4", "IQ2_S", "IQ3_XXS", "IQ1_S"]
@@ -57,7 +57,7 @@ def test_accepted_moves_lower_the_objective_together() -> None:
     error = torch.randn(3, 64, 24, generator=g)
     batch = torch.arange(0, 24, 2)
     moved = -0.4 * error[:, :, batch] + 0.5 * torch.randn(3, 64, 12, generator=g)
-    kept = _accept(moved, (error @ fisher)[:, :, batch], hessian, fisher[:, batch][:, :, batch])
+    kept = accepted(moved, (error @ fisher)[:, :, batch], hessian, fisher[:, batch][:, :, batch])
     assert 0 < kept.sum() < kept.numel()
     before = objective(error, hessian, fisher)
     after = error.clone()

@@ -86,7 +86,7 @@ def test_killed_anywhere_it_resumes_with_the_same_bytes(tiny, tmp_path: Path) ->
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parents[2],
+        cwd=models.ROOT,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [line.split() for line in done.stdout.splitlines()]

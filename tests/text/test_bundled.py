@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from moequant import generators
 from moequant.errors import CorpusError
 from moequant.text import bundled
+from tests.models import ROOT
 
-ROOT = Path(__file__).parents[2]
 CALIB = ROOT / "calib"
 SCRIPT = ROOT / "scripts/build_calib_manifest.py"
 SPLITS: dict[bundled.Split, str] = {"calibration": "text", "evaluation": "eval"}
@@ -51,31 +50,26 @@ def test_this_installation_has_its_data() -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_domain_has_the_bytes_and_the_hash_of_the_manifest(split: bundled.Split) -> None:
     for domain, entry in entries(split).items():
-        if entry["kind"] == "written":
-            folder = CALIB / SPLITS[split] / domain
-            assert entry["files"] == sorted(file.name for file in folder.iterdir())
-            data = b"".join((folder / file).read_bytes() for file in entry["files"])
-        else:
-            data = "".join(generators.generate(domain, entry["seed"], entry["bytes"])).encode()
+        folder = CALIB / SPLITS[split] / domain
+        assert entry["files"] == sorted(file.name for file in folder.iterdir())
+        data = b"".join((folder / file).read_bytes() for file in entry["files"])
         assert len(data) == entry["bytes"], domain
         assert hashlib.sha256(data).hexdigest() == entry["sha256"], domain
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_folder_is_in_the_manifest(split: bundled.Split) -> None:
-    listed = {domain for domain, entry in entries(split).items() if entry["kind"] == "written"}
-    assert listed == {folder.name for folder in (CALIB / SPLITS[split]).iterdir() if folder.is_dir()}
+    assert entries(split).keys() == {
+        folder.name for folder in (CALIB / SPLITS[split]).iterdir() if folder.is_dir()
+    }
 
 
 def test_the_set_is_wide_and_long_enough() -> None:
     calibration, evaluation = entries("calibration"), entries("evaluation")
-    written = [entry["bytes"] for entry in calibration.values() if entry["kind"] == "written"]
-    assert len(written) >= 12
-    assert sum(written) >= 120_000
+    sizes = [entry["bytes"] for entry in calibration.values()]
+    assert len(sizes) >= 16
+    assert sum(sizes) >= 180_000
     assert calibration.keys() == evaluation.keys()
-    assert {domain for domain, entry in calibration.items() if entry["kind"] == "generated"} == {
-        *generators.DOMAINS
-    }
 
 
 def test_no_document_and_no_long_line_is_in_both_splits() -> None:

@@ -14,8 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from moequant.errors import CorpusError
 from moequant.text import corpus
 from moequant.text.corpus import MIXED, Document, Rows
-
-SHARED = Path(__file__).parents[3] / "shared"
+from tests.models import SHARED
 
 
 def byte_level_bpe() -> Tokenizer:
@@ -370,8 +369,8 @@ class TestDatasets:
     @pytest.mark.parametrize(
         ("name", "split", "expected"),
         [
-            ("tales", "calibration", [("x", "one\r\n"), ("tales", "two")]),
-            ("tales", "evaluation", [("tales", "held out")]),
+            ("tales:", "calibration", [("x", "one\r\n"), ("tales", "two")]),
+            ("tales:", "evaluation", [("tales", "held out")]),
             ("tales:default:test", "calibration", [("tales", "held out")]),
             ("tales::test", "calibration", [("tales", "held out")]),
         ],
@@ -379,7 +378,7 @@ class TestDatasets:
     def test_rows_become_documents(
         self, name: str, split: corpus.Split, expected: list[tuple[str, str]]
     ) -> None:
-        found = corpus._dataset(name, split, None)
+        found = corpus.read(name, split)
         assert [(document.domain, document.text) for document in found] == expected
 
     @pytest.mark.parametrize(
@@ -391,4 +390,4 @@ class TestDatasets:
     )
     def test_a_split_or_configuration_that_is_not_there(self, name: str, message: str) -> None:
         with pytest.raises(CorpusError, match=message):
-            list(corpus._dataset(name, "calibration", None))
+            corpus.read(name)

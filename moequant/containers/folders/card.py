@@ -28,7 +28,9 @@ class Card:
         """README.md with the front matter that the Hub reads."""
         parts = [self._front(), self._what(), self._how()]
         if self.made.measured:
-            rows = "\n".join(f"| {markdown(name)} | {markdown(value)} |" for name, value in self.made.measured)
+            rows = "\n".join(
+                f"| {markdown(name)} | {markdown(value)} |" for name, value in self.made.measured
+            )
             parts.append(f"## Measured\n\n| | |\n|---|---|\n{rows}\n")
         parts.append(self._loading())
         return "\n".join(parts)

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moequant.commands.convert_folder import pack_all
 from torch import Tensor
 
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings
-from moequant.commands.convert_folder import pack_all
 from moequant.containers.folders import compressed_tensors
 from moequant.containers.folders import write as container
 from moequant.containers.folders.card import Card

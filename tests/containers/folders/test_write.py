@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from moequant.commands.convert_folder import pack_all
 from safetensors import safe_open
 
 from moequant.checkpoint import open_checkpoint
-from moequant.commands.convert_folder import pack_all
 from moequant.containers.folders import write as container
 from moequant.containers.folders.shards import INDEX, Entry, ShardWriter, cut
 from moequant.errors import CheckpointError, OutputError, PlanError, VerifyError
@@ -291,7 +291,7 @@ def test_memory_is_a_few_tensors(tmp_path: Path) -> None:
     assert size > 180
     run = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)],
-        cwd=Path(__file__).parents[3],
+        cwd=models.ROOT,
         capture_output=True,
         text=True,
         check=False,

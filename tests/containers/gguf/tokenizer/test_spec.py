@@ -15,8 +15,9 @@ from moequant.errors import TokenizerError
 from tests.clients.llama import Llama
 from tests.containers.gguf.tokenizer import folders
 from tests.containers.gguf.tokenizer.texts import documents, texts
+from tests.models import SHARED
 
-MIX = Path(__file__).parents[5] / "shared/models/mix"
+MIX = SHARED / "models/mix"
 ROWS = {row.merging or row.whole or "": row for row in tokenizer_pre.TABLE}
 
 

@@ -3,8 +3,9 @@
 import random
 from collections.abc import Callable
 from itertools import accumulate
-from pathlib import Path
 from unicodedata import category, normalize
+
+from tests.models import ROOT
 
 WORDS = (
     "the router sends each token to two experts; gradient flow, weight decay and rounding error are measured "
@@ -145,7 +146,7 @@ def texts(seed: int, each: int, special: tuple[str, ...] = ()) -> dict[str, list
 def documents() -> list[str]:
     """The written calibration texts of this repository in pieces of about 2000 characters, when present."""
     pieces: list[str] = []
-    for path in sorted((Path(__file__).parents[4] / "calib").rglob("*.txt")):
+    for path in sorted((ROOT / "calib").rglob("*.txt")):
         text = path.read_text(encoding="utf-8")
         ends = list(accumulate([2000] * (len(text) // 2000 + 1)))
         pieces += [normalize("NFC", text[end - 2000 : end]) for end in ends]

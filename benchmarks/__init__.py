@@ -1,0 +1,1 @@
+"""Benchmarks: cases under one harness, `python -m benchmarks list`; results in `results/`."""
