@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from moequant.containers.gguf.tokenizer.sentencepiece import merge_alone
+from moequant.containers.gguf.tokenizer.bpe import merge_alone
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.errors import TokenizerError
 from tests.clients.llama import Llama
@@ -78,7 +78,7 @@ def test_merging_alone_is_what_the_library_does(seeds: list[str], text: str) -> 
     merges += [(seed, "a") for seed in seeds] + [(left, right) for left in seeds for right in seeds]
     tokens = {"a", "b", "▁", *(left + right for left, right in merges)}
     model = BPE(vocab={token: i for i, token in enumerate(sorted(tokens))}, merges=merges)
-    symbols, _ = merge_alone(text, {pair: rank for rank, pair in enumerate(merges)})
+    symbols, _ = merge_alone(text, lambda *pair: {p: r for r, p in enumerate(merges)}.get(pair))
     assert symbols == [token.value for token in model.tokenize(text)]
 
 

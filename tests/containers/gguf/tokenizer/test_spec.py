@@ -9,7 +9,7 @@ import gguf
 import pytest
 from tokenizers import Tokenizer
 
-from moequant.containers.gguf.tokenizer import pre as tokenizer_pre
+from moequant.containers.gguf.tokenizer import pre as tokenizer_pre, splittings
 from moequant.containers.gguf.tokenizer.spec import Kind, TokenizerSpec, add_tokenizer, read_tokenizer
 from moequant.errors import TokenizerError
 from tests.clients.llama import Llama
