@@ -194,12 +194,12 @@ TABLE: tuple[PreTokenizer, ...] = (
     PreTokenizer(
         (split(_KIMI), BYTES),
         "kimi-k2",
-        difference=f"words are not split by llama.cpp where their case changes; {_MARKS}",
+        difference=f"words whose letters change case, and 々 and 〆, are not split by llama.cpp; {_MARKS}",
     ),
     PreTokenizer(
         (*map(split, _AFMOE_DIGITS), split(_AFMOE_SCRIPTS), split(_DEEPSEEK_WORDS), BYTES),
         "afmoe",
-        difference="numbers that are not decimal digits are grouped in threes by llama.cpp only",
+        difference="Thai, blanks before numbers and numbers like ³ or Ⅷ are split otherwise by llama.cpp",
     ),
     PreTokenizer(
         (split(r"(?:\r?\n)+(?!\r?\n)", "MergedWithNext False"), split(_cl100k(r"\p{N}")), BYTES),
