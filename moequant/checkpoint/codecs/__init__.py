@@ -4,9 +4,10 @@
 rows at a time, and `repack` takes over into a ggml type those that it holds exactly.
 """
 
-from moequant.checkpoint.codecs.base import Codec, Stored, plain, read_part
+from moequant.checkpoint.codecs.base import plain, read_part
 from moequant.checkpoint.codecs.recognise import activation_scales, recognise
 from moequant.checkpoint.codecs.repack import as_shipped, multiplier, repack
+from moequant.values import Codec, Stored
 
 __all__ = [
     "Codec",

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moequant.checkpoint.codecs.base import Stored, read_part
+from moequant.checkpoint.codecs.base import read_part
 from moequant.checkpoint.codecs.bits import unpack
 from moequant.checkpoint.codecs.integers import Integers, centred
 from moequant.checkpoint.codecs.scales import numbers
-from moequant.values import TensorRef
+from moequant.values import Stored, TensorRef
 
 BITS = 4
 _NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moequant.checkpoint.codecs.base import Stored, damaged, read_part
+from moequant.checkpoint.codecs.base import damaged, read_part
 from moequant.checkpoint.codecs.bits import floats
 from moequant.checkpoint.codecs.integers import Integers
 from moequant.checkpoint.codecs.scales import Grid, scaled, spread
+from moequant.values import Stored
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from moequant.checkpoint.codecs import bits, mxfp4, mxfp6, nvfp4
 from moequant.checkpoint.codecs.awq import Awq
-from moequant.checkpoint.codecs.base import Stored, read_part
+from moequant.checkpoint.codecs.base import read_part
 from moequant.checkpoint.codecs.declared import Declared, Scheme, disagrees
 from moequant.checkpoint.codecs.eight_bit import EightBit
 from moequant.checkpoint.codecs.gptq import Gptq
@@ -21,7 +21,7 @@ from moequant.checkpoint.codecs.nvfp4 import Nvfp4
 from moequant.checkpoint.codecs.packed_int import PackedInt
 from moequant.checkpoint.codecs.scales import Grid, as_grid, fit, misfit
 from moequant.errors import CheckpointError
-from moequant.values import TensorRef
+from moequant.values import Stored, TensorRef
 
 Parts = Mapping[str, TensorRef]
 

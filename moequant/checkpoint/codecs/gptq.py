@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moequant.checkpoint.codecs.base import Stored, read_part
+from moequant.checkpoint.codecs.base import read_part
 from moequant.checkpoint.codecs.bits import period, unpack
 from moequant.checkpoint.codecs.integers import Integers, centred
 from moequant.checkpoint.codecs.packed_int import groups
 from moequant.checkpoint.codecs.scales import numbers
+from moequant.values import Stored
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moequant.checkpoint.codecs.base import Stored, read_part
+from moequant.checkpoint.codecs.base import read_part
 from moequant.checkpoint.codecs.bits import e2m1
 from moequant.checkpoint.codecs.eight_bit import finite
 from moequant.checkpoint.codecs.scales import Grid, scaled
+from moequant.values import Stored
 
 BLOCK = 32
 _GRID = Grid(1, BLOCK)

@@ -12,10 +12,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moequant.checkpoint.codecs.base import Stored, read_part
+from moequant.checkpoint.codecs.base import read_part
 from moequant.checkpoint.codecs.bits import look_up, unpack
 from moequant.checkpoint.codecs.eight_bit import finite
 from moequant.checkpoint.codecs.scales import Grid, scaled
+from moequant.values import Stored
 
 BLOCK = 32
 _GRID = Grid(1, BLOCK)

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moequant.checkpoint.codecs.base import Stored, damaged, read_part
+from moequant.checkpoint.codecs.base import damaged, read_part
 from moequant.checkpoint.codecs.bits import e2m1
 from moequant.checkpoint.codecs.eight_bit import finite
 from moequant.checkpoint.codecs.scales import numbers, scaled
+from moequant.values import Stored
 
 BLOCK = 16
 

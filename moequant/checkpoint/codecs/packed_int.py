@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moequant.checkpoint.codecs.base import Stored, damaged, read_part
+from moequant.checkpoint.codecs.base import damaged, read_part
 from moequant.checkpoint.codecs.bits import period, unpack
 from moequant.checkpoint.codecs.integers import Integers, centred
 from moequant.checkpoint.codecs.scales import Grid
-from moequant.values import TensorRef
+from moequant.values import Stored, TensorRef
 
 
 @dataclass(frozen=True, slots=True)

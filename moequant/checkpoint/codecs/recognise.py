@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from moequant.checkpoint.codecs import forms
-from moequant.checkpoint.codecs.base import Stored, plain
+from moequant.checkpoint.codecs.base import plain
 from moequant.checkpoint.codecs.declared import Declared, disagrees, read_config
 from moequant.errors import CheckpointError
-from moequant.values import TensorRef
+from moequant.values import Stored, TensorRef
 
 Refs = Mapping[str, TensorRef]
 

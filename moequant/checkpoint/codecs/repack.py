@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint.codecs.awq import Awq
-from moequant.checkpoint.codecs.base import Stored, read_part
+from moequant.checkpoint.codecs.base import read_part
 from moequant.checkpoint.codecs.bits import nibbles
 from moequant.checkpoint.codecs.eight_bit import EightBit
 from moequant.checkpoint.codecs.gptq import Gptq
@@ -16,6 +16,7 @@ from moequant.checkpoint.codecs.nvfp4 import Nvfp4
 from moequant.checkpoint.codecs.packed_int import PackedInt
 from moequant.checkpoint.codecs.scales import numbers
 from moequant.formats.layout import half_bytes, join_nibbles
+from moequant.values import Stored
 
 _BITS = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
 """Types of 32 whole numbers and one f16 scale."""

@@ -1,11 +1,13 @@
-"""Special token ids, what is put around a text, and chat templates: the files beside tokenizer.json."""
+"""Special token ids, what is put around a text, and what ends a turn."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from gguf.constants import TokenType as Kind
+
+from moequant.containers.gguf.tokenizer.settings import Settings
+from moequant.containers.gguf.tokenizer.vocabulary import Entry, Source
 from moequant.errors import TokenizerError
 
 Lookup = Callable[[str], int | None]
@@ -24,97 +26,167 @@ _ALWAYS_SPECIAL = _ALWAYS_END | frozenset(
     " <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>"
     " <|file_sep|> <|channel|> <|message|> <|start|> <|constrain|>".split()
 )
-_ENDS_A_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")
+_ENDS_A_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<turn|>", "</assistant>")
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """The JSON files of a model folder that speak of special tokens; absent ones are empty."""
+class Habit:
+    """What the tokens of a family mean, where its files do not say so.
 
-    tokenizer: Mapping[str, Any]
-    special_map: Mapping[str, Any]
-    generation: Mapping[str, Any]
-    model: Mapping[str, Any]
+    marks:   texts that only vocabularies of this family have together.
+    roles:   role to text; bos, unknown and padding only if nothing else names them.
+    visible: texts of special tokens that llama.cpp must print, for its chat parsers read them.
+    bos:     whether a text begins with BOS although the tokenizer's files do not say it.
+    """
+
+    marks: tuple[str, ...]
+    roles: Mapping[str, str]
+    visible: tuple[str, ...] = ()
+    bos: bool = False
 
 
-def read_settings(folder: Path) -> Settings:
-    model = read_json(folder / "config.json", optional=True)
-    return Settings(
-        tokenizer=read_json(folder / "tokenizer_config.json", optional=True),
-        special_map=read_json(folder / "special_tokens_map.json", optional=True),
-        generation=read_json(folder / "generation_config.json", optional=True),
-        # Multimodal configs keep the language model's ids one level down.
-        model={**model.get("text_config", {}), **model},
+HABITS = (
+    # GLM: <|endoftext|> does not end a turn, the next role does.
+    Habit(
+        ("[gMASK]", "<|user|>", "<|observation|>"),
+        {"bos": "[gMASK]", "eot": "<|user|>", "eom": "<|observation|>", "unknown": "<|endoftext|>"},
+    ),
+    # gpt-oss: <|end|> ends a message in the middle of an answer, and generation goes on.
+    Habit(("<|return|>", "<|call|>", "<|end|>"), {"eot": "<|return|>", "eom": "<|call|>"}),
+    Habit(("<|eot|>", "<|eom|>"), {"eot": "<|eot|>", "eom": "<|eom|>"}),  # Llama 4
+    Habit(("<|im_end|>", "<|im_middle|>", "[EOS]"), {"eot": "<|im_end|>"}),  # Kimi K2
+    Habit(("<|bos|>", "<|eos|>", "<|extra_0|>"), {"bos": "<|bos|>"}),  # Hunyuan-A13B
+    Habit(("<|endofassistant|>",), {"eot": "<|endofassistant|>"}),  # dots
+    Habit(  # Gemma 4
+        ("<turn|>", "<|tool_response>"),
+        {"bos": "<bos>", "eot": "<turn|>"},
+        visible=tuple(
+            '<|channel> <channel|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> <|"|>'.split()
+        ),
+        bos=True,
+    ),
+)
+
+
+def habit(lookup: Lookup) -> Habit:
+    """The habit of the family that a vocabulary belongs to; an empty one for most."""
+    known = (h for h in HABITS if all(lookup(mark) is not None for mark in h.marks))
+    return next(known, Habit((), {}))
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """What llama.cpp is told about special tokens.
+
+    ids:       role (bos, eos, eot, eom, unknown, padding) to id.
+    tokens:    the vocabulary's entries, their kinds put right.
+    named_bos: the folder itself says which token is BOS.
+    """
+
+    ids: Mapping[str, int]
+    tokens: list[Entry]
+    add_bos: bool
+    add_eos: bool
+    named_bos: bool
+    notes: tuple[str, ...]
+
+
+def special(source: Source, settings: Settings) -> Special:
+    """The roles of a vocabulary's tokens and what goes around a text."""
+    owner = {text: i for i, (text, _) in enumerate(source.tokens)}
+    lookup = owner.get
+    usual = habit(lookup)
+    named = bool(_candidates("bos", source, settings, lookup))
+    ids, ends, notes = _roles(source, settings, usual, lookup)
+    around = added_around(source, settings, usual, lookup, ids)
+    visible = {token for text in usual.visible if (token := lookup(text)) is not None}
+    tokens = list(source.tokens)
+    for i in visible.union(i for i in ends if i < len(tokens)):
+        if tokens[i][1] in (Kind.CONTROL, Kind.USER_DEFINED):
+            # What ends a turn is no part of the answer.
+            tokens[i] = (tokens[i][0], Kind.USER_DEFINED if i in visible else Kind.CONTROL)
+    stolen = stolen_words(text for text, kind in tokens if kind == Kind.NORMAL)
+    return Special(
+        ids={**ids, **around.ids},
+        tokens=tokens,
+        add_bos=around.bos,
+        add_eos=around.eos,
+        named_bos=named or around.bos,
+        notes=(*notes, *around.notes, *stolen),
     )
 
 
-def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    """The object in a JSON file; TokenizerError when it is missing (unless optional) or not an object."""
-    if optional and not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(
-            f"{path}: expected readable JSON, got {error}; is the download complete?"
-        ) from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+def _roles(
+    source: Source, settings: Settings, usual: Habit, lookup: Lookup
+) -> tuple[dict[str, int], list[int], list[str]]:
+    """Ids of the roles, every id that ends a text, and notes.
 
-
-def special_ids(
-    settings: Settings, lookup: Lookup, text_of: Callable[[int], str]
-) -> tuple[dict[str, int], list[str]]:
-    """Ids for the roles bos, eos, eot, eom, unknown, padding, as far as the folder names them; and notes.
-
-    The tokenizer's own files win over generation_config.json, and that over config.json. Raises
-    TokenizerError when nothing ends a text: llama.cpp would then take id 11 (or 2) for that.
+    The tokenizer's own files win over the family's habit, that over generation_config.json, and that over
+    config.json. Raises TokenizerError when nothing ends a text: llama.cpp would then take id 11 (or 2).
     """
-    roles = {"bos": "bos", "unknown": "unk", "padding": "pad"}
-    ids = {role: found[0] for role, name in roles.items() if (found := _candidates(name, settings, lookup))}
-    ends = _candidates("eos", settings, lookup)
+    habits = {role: token for role, text in usual.roles.items() if (token := lookup(text)) is not None}
+    ids: dict[str, int] = {}
+    for role, name in {"bos": "bos", "unknown": "unk", "padding": "pad"}.items():
+        own = _named(name, settings, lookup)
+        found = own or [habits[role]] if role in habits else _candidates(name, source, settings, lookup)
+        if found:
+            ids[role] = found[0]
+    ends = _candidates("eos", source, settings, lookup)
     if not ends:
         raise TokenizerError(
             "no end-of-sequence token; expected eos_token in tokenizer_config.json or eos_token_id in "
             "generation_config.json"
         )
     ids["eos"] = ends[0]
-    turn = [i for i in ends if text_of(i) in _ENDS_A_TURN] or ends[1:]
-    if turn:
+    ids |= {role: habits[role] for role in ("eot", "eom") if role in habits}
+
+    def text_of(token: int) -> str:
+        return source.tokens[token][0] if token < len(source.tokens) else f"[PAD{token}]"
+
+    if "eot" not in ids and (turn := [i for i in ends if text_of(i) in _ENDS_A_TURN] or ends[1:]):
         ids["eot"] = turn[0]
     rest = [i for i in ends if i not in ids.values() and text_of(i) not in _ALWAYS_END]
     message = lookup("<|eom_id|>")
-    if message is not None:
+    if "eom" not in ids and message is not None:
         ids["eom"] = message
-    elif rest:
+    elif "eom" not in ids and rest:
         ids["eom"] = rest.pop(0)
-    return ids, [
-        f"llama.cpp does not stop at {text_of(i)!r} (id {i}), which generation_config.json lists"
-        for i in rest
-    ]
+    return (
+        ids,
+        ends,
+        [
+            f"llama.cpp does not stop at {text_of(i)!r} (id {i}), which generation_config.json lists"
+            for i in rest
+        ],
+    )
 
 
-def _candidates(name: str, settings: Settings, lookup: Lookup) -> list[int]:
+def _candidates(name: str, source: Source, settings: Settings, lookup: Lookup) -> list[int]:
     """Every id the folder gives for bos, eos, unk or pad, the most binding first, none twice."""
-    found: list[int] = []
+    role = {"unk": "unknown", "pad": "padding"}.get(name, name)
+    fixed = lookup(source.roles[role]) if role in source.roles else None
+    found = [*_named(name, settings, lookup), *([] if fixed is None else [fixed])]
+    return list(dict.fromkeys([*found, *_numbered(name, settings)]))
+
+
+def _named(name: str, settings: Settings, lookup: Lookup) -> list[int]:
+    """Ids of the texts that the tokenizer's files give for bos, eos, unk or pad."""
+    found = []
     for file in (settings.tokenizer, settings.special_map):
-        entry = file.get(f"{name}_token")
-        text = entry.get("content") if isinstance(entry, dict) else entry
-        if not isinstance(text, str):
-            continue
-        token = lookup(text)
-        if token is None and name in ("bos", "eos"):
+        text = file.token(f"{name}_token")
+        token = None if text is None else lookup(text)
+        if text is not None and token is None and name in ("bos", "eos"):
             raise TokenizerError(
-                f"{name}_token {text!r} is not in tokenizer.json; expected one of its tokens"
+                f"{file.file}: {name}_token {text!r} is not in the vocabulary; expected one of its tokens"
             )
-        if token is not None:
-            found.append(token)
-    for file in (settings.generation, settings.model):
-        value = file.get(f"{name}_token_id")
-        values = value if isinstance(value, list) else [value]
-        found += [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
-    return list(dict.fromkeys(found))
+        found += [] if token is None else [token]
+    return found
+
+
+def _numbered(name: str, settings: Settings) -> list[int]:
+    """The ids that the model's files give."""
+    files = (settings.generation, settings.model, settings.inner_model)
+    return [token for file in files for token in file.ids(f"{name}_token_id")]
 
 
 def stolen_words(ordinary: Iterable[str]) -> list[str]:
@@ -160,7 +232,7 @@ class Added:
 
 
 def added_around(
-    post_processor: Mapping[str, Any] | None, settings: Settings, lookup: Lookup, ids: Mapping[str, int]
+    source: Source, settings: Settings, usual: Habit, lookup: Lookup, ids: Mapping[str, int]
 ) -> Added:
     """What llama.cpp should add around a text.
 
@@ -171,8 +243,8 @@ def added_around(
     notes: list[str] = []
     out: dict[str, int] = {}
     adds: dict[str, bool] = {}
-    for role, tokens in zip(("bos", "eos"), frame(post_processor), strict=True):
-        wanted = settings.tokenizer.get(f"add_{role}_token")
+    for role, tokens in zip(("bos", "eos"), frame(source.post_processor), strict=True):
+        wanted = settings.tokenizer.flag(f"add_{role}_token")
         adds[role] = len(tokens) == 1
         if len(tokens) > 1:
             notes.append(
@@ -187,29 +259,10 @@ def added_around(
             out[role] = token
             if wanted is False:
                 notes.append(f"add_{role}_token is false but tokenizer.json adds {tokens[0]!r}; it is added")
-        elif wanted is True and role in ids:
+        elif role in ids and source.adds_bos:
+            adds[role] = role == "bos" if wanted is None else wanted
+        elif role in ids and (wanted or (wanted is None and role == "bos" and usual.bos)):
             adds[role] = True
-            notes.append(
-                f"add_{role}_token is true though tokenizer.json's post-processor adds none; it is added"
-            )
+            why = f"add_{role}_token is true" if wanted else "this family begins texts with it"
+            notes.append(f"{why} though tokenizer.json's post-processor adds none; it is added")
     return Added(bos=adds["bos"], eos=adds["eos"], ids=out, notes=tuple(notes))
-
-
-def chat_templates(folder: Path, settings: Settings) -> tuple[tuple[str, str], ...]:
-    """(name, template) pairs, "default" first; template files win over tokenizer_config.json."""
-    templates: dict[str, str] = {}
-    inline = settings.tokenizer.get("chat_template")
-    if inline is None:
-        inline = read_json(folder / "chat_template.json", optional=True).get("chat_template")
-    if isinstance(inline, str):
-        templates["default"] = inline
-    elif isinstance(inline, list):
-        templates = {entry["name"]: entry["template"] for entry in inline}
-    elif isinstance(inline, dict):
-        templates = dict(inline)
-    files = [folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))]
-    for path in files:
-        if path.is_file():
-            name = "default" if path is files[0] else path.stem
-            templates[name] = path.read_text(encoding="utf-8")
-    return tuple(sorted(templates.items(), key=lambda item: (item[0] != "default", item[0])))

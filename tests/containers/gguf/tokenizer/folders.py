@@ -3,13 +3,13 @@
 import base64
 import functools
 import json
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from tests.containers.gguf.tokenizer.families import Step
 from tests.containers.gguf.tokenizer.texts import texts, training_text
 
 EOS, BOS = "<|endoftext|>", "<s>"
@@ -32,31 +32,18 @@ def special(content: str, token: int, **flags: bool) -> dict[str, Any]:
     return {"id": token, "content": content, **plain, "special": True, **flags}
 
 
-def splitter(steps: Sequence[str]) -> pre_tokenizers.PreTokenizer:
-    """The pre-tokenizer that `tokenizer_pre.describe` gives these steps for."""
-    byte_level = functools.partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
-    known = {
-        "bytes": lambda: byte_level(use_regex=False),
-        "gpt-2 words, bytes": lambda: byte_level(use_regex=True),
-        "each digit": lambda: pre_tokenizers.Digits(individual_digits=True),
-    }
-    parts = [
-        known[step]()
-        if step in known
-        else pre_tokenizers.Split(Regex(step.removeprefix("split ")), "isolated")
-        for step in steps
-    ]
-    return parts[0] if len(parts) == 1 else pre_tokenizers.Sequence(parts)
-
-
-def train_byte_level(folder: Path, steps: Sequence[str], nfc: bool = False) -> Path:
-    """A byte-level BPE of 5000 tokens trained with the splitting `steps`."""
+def train_byte_level(folder: Path, pre_tokenizer: Step, nfc: bool = False) -> Path:
+    """A byte-level BPE of 5000 tokens trained with a pre-tokenizer."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = splitter(steps)
+    tokenizer = _with(tokenizer.to_str(), pre_tokenizer)
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.train_from_iterator(training_text(1), _trainer(5000))
     return save(folder, json.loads(tokenizer.to_str()), eos_token=EOS, bos_token=BOS)
+
+
+def _with(tokenizer: str, pre_tokenizer: Step) -> Tokenizer:
+    return Tokenizer.from_str(json.dumps({**json.loads(tokenizer), "pre_tokenizer": pre_tokenizer}))
 
 
 @functools.cache
@@ -68,14 +55,12 @@ def _unsplit() -> str:
     return tokenizer.to_str()
 
 
-def across_words(folder: Path, steps: Sequence[str], ignore_merges: bool = False) -> Path:
-    """A tokenizer with the splitting `steps` whose vocabulary was trained without any.
+def across_words(folder: Path, pre_tokenizer: Step, ignore_merges: bool = False) -> Path:
+    """A tokenizer with a pre-tokenizer whose vocabulary was trained without any.
 
     Its tokens reach across the words of every splitting, so that a cut in another place shows in the ids.
     """
-    tokenizer = Tokenizer.from_str(_unsplit())
-    tokenizer.pre_tokenizer = splitter(steps)
-    content = json.loads(tokenizer.to_str())
+    content = {**json.loads(_unsplit()), "pre_tokenizer": pre_tokenizer}
     content["model"]["ignore_merges"] = ignore_merges
     return save(folder, content, eos_token=EOS, bos_token=BOS)
 
@@ -165,7 +150,7 @@ def package_file(package: str, name: str) -> Path | None:
     return path if path and path.is_file() else None
 
 
-def from_tiktoken(folder: Path, ranks_file: Path, steps: Sequence[str], size: int | None) -> Path:
+def from_tiktoken(folder: Path, ranks_file: Path, pre_tokenizer: Step, size: int) -> Path:
     """A Qwen vocabulary in tiktoken's format as tokenizer.json: the first `size` tokens, with NFC."""
     lines = ranks_file.read_bytes().splitlines()[:size]
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
@@ -174,8 +159,7 @@ def from_tiktoken(folder: Path, ranks_file: Path, steps: Sequence[str], size: in
     merges = [[spell[part] for part in pair] for token in ranks if (pair := _made_from(token, ranks))]
     tokenizer = Tokenizer(models.BPE(vocab={spell[token]: rank for token, rank in ranks.items()}, merges=[]))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = splitter(steps)
-    content = json.loads(tokenizer.to_str())
+    content = {**json.loads(tokenizer.to_str()), "pre_tokenizer": pre_tokenizer}
     content["model"]["merges"] = merges
     content["added_tokens"] = [special(token, len(ranks) + i) for i, token in enumerate(QWEN_CHAT)]
     return save(folder, content, eos_token="<|im_end|>", bos_token=None)

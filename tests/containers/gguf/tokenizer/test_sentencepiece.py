@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from moequant.containers.gguf.tokenizer.sentencepiece import merge_alone
+from moequant.containers.gguf.tokenizer.bpe import merge_alone
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.errors import TokenizerError
 from tests.clients.llama import Llama
@@ -56,6 +56,70 @@ def test_metaspace_differs_only_where_noted(scheme: str, tmp_path: Path) -> None
     assert all(text.startswith(blank) or any(place in text for place in after) for text in wrong)
 
 
+SPLIT_AT_BLANKS = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
+
+
+def gemma(folder: Path, with_bos: bool) -> Path:
+    """Gemma's shape: blanks are replaced first, line breaks have tokens of their own, and merges."""
+    made = folders.sentencepiece_style(folder, folders.ESCAPE, SPLIT_AT_BLANKS)
+
+    def change(content: Any) -> None:
+        model = content["model"]
+        for text in ("\n", "\n\n", "\n\n\n\n"):
+            model["vocab"].setdefault(text, len(model["vocab"]))
+        model["merges"] += [["\n", "\n"], ["\n\n", "\n\n"]]
+        content["post_processor"] = content["post_processor"] if with_bos else None
+
+    edit(made, change)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("with_bos", "model", "pre"), [(True, "gemma4", "gemma4"), (False, "gpt2", "sarvam-moe")]
+)
+def test_gemma_and_sarvam(with_bos: bool, model: str, pre: str, tmp_path: Path) -> None:
+    folder = gemma(tmp_path, with_bos)
+    spec = read_tokenizer(folder)
+    assert (spec.model, spec.pre, spec.space_prefix, spec.add_bos) == (model, pre, False, with_bos)
+    assert (spec.scores is not None, spec.merges is not None, spec.notes) == (with_bos, True, ())
+    assert mismatches(folder, spec, tmp_path / "v.gguf", 100, ("<s>", "</s>")) == {}
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with Llama(tmp_path / "v.gguf", vocab_only=True) as ours:
+        for text in ("two experts", "a\n\n\n\n\n\n\nb \n\n", "\n" * 9):
+            assert ours.tokenize(text, add_special=True) == theirs.encode(text).ids
+        assert ours.detokenize(ours.tokenize("zwei  Experten\n\n")) == "zwei  Experten\n\n"
+
+
+def test_what_gemmas_algorithm_does_otherwise_is_noted(tmp_path: Path) -> None:
+    folder = gemma(tmp_path, with_bos=True)
+
+    def change(content: Any) -> None:
+        model = content["model"]
+        for text in ("\nb", "\n\n\n"):
+            model["vocab"][text] = len(model["vocab"])
+        model["merges"].append(["\n", "b"])
+
+    edit(folder, change)
+    spec = read_tokenizer(folder)
+    assert len(spec.notes) == 2
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with Llama(write(spec, tmp_path / "v.gguf"), vocab_only=True) as ours:
+        for text in ("a\nb", "\n\n\n"):
+            assert ours.tokenize(text) != theirs.encode(text, add_special_tokens=False).ids
+
+
+def test_a_very_long_token_takes_no_quadratic_time() -> None:
+    """Half a million characters that merge all the way; the old reader took hours."""
+    ranks = {("a" * 2**i, "a" * 2**i): i for i in range(19)}
+    symbols, last = merge_alone("a" * 2**19, lambda *pair: ranks.get(pair))
+    assert symbols == ["a" * 2**19] and last == ("a" * 2**18, "a" * 2**18)
+
+
 def test_cuts_before_blanks_need_a_vocabulary_without_inner_blanks(tmp_path: Path) -> None:
     folder = folders.sentencepiece_style(tmp_path, None, folders.metaspace("never", split=True))
     with pytest.raises(TokenizerError, match="Metaspace"):
@@ -78,7 +142,8 @@ def test_merging_alone_is_what_the_library_does(seeds: list[str], text: str) -> 
     merges += [(seed, "a") for seed in seeds] + [(left, right) for left in seeds for right in seeds]
     tokens = {"a", "b", "▁", *(left + right for left, right in merges)}
     model = BPE(vocab={token: i for i, token in enumerate(sorted(tokens))}, merges=merges)
-    symbols, _ = merge_alone(text, {pair: rank for rank, pair in enumerate(merges)})
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    symbols, _ = merge_alone(text, lambda *pair: ranks.get(pair))
     assert symbols == [token.value for token in model.tokenize(text)]
 
 

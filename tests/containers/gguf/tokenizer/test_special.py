@@ -11,7 +11,8 @@ from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.errors import TokenizerError
 from tests.clients.llama import Llama
 from tests.containers.gguf.tokenizer import folders
-from tests.containers.gguf.tokenizer.test_spec import ROWS, edit, write
+from tests.containers.gguf.tokenizer.families import FAMILIES
+from tests.containers.gguf.tokenizer.test_spec import edit, write
 
 TURN = "<|im_end|>"
 
@@ -19,7 +20,7 @@ TURN = "<|im_end|>"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A byte-level tokenizer with tokens <|endoftext|> (0), <s> (1) and a last one, <|im_end|>."""
-    made = folders.across_words(tmp_path / "tokenizer", ROWS["qwen2"].steps)
+    made = folders.across_words(tmp_path / "tokenizer", FAMILIES["qwen 3"].pre_tokenizer)
     edit(made, lambda t: t["added_tokens"].append(folders.special(TURN, len(t["model"]["vocab"]))))
     return made
 
