@@ -60,6 +60,51 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 3,
         "norm_topk_prob": False,
     },
+    "deepseek_v3": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "num_mtp_layers": 0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 256,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    },
+    "gpt_oss": {
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+        "intermediate_size": 192,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": 48,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 256,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": True,
+        },
+    },
     "llama": {"intermediate_size": 512},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
 }
@@ -111,6 +156,11 @@ def build(
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             if name.endswith(("mlp.gate.weight", "gate_up_proj", "q_proj.weight")):
                 parameter.mul_(2.0)
+            if "bias" in name or name.endswith("sinks"):
+                parameter.normal_(0, 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.1)
     model.to(dtype).save_pretrained(folder, **(save or {}))
     tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moequant import families
-from moequant.checkpoint.codecs import plain
+from moequant.checkpoint.codecs import as_shipped, recognise, repack
 from moequant.checkpoint.headers import read_headers, read_json
 from moequant.errors import CheckpointError, FamilyError
 from moequant.families import Config, Family, Get, Slot
@@ -25,6 +25,9 @@ from moequant.values.ops import Part, apply, shape_after
 
 FLOATS = ("BF16", "F16", "F32")
 """Types that a stored tensor may decode to."""
+
+MODELOPT = "hf_quant_config.json"
+"""Where ModelOpt says how it quantized."""
 
 MOST = 1 << 20
 """More layers or experts than this are a slip of the config, and would be looped over."""
@@ -94,12 +97,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path}: not a Hugging Face model folder (config.json and *.safetensors expected)"
         )
     raw = read_json(path / "config.json")
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"]
-        method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-        raise CheckpointError(f"{path}: already quantized ({method}); give the bf16, f16 or f32 checkpoint")
     family = families.find(raw)
-    stored = {renamed(family, name): plain(ref) for name, ref in read_headers(path).items()}
+    quantization = _quantization(path, raw)
+    found = recognise(read_headers(path), quantization)
+    stored = {renamed(family, name): each for name, each in found.items()}
     tied = _tied(path, bool(make_config(family, raw).tie_word_embeddings), stored)
     config = make_config(family, raw, tied)
     shape = _shape(family, config)
@@ -111,6 +112,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{[shape.vocab, shape.hidden]} (vocab_size, hidden_size)"
         )
     return Checkpoint(path, raw, config, family, shape, weights, skipped)
+
+
+def _quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the checkpoint says that it is quantized: in config.json, or in ModelOpt's own file."""
+    inner = raw.get("text_config")
+    nested = inner.get("quantization_config") if isinstance(inner, dict) else None
+    found = raw.get("quantization_config") or nested
+    if found is None and (path / MODELOPT).is_file():
+        found = read_json(path / MODELOPT)
+    if found is not None and not isinstance(found, dict):
+        raise CheckpointError(
+            f"{path / 'config.json'}: quantization_config is {found!r}; an object was expected"
+        )
+    return found
 
 
 def load(weight: Weight, matrices: range | None = None) -> Tensor:
@@ -131,6 +146,24 @@ def load(weight: Weight, matrices: range | None = None) -> Tensor:
         out[at] = one
     assert out is not None
     return out
+
+
+def load_packed(weight: Weight) -> Tensor | None:
+    """What is stored, in the bytes of the type that holds it exactly, u8 [.., rows, row_bytes]; None when a
+    look at the values shows that it does not."""
+    origin, kind = weight.origin, weight.origin.shipped
+    if kind is None or kind in FLOATS:
+        return None
+    stacked = len(origin.stored) == 1 and len(origin.stored[0].shape) == 3
+    count = weight.matrices if weight.is_expert else 1
+    parts = []
+    for number in range(count):
+        stored = origin.stored[0] if stacked or count == 1 else origin.stored[number]
+        rows = repack(stored, kind, number if stacked else None, range(stored.shape[-2]))
+        if rows is None:
+            return None
+        parts.append(apply(origin.ops, rows))
+    return torch.stack(parts) if weight.is_expert else parts[0].contiguous()
 
 
 def _matrix(origin: Origin, number: int) -> Tensor:
@@ -279,12 +312,18 @@ def _weight(slot: Slot, layer: int | None, shape: ModelShape, stored: Mapping[st
         layer=layer,
         shape=whole,
         stack=slot.stack,
-        origin=Origin(tensors, way.ops),
+        origin=Origin(tensors, way.ops, _holds(tensors)),
         place=Place(slot.param, slot.ops),
         site=slot.site,
         names=_release_names(slot, shape.experts),
         adds=slot.adds,
     )
+
+
+def _holds(tensors: tuple[Stored, ...]) -> str | None:
+    """The ggml type that holds exactly what all of the tensors do."""
+    kinds = {as_shipped(each) for each in tensors}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def _there(way: Get, experts: int, stored: Mapping[str, Stored]) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from moequant.errors import FamilyError
 from moequant.families.base import Config, Family, Get, Slot
+from moequant.families.deepseek_v3 import DEEPSEEK_V3
+from moequant.families.gpt_oss import GPT_OSS
 from moequant.families.llama import LLAMA, MISTRAL
 from moequant.families.mixtral import MIXTRAL
 from moequant.families.olmoe import OLMOE
@@ -15,7 +17,16 @@ from moequant.families.qwen3_moe import QWEN3_MOE
 
 __all__ = ["FAMILIES", "Config", "Family", "Get", "Slot", "find"]
 
-FAMILIES: tuple[Family, ...] = (MIXTRAL, QWEN3_MOE, OLMOE, LLAMA, MISTRAL, QWEN3)
+FAMILIES: tuple[Family, ...] = (
+    MIXTRAL,
+    QWEN3_MOE,
+    OLMOE,
+    DEEPSEEK_V3,
+    GPT_OSS,
+    LLAMA,
+    MISTRAL,
+    QWEN3,
+)
 
 
 def find(raw: Mapping[str, Any]) -> Family:

@@ -73,7 +73,6 @@ RELATIVE_ERROR: Mapping[str, float] = {
     "Q5_1": 1.05e-3,
     "Q6_K": 2.5e-4,
     "Q8_0": 2.2e-5,
-    "MXFP4": 0.0,
 }
 """Importance-weighted squared error over squared weight, default effort, experts of two trained models
 (`benchmarks/cases/sensitivity.py` and `benchmarks/cases/plan.py`, results beside them)."""
@@ -120,14 +119,15 @@ def candidates(weight: Weight) -> tuple[str, ...]:
     if weight.n_in % 32:
         return ("F16",)
     names = CANDIDATES if weight.n_in % 256 == 0 else SHORT_CANDIDATES
-    if is_mxfp4(weight):
-        names = (*names, "MXFP4")  # the very numbers that are stored
+    if (exact := as_stored(weight)) is not None and exact not in names:
+        names = (*names, exact)
     return tuple(sorted(names, key=bits_of))
 
 
-def is_mxfp4(weight: Weight) -> bool:
-    """Whether the checkpoint stores it as MXFP4."""
-    return all(stored.codec.name == "mxfp4" for stored in weight.origin.stored)
+def as_stored(weight: Weight) -> str | None:
+    """The format that has the very numbers of the checkpoint in fewer bits than floats, if one does."""
+    kind = weight.origin.shipped
+    return None if kind in (None, "F32", "F16", "BF16", "NVFP4") else kind
 
 
 def prior_damages(weights: tuple[Weight, ...], layers: int) -> Damages:
@@ -135,7 +135,10 @@ def prior_damages(weights: tuple[Weight, ...], layers: int) -> Damages:
     sensitivity = {weight.name: _sensitivity(weight, layers) for weight in weights}
     table = {
         weight.name: {
-            name: sensitivity[weight.name] * RELATIVE_ERROR.get(name, 0.0) for name in candidates(weight)
+            name: 0.0
+            if name == as_stored(weight)
+            else sensitivity[weight.name] * RELATIVE_ERROR.get(name, 0.0)
+            for name in candidates(weight)
         }
         for weight in weights
     }

@@ -25,6 +25,7 @@ from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
 from moequant.forward.resume import Resumable
 from moequant.plan import Damages, allocate, candidates, groups, make_units, prior_damages
+from moequant.plan.damages import as_stored
 from moequant.progress import available_bytes
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, InputStats, Weight
@@ -113,6 +114,9 @@ def sample_errors(weight: Weight, stats: InputStats | None, probing: Probing) ->
     total = (sample.double().square().sum(1) * share).sum()
     errors = {}
     for name in names:
+        if name == as_stored(weight):
+            errors[name] = 0.0
+            continue
         fmt = formats.get(name)
         decoded = formats.dequantize(fmt, formats.quantize(fmt, sample, columns, probing.effort))
         error = ((sample - decoded).double().square().sum(1) * share).sum()

@@ -215,7 +215,8 @@ class Coupled:
         for weight in weights:
             if weight.name not in self.formats:
                 continue
-            if weight.site is None or self.formats[weight.name] in UNROUNDED:
+            name = self.formats[weight.name]
+            if weight.site is None or name in UNROUNDED or name == weight.origin.shipped:
                 done[weight.name] = self.plain(weight, self.formats[weight.name])
             else:
                 groups.setdefault(weight.site.name, []).append(weight)
@@ -277,12 +278,12 @@ class Coupled:
     def collect(self, layer: Layer, weight: Weight, experts: range, streams: Streams) -> Grams:
         """Grams of these experts of the group of `weight`."""
         assert weight.site is not None
-        site, before = weight.site, f"layers.{layer.index}.experts.input"
+        site, routed = weight.site, f"layers.{layer.index}.experts.input"
         grams = Grams.empty(len(experts), weight, self.stream.resources.device)
         block = layer.part(site.module) if weight.is_expert else None
 
         def work(batch: int) -> Pair:
-            exact, rounded = (Capture(site, before, layer.middle, inner) for inner in (False, True))
+            exact, rounded = (Capture(site, routed, layer.middle, inner) for inner in (False, True))
             told = layer.kept.recorders(batch, exact, rounded)
             self.stream.run(layer.index, batch, streams.exact, told[0], layer.original)
             self.stream.run(layer.index, batch, streams.rounded, told[1])

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moequant import formats
-from moequant.checkpoint import Checkpoint, load, not_finite
+from moequant.checkpoint import Checkpoint, load, load_packed, not_finite
 from moequant.errors import CheckpointError, FormatError
 from moequant.formats import Effort
 from moequant.statistics.importance import Gating, importance
@@ -35,9 +35,19 @@ class Quantizer:
         return self.calibration.inputs[weight.site.name]
 
     def pack(self, weight: Weight, format_name: str) -> tuple[Packed, ExpertLoss]:
-        """Load, quantize and measure one weight. CheckpointError names a weight that is not finite."""
-        values = load(weight)
+        """Load, quantize and measure one weight; one that is stored in that very format is taken over as it
+        is.
+
+        CheckpointError names a weight that is not finite.
+        """
         stats = self.stats(weight)
+        seen = stats.tokens if stats is not None and weight.is_expert else None
+        if format_name == weight.origin.shipped and (exact := load_packed(weight)) is not None:
+            lost = torch.zeros(weight.matrices, dtype=torch.float64)
+            return Packed(weight, format_name, exact), ExpertLoss(
+                weight.name, weight.role, weight.layer, format_name, lost, seen
+            )
+        values = load(weight)
         columns = importance(stats, self.gating) if stats is not None else None
         if columns is not None and values.ndim == 2:
             columns = columns[0]
@@ -53,7 +63,7 @@ class Quantizer:
             weight.layer,
             format_name,
             relative_error(fmt, matrix, data, columns),
-            stats.tokens if stats is not None and weight.is_expert else None,
+            seen,
         )
         return Packed(weight, format_name, data), loss
 

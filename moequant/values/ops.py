@@ -267,6 +267,11 @@ class NegativeExp(Op):
 Ops = tuple[Op, ...]
 
 
+def on_rows(op: Op) -> bool:
+    """Whether an op moves whole rows: it does the same to rows in the bytes of a format."""
+    return isinstance(op, Part | Interleaved | Grouped | Taken) and op.axis == -2
+
+
 def shape_after(ops: Sequence[Op], shape: Shape) -> Shape:
     """The shape of what the ops make, one after the other; ValueError when one cannot."""
     for op in ops:

@@ -7,7 +7,7 @@ from enum import Enum, StrEnum, auto
 from math import prod
 from typing import Literal
 
-from moequant.values.ops import Ops, shape_after
+from moequant.values.ops import Ops, on_rows, shape_after
 from moequant.values.stored import Stored
 
 
@@ -115,11 +115,18 @@ class Place:
 class Origin:
     """Where a weight's values come from: each of `stored`, or each matrix of the one stack, through `ops`.
 
-    Several stored tensors are stacked, one expert behind the other.
+    Several stored tensors are stacked, one expert behind the other. `holds` is the ggml type that has the
+    very numbers of all of them.
     """
 
     stored: tuple[Stored, ...]
     ops: Ops = ()
+    holds: str | None = None
+
+    @property
+    def shipped(self) -> str | None:
+        """The ggml type that holds exactly what is stored; None when there is none, or ops cut its blocks."""
+        return self.holds if all(on_rows(op) for op in self.ops) else None
 
     @property
     def dtype(self) -> str:
@@ -182,7 +189,7 @@ class Weight:
             self,
             shape=shape_after(ops, self.shape),
             stack=self.stack if stack is None else stack,
-            origin=Origin(self.origin.stored, (*self.origin.ops, *ops)),
+            origin=replace(self.origin, ops=(*self.origin.ops, *ops)),
             place=Place(self.place.param, (*self.place.ops, *ops)),
         )
         return replace(made, **changes)  # type: ignore[arg-type]

@@ -122,8 +122,14 @@ class ModelFacts:
 
 def facts(exported: Exported) -> ModelFacts:
     """What the rules look at, of a model."""
-    shape = exported.checkpoint.shape
-    return ModelFacts(shape.layers, shape.experts, shape.heads // shape.kv_heads, shape.tied)
+    shape, told = exported.checkpoint.shape, exported.metadata
+    heads, of_keys = (told.get(f"{exported.arch}.attention.{key}") for key in ("head_count", "head_count_kv"))
+    gqa = (
+        heads // of_keys
+        if isinstance(heads, int) and isinstance(of_keys, int)
+        else shape.heads // shape.kv_heads
+    )
+    return ModelFacts(shape.layers, shape.experts, gqa, shape.tied)
 
 
 def llama_cpp_types(preset: str, weights: Iterable[Weight], facts: ModelFacts) -> dict[str, str]:

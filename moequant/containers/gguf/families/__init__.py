@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moequant.containers.gguf.families.base import Computed, Export, FileTensor, Key
+from moequant.containers.gguf.families.deepseek2 import DEEPSEEK_V3
+from moequant.containers.gguf.families.gpt_oss import GPT_OSS
 from moequant.containers.gguf.families.llama import LLAMA, MIXTRAL
 from moequant.containers.gguf.families.names import COMMON
 from moequant.containers.gguf.families.olmoe import OLMOE
@@ -13,6 +15,8 @@ from moequant.containers.gguf.families.qwen3 import QWEN3, QWEN3_MOE
 __all__ = ["COMMON", "EXPORTS", "Computed", "Export", "FileTensor", "Key"]
 
 EXPORTS: Mapping[str, Export] = {
+    "deepseek_v3": DEEPSEEK_V3,
+    "gpt_oss": GPT_OSS,
     "llama": LLAMA,
     "mistral": LLAMA,
     "mixtral": MIXTRAL,

@@ -1,0 +1,72 @@
+"""DeepSeek-V3 and R1: latent attention, dense layers first, a sigmoid router whose correction only chooses,
+shared experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moequant.families.base import Config, Family, Slot
+from moequant.families.blocks import SHAPE_KEYS, Experts, correction, ends, gated_ffn, moe_shape, router
+from moequant.families.mla import latent_attention
+
+
+def layer(config: Config, number: int) -> tuple[Slot, ...]:
+    """One decoder layer."""
+    attention = latent_attention(config, number)
+    if number < config.first_k_dense_replace:
+        return (*attention, *gated_ffn(number))
+    shared = gated_ffn(number, "mlp.shared_experts", "shared")
+    experts = Experts(config.moe_intermediate_size).slots(number)
+    return (*attention, router(number), correction(number), *experts, *shared)
+
+
+def prediction_layers(config: Config) -> Mapping[str, str]:
+    """Layers behind the last: they predict the token after the next, and transformers does not run them."""
+    first = config.num_hidden_layers
+    count = int(
+        getattr(config, "num_nextn_predict_layers", None) or getattr(config, "num_mtp_layers", 0) or 0
+    )
+    numbers = "|".join(str(first + i) for i in range(count))
+    return {rf"model\.layers\.({numbers})\..*": "multi-token prediction"} if numbers else {}
+
+
+KNOWN = SHAPE_KEYS | {
+    "n_routed_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "first_k_dense_replace",
+    "routed_scaling_factor",
+    "norm_topk_prob",
+    "n_group",
+    "topk_group",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "qk_head_dim",
+    "v_head_dim",
+    "rope_interleave",
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "ep_size",
+    "seq_aux",
+    "aux_loss_alpha",
+}
+
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    classes=("DeepseekV3ForCausalLM",),
+    model_type="deepseek_v3",
+    shape=moe_shape,
+    layer=layer,
+    ends=ends,
+    known=KNOWN,
+    says={
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "moe_layer_freq": (1,),
+    },
+    skipped=prediction_layers,
+)
