@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from moequant.containers.gguf.export import Exported
 from moequant.values import Role, Weight
+
+if TYPE_CHECKING:
+    from moequant.containers.gguf.export import Exported
 
 BASE_TYPES: Mapping[str, str] = {
     "F32": "F32",
