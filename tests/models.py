@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 ROOT = Path(__file__).parents[1]
 """The checkout."""
@@ -35,6 +36,15 @@ COMMON = {
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": None,
+}
+
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_conv_kernel_dim": 4,
 }
 
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
@@ -105,10 +115,86 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "truncate": True,
         },
     },
+    "qwen2_moe": {
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 192,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+    },
+    "qwen3_vl_moe": {
+        "head_dim": 32,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 192,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
+    },
+    "qwen3_next": {
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 192,
+        "shared_expert_intermediate_size": 128,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        **DELTA_NET,
+    },
+    "qwen3_5_moe": {
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+        "moe_intermediate_size": 192,
+        "shared_expert_intermediate_size": 128,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        **DELTA_NET,
+    },
     "llama": {"intermediate_size": 512},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
 }
 """One config a family; shapes are not square where the format allows, so that transposes show."""
+
+VISION: Mapping[str, Mapping[str, Any]] = dict.fromkeys(
+    ("qwen3_vl_moe", "qwen3_5_moe"),
+    {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": 256,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    },
+)
+"""Vision towers of families whose checkpoints have one: the smallest."""
+
+RELEASES: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_moe": {"max_window_layers": 1, "sliding_window": 512, "use_sliding_window": False},
+    "qwen3_vl_moe": {"norm_topk_prob": True},
+    "qwen3_next": {"full_attention_interval": 2, "layer_types": None, "use_sliding_window": False},
+    "qwen3_5_moe": {
+        "attn_output_gate": True,
+        "full_attention_interval": 2,
+        "mamba_ssm_dtype": "float32",
+        "mlp_only_layers": [],
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+    },
+}
+"""Keys of the text's config as releases have them, where transformers 5 saves others; None: they have none."""
+
+BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = dict.fromkeys(
+    ("qwen3_next", "qwen3_5_moe"),
+    {"mtp.fc.weight": (256, 512), "mtp.layers.0.input_layernorm.weight": (256,), "mtp.norm.weight": (256,)},
+)
+"""Tensors of releases that transformers neither runs nor saves."""
 
 TEXT = [
     "The router sends every token to two of its experts and adds their outputs.",
@@ -144,25 +230,41 @@ def build(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     save: Any = None,
+    vision: bool = True,
     **changes: Any,
 ) -> Path:
-    """Save a random model of `family` in `folder` and return it; `changes` override its config."""
+    """Save a random model of `family` in `folder` and return it; `changes` override its config.
+
+    Where the family has a vision tower, the whole is saved; `vision` False saves the text model alone.
+    """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(COMMON | CONFIGS[family] | changes))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    given = COMMON | CONFIGS[family] | changes
+    vocab, kind = given["vocab_size"], AutoModelForCausalLM
+    if family not in VISION:
+        config = AutoConfig.for_model(family, **given)
+    elif vision:
+        tied, kind = given.get("tie_word_embeddings", False), AutoModelForImageTextToText
+        config = AutoConfig.for_model(
+            family, text_config=given, vision_config=VISION[family], tie_word_embeddings=tied
+        )
+    else:
+        config = AutoConfig.for_model(f"{family}_text", **given)
+    model = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             if name.endswith(("mlp.gate.weight", "gate_up_proj", "q_proj.weight")):
                 parameter.mul_(2.0)
+            if "conv1d" in name:
+                parameter.mul_(4.0)
             if "bias" in name or name.endswith("sinks"):
                 parameter.normal_(0, 0.2)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0, 0.1)
     model.to(dtype).save_pretrained(folder, **(save or {}))
-    tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"))
+    tokenizer(vocab).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
             {
@@ -172,6 +274,27 @@ def build(
             }
         )
     )
+    return folder
+
+
+def as_released(folder: Path, family: str) -> Path:
+    """Turn what transformers 5 saved into what the release looks like: old rotary keys, keys of its own."""
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    text = raw.get("text_config", raw)
+    rope = dict(text.pop("rope_parameters"))
+    text["rope_theta"] = rope.pop("rope_theta")
+    if (factor := rope.pop("partial_rotary_factor", None)) is not None:
+        text["partial_rotary_factor"] = factor
+    text["rope_scaling"] = rope if rope.keys() - {"rope_type"} else None
+    for key, value in RELEASES.get(family, {}).items():
+        text[key] = value
+        if value is None:
+            del text[key]
+    path.write_text(json.dumps(raw))
+    extra = {name: torch.randn(shape).bfloat16() for name, shape in BESIDE.get(family, {}).items()}
+    if extra:
+        save_file(extra, folder / "model-mtp.safetensors", {"format": "pt"})
     return folder
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from moequant.families.base import Config, Get, Slot
 from moequant.values import ModelShape, Role, Site, Stack
-from moequant.values.ops import Op, Ops, Part
+from moequant.values.ops import Op, Ops, Part, Transposed
 
 SHAPE_KEYS = frozenset(
     {
@@ -137,19 +137,29 @@ def gated_ffn(layer: int, module: str = "mlp", kind: str = "ffn") -> tuple[Slot,
     )
 
 
+def shared_expert(layer: int, module: str = "mlp.shared_expert") -> tuple[Slot, ...]:
+    """A shared expert, and the gate [1, h] whose sigmoid scales what it gives."""
+    gate = f"model.layers.{layer}.{module}_gate.weight"
+    return (
+        Slot(f"layers.{layer}.shared.router", Role.SHARED_ROUTER, gate),
+        *gated_ffn(layer, module, "shared"),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Experts:
     """How a family keeps the experts of a layer.
 
     `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert, `names` what
     those call gate, up and down. `module` is where transformers has them, fused: gate_up_proj [E, 2f, h],
-    down_proj [E, h, f].
+    down_proj [E, h, f]. Where checkpoints may keep those transposed, `transposed_for` is h.
     """
 
     width: int
     stored: str = "mlp.experts"
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     module: str = "mlp.experts"
+    transposed_for: int | None = None
 
     def slots(self, layer: int, adds: bool = True) -> tuple[Slot, ...]:
         """Gate, up and down of all experts of a layer."""
@@ -169,7 +179,14 @@ class Experts:
         fused = f"model.layers.{layer}.{self.module}.{param}"
         one = f"model.layers.{layer}.{self.stored}.{{e}}.{self.names[which]}.weight"
         name = f"layers.{layer}.experts.{role.value}"
-        return Slot(name, role, fused, (Get(one), Get(fused, ops)), ops, site, Stack.EXPERTS, adds)
+        return Slot(name, role, fused, (Get(one), *self._fused(fused, ops)), ops, site, Stack.EXPERTS, adds)
+
+    def _fused(self, name: str, ops: Ops) -> tuple[Get, ...]:
+        """The ways of a fused stack; a matrix that is square stands as in the model, as transformers has it."""
+        rows, columns = (2 * self.width, self.transposed_for) if ops else (self.transposed_for, self.width)
+        if self.transposed_for is None or rows == columns:
+            return (Get(name, ops),)
+        return (Get(name, ops, rows), Get(name, (Transposed(), *ops), columns))
 
 
 def router(layer: int, stored: str = "mlp.gate", module: str = "mlp.gate") -> Slot:

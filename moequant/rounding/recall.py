@@ -1,6 +1,6 @@
-"""Attention that is computed once a layer and stream: what its last product was fed is kept.
+"""Attention, or a recurrence, that is computed once a layer and stream: what its last product was fed is kept.
 
-After the weights in front of it are rounded, what the attention output is fed no longer changes, however
+After the weights in front of it are rounded, what the last product is fed no longer changes, however
 often tokens cross the rest of the layer.
 """
 
@@ -47,10 +47,12 @@ class Recalled(Recorder):
 class Kept:
     """What the attention output of one layer is fed, batch by batch: in full precision and as rounded.
 
-    `last` is that product in the layer, such as `self_attn.o_proj`; "" keeps nothing.
+    `last` is that product in the layer, such as `self_attn.o_proj`; "" keeps nothing. Attention modules give
+    their weights as well; recurrent ones give their output `alone`.
     """
 
     last: str = ""
+    alone: bool = False
     batches: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def keep(self, batch: int, exact: Tensor, rounded: Tensor) -> None:
@@ -72,7 +74,7 @@ class Kept:
         """Inside the block the attention of these layers listens to `recorders`."""
         held = [layer.get_submodule(self._attention) for layer in layers] if self.last else []
         for layer, attention in zip(layers, held, strict=False):
-            layer.set_submodule(self._attention, _Recalling(attention, self.last.rpartition(".")[2]))
+            layer.set_submodule(self._attention, _Recalling(attention, self.last.rpartition(".")[2], self.alone))
         try:
             yield
         finally:
@@ -87,9 +89,10 @@ class Kept:
 class _Recalling(nn.Module):
     """Stands for an attention module and computes no more than its last product where that suffices."""
 
-    def __init__(self, attention: nn.Module, last: str) -> None:
+    def __init__(self, attention: nn.Module, last: str, alone: bool) -> None:
         super().__init__()
         self._held, self._last = (attention,), last  # a tuple: the parameters keep their names
+        self._alone = alone
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -100,5 +103,6 @@ class _Recalling(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         current = recorder()
         if isinstance(current, Recalled):
-            return self._held[0].get_submodule(self._last)(current.attention), None
+            out = self._held[0].get_submodule(self._last)(current.attention)
+            return out if self._alone else (out, None)
         return self._held[0](*args, **kwargs)

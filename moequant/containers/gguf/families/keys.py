@@ -24,6 +24,8 @@ _SCALING = frozenset(
         "mscale",
         "mscale_all_dim",
         "truncate",
+        "mrope_section",
+        "mrope_interleaved",
     }
 )
 
@@ -31,11 +33,12 @@ _SCALING = frozenset(
 def sizes(config: Config) -> tuple[Key, ...]:
     """Shape and norm keys that every llama-like architecture reads."""
     heads = int(config.num_attention_heads)
+    width = getattr(config, "intermediate_size", None)
     return (
         Key("context_length", "u32", int(config.max_position_embeddings)),
         Key("embedding_length", "u32", int(config.hidden_size)),
         Key("block_count", "u32", int(config.num_hidden_layers)),
-        Key("feed_forward_length", "u32", int(config.intermediate_size)),
+        *([] if width is None else [Key("feed_forward_length", "u32", int(width))]),
         Key("attention.head_count", "u32", heads),
         Key("attention.head_count_kv", "u32", int(getattr(config, "num_key_value_heads", None) or heads)),
         Key("attention.layer_norm_rms_epsilon", "f32", float(config.rms_norm_eps)),
@@ -57,15 +60,26 @@ def head_dim(config: Config) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def head_sizes(config: Config) -> tuple[Key, ...]:
-    """Width of heads, all of which is rotated, and the base of the rotation and its scaling."""
+def rotated_part(config: Config) -> int:
+    """How many dimensions of a head are rotated, in classes that look at `partial_rotary_factor`."""
+    return int(head_dim(config) * float((config.rope_parameters or {}).get("partial_rotary_factor", 1.0)))
+
+
+def head_sizes(config: Config, rotated: int | None = None) -> tuple[Key, ...]:
+    """Width of heads, how much of it is rotated (None: all), and the base of the rotation and its scaling."""
     width = head_dim(config)
     return (
-        Key("rope.dimension_count", "u32", width),
+        Key("rope.dimension_count", "u32", width if rotated is None else rotated),
         Key("attention.key_length", "u32", width),
         Key("attention.value_length", "u32", width),
         *rope(config),
     )
+
+
+def rope_sections(config: Config, default: tuple[int, ...]) -> Key:
+    """How many frequencies turn with time, height and width: of text, all three are the same position."""
+    found = tuple((config.rope_parameters or {}).get("mrope_section") or default)
+    return Key("rope.dimension_sections", "u32s", [*map(int, found), *[0] * (4 - len(found))])
 
 
 def rope(config: Config) -> tuple[Key, ...]:
