@@ -60,16 +60,24 @@ def schedule(experts: Tensor, n_experts: int, tile: Tile) -> Schedule:
 
 def choose_tile(matrix: Matrix, tokens: int, top_k: int) -> Tile:
     """A tile for that many tokens: sized so that most experts' tokens fit one program."""
-    decoder, n_in = DECODERS[matrix.format], matrix.shape[2]
     expected = triton.next_power_of_2(-(-tokens * top_k // matrix.shape[0]))
-    if expected <= VECTOR_TOKENS:
-        served = min(expected, triton.next_power_of_2(tokens))
-        return vector_tile(decoder, n_in, served)
-    return Tile(False, min(max(expected, 16), 64), 64, max(1, 64 // decoder.piece), warps=4)
+    return tile_for(DECODERS[matrix.format], matrix.shape[2], min(expected, triton.next_power_of_2(tokens)))
 
 
-def vector_tile(decoder: Decoder, n_in: int, tokens: int) -> Tile:
-    """Lanes of a warp walk a row together, fewer of them where some would be idle."""
+def arithmetic(matrix: Matrix, tokens: int, top_k: int) -> str:
+    """How a product of that many tokens is computed, in words."""
+    if choose_tile(matrix, tokens, top_k).vector:
+        return "16-bit activations, integer sums"
+    return "f16 activations and weights, f32 sums"
+
+
+def tile_for(decoder: Decoder, n_in: int, tokens: int) -> Tile:
+    """A tile for experts of `tokens` (a power of two) tokens each.
+
+    Vectors: the lanes of a warp walk a row together, fewer of them where some would be idle.
+    """
+    if tokens > VECTOR_TOKENS:
+        return Tile(False, min(max(tokens, 16), 64), 64, max(2, 64 // decoder.piece), warps=4)
     pieces = n_in // decoder.piece
     columns = 32
     while columns > 4 and -(-pieces // columns) * columns > 1.15 * pieces:

@@ -18,11 +18,10 @@ from moequant.kernels.products import row_start, side_of, tokens_of
 def _stacked(parts, COUNT: tl.constexpr):
     """COUNT (a power of two) tensors along a new last dimension."""
     for level in tl.static_range(6):
-        half: tl.constexpr = COUNT >> (level + 1)
-        if half > 0:
+        if COUNT >> (level + 1) > 0:
             found = ()
-            for i in tl.static_range(half):
-                found += (tl.join(parts[i], parts[i + half]),)
+            for i in tl.static_range(COUNT >> (level + 1)):
+                found += (tl.join(parts[i], parts[i + (COUNT >> (level + 1))]),)
             parts = found
     A: tl.constexpr = parts[0].shape[0]
     B: tl.constexpr = parts[0].shape[1]
