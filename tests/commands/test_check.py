@@ -240,7 +240,9 @@ def test_the_kernels_in_the_interpreter(made, tmp_path: Path) -> None:
     found = json.loads(result.read_text())
     errors = [expert["kernel_error"] for tensor in found["tensors"] for expert in tensor["experts"]]
     assert all(0 < error <= 1e-3 for error in errors)
-    assert {tensor["product"] for tensor in found["tensors"]} == {"Triton kernels in its interpreter"}
+    # What multiplied is said, arithmetic included; nothing falls back to torch.
+    products = {tensor["product"] for tensor in found["tensors"]}
+    assert all(product.startswith("Triton kernels in its interpreter, ") for product in products)
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "Q2_K", "INT4_G128_BF16"])
