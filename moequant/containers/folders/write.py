@@ -23,7 +23,7 @@ from moequant import __version__
 from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Written
 from moequant.containers.folders import compressed_tensors, gptq, shards, side_files
-from moequant.containers.folders.plan import FolderSettings, group_format, kept_linears, modules
+from moequant.containers.folders.plan import FolderSettings, group_format, kept_dtype, kept_linears, modules
 from moequant.containers.folders.read import FolderWeights
 from moequant.containers.folders.shards import Bytes, Entry, Shard, ShardWriter
 from moequant.errors import OutputError, VerifyError
@@ -152,8 +152,7 @@ def _kept(weight: Weight) -> tuple[Entry, Stored]:
     bf16."""
     stored = weight.origin.stored[0]
     name = stored.name if weight.origin.ops else weight.names[0]
-    dtype = stored.dtype if stored.codec.name == "plain" else "BF16"
-    return Entry(name, dtype, stored.shape), stored
+    return Entry(name, kept_dtype(weight), stored.shape), stored
 
 
 def _put(writer: ShardWriter, layout: Layout, fmt: GroupFormat, item: Packed, names: Sequence[str]) -> None:
