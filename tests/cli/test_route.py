@@ -210,3 +210,36 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny, tmp_path: Path)
         assert result.returncode == 0, result.stderr
     assert out.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.journal"))
+
+
+def test_a_folder_beside_the_statistics_that_is_not_a_journal_is_kept(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    arguments = (model, "--calib", text, "--calib-tokens", 1024, "-o", tmp_path / "s")
+    journal = tmp_path / "s.journal"
+    journal.mkdir()
+    (journal / "diary").write_text("mine")
+    refused(tmp_path, *arguments, says="diary: is not a run's state and is kept")
+    (journal / "diary").rename(tmp_path / "diary")
+    journal.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    journal.symlink_to("elsewhere")
+    refused(tmp_path, *arguments, says=r"s\.journal: is not a run's state and is kept")
+    assert not list((tmp_path / "elsewhere").iterdir()) and (tmp_path / "diary").read_text() == "mine"
+
+
+def test_another_text_leaves_an_interrupted_run_alone(model: Path, text: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "s.journal" / ("0" * 16)
+    run_folder.mkdir(parents=True)
+    (run_folder / "run.json").write_text("{}")
+    routed(model, "--calib", text, "--calib-tokens", 1024, "-o", tmp_path / "s")
+    assert list(run_folder.parent.iterdir()) == [run_folder]
+    assert list(run_folder.iterdir()) == [run_folder / "run.json"]
+
+
+def test_the_weights_that_are_read_are_never_replaced(model: Path, text: Path, tmp_path: Path) -> None:
+    before = (model / "model.safetensors").read_bytes()
+    arguments = (model, "--calib", text, "--calib-tokens", 1024, "--overwrite")
+    for option in ("-o", "--imatrix-out", "--picture"):
+        refused(tmp_path, *arguments, option, model / "model.safetensors", says="is read by this run")
+    assert (model / "model.safetensors").read_bytes() == before

@@ -198,6 +198,25 @@ def test_a_gpu_that_is_not_there_is_refused(made) -> None:
         check(made("qwen3_moe", "Q8_0"), CheckSettings(device="cuda"))
 
 
+def test_the_json_replaces_nothing_unasked(made, tmp_path: Path) -> None:
+    file = Path(shutil.copy(made("qwen3_moe", "Q8_0"), tmp_path / "q.gguf"))
+    before, sample = file.read_bytes(), ["check", str(file), "--sample", "1", "--device", "cpu"]
+    (tmp_path / "link").symlink_to(file)
+    (tmp_path / "old").write_text("precious")
+    for name, options, says in (
+        ("old", [], "old: exists already"),
+        ("link", [], "link: is read by this run"),
+        ("link", ["--overwrite"], "link: is read by this run"),
+        ("q.gguf", ["--overwrite"], "q.gguf: is read by this run"),
+        ("/dev/stdout", ["--overwrite"], "/dev/stdout: is not a place for a file"),
+    ):
+        done = CliRunner().invoke(app, [*sample, "--json", str(tmp_path / name), *options])
+        assert done.exit_code == 1 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert file.read_bytes() == before and (tmp_path / "old").read_text() == "precious"
+    done = CliRunner().invoke(app, [*sample, "--json", str(tmp_path / "old"), "--overwrite"])
+    assert done.exit_code == 0 and json.loads((tmp_path / "old").read_text())["out"] == "q.gguf"
+
+
 def test_the_command(tiny, made, text: Path, tmp_path: Path) -> None:
     """Exit 0 and JSON for a clean file, exit 1 and the expert's name for a damaged one."""
     file, result = made("qwen3_moe", "Q8_0"), tmp_path / "check.json"
