@@ -141,6 +141,7 @@ def _launch_vectors(x: Tensor, matrix: Matrix, out: Tensor, tile: Tile, plan: Sc
         RECORD=decoder.record,
         LANES=tile.warps * 32,
         num_warps=tile.warps,
+        enable_fp_fusion=True,
     )
 
 
@@ -163,6 +164,7 @@ def _launch_tiles(x: Tensor, matrix: Matrix, out: Tensor, tile: Tile, plan: Sche
         WEIGHT_SCALE=WEIGHT_SCALE,
         num_warps=tile.warps,
         num_stages=2,
+        enable_fp_fusion=True,
     )
 
 
@@ -205,6 +207,7 @@ def records(x: Tensor, decoder: Decoder) -> Tensor:
         GROUP=decoder.group,
         RECORD=decoder.record,
         PIECES=together,
+        enable_fp_fusion=True,
     )
     return out
 
