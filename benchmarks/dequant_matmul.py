@@ -12,6 +12,7 @@ that over what a plain copy reads and writes in the same run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator
 from datetime import date
@@ -42,20 +43,20 @@ def random_matrix(name: str, shape: tuple[int, int, int], group: int) -> Matrix:
 
 def tiles(matrix: Matrix, tokens: int) -> Iterator[object]:
     """Sensible tiles of both paths."""
-    from moequant.kernels.matmul import DECODERS, Tile
+    from moequant.kernels.decoders import DECODERS
+    from moequant.kernels.matmul import Tile
 
-    wide = 16 if DECODERS[matrix.format].block == 256 else 128
     if tokens <= 16:
-        for served in (1, 2, 4):
-            for rows in (4, 8, 16, 32):
-                for blocks in (1, 2, 4, 8, 16, 32):
-                    if served <= tokens and blocks * DECODERS[matrix.format].width <= 8 * wide * 4:
-                        yield from (Tile(True, served, rows, blocks, warps) for warps in (1, 2, 4, 8))
-    for served in (16, 32, 64, 128):
-        for rows in (32, 64, 128):
-            for depth in (32, 64, 128):
-                blocks = max(1, depth // DECODERS[matrix.format].width)
-                yield from (Tile(False, served, rows, blocks, warps) for warps in (4, 8))
+        for served, rows, columns in itertools.product((1, 2, 4), (1, 2, 4, 8), (8, 16, 32, 64)):
+            if served <= tokens:
+                yield from (
+                    Tile(True, served, rows, columns, warps)
+                    for warps in (1, 2, 4, 8)
+                    if columns <= 32 * warps
+                )
+    for served, rows, depth in itertools.product((16, 32, 64, 128), (32, 64, 128), (32, 64, 128)):
+        columns = max(1, depth // DECODERS[matrix.format].piece)
+        yield from (Tile(False, served, rows, columns, warps) for warps in (4, 8))
 
 
 def tune(matrix: Matrix, top_k: int, tokens: int) -> list[str]:
