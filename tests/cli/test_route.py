@@ -15,6 +15,7 @@ from gguf import GGUFReader
 
 from moequant.checkpoint import open_checkpoint
 from moequant.statistics import store
+from moequant.values import Calibration
 from tests import models
 from tests.cli.test_cli import Finished, run
 from tests.statistics import starving
@@ -53,6 +54,13 @@ def routed(*arguments: object) -> Finished:
     return result
 
 
+def loaded(model: Path, stats: Path) -> Calibration:
+    """The statistics, once they are known to be this model's."""
+    checkpoint, found = open_checkpoint(model), store.load(stats)
+    store.check(checkpoint, found)
+    return found.calibration
+
+
 def test_everything_at_once(model: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out, matrix, picture = (tmp_path / name for name in ("s.safetensors", "i.gguf", "h.svg"))
@@ -72,7 +80,7 @@ def test_everything_at_once(model: Path, text: Path, tmp_path: Path) -> None:
     assert "routed 2,048 tokens of: " in done.stdout.replace("\n", " ")
     assert "4 experts saw no token (layer.expert): 0.6, 0.7, 1.6, 1.7" in done.stdout
     assert all(name in done.stdout for name in ("prose", "code", "numbers", "max / mean", "hottest"))
-    found = store.load_for(open_checkpoint(model), out)
+    found = loaded(model, out)
     assert found.tokens == 2048 and [route.tokens[6:].tolist() for route in found.routes] == [[0, 0]] * 2
     counts = {tensor.name: tensor.data for tensor in GGUFReader(matrix).tensors}
     assert (
@@ -103,7 +111,7 @@ def test_merged_parts_are_one_run(model: Path, text: Path, tmp_path: Path) -> No
     assert "routed 2,048 tokens" in done.stdout
     found, one, two = (store.load(path).calibration for path in (tmp_path / "both", *parts))
     assert found.domains == tuple(dict.fromkeys(one.domains + two.domains)) and found.rows == 4
-    name = "model.layers.1.mlp.experts:down"
+    name = "layers.1.experts.inner"
     torch.testing.assert_close(
         found.inputs[name].moment, one.inputs[name].moment + two.inputs[name].moment, rtol=1e-12, atol=0
     )
@@ -167,7 +175,7 @@ def test_a_dense_model_has_moments_but_no_routers(tiny, text: Path, tmp_path: Pa
         folder, "--calib", text, "--calib-tokens", 1024, "--min-tokens-per-expert", 1, "-o", tmp_path / "s"
     ).stdout
     assert "there are no routers" in shown
-    assert store.load_for(open_checkpoint(folder), tmp_path / "s").routes == ()
+    assert loaded(folder, tmp_path / "s").routes == ()
     refused(tmp_path, folder, "--calib", text, "--picture", tmp_path / "h.png", says="a dense model")
 
 

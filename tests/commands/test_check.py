@@ -179,7 +179,7 @@ def test_a_damaged_folder_names_the_module(tiny, text: Path, tmp_path: Path) -> 
     save_file(stored, file, metadata={"format": "pt"})
     report = check(out, against(model, text))
     (where,) = named(report)
-    assert where == "blk.0.ffn_up_exps.weight expert 3 (model.layers.0.mlp.experts.3.up_proj)"
+    assert where == "layers.0.experts.up expert 3 (model.layers.0.mlp.experts.3.up_proj)"
     assert "row 5, block at column 128" in named(report)[where]
 
 
