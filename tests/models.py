@@ -37,6 +37,15 @@ COMMON = {
     "pad_token_id": None,
 }
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {
         "intermediate_size": 512,
@@ -88,6 +97,110 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "mscale_all_dim": 1.0,
         },
     },
+    "deepseek_v2": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek_v2_lite": {
+        "model_type": "deepseek_v2",
+        "hidden_size": 96,
+        "num_hidden_layers": 27,
+        "num_key_value_heads": 4,
+        "intermediate_size": 160,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "glm4_moe": {
+        "num_hidden_layers": 3,
+        "head_dim": 48,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "num_mtp_layers": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+    },
+    "solar_open": {
+        "head_dim": 48,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "rope_parameters": YARN,
+    },
+    "minimax_m2": {
+        "head_dim": 48,
+        "intermediate_size": 128,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+    },
+    "glm4_moe_lite": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 48,
+        "v_head_dim": 80,
+        "mlp_layer_types": ["dense", "dense", "sparse"],
+    },
+    "mistral4": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "rope_parameters": YARN
+        | {
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "gpt_oss": {
         "num_hidden_layers": 4,
         "head_dim": 32,
@@ -108,7 +221,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"intermediate_size": 512},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
 }
-"""One config a family; shapes are not square where the format allows, so that transposes show."""
+"""One config a family, of the model type that it is called after, or says; shapes are not square where the format allows, so that transposes show."""
 
 TEXT = [
     "The router sends every token to two of its experts and adds their outputs.",
@@ -148,7 +261,8 @@ def build(
 ) -> Path:
     """Save a random model of `family` in `folder` and return it; `changes` override its config."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(COMMON | CONFIGS[family] | changes))
+    given = {"model_type": family} | COMMON | CONFIGS[family] | changes
+    config = AutoConfig.for_model(given.pop("model_type"), **given)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

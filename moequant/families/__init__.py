@@ -7,9 +7,15 @@ from typing import Any
 
 from moequant.errors import FamilyError
 from moequant.families.base import Config, Family, Get, Slot
+from moequant.families.deepseek_v2 import DEEPSEEK_V2
 from moequant.families.deepseek_v3 import DEEPSEEK_V3
+from moequant.families.glm4_moe import GLM4_MOE, SOLAR_OPEN
+from moequant.families.glm4_moe_lite import GLM4_MOE_LITE
 from moequant.families.gpt_oss import GPT_OSS
+from moequant.families.kimi_k25 import KIMI_K25
 from moequant.families.llama import LLAMA, MISTRAL
+from moequant.families.minimax_m2 import MINIMAX_M2
+from moequant.families.mistral4 import MISTRAL4
 from moequant.families.mixtral import MIXTRAL
 from moequant.families.olmoe import OLMOE
 from moequant.families.qwen3 import QWEN3
@@ -21,7 +27,14 @@ FAMILIES: tuple[Family, ...] = (
     MIXTRAL,
     QWEN3_MOE,
     OLMOE,
+    DEEPSEEK_V2,
     DEEPSEEK_V3,
+    KIMI_K25,
+    GLM4_MOE,
+    GLM4_MOE_LITE,
+    SOLAR_OPEN,
+    MINIMAX_M2,
+    MISTRAL4,
     GPT_OSS,
     LLAMA,
     MISTRAL,

@@ -109,7 +109,8 @@ def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> Non
         if key in known or key.startswith(BOOKKEEPING) or value is None:
             continue
         if key in family.says:
-            if value not in family.says[key]:
+            told = value if isinstance(value, list) and value else [value]  # of a list, every entry
+            if value not in family.says[key] and any(one not in family.says[key] for one in told):
                 raise _refused(family, key, value, f"this class computes {family.says[key][0]!r}")
         elif key in own or aliases.get(key, key) in own:
             default = own.get(key, own.get(aliases.get(key, key)))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moequant.containers.gguf.families.base import Computed, Export, FileTensor, Key
-from moequant.containers.gguf.families.deepseek2 import DEEPSEEK_V3
+from moequant.containers.gguf.families.deepseek2 import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, MISTRAL4
+from moequant.containers.gguf.families.glm4_moe import GLM4_MOE
 from moequant.containers.gguf.families.gpt_oss import GPT_OSS
 from moequant.containers.gguf.families.llama import LLAMA, MIXTRAL
+from moequant.containers.gguf.families.minimax_m2 import MINIMAX_M2
 from moequant.containers.gguf.families.names import COMMON
 from moequant.containers.gguf.families.olmoe import OLMOE
 from moequant.containers.gguf.families.qwen3 import QWEN3, QWEN3_MOE
@@ -15,13 +17,20 @@ from moequant.containers.gguf.families.qwen3 import QWEN3, QWEN3_MOE
 __all__ = ["COMMON", "EXPORTS", "Computed", "Export", "FileTensor", "Key"]
 
 EXPORTS: Mapping[str, Export] = {
+    "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "glm4_moe": GLM4_MOE,
+    "glm4_moe_lite": GLM4_MOE_LITE,
     "gpt_oss": GPT_OSS,
+    "kimi_k25": DEEPSEEK_V3,
     "llama": LLAMA,
+    "minimax_m2": MINIMAX_M2,
     "mistral": LLAMA,
+    "mistral4": MISTRAL4,
     "mixtral": MIXTRAL,
     "olmoe": OLMOE,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "solar_open": GLM4_MOE,
 }
 """By the family's name."""

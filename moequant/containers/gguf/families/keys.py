@@ -24,18 +24,21 @@ _SCALING = frozenset(
         "mscale",
         "mscale_all_dim",
         "truncate",
+        "llama_4_scaling_beta",
+        "max_position_embeddings",
     }
 )
 
 
 def sizes(config: Config) -> tuple[Key, ...]:
-    """Shape and norm keys that every llama-like architecture reads."""
-    heads = int(config.num_attention_heads)
+    """Shape and norm keys that every llama-like architecture reads; of a model without dense layers, not
+    their width."""
+    heads, width = int(config.num_attention_heads), getattr(config, "intermediate_size", None)
     return (
         Key("context_length", "u32", int(config.max_position_embeddings)),
         Key("embedding_length", "u32", int(config.hidden_size)),
         Key("block_count", "u32", int(config.num_hidden_layers)),
-        Key("feed_forward_length", "u32", int(config.intermediate_size)),
+        *([] if width is None else [Key("feed_forward_length", "u32", int(width))]),
         Key("attention.head_count", "u32", heads),
         Key("attention.head_count_kv", "u32", int(getattr(config, "num_key_value_heads", None) or heads)),
         Key("attention.layer_norm_rms_epsilon", "f32", float(config.rms_norm_eps)),
@@ -52,20 +55,45 @@ def expert_counts(config: Config) -> tuple[Key, ...]:
     )
 
 
+SOFTMAX, SIGMOID = 1, 2
+"""llama.cpp's numbers of how a router scores."""
+
+
+def routing(config: Config, gating: int, dense: int) -> tuple[Key, ...]:
+    """How DeepSeek's routers score, group and scale, and what is beside the routed experts: `dense` layers
+    in front, shared experts."""
+    return (
+        *expert_counts(config),
+        Key("leading_dense_block_count", "u32", dense),
+        Key("expert_feed_forward_length", "u32", int(config.moe_intermediate_size)),
+        Key("expert_shared_count", "u32", int(config.n_shared_experts)),
+        Key("expert_weights_scale", "f32", float(config.routed_scaling_factor)),
+        Key("expert_weights_norm", "bool", bool(config.norm_topk_prob)),
+        Key("expert_gating_func", "u32", gating),
+        Key("expert_group_count", "u32", int(config.n_group or 1)),
+        Key("expert_group_used_count", "u32", int(config.topk_group or 1)),
+    )
+
+
 def head_dim(config: Config) -> int:
     """Width of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def head_sizes(config: Config) -> tuple[Key, ...]:
-    """Width of heads, all of which is rotated, and the base of the rotation and its scaling."""
+def head_sizes(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
+    """Width of heads, the share of them that is rotated, and the base of the rotation and its scaling."""
     width = head_dim(config)
     return (
-        Key("rope.dimension_count", "u32", width),
+        Key("rope.dimension_count", "u32", int(width * rotated)),
         Key("attention.key_length", "u32", width),
         Key("attention.value_length", "u32", width),
         *rope(config),
     )
+
+
+def rotated_part(config: Config) -> float:
+    """The share of each head that is rotated, for classes that read it."""
+    return float((config.rope_parameters or {}).get("partial_rotary_factor") or 1.0)
 
 
 def rope(config: Config) -> tuple[Key, ...]:
