@@ -17,7 +17,7 @@ from tests import models
 def made(folder) -> Skeleton:
     model = build_model(open_checkpoint(folder), EXPERTS)
     ids = torch.arange(96).view(3, 2, 16) % models.VOCAB
-    return Skeleton(model, model.get_decoder(), list(ids))
+    return Skeleton(model, model.get_decoder(), "model.layers", list(ids))
 
 
 def test_the_model_decides_what_a_layer_is_passed(tiny) -> None:
