@@ -21,9 +21,9 @@ from moequant.commands.convert import Settings, convert, open_job
 from moequant.containers.gguf.header import Header
 from moequant.containers.gguf.presets import BASE_TYPES
 from moequant.containers.gguf.read import read_header
+from moequant.containers.gguf.roles import role_of as gguf_role
 from moequant.errors import CheckpointError
 from moequant.inspection import Inspection, inspect
-from moequant.inspection.gguf_file import role_of as gguf_role
 from tests import gguf_shapes, models
 
 MOE = ["mixtral", "qwen3_moe", "olmoe"]
