@@ -97,7 +97,9 @@ def test_damage_is_named(
 ) -> None:
     out = edited(folder, tmp_path / "damaged", edit)
     found = [pair for pair in pairs(checked(out, tiny("qwen3_moe"), text)) if "MoE block" not in pair[0]]
-    assert {where for where, _ in found} == {f"layers.1.experts.up expert {e} ({MODULE.format(e)})" for e in expected}
+    assert {where for where, _ in found} == {
+        f"layers.1.experts.up expert {e} ({MODULE.format(e)})" for e in expected
+    }
     for expert, what in expected.items():
         assert any(f"expert {expert} " in where and what in said for where, said in found)
 

@@ -96,7 +96,11 @@ def test_our_decoded_weights_are_what_the_runtime_computes_with(tiny, tmp_path: 
     with Llama(out, threads=1) as llama, torch.inference_mode():
         ids = ids_for(llama.n_vocab, 128)
         runtime = torch.from_numpy(llama.logits(ids.tolist())).double()
-        decoded = build_model(checkpoint, EXPERTS, GgufWeights(out, export(checkpoint)).load)(ids[None]).logits[0].double()
+        decoded = (
+            build_model(checkpoint, EXPERTS, GgufWeights(out, export(checkpoint)).load)(ids[None])
+            .logits[0]
+            .double()
+        )
         original = build_model(checkpoint, EXPERTS)(ids[None]).logits[0].double()
     assert (runtime - decoded).square().sum() < 0.1 * (runtime - original).square().sum()
 

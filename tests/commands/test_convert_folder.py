@@ -41,9 +41,7 @@ def words(path: Path, seed: int) -> Path:
     return path
 
 
-def made(
-    model: Path, out: Path, text: Path, **changes: object
-) -> Report:
+def made(model: Path, out: Path, text: Path, **changes: object) -> Report:
     wanted = {"format": "safetensors", "group_size": 64} | changes
     return convert(model, out, Settings(calib=text, calib_tokens=8192, eval_tokens=0, **wanted))
 

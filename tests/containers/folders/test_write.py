@@ -46,9 +46,7 @@ def test_shards_hold_the_same_tensors_as_one_file(tiny, tmp_path: Path) -> None:
         assert all(torch.equal(tensor, one.tensor(name)) for name, tensor in tensors.items())
     assert found == index["weight_map"] and set(found) == set(one.tensors)
     assert index["metadata"]["total_size"] == sum(one.tensor(name).nbytes for name in one.tensors)
-    assert made.size(made.plan) == sum(
-        file.stat().st_size for file in files
-    )
+    assert made.size(made.plan) == sum(file.stat().st_size for file in files)
     kept = sum(choice.bytes for choice in made.plan.choices)
     shapes = 16 * sum(name.endswith("weight_shape") for name in found)
     assert index["metadata"]["total_size"] == kept + shapes, "the plan knows every byte"

@@ -64,7 +64,10 @@ def test_llama_quantize_computes_our_importance(exported, calibration, tmp_path:
     wanted = [weight for weight in exported.weights if weight.site is not None]
     assert found.keys() == {exported.names[weight.name] for weight in wanted}
     for weight in wanted:
-        expected, columns = importance(calibration.inputs[weight.site.name]), found[exported.names[weight.name]]
+        expected, columns = (
+            importance(calibration.inputs[weight.site.name]),
+            found[exported.names[weight.name]],
+        )
         assert columns.shape == (weight.matrices, weight.n_in)
         torch.testing.assert_close(torch.from_numpy(columns), expected, rtol=1e-6, atol=0)
 
