@@ -10,11 +10,17 @@ from moequant.errors import FamilyError
 from moequant.families.base import Config, Family, Get, Slot
 from moequant.families.deepseek_v2 import DEEPSEEK_V2
 from moequant.families.deepseek_v3 import DEEPSEEK_V3
+from moequant.families.dots1 import DOTS1
+from moequant.families.ernie4_5_moe import ERNIE4_5_MOE
+from moequant.families.exaone_moe import EXAONE_MOE
 from moequant.families.glm4_moe import GLM4_MOE, SOLAR_OPEN
 from moequant.families.glm4_moe_lite import GLM4_MOE_LITE
 from moequant.families.gpt_oss import GPT_OSS
+from moequant.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
+from moequant.families.hy_v3 import HY_V3
 from moequant.families.kimi_k25 import KIMI_K25
 from moequant.families.llama import LLAMA, MISTRAL
+from moequant.families.mellum import MELLUM
 from moequant.families.minimax_m2 import MINIMAX_M2
 from moequant.families.mistral4 import MISTRAL4
 from moequant.families.mixtral import MIXTRAL
@@ -37,6 +43,12 @@ FAMILIES: tuple[Family, ...] = (
     MINIMAX_M2,
     MISTRAL4,
     GPT_OSS,
+    DOTS1,
+    ERNIE4_5_MOE,
+    HUNYUAN_V1_MOE,
+    HY_V3,
+    EXAONE_MOE,
+    MELLUM,
     LLAMA,
     MISTRAL,
     QWEN3,

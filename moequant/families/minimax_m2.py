@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moequant.families.base import Config, Family, Get, Slot
-from moequant.families.blocks import SHAPE_KEYS, Experts, attention, ends, moe_shape, router
-from moequant.values import Role
+from moequant.families.base import Config, Family, Slot
+from moequant.families.blocks import SHAPE_KEYS, Experts, attention, correction, ends, moe_shape, router
 
 STORED = "block_sparse_moe"
 """What checkpoints call the module that transformers calls `mlp`."""
@@ -19,16 +18,8 @@ def layer(config: Config, number: int) -> tuple[Slot, ...]:
     return (
         *attention(number, qk_norm=True),
         router(number, f"{STORED}.gate"),
-        _correction(number),
+        correction(number, "mlp.e_score_correction_bias", f"{STORED}.e_score_correction_bias"),
         *experts.slots(number),
-    )
-
-
-def _correction(number: int) -> Slot:
-    at, name = f"model.layers.{number}", "e_score_correction_bias"
-    own = f"{at}.mlp.{name}"
-    return Slot(
-        f"layers.{number}.router.correction", Role.CORRECTION, own, (Get(f"{at}.{STORED}.{name}"), Get(own))
     )
 
 

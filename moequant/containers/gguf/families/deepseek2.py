@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, only
-from moequant.containers.gguf.families.keys import SIGMOID, SOFTMAX, rope, routing, sizes
+from moequant.containers.gguf.families.base import Export, FileTensor, Key, dense_in_front, only
+from moequant.containers.gguf.families.keys import SIGMOID, SOFTMAX, leading_dense, rope, routing, sizes
 from moequant.families import Config
 from moequant.families.mla import query_module
 from moequant.values import Role, Site, Stack, Weight
@@ -106,20 +106,12 @@ def mistral_keys(config: Config) -> tuple[Key, ...]:
     return (*v2_keys(config), *scaled)
 
 
-def leading_dense(config: Config) -> int:
-    """How many layers before the first with experts."""
-    kinds = list(config.mlp_layer_types)
-    return kinds.index("sparse") if "sparse" in kinds else len(kinds)
-
-
 def latent_complaints(config: Config, arch: str) -> Iterator[str]:
     """What graphs of latent attention take for granted."""
     yield from only(config, arch, "hidden_act", "silu")
     yield from only(config, arch, "attention_bias", False)
     yield from only(config, arch, "rope_interleave", True)
-    kinds = list(getattr(config, "mlp_layer_types", None) or [])
-    if "dense" in kinds[kinds.index("sparse") :] if "sparse" in kinds else False:
-        yield f"config key mlp_layer_types: llama.cpp's {arch!r} has dense layers only before the others"
+    yield from dense_in_front(config, arch)
     found = config.rope_parameters or {}
     if found.get("rope_type") == "yarn":
         both = found.get("mscale"), found.get("mscale_all_dim")
