@@ -7,7 +7,6 @@ terminal, markup, formulas. Here they become what a person would read.
 from __future__ import annotations
 
 import codecs
-import json
 import re
 import shlex
 import unicodedata
@@ -65,9 +64,14 @@ def markdown(text: str) -> str:
 
 
 def yaml(text: str) -> str:
-    """A YAML scalar: bare where it is a plain word, else in quotes, on one line."""
-    bare = _YAML_WORD.fullmatch(text) and text.lower() not in _YAML_VALUES
-    return text if bare else json.dumps(text)
+    """A YAML scalar: bare where it is a plain word, else in quotes, on one line, in ASCII."""
+    if _YAML_WORD.fullmatch(text) and text.lower() not in _YAML_VALUES:
+        return text
+    return '"' + "".join(one if _bare(one) else f"\\U{ord(one):08x}" for one in plain(text)) + '"'
+
+
+def _bare(character: str) -> bool:
+    return " " <= character <= "~" and character not in '"\\'
 
 
 def command(arguments: Sequence[str]) -> str:

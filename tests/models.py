@@ -47,6 +47,15 @@ DELTA_NET = {
     "linear_conv_kernel_dim": 4,
 }
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {
         "intermediate_size": 512,
@@ -96,6 +105,110 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "beta_slow": 1.0,
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
+        },
+    },
+    "deepseek_v2": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek_v2_lite": {
+        "model_type": "deepseek_v2",
+        "hidden_size": 96,
+        "num_hidden_layers": 27,
+        "num_key_value_heads": 4,
+        "intermediate_size": 160,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "glm4_moe": {
+        "num_hidden_layers": 3,
+        "head_dim": 48,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "num_mtp_layers": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+    },
+    "solar_open": {
+        "head_dim": 48,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "rope_parameters": YARN,
+    },
+    "minimax_m2": {
+        "head_dim": 48,
+        "intermediate_size": 128,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+    },
+    "glm4_moe_lite": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 48,
+        "v_head_dim": 80,
+        "mlp_layer_types": ["dense", "dense", "sparse"],
+    },
+    "mistral4": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "rope_parameters": YARN
+        | {
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 64,
         },
     },
     "gpt_oss": {
@@ -156,10 +269,90 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 3,
         **DELTA_NET,
     },
+    "dots1": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "sliding_window": None,
+    },
+    "ernie4_5_moe": {
+        "num_hidden_layers": 3,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "moe_num_experts": 8,
+        "moe_k": 3,
+        "moe_num_shared_experts": 2,
+        "tie_word_embeddings": True,
+    },
+    "hunyuan_v1_moe": {
+        "head_dim": 48,
+        "intermediate_size": 128,
+        "num_experts": 8,
+        "moe_topk": [3, 3],
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "dynamic",
+            "rope_theta": 10000.0,
+            "alpha": 1000.0,
+            "factor": 1.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    },
+    "hy_v3": {
+        "num_hidden_layers": 3,
+        "head_dim": 48,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 2,
+        "router_scaling_factor": 1.5,
+    },
+    "exaone_moe": {
+        "num_hidden_layers": 5,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "sliding_window": 48,
+        "sliding_window_pattern": 3,
+        "first_k_dense_replace": 1,
+    },
+    "mellum": {
+        "num_hidden_layers": 3,
+        "head_dim": 48,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": 48,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
     "llama": {"intermediate_size": 512},
+    "mistral": {"num_hidden_layers": 2, "intermediate_size": 320, "sliding_window": None},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
 }
-"""One config a family; shapes are not square where the format allows, so that transposes show."""
+"""One config a family, of the model type that it is called after, or says; shapes are not square where the
+format allows, so that transposes show."""
 
 VISION: Mapping[str, Mapping[str, Any]] = dict.fromkeys(
     ("qwen3_vl_moe", "qwen3_5_moe"),
@@ -238,17 +431,17 @@ def build(
     Where the family has a vision tower, the whole is saved; `vision` False saves the text model alone.
     """
     torch.manual_seed(seed)
-    given = COMMON | CONFIGS[family] | changes
-    vocab, kind = given["vocab_size"], AutoModelForCausalLM
+    given = {"model_type": family} | COMMON | CONFIGS[family] | changes
+    vocab, kind, model_type = given["vocab_size"], AutoModelForCausalLM, given.pop("model_type")
     if family not in VISION:
-        config = AutoConfig.for_model(family, **given)
+        config = AutoConfig.for_model(model_type, **given)
     elif vision:
         tied, kind = given.get("tie_word_embeddings", False), AutoModelForImageTextToText
         config = AutoConfig.for_model(
-            family, text_config=given, vision_config=VISION[family], tie_word_embeddings=tied
+            model_type, text_config=given, vision_config=VISION[family], tie_word_embeddings=tied
         )
     else:
-        config = AutoConfig.for_model(f"{family}_text", **given)
+        config = AutoConfig.for_model(f"{model_type}_text", **given)
     model = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moequant.errors import VerifyError
-from moequant.kernels import KERNEL_FORMATS, Matrix
+from moequant.kernels import Matrix
 
 Device = Literal["cpu", "cuda", "interpreter"]
 
@@ -29,11 +29,13 @@ class Product:
     device: str
     kernels: bool
 
-    def of(self, format_name: str) -> tuple[str, Multiply]:
-        """What multiplies a format here, and its name: formats without a kernel are multiplied in torch."""
-        if self.kernels and format_name in KERNEL_FORMATS:
-            return self.name, self._by_kernel
-        return IN_TORCH, _in_torch
+    def of(self, matrix: Matrix, rows: int) -> tuple[str, Multiply]:
+        """What multiplies that many rows by a matrix here, and what to call it, arithmetic included."""
+        if not self.kernels:
+            return IN_TORCH, _in_torch
+        from moequant.kernels.matmul import arithmetic  # imports Triton
+
+        return f"{self.name}, {arithmetic(matrix, rows, 1)}", self._by_kernel
 
     def _by_kernel(self, x: Tensor, matrix: Matrix, experts: Tensor) -> Tensor:
         from moequant.kernels.matmul import grouped_matmul  # imports Triton

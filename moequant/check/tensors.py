@@ -93,7 +93,7 @@ def _products(
     matrix: Matrix, product: Product, rows: _Rows, same: list[bool], reference: Tensor
 ) -> tuple[str, list[ExpertFigures]]:
     """What multiplied, and each expert's product against float32 of its decoded weights."""
-    name, multiply = product.of(matrix.format)
+    name, multiply = product.of(matrix, len(rows.x))
     got, figures = multiply(rows.x, matrix, rows.expert), []
     # Groups: loaders round code · scale to the scale's precision, kernels need not; both are near this.
     exact = reference if matrix.scales is None else matrix.decode()

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from moequant.errors import FamilyError
 from moequant.families.base import Config, Family, Get, Slot
+from moequant.families.deepseek_v2 import DEEPSEEK_V2
 from moequant.families.deepseek_v3 import DEEPSEEK_V3
+from moequant.families.dots1 import DOTS1
+from moequant.families.ernie4_5_moe import ERNIE4_5_MOE
+from moequant.families.exaone_moe import EXAONE_MOE
+from moequant.families.glm4_moe import GLM4_MOE, SOLAR_OPEN
+from moequant.families.glm4_moe_lite import GLM4_MOE_LITE
 from moequant.families.gpt_oss import GPT_OSS
+from moequant.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
+from moequant.families.hy_v3 import HY_V3
+from moequant.families.kimi_k25 import KIMI_K25
 from moequant.families.llama import LLAMA, MISTRAL
+from moequant.families.mellum import MELLUM
+from moequant.families.minimax_m2 import MINIMAX_M2
+from moequant.families.mistral4 import MISTRAL4
 from moequant.families.mixtral import MIXTRAL
 from moequant.families.olmoe import OLMOE
 from moequant.families.qwen2_moe import QWEN2_MOE
@@ -19,14 +32,27 @@ from moequant.families.qwen3_moe import QWEN3_MOE
 from moequant.families.qwen3_next import QWEN3_NEXT
 from moequant.families.qwen3_vl_moe import QWEN3_VL_MOE
 
-__all__ = ["FAMILIES", "Config", "Family", "Get", "Slot", "find"]
+__all__ = ["FAMILIES", "Config", "Family", "Get", "Slot", "find", "nearest"]
 
 FAMILIES: tuple[Family, ...] = (
     MIXTRAL,
     QWEN3_MOE,
     OLMOE,
+    DEEPSEEK_V2,
     DEEPSEEK_V3,
+    KIMI_K25,
+    GLM4_MOE,
+    GLM4_MOE_LITE,
+    SOLAR_OPEN,
+    MINIMAX_M2,
+    MISTRAL4,
     GPT_OSS,
+    DOTS1,
+    ERNIE4_5_MOE,
+    HUNYUAN_V1_MOE,
+    HY_V3,
+    EXAONE_MOE,
+    MELLUM,
     LLAMA,
     MISTRAL,
     QWEN3,
@@ -44,8 +70,17 @@ def find(raw: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if any(name in family.classes for name in names):
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.classes)
+    wanted = "/".join(map(str, names)) or "(none in config.json)"
+    near = nearest(str(names[0])) if names else None
     raise FamilyError(
-        f"architecture {'/'.join(map(str, names)) or '(none in config.json)'} is not supported yet; "
-        f"supported: {known}"
+        f"architecture {wanted} is not supported yet"
+        + (f"; the nearest that is: {near.name} ({near.classes[0]})" if near else "")
+        + "; `moequant inspect` says what differs, docs/families.md lists all"
     )
+
+
+def nearest(architecture: str) -> Family | None:
+    """The family whose class has the name most like this one; None when none is near."""
+    by_class = {name: family for family in FAMILIES for name in family.classes}
+    found = get_close_matches(architecture, by_class, n=1, cutoff=0.4)
+    return by_class[found[0]] if found else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moequant.families.base import Config, Get, Slot
@@ -100,9 +100,15 @@ def seen(layer: int, name: str, module: str) -> Site:
 
 
 def attention(
-    layer: int, *, qk_norm: bool = False, biased: bool = False, ffn_norm: str = "post_attention_layernorm"
+    layer: int,
+    *,
+    qk_norm: bool = False,
+    biased: bool = False,
+    ffn_norm: str = "post_attention_layernorm",
+    adds: bool = True,
 ) -> tuple[Slot, ...]:
-    """Norms and projections of llama-like attention; q, k and v multiply the same activations."""
+    """Norms and projections of llama-like attention; q, k and v multiply the same activations. `ffn_norm` is
+    the norm in front of the feed-forward block."""
     into = seen(layer, "attn.input", "self_attn.q_proj")
     out = seen(layer, "attn.output", "self_attn.o_proj")
     slots = [
@@ -110,7 +116,7 @@ def attention(
         *linear(layer, "attn_q", Role.ATTN_Q, "self_attn.q_proj", into, biased=biased),
         *linear(layer, "attn_k", Role.ATTN_K, "self_attn.k_proj", into, biased=biased),
         *linear(layer, "attn_v", Role.ATTN_V, "self_attn.v_proj", into, biased=biased),
-        *linear(layer, "attn_out", Role.ATTN_OUT, "self_attn.o_proj", out, biased=biased, adds=True),
+        *linear(layer, "attn_out", Role.ATTN_OUT, "self_attn.o_proj", out, biased=biased, adds=adds),
         norm(layer, "ffn_norm", ffn_norm),
     ]
     if qk_norm:
@@ -121,19 +127,41 @@ def attention(
     return tuple(slots)
 
 
-def gated_ffn(layer: int, module: str = "mlp", kind: str = "ffn") -> tuple[Slot, ...]:
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""What most families call the three products of a gated block."""
+
+
+def gated_ffn(
+    layer: int,
+    module: str = "mlp",
+    kind: str = "ffn",
+    *,
+    names: tuple[str, str, str] = PROJECTIONS,
+    adds: bool = True,
+) -> tuple[Slot, ...]:
     """A gated feed-forward block that every token crosses: of a dense layer, or the shared experts."""
+    gate, up, down = (f"{module}.{name}" for name in names)
     roles = {
         "ffn": (Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN),
         "shared": (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN),
     }[kind]
-    into = seen(layer, f"{kind}.input", f"{module}.gate_proj")
-    inner = seen(layer, f"{kind}.inner", f"{module}.down_proj")
+    into = seen(layer, f"{kind}.input", gate)
+    inner = seen(layer, f"{kind}.inner", down)
     return (
-        *linear(layer, f"{kind}.gate", roles[0], f"{module}.gate_proj", into),
-        *linear(layer, f"{kind}.up", roles[1], f"{module}.up_proj", into),
+        *linear(layer, f"{kind}.gate", roles[0], gate, into),
+        *linear(layer, f"{kind}.up", roles[1], up, into),
         # Beside routed experts, only those pull the residual's error back: both would do it twice.
-        *linear(layer, f"{kind}.down", roles[2], f"{module}.down_proj", inner, adds=kind == "ffn"),
+        *linear(layer, f"{kind}.down", roles[2], down, inner, adds=adds and kind == "ffn"),
+    )
+
+
+def released(slots: tuple[Slot, ...], ours: str, theirs: str) -> tuple[Slot, ...]:
+    """The same slots of a module that releases call `theirs` and transformers `ours`: either is read."""
+    return tuple(
+        replace(
+            slot, get=(*(replace(way, name=way.name.replace(ours, theirs)) for way in slot.ways), *slot.ways)
+        )
+        for slot in slots
     )
 
 
@@ -157,7 +185,7 @@ class Experts:
 
     width: int
     stored: str = "mlp.experts"
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    names: tuple[str, str, str] = PROJECTIONS
     module: str = "mlp.experts"
     transposed_for: int | None = None
 
@@ -196,10 +224,14 @@ def router(layer: int, stored: str = "mlp.gate", module: str = "mlp.gate") -> Sl
     return Slot(f"layers.{layer}.router", Role.ROUTER, param, ways)
 
 
-def correction(layer: int, name: str = "mlp.gate.e_score_correction_bias") -> Slot:
-    """What is added to a router's scores for the choice of experts alone; transformers keeps it in a
-    buffer."""
-    return Slot(f"layers.{layer}.router.correction", Role.CORRECTION, f"model.layers.{layer}.{name}")
+def correction(
+    layer: int, name: str = "mlp.gate.e_score_correction_bias", stored: str | None = None, ops: Ops = ()
+) -> Slot:
+    """What is added to a router's scores for the choice of experts alone: the parameter or buffer `name` of
+    the layer, in releases `stored`; `ops` make a vector of either."""
+    param, other = (f"model.layers.{layer}.{each}" for each in (name, stored or name))
+    ways = tuple(Get(each, ops) for each in dict.fromkeys((other, param)))
+    return Slot(f"layers.{layer}.router.correction", Role.CORRECTION, param, ways, ops)
 
 
 def value(config: Config, name: str, default: Any = None) -> Any:

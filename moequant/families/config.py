@@ -92,6 +92,10 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
         raise FamilyError(
             f"config.json: {family.model_type} cannot be made of it ({one_line(error)})"
         ) from None
+    if (
+        getattr(config, "head_dim", 0) is None
+    ):  # as attention takes it; transformers' own YaRN trips over None
+        config.head_dim = config.hidden_size // config.num_attention_heads
     _check_keys(family, given, config)
     return config
 
@@ -113,7 +117,8 @@ def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> Non
         if key in known or key.startswith(BOOKKEEPING) or value is None:
             continue
         if key in family.says:
-            if value not in family.says[key]:
+            told = value if isinstance(value, list) and value else [value]  # of a list, every entry
+            if value not in family.says[key] and any(one not in family.says[key] for one in told):
                 raise _refused(family, key, value, f"this class computes {family.says[key][0]!r}")
         elif key in own or aliases.get(key, key) in own:
             default = own.get(key, own.get(aliases.get(key, key)))

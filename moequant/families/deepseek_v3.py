@@ -7,17 +7,23 @@ from collections.abc import Mapping
 
 from moequant.families.base import Config, Family, Slot
 from moequant.families.blocks import SHAPE_KEYS, Experts, correction, ends, gated_ffn, moe_shape, router
-from moequant.families.mla import latent_attention
+from moequant.families.mla import LATENT_KEYS, latent_attention
 
 
 def layer(config: Config, number: int) -> tuple[Slot, ...]:
     """One decoder layer."""
-    attention = latent_attention(config, number)
-    if number < config.first_k_dense_replace:
-        return (*attention, *gated_ffn(number))
+    dense = number < config.first_k_dense_replace
+    return (
+        *latent_attention(config, number),
+        *(gated_ffn(number) if dense else sparse_ffn(config, number)),
+    )
+
+
+def sparse_ffn(config: Config, number: int) -> tuple[Slot, ...]:
+    """Router, routed and shared experts of a layer."""
     shared = gated_ffn(number, "mlp.shared_experts", "shared")
     experts = Experts(config.moe_intermediate_size).slots(number)
-    return (*attention, router(number), correction(number), *experts, *shared)
+    return (router(number), correction(number), *experts, *shared)
 
 
 def prediction_layers(config: Config) -> Mapping[str, str]:
@@ -30,30 +36,28 @@ def prediction_layers(config: Config) -> Mapping[str, str]:
     return {rf"model\.layers\.({numbers})\..*": "multi-token prediction"} if numbers else {}
 
 
-KNOWN = SHAPE_KEYS | {
-    "n_routed_experts",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "n_shared_experts",
-    "moe_intermediate_size",
-    "first_k_dense_replace",
-    "routed_scaling_factor",
-    "norm_topk_prob",
-    "n_group",
-    "topk_group",
-    "kv_lora_rank",
-    "q_lora_rank",
-    "qk_rope_head_dim",
-    "qk_nope_head_dim",
-    "qk_head_dim",
-    "v_head_dim",
-    "rope_interleave",
-    "num_nextn_predict_layers",
-    "num_mtp_layers",
-    "ep_size",
-    "seq_aux",
-    "aux_loss_alpha",
-}
+ROUTING_KEYS = frozenset(
+    {
+        "n_routed_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "n_shared_experts",
+        "moe_intermediate_size",
+        "routed_scaling_factor",
+        "norm_topk_prob",
+        "n_group",
+        "topk_group",
+        "num_nextn_predict_layers",
+        "num_mtp_layers",
+        "ep_size",
+        "seq_aux",
+        "aux_loss_alpha",
+    }
+)
+"""Config keys of a router that groups experts, with shared experts beside it."""
+
+ROUTER_SAYS = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)}
+"""What releases say of that router, which the classes compute anyway."""
 
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
@@ -62,11 +66,7 @@ DEEPSEEK_V3 = Family(
     shape=moe_shape,
     layer=layer,
     ends=ends,
-    known=KNOWN,
-    says={
-        "scoring_func": ("sigmoid",),
-        "topk_method": ("noaux_tc",),
-        "moe_layer_freq": (1,),
-    },
+    known=SHAPE_KEYS | LATENT_KEYS | ROUTING_KEYS | {"first_k_dense_replace"},
+    says=ROUTER_SAYS,
     skipped=prediction_layers,
 )

@@ -6,6 +6,19 @@ from moequant.families.base import Config, Slot
 from moequant.families.blocks import linear, norm, seen
 from moequant.values import Role, Site
 
+LATENT_KEYS = frozenset(
+    {
+        "kv_lora_rank",
+        "q_lora_rank",
+        "qk_rope_head_dim",
+        "qk_nope_head_dim",
+        "qk_head_dim",
+        "v_head_dim",
+        "rope_interleave",
+    }
+)
+"""Config keys of latent attention."""
+
 
 def latent_attention(config: Config, layer: int) -> tuple[Slot, ...]:
     """Norms and projections of a layer; queries come from a latent of their own where `q_lora_rank` is

@@ -8,8 +8,8 @@ was set before Triton was first imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,103 +17,78 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from moequant.errors import FormatError
-from moequant.kernels import integer, iq4_xs, mxfp4, q2_k, q3_k, q4_k, q5_k, q6_k, q8_0
+from moequant.formats.grids import points
+from moequant.kernels.activations import round_activations
+from moequant.kernels.decoders import DECODERS, Decoder
 from moequant.kernels.matrix import Matrix
-from moequant.kernels.products import tile_product, vector_product
+from moequant.kernels.products import vector_product
+from moequant.kernels.routing import Schedule, grouped, unsorted
+from moequant.kernels.tiles import tile_product
 
-VECTOR_TOKENS = 16
-"""Up to so many tokens the product is bound by the bytes of the weights, and vectors do."""
+VECTOR_TOKENS = 4
+"""Up to so many tokens an expert the product is bound by the bytes of the weights, and vectors do."""
 
 LARGEST_WEIGHT = 256.0
-"""f16 operands are scaled for weights up to this size; above 2^-21 they keep all 11 bits."""
+"""f16 operands of tensor cores are scaled for weights up to this size."""
 
-
-@dataclass(frozen=True, slots=True)
-class Decoder:
-    """A format's tile decoder: `block` weights in `bytes`, `width` neighbouring weights a call."""
-
-    decode: Callable[..., Any]
-    block: int
-    bytes: int
-    width: int
-
-
-DECODERS = {
-    "Q8_0": Decoder(q8_0.decode, q8_0.BLOCK, q8_0.BYTES, q8_0.WIDTH),
-    "Q6_K": Decoder(q6_k.decode, q6_k.BLOCK, q6_k.BYTES, q6_k.WIDTH),
-    "Q5_K": Decoder(q5_k.decode, q5_k.BLOCK, q5_k.BYTES, q5_k.WIDTH),
-    "Q4_K": Decoder(q4_k.decode, q4_k.BLOCK, q4_k.BYTES, q4_k.WIDTH),
-    "Q3_K": Decoder(q3_k.decode, q3_k.BLOCK, q3_k.BYTES, q3_k.WIDTH),
-    "Q2_K": Decoder(q2_k.decode, q2_k.BLOCK, q2_k.BYTES, q2_k.WIDTH),
-    "IQ4_XS": Decoder(iq4_xs.decode, iq4_xs.BLOCK, iq4_xs.BYTES, iq4_xs.WIDTH),
-    "MXFP4": Decoder(mxfp4.decode, mxfp4.BLOCK, mxfp4.BYTES, mxfp4.WIDTH),
-    "INT4": Decoder(integer.decode4, integer.BLOCK, integer.BYTES4, integer.WIDTH),
-    "INT8": Decoder(integer.decode8, integer.BLOCK, integer.BYTES8, integer.WIDTH),
-}
+WEIGHT_SCALE = 2.0**15 / LARGEST_WEIGHT
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one program takes: tokens of one expert, rows of the matrix, blocks of a row at once.
+    """What one program takes: tokens of one expert, rows of the matrix, pieces of a row at once.
 
-    `vector` chooses the product; tokens, rows and blocks are powers of two.
+    `vector` chooses the product; tokens, rows, columns and warps are powers of two. With vectors each lane
+    takes `rows` rows, and the lanes beside `columns` take others.
     """
 
     vector: bool
     tokens: int
     rows: int
-    blocks: int
+    columns: int
     warps: int
 
+    @property
+    def lanes(self) -> int:
+        """Threads of a program: AMD's warps have 64."""
+        return self.warps * (64 if torch.version.hip else 32)
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Which program serves which tokens, made once for all matrices of an MoE block.
-
-    `order` i32 [pairs] are (token, choice) pairs sorted by expert; program i takes up to
-    `tokens` of them, from `first[i]`, below `end[i]`, for `expert[i]`. With one token a
-    program nothing is sorted: program i serves pair i, and `order` is None.
-    """
-
-    tokens: int
-    expert: Tensor
-    order: Tensor | None
-    first: Tensor | None
-    end: Tensor | None
+    @property
+    def rows_a_program(self) -> int:
+        """Rows of the matrix that one program serves."""
+        return self.rows * self.lanes // self.columns if self.vector else self.rows
 
 
 def schedule(experts: Tensor, n_experts: int, tile: Tile) -> Schedule:
-    """The schedule of expert ids [tokens, k] on their device, without waiting for it (shapes are bounds)."""
-    ids, tokens = experts.reshape(-1).long(), tile.tokens
-    pairs = ids.numel()
-    if tokens == 1 and tile.vector:
-        return Schedule(1, ids.int(), None, None, None)
-    counts = torch.zeros(n_experts, dtype=torch.int64, device=ids.device)
-    counts.scatter_add_(0, ids, torch.ones_like(ids))
-    ends, works = counts.cumsum(0), (counts + tokens - 1) // tokens
-    work_ends = works.cumsum(0)
-    bound = min(pairs, (pairs + min(n_experts, pairs) * (tokens - 1)) // tokens)
-    work = torch.arange(bound, device=ids.device)
-    expert = torch.searchsorted(work_ends, work, right=True)
-    idle = expert >= n_experts
-    expert = expert.clamp(max=n_experts - 1)
-    first = (ends - counts)[expert] + (work - (work_ends - works)[expert]) * tokens
-    end = torch.where(idle, torch.zeros_like(first), ends[expert])
-    order = torch.argsort(ids, stable=True)
-    return Schedule(tokens, expert.int(), order.int(), first.int(), end.int())
+    """The schedule of expert ids [tokens, k] for a tile."""
+    return unsorted(experts) if tile.vector and tile.tokens == 1 else grouped(experts, n_experts, tile.tokens)
 
 
 def choose_tile(matrix: Matrix, tokens: int, top_k: int) -> Tile:
     """A tile for that many tokens: sized so that most experts' tokens fit one program."""
-    decoder, n_in = DECODERS[matrix.format], matrix.shape[2]
-    n_blocks = triton.next_power_of_2(n_in // decoder.block)
     expected = triton.next_power_of_2(-(-tokens * top_k // matrix.shape[0]))
-    if tokens <= VECTOR_TOKENS:
-        served = min(expected, triton.next_power_of_2(tokens))
-        blocks = min(n_blocks, 512 // decoder.width if decoder.block == 32 else 4)
-        rows = 4 if served > 8 else 8
-        return Tile(True, served, rows, blocks, warps=2 if served == 1 and decoder.block == 256 else 4)
-    return Tile(False, min(max(expected, 16), 64), 64, min(n_blocks, 64 // decoder.width), warps=4)
+    return tile_for(DECODERS[matrix.format], matrix.shape[2], min(expected, triton.next_power_of_2(tokens)))
+
+
+def arithmetic(matrix: Matrix, tokens: int, top_k: int) -> str:
+    """How a product of that many tokens is computed, in words."""
+    if choose_tile(matrix, tokens, top_k).vector:
+        return "16-bit activations, integer sums"
+    return "f16 activations and weights, f32 sums"
+
+
+def tile_for(decoder: Decoder, n_in: int, tokens: int) -> Tile:
+    """A tile for experts of `tokens` (a power of two) tokens each.
+
+    Vectors: the lanes of a warp walk a row together, fewer of them where some would be idle.
+    """
+    if tokens > VECTOR_TOKENS:
+        return Tile(False, min(max(tokens, 16), 64), 64, max(2, 64 // decoder.piece), warps=4)
+    pieces = n_in // decoder.piece
+    columns = 32
+    while columns > 4 and -(-pieces // columns) * columns > 1.15 * pieces:
+        columns //= 2
+    return Tile(True, tokens, 4 if tokens <= 2 else 2, columns, warps=4)
 
 
 def grouped_matmul(
@@ -143,7 +118,10 @@ def grouped_matmul(
         return out
     tile = choose_tile(matrix, tokens, top_k) if tile is None else tile
     plan = schedule(experts, n_experts, tile) if plan is None else plan
-    _launch(x.contiguous(), matrix, out, tile, plan)
+    if tile.vector:
+        _launch_vectors(x.contiguous(), matrix, out, tile, plan)
+    else:
+        _launch_tiles(x, matrix, out, tile, plan)
     return out
 
 
@@ -152,36 +130,130 @@ def matmul(x: Tensor, matrix: Matrix, *, tile: Tile | None = None) -> Tensor:
     return grouped_matmul(x, matrix, x.new_zeros((len(x), 1), dtype=torch.int64), tile=tile)[:, 0]
 
 
-def _launch(x: Tensor, matrix: Matrix, out: Tensor, tile: Tile, plan: Schedule) -> None:
+def _launch_vectors(x: Tensor, matrix: Matrix, out: Tensor, tile: Tile, plan: Schedule) -> None:
     decoder = DECODERS[matrix.format]
-    _, n_out, n_in = matrix.shape
-    n_blocks = n_in // decoder.block
-    scales = None if matrix.scales is None else matrix.scales.contiguous()
-    per_scale = 1 if scales is None else n_blocks // scales.shape[2]
-    data = matrix.data.contiguous()
-    work = (plan.order, plan.expert, plan.first, plan.end)
-    sizes = (per_scale, n_out, n_in, n_blocks, out.shape[1])
-    grid = (triton.cdiv(n_out, tile.rows), plan.expert.numel())
-    shape = {
-        "DECODE": decoder.decode,
-        "BLOCK": decoder.block,
-        "BYTES": decoder.bytes,
-        "WIDTH": decoder.width,
-        "TOKENS": tile.tokens,
-        "ROWS": tile.rows,
-        "BLOCKS": tile.blocks,
-        "num_warps": tile.warps,
-    }
-    if tile.vector:
-        vector_product[grid](x, data, scales, out, *work, *sizes, SORTED=plan.order is not None, **shape)
-        return
-    tile_product[grid](
-        x, _powers(x), data, scales, out, *work, *sizes, 2.0**15 / LARGEST_WEIGHT, num_stages=2, **shape
+    n_out, n_in = matrix.shape[1:]
+    grid = (triton.cdiv(n_out, tile.rows_a_program), plan.expert.numel())
+    side, n_groups, per_scale = _beside(matrix)
+    vector_product[grid](
+        records(x, decoder),
+        _words(matrix.data),
+        side,
+        out,
+        *(plan.order, plan.expert, plan.first, plan.end),
+        *(n_out, n_in // decoder.block, n_groups, out.shape[1]),
+        **constants(decoder, per_scale, isa(), tile),
+        SORTED=plan.order is not None,
+        RECORD=decoder.record,
+        LANES=tile.lanes,
+        num_warps=tile.warps,
+        enable_fp_fusion=True,
     )
 
 
-def _powers(x: Tensor) -> Tensor:
-    """f32 [tokens]: powers of two that bring each row's largest value to 2^14 … 2^15 (rows of zeros: 1)."""
+def _launch_tiles(x: Tensor, matrix: Matrix, out: Tensor, tile: Tile, plan: Schedule) -> None:
+    decoder = DECODERS[matrix.format]
+    n_out, n_in = matrix.shape[1:]
+    grid = (triton.cdiv(n_out, tile.rows_a_program), plan.expert.numel())
+    side, n_groups, per_scale = _beside(matrix)
+    halves, x_scale = _halves(x, decoder)
+    tile_product[grid](
+        halves,
+        x_scale,
+        _words(matrix.data),
+        side,
+        out,
+        *(plan.order, plan.expert, plan.first, plan.end),
+        *(n_out, n_in, n_in // decoder.block, n_groups, out.shape[1]),
+        **constants(decoder, per_scale, isa(), tile),
+        MIDDLE=decoder.middle,
+        WEIGHT_SCALE=WEIGHT_SCALE,
+        num_warps=tile.warps,
+        num_stages=2,
+        enable_fp_fusion=True,
+    )
+
+
+def constants(decoder: Decoder, per_scale: int, isa: str, tile: Tile) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    return {
+        "DECODE": decoder.decode,
+        "BLOCK": decoder.block,
+        "BYTES": decoder.bytes,
+        "PIECE": decoder.piece,
+        "GROUP": decoder.group,
+        "ZERO": decoder.zero,
+        "PER_SCALE": per_scale,
+        "ISA": isa,
+        "TOKENS": tile.tokens,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+    }
+
+
+def isa() -> str:
+    """Whose instructions the kernels may name: see `instructions.py`."""
+    if triton.knobs.runtime.interpret:
+        return "none"
+    return "gcn" if torch.version.hip else "ptx"
+
+
+def records(x: Tensor, decoder: Decoder) -> Tensor:
+    """x [tokens, in] as the vector product takes it: i32 [tokens, pieces + 1, record] (`activations.py`)."""
+    tokens, n_in = x.shape
+    count, together = n_in // decoder.piece + 1, 8
+    out = torch.empty(tokens, count, decoder.record, dtype=torch.int32, device=x.device)
+    round_activations[(triton.cdiv(count, together), tokens)](
+        x,
+        _order(decoder.order, str(x.device)),
+        out,
+        n_in,
+        SPAN=len(decoder.order),
+        PIECE=decoder.piece,
+        GROUP=decoder.group,
+        RECORD=decoder.record,
+        PIECES=together,
+        enable_fp_fusion=True,
+    )
+    return out
+
+
+def _halves(x: Tensor, decoder: Decoder) -> tuple[Tensor, Tensor]:
+    """(f16 x in the kernel's order, f32 [tokens] powers of two that it is multiplied by).
+
+    They bring each row's largest value to 2^14 … 2^15; rows of zeros keep theirs.
+    """
     peak = x.abs().amax(1).float()
     _, exponent = torch.frexp(peak)
-    return torch.where(peak > 0, torch.exp2(15.0 - exponent.float()), 1.0)
+    scale = torch.where(peak > 0, torch.exp2(15.0 - exponent.float()), 1.0)
+    order = _order(decoder.order, str(x.device))
+    scaled = (x.float() * scale[:, None]).half()
+    return scaled.view(len(x), -1, len(order))[:, :, order].flatten(1), scale
+
+
+@cache
+def _order(order: tuple[int, ...], device: str) -> Tensor:
+    return torch.tensor(order, dtype=torch.int32, device=device)
+
+
+@cache
+def _grid(name: str, device: str) -> Tensor:
+    """The rows of a grid as words of signed bytes."""
+    return points(name).to(torch.int8).contiguous().view(torch.int32).flatten().to(device)
+
+
+def _beside(matrix: Matrix) -> tuple[Tensor | None, int, int]:
+    """(what lies apart: scales, a grid or nothing; scales a row; pieces that share a scale, 0 without)."""
+    decoder = DECODERS[matrix.format]
+    if matrix.scales is not None:
+        groups = matrix.scales.shape[2]
+        return matrix.scales.contiguous(), groups, matrix.shape[2] // groups // decoder.piece
+    return (_grid(decoder.grid, str(matrix.data.device)) if decoder.grid else None), 1, 0
+
+
+def _words(data: Tensor) -> Tensor:
+    """Bytes as whole words at an aligned address; copied where they do not lie so."""
+    data = data.contiguous().flatten()
+    if data.numel() % 4:
+        data = torch.nn.functional.pad(data, (0, -data.numel() % 4))
+    return (data if data.data_ptr() % 16 == 0 else data.clone()).view(torch.int32)

@@ -12,8 +12,8 @@ from moequant.errors import FormatError
 INTEGERS = {"INT4": 4, "INT8": 8}
 """compressed-tensors `pack-quantized`: little-endian codes along `in`, offset by half their range."""
 
-KERNEL_FORMATS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "MXFP4", *INTEGERS)
-"""Formats that have a kernel."""
+KERNEL_FORMATS = (*(name for name in formats.FORMATS if name not in ("F32", "F16", "BF16")), *INTEGERS)
+"""Formats that have a kernel: all that pack weights."""
 
 
 @dataclass(frozen=True, slots=True)

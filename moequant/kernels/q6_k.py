@@ -1,22 +1,33 @@
 # mypy: ignore-errors
 # (device code: Triton's types are not Python's)
-"""Q6_K in a kernel; the layout is drawn in `formats/q6_k.py`."""
+"""Q6_K in a kernel; the layout is drawn in `formats/q6_k.py`, the pieces in `quarters.py`."""
 
 import triton
 import triton.language as tl
 
-from moequant.kernels.fields import half, lane, number
+from moequant.kernels.fields import low_half, nibbles, short, words
+from moequant.kernels.quarters import quarters
 
-BLOCK, BYTES, WIDTH = 256, 210, 16
+BYTES, GROUP, ZERO = 210, 16, 32
 
 
 @triton.jit
-def decode(block, scale, PART: tl.constexpr):
-    """[U, 16] f32: weights 16 · PART … of the blocks at pointers [U, 1]."""
-    upper: tl.constexpr = PART // 8
-    quarter: tl.constexpr = PART % 8 // 2
-    start: tl.constexpr = PART % 2 * 16
-    low = tl.load(block + upper * 64 + quarter % 2 * 32 + start + lane(16)) >> (quarter // 2 * 4) & 15
-    high = tl.load(block + 128 + upper * 32 + start + lane(16)) >> (quarter * 2) & 3
-    factor = tl.load(block + 192 + PART).to(tl.int8, bitcast=True).to(tl.float32)
-    return half(block + 208) * factor * number(low | high << 4, 32)
+def decode(row, skew, piece, side, ISA: tl.constexpr):
+    """(code words, scales, no offsets) of a piece; see `decoders.py`."""
+    block = skew + (piece >> 2) * 210
+    half = piece >> 1 & 1
+    parity = piece & 1
+    at = block + half * 64 + parity * 16
+    # Quarters 0 and 1 lie in low nibbles, 2 and 3 in high ones.
+    low = nibbles(words(row, at, 4, 2) + words(row, at + 32, 4, 2))
+    high = quarters(words(row, block + 128 + half * 32 + parity * 16, 4, 2), 2, 4)
+    code = ()
+    for i in tl.static_range(16):
+        code += (low[i] | high[i],)
+    factors = words(row, block + 192 + half * 8, 2, 2)
+    d = low_half(short(row, block + 208))
+    scales = ()
+    for q in tl.static_range(4):
+        factor = (factors[q // 2] >> (parity * 8).to(tl.uint32) >> (q % 2 * 16)).to(tl.int8, bitcast=False)
+        scales += (d * factor.to(tl.float32),)
+    return code, scales, ()

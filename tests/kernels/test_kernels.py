@@ -10,10 +10,13 @@ import sys
 import pytest
 import torch
 
+from moequant.kernels import KERNEL_FORMATS
 from tests.kernels import cases, reference
 from tests.models import ROOT
 
 LIMIT = 1e-3
+VECTOR_LIMIT = 1e-4
+"""Activations of 16 bits and exact sums leave much less than tensor cores do."""
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -40,7 +43,7 @@ def interpreted() -> dict[str, float]:
 
 @pytest.mark.parametrize("name", [case.name for case in cases.cases()])
 def test_interpreted(interpreted: dict[str, float], name: str) -> None:
-    assert interpreted[name] <= LIMIT
+    assert interpreted[name] <= (VECTOR_LIMIT if name.endswith("vector") else LIMIT)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -48,10 +51,12 @@ def test_compiled() -> None:
     assert {name: error for name, error in errors("cuda").items() if not error <= LIMIT} == {}
 
 
-@pytest.mark.parametrize("case", cases.cases()[:20], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases.cases()[: 2 * len(KERNEL_FORMATS)], ids=lambda case: case.name)
 def test_torch_decodes_the_same_bytes(case: cases.Case) -> None:
     packed, weights = cases.matrix(case)
-    assert torch.equal(packed.decode().double(), weights.float().double())
+    decoded = packed.decode().double()
+    assert torch.equal(decoded.isnan(), weights.isnan())
+    assert torch.equal(decoded.nan_to_num(0.0), weights.float().double().nan_to_num(0.0))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moequant.containers.gguf.families.base import Computed, Export, FileTensor, Key
-from moequant.containers.gguf.families.deepseek2 import DEEPSEEK_V3
+from moequant.containers.gguf.families.deepseek2 import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, MISTRAL4
+from moequant.containers.gguf.families.dots1 import DOTS1
+from moequant.containers.gguf.families.ernie4_5_moe import ERNIE4_5_MOE
+from moequant.containers.gguf.families.exaone_moe import EXAONE_MOE
+from moequant.containers.gguf.families.glm4_moe import GLM4_MOE
 from moequant.containers.gguf.families.gpt_oss import GPT_OSS
+from moequant.containers.gguf.families.hunyuan import HUNYUAN_V1_MOE, HY_V3
 from moequant.containers.gguf.families.llama import LLAMA, MIXTRAL
+from moequant.containers.gguf.families.mellum import MELLUM
+from moequant.containers.gguf.families.minimax_m2 import MINIMAX_M2
 from moequant.containers.gguf.families.names import COMMON
 from moequant.containers.gguf.families.olmoe import OLMOE
 from moequant.containers.gguf.families.qwen2moe import QWEN2_MOE
@@ -18,10 +25,16 @@ from moequant.containers.gguf.families.qwen3vlmoe import QWEN3_VL_MOE
 __all__ = ["COMMON", "EXPORTS", "Computed", "Export", "FileTensor", "Key"]
 
 EXPORTS: Mapping[str, Export] = {
+    "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "glm4_moe": GLM4_MOE,
+    "glm4_moe_lite": GLM4_MOE_LITE,
     "gpt_oss": GPT_OSS,
+    "kimi_k25": DEEPSEEK_V3,
     "llama": LLAMA,
+    "minimax_m2": MINIMAX_M2,
     "mistral": LLAMA,
+    "mistral4": MISTRAL4,
     "mixtral": MIXTRAL,
     "olmoe": OLMOE,
     "qwen2_moe": QWEN2_MOE,
@@ -30,5 +43,12 @@ EXPORTS: Mapping[str, Export] = {
     "qwen3_moe": QWEN3_MOE,
     "qwen3_next": QWEN3_NEXT,
     "qwen3_vl_moe": QWEN3_VL_MOE,
+    "solar_open": GLM4_MOE,
+    "dots1": DOTS1,
+    "ernie4_5_moe": ERNIE4_5_MOE,
+    "hunyuan_v1_moe": HUNYUAN_V1_MOE,
+    "hy_v3": HY_V3,
+    "exaone_moe": EXAONE_MOE,
+    "mellum": MELLUM,
 }
 """By the family's name."""

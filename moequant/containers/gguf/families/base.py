@@ -102,3 +102,10 @@ def full_attention(config: Config, arch: str) -> Iterator[str]:
                 f"config key sliding_window = {window!r}: llama.cpp's {arch!r} implements only full "
                 "attention, the file would compute something else"
             )
+
+
+def dense_in_front(config: Config, arch: str) -> Iterator[str]:
+    """A complaint when a dense layer follows one with experts."""
+    kinds = list(getattr(config, "mlp_layer_types", None) or [])
+    if "sparse" in kinds and set(kinds[kinds.index("sparse") :]) != {"sparse"}:
+        yield f"config key mlp_layer_types: llama.cpp's {arch!r} has dense layers only before the others"

@@ -1,11 +1,14 @@
-"""llama.cpp's `deepseek2`: latent attention with the keys' half of kv_b absorbed into the queries."""
+"""llama.cpp's `deepseek2`: latent attention with the keys' half of kv_b absorbed into the queries.
+
+DeepSeek-V2 and V3, Kimi-K2 and K2.5, GLM-4.7-Flash; `mistral4` is the same graph under another name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, only
-from moequant.containers.gguf.families.keys import expert_counts, rope, sizes
+from moequant.containers.gguf.families.base import Export, FileTensor, Key, dense_in_front, only
+from moequant.containers.gguf.families.keys import SIGMOID, SOFTMAX, leading_dense, rope, routing, sizes
 from moequant.families import Config
 from moequant.families.mla import query_module
 from moequant.values import Role, Site, Stack, Weight
@@ -13,8 +16,8 @@ from moequant.values.ops import Joined, Part, Stacked, Transposed
 
 ARCH = "deepseek2"
 
-SIGMOID = 2
-"""llama.cpp's number of a router that scores by sigmoid; softmax is 1."""
+LATENT_EPS = 1e-6
+"""What transformers norms latents with, whatever rms_norm_eps says."""
 
 
 def split_latent(config: Config, weight: Weight) -> tuple[FileTensor, ...] | None:
@@ -60,10 +63,10 @@ def latent_keys(config: Config) -> tuple[Key, ...]:
 
 def _yarn(config: Config) -> tuple[Key, ...]:
     """How YaRN scales attention: llama.cpp divides the key by 0.1 again."""
-    told = (config.rope_parameters or {}).get("mscale_all_dim")
-    if (config.rope_parameters or {}).get("rope_type") != "yarn" or not told:
+    found = config.rope_parameters or {}
+    if found.get("rope_type") != "yarn" or not found.get("mscale_all_dim"):
         return ()
-    return (Key("rope.scaling.yarn_log_multiplier", "f32", 0.1 * float(told)),)
+    return (Key("rope.scaling.yarn_log_multiplier", "f32", 0.1 * float(found["mscale_all_dim"])),)
 
 
 def one_key_head(keys: tuple[Key, ...]) -> tuple[Key, ...]:
@@ -71,40 +74,97 @@ def one_key_head(keys: tuple[Key, ...]) -> tuple[Key, ...]:
     return tuple(Key(k.name, k.kind, 1) if k.name == "attention.head_count_kv" else k for k in keys)
 
 
-def routing_keys(config: Config) -> tuple[Key, ...]:
-    """How the router of V3 scores, groups and scales."""
-    return (
-        Key("leading_dense_block_count", "u32", int(config.first_k_dense_replace)),
-        Key("expert_feed_forward_length", "u32", int(config.moe_intermediate_size)),
-        Key("expert_shared_count", "u32", int(config.n_shared_experts)),
-        Key("expert_weights_scale", "f32", float(config.routed_scaling_factor)),
-        Key("expert_weights_norm", "bool", bool(config.norm_topk_prob)),
-        Key("expert_gating_func", "u32", SIGMOID),
-        Key("expert_group_count", "u32", int(config.n_group or 1)),
-        Key("expert_group_used_count", "u32", int(config.topk_group or 1)),
-    )
+def v2_keys(config: Config) -> tuple[Key, ...]:
+    """Keys of DeepSeek-V2. Its class never renormalises the weights of the chosen experts."""
+    router = routing(config, SOFTMAX, int(config.first_k_dense_replace))
+    return (*one_key_head(sizes(config)), *router, *latent_keys(config))
 
 
-def keys(config: Config) -> tuple[Key, ...]:
+def v3_keys(config: Config) -> tuple[Key, ...]:
     """Keys of DeepSeek-V3."""
-    return (
-        *one_key_head(sizes(config)),
-        *expert_counts(config),
-        *routing_keys(config),
-        *latent_keys(config),
+    router = routing(config, SIGMOID, int(config.first_k_dense_replace))
+    return (*one_key_head(sizes(config)), *router, *latent_keys(config))
+
+
+def glm_keys(config: Config) -> tuple[Key, ...]:
+    """Keys of GLM-4.7-Flash."""
+    router = routing(config, SIGMOID, leading_dense(config))
+    return (*one_key_head(sizes(config)), *router, *latent_keys(config))
+
+
+def mistral_keys(config: Config) -> tuple[Key, ...]:
+    """Keys of Mistral 4, whose queries grow with the logarithm of the position."""
+    found = config.rope_parameters or {}
+    scaled = (
+        (
+            Key("attention.temperature_scale", "f32", float(found["llama_4_scaling_beta"])),
+            Key("attention.temperature_length", "u32", int(found["original_max_position_embeddings"])),
+        )
+        if found.get("llama_4_scaling_beta")
+        else ()
     )
+    return (*v2_keys(config), *scaled)
+
+
+def latent_complaints(config: Config, arch: str) -> Iterator[str]:
+    """What graphs of latent attention take for granted."""
+    yield from only(config, arch, "hidden_act", "silu")
+    yield from only(config, arch, "attention_bias", False)
+    yield from only(config, arch, "rope_interleave", True)
+    yield from dense_in_front(config, arch)
+    found = config.rope_parameters or {}
+    if found.get("rope_type") == "yarn":
+        both = found.get("mscale"), found.get("mscale_all_dim")
+        if not both[0] or both[0] != both[1] or found.get("attention_factor") is not None:
+            yield (
+                f"rope scaling 'yarn' with mscale {both[0]!r}, mscale_all_dim {both[1]!r}, attention_factor "
+                f"{found.get('attention_factor')!r}: llama.cpp's {arch!r} implements only equal ones, the "
+                "file would compute something else"
+            )
 
 
 def complaints(config: Config) -> Iterator[str]:
-    """What the graph takes for granted."""
-    yield from only(config, ARCH, "hidden_act", "silu")
-    yield from only(config, ARCH, "attention_bias", False)
-    yield from only(config, ARCH, "rope_interleave", True)
-    if config.q_lora_rank is None and config.num_hidden_layers not in (26, 27):
+    """What `deepseek2` takes for granted."""
+    yield from latent_complaints(config, ARCH)
+    lite = config.num_hidden_layers in (26, 27)
+    lite |= config.num_hidden_layers == 48 and config.vocab_size == 128256
+    if lite != (config.q_lora_rank is None):
         yield (
-            f"config key q_lora_rank = None: llama.cpp's {ARCH!r} takes queries without a latent only in "
-            "models of 26 or 27 layers"
+            f"config key q_lora_rank = {config.q_lora_rank!r}: llama.cpp's {ARCH!r} takes queries without a "
+            "latent in models of 26 or 27 layers, or of 48 and 128256 tokens, and only there"
         )
 
 
-DEEPSEEK_V3 = Export(ARCH, keys, complaints, cut=split_latent)
+def mistral_complaints(config: Config) -> Iterator[str]:
+    """What `mistral4` takes for granted."""
+    yield from complaints(config)
+    found = config.rope_parameters or {}
+    if found.get("llama_4_scaling_beta") and not found.get("original_max_position_embeddings"):
+        yield "rope parameter llama_4_scaling_beta needs original_max_position_embeddings"
+
+
+def warnings(config: Config) -> tuple[str, ...]:
+    """What llama.cpp computes a little differently."""
+    if config.rms_norm_eps == LATENT_EPS:
+        return ()
+    return (
+        f"llama.cpp norms the latents of attention with rms_norm_eps = {config.rms_norm_eps:g}, transformers "
+        f"with {LATENT_EPS:g}: logits differ a little",
+    )
+
+
+def v2_warnings(config: Config) -> tuple[str, ...]:
+    """The same, and how groups of experts are chosen."""
+    if config.topk_method != "group_limited_greedy" or (config.n_group or 1) == (config.topk_group or 1):
+        return warnings(config)
+    return (
+        *warnings(config),
+        "llama.cpp chooses groups of experts by the sum of their two best, DeepSeek-V2 by their best: some "
+        "tokens go to other experts",
+    )
+
+
+DEEPSEEK_V2 = Export(ARCH, v2_keys, complaints, cut=split_latent, warnings=v2_warnings)
+DEEPSEEK_V3 = Export(ARCH, v3_keys, complaints, cut=split_latent, warnings=warnings)
+GLM4_MOE_LITE = Export(ARCH, glm_keys, complaints, cut=split_latent, warnings=warnings)
+MISTRAL4 = Export("mistral4", mistral_keys, mistral_complaints, cut=split_latent, warnings=warnings)

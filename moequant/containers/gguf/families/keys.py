@@ -26,14 +26,16 @@ _SCALING = frozenset(
         "truncate",
         "mrope_section",
         "mrope_interleaved",
+        "llama_4_scaling_beta",
+        "max_position_embeddings",
     }
 )
 
 
 def sizes(config: Config) -> tuple[Key, ...]:
-    """Shape and norm keys that every llama-like architecture reads."""
-    heads = int(config.num_attention_heads)
-    width = getattr(config, "intermediate_size", None)
+    """Shape and norm keys that every llama-like architecture reads; of a model without dense layers, not
+    their width."""
+    heads, width = int(config.num_attention_heads), getattr(config, "intermediate_size", None)
     return (
         Key("context_length", "u32", int(config.max_position_embeddings)),
         Key("embedding_length", "u32", int(config.hidden_size)),
@@ -55,21 +57,76 @@ def expert_counts(config: Config) -> tuple[Key, ...]:
     )
 
 
+SOFTMAX, SIGMOID = 1, 2
+"""llama.cpp's numbers of how a router scores."""
+
+
+def experts(config: Config, width: int, shared: int = 0) -> tuple[Key, ...]:
+    """Counts and widths: `width` of a routed expert, `shared` of the shared ones together."""
+    return (
+        *expert_counts(config),
+        Key("expert_feed_forward_length", "u32", int(width)),
+        *([Key("expert_shared_feed_forward_length", "u32", int(shared))] if shared else []),
+    )
+
+
+def scoring(gating: int, normalised: bool, scale: float = 1.0) -> tuple[Key, ...]:
+    """How a router scores, whether the weights of the chosen experts sum to one, and what multiplies
+    them."""
+    return (
+        Key("expert_gating_func", "u32", gating),
+        Key("expert_weights_norm", "bool", bool(normalised)),
+        Key("expert_weights_scale", "f32", float(scale)),
+    )
+
+
+def groups(config: Config) -> tuple[Key, ...]:
+    """Experts are chosen out of the best groups of them."""
+    return (
+        Key("expert_group_count", "u32", int(config.n_group or 1)),
+        Key("expert_group_used_count", "u32", int(config.topk_group or 1)),
+    )
+
+
+def leading_dense(config: Config) -> int:
+    """How many layers before the first with experts."""
+    kinds = list(config.mlp_layer_types)
+    return kinds.index("sparse") if "sparse" in kinds else len(kinds)
+
+
+def windows(config: Config) -> tuple[Key, ...]:
+    """How far layers look back, and which of them look only so far; nothing where all look at everything."""
+    short = [kind == "sliding_attention" for kind in config.layer_types]
+    if not any(short):
+        return ()
+    return (
+        Key("attention.sliding_window", "u32", int(config.sliding_window)),
+        Key("attention.sliding_window_pattern", "bools", short),
+    )
+
+
+def routing(config: Config, gating: int, dense: int) -> tuple[Key, ...]:
+    """How DeepSeek's routers score, group and scale, and what is beside the routed experts: `dense` layers
+    in front, shared experts."""
+    return (
+        *experts(config, config.moe_intermediate_size),
+        *scoring(gating, config.norm_topk_prob, config.routed_scaling_factor),
+        *groups(config),
+        Key("leading_dense_block_count", "u32", dense),
+        Key("expert_shared_count", "u32", int(config.n_shared_experts)),
+    )
+
+
 def head_dim(config: Config) -> int:
     """Width of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def rotated_part(config: Config) -> int:
-    """How many dimensions of a head are rotated, in classes that look at `partial_rotary_factor`."""
-    return int(head_dim(config) * float((config.rope_parameters or {}).get("partial_rotary_factor", 1.0)))
-
-
-def head_sizes(config: Config, rotated: int | None = None) -> tuple[Key, ...]:
-    """Width of heads, how much of it is rotated (None: all), and the base of the rotation and its scaling."""
+def head_sizes(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
+    """Width of heads, the share of them that is rotated, and the base of the rotation and its scaling."""
     width = head_dim(config)
     return (
-        Key("rope.dimension_count", "u32", width if rotated is None else rotated),
+        Key("rope.dimension_count", "u32", int(width * rotated)),
         Key("attention.key_length", "u32", width),
         Key("attention.value_length", "u32", width),
         *rope(config),
@@ -82,12 +139,17 @@ def rope_sections(config: Config, default: tuple[int, ...]) -> Key:
     return Key("rope.dimension_sections", "u32s", [*map(int, found), *[0] * (4 - len(found))])
 
 
-def rope(config: Config) -> tuple[Key, ...]:
-    """Base and scaling of rotary positions.
+def rotated_part(config: Config) -> float:
+    """The share of each head that is rotated, for classes that read it."""
+    return float((config.rope_parameters or {}).get("partial_rotary_factor") or 1.0)
+
+
+def rope(config: Config, parameters: Mapping[str, Any] | None = None) -> tuple[Key, ...]:
+    """Base and scaling of rotary positions, by the config's `rope_parameters` unless others are given.
 
     Raises FamilyError for a scaling that GGUF cannot express or that is not known here.
     """
-    found = dict(config.rope_parameters or {})
+    found = dict((config.rope_parameters if parameters is None else parameters) or {})
     kind = found.get("rope_type", "default")
     if unknown := sorted(str(key) for key in found.keys() - _SCALING):
         raise FamilyError(f"rope scaling {kind!r}: key {unknown[0]} is not supported yet")

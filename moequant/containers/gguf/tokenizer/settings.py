@@ -51,7 +51,7 @@ class Section:
         value = self.values.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.wrong(key, value, "an object")
-        return Section(f"{self.file}: {key}", value or {})
+        return Section(f"{self.file}: {_printable(key)}", value or {})
 
     def added_tokens(self) -> dict[int, AddedToken]:
         """What `added_tokens_decoder` lists, by id."""
@@ -68,7 +68,7 @@ class Section:
     def wrong(self, key: str, value: object, expected: str) -> TokenizerError:
         shown = repr(value)
         shown = shown if len(shown) < 80 else f"{shown[:76]} …"
-        return TokenizerError(f"{self.file}: {key} is {shown}; expected {expected}")
+        return TokenizerError(f"{self.file}: {_printable(key)} is {shown}; expected {expected}")
 
     def _checked_text(self, key: str, value: object) -> str:
         if not isinstance(value, str):
@@ -78,6 +78,10 @@ class Section:
         except UnicodeEncodeError:
             raise self.wrong(key, value, "a text of whole characters") from None
         return value
+
+
+def _printable(key: str) -> str:
+    return key if key.isprintable() else repr(key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from tests.containers.gguf.tokenizer.families import Step
+from tests.containers.gguf.tokenizer.families import FAMILIES, Step
 from tests.containers.gguf.tokenizer.texts import texts, training_text
 
 EOS, BOS = "<|endoftext|>", "<s>"
@@ -33,12 +33,12 @@ def special(content: str, token: int, **flags: bool) -> dict[str, Any]:
 
 
 def train_byte_level(folder: Path, pre_tokenizer: Step, nfc: bool = False) -> Path:
-    """A byte-level BPE of 5000 tokens trained with a pre-tokenizer."""
+    """A byte-level BPE of 3000 tokens trained with a pre-tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer = _with(tokenizer.to_str(), pre_tokenizer)
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.train_from_iterator(training_text(1), _trainer(5000))
+    tokenizer.train_from_iterator(training_text(1), _trainer(3000))
     return save(folder, json.loads(tokenizer.to_str()), eos_token=EOS, bos_token=BOS)
 
 
@@ -50,8 +50,10 @@ def _with(tokenizer: str, pre_tokenizer: Step) -> Tokenizer:
 def _unsplit() -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    lines = [line[:120] for kind in texts(3, 400).values() for line in kind]
-    tokenizer.train_from_iterator(lines, _trainer(12000))
+    lines = [line[:120] for kind in texts(3, 150).values() for line in kind]
+    # Texts that llama.cpp is known to split otherwise become tokens, so that it shows.
+    lines += [family.odd for family in FAMILIES.values() for _ in range(40)]
+    tokenizer.train_from_iterator(lines, _trainer(5000))
     return tokenizer.to_str()
 
 

@@ -29,7 +29,7 @@ def test_splitting_of_every_family(name: str, tmp_path: Path) -> None:
     folder = folders.across_words(tmp_path, family.pre_tokenizer, family.ignore_merges)
     spec = read_tokenizer(folder)
     assert spec.pre == family.pre
-    wrong = mismatches(folder, spec, tmp_path / "v.gguf", 20, SPECIAL)
+    wrong = mismatches(folder, spec, tmp_path / "v.gguf", 10, SPECIAL)
     assert bool(spec.notes) == bool(family.odd)
     assert family.wrong == "*" or set(wrong) <= set(family.wrong.split(","))
     theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -47,11 +47,11 @@ def test_families_that_share_a_splitting(name: str, tmp_path: Path) -> None:
     assert read_tokenizer(folder).pre == pre
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "dbrx", "qwen 3.5", "deepseek 3", "kimi"])
+@pytest.mark.parametrize("name", ["gpt-2", "qwen 3.5", "deepseek 3", "kimi"])
 def test_a_vocabulary_trained_with_the_splitting(name: str, tmp_path: Path) -> None:
     """Where words change case no merge reaches across, so that Kimi's known differences do not show."""
     folder = folders.train_byte_level(tmp_path, FAMILIES[name].pre_tokenizer)
-    found = mismatches(folder, read_tokenizer(folder), tmp_path / "v.gguf", 60, SPECIAL)
+    found = mismatches(folder, read_tokenizer(folder), tmp_path / "v.gguf", 20, SPECIAL)
     if name == "kimi":
         assert not found.keys() & {"words", "code", "numbers", "punctuation", "whitespace", "contractions"}
     else:

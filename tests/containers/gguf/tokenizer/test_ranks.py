@@ -47,7 +47,7 @@ def wrong_classes(folder: Path, oracle: tiktoken.Encoding, first: int, path: Pat
     with Llama(write(read_tokenizer(folder), path), vocab_only=True) as ours:
         return {
             kind
-            for kind, some in texts(7, 60, special).items()
+            for kind, some in texts(7, 25, special).items()
             for text in some
             if [i + first for i in oracle.encode(text, allowed_special="all")] != ours.tokenize(text)
         }

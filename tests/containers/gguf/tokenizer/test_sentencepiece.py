@@ -37,7 +37,7 @@ def test_sentencepiece_style(
     folder = folders.sentencepiece_style(tmp_path, normalizer, pre_tokenizer, every_split)
     spec = read_tokenizer(folder)
     assert (spec.model, spec.space_prefix, spec.add_bos, spec.notes) == ("llama", prefix, True, ())
-    assert mismatches(folder, spec, tmp_path / "v.gguf", 200, ("<s>", "</s>")) == {}
+    assert mismatches(folder, spec, tmp_path / "v.gguf", 60, ("<s>", "</s>")) == {}
     theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
     with Llama(tmp_path / "v.gguf", vocab_only=True) as ours:
         assert ours.tokenize("two experts", add_special=True) == theirs.encode("two experts").ids
@@ -48,7 +48,7 @@ def test_metaspace_differs_only_where_noted(scheme: str, tmp_path: Path) -> None
     folder = folders.sentencepiece_style(tmp_path, None, folders.metaspace(scheme))
     spec = read_tokenizer(folder)
     assert len(spec.notes) == (2 if scheme == "first" else 1)
-    found = mismatches(folder, spec, tmp_path / "v.gguf", 200, ("<s>", "</s>"))
+    found = mismatches(folder, spec, tmp_path / "v.gguf", 60, ("<s>", "</s>"))
     wrong = [text for some in found.values() for text in some]
     assert wrong
     blank = (" ", "▁")
@@ -114,10 +114,10 @@ def test_what_gemmas_algorithm_does_otherwise_is_noted(tmp_path: Path) -> None:
 
 
 def test_a_very_long_token_takes_no_quadratic_time() -> None:
-    """Half a million characters that merge all the way; the old reader took hours."""
-    ranks = {("a" * 2**i, "a" * 2**i): i for i in range(19)}
-    symbols, last = merge_alone("a" * 2**19, lambda *pair: ranks.get(pair))
-    assert symbols == ["a" * 2**19] and last == ("a" * 2**18, "a" * 2**18)
+    """65,536 characters that merge all the way, which took the old reader many minutes."""
+    ranks = {("a" * 2**i, "a" * 2**i): i for i in range(16)}
+    symbols, last = merge_alone("a" * 2**16, lambda *pair: ranks.get(pair))
+    assert symbols == ["a" * 2**16] and last == ("a" * 2**15, "a" * 2**15)
 
 
 def test_cuts_before_blanks_need_a_vocabulary_without_inner_blanks(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def random_tokenizer(folder: Path, seed: int) -> Path:
 
 def test_random_merges_are_exact_or_noted(tmp_path: Path) -> None:
     exact, differing = 0, 0
-    for seed in range(40):
+    for seed in range(25):
         folder = random_tokenizer(tmp_path / "tokenizer", seed)
         spec = read_tokenizer(folder)
         theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -1,0 +1,43 @@
+"""The scripts for a lent GPU run whole at tiny shapes in Triton's interpreter: no typo costs time there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, f"scripts/gpu/{script}", "--device", "cpu", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_correct() -> None:
+    *_, end = lines_of("correct.py", "--only", "INT8")
+    assert end["wrong"] == []
+    assert end["not run"] == 0
+
+
+def test_bandwidth() -> None:
+    types = ["Q4_K", "INT4", "IQ1_S"]
+    options = ("--models", "gpt-oss", "--tokens", "1", "16", "--types", *types)
+    rows = lines_of("bandwidth.py", *options)[1:]
+    assert [row["type"] for row in rows] == 2 * ["BF16", *types]
+    assert all(row["GB/s"] > 0 for row in rows)
