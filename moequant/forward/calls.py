@@ -10,7 +10,7 @@ What a model computes from hidden states between its layers is not seen; no fami
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Call:
 
 
 class _Reached(Exception):
-    """Ends a forward pass in front of the first layer."""
+    """Ends a forward pass in front of a layer."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -158,9 +158,16 @@ class Skeleton:
 
         def told(number: int, hidden: Tensor, call: Call) -> Tensor:
             calls.append(call)
+            if number == len(self.layers) - 1:  # what comes behind needs weights
+                raise _Reached(hidden)
             return hidden
 
-        with torch.inference_mode(), self._telling(told), self._without_embedding():
+        with (
+            torch.inference_mode(),
+            self._telling(told),
+            self._without_embedding(),
+            suppress(_Reached),
+        ):
             self._run(batch)
         return calls
 

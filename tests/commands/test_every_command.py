@@ -1,4 +1,4 @@
-"""Families whose weights are cut, stacked or packed: every command on them, and numbers that stay as they are."""
+"""Families whose weights are cut, stacked or packed: every command on them, and numbers that stay."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_what_heads_are_fed_is_what_transformers_feeds_them(tiny) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_check_and_compare_hold(tiny, rounded, text: Path, family: str) -> None:
-    out, report = rounded(family)
+    out, _ = rounded(family)
     checked = check(out, CheckSettings(baseline=tiny(family), calib=text, tokens=1024, device="cpu"))
     assert checked.damages == ()
     assert {tensor.name for tensor in checked.tensors} >= {"blk.1.ffn_down_exps.weight"}
