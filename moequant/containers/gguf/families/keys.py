@@ -31,9 +31,9 @@ _SCALING = frozenset(
 
 
 def sizes(config: Config) -> tuple[Key, ...]:
-    """Shape and norm keys that every llama-like architecture reads; of a model without dense layers, not
-    their width."""
-    heads, width = int(config.num_attention_heads), getattr(config, "intermediate_size", None)
+    """Shape and norm keys that every llama-like architecture reads."""
+    heads = int(config.num_attention_heads)
+    width = getattr(config, "intermediate_size", None)
     return (
         Key("context_length", "u32", int(config.max_position_embeddings)),
         Key("embedding_length", "u32", int(config.hidden_size)),
@@ -80,20 +80,20 @@ def head_dim(config: Config) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def head_sizes(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
-    """Width of heads, the share of them that is rotated, and the base of the rotation and its scaling."""
+def rotated_part(config: Config) -> int:
+    """How many dimensions of a head are rotated, in classes that look at `partial_rotary_factor`."""
+    return int(head_dim(config) * float((config.rope_parameters or {}).get("partial_rotary_factor", 1.0)))
+
+
+def head_sizes(config: Config, rotated: int | None = None) -> tuple[Key, ...]:
+    """Width of heads, how much of it is rotated (None: all), and the base of the rotation and its scaling."""
     width = head_dim(config)
     return (
-        Key("rope.dimension_count", "u32", int(width * rotated)),
+        Key("rope.dimension_count", "u32", width if rotated is None else rotated),
         Key("attention.key_length", "u32", width),
         Key("attention.value_length", "u32", width),
         *rope(config),
     )
-
-
-def rotated_part(config: Config) -> float:
-    """The share of each head that is rotated, for classes that read it."""
-    return float((config.rope_parameters or {}).get("partial_rotary_factor") or 1.0)
 
 
 def rope(config: Config) -> tuple[Key, ...]:
