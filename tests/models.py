@@ -69,6 +69,25 @@ KIMI = {
     "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
 }
 
+SPARSE = {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 320,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 48,
+    "index_n_heads": 16,
+    "index_head_dim": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {
         "intermediate_size": 512,
@@ -157,6 +176,14 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "v_head_dim": 48,
         "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     },
+    "deepseek_v32": SPARSE
+    | {
+        "n_group": 4,
+        "topk_group": 2,
+        "index_topk": 64,
+        "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "glm_moe_dsa": SPARSE | {"indexer_types": ["full", "shared", "full", "shared"]},
     "glm4_moe": {
         "num_hidden_layers": 3,
         "head_dim": 48,
@@ -307,6 +334,19 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "use_qk_norm": True,
         "use_routing_bias": True,
         "partial_rotary_factor": None,
+    },
+    "deepseek_v32": {**SIGMOID, "num_nextn_predict_layers": 1, "mlp_layer_types": None, "layer_types": None},
+    "glm_moe_dsa": {
+        **SIGMOID,
+        "num_nextn_predict_layers": 1,
+        "mlp_layer_types": None,
+        "layer_types": None,
+        "indexer_types": None,
+        "index_topk_freq": 2,
+        "index_skip_topk_offset": 1,
+        "index_share_for_mtp_iteration": True,
+        "indexer_rope_interleave": True,
+        "rope_interleave": True,
     },
     "kimi_k2": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
     "kimi_k25": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},

@@ -9,6 +9,7 @@ from moequant.errors import FamilyError
 from moequant.families.base import Config, Family, Get, Slot
 from moequant.families.deepseek_v2 import DEEPSEEK_V2
 from moequant.families.deepseek_v3 import DEEPSEEK_V3
+from moequant.families.deepseek_v32 import DEEPSEEK_V32, GLM_MOE_DSA
 from moequant.families.glm4_moe import GLM4_MOE, SOLAR_OPEN
 from moequant.families.glm4_moe_lite import GLM4_MOE_LITE
 from moequant.families.gpt_oss import GPT_OSS
@@ -29,6 +30,8 @@ FAMILIES: tuple[Family, ...] = (
     OLMOE,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    DEEPSEEK_V32,
+    GLM_MOE_DSA,
     KIMI_K25,
     GLM4_MOE,
     GLM4_MOE_LITE,

@@ -24,15 +24,19 @@ from moequant.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One batch in front of a layer: everything the model passes besides the hidden states."""
+    """One batch in front of a layer: everything the model passes besides the hidden states, and what it
+    gets back besides them (`beside`)."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden: Tensor
+    beside: tuple[Any, ...] = ()
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The layer's output for `hidden`. CheckpointError when it is not hidden states alone."""
         out = layer(hidden, *self.args, **self.kwargs)
+        if self.beside and isinstance(out, tuple):
+            out = out[0]
         if not isinstance(out, Tensor):
             raise CheckpointError(
                 f"{type(layer).__name__} returns a {type(out).__name__}, hidden states were expected; "
@@ -41,12 +45,23 @@ class Call:
         return out
 
 
+Beside = Callable[[Tensor], tuple[Any, ...]]
+"""What a layer gives besides the hidden states, by the hidden states that it is fed: known without running
+it, or not needed."""
+
+
+def alone(hidden: Tensor) -> tuple[()]:
+    """Hidden states are all that a layer gives."""
+    return ()
+
+
 class _Paused(nn.Module):
     """Stands in the model for a decoder layer and hands its calls to the greenlet's parent."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, beside: Beside) -> None:
         super().__init__()
         self._held = (layer,)  # a tuple: the parameters keep their names in the model
+        self._beside = beside
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -54,11 +69,11 @@ class _Paused(nn.Module):
         except AttributeError:
             return getattr(self._held[0], name)  # models ask layers for their attention type
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parent = getcurrent().parent
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        parent, beside = getcurrent().parent, self._beside(hidden)
         assert parent is not None
-        back: Tensor = parent.switch(Call(args, kwargs, hidden))
-        return back
+        back: Tensor = parent.switch(Call(args, kwargs, hidden, beside))
+        return (back, *beside) if beside else back
 
 
 class _Placeholder(nn.Module):
@@ -92,11 +107,16 @@ class Skeleton:
     """The forward passes of all batches, in lock step.
 
     `forward` is the model or its decoder; `layers_at` names its decoder layers; `batches` are i64 [rows, n]
-    on the device where layers run. Use: `embed`, then per layer `calls` and `advance`, then `finish`.
+    on the device where layers run; `beside` says what layers give besides hidden states. Use: `embed`, then per layer `calls` and `advance`, then `finish`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, forward: Callable[..., Any], layers_at: str, batches: list[Tensor]
+        self,
+        model: PreTrainedModel,
+        forward: Callable[..., Any],
+        layers_at: str,
+        batches: list[Tensor],
+        beside: Beside = alone,
     ) -> None:
         self.model, self.forward, self.batches = model, forward, batches
         # Collected by hooks while a layer runs, but here layers run outside of the model's forward.
@@ -107,7 +127,7 @@ class Skeleton:
         assert isinstance(holder, nn.ModuleList)
         self.layers = list(holder)
         for index, layer in enumerate(self.layers):
-            holder[index] = _Paused(layer)
+            holder[index] = _Paused(layer, beside)
         self.calls: list[Call] = []
         self._passes: list[greenlet] = []
 

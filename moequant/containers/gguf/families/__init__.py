@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from moequant.containers.gguf.families.base import Computed, Export, FileTensor, Key
 from moequant.containers.gguf.families.deepseek2 import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, MISTRAL4
+from moequant.containers.gguf.families.deepseek32 import DEEPSEEK_V32, GLM_MOE_DSA
 from moequant.containers.gguf.families.glm4_moe import GLM4_MOE
 from moequant.containers.gguf.families.gpt_oss import GPT_OSS
 from moequant.containers.gguf.families.llama import LLAMA, MIXTRAL
@@ -21,6 +22,8 @@ EXPORTS: Mapping[str, Export] = {
     "deepseek_v3": DEEPSEEK_V3,
     "glm4_moe": GLM4_MOE,
     "glm4_moe_lite": GLM4_MOE_LITE,
+    "deepseek_v32": DEEPSEEK_V32,
+    "glm_moe_dsa": GLM_MOE_DSA,
     "gpt_oss": GPT_OSS,
     "kimi_k25": DEEPSEEK_V3,
     "llama": LLAMA,
