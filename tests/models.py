@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -54,6 +54,47 @@ YARN = {
     "original_max_position_embeddings": 256,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
+}
+
+KIMI = {
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "intermediate_size": 320,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.827,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 48,
+    "num_mtp_layers": 0,
+    "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+}
+
+SPARSE = {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 320,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 48,
+    "index_n_heads": 16,
+    "index_head_dim": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
@@ -144,6 +185,14 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "v_head_dim": 48,
         "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     },
+    "deepseek_v32": SPARSE
+    | {
+        "n_group": 4,
+        "topk_group": 2,
+        "index_topk": 64,
+        "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "glm_moe_dsa": SPARSE | {"indexer_types": ["full", "shared", "full", "shared"]},
     "glm4_moe": {
         "num_hidden_layers": 3,
         "head_dim": 48,
@@ -189,7 +238,10 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "v_head_dim": 80,
         "mlp_layer_types": ["dense", "dense", "sparse"],
     },
+    "kimi_k25": KIMI,
+    "kimi_k2": KIMI,
     "mistral4": {
+        "model_type": "mistral4",
         "num_hidden_layers": 3,
         "num_key_value_heads": 4,
         "intermediate_size": 320,
@@ -354,19 +406,42 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 """One config a family, of the model type that it is called after, or says; shapes are not square where the
 format allows, so that transposes show."""
 
-VISION: Mapping[str, Mapping[str, Any]] = dict.fromkeys(
-    ("qwen3_vl_moe", "qwen3_5_moe"),
-    {
-        "depth": 1,
+_QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 256,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+VISION: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_vl_moe": _QWEN_VISION,
+    "qwen3_5_moe": _QWEN_VISION,
+    "kimi_k25": {
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_heads": 2,
-        "out_hidden_size": 256,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "pos_emb_height": 4,
+        "pos_emb_width": 4,
     },
-)
+    "mistral4": {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "image_size": 28,
+    },
+}
 """Vision towers of families whose checkpoints have one: the smallest."""
+
+WHOLE: Mapping[str, str] = {"mistral4": "mistral3"}
+"""What the model with its vision tower is called, where that is not the family's name."""
+
+SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1}
 
 RELEASES: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": {"max_window_layers": 1, "sliding_window": 512, "use_sliding_window": False},
@@ -380,14 +455,80 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "mtp_num_hidden_layers": 1,
         "mtp_use_dedicated_embeddings": False,
     },
+    "deepseek_v2": {
+        "scoring_func": "softmax",
+        "moe_layer_freq": 1,
+        "ep_size": 1,
+        "seq_aux": True,
+        "aux_loss_alpha": 0.001,
+        "pretraining_tp": 1,
+        "head_dim": None,
+        "qk_head_dim": None,
+    },
+    "deepseek_v3": {**SIGMOID, "num_nextn_predict_layers": 1, "num_mtp_layers": None, "head_dim": None},
+    "glm4_moe": {"num_nextn_predict_layers": 1, "num_mtp_layers": None},
+    "glm4_moe_lite": {
+        **SIGMOID,
+        "num_nextn_predict_layers": 1,
+        "first_k_dense_replace": 1,
+        "mlp_layer_types": None,
+    },
+    "solar_open": {"first_k_dense_replace": 0, "use_qk_norm": False, "intermediate_size": 320},
+    "minimax_m2": {
+        "attn_type_list": [1, 1],
+        "mtp_transformer_layers": 1,
+        "num_mtp_modules": 3,
+        "qk_norm_type": "per_layer",
+        "rotary_dim": 24,
+        "scoring_func": "sigmoid",
+        "shared_intermediate_size": 0,
+        "use_mtp": True,
+        "use_qk_norm": True,
+        "use_routing_bias": True,
+        "partial_rotary_factor": None,
+    },
+    "deepseek_v32": {**SIGMOID, "num_nextn_predict_layers": 1, "mlp_layer_types": None, "layer_types": None},
+    "glm_moe_dsa": {
+        **SIGMOID,
+        "num_nextn_predict_layers": 1,
+        "mlp_layer_types": None,
+        "layer_types": None,
+        "indexer_types": None,
+        "index_topk_freq": 2,
+        "index_skip_topk_offset": 1,
+        "index_share_for_mtp_iteration": True,
+        "indexer_rope_interleave": True,
+        "rope_interleave": True,
+    },
+    "kimi_k2": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
+    "kimi_k25": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
 }
 """Keys of the text's config as releases have them, where transformers 5 saves others; None: they have none."""
 
-BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = dict.fromkeys(
-    ("qwen3_next", "qwen3_5_moe"),
-    {"mtp.fc.weight": (256, 512), "mtp.layers.0.input_layernorm.weight": (256,), "mtp.norm.weight": (256,)},
-)
+_PREDICTION = {
+    "eh_proj.weight": (256, 512),
+    "enorm.weight": (256,),
+    "hnorm.weight": (256,),
+    "shared_head.norm.weight": (256,),
+    "shared_head.head.weight": (VOCAB, 256),
+    "embed_tokens.weight": (VOCAB, 256),
+    "self_attn.o_proj.weight": (256, 256),
+}
+_MTP = {"mtp.fc.weight": (256, 512), "mtp.layers.0.input_layernorm.weight": (256,), "mtp.norm.weight": (256,)}
+BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    **{
+        family: {f"model.layers.3.{name}": shape for name, shape in _PREDICTION.items()}
+        for family in ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
+    },
+    "qwen3_next": _MTP,
+    "qwen3_5_moe": _MTP,
+}
 """Tensors of releases that transformers neither runs nor saves."""
+
+RENAMED: Mapping[str, tuple[str, str]] = {
+    "kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")
+}
+"""What names of tensors contain where transformers 5 saves them, and in releases."""
 
 TEXT = [
     "The router sends every token to two of its experts and adds their outputs.",
@@ -431,17 +572,20 @@ def build(
     Where the family has a vision tower, the whole is saved; `vision` False saves the text model alone.
     """
     torch.manual_seed(seed)
-    given = {"model_type": family} | COMMON | CONFIGS[family] | changes
-    vocab, kind, model_type = given["vocab_size"], AutoModelForCausalLM, given.pop("model_type")
+    given = COMMON | CONFIGS[family] | changes
+    vocab, kind = given["vocab_size"], AutoModelForCausalLM
     if family not in VISION:
-        config = AutoConfig.for_model(model_type, **given)
+        config = AutoConfig.for_model(given.pop("model_type", family), **given)
     elif vision:
         tied, kind = given.get("tie_word_embeddings", False), AutoModelForImageTextToText
         config = AutoConfig.for_model(
-            model_type, text_config=given, vision_config=VISION[family], tie_word_embeddings=tied
+            WHOLE.get(family, family),
+            text_config=given,
+            vision_config=VISION[family],
+            tie_word_embeddings=tied,
         )
     else:
-        config = AutoConfig.for_model(f"{model_type}_text", **given)
+        config = AutoConfig.for_model(given.pop("model_type", f"{family}_text"), **given)
     model = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -485,6 +629,10 @@ def as_released(folder: Path, family: str) -> Path:
         if value is None:
             del text[key]
     path.write_text(json.dumps(raw))
+    if old_and_new := RENAMED.get(family):
+        file = folder / "model.safetensors"
+        tensors = {name.replace(*old_and_new): each for name, each in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
     extra = {name: torch.randn(shape).bfloat16() for name, shape in BESIDE.get(family, {}).items()}
     if extra:
         save_file(extra, folder / "model-mtp.safetensors", {"format": "pt"})

@@ -10,6 +10,7 @@ from moequant.errors import FamilyError
 from moequant.families.base import Config, Family, Get, Slot
 from moequant.families.deepseek_v2 import DEEPSEEK_V2
 from moequant.families.deepseek_v3 import DEEPSEEK_V3
+from moequant.families.deepseek_v32 import DEEPSEEK_V32, GLM_MOE_DSA
 from moequant.families.dots1 import DOTS1
 from moequant.families.ernie4_5_moe import ERNIE4_5_MOE
 from moequant.families.exaone_moe import EXAONE_MOE
@@ -40,6 +41,8 @@ FAMILIES: tuple[Family, ...] = (
     OLMOE,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    DEEPSEEK_V32,
+    GLM_MOE_DSA,
     KIMI_K25,
     GLM4_MOE,
     GLM4_MOE_LITE,

@@ -67,8 +67,10 @@ class Family:
     those outside. `known` are the config keys that these functions, or every container, take account of.
     `says` has keys that the class ignores, with the values that say what it computes anyway. `skipped` gives
     regular expressions of stored names that are left out on purpose, with the reason. `renamed` turns
-    prefixes of stored names into those that `get` uses. `hoisted` are paths of keys outside `text_config` that
-    belong to the text's config as well. `layers_at` is where the decoder layers are.
+    prefixes of stored names into those that `get` uses. `hoisted` are paths of keys outside `text_config`
+    that belong to the text's config as well. `layers_at` is where the decoder layers are. `chosen` is for
+    models whose layers also give, and are given, which tokens attention looks at: how many those are at most;
+    their attention gives them too.
     """
 
     name: str
@@ -83,3 +85,4 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     hoisted: tuple[tuple[str, str], ...] = ()
     layers_at: str = "model.layers"
+    chosen: Callable[[Config], int] | None = None

@@ -210,7 +210,7 @@ class Experts:
         return Slot(name, role, fused, (Get(one), *self._fused(fused, ops)), ops, site, Stack.EXPERTS, adds)
 
     def _fused(self, name: str, ops: Ops) -> tuple[Get, ...]:
-        """The ways of a fused stack; a matrix that is square stands as in the model, as transformers has it."""
+        """The ways of a fused stack; square matrices stand as in the model, as transformers takes them."""
         rows, columns = (2 * self.width, self.transposed_for) if ops else (self.transposed_for, self.width)
         if self.transposed_for is None or rows == columns:
             return (Get(name, ops),)

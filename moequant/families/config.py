@@ -52,6 +52,9 @@ HARMLESS = frozenset(
 BOOKKEEPING = ("_", "unsloth")
 """Saving tools keep books under such names: `_attn_implementation_autoset`, `unsloth_version`."""
 
+_NOT_GIVEN = ("auto_map", "quantization_config", "model_type")
+"""Keys that the class does not get: how the checkpoint is stored, and another name for the class."""
+
 
 def text_config(raw: Mapping[str, Any], hoisted: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
     """The part of a config.json that says how text is computed, with the keys `hoisted` from elsewhere; of a
@@ -82,7 +85,7 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
             f"config.json: model_type {kind!r} does not go with {family.classes[0]}, whose type is "
             f"{family.model_type!r}"
         )
-    given = {key: value for key, value in text.items() if key not in ("auto_map", "quantization_config")}
+    given = {key: value for key, value in text.items() if key not in _NOT_GIVEN}
     if tied is not None:
         given["tie_word_embeddings"] = tied
     cls = CONFIG_MAPPING[family.model_type]

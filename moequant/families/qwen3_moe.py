@@ -3,7 +3,6 @@
 from moequant.families.base import Config, Family, Slot
 from moequant.families.blocks import SHAPE_KEYS, Experts, attention, ends, gated_ffn, moe_shape, router
 
-
 ROUTING_KEYS = frozenset(
     {
         "num_local_experts",

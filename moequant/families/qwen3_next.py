@@ -1,5 +1,4 @@
-"""Qwen3-Next: three delta nets, then one layer of gated attention; experts in every layer beside a gated shared
-one."""
+"""Qwen3-Next: three delta nets, then one layer of gated attention; experts beside a gated shared one."""
 
 from __future__ import annotations
 

@@ -214,13 +214,14 @@ class Coupled:
         return norms[0].place.param.removesuffix(".weight") if norms else ""
 
     def _kept(self, index: int) -> Kept:
-        """Where the layer's mixer ends; nowhere when there is no room to keep what its last product is fed."""
+        """Where the layer's mixer ends; nowhere when there is no room to keep what that is fed."""
         ends = [weight for weight in self.stream.weights(index) if weight.role in MIXED]
         tokens = sum(batch.numel() for batch in self.stream.batches)
         if not ends or 2 * 4 * tokens * ends[0].n_in > self.rounding.kept_bytes:
             return Kept()
         last = inside(index, ends[0].place.param).removesuffix(".weight")
-        return Kept(last, alone=ends[0].role is Role.SSM_OUT)
+        others = 1 if self.stream.checkpoint.family.chosen is None else 2
+        return Kept(last, others=0 if ends[0].role is Role.SSM_OUT else others)
 
     def _layer(self, layer: Layer, streams: Streams) -> list[Result]:
         weights = self.stream.weights(layer.index)

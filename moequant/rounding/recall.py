@@ -1,4 +1,4 @@
-"""Attention, or a recurrence, that is computed once a layer and stream: what its last product was fed is kept.
+"""Attention, or a recurrence, computed once a layer and stream: what its last product was fed is kept.
 
 After the weights in front of it are rounded, what the last product is fed no longer changes, however
 often tokens cross the rest of the layer.
@@ -47,12 +47,12 @@ class Recalled(Recorder):
 class Kept:
     """What the attention output of one layer is fed, batch by batch: in full precision and as rounded.
 
-    `last` is that product in the layer, such as `self_attn.o_proj`; "" keeps nothing. Attention modules give
-    their weights as well; recurrent ones give their output `alone`.
+    `last` is that product in the layer, such as `self_attn.o_proj`; "" keeps nothing. Its module gives so
+    many `others`, which nobody needs: attention its weights, a recurrence nothing.
     """
 
     last: str = ""
-    alone: bool = False
+    others: int = 1
     batches: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def keep(self, batch: int, exact: Tensor, rounded: Tensor) -> None:
@@ -74,7 +74,9 @@ class Kept:
         """Inside the block the attention of these layers listens to `recorders`."""
         held = [layer.get_submodule(self._attention) for layer in layers] if self.last else []
         for layer, attention in zip(layers, held, strict=False):
-            layer.set_submodule(self._attention, _Recalling(attention, self.last.rpartition(".")[2], self.alone))
+            layer.set_submodule(
+                self._attention, _Recalling(attention, self.last.rpartition(".")[2], self.others)
+            )
         try:
             yield
         finally:
@@ -89,10 +91,10 @@ class Kept:
 class _Recalling(nn.Module):
     """Stands for an attention module and computes no more than its last product where that suffices."""
 
-    def __init__(self, attention: nn.Module, last: str, alone: bool) -> None:
+    def __init__(self, attention: nn.Module, last: str, others: int) -> None:
         super().__init__()
+        self._others = (None,) * others
         self._held, self._last = (attention,), last  # a tuple: the parameters keep their names
-        self._alone = alone
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -104,5 +106,5 @@ class _Recalling(nn.Module):
         current = recorder()
         if isinstance(current, Recalled):
             out = self._held[0].get_submodule(self._last)(current.attention)
-            return out if self._alone else (out, None)
+            return (out, *self._others) if self._others else out
         return self._held[0](*args, **kwargs)

@@ -33,6 +33,7 @@ class Role(StrEnum):
     V_B = "v_b"
     SINKS = "sinks"
     INDEXER = "indexer"
+    INDEXER_WEIGHTS = "indexer_weights"
     ROUTER = "router"
     CORRECTION = "correction"
     GATE = "gate"
@@ -70,6 +71,7 @@ _PRECISE = frozenset(
         Role.SCALE,
         Role.SINKS,
         Role.ROUTER,
+        Role.INDEXER_WEIGHTS,
         Role.CORRECTION,
         Role.SHARED_ROUTER,
         Role.STATE,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from moequant.containers.gguf.families.base import Computed, Export, FileTensor, Key
 from moequant.containers.gguf.families.deepseek2 import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, MISTRAL4
+from moequant.containers.gguf.families.deepseek32 import DEEPSEEK_V32, GLM_MOE_DSA
 from moequant.containers.gguf.families.dots1 import DOTS1
 from moequant.containers.gguf.families.ernie4_5_moe import ERNIE4_5_MOE
 from moequant.containers.gguf.families.exaone_moe import EXAONE_MOE
@@ -28,6 +29,8 @@ EXPORTS: Mapping[str, Export] = {
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "glm4_moe": GLM4_MOE,
+    "deepseek_v32": DEEPSEEK_V32,
+    "glm_moe_dsa": GLM_MOE_DSA,
     "glm4_moe_lite": GLM4_MOE_LITE,
     "gpt_oss": GPT_OSS,
     "kimi_k25": DEEPSEEK_V3,

@@ -24,7 +24,11 @@ from moequant.families.delta_net import LINEAR, Heads
 from moequant.values import Role, Weight
 from moequant.values.ops import Grouped, NegativeExp, Ops, Plus, Taken
 
-NAMES = {"ffn_norm": "post_attention_norm.weight", "ssm.qkv": "attn_qkv.weight", "ssm.gate": "attn_gate.weight"}
+NAMES = {
+    "ffn_norm": "post_attention_norm.weight",
+    "ssm.qkv": "attn_qkv.weight",
+    "ssm.gate": "attn_gate.weight",
+}
 
 SECTIONS = (11, 11, 10)
 """Qwen3.5's sections of rotary frequencies where a config gives none."""
