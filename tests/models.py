@@ -296,6 +296,72 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     },
+    "laguna": {
+        "num_hidden_layers": 4,
+        "num_attention_heads_per_layer": [4, 8, 8, 4],
+        "head_dim": 32,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 160,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_routed_scaling_factor": 2.5,
+        "sliding_window": 48,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": YARN | {"partial_rotary_factor": 0.5, "attention_factor": 1.0},
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": 20000.0,
+                "partial_rotary_factor": 1.0,
+            },
+        },
+    },
+    "afmoe": {
+        "num_hidden_layers": 5,
+        "head_dim": 48,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 2,
+        "route_scale": 1.5,
+        "sliding_window": 48,
+        "mup_enabled": True,
+    },
+    "cohere2_moe": {
+        "num_hidden_layers": 5,
+        "head_dim": 48,
+        "intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "prefix_dense_intermediate_size": 320,
+        "sliding_window": 48,
+        "logit_scale": 0.25,
+        "rms_norm_eps": None,
+    },
+    "mimo_v2_flash": {
+        "num_hidden_layers": 4,
+        "head_dim": 48,
+        "v_head_dim": 32,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": 48,
+        "rms_norm_eps": 1e-5,
+    },
+    "lfm2_moe": {
+        "num_hidden_layers": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "conv", "full_attention", "conv"],
+    },
     "llama": {"intermediate_size": 512},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
 }
@@ -352,7 +418,7 @@ def build(
             if "bias" in name or name.endswith("sinks"):
                 parameter.normal_(0, 0.2)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(0, 0.1)
     model.to(dtype).save_pretrained(folder, **(save or {}))
     tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"))

@@ -57,11 +57,11 @@ def moe_shape(config: Config) -> ModelShape:
     return shape(config, int(experts), int(config.num_experts_per_tok))
 
 
-def ends(config: Config) -> tuple[Slot, ...]:
-    """Embedding, final norm and head. The head's input is seen where it is made, so that nobody computes
+def ends(config: Config, final: str = "model.norm") -> tuple[Slot, ...]:
+    """Embedding, `final` norm and head. The head's input is seen where it is made, so that nobody computes
     logits to see it. Of a tied pair checkpoints may hold either one."""
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    site = Site("head.input", "model.norm", "output")
+    site = Site("head.input", final, "output")
     return (
         Slot(
             "embedding",
@@ -70,7 +70,7 @@ def ends(config: Config) -> tuple[Slot, ...]:
             (Get(embedding), Get(head)) if config.tie_word_embeddings else (),
             site=site if config.tie_word_embeddings else None,
         ),
-        Slot("norm", Role.NORM, "model.norm.weight"),
+        Slot("norm", Role.NORM, f"{final}.weight"),
         Slot("head", Role.OUTPUT, head, site=site, optional=bool(config.tie_word_embeddings)),
     )
 
@@ -104,11 +104,11 @@ def attention(
     *,
     qk_norm: bool = False,
     biased: bool = False,
-    ffn_norm: str = "post_attention_layernorm",
+    ffn_norm: str | None = "post_attention_layernorm",
     adds: bool = True,
 ) -> tuple[Slot, ...]:
     """Norms and projections of llama-like attention; q, k and v multiply the same activations. `ffn_norm` is
-    the norm in front of the feed-forward block."""
+    the norm in front of the feed-forward block, None where it shares that of attention."""
     into = seen(layer, "attn.input", "self_attn.q_proj")
     out = seen(layer, "attn.output", "self_attn.o_proj")
     slots = [
@@ -117,8 +117,9 @@ def attention(
         *linear(layer, "attn_k", Role.ATTN_K, "self_attn.k_proj", into, biased=biased),
         *linear(layer, "attn_v", Role.ATTN_V, "self_attn.v_proj", into, biased=biased),
         *linear(layer, "attn_out", Role.ATTN_OUT, "self_attn.o_proj", out, biased=biased, adds=adds),
-        norm(layer, "ffn_norm", ffn_norm),
     ]
+    if ffn_norm is not None:
+        slots.append(norm(layer, "ffn_norm", ffn_norm))
     if qk_norm:
         slots += [
             norm(layer, "attn_q_norm", "self_attn.q_norm"),
