@@ -362,6 +362,45 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "num_dense_layers": 1,
         "layer_types": ["conv", "conv", "full_attention", "conv"],
     },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention"],
+        "head_dim": 48,
+        "moe_intermediate_size": 96,
+        "moe_shared_expert_intermediate_size": 160,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+        "mamba_num_heads": 12,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 32,
+        "n_groups": 2,
+        "layer_norm_epsilon": 1e-5,
+    },
+    "nemotron_h_latent": {
+        "model_type": "nemotron_h",
+        "layers_block_type": ["linear_attention", "full_attention", "moe"],
+        "head_dim": 48,
+        "moe_intermediate_size": 96,
+        "moe_shared_expert_intermediate_size": 160,
+        "moe_latent_size": 64,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "mamba_num_heads": 12,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 32,
+        "n_groups": 2,
+    },
+    "jamba": {
+        "num_hidden_layers": 4,
+        "intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "mamba_d_state": 16,
+    },
     "llama": {"intermediate_size": 512},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
 }
@@ -417,6 +456,8 @@ def build(
                 parameter.mul_(2.0)
             if "bias" in name or name.endswith("sinks"):
                 parameter.normal_(0, 0.2)
+            if name.endswith(("A_log", ".D")):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(0, 0.1)

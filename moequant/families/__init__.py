@@ -19,6 +19,7 @@ from moequant.families.glm4_moe_lite import GLM4_MOE_LITE
 from moequant.families.gpt_oss import GPT_OSS
 from moequant.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from moequant.families.hy_v3 import HY_V3
+from moequant.families.jamba import JAMBA
 from moequant.families.kimi_k25 import KIMI_K25
 from moequant.families.laguna import LAGUNA
 from moequant.families.lfm2_moe import LFM2_MOE
@@ -28,6 +29,7 @@ from moequant.families.mimo_v2_flash import MIMO_V2_FLASH
 from moequant.families.minimax_m2 import MINIMAX_M2
 from moequant.families.mistral4 import MISTRAL4
 from moequant.families.mixtral import MIXTRAL
+from moequant.families.nemotron_h import NEMOTRON_H
 from moequant.families.olmoe import OLMOE
 from moequant.families.qwen3 import QWEN3
 from moequant.families.qwen3_moe import QWEN3_MOE
@@ -58,6 +60,8 @@ FAMILIES: tuple[Family, ...] = (
     COHERE2_MOE,
     MIMO_V2_FLASH,
     LFM2_MOE,
+    NEMOTRON_H,
+    JAMBA,
     LLAMA,
     MISTRAL,
     QWEN3,

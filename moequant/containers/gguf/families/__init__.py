@@ -14,6 +14,7 @@ from moequant.containers.gguf.families.exaone_moe import EXAONE_MOE
 from moequant.containers.gguf.families.glm4_moe import GLM4_MOE
 from moequant.containers.gguf.families.gpt_oss import GPT_OSS
 from moequant.containers.gguf.families.hunyuan import HUNYUAN_V1_MOE, HY_V3
+from moequant.containers.gguf.families.jamba import JAMBA
 from moequant.containers.gguf.families.laguna import LAGUNA
 from moequant.containers.gguf.families.lfm2moe import LFM2_MOE
 from moequant.containers.gguf.families.llama import LLAMA, MIXTRAL
@@ -21,6 +22,7 @@ from moequant.containers.gguf.families.mellum import MELLUM
 from moequant.containers.gguf.families.mimo2 import MIMO_V2_FLASH
 from moequant.containers.gguf.families.minimax_m2 import MINIMAX_M2
 from moequant.containers.gguf.families.names import COMMON
+from moequant.containers.gguf.families.nemotron_h import NEMOTRON_H
 from moequant.containers.gguf.families.olmoe import OLMOE
 from moequant.containers.gguf.families.qwen3 import QWEN3, QWEN3_MOE
 
@@ -53,5 +55,7 @@ EXPORTS: Mapping[str, Export] = {
     "cohere2_moe": COHERE2_MOE,
     "mimo_v2_flash": MIMO_V2_FLASH,
     "lfm2_moe": LFM2_MOE,
+    "nemotron_h": NEMOTRON_H,
+    "jamba": JAMBA,
 }
 """By the family's name."""
