@@ -173,7 +173,7 @@ def build(name: str, tokens: int, target: str) -> tuple[Code, Tile]:
     }
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=even)
     where = GPUTarget("hip", AMD, 64) if amd else GPUTarget("cuda", int(target), 32)
-    options = {"num_warps": tile.warps} | ({} if tile.vector else {"num_stages": 2})
+    options = {"num_warps": tile.warps, "enable_fp_fusion": True} | ({} if tile.vector else {"num_stages": 2})
     return _read(triton.compile(source, target=where, options=options), amd), tile
 
 

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from benchmarks.data import Beside
 from benchmarks.harness import Row
 from moequant import Settings, convert
-from moequant.checkpoint import Checkpoint, open_checkpoint
-from moequant.commands.convert import facts
-from moequant.containers.gguf.presets import llama_cpp_types
+from moequant.checkpoint import open_checkpoint
+from moequant.containers.gguf.export import Exported, export
+from moequant.containers.gguf.presets import facts, llama_cpp_types
+from moequant.containers.gguf.sizes import parse_size
 from moequant.evaluate import Comparison, Scores, score_tokens, summarize
 from moequant.evaluate.divergence import join
-from moequant.plan import parse_size
 from moequant.runtimes.llama_cpp.engine import Llama
 from moequant.text.rows import ROW
 
@@ -68,18 +68,23 @@ def exact_file(model: Path, folder: Path) -> Path:
 
 
 def types_of(path: Path) -> dict[str, str]:
-    """Tensor → its type in a GGUF file: a plan."""
+    """Tensor, by the file's name → its type in a GGUF file: a plan."""
     return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
 
 
-def preset_types(checkpoint: Checkpoint, preset: str) -> dict[str, str]:
+def as_file(model: Path) -> Exported:
+    """A model cut into the tensors that a GGUF file has: what presets name the types of."""
+    return export(open_checkpoint(model))
+
+
+def preset_types(exported: Exported, preset: str) -> dict[str, str]:
     """llama.cpp's own types of a preset, by its rules; they equal those of its recorded files."""
-    return dict(llama_cpp_types(preset, checkpoint.weights, facts(checkpoint)))
+    return dict(llama_cpp_types(preset, exported.weights, facts(exported)))
 
 
 def plan_of(model: Path, preset: str, path: Path) -> Path:
     """The same written as a plan."""
-    path.write_text(json.dumps(preset_types(open_checkpoint(model), preset)))
+    path.write_text(json.dumps(preset_types(as_file(model), preset)))
     return path
 
 

@@ -402,6 +402,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "mamba_d_state": 16,
     },
     "llama": {"intermediate_size": 512},
+    "mistral": {"num_hidden_layers": 2, "intermediate_size": 320, "sliding_window": None},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
 }
 """One config a family, of the model type that it is called after, or says; shapes are not square where the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,37 @@ def test_imports_run_one_way() -> None:
             if RANK[name] >= RANK[module]:
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
     assert not wrong
+
+
+FILE_NAMES = re.compile(r"blk\\?\\?\.|token_embd|ffn_(gate|up|down)_exps|attn_output\.weight|output_norm")
+"""What tensors are called in GGUF files."""
+
+DRAWING = {"rich", "jinja2", "matplotlib"}
+
+
+def within(path: Path, *folders: str) -> bool:
+    return str(path.relative_to(PACKAGE)).startswith(folders)
+
+
+def test_names_of_gguf_stay_with_gguf() -> None:
+    """Everything else speaks of weights by our own names: another container is then another folder."""
+    there = {path for path in PACKAGE.rglob("*.py") if FILE_NAMES.search(path.read_text(encoding="utf-8"))}
+    assert PACKAGE / "containers/gguf/families/names.py" in there, "the pattern finds them"
+    assert not [path for path in there if not within(path, "containers/gguf/", "runtimes/llama_cpp/")]
+
+
+def test_only_reports_and_the_command_line_draw() -> None:
+    wrong, drawing = [], set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found = DRAWING & {name.split(".")[0] for name in names}
+            drawing |= found
+            if found and not within(path, "report/", "cli/"):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {', '.join(found)}")
+    assert not wrong
+    assert drawing == DRAWING, "somebody draws"
 
 
 def test_plan_and_families_do_without_torch() -> None:

@@ -12,6 +12,9 @@ import inspect
 import io
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -141,7 +144,39 @@ def test_the_table_of_types_is_right() -> None:
     }
 
 
+def test_a_family_is_what_the_page_shows(tiny, tmp_path: Path) -> None:
+    """Without the lines of its diff OLMoE is refused by name, and everything else works as before."""
+    (diff,) = re.findall(r"^```diff olmoe\n(.*?)^```$", page("extending"), re.MULTILINE | re.DOTALL)
+    shutil.copytree(ROOT / "moequant", tmp_path / "moequant")
+    for name, added in re.findall(r"^\+\+\+ (\S+)\n(.*?)(?=^\+\+\+|\Z)", diff, re.MULTILINE | re.DOTALL):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for run in added.split("@@\n"):
+            lines = "".join(line[1:] for line in run.splitlines(keepends=True))
+            assert f"\n{lines}" in f"\n{text}", f"{name} has no longer:\n{lines}"
+            text = text.replace(lines, "", 1)
+        if name.startswith("moequant/"):
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        assert "olmoe" not in text.lower(), f"more of OLMoE in {name} than the page shows"
+    for family, said in (("olmoe", "OlmoeForCausalLM is not supported yet"), ("mixtral", "")):
+        command = [
+            sys.executable,
+            "-m",
+            "moequant",
+            "convert",
+            str(tiny(family)),
+            "-o",
+            "q.gguf",
+            "--dry-run",
+        ]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == (not said) and said in done.stderr, done.stderr
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
 def test_limits_name_every_family_and_every_unknown_cache() -> None:
     page = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
-    for name in [*(name for family in families.FAMILIES for name in family.architectures), *UNMODELLED]:
+    for name in [*(name for family in families.FAMILIES for name in family.classes), *UNMODELLED]:
         assert f"`{name}`" in page, name

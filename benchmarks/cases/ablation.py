@@ -16,10 +16,8 @@ from benchmarks.cases.router import Fit, refit
 from benchmarks.data import TINY, Beside, rows
 from benchmarks.harness import Rows, case
 from moequant import Settings, convert
-from moequant.checkpoint import open_checkpoint
-from moequant.commands.convert import open_model
-from moequant.containers.gguf import write as gguf
-from moequant.evaluate.open_source import GgufFile
+from moequant.commands.convert import open_job
+from moequant.containers.gguf.weights import GgufWeights
 from moequant.forward.stream import Resources
 from moequant.rounding.coupled import FISHER_TOKENS, Rounding
 from moequant.rounding.diagonal import Quantizer, pack_all
@@ -101,7 +99,7 @@ class Work:
 
     def statistics(self) -> Calibration:
         """What every file's plain search needs."""
-        return calibrate(open_checkpoint(self.options.model), self.rows())
+        return calibrate(llama.as_file(self.options.model).checkpoint, self.rows())
 
     def step(self, step: str, type_: str, calibration: Calibration) -> None:
         """Make the file, or change it."""
@@ -116,21 +114,22 @@ class Work:
 
     def round(self, plan: Path, calibration: Calibration, rounding: Rounding | None) -> None:
         """A file of the plan's types, its weights rounded that way."""
-        opened = open_model(self.options.model, replace(self.settings, plan=plan))
-        checkpoint, quantizer = opened.checkpoint, Quantizer(calibration)
+        job = open_job(self.options.model, replace(self.settings, plan=plan))
+        checkpoint, quantizer = job.container.checkpoint, Quantizer(calibration)
+        types = job.container.formats(job.plan)
         if rounding is None:
-            packed = pack_all(checkpoint, opened.plan, quantizer, [])
+            results = pack_all(checkpoint, types, quantizer)
         else:
-            types = {choice.weight: choice.format for choice in opened.plan.choices}
             ids, pack = self.rows().ids, quantizer.pack
             results = round_checkpoint(checkpoint, ids, types, pack, rounding, Resources())
-            packed = (each for each, _ in results)
-        gguf.write(self.path, checkpoint, opened.tokenizer, opened.plan, packed, opened.provenance)
+        job.container.write(self.path, job.plan, (packed for packed, _ in results))
 
     def fit_routers(self) -> None:
         """Put routers that 60 rows fit to the file's own layers into the file."""
-        checkpoint, ids = open_checkpoint(self.options.model), self.rows().ids[:60]
-        routers = refit(checkpoint, GgufFile(self.path).load, ids, Fit(), len(ids)).routers
+        exported, ids = llama.as_file(self.options.model), self.rows().ids[:60]
+        provider = GgufWeights(self.path, exported).as_cut
+        found = refit(exported.checkpoint, provider, ids, Fit(), len(ids)).routers
+        routers = {exported.names[name]: values for name, values in found.items()}
         reader = GGUFReader(self.path, "r+")
         for tensor in reader.tensors:
             if tensor.name in routers:

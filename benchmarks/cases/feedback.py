@@ -17,7 +17,8 @@ from moequant import formats
 from moequant.checkpoint import load, open_checkpoint
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
-from moequant.forward.taps import recording, watch
+from moequant.forward.stream import sites
+from moequant.forward.taps import Recorder, recording, watch
 from moequant.rounding import Options, round_to_hessian
 from moequant.rounding.feedback import outputs_lost
 from tests.rounding.data import correlated
@@ -86,16 +87,12 @@ def compare(name: str, problem: Problem, rounds: tuple[int, ...]) -> dict[str, f
     return row
 
 
-class Grams:
+class Grams(Recorder):
     """Sums of g² x xᵀ for every expert, f64, of the rows that calibrate [0] and those that score [1]."""
 
     def __init__(self) -> None:
         self.half = 0
         self.sums: dict[tuple[str, int], list[Tensor]] = {}
-
-    def dense(self, name: str, inputs: Tensor) -> None: ...
-
-    def routed(self, name: str, hidden: Tensor, index: Tensor, gates: Tensor) -> None: ...
 
     def expert(self, name: str, expert: int, inputs: Tensor, gates: Tensor) -> None:
         n = inputs.shape[-1]
@@ -108,13 +105,13 @@ def of_model(folder: Path, text: Path | None, count: int) -> Iterator[Problem]:
     """Every expert tensor."""
     checkpoint = open_checkpoint(folder)
     model, grams = build_model(checkpoint, EXPERTS), Grams()
-    watch(model, checkpoint.weights)
+    watch(model, sites(checkpoint.weights))
     with torch.no_grad(), recording(grams):
         for i, row in enumerate(rows(folder, text, count=count).ids):
             grams.half = i % 2
             model(input_ids=row[None], use_cache=False)
     for weight in checkpoint.weights:
-        if weight.role.is_expert and weight.input is not None:
-            each = [grams.sums[weight.input, e] for e in range(weight.n_experts)]
+        if weight.role.is_expert and weight.site is not None:
+            each = [grams.sums[weight.site.name, e] for e in range(weight.matrices)]
             first, second = (torch.stack([pair[i] for pair in each]) for i in range(2))
             yield load(weight), first, second

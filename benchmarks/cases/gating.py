@@ -13,8 +13,8 @@ from benchmarks import measure
 from benchmarks.data import CALIB, DEMO, MIX, rows
 from benchmarks.engine import Judge, plain_search
 from benchmarks.harness import Row, Rows, case
-from benchmarks.llama import preset_types
-from moequant.checkpoint import Checkpoint, open_checkpoint
+from benchmarks.llama import as_file, preset_types
+from moequant.checkpoint import Checkpoint
 from moequant.forward.stream import LayerStream, Resources
 from moequant.rounding.diagonal import Quantizer
 from moequant.statistics.moments import Moments
@@ -40,11 +40,12 @@ class Gating:
 def gating(o: Gating) -> Rows:
     """Does a token count once for its experts, by the router's weight, or by its square: KL divergence in our
     engine at llama.cpp's own types, plain search. ± is paired by token."""
-    checkpoint, ids = open_checkpoint(o.model), rows(o.model, o.text).ids
+    exported, ids = as_file(o.model), rows(o.model, o.text).ids
+    checkpoint = exported.checkpoint
     judge = Judge.of(checkpoint, ids[o.rows :][: o.held_out])
     found = {name: Quantizer(moments(checkpoint, ids[: o.rows], power)) for name, power in POWERS.items()}
     for preset in o.presets:
-        types = preset_types(checkpoint, preset)
+        types = preset_types(exported, preset)
         kl = {name: judge.kl(plain_search(each, types)).flatten() for name, each in found.items()}
         row: Row = {"types of": preset} | {name: float(each.mean()) for name, each in kl.items()}
         for name in ("gate", "gate²"):

@@ -9,7 +9,6 @@ from pathlib import Path
 from benchmarks import llama, measure
 from benchmarks.data import CALIB, ONE_TEXT, TINY, Beside, rows
 from benchmarks.harness import Row, Rows, case
-from moequant.checkpoint import open_checkpoint
 from moequant.containers.gguf import imatrix as files
 from moequant.statistics.calibrate import calibrate
 from moequant.values import Calibration
@@ -33,17 +32,17 @@ def imatrix(o: Imatrix) -> Rows:
     """First how far our sums lie from llama-imatrix's, tensor by tensor. Then every type quantized by
     llama-quantize with their file, with ours in their definition (gating "none") and with our importance
     ("gate2"): mean KL divergence in llama.cpp against the F32 file. ± is paired by token."""
-    checkpoint = open_checkpoint(o.model)
-    ours = calibrate(checkpoint, rows(o.model, o.calib, count=o.tokens // 512))
+    exported = llama.as_file(o.model)
+    ours = calibrate(exported.checkpoint, rows(o.model, o.calib, count=o.tokens // 512))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tools = llama.Tools(llama.exact_file(o.model, folder), folder)
         made = {"theirs": tools.imatrix(o.calib, o.tokens // 512)}
-        yield from agreement(ours, files.read(made["theirs"], checkpoint))
+        yield from agreement(ours, files.read(made["theirs"], exported))
         judge = llama.Judge.of(tools.exact, o.ids)
         for gating in ("none", "gate2"):
             made[gating] = folder / f"{gating}.gguf"
-            files.write(made[gating], checkpoint, ours, gating)
+            files.write(made[gating], exported, ours, gating)
         for kind in o.types:
             kl = {label: judge.scores(tools.quantized(kind, file)).kl for label, file in made.items()}
             row: Row = {"type": kind, "theirs": float(kl["theirs"].mean())}

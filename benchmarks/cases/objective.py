@@ -13,9 +13,9 @@ from benchmarks import measure
 from benchmarks.data import CALIB, DEMO, EVAL, MIX, part, rows
 from benchmarks.engine import Judge, rounded
 from benchmarks.harness import Row, Rows, case
-from benchmarks.llama import preset_types
+from benchmarks.llama import as_file, preset_types
 from moequant import formats
-from moequant.checkpoint import load, open_checkpoint
+from moequant.checkpoint import load
 from moequant.formats import Format
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.importance import Gating, importance
@@ -47,11 +47,12 @@ def objective(o: Objective) -> Rows:
     """KL divergence in our engine at llama.cpp's own types: ggml's encoder; ours with the importance times
     (c·mean(x²) + x²)^(p/2) for p = 0, 0.5 and 1, the same importance as ggml; and our defaults (each format's
     own p, tokens weighted by the square of the router's weight). ± is paired by row."""
-    checkpoint = open_checkpoint(o.model)
+    exported = as_file(o.model)
+    checkpoint = exported.checkpoint
     stats = calibrate(checkpoint, part(rows(o.model, o.text), 0, o.calibrate))
     judge = Judge.of(checkpoint, spread(rows(o.model, o.score, "evaluation").ids, o.rows))
     for preset in o.presets:
-        types = preset_types(checkpoint, preset)
+        types = preset_types(exported, preset)
 
         def kl(pack: Pack, gating: Gating = "none", types: dict[str, str] = types) -> Tensor:
             return judge.kl(rounded(types, encoder(stats, pack, gating))).mean(1)
@@ -70,9 +71,9 @@ def encoder(stats: Calibration, pack: Pack, gating: Gating) -> Callable[[Weight,
 
     def encode(weight: Weight, name: str) -> Tensor:
         columns, fmt = None, formats.get(name)
-        if weight.input is not None:
-            columns = importance(stats.inputs[weight.input], gating)
-            columns = columns if weight.n_experts > 1 else columns[0]
+        if weight.site is not None:
+            columns = importance(stats.inputs[weight.site.name], gating)
+            columns = columns if len(weight.shape) == 3 else columns[0]
         return formats.dequantize(fmt, pack(fmt, load(weight), columns))
 
     return encode

@@ -13,9 +13,8 @@ from torch import Tensor
 from benchmarks.data import CALIB, DEMO, MIX, rows
 from benchmarks.engine import Judge
 from benchmarks.harness import Row, Rows, case
-from benchmarks.llama import preset_types
-from moequant.checkpoint import open_checkpoint
-from moequant.commands.convert import facts
+from benchmarks.llama import as_file, preset_types
+from moequant.containers.gguf.presets import facts
 from moequant.plan import Budget, Damages, data_bytes, make_plan, prior_damages
 from moequant.plan.sensitivity import Probing
 from moequant.plan.sensitivity import measure as measure_damages
@@ -42,7 +41,8 @@ def plan(o: Plans) -> Rows:
     """At llama.cpp's sizes: its types, plans from tables, from measured errors, and all measured. Every
     weight is rounded by the plain search, whoever chose its type; KL divergence in our engine. Predictions
     are those of the damages that were all measured."""
-    checkpoint = open_checkpoint(o.model)
+    exported = as_file(o.model)
+    checkpoint = exported.checkpoint
     every = rows(o.model, o.text)
     order = torch.randperm(len(every.ids), generator=torch.Generator().manual_seed(0))
     score, probe, rest = order.tensor_split([o.scored, o.scored + o.probes])
@@ -51,7 +51,7 @@ def plan(o: Plans) -> Rows:
     yield {"damages": measured.source, "KL of a plan / x": measured.linear, "/ sqrt(x)": measured.root}
     judge, quantizer = Judge.of(checkpoint, every.ids[score]), Quantizer(calibration)
     by_name = {weight.name: weight for weight in checkpoint.weights}
-    weights, known = checkpoint.weights, facts(checkpoint)
+    weights, known = checkpoint.weights, facts(exported)
     tables = prior_damages(weights, checkpoint.n_layers)
 
     @cache
@@ -62,7 +62,7 @@ def plan(o: Plans) -> Rows:
         return float(judge.kl(lambda weight: values(weight.name, types[weight.name])).mean())
 
     for preset in o.presets:
-        types = preset_types(checkpoint, preset)
+        types = preset_types(exported, preset)
         limit = data_bytes(weights, types)
         theirs = kl(types)
         row: Row = {"size of": preset, "bytes": limit}

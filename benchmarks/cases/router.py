@@ -23,10 +23,11 @@ from benchmarks.data import CALIB, DEMO, MIX, rows
 from benchmarks.engine import Judge
 from benchmarks.harness import Rows, case
 from moequant import Settings, convert
-from moequant.checkpoint import Checkpoint, open_checkpoint
-from moequant.evaluate.open_source import GgufFile
+from moequant.checkpoint import Checkpoint
+from moequant.containers.gguf.weights import GgufWeights
 from moequant.forward.model import Provider
 from moequant.forward.stream import LayerStream
+from moequant.forward.taps import Recorder
 from moequant.rounding.paired import Capture
 from moequant.values import Role, Weight
 
@@ -82,7 +83,7 @@ class Refitted:
 
 def refit(checkpoint: Checkpoint, provider: Provider, ids: Tensor, fit: Fit, rows: int) -> Refitted:
     """Fit the routers of `provider`'s weights on the first rows of tokens ids [m, n], judge on the others."""
-    seen, top = rows * ids.shape[1], int(checkpoint.config["num_experts_per_tok"])
+    seen, top = rows * ids.shape[1], checkpoint.shape.experts_used
     made: dict[str, Tensor] = {}
     judged: list[tuple[float, float]] = []
     with (
@@ -95,13 +96,13 @@ def refit(checkpoint: Checkpoint, provider: Provider, ids: Tensor, fit: Fit, row
             stream.embed(hidden)
         for layer, _ in zip(original.layers(), file.layers(), strict=True):
             router = next(w for w in file.weights(layer) if w.role is Role.ROUTER)
-            name = next(str(w.input) for w in file.weights(layer) if w.role is Role.UP)
+            site = next(w.site for w in file.weights(layer) if w.role is Role.UP and w.site is not None)
             exact, rounded = (
                 torch.cat(
                     [
                         told.inputs.clone()
                         for told in stream.cross(
-                            layer, hidden, lambda _, name=name: Capture(name, "", False), None
+                            layer, hidden, lambda _, site=site: Capture(site, site.name, "", False), None
                         )
                     ]
                 )
@@ -109,11 +110,11 @@ def refit(checkpoint: Checkpoint, provider: Provider, ids: Tensor, fit: Fit, row
             )
             weight = provider(router).float()
             new = fit.router(weight, exact[:seen], rounded[:seen], top)
-            file.model.get_parameter(router.param).data.copy_(new)
+            file.model.get_parameter(router.place.param).data.copy_(new)
             made[router.name] = new
             judged.append(judge(exact[seen:] @ weight.T, rounded[seen:] @ new.T, top))
             for stream, hidden in streams:
-                for _ in stream.cross(layer, hidden, lambda _: Capture("", "", False), hidden):
+                for _ in stream.cross(layer, hidden, lambda _: Recorder(), hidden):
                     pass
     divergence, same = (sum(each) / len(judged) for each in zip(*judged, strict=True))
     return Refitted(made, divergence, same)
@@ -151,7 +152,8 @@ def router(o: Options) -> Rows:
     """The first rows fit; rows behind those that calibrated the file judge: the routers' KL divergence and
     the share of tokens with the same experts, means over the layers, and the model's KL divergence in our
     engine. ± is the standard error, paired by token."""
-    checkpoint, ids = open_checkpoint(o.model), rows(o.model, o.text).ids
+    exported, ids = llama.as_file(o.model), rows(o.model, o.text).ids
+    checkpoint = exported.checkpoint
     held_out = ids[o.rows + o.skip :][: o.held_out]
     seen = torch.cat([ids[: o.rows], held_out])
     with tempfile.TemporaryDirectory() as name:
@@ -159,7 +161,8 @@ def router(o: Options) -> Rows:
         plan = llama.plan_of(o.model, o.type, Path(name) / "plan.json")
         tokens = (o.rows + o.skip) * ids.shape[1]
         convert(o.model, path, Settings(plan=plan, calib=o.text, calib_tokens=tokens, eval_tokens=0))
-        provider, model, before = GgufFile(path).load, Judge.of(checkpoint, held_out), None
+        provider = GgufWeights(path, exported).as_cut
+        model, before = Judge.of(checkpoint, held_out), None
         for fit in FITS:
             found = refit(checkpoint, provider, seen, fit, o.rows)
 

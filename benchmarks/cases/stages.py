@@ -57,8 +57,8 @@ def beside_ggml(report: Report) -> Rows:
         if weight.role.keeps_precision:
             continue
         values, columns = load(weight), None
-        if weight.input is not None:
-            columns = importance(report.calibration.inputs[weight.input])
+        if weight.site is not None:
+            columns = importance(report.calibration.inputs[weight.site.name])
             columns = columns[0] if values.ndim == 2 else columns
         pack = partial(formats.quantize, fmt, values, columns, threads=1)
         if choice.format not in totals:

@@ -63,12 +63,12 @@ class Commands(TyperGroup):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors=escape.STAND_IN)
-        try:
-            with interruptible():
+        with interruptible():
+            try:
                 return super().invoke(ctx)
-        except Interrupted as signal:
-            typer.echo(f"moequant: ended by {signal}; what was unfinished is removed", err=True)
-            raise typer.Exit(signal.exit_code) from None
+            except Interrupted as signal:
+                typer.echo(f"moequant: ended by {signal}; what was unfinished is removed", err=True)
+                raise typer.Exit(signal.exit_code) from None
 
 
 def console() -> Console:

@@ -93,6 +93,10 @@ def convert(
     tp: Annotated[
         int | None, typer.Option(min=1, help="GPUs that will share each weight of a folder (default 1).")
     ] = None,
+    self_check: Annotated[
+        bool,
+        typer.Option(help="Hold the reading of the folder against transformers' own, where it fits memory."),
+    ] = True,
     ram: Ram = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
@@ -132,6 +136,7 @@ def convert(
             group_size=group_size,
             quantize_attention=quantize_attention,
             tp=tp,
+            self_check=self_check,
         )
     )
     if dry_run:

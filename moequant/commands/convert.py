@@ -18,6 +18,7 @@ from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.presets import facts
 from moequant.evaluate import Comparison
+from moequant.evaluate.self_check import self_check
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder, claim
 from moequant.forward.memory import check_memory
@@ -66,6 +67,13 @@ class Job:
     def quantizes(self) -> bool:
         """Whether any weight is rounded, so that calibration has something to say."""
         return any(name not in UNROUNDED for name in self.container.formats(self.plan).values())
+
+    @property
+    def keeps(self) -> bool:
+        """Whether every number of the checkpoint is kept."""
+        own = {weight.name: weight.origin.dtype for weight in self.container.checkpoint.weights}
+        types = self.container.formats(self.plan)
+        return all(name in ("F32", own[weight]) for weight, name in types.items())
 
     @property
     def measures(self) -> bool:
@@ -146,6 +154,11 @@ def _convert(model: Path, out: Path, settings: Settings) -> Report:
             written = job.container.write(partial, job.plan, packed)
         with meter.stage("verify"):
             job.container.verify(written, job.plan)
+        checked = None
+        if settings.self_check:
+            with meter.stage("self-check"):
+                decoded = job.container.open(written.path).load if job.keeps else None
+                checked = self_check(job.model, decoded)
         if texts.evaluation is not None:
             with meter.stage("compare"):
                 comparison = _compared(job, written, out.name, texts.evaluation)
@@ -160,7 +173,7 @@ def _convert(model: Path, out: Path, settings: Settings) -> Report:
         losses=tuple(losses),
         comparison=comparison,
         stages=tuple(meter.costs),
-        notes=_notes(job),
+        notes=(*_notes(job), *([checked.note] if checked is not None else [])),
     )
 
 

@@ -31,8 +31,8 @@ class Settings:
     `bits` and `group_size`; `tp` GPUs will share each weight. `calib` and `eval` are texts as `corpus.read`
     takes them, None the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant
     route`) or `imatrix` (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is written
-    beside the file. `coupled` rounds each layer towards what full precision would have made of what the
-    layers before it lost.
+    beside the file. `self_check` holds our reading of the folder against transformers'. `coupled` rounds
+    each layer towards what full precision would have made of what the layers before it lost.
 
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
@@ -60,6 +60,7 @@ class Settings:
     group_size: int | None = None
     quantize_attention: bool | None = None
     tp: int | None = None
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         """See the class."""

@@ -51,6 +51,9 @@ SAME = (
 )
 """GGUF keys that versions of one model have in common; a key that a file lacks is not compared."""
 
+PACKED = ("compressed-tensors", "gptq")
+"""Layouts of folders whose own packages decode them: versions of a model, not the model."""
+
 TOKENS = "tokenizer.ggml.tokens"
 """The key of the vocabulary's texts."""
 
@@ -87,7 +90,7 @@ def open_model(paths: Sequence[Path], model: Path | None) -> Checkpoint:
     for path in paths:
         if not path.exists():
             raise CheckpointError(f"{path}: no such file or folder")
-        if path.is_dir() and _method(path) is None:
+        if path.is_dir() and _layout(path) is None:
             return open_checkpoint(path)
     raise CheckpointError(
         f"{paths[0]}: the unquantized folder of the model is needed to run it; name it with --model "
@@ -101,8 +104,8 @@ def open_source(path: Path, checkpoint: Checkpoint) -> Source:
     Raises CheckpointError for what is neither, and VerifyError when it is another model.
     """
     if path.is_dir():
-        method = _method(path)
-        return _folder(path, checkpoint) if method is None else _quantized(path, method, checkpoint)
+        layout = _layout(path)
+        return _folder(path, checkpoint) if layout is None else _quantized(path, layout, checkpoint)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder")
     return _gguf(path, checkpoint)
@@ -131,8 +134,8 @@ def open_files(paths: Sequence[Path]) -> tuple[Source, ...]:
     )
 
 
-def _method(path: Path) -> str | None:
-    """How a folder is quantized; None when it is not."""
+def _layout(path: Path) -> str | None:
+    """Which of PACKED a folder is; None for a checkpoint, whatever numbers it was released with."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         quantization = config.get("quantization_config")
@@ -140,7 +143,8 @@ def _method(path: Path) -> str | None:
         raise CheckpointError(
             f"{path}: neither a GGUF file nor a model folder with a config.json ({error})"
         ) from None
-    return None if quantization is None else str(quantization.get("quant_method", "unknown"))
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if method in PACKED else None
 
 
 def _folder(path: Path, checkpoint: Checkpoint) -> Source:
@@ -156,24 +160,22 @@ def _folder(path: Path, checkpoint: Checkpoint) -> Source:
     return Source(path, "checkpoint", lambda weight: load(theirs[weight.name]), other.source_bytes, types)
 
 
-def _quantized(path: Path, method: str, checkpoint: Checkpoint) -> Source:
+def _quantized(path: Path, layout: str, checkpoint: Checkpoint) -> Source:
     """A folder of packed integers, decoded by the package of its layout."""
     # the decoder is an optional package
     from moequant.containers.folders import compressed_tensors, gptq
 
-    openers = {"compressed-tensors": compressed_tensors.open_folder, "gptq": gptq.open_folder}
-    if method not in openers:
-        raise CheckpointError(f"{path}: quantized as {method}; known here: {', '.join(openers)}")
-    found = openers[method](path)
+    openers = dict(zip(PACKED, (compressed_tensors.open_folder, gptq.open_folder), strict=True))
+    found = openers[layout](path)
     mine = identity(checkpoint)
     _same_values(path, identity_of(found.family, found.config), checkpoint.path, mine, SAME_CONFIG)
     _same_tokens(path, checkpoint)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     types = {
-        weight.name: method if found.is_quantized(weight) else weight.origin.dtype
+        weight.name: layout if found.is_quantized(weight) else weight.origin.dtype
         for weight in checkpoint.weights
     }
-    return Source(path, method, found.load, size, types)
+    return Source(path, layout, found.load, size, types)
 
 
 def _gguf(path: Path, checkpoint: Checkpoint) -> Source:

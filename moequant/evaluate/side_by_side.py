@@ -202,8 +202,6 @@ def _error(weight: Weight, base: Tensor, candidate: Tensor, tokens: Tensor | Non
 def _finish(stream: LayerStream, base: _Running, others: list[_Running]) -> None:
     """Final hidden states of all versions; what remains is the head."""
     for version in (base, *others):
-        if version is not base:
-            stream.rewind(stream.n_layers)
         ends = stream.finish(version.hidden, lambda batch: _Chosen(None), version.load)
         for batch, (_, result) in enumerate(ends):
             version.hidden.put(stream.n_layers + 1, batch, result.last_hidden_state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from moequant.errors import FamilyError
@@ -34,7 +35,7 @@ from moequant.families.olmoe import OLMOE
 from moequant.families.qwen3 import QWEN3
 from moequant.families.qwen3_moe import QWEN3_MOE
 
-__all__ = ["FAMILIES", "Config", "Family", "Get", "Slot", "find"]
+__all__ = ["FAMILIES", "Config", "Family", "Get", "Slot", "find", "nearest"]
 
 FAMILIES: tuple[Family, ...] = (
     MIXTRAL,
@@ -75,8 +76,17 @@ def find(raw: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if any(name in family.classes for name in names):
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.classes)
+    wanted = "/".join(map(str, names)) or "(none in config.json)"
+    near = nearest(str(names[0])) if names else None
     raise FamilyError(
-        f"architecture {'/'.join(map(str, names)) or '(none in config.json)'} is not supported yet; "
-        f"supported: {known}"
+        f"architecture {wanted} is not supported yet"
+        + (f"; the nearest that is: {near.name} ({near.classes[0]})" if near else "")
+        + "; `moequant inspect` says what differs, docs/families.md lists all"
     )
+
+
+def nearest(architecture: str) -> Family | None:
+    """The family whose class has the name most like this one; None when none is near."""
+    by_class = {name: family for family in FAMILIES for name in family.classes}
+    found = get_close_matches(architecture, by_class, n=1, cutoff=0.4)
+    return by_class[found[0]] if found else None

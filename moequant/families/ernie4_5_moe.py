@@ -21,7 +21,7 @@ from moequant.values.ops import Squeezed
 def is_sparse(config: Config, number: int) -> bool:
     """Whether a layer has experts."""
     inside = config.moe_layer_start_index <= number <= config.moe_layer_end_index
-    return inside and (number + 1) % config.moe_layer_interval == 0
+    return bool(inside and (number + 1) % config.moe_layer_interval == 0)
 
 
 def layer(config: Config, number: int) -> tuple[Slot, ...]:

@@ -35,12 +35,14 @@ def interruptible() -> Iterator[None]:
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     changed = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    struck = False
 
     def strike(number: int, frame: FrameType | None) -> None:
         # Cleaning up must not be interrupted by a second one; terminals and supervisors send several.
-        for each in changed:
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(number)
+        nonlocal struck
+        if not struck:
+            struck = True
+            raise Interrupted(number)
 
     for number in changed:
         signal.signal(number, strike)

@@ -1,20 +1,20 @@
-"""A model's own forward pass, stopped in front of every decoder layer.
+"""A model's own forward pass, cut at its decoder layers.
 
-Each batch runs the forward of the transformers model in a greenlet. Every decoder layer
-is wrapped; the wrapper hands the call to the driver and goes on with a placeholder that
-has the shape of hidden states and no memory. So the driver decides when a layer runs,
-with which weights and on which hidden states, and no model code is written twice: masks,
-position embeddings and per-layer arguments are those that the model itself makes.
+One dry pass of each batch runs the forward of the transformers model with stand-ins for the embedding and
+the layers: they compute nothing, and keep what the model passes to each layer besides the hidden states.
+So the driver decides when a layer runs, with which weights and on which hidden states, and no model code is
+written twice: masks, position embeddings and per-layer arguments are those that the model itself makes.
+What a model computes from hidden states between its layers is not seen; no family of the tables does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -28,7 +28,6 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    hidden: Tensor
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The layer's output for `hidden`. CheckpointError when it is not hidden states alone."""
@@ -41,12 +40,20 @@ class Call:
         return out
 
 
-class _Paused(nn.Module):
-    """Stands in the model for a decoder layer and hands its calls to the greenlet's parent."""
+class _Reached(Exception):
+    """Ends a forward pass in front of the first layer."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, hidden: Tensor) -> None:
         super().__init__()
-        self._held = (layer,)  # a tuple: the parameters keep their names in the model
+        self.hidden = hidden
+
+
+class _StandIn(nn.Module):
+    """Stands in the model for a decoder layer: `told` gets its number and its call, and gives its output."""
+
+    def __init__(self, number: int, layer: nn.Module, told: Callable[[int, Tensor, Call], Tensor]) -> None:
+        super().__init__()
+        self._number, self._held, self._told = number, (layer,), told  # a tuple: parameters keep their names
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -55,10 +62,7 @@ class _Paused(nn.Module):
             return getattr(self._held[0], name)  # models ask layers for their attention type
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parent = getcurrent().parent
-        assert parent is not None
-        back: Tensor = parent.switch(Call(args, kwargs, hidden))
-        return back
+        return self._told(self._number, hidden, Call(args, kwargs))
 
 
 class _Placeholder(nn.Module):
@@ -89,10 +93,10 @@ def _nothing(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class Skeleton:
-    """The forward passes of all batches, in lock step.
+    """The forward passes of all batches, cut at the layers.
 
     `forward` is the model or its decoder; `layers_at` names its decoder layers; `batches` are i64 [rows, n]
-    on the device where layers run. Use: `embed`, then per layer `calls` and `advance`, then `finish`.
+    on the device where layers run. `layers` are the model's own, which the driver runs.
     """
 
     def __init__(
@@ -107,39 +111,35 @@ class Skeleton:
         assert isinstance(holder, nn.ModuleList)
         self.layers = list(holder)
         for index, layer in enumerate(self.layers):
-            holder[index] = _Paused(layer)
-        self.calls: list[Call] = []
-        self._passes: list[greenlet] = []
+            holder[index] = _StandIn(index, layer, lambda *told: self._told(*told))
+        self._told: Callable[[int, Tensor, Call], Tensor] = _nobody
+        self._calls = [self._dry(batch) for batch in batches]
 
     def embed(self) -> Iterator[Tensor]:
         """What each batch feeds the first layer; needs the embedding's values."""
+
+        def reached(number: int, hidden: Tensor, call: Call) -> Tensor:
+            raise _Reached(hidden)
+
         for batch in self.batches:
-            run = greenlet(self._start)
-            call: Call = run.switch(batch)
-            run.throw(GreenletExit)
-            yield call.hidden
+            with self._telling(reached):
+                try:
+                    self._run(batch)
+                except _Reached as found:
+                    yield found.hidden
 
-    def begin(self) -> None:
-        """Take every batch to the first layer without values; the embedding may be released.
-
-        Passes that were under way end here.
-        """
-        self.close()
-        embedding = self.model.get_input_embeddings()
-        self.model.set_input_embeddings(_Placeholder(embedding.embedding_dim))
-        self._passes = [greenlet(self._start) for _ in self.batches]
-        try:
-            self._wait(run.switch(batch) for run, batch in zip(self._passes, self.batches, strict=True))
-        finally:
-            self.model.set_input_embeddings(embedding)
-
-    def advance(self) -> None:
-        """Take every batch to the next layer."""
-        self._wait(run.switch(call.hidden) for run, call in zip(self._passes, self.calls, strict=True))
+    def call(self, layer: int, batch: int) -> Call:
+        """What the model passes to a layer for that batch."""
+        return self._calls[batch][layer]
 
     def finish(self, batch: int, hidden: Tensor) -> Any:
         """The result of the forward pass of that batch, whose last layer gave `hidden`."""
-        return self._passes[batch].switch(hidden)
+
+        def told(number: int, before: Tensor, call: Call) -> Tensor:
+            return hidden if number == len(self.layers) - 1 else before
+
+        with self._telling(told), self._without_embedding():
+            return self._run(self.batches[batch])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's head, and whatever it does after it: final hidden states [m, h] -> [m, vocab]."""
@@ -153,16 +153,38 @@ class Skeleton:
             setattr(self.model, name, decoder)
         return logits
 
-    def close(self) -> None:
-        """End passes that are still waiting."""
-        for run in self._passes:
-            if run:
-                run.throw(GreenletExit)
-        self._passes, self.calls = [], []
+    def _dry(self, batch: Tensor) -> list[Call]:
+        calls: list[Call] = []
 
-    def _wait(self, calls: Iterable[Call]) -> None:
-        """Keep what the model passes, without states that it may have computed from a placeholder."""
-        self.calls = [replace(call, hidden=_nothing(call.hidden.shape, call.hidden.device)) for call in calls]
+        def told(number: int, hidden: Tensor, call: Call) -> Tensor:
+            calls.append(call)
+            return hidden
 
-    def _start(self, ids: Tensor) -> Any:
+        with torch.inference_mode(), self._telling(told), self._without_embedding():
+            self._run(batch)
+        return calls
+
+    def _run(self, ids: Tensor) -> Any:
         return self.forward(input_ids=ids, use_cache=False)
+
+    @contextmanager
+    def _telling(self, told: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+        before, self._told = self._told, told
+        try:
+            yield
+        finally:
+            self._told = before
+
+    @contextmanager
+    def _without_embedding(self) -> Iterator[None]:
+        """Inside the block no weights of the embedding are needed."""
+        embedding = self.model.get_input_embeddings()
+        self.model.set_input_embeddings(_Placeholder(embedding.embedding_dim))
+        try:
+            yield
+        finally:
+            self.model.set_input_embeddings(embedding)
+
+
+def _nobody(number: int, hidden: Tensor, call: Call) -> Tensor:
+    raise AssertionError("a layer was called outside of a pass")

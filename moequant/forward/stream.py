@@ -136,7 +136,6 @@ class LayerStream:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.skeleton.close()
         self._disk.shutdown(cancel_futures=True)
 
     def weights(self, layer: int | None) -> tuple[Weight, ...]:
@@ -160,24 +159,13 @@ class LayerStream:
         release(self.model, embedding)
 
     def layers(self, first: int = 0) -> Iterator[int]:
-        """Each decoder layer in turn, from `first`, with its weights in memory and all batches before it."""
-        self.rewind(first)
+        """Each decoder layer in turn, from `first`, with its weights in memory."""
         for layer in range(first, self.n_layers):
             self._fill(self.weights(layer))
             if layer + 1 < self.n_layers and self.resources.reads_ahead:
                 self._read_ahead(self.weights(layer + 1))
             yield layer
             release(self.model, self.weights(layer))
-            if layer + 1 < self.n_layers:
-                with torch.inference_mode():
-                    self.skeleton.advance()
-
-    def rewind(self, layer: int) -> None:
-        """Take every batch in front of that layer, of the last when it is past the end; needs no weights."""
-        with torch.inference_mode():
-            self.skeleton.begin()
-            for _ in range(min(layer, self.n_layers - 1)):
-                self.skeleton.advance()
 
     def refill(
         self, layer: int, provider: Provider, filled: Callable[[list[Weight]], None] = lambda weights: None
@@ -215,7 +203,7 @@ class LayerStream:
         states = hidden.get(layer, batch).to(self.resources.device)
         with torch.inference_mode(), recording(told):
             try:
-                return self.skeleton.calls[batch].run(module or self.skeleton.layers[layer], states)
+                return self.skeleton.call(layer, batch).run(module or self.skeleton.layers[layer], states)
             except Enough:
                 return None
 
@@ -238,10 +226,7 @@ class LayerStream:
     def finish(
         self, hidden: Hidden, make: Callable[[int], R], provider: Provider | None = None
     ) -> Iterator[tuple[R, Any]]:
-        """The end of the forward pass, batch by batch: its recorder and what the model returns.
-
-        Once for every time that the batches came to the last layer (`layers`, `rewind`).
-        """
+        """The end of the forward pass, batch by batch: its recorder and what the model returns."""
         roles = {Role.NORM} | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
         ends = self._outside(*roles)
         self._fill(ends, provider)

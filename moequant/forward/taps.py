@@ -53,7 +53,7 @@ class Seen:
 
 
 class _Thread(threading.local):
-    """Per thread and not per context: a forward pass that runs in a greenlet has a context of its own."""
+    """Several batches cross the same module at once, each in a thread of its own."""
 
     recorder: Recorder | None = None
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from moequant.containers.gguf.header import Header
 from moequant.containers.gguf.read import read_header
+from moequant.containers.gguf.roles import is_embedding, is_tied
 from moequant.errors import CheckpointError, PlanError
 from moequant.inspection.presets import PresetFile, preset_files
 from moequant.runtimes.llama_cpp.kv_cache import (
@@ -24,11 +25,10 @@ from moequant.runtimes.llama_cpp.kv_cache import (
     host_compute_bytes,
     kv_bytes,
 )
+from moequant.runtimes.llama_cpp.overrides import experts_on_cpu
 
 RESERVE = 2**30
 """Bytes of GPU memory left to the driver and its context: llama.cpp's own default margin (`-fitt 1024`)."""
-
-_CPU_EXPERTS = r"ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +184,14 @@ class _Model:
         layers = header.layers
         dense, experts, active = [0] * layers, [0] * layers, [0.0] * layers
         embedding = head = largest = 0
-        tied = all(tensor.name != "output.weight" for tensor in header.tensors)
+        tied = is_tied(header.tensors)
         for tensor in header.tensors:
             layer = tensor.layer
             if layer is None:
                 first = "embd" in tensor.name
                 embedding += tensor.bytes if first else 0
                 # A tied embedding is loaded a second time, as the head.
-                head += tensor.bytes if not first or (tied and tensor.name == "token_embd.weight") else 0
+                head += tensor.bytes if not first or (tied and is_embedding(tensor)) else 0
             elif tensor.is_expert:
                 experts[layer] += tensor.bytes
                 active[layer] += tensor.bytes * experts_used(header, layer, tensor.shape[0]) / tensor.shape[0]
@@ -301,5 +301,4 @@ def override(placement: Placement) -> str | None:
     """The same experts as `--n-cpu-moe` by name, to edit layer by layer: the argument of `-ot`."""
     if not placement.gpu_layers or not placement.cpu_moe:
         return None
-    layers = "|".join(str(layer) for layer in range(placement.cpu_moe))
-    return rf"blk\.({layers})\.{_CPU_EXPERTS}=CPU"
+    return experts_on_cpu(range(placement.cpu_moe))

@@ -18,7 +18,7 @@ from moequant.checkpoint.open import renamed
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError
-from moequant.families.config import make_config
+from moequant.families.config import HARMLESS, make_config, text_config
 from moequant.inspection import presets
 from moequant.inspection.runtimes import checkpoint_runtimes
 from moequant.inspection.values import Inspection, PresetSize, Stored, by_role, by_type
@@ -215,6 +215,8 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
             missing.append(f"{family.name}: unknown tensors: {', '.join(unknown)}")
     except FamilyError as error:
         missing.append(str(error))
+        if family is None and (near := families.nearest(str((config.get("architectures") or [""])[0]))):
+            missing += _differences(near, config, tensors)
     if not missing:
         try:
             checkpoint = open_checkpoint(path)
@@ -252,6 +254,27 @@ def _unknown(family: families.Family, config: families.Config, tensors: list[_Te
     names = (renamed(family, tensor.name) for tensor in tensors)
     left = (name for name in names if not any(pattern.fullmatch(name) for pattern in skipped))
     return sorted({_kind(name) for name in left} - known)
+
+
+def _differences(near: families.Family, config: Mapping[str, Any], tensors: list[_Tensor]) -> list[str]:
+    """What a model has that the nearest family does not, two lines at most."""
+    found = []
+    text = text_config(config)
+    known = near.known | HARMLESS | near.says.keys()
+    if keys := sorted(key for key in text if key not in known and text[key] is not None):
+        found.append(f"config keys that {near.name} has not: {_few(keys)}")
+    try:
+        unknown = _unknown(near, make_config(near, {**text, "model_type": near.model_type}), tensors)
+    except (FamilyError, AttributeError, TypeError, ValueError):
+        kinds = sorted({_kind(tensor.name) for tensor in tensors})
+        return [*found, f"its tensors: {_few(kinds)}"]
+    if unknown:
+        found.append(f"tensors that {near.name} has not: {_few(unknown)}")
+    return found
+
+
+def _few(names: list[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _kind(name: str) -> str:

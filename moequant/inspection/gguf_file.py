@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from moequant.containers.gguf.header import Header, TensorInfo
 from moequant.containers.gguf.read import read_header
+from moequant.containers.gguf.roles import ROLES, is_embedding, is_tied, role_of
 from moequant.errors import CheckpointError
 from moequant.inspection.runtimes import gguf_runtimes
 from moequant.inspection.values import Inspection, Stored, by_role, by_type
 from moequant.runtimes.llama_cpp.kv_cache import experts_used
 
-_ROLES = (
-    ("embedding", r"(token_embd|per_layer_token_embd|position_embd|token_types)\b"),
-    ("output", r"output\.(weight|bias)"),
-    ("router", r"blk\.\d+\.(ffn_gate_inp\b|ffn_gate_tid2eid|exp_probs_b)"),
-    ("expert gate", r"blk\.\d+\.ffn_gate_(ch|)exps\b"),
-    ("expert up", r"blk\.\d+\.ffn_up_(ch|)exps\b"),
-    ("expert gate+up", r"blk\.\d+\.ffn_gate_up_(ch|)exps\b"),
-    ("expert down", r"blk\.\d+\.ffn_down_(ch|)exps\b"),
-    ("shared expert", r"blk\.\d+\.ffn_\w+_shexp\b"),
-    ("dense ffn", r"blk\.\d+\.ffn_(gate|up|down|gate_up)\b"),
-    ("norm", r".*norm(_\d)?\b"),
-    ("attention", r"blk\.\d+\.(attn_|indexer)"),
-    ("recurrent", r"blk\.\d+\.(ssm_|shortconv|time_mix|channel_mix)"),
-    ("next token", r"blk\.\d+\.nextn"),
-)
-ORDER = (*(role for role, _ in _ROLES), "other")
+ORDER = (*(role for role, _ in ROLES), "other")
 
 
 def inspect_gguf(path: Path) -> Inspection:
@@ -41,7 +26,7 @@ def inspect_gguf(path: Path) -> Inspection:
     layers = header.layers
     # Blocks that guess the token after the next one are not run in plain decoding.
     running = layers - header.count("nextn_predict_layers")
-    tied = all(tensor.name != "output.weight" for tensor in header.tensors)
+    tied = is_tied(header.tensors)
     stored = [_stored(tensor, header, running, tied) for tensor in header.tensors]
     types = by_type(stored)
     return Inspection(
@@ -70,11 +55,6 @@ def inspect_gguf(path: Path) -> Inspection:
     )
 
 
-def role_of(name: str) -> str:
-    """What a tensor of that name does."""
-    return next((role for role, pattern in _ROLES if re.match(pattern, name)), "other")
-
-
 def _stored(tensor: TensorInfo, header: Header, running: int, tied: bool) -> Stored:
     role = role_of(tensor.name)
     share, layer = 1.0, tensor.layer
@@ -82,13 +62,13 @@ def _stored(tensor: TensorInfo, header: Header, running: int, tied: bool) -> Sto
         share = 0.0
     elif layer is not None and tensor.is_expert:
         share = experts_used(header, layer, tensor.shape[0]) / tensor.shape[0]
-    read = role != "embedding" or (tied and tensor.name == "token_embd.weight")
+    read = role != "embedding" or (tied and is_embedding(tensor))
     return Stored(role, tensor.type, tensor.numel, tensor.bytes, share, read)
 
 
 def _has_shared(header: Header) -> int | None:
     """Families with a single shared expert do not count it in a key."""
-    return 1 if any("_shexp." in tensor.name for tensor in header.tensors) else None
+    return 1 if any(role_of(tensor.name) == "shared expert" for tensor in header.tensors) else None
 
 
 def _tokenizer(header: Header) -> str:

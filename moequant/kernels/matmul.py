@@ -48,9 +48,15 @@ class Tile:
     columns: int
     warps: int
 
+    @property
+    def lanes(self) -> int:
+        """Threads of a program: AMD's warps have 64."""
+        return self.warps * (64 if torch.version.hip else 32)
+
+    @property
     def rows_a_program(self) -> int:
         """Rows of the matrix that one program serves."""
-        return self.rows * self.warps * 32 // self.columns if self.vector else self.rows
+        return self.rows * self.lanes // self.columns if self.vector else self.rows
 
 
 def schedule(experts: Tensor, n_experts: int, tile: Tile) -> Schedule:
@@ -127,7 +133,7 @@ def matmul(x: Tensor, matrix: Matrix, *, tile: Tile | None = None) -> Tensor:
 def _launch_vectors(x: Tensor, matrix: Matrix, out: Tensor, tile: Tile, plan: Schedule) -> None:
     decoder = DECODERS[matrix.format]
     n_out, n_in = matrix.shape[1:]
-    grid = (triton.cdiv(n_out, tile.rows_a_program()), plan.expert.numel())
+    grid = (triton.cdiv(n_out, tile.rows_a_program), plan.expert.numel())
     side, n_groups, per_scale = _beside(matrix)
     vector_product[grid](
         records(x, decoder),
@@ -139,15 +145,16 @@ def _launch_vectors(x: Tensor, matrix: Matrix, out: Tensor, tile: Tile, plan: Sc
         **constants(decoder, per_scale, isa(), tile),
         SORTED=plan.order is not None,
         RECORD=decoder.record,
-        LANES=tile.warps * 32,
+        LANES=tile.lanes,
         num_warps=tile.warps,
+        enable_fp_fusion=True,
     )
 
 
 def _launch_tiles(x: Tensor, matrix: Matrix, out: Tensor, tile: Tile, plan: Schedule) -> None:
     decoder = DECODERS[matrix.format]
     n_out, n_in = matrix.shape[1:]
-    grid = (triton.cdiv(n_out, tile.rows_a_program()), plan.expert.numel())
+    grid = (triton.cdiv(n_out, tile.rows_a_program), plan.expert.numel())
     side, n_groups, per_scale = _beside(matrix)
     halves, x_scale = _halves(x, decoder)
     tile_product[grid](
@@ -163,6 +170,7 @@ def _launch_tiles(x: Tensor, matrix: Matrix, out: Tensor, tile: Tile, plan: Sche
         WEIGHT_SCALE=WEIGHT_SCALE,
         num_warps=tile.warps,
         num_stages=2,
+        enable_fp_fusion=True,
     )
 
 
@@ -205,6 +213,7 @@ def records(x: Tensor, decoder: Decoder) -> Tensor:
         GROUP=decoder.group,
         RECORD=decoder.record,
         PIECES=together,
+        enable_fp_fusion=True,
     )
     return out
 

@@ -15,7 +15,7 @@ from moequant.containers.gguf.sizes import (
 )
 from moequant.errors import PlanError
 from moequant.plan.allocate import Option, Unit, allocate
-from moequant.plan.damages import Damages, candidates, prior_damages
+from moequant.plan.damages import Damages, as_stored, candidates, prior_damages
 from moequant.values import Choice, Plan, Weight
 
 NEAR = 0.5
@@ -81,11 +81,15 @@ def groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
 
 
 def _options(group: tuple[Weight, ...], damages: Damages, floor_bits: float) -> tuple[Option, ...]:
-    """The formats that every weight of a group may have, with what they cost together."""
+    """The formats that every weight of a group may have, with what they cost together.
+
+    One that holds the checkpoint's own numbers loses nothing, however few its bits are.
+    """
     names = [
         name for name in candidates(group[0]) if all(name in damages.table[weight.name] for weight in group)
     ]
-    allowed = [name for name in names if bits_of(name) >= floor_bits] or names[-1:]
+    exact = as_stored(group[0])
+    allowed = [name for name in names if bits_of(name) >= floor_bits or name == exact] or names[-1:]
     return tuple(
         Option(
             name,

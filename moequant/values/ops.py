@@ -122,6 +122,8 @@ class Unsqueezed(View):
     def shape(self, shape: Shape) -> Shape:
         """See `Op`."""
         at = len(shape) + 1 + self.axis
+        if at < 0:
+            raise ValueError(f"{len(shape)} axes, too few for a new axis {self.axis}")
         return (*shape[:at], 1, *shape[at:])
 
     def apply(self, x: Tensor) -> Tensor:
@@ -138,6 +140,8 @@ class Joined(Op):
     def shape(self, shape: Shape) -> Shape:
         """See `Op`."""
         at = len(shape) + self.axis
+        if at < 1:
+            raise ValueError(f"{len(shape)} axes, of which none lies before axis {self.axis}")
         return (*shape[: at - 1], shape[at - 1] * shape[at], *shape[at + 1 :])
 
     def apply(self, x: Tensor) -> Tensor:
@@ -275,7 +279,10 @@ def on_rows(op: Op) -> bool:
 def shape_after(ops: Sequence[Op], shape: Shape) -> Shape:
     """The shape of what the ops make, one after the other; ValueError when one cannot."""
     for op in ops:
-        shape = op.shape(shape)
+        try:
+            shape = op.shape(shape)
+        except IndexError:
+            raise ValueError(f"{len(shape)} axes, too few for {op}") from None
     return shape
 
 

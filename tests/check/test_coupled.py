@@ -11,7 +11,6 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from moequant.commands.convert_folder import convert_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,10 +18,8 @@ from moequant.check.damage import Marks, find
 from moequant.check.figures import CheckReport
 from moequant.commands.check import CheckSettings, check
 from moequant.commands.convert import Settings, convert
-from moequant.containers.folders.plan import FolderSettings
 from moequant.errors import VerifyError
 
-UP = "blk.1.ffn_up_exps.weight"
 MODULE = "model.layers.1.mlp.experts.{}.up_proj"
 
 Stored = dict[str, Tensor]
@@ -32,7 +29,7 @@ Stored = dict[str, Tensor]
 def folder(tiny, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A tiny Qwen3-MoE in int4, rounded as by default."""
     out = tmp_path_factory.mktemp("folders") / "int4"
-    convert_folder(tiny("qwen3_moe"), out, settings(text), FolderSettings(group_size=64))
+    convert(tiny("qwen3_moe"), out, settings(text, format="safetensors", group_size=64))
     return out
 
 
@@ -100,7 +97,9 @@ def test_damage_is_named(
 ) -> None:
     out = edited(folder, tmp_path / "damaged", edit)
     found = [pair for pair in pairs(checked(out, tiny("qwen3_moe"), text)) if "MoE block" not in pair[0]]
-    assert {where for where, _ in found} == {f"{UP} expert {e} ({MODULE.format(e)})" for e in expected}
+    assert {where for where, _ in found} == {
+        f"layers.1.experts.up expert {e} ({MODULE.format(e)})" for e in expected
+    }
     for expert, what in expected.items():
         assert any(f"expert {expert} " in where and what in said for where, said in found)
 

@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moequant.checkpoint import load, open_checkpoint, uninterleave
+from moequant.checkpoint import load, open_checkpoint
+from moequant.containers.gguf.export import export
 from moequant.errors import CheckpointError, FamilyError
-from moequant.values import Role
+from moequant.forward.model import empty_model
+from moequant.values import Role, Weight
+from moequant.values.ops import apply
 from tests import models
 
 
@@ -24,35 +29,80 @@ def broken(tiny, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
 
 
+def in_transformers(family: str, weight: Weight, whole: Tensor) -> Tensor:
+    """What transformers has for a weight in the parameter `whole`, cut here by hand."""
+    kind = weight.name.partition(".experts.")[2].split(".")
+    if family == "gpt_oss" and kind[0]:  # gate and up alternate; matrices lie transposed
+        at = {"gate": slice(0, None, 2), "up": slice(1, None, 2), "down": slice(None)}[kind[0]]
+        return whole[..., at] if kind[1:] == ["bias"] else whole.mT[..., at, :]
+    if kind[0] in ("gate", "up"):
+        return whole.chunk(2, 1)[kind[0] == "up"]
+    return whole
+
+
+@pytest.fixture(scope="module")
+def held(tiny):
+    """`held("mixtral")`: every parameter and buffer of the model that transformers reads from the folder."""
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def get(family: str) -> dict[str, Tensor]:
+        if family not in found:
+            model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.bfloat16)
+            found[family] = dict([*model.named_parameters(), *model.named_buffers()])
+        return found[family]
+
+    return get
+
+
 @pytest.mark.parametrize("family", models.CONFIGS)
-def test_every_weight_equals_the_transformers_parameter(tiny, family: str) -> None:
-    folder = tiny(family)
-    checkpoint = open_checkpoint(folder)
-    params = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).named_parameters())
+def test_every_weight_equals_the_transformers_parameter(tiny, held, family: str) -> None:
+    checkpoint = open_checkpoint(tiny(family))
     for weight in checkpoint.weights:
-        expected = params[weight.param]
-        if expected.ndim > 1:
-            expected = expected[..., slice(*weight.param_rows), :]
-        values = load(weight)
+        whole, values = held(family)[weight.place.param], load(weight)
         assert values.shape == weight.shape and values.dtype == torch.bfloat16
-        assert torch.equal(uninterleave(values, weight.rope_heads) if weight.rope_heads else values, expected)
+        expected = in_transformers(family, weight, whole).to(values.dtype)
+        assert torch.equal(values, expected), weight.name
+        assert torch.equal(apply(weight.place.ops, whole).to(values.dtype), expected), weight.name
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("family", models.CONFIGS)
+def test_what_a_container_cuts_is_the_same_from_the_files_and_from_the_model(tiny, held, family) -> None:
+    exported = export(open_checkpoint(tiny(family)))
+    for weight in exported.weights:
+        whole, values = held(family)[weight.place.param], load(weight)
+        assert values.shape == weight.shape and values.is_contiguous()
+        assert torch.equal(apply(weight.place.ops, whole).to(values.dtype), values), weight.name
+    some = range(1, 3)
+    stacks = [weight for weight in exported.weights if weight.is_expert]
+    assert all(torch.equal(load(each, some), load(each)[1:3]) for each in stacks)
+
+
+def test_rows_of_q_and_k_are_rotary_pairs_in_the_file(tiny) -> None:
+    """llama.cpp rotates rows 0 and 1, 2 and 3, … of a head; transformers rows 0 and d/2, 1 and d/2 + 1, …"""
+    checkpoint = open_checkpoint(tiny("mixtral"))
+    theirs = {weight.name: weight for weight in checkpoint.weights}
+    ours = {weight.name: weight for weight in export(checkpoint).weights}
+    for name, heads in (("layers.0.attn_q", 4), ("layers.1.attn_k", 2)):
+        for before, after in zip(load(theirs[name]).chunk(heads), load(ours[name]).chunk(heads), strict=True):
+            assert torch.equal(after[0::2], before[:32]) and torch.equal(after[1::2], before[32:])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"])
 def test_fused_and_per_expert_checkpoints_read_the_same(tiny, family: str) -> None:
     apart = open_checkpoint(tiny(family))
     fused = open_checkpoint(tiny(family, save={"save_original_format": False}))
-    assert any(len(weight.sources) == 1 and weight.role is Role.GATE for weight in fused.weights)
+    assert any(len(weight.origin.stored) == 1 and weight.role is Role.GATE for weight in fused.weights)
     assert [weight.name for weight in apart.weights] == [weight.name for weight in fused.weights]
     for one, other in zip(apart.weights, fused.weights, strict=True):
-        assert one.param_rows == other.param_rows
+        assert one.place == other.place and one.names == other.names
         assert torch.equal(load(one), load(other))
 
 
 def test_many_shards_read_like_one(tiny) -> None:
     whole = open_checkpoint(tiny("qwen3_moe"))
     sharded = open_checkpoint(tiny("qwen3_moe", save={"max_shard_size": "300KB"}))
-    assert len({source.ref.file for weight in sharded.weights for source in weight.sources}) > 3
+    stored = [each for weight in sharded.weights for each in weight.origin.stored]
+    assert len({ref.file for each in stored for ref in each.parts.values()}) > 3
     for one, other in zip(whole.weights, sharded.weights, strict=True):
         assert torch.equal(load(one), load(other))
 
@@ -66,8 +116,9 @@ def test_source_precision_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_tied_embeddings_feed_the_head(tiny) -> None:
     checkpoint = open_checkpoint(tiny("qwen3_moe", tie_word_embeddings=True))
     names = {weight.name: weight for weight in checkpoint.weights}
-    assert checkpoint.tied and "output.weight" not in names
-    assert names["token_embd.weight"].input == "model.norm:out"
+    assert checkpoint.tied and "head" not in names
+    site = names["embedding"].site
+    assert site is not None and (site.name, site.module, site.side) == ("head.input", "model.norm", "output")
 
 
 def fails(folder: Path, *parts: str, kind: type[Exception] = CheckpointError) -> None:
@@ -182,3 +233,93 @@ def test_the_index_must_match_the_shards(broken: Path) -> None:
     index = {"weight_map": {"ghost.weight": "model.safetensors"}}
     (broken / "model.safetensors.index.json").write_text(json.dumps(index))
     fails(broken, "ghost.weight", "index")
+
+
+def test_a_head_that_differs_from_the_embedding_is_kept(broken: Path) -> None:
+    """As transformers does, whatever tie_word_embeddings says; an equal one is the embedding."""
+    models.edit_config(broken, tie_word_embeddings=True)
+    checkpoint = open_checkpoint(broken)
+    head = checkpoint.weights[-1]
+    assert not checkpoint.tied and head.name == "head"
+    model = AutoModelForCausalLM.from_pretrained(broken, dtype=torch.bfloat16)
+    assert torch.equal(load(head), model.get_output_embeddings().weight)
+    rewrite(broken, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert open_checkpoint(broken).tied
+
+
+def test_a_tied_pair_may_be_stored_under_the_name_of_the_head(broken: Path) -> None:
+    models.edit_config(broken, tie_word_embeddings=True)
+    rewrite(broken, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    checkpoint = open_checkpoint(broken)
+    (embedding,) = [weight for weight in checkpoint.weights if weight.role is Role.EMBEDDING]
+    assert checkpoint.tied and embedding.origin.stored[0].name == "lm_head.weight"
+    model = AutoModelForCausalLM.from_pretrained(broken, dtype=torch.bfloat16)
+    assert torch.equal(load(embedding), model.get_input_embeddings().weight)
+
+
+def test_a_missing_head_is_named_unless_the_config_ties_it(broken: Path) -> None:
+    rewrite(broken, lambda t: t.pop("lm_head.weight"))
+    fails(broken, r"lm_head\.weight is missing", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize("name", ["k_proj", "down_proj"])
+def test_a_vector_where_a_matrix_belongs_is_one_line(broken: Path, name: str) -> None:
+    def flatten(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if f"layers.0.{'self_attn' if name[0] == 'k' else 'mlp'}" in key]:
+            if key.endswith(f"{name}.weight"):
+                tensors[key] = tensors[key].flatten()
+
+    rewrite(broken, flatten)
+    with pytest.raises(CheckpointError) as caught:
+        empty_model(open_checkpoint(broken))
+    assert "\n" not in str(caught.value) and "layers.0" in str(caught.value)
+
+
+def test_heads_that_do_not_fit_the_projections_are_named(broken: Path) -> None:
+    models.edit_config(broken, num_attention_heads=3)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.attn_q: shape \[128, 256\].*\[96, 256\]"):
+        empty_model(open_checkpoint(broken))
+
+
+@pytest.mark.parametrize("used", [0, 9])
+def test_a_token_is_sent_to_as_many_experts_as_there_are(broken: Path, used: int) -> None:
+    models.edit_config(broken, num_experts_per_tok=used)
+    fails(broken, f"num_experts_per_tok is {used}", "8 experts")
+
+
+def test_the_name_of_a_model_in_the_cache_is_its_repositorys(tiny, tmp_path: Path) -> None:
+    """Files of a snapshot are links into a folder of blobs, and the snapshot is called by its commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--acme--Tiny-MoE" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for file in tiny("qwen3_moe").iterdir():
+        (snapshot / file.name).symlink_to(file)
+    assert open_checkpoint(snapshot).name == "Tiny-MoE"
+    assert open_checkpoint(tiny("qwen3_moe")).name == tiny("qwen3_moe").name
+
+
+NAME = "model.layers.0.mlp.experts.3.down_proj.weight"
+
+HEADERS = {
+    "shifted into a neighbour": lambda e: {"data_offsets": [n - 64 for n in e["data_offsets"]]},
+    "shorter than its shape": lambda e: {"data_offsets": [e["data_offsets"][0], e["data_offsets"][0] + 16]},
+    "of another type": lambda e: {"dtype": "F32"},
+    "of a negative size": lambda e: {"shape": [-256, -256]},
+    "without offsets": lambda e: {"data_offsets": None},
+    "of an unknown type": lambda e: {"dtype": "Q4"},
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_a_header_that_breaks_a_rule_of_the_format_is_named(broken: Path, what: str) -> None:
+    """What the safetensors library refuses is refused here, and no byte is read from a wrong place."""
+    file = broken / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header[NAME] |= HEADERS[what](header[NAME])
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(SafetensorError), safe_open(file, "pt"):
+        pass
+    fails(broken, r"model\.safetensors: tensor ")

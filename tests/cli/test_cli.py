@@ -60,7 +60,7 @@ def test_convert_and_its_dry_run_agree_to_the_byte(model: Path, text: Path, tmp_
     fast = "convert", model, "-o", out, "--type", "Q3_K_M", "--effort", "fast"
     dry = run(*fast, "--dry-run")
     assert dry.returncode == 0 and not out.exists()
-    assert "blk.1.ffn_down_exps.weight" in dry.stdout
+    assert "layers.1.experts.down" in dry.stdout
     done = run(*fast, "--calib", text, "--eval", text)
     assert done.returncode == 0, done.stderr
     assert f"{out.stat().st_size:,} bytes" in dry.stdout
@@ -180,11 +180,12 @@ def test_a_full_disk_is_refused_before_any_work(model: Path, tmp_path: Path, mon
 
     from moequant.containers.gguf import write as gguf
     from moequant.errors import OutputError
+    from moequant.files import targets
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(gguf.shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    monkeypatch.setattr(targets.shutil, "disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(OutputError, match="1,000 bytes are needed, 1 are free"):
-        gguf.check_target(tmp_path / "q.gguf", 1000, False)
+        gguf.check_target(tmp_path / "q.gguf", 1000)
 
 
 def test_a_disk_that_fills_up_half_way_leaves_nothing(model: Path, text: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from gguf import GGUFReader
 
 from moequant.checkpoint import open_checkpoint
 from moequant.statistics import store
+from moequant.values import Calibration
 from tests import models
 from tests.cli.test_cli import Finished, run
 from tests.statistics import starving
@@ -53,6 +54,13 @@ def routed(*arguments: object) -> Finished:
     return result
 
 
+def loaded(model: Path, stats: Path) -> Calibration:
+    """The statistics, once they are known to be this model's."""
+    checkpoint, found = open_checkpoint(model), store.load(stats)
+    store.check(checkpoint, found)
+    return found.calibration
+
+
 def test_everything_at_once(model: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out, matrix, picture = (tmp_path / name for name in ("s.safetensors", "i.gguf", "h.svg"))
@@ -72,7 +80,7 @@ def test_everything_at_once(model: Path, text: Path, tmp_path: Path) -> None:
     assert "routed 2,048 tokens of: " in done.stdout.replace("\n", " ")
     assert "4 experts saw no token (layer.expert): 0.6, 0.7, 1.6, 1.7" in done.stdout
     assert all(name in done.stdout for name in ("prose", "code", "numbers", "max / mean", "hottest"))
-    found = store.load_for(open_checkpoint(model), out)
+    found = loaded(model, out)
     assert found.tokens == 2048 and [route.tokens[6:].tolist() for route in found.routes] == [[0, 0]] * 2
     counts = {tensor.name: tensor.data for tensor in GGUFReader(matrix).tensors}
     assert (
@@ -103,7 +111,7 @@ def test_merged_parts_are_one_run(model: Path, text: Path, tmp_path: Path) -> No
     assert "routed 2,048 tokens" in done.stdout
     found, one, two = (store.load(path).calibration for path in (tmp_path / "both", *parts))
     assert found.domains == tuple(dict.fromkeys(one.domains + two.domains)) and found.rows == 4
-    name = "model.layers.1.mlp.experts:down"
+    name = "layers.1.experts.inner"
     torch.testing.assert_close(
         found.inputs[name].moment, one.inputs[name].moment + two.inputs[name].moment, rtol=1e-12, atol=0
     )
@@ -167,7 +175,7 @@ def test_a_dense_model_has_moments_but_no_routers(tiny, text: Path, tmp_path: Pa
         folder, "--calib", text, "--calib-tokens", 1024, "--min-tokens-per-expert", 1, "-o", tmp_path / "s"
     ).stdout
     assert "there are no routers" in shown
-    assert store.load_for(open_checkpoint(folder), tmp_path / "s").routes == ()
+    assert loaded(folder, tmp_path / "s").routes == ()
     refused(tmp_path, folder, "--calib", text, "--picture", tmp_path / "h.png", says="a dense model")
 
 
@@ -210,3 +218,36 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny, tmp_path: Path)
         assert result.returncode == 0, result.stderr
     assert out.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.journal"))
+
+
+def test_a_folder_beside_the_statistics_that_is_not_a_journal_is_kept(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    arguments = (model, "--calib", text, "--calib-tokens", 1024, "-o", tmp_path / "s")
+    journal = tmp_path / "s.journal"
+    journal.mkdir()
+    (journal / "diary").write_text("mine")
+    refused(tmp_path, *arguments, says="diary: is not a run's state and is kept")
+    (journal / "diary").rename(tmp_path / "diary")
+    journal.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    journal.symlink_to("elsewhere")
+    refused(tmp_path, *arguments, says=r"s\.journal: is not a run's state and is kept")
+    assert not list((tmp_path / "elsewhere").iterdir()) and (tmp_path / "diary").read_text() == "mine"
+
+
+def test_another_text_leaves_an_interrupted_run_alone(model: Path, text: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "s.journal" / ("0" * 16)
+    run_folder.mkdir(parents=True)
+    (run_folder / "run.json").write_text("{}")
+    routed(model, "--calib", text, "--calib-tokens", 1024, "-o", tmp_path / "s")
+    assert list(run_folder.parent.iterdir()) == [run_folder]
+    assert list(run_folder.iterdir()) == [run_folder / "run.json"]
+
+
+def test_the_weights_that_are_read_are_never_replaced(model: Path, text: Path, tmp_path: Path) -> None:
+    before = (model / "model.safetensors").read_bytes()
+    arguments = (model, "--calib", text, "--calib-tokens", 1024, "--overwrite")
+    for option in ("-o", "--imatrix-out", "--picture"):
+        refused(tmp_path, *arguments, option, model / "model.safetensors", says="is read by this run")
+    assert (model / "model.safetensors").read_bytes() == before

@@ -179,7 +179,7 @@ def test_a_damaged_folder_names_the_module(tiny, text: Path, tmp_path: Path) -> 
     save_file(stored, file, metadata={"format": "pt"})
     report = check(out, against(model, text))
     (where,) = named(report)
-    assert where == "blk.0.ffn_up_exps.weight expert 3 (model.layers.0.mlp.experts.3.up_proj)"
+    assert where == "layers.0.experts.up expert 3 (model.layers.0.mlp.experts.3.up_proj)"
     assert "row 5, block at column 128" in named(report)[where]
 
 
@@ -196,6 +196,25 @@ def test_a_file_of_another_model_is_refused(tiny, made, text: Path, tmp_path: Pa
 def test_a_gpu_that_is_not_there_is_refused(made) -> None:
     with pytest.raises(VerifyError, match="no CUDA device"):
         check(made("qwen3_moe", "Q8_0"), CheckSettings(device="cuda"))
+
+
+def test_the_json_replaces_nothing_unasked(made, tmp_path: Path) -> None:
+    file = Path(shutil.copy(made("qwen3_moe", "Q8_0"), tmp_path / "q.gguf"))
+    before, sample = file.read_bytes(), ["check", str(file), "--sample", "1", "--device", "cpu"]
+    (tmp_path / "link").symlink_to(file)
+    (tmp_path / "old").write_text("precious")
+    for name, options, says in (
+        ("old", [], "old: exists already"),
+        ("link", [], "link: is read by this run"),
+        ("link", ["--overwrite"], "link: is read by this run"),
+        ("q.gguf", ["--overwrite"], "q.gguf: is read by this run"),
+        ("/dev/stdout", ["--overwrite"], "/dev/stdout: is not a place for a file"),
+    ):
+        done = CliRunner().invoke(app, [*sample, "--json", str(tmp_path / name), *options])
+        assert done.exit_code == 1 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert file.read_bytes() == before and (tmp_path / "old").read_text() == "precious"
+    done = CliRunner().invoke(app, [*sample, "--json", str(tmp_path / "old"), "--overwrite"])
+    assert done.exit_code == 0 and json.loads((tmp_path / "old").read_text())["out"] == "q.gguf"
 
 
 def test_the_command(tiny, made, text: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from moequant.checkpoint import load, open_checkpoint
 from moequant.cli import app
 from moequant.commands.compare import CompareSettings, run
 from moequant.commands.convert import Settings, convert
-from moequant.containers.gguf.read import GgufFile
+from moequant.containers.gguf.export import export
+from moequant.containers.gguf.weights import GgufWeights
 from moequant.errors import CheckpointError, MoequantError, VerifyError
 from moequant.evaluate import Scores, difference, score_row, summarize
 from moequant.evaluate.activations import Rounded, by_32, by_256
@@ -128,7 +129,7 @@ def test_parts_and_pieces_are_the_whole() -> None:
 @pytest.mark.parametrize("family", models.CONFIGS)
 def test_streamed_scores_equal_resident_ones(tiny, file, family: str) -> None:
     checkpoint, text = open_checkpoint(tiny(family)), rows()
-    weights = GgufFile(file(family, "Q3_K_M"))
+    weights = GgufWeights(file(family, "Q3_K_M"), export(checkpoint))
     (found,) = compare(checkpoint, Version("base", load), [Version("q", weights.load)], text, SMALL)
     with torch.inference_mode():
         logits = [build_model(checkpoint, EXPERTS, one)(text.ids).logits for one in (load, weights.load)]
@@ -141,14 +142,15 @@ def test_streamed_scores_equal_resident_ones(tiny, file, family: str) -> None:
     assert {one.weight for one in found.errors} == {weight.name for weight in checkpoint.weights}
     for one in found.errors:
         weight = next(weight for weight in checkpoint.weights if weight.name == one.weight)
-        exact = load(weight).double().reshape(weight.n_experts, -1)
-        decoded = weights.load(weight).double().reshape(weight.n_experts, -1)
+        exact = load(weight).double().reshape(weight.matrices, -1)
+        decoded = weights.load(weight).double().reshape(weight.matrices, -1)
         expected = (exact - decoded).square().sum(1) / exact.square().sum(1)
         torch.testing.assert_close(one.error, expected, rtol=1e-4, atol=1e-12)
 
 
 def test_spilled_hidden_states_change_nothing(tiny, file) -> None:
-    checkpoint, weights = open_checkpoint(tiny("qwen3_moe")), GgufFile(file("qwen3_moe", "Q3_K_M"))
+    checkpoint = open_checkpoint(tiny("qwen3_moe"))
+    weights = GgufWeights(file("qwen3_moe", "Q3_K_M"), export(checkpoint))
     versions = Version("base", load), [Version("q", weights.load), Version("again", weights.load)]
     plain = compare(checkpoint, *versions, rows(), SMALL)
     spilled = compare(checkpoint, *versions, rows(), replace(SMALL, ram=0, threads=2))
@@ -191,7 +193,7 @@ def test_a_damaged_expert_is_named_as_exactly_that_one(tiny, file, text: Path, t
     found = run(tiny("qwen3_moe"), [good, bad], settings(text))
     healthy, hurt = found.measured
     error, times, weight, expert = hurt.expert_errors[0]
-    assert (weight.weight, weight.layer, expert) == ("blk.1.ffn_down_exps.weight", 1, 5)
+    assert (weight.weight, weight.layer, expert) == ("layers.1.experts.down", 1, 5)
     assert 0.9 < error < 1.1 and times > 1000
     assert all(times < 4 for _, times, _, _ in healthy.expert_errors)
     assert all(times < 4 for _, times, _, _ in hurt.expert_errors[1:])
@@ -251,7 +253,7 @@ def test_wrong_pairs_are_one_line(tiny, file, text: Path, tmp_path: Path) -> Non
         (mixtral, tmp_path / "empty", "neither a GGUF file nor a model folder"),
         (mixtral, tmp_path / "text.gguf", "not a GGUF file"),
         (mixtral, cut, "is the download complete"),
-        (mixtral, deeper, r"block_count is 3, not 2"),
+        (mixtral, deeper, r"num_hidden_layers is 3, not 2"),
         (deeper, other, r"block_count is 2, not 3"),
         (mixtral, wider, r"vocab_size is 400, not 384"),
         (wider, other, r"vocab_size is 384, not 400"),
@@ -352,7 +354,7 @@ def test_a_rounding_that_siblings_do_not_share_is_refused(tiny) -> None:
     types = dict.fromkeys((weight.name for weight in checkpoint.weights), "Q4_K")
     Rounded(checkpoint, types)
     with pytest.raises(VerifyError, match="another rounding"):
-        Rounded(checkpoint, types | {"blk.0.ffn_up_exps.weight": "Q5_0"})
+        Rounded(checkpoint, types | {"layers.0.experts.up": "Q5_0"})
 
 
 def test_open_source_knows_kind_and_types(tiny, file) -> None:
@@ -361,4 +363,4 @@ def test_open_source_knows_kind_and_types(tiny, file) -> None:
     packed = open_source(file("mixtral", "Q8_0"), checkpoint)
     assert (folder.kind, packed.kind) == ("checkpoint", "GGUF")
     assert packed.bytes == file("mixtral", "Q8_0").stat().st_size
-    assert packed.types["blk.0.ffn_up_exps.weight"] == "Q8_0" and folder.types["output.weight"] == "BF16"
+    assert packed.types["layers.0.experts.up"] == "Q8_0" and folder.types["head"] == "BF16"

@@ -71,8 +71,8 @@ def test_wrong_pairs_with_folders_are_one_line(
     quantized(tiny("mixtral", num_hidden_layers=3), tmp_path / "deeper", bits=4, group_size=128)
     for base, candidate, match in (
         (packed, made["GGUF"], "name it with --model"),
-        (tiny("mixtral"), tmp_path / "deeper", r"block_count is 3, not 2"),
-        (tiny("qwen3_moe"), packed, r"general.architecture is llama, not qwen3moe"),
+        (tiny("mixtral"), tmp_path / "deeper", r"num_hidden_layers is 3, not 2"),
+        (tiny("qwen3_moe"), packed, r"family is mixtral, not qwen3_moe"),
         (tiny("mixtral", vocab_size=400), packed, r"vocab_size is 384, not 400"),
     ):
         with pytest.raises(MoequantError, match=match) as error:

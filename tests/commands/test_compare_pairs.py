@@ -9,6 +9,7 @@ import pytest
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.compare import CompareSettings, run
 from moequant.commands.convert import Settings, convert
+from moequant.containers.gguf.export import export
 from moequant.forward.stream import Resources
 from moequant.plan.document import plan_from_types, to_json
 from moequant.report.compare import TELLING
@@ -16,21 +17,21 @@ from moequant.text import bundled
 from tests import models
 
 TYPES = {
-    "token_embd": "IQ4_XS", "output": "Q5_K", "attn_v": "Q6_K", "attn_output": "Q6_K",
+    "embedding": "IQ4_XS", "head": "Q5_K", "attn_v": "Q6_K", "attn_out": "Q6_K",
     "0.attn_q": "Q5_K", "0.attn_k": "Q5_K", "1.attn_q": "IQ4_XS", "1.attn_k": "IQ4_XS",
-    "0.ffn_gate_exps": "IQ3_S", "0.ffn_up_exps": "IQ3_S", "0.ffn_down_exps": "IQ3_S",
-    "1.ffn_gate_exps": "IQ4_XS", "1.ffn_up_exps": "IQ4_XS", "1.ffn_down_exps": "IQ4_XS",
+    "0.experts.gate": "IQ3_S", "0.experts.up": "IQ3_S", "0.experts.down": "IQ3_S",
+    "1.experts.gate": "IQ4_XS", "1.experts.up": "IQ4_XS", "1.experts.down": "IQ4_XS",
 }  # fmt: skip
-"""What `moequant plan demo --type Q3_K_M` chose: by tensor, or by layer and tensor."""
+"""What `moequant plan demo --type Q3_K_M` chose: by weight, or by layer and weight."""
 
 
 def packed(model: Path, out: Path, **changes: str) -> Path:
     """`model` in TYPES but for `changes`, as `moequant convert --plan` makes it."""
-    weights = open_checkpoint(model).weights
+    weights = export(open_checkpoint(model)).weights
     chosen = TYPES | {name.replace("_", ".", 1): type_ for name, type_ in changes.items()}
     types = {}
     for weight in weights:
-        name = weight.name.removesuffix(".weight").removeprefix("blk.")
+        name = weight.name.removeprefix("layers.")
         types[weight.name] = chosen.get(name) or chosen.get(name.split(".")[-1]) or "F32"
     plan = out.with_suffix(".json")
     plan.write_text(to_json(plan_from_types(weights, types)), encoding="utf-8")

@@ -13,17 +13,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moequant.checkpoint import open_checkpoint
-from moequant.commands.convert import Settings, check_memory, convert
+from moequant.commands.convert import Settings, convert
+from moequant.containers.gguf.export import export
 from moequant.containers.gguf.presets import BASE_TYPES
-from moequant.containers.gguf.read import GgufFile
+from moequant.containers.gguf.weights import GgufWeights
 from moequant.errors import CheckpointError
 from moequant.forward.experts import EXPERTS
+from moequant.forward.memory import check_memory
 from moequant.forward.model import build_model
 from moequant.text.rows import load_encoder
 from tests import models
 from tests.clients.llama import Llama
 
-MOE = ["mixtral", "qwen3_moe", "olmoe"]
+MOE = [family for family in models.CONFIGS if family not in ("llama", "qwen3")]
 
 
 def settings(text: Path, type_: str, **changes: object) -> Settings:
@@ -94,7 +96,11 @@ def test_our_decoded_weights_are_what_the_runtime_computes_with(tiny, tmp_path: 
     with Llama(out, threads=1) as llama, torch.inference_mode():
         ids = ids_for(llama.n_vocab, 128)
         runtime = torch.from_numpy(llama.logits(ids.tolist())).double()
-        decoded = build_model(checkpoint, EXPERTS, GgufFile(out).load)(ids[None]).logits[0].double()
+        decoded = (
+            build_model(checkpoint, EXPERTS, GgufWeights(out, export(checkpoint)).load)(ids[None])
+            .logits[0]
+            .double()
+        )
         original = build_model(checkpoint, EXPERTS)(ids[None]).logits[0].double()
     assert (runtime - decoded).square().sum() < 0.1 * (runtime - original).square().sum()
 
@@ -126,7 +132,7 @@ def test_rows_that_256_does_not_divide(tmp_path: Path, text: Path) -> None:
     out = tmp_path / "q.gguf"
     report = convert(folder, out, settings(text, "Q4_K_M"))
     types = {choice.weight: choice for choice in report.plan.choices}
-    assert types["blk.0.ffn_down_exps.weight"].format in ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
+    assert types["layers.0.experts.down"].format in ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
     assert "256 does not divide rows of 96" in report.summary()
     with Llama(out, threads=1) as llama:
         assert llama.generate([5, 6, 7], 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moequant.checkpoint import load, open_checkpoint
-from moequant.commands.convert import Settings
-from moequant.commands.convert_folder import convert_folder
+from moequant.commands.convert import Settings, convert
 from moequant.containers.folders import compressed_tensors, gptq
-from moequant.containers.folders.plan import FolderSettings, group_format
+from moequant.containers.folders.plan import group_format
 from moequant.evaluate import score_row
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
@@ -43,11 +41,9 @@ def words(path: Path, seed: int) -> Path:
     return path
 
 
-def made(
-    model: Path, out: Path, text: Path, layout: FolderSettings | None = None, **changes: object
-) -> Report:
-    settings = replace(Settings(calib=text, calib_tokens=8192, eval_tokens=0), **changes)
-    return convert_folder(model, out, settings, layout or FolderSettings(group_size=64))
+def made(model: Path, out: Path, text: Path, **changes: object) -> Report:
+    wanted = {"format": "safetensors", "group_size": 64} | changes
+    return convert(model, out, Settings(calib=text, calib_tokens=8192, eval_tokens=0, **wanted))
 
 
 def kl(model: Path, folder: Path, ids: Tensor) -> float:
@@ -95,7 +91,7 @@ def test_outputs_lose_less_than_by_the_plain_search(tmp_path: Path, text: Path) 
     made(model, tmp_path / "both", text)
     hessians = first_hessians(model, text)
     weights = {w.name: w for w in alone.checkpoint.weights}
-    for name in ("blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"):
+    for name in ("layers.0.experts.gate", "layers.0.experts.up"):
         exact = load(weights[name]).double()
         lost = []
         for folder in ("plain", "alone"):
@@ -116,8 +112,7 @@ def test_transformers_computes_what_our_decoder_predicts(
 ) -> None:
     """Rotary rows are turned for llama.cpp only: in the folder they stand as transformers has them."""
     model, out = tiny(family), tmp_path / "out"
-    layout = FolderSettings(group_size=64, quantize_attention=attention)
-    report = made(model, out, text, layout)
+    report = made(model, out, text, quantize_attention=attention)
     loaded, ours = (
         transformers_folder.load(out),
         build_model(report.checkpoint, EXPERTS, own_decoder(out).load),
@@ -139,13 +134,13 @@ def test_transformers_computes_what_our_decoder_predicts(
 
 def test_gptq_holds_the_same_codes(tiny, tmp_path: Path, text: Path) -> None:
     model, readers, formats = tiny("olmoe"), [], []
-    for layout, opened in (("compressed-tensors", compressed_tensors), ("gptq", gptq)):
-        chosen = FolderSettings(layout=layout, bits=4, group_size=-1)
-        report = made(model, tmp_path / layout, text, chosen)
-        readers.append(opened.open_folder(tmp_path / layout))
-        formats.append(group_format(report.checkpoint, chosen))
+    for format_, opened in (("safetensors", compressed_tensors), ("gptq", gptq)):
+        wanted = {"format": format_, "bits": 4, "group_size": -1}
+        report = made(model, tmp_path / format_, text, **wanted)
+        readers.append(opened.open_folder(tmp_path / format_))
+        formats.append(group_format(report.checkpoint, Settings(**wanted).folder))
     for weight in (w for w in report.checkpoint.weights if w.role.is_expert):
-        for expert in range(weight.n_experts):
+        for expert in range(weight.matrices):
             (codes, scales), (theirs, halves) = (
                 container.integers(fmt, reader.stored(weight, expert), weight.n_in)
                 for container, fmt, reader in zip((compressed_tensors, gptq), formats, readers, strict=True)
@@ -170,5 +165,5 @@ def test_fallbacks_are_counted_and_shown(tmp_path: Path, text: Path) -> None:
     up = {f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.zeros(256, 256) for e in range(8)}
     report = made(rewrite(model, up), tmp_path / "out", text)
     reasons = {loss.weight: loss.fallbacks for loss in report.losses if loss.fallbacks}
-    assert reasons == {"blk.0.ffn_down_exps.weight": ("no input was seen",) * 8}
+    assert reasons == {"layers.0.experts.down": ("no input was seen",) * 8}
     assert "rounded by the plain search, 8 times: no input was seen" in report.summary()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moequant.checkpoint import open_checkpoint
+from moequant.containers.gguf.export import export
 from moequant.plan import read
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
@@ -29,7 +30,7 @@ def test_one_run_measures_writes_and_draws(model: Path, text: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "at most 1M" in done.stdout and "probes of" in done.stdout and "IQ3_XXS" in done.stdout
     assert picture.read_text().lstrip().startswith("<?xml")
-    plan = read(out, open_checkpoint(model).weights)
+    plan = read(out, export(open_checkpoint(model)).weights)
     assert plan.target == "at most 1M" and plan.damage is not None
     assert json.loads(out.read_text())["predicted_kl"] == plan.damage
 

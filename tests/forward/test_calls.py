@@ -1,11 +1,9 @@
-"""A forward pass that stops in front of every layer: same calls, no memory, no leftovers."""
+"""A forward pass cut at its layers: the same calls, and nothing is left changed."""
 
 from __future__ import annotations
 
-import gc
-
+import pytest
 import torch
-from greenlet import greenlet
 
 from moequant.checkpoint import open_checkpoint
 from moequant.forward.calls import Skeleton
@@ -14,58 +12,62 @@ from moequant.forward.model import build_model
 from tests import models
 
 
-def made(folder) -> Skeleton:
-    model = build_model(open_checkpoint(folder), EXPERTS)
-    ids = torch.arange(96).view(3, 2, 16) % models.VOCAB
-    return Skeleton(model, model.get_decoder(), list(ids))
+def made(folder, batches=None) -> Skeleton:
+    checkpoint = open_checkpoint(folder)
+    model = build_model(checkpoint, EXPERTS)
+    ids = torch.arange(96).view(3, 2, 16) % models.VOCAB if batches is None else batches
+    return Skeleton(model, model.get_decoder(), checkpoint.family.layers_at, list(ids))
 
 
-def test_the_model_decides_what_a_layer_is_passed(tiny) -> None:
-    """Masks, positions and rotary angles are those of an ordinary forward, per layer."""
-    folder = tiny("qwen3")
+def same(ours: object, theirs: object) -> bool:
+    """Equal, tensors by their values, whatever they are nested in."""
+    if isinstance(theirs, torch.Tensor):
+        return isinstance(ours, torch.Tensor) and torch.equal(ours, theirs)
+    if isinstance(theirs, tuple | list):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in theirs)
+    return ours is theirs or ours == theirs
+
+
+@pytest.mark.parametrize("family", models.CONFIGS)
+def test_a_layer_is_passed_what_an_ordinary_forward_passes_it(tiny, family: str) -> None:
+    """Masks, positions, rotary angles: every layer of every batch, in every family."""
+    folder = tiny(family)
     seen: list[tuple[tuple[object, ...], dict[str, object]]] = []
-    plain = build_model(open_checkpoint(folder), EXPERTS)
-    for layer in plain.model.layers:
+    checkpoint = open_checkpoint(folder)
+    plain = build_model(checkpoint, EXPERTS)
+    for layer in plain.get_submodule(checkpoint.family.layers_at):
         layer.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append((args[1:], kwargs)), with_kwargs=True
         )
     skeleton = made(folder)
-    with torch.inference_mode():
-        plain.get_decoder()(input_ids=skeleton.batches[1], use_cache=False)
-        skeleton.begin()
+    for batch, ids in enumerate(skeleton.batches):
+        seen.clear()
+        with torch.inference_mode():
+            plain.get_decoder()(input_ids=ids, use_cache=False)
+        assert len(seen) == checkpoint.n_layers
         for number, (args, kwargs) in enumerate(seen):
-            call = skeleton.calls[1]
-            assert call.args == args and call.kwargs.keys() == kwargs.keys()
-            for ours, theirs in zip(
-                call.kwargs["position_embeddings"], kwargs["position_embeddings"], strict=True
-            ):
-                assert torch.equal(ours, theirs)
-            if number + 1 < len(seen):
-                skeleton.advance()
-    skeleton.close()
+            call = skeleton.call(number, batch)
+            assert same(call.args, args) and same(call.kwargs, kwargs)
 
 
-def test_closing_ends_every_pass(tiny) -> None:
-    skeleton = made(tiny("mixtral"))
+def test_cut_and_joined_it_computes_what_the_model_does(tiny) -> None:
+    folder = tiny("qwen3_moe")
+    skeleton, plain = made(folder), build_model(open_checkpoint(folder), EXPERTS)
     with torch.inference_mode():
-        skeleton.begin()
-        skeleton.begin()  # the first passes end
-        skeleton.advance()
-    skeleton.close()
-    gc.collect()
-    alive = [thing for thing in gc.get_objects() if type(thing) is greenlet and thing.gr_frame is not None]
-    assert not [one for one in alive if one.parent is not None]
+        for batch, hidden in enumerate(skeleton.embed()):
+            for number, layer in enumerate(skeleton.layers):
+                hidden = skeleton.call(number, batch).run(layer, hidden)
+            found = skeleton.finish(batch, hidden).last_hidden_state
+            wanted = plain.get_decoder()(input_ids=skeleton.batches[batch], use_cache=False)
+            torch.testing.assert_close(found, wanted.last_hidden_state)
 
 
-def test_embedding_is_restored_when_a_pass_fails(tiny) -> None:
+def test_the_embedding_is_restored_when_a_pass_fails(tiny) -> None:
     skeleton = made(tiny("mixtral"))
     embedding = skeleton.model.get_input_embeddings()
     skeleton.batches.append("not ids")
-    try:
-        skeleton.begin()
-    except Exception as error:
-        assert "str" in str(error) or "not ids" in str(error)
-    else:
-        raise AssertionError("a batch that is not ids was accepted")
+    with pytest.raises(AttributeError):
+        skeleton.finish(3, torch.zeros(1))
     assert skeleton.model.get_input_embeddings() is embedding
-    skeleton.close()

@@ -12,7 +12,7 @@ from moequant.forward.resume import Resumable
 from tests import models
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "llama", "qwen3"])
+@pytest.mark.parametrize("family", models.CONFIGS)
 def test_every_layer_can_be_the_first(tiny, family: str) -> None:
     checkpoint = open_checkpoint(tiny(family))
     model = build_model(checkpoint, EXPERTS)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
+from moequant.containers.gguf.export import export
 from moequant.errors import CheckpointError
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
-from moequant.forward.stream import LayerStream, Reader, Resources
+from moequant.forward.stream import LayerStream, Reader, Resources, sites
 from moequant.forward.taps import recording, watch
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
@@ -43,11 +44,12 @@ def saved(checkpoint: Checkpoint, calibration: Calibration, path: Path) -> bytes
 
 @pytest.mark.parametrize("family", models.CONFIGS)
 def test_statistics_equal_a_resident_run(tiny, family: str) -> None:
-    """The whole model at once, all rows in one batch, under the same recorder."""
-    checkpoint, text = open_checkpoint(tiny(family)), rows()
+    """The whole model at once, all rows in one batch, under the same recorder; cut as a file is, so that
+    heads of a stack and parts of a module's output are seen as well."""
+    checkpoint, text = export(open_checkpoint(tiny(family))).checkpoint, rows()
     found = calibrate(checkpoint, text, SMALL)
     model = build_model(checkpoint, EXPERTS)
-    watch(model, checkpoint.weights)
+    watch(model, sites(checkpoint.weights))
     domains = torch.tensor(["ab".index(d) for d in text.domains]).repeat_interleave(text.ids.shape[1])
     resident = Moments(checkpoint.n_experts, domains, 2)
     with torch.inference_mode(), recording(resident):
@@ -84,7 +86,7 @@ def test_every_tensor_is_read_at_most_once_a_pass(tiny, tied: bool, read_ahead: 
     calibrate(checkpoint, rows(), replace(SMALL, read_ahead=read_ahead), reader)
     assert max(reader.reads.values()) == 1
     unread = {weight.name for weight in checkpoint.weights} - reader.reads.keys()
-    assert unread == (set() if tied else {"output.weight"})
+    assert unread == (set() if tied else {"head"})
     read = [weight for weight in checkpoint.weights if weight.name not in unread]
     assert reader.bytes == sum(weight.numel for weight in read) * 2
 
@@ -115,7 +117,7 @@ def test_only_the_layer_at_work_has_memory(tiny) -> None:
         stream.embed(hidden)
         assert in_memory(stream) == set()
         for layer in stream.layers():
-            assert in_memory(stream) == {weight.param for weight in stream.weights(layer)}
+            assert in_memory(stream) == {weight.place.param for weight in stream.weights(layer)}
             list(stream.cross(layer, hidden, lambda batch: None, hidden))
             # What waits in front of a layer keeps no hidden states alive.
             assert all(call.hidden.untyped_storage().nbytes() == 4 for call in stream.skeleton.calls)
@@ -147,12 +149,12 @@ class Broken(Exception):
 @pytest.mark.parametrize("read_ahead", [False, True])
 def test_an_error_while_reading_comes_out_and_leaves_no_thread(tiny, read_ahead: bool) -> None:
     def provider(weight: Weight) -> Tensor:
-        if weight.name == "blk.1.ffn_norm.weight":
+        if weight.name == "layers.1.ffn_norm":
             raise Broken(weight.name)
         return load(weight)
 
     before = threading.active_count()
-    with pytest.raises(Broken, match=r"blk\.1\.ffn_norm"):
+    with pytest.raises(Broken, match=r"layers\.1\.ffn_norm"):
         calibrate(open_checkpoint(tiny("mixtral")), rows(), replace(SMALL, read_ahead=read_ahead), provider)
     assert threading.active_count() == before
 
@@ -199,7 +201,7 @@ def test_layers_can_be_refilled_and_the_end_repeated(tiny) -> None:
     checkpoint = open_checkpoint(tiny("qwen3_moe"))
 
     def doubled(weight: Weight) -> Tensor:
-        return load(weight).float() * (2.0 if weight.name == "blk.1.ffn_down_exps.weight" else 1.0)
+        return load(weight).float() * (2.0 if weight.name == "layers.1.experts.down" else 1.0)
 
     with LayerStream(checkpoint, rows().ids, SMALL) as stream, torch.inference_mode():
         one, two = stream.new_hidden(Path()), stream.new_hidden(Path())
@@ -223,10 +225,10 @@ def test_a_weight_of_another_shape_is_named(tiny) -> None:
 
     checkpoint = open_checkpoint(tiny("mixtral"))
     wrong = tuple(
-        replace(weight, shape=(4, 512, 128)) if weight.name == "blk.0.ffn_up_exps.weight" else weight
+        replace(weight, shape=(4, 512, 128)) if weight.name == "layers.0.experts.up" else weight
         for weight in checkpoint.weights
     )
-    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up_exps\.weight: shape"):
+    with pytest.raises(CheckpointError, match=r"layers\.0\.experts\.up: shape"):
         calibrate(replace(checkpoint, weights=wrong), rows(), SMALL, provider)
 
 

@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from moequant.cli import app
-from moequant.commands.convert import Settings, convert, open_model
+from moequant.commands.convert import Settings, convert, open_job
 from moequant.containers.gguf.header import Header
 from moequant.containers.gguf.presets import BASE_TYPES
 from moequant.containers.gguf.read import read_header
+from moequant.containers.gguf.roles import role_of as gguf_role
 from moequant.errors import CheckpointError
 from moequant.inspection import Inspection, inspect
-from moequant.inspection.gguf_file import role_of as gguf_role
 from tests import gguf_shapes, models
 
 MOE = ["mixtral", "qwen3_moe", "olmoe"]
@@ -89,7 +89,7 @@ def test_every_preset_weighs_what_it_says(tiny, tmp_path: Path) -> None:
     sizes = {preset.name: preset.file_bytes for preset in inspect(folder).presets}
     assert sizes.keys() == BASE_TYPES.keys() - {"F32", "F16"}, "the checkpoint is bf16"
     for name in ("BF16", "Q8_0", "Q4_K_M", "Q2_K"):
-        assert sizes[name] == open_model(folder, Settings(name)).file_bytes
+        assert sizes[name] == open_job(folder, Settings(name)).size
     out = tmp_path / "bf16.gguf"
     convert(folder, out, Settings("BF16", eval_tokens=0))
     assert out.stat().st_size == sizes["BF16"]

@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from moequant.checkpoint import open_checkpoint
-from moequant.commands.convert import facts
-from moequant.containers.gguf.presets import BASE_TYPES, LEGACY, UNQUANTIZED, ModelFacts, llama_cpp_types
+from moequant.containers.gguf.export import export
+from moequant.containers.gguf.presets import (
+    BASE_TYPES,
+    LEGACY,
+    UNQUANTIZED,
+    ModelFacts,
+    facts,
+    llama_cpp_types,
+)
 from moequant.containers.gguf.sizes import bits_of, data_bytes, packed_bytes
 from moequant.errors import PlanError
 from moequant.plan import Budget, aligned, make_plan, preset_plan, prior_damages
 from moequant.plan.damages import RELATIVE_ERROR, candidates
-from moequant.values import Plan, Role, Source, TensorRef, Weight
+from moequant.values import Origin, Place, Plan, Role, Stack, Weight
+from moequant.values.ops import Interleaved, Part, Transposed
 from tests import models
 
 FACTS = ModelFacts(2, 4, 1, False)
 
 
 def weight(name: str, role: Role, *shape: int, layer: int | None = 0) -> Weight:
-    return Weight(name, role, layer, shape, (), name, (0, shape[0]), None)
+    stack = Stack.EXPERTS if len(shape) == 3 else Stack.NONE
+    return Weight(name, role, layer, shape, stack, Origin(()), Place(name), None)
 
 
 def layers(count: int = 2) -> tuple[Weight, ...]:
-    made = [weight("token_embd.weight", Role.EMBEDDING, 512, 256, layer=None)]
+    made = [weight("embedding", Role.EMBEDDING, 512, 256, layer=None)]
     for at in range(count):
         made += [
-            weight(f"blk.{at}.attn_v.weight", Role.ATTN_V, 128, 256, layer=at),
-            weight(f"blk.{at}.ffn_norm.weight", Role.NORM, 256, layer=at),
-            weight(f"blk.{at}.ffn_gate_inp.weight", Role.ROUTER, 4, 256, layer=at),
-            weight(f"blk.{at}.ffn_gate_exps.weight", Role.GATE, 4, 256, 256, layer=at),
-            weight(f"blk.{at}.ffn_up_exps.weight", Role.UP, 4, 256, 256, layer=at),
-            weight(f"blk.{at}.ffn_down_exps.weight", Role.DOWN, 4, 256, 256, layer=at),
+            weight(f"layers.{at}.attn_v", Role.ATTN_V, 128, 256, layer=at),
+            weight(f"layers.{at}.ffn_norm", Role.NORM, 256, layer=at),
+            weight(f"layers.{at}.router", Role.ROUTER, 4, 256, layer=at),
+            weight(f"layers.{at}.experts.gate", Role.GATE, 4, 256, 256, layer=at),
+            weight(f"layers.{at}.experts.up", Role.UP, 4, 256, 256, layer=at),
+            weight(f"layers.{at}.experts.down", Role.DOWN, 4, 256, 256, layer=at),
         ]
     return tuple(made)
 
@@ -45,8 +53,8 @@ def types(plan: Plan) -> dict[str, str]:
 @pytest.mark.parametrize("preset", BASE_TYPES)
 @pytest.mark.parametrize("family", models.CONFIGS)
 def test_presets_are_no_larger_than_llama_cpp(tiny, family: str, preset: str) -> None:
-    checkpoint = open_checkpoint(tiny(family))
-    known = facts(checkpoint)
+    exported = export(open_checkpoint(tiny(family)))
+    checkpoint, known = exported.checkpoint, facts(exported)
     plan = preset_plan(checkpoint.weights, preset, known)
     theirs = llama_cpp_types(preset, checkpoint.weights, known)
     chosen, limit = types(plan), data_bytes(checkpoint.weights, theirs)
@@ -55,9 +63,9 @@ def test_presets_are_no_larger_than_llama_cpp(tiny, family: str, preset: str) ->
         assert chosen == theirs
     else:
         assert min(map(bits_of, chosen.values())) >= min(map(bits_of, theirs.values()))
-    for layer in range(checkpoint.n_layers):
-        name = "_exps" if checkpoint.n_experts else ""
-        assert chosen[f"blk.{layer}.ffn_gate{name}.weight"] == chosen[f"blk.{layer}.ffn_up{name}.weight"]
+    gates = [name for name in chosen if name.endswith(".gate")]
+    assert len(gates) >= checkpoint.n_layers
+    assert all(chosen[name] == chosen[name.removesuffix("gate") + "up"] for name in gates)
     assert {chosen[w.name] for w in checkpoint.weights if w.role.keeps_precision} == {"F32"}
 
 
@@ -101,16 +109,16 @@ def test_bytes_go_where_the_damage_is() -> None:
     weights = layers()
     prior = prior_damages(weights, 2)
     table = {
-        name: {fmt: cost * (1000 if name.startswith("blk.1.ffn_down") else 1) for fmt, cost in row.items()}
+        name: {fmt: cost * (1000 if name == "layers.1.experts.down" else 1) for fmt, cost in row.items()}
         for name, row in prior.table.items()
     }
     plan = make_plan(weights, Budget.of_bpw(3.8), FACTS, replace(prior, table=table, measured=True))
     chosen = types(plan)
-    assert chosen["blk.1.ffn_down_exps.weight"] == "Q8_0"
-    assert bits_of(chosen["blk.0.attn_v.weight"]) < bits_of(chosen["blk.1.ffn_down_exps.weight"])
+    assert chosen["layers.1.experts.down"] == "Q8_0"
+    assert bits_of(chosen["layers.0.attn_v"]) < bits_of(chosen["layers.1.experts.down"])
     reasons = {choice.weight: choice.reason for choice in plan.choices}
-    assert reasons["blk.1.ffn_down_exps.weight"] == "measured: more bits pay"
-    assert reasons["blk.0.ffn_gate_exps.weight"] == "measured: fewer bits pay"
+    assert reasons["layers.1.experts.down"] == "measured: more bits pay"
+    assert reasons["layers.0.experts.gate"] == "measured: fewer bits pay"
 
 
 def test_damages_of_a_plan_add_up_to_its_prediction() -> None:
@@ -124,9 +132,9 @@ def test_damages_of_a_plan_add_up_to_its_prediction() -> None:
 
 def test_rows_that_256_does_not_divide_fall_back_and_say_so() -> None:
     rows = (
-        weight("blk.0.ffn_down_exps.weight", Role.DOWN, 4, 256, 1408),
-        weight("blk.0.odd.weight", Role.ATTN_OUT, 256, 1000),
-        weight("blk.0.norm.weight", Role.NORM, 256),
+        weight("layers.0.experts.down", Role.DOWN, 4, 256, 1408),
+        weight("layers.0.odd", Role.ATTN_OUT, 256, 1000),
+        weight("layers.0.norm", Role.NORM, 256),
     )
     down, odd, norm = preset_plan(rows, "Q4_K_S", ModelFacts(1, 4, 1, False)).choices
     assert down.format == "Q5_0" and "256 does not divide rows of 1408" in down.reason
@@ -141,11 +149,17 @@ def test_unknown_presets_are_listed() -> None:
 
 def test_mxfp4_is_for_weights_that_are_stored_so() -> None:
     plain = weight("w", Role.DOWN, 4, 32, 96)
-    ref = TensorRef("mlp.experts.down_proj_blocks", (4, 32, 3, 16), "U8", Path("x"), 0, 6144)
-    packed = replace(plain, sources=(Source(ref, 0, 32),))
+    packed = replace(plain, origin=Origin((), holds="MXFP4"))
     assert "MXFP4" not in candidates(plain) and candidates(packed)[0] == "MXFP4"
     (choice,) = make_plan((packed,), Budget.of_bpw(9.0), FACTS).choices
     assert choice.format == "MXFP4" and choice.damage == 0.0, "nothing is lost, so nothing larger is bought"
+
+
+def test_blocks_that_a_container_cuts_across_are_not_kept_as_they_are_stored() -> None:
+    """Rows that are moved take their blocks along; a transposed matrix does not."""
+    packed = replace(weight("w", Role.DOWN, 4, 32, 96), origin=Origin((), holds="MXFP4"))
+    assert candidates(packed.refined((Part(0, 32, 2), Interleaved(2))))[0] == "MXFP4"
+    assert "MXFP4" not in candidates(packed.refined((Transposed(),)))
 
 
 def test_tables_have_every_candidate() -> None:

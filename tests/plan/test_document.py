@@ -7,6 +7,7 @@ import json
 import pytest
 
 from moequant.checkpoint import open_checkpoint
+from moequant.containers.gguf.export import export
 from moequant.errors import PlanError
 from moequant.plan import Budget, from_json, make_plan, plan_from_types, prior_damages, read, to_json
 from moequant.values import Role
@@ -39,11 +40,11 @@ def test_rows_may_come_in_any_order(plan) -> None:
 
 def test_an_edited_row_is_used_and_its_damage_is_unknown(plan) -> None:
     def change(rows) -> None:
-        row = next(row for row in rows if row["weight"] == "blk.0.attn_v.weight")
+        row = next(row for row in rows if row["weight"] == "layers.0.attn_v")
         row["format"] = "Q8_0"
 
     found = from_json(edited(plan, change), layers())
-    choice = next(choice for choice in found.choices if choice.weight == "blk.0.attn_v.weight")
+    choice = next(choice for choice in found.choices if choice.weight == "layers.0.attn_v")
     assert (choice.format, choice.bytes) == ("Q8_0", 128 * 256 * 34 // 32)
     assert choice.reason == "edited by hand" and choice.damage is None and found.damage is None
     assert found.budget >= found.bytes
@@ -52,11 +53,14 @@ def test_an_edited_row_is_used_and_its_damage_is_unknown(plan) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda rows: rows.pop(2), r"blk.0.ffn_norm.weight is missing"),
-        (lambda rows: rows.append(dict(rows[1])), r"blk.0.attn_v.weight has two rows"),
-        (lambda rows: rows.append({"weight": "blk.9.x", "format": "Q4_K"}), r"blk.9.x: .* no such weight"),
-        (lambda rows: rows[1].update(format="Q4_Z"), r"blk.0.attn_v.weight: unknown format 'Q4_Z'"),
-        (lambda rows: rows[2].update(format="Q4_K"), r"blk.0.ffn_norm.weight: a norm stays F32"),
+        (lambda rows: rows.pop(2), r"layers\.0\.ffn_norm is missing"),
+        (lambda rows: rows.append(dict(rows[1])), r"layers\.0\.attn_v has two rows"),
+        (
+            lambda rows: rows.append({"weight": "layers.9.x", "format": "Q4_K"}),
+            r"layers.9.x: .* no such weight",
+        ),
+        (lambda rows: rows[1].update(format="Q4_Z"), r"layers\.0\.attn_v: unknown format 'Q4_Z'"),
+        (lambda rows: rows[2].update(format="Q4_K"), r"layers\.0\.ffn_norm: a norm stays F32"),
         (lambda rows: rows[1].pop("format"), r"row 1 of choices needs a weight and a format"),
     ],
 )
@@ -85,10 +89,32 @@ def test_a_missing_file_is_one_line(tmp_path) -> None:
 
 def test_llama_cpp_types_are_a_plan(mix) -> None:
     recorded = json.loads((models.SHARED / "baselines" / "mix.types.json").read_text())
-    weights = open_checkpoint(mix).weights
-    for preset, given in recorded.items():
+    exported = export(open_checkpoint(mix))
+    weights, ours = exported.weights, exported.own_names
+    for preset, theirs in recorded.items():
+        given = {ours[name]: kind for name, kind in theirs.items()}
         found = plan_from_types(weights, given)
         assert types(found) == given and found.damage is None
-        assert from_json(json.dumps(given), weights) == plan_from_types(weights, given, "plan"), preset
+        plan = plan_from_types(weights, given, "plan")
+        assert from_json(json.dumps(theirs), weights, aliases=ours) == plan, preset
+        assert from_json(json.dumps(given), weights) == plan
     with pytest.raises(PlanError, match="'IQ1_M' holds no type name"):
         from_json(json.dumps(recorded), weights)
+
+
+def test_plans_of_version_1_have_the_names_of_gguf(plan, tmp_path) -> None:
+    """And are still read: the same plan, what was edited in it included."""
+    ours = {f"blk.{name}.weight": name for name in types(plan)}
+    theirs = {name: old for old, name in ours.items()}
+    document = json.loads(to_json(plan)) | {"moequant_plan": 1}
+    for row in document["choices"]:
+        row["weight"] = theirs[row["weight"]]
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(document))
+    assert read(file, layers(), ours) == plan
+    document["choices"][1]["format"] = "Q8_0"
+    edited_by_hand = from_json(json.dumps(document), layers(), aliases=ours)
+    assert edited_by_hand.choices[1].format == "Q8_0"
+    assert edited_by_hand.choices[1].reason == "edited by hand"
+    with pytest.raises(PlanError, match="the checkpoint has no such weight"):
+        read(file, layers())

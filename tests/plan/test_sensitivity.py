@@ -10,7 +10,8 @@ import torch
 
 from moequant import formats
 from moequant.checkpoint import load, open_checkpoint
-from moequant.commands.convert import facts
+from moequant.containers.gguf.export import export
+from moequant.containers.gguf.presets import ModelFacts, facts
 from moequant.containers.gguf.sizes import Budget, bits_of
 from moequant.evaluate import score_row
 from moequant.forward.experts import EXPERTS
@@ -32,8 +33,13 @@ def rows(count: int, seed: int = 0, length: int = 64) -> Rows:
 
 @pytest.fixture(scope="module")
 def known(tiny):
-    checkpoint = open_checkpoint(tiny("mixtral", num_hidden_layers=1))
+    checkpoint = export(open_checkpoint(tiny("mixtral", num_hidden_layers=1))).checkpoint
     return checkpoint, calibrate(checkpoint, rows(8))
+
+
+@pytest.fixture(scope="module")
+def rules(tiny) -> ModelFacts:
+    return facts(export(open_checkpoint(tiny("mixtral", num_hidden_layers=1))))
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +61,11 @@ def whole_error(weight, stats, name: str) -> float:
     )
 
 
-@pytest.mark.parametrize("name", ["blk.0.ffn_down_exps.weight", "blk.0.ffn_up_exps.weight"])
+@pytest.mark.parametrize("name", ["layers.0.experts.down", "layers.0.experts.up"])
 def test_a_sample_has_the_error_of_the_whole(known, name: str) -> None:
     checkpoint, calibration = known
     weight = find(checkpoint, name)
-    stats = calibration.inputs[weight.input]
+    stats = calibration.inputs[weight.site.name]
     found = sample_errors(weight, stats, PROBING)
     assert tuple(found) == candidates(weight)
     for fmt in ("IQ2_XXS", "Q3_K", "Q6_K"):
@@ -69,8 +75,8 @@ def test_a_sample_has_the_error_of_the_whole(known, name: str) -> None:
 def test_experts_count_by_their_mass(known) -> None:
     """One expert gets all tokens: only its error is seen, though few experts are sampled."""
     checkpoint, calibration = known
-    weight = find(checkpoint, "blk.0.ffn_down_exps.weight")
-    stats = calibration.inputs[weight.input]
+    weight = find(checkpoint, "layers.0.experts.down")
+    stats = calibration.inputs[weight.site.name]
     alone = torch.zeros_like(stats.gate_square)
     alone[2] = 1.0
     lonely = replace(stats, gate_square=alone)
@@ -90,8 +96,8 @@ def test_damage_grows_as_bits_shrink(damages, known) -> None:
             row = damages.table[weight.name]
             assert row["IQ1_S"] > row["Q2_K"] > row["Q3_K"] > row["Q4_K"] > row["Q6_K"] > row["Q8_0"] >= 0
             assert damages.sensitivity[weight.name] > 0
-    for gate in (find(known[0], "blk.0.ffn_gate_exps.weight"),):
-        up = find(known[0], "blk.0.ffn_up_exps.weight")
+    for gate in (find(known[0], "layers.0.experts.gate"),):
+        up = find(known[0], "layers.0.experts.up")
         assert damages.sensitivity[gate.name] == damages.sensitivity[up.name], "probed together"
 
 
@@ -100,18 +106,18 @@ def test_nothing_is_left_changed_by_probes(known, damages) -> None:
     assert again == damages
 
 
-def test_predictions_are_what_whole_plans_measure(known, damages) -> None:
+def test_predictions_are_what_whole_plans_measure(known, damages, rules) -> None:
     """The coarse plan of the checks: made, decoded and scored here once more."""
     checkpoint, calibration = known
     bits = Budget.of_bpw(CHECKS[0])
-    plan = make_plan(checkpoint.weights, bits, facts(checkpoint), damages)
+    plan = make_plan(checkpoint.weights, bits, rules, damages)
     types = {choice.weight: choice.format for choice in plan.choices}
 
     def decoded(weight):
         values, name = load(weight), types[weight.name]
         if name == "F32":
             return values
-        columns = importance(calibration.inputs[weight.input]) if weight.input else None
+        columns = importance(calibration.inputs[weight.site.name]) if weight.site else None
         columns = columns[0] if columns is not None and values.ndim == 2 else columns
         return formats.dequantize(name, formats.quantize(name, values, columns, "fast"))
 
@@ -125,21 +131,19 @@ def test_predictions_are_what_whole_plans_measure(known, damages) -> None:
     assert plan.damage == pytest.approx(measured, rel=0.01 if damages.root else 1.0)
 
 
-def test_without_probes_tables_say_how_sensitive_a_weight_is(known) -> None:
+def test_without_probes_tables_say_how_sensitive_a_weight_is(known, rules) -> None:
     found = measure(*known, None, PROBING)
     assert not found.measured and "tables" in found.source
-    plan = preset_plan(known[0].weights, "Q3_K_M", facts(known[0]), found)
+    plan = preset_plan(known[0].weights, "Q3_K_M", rules, found)
     assert any("tables" in choice.reason for choice in plan.choices)
     assert min(bits_of(choice.format) for choice in plan.choices) >= 3.4
 
 
-def test_a_measured_plan_may_go_below_the_preset(known, damages) -> None:
+def test_a_measured_plan_may_go_below_the_preset(known, damages, rules) -> None:
     """A weight that nothing depends on gets the fewest bits, whatever llama.cpp's rule says."""
-    idle = find(known[0], "blk.0.attn_k.weight").name
+    idle = find(known[0], "layers.0.attn_k").name
     table = dict(damages.table) | {idle: dict.fromkeys(damages.table[idle], 0.0)}
-    plan = make_plan(
-        known[0].weights, Budget.of_preset("Q4_K_M"), facts(known[0]), replace(damages, table=table)
-    )
+    plan = make_plan(known[0].weights, Budget.of_preset("Q4_K_M"), rules, replace(damages, table=table))
     formats_of = {choice.weight: choice.format for choice in plan.choices}
     assert formats_of[idle] == "IQ1_S"
     assert plan.damage is not None and plan.damage > 0

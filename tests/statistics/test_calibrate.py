@@ -17,7 +17,7 @@ from moequant.statistics.importance import importance
 from moequant.text.corpus import Rows
 from tests import models
 
-MOE = ["mixtral", "qwen3_moe", "olmoe"]
+MOE = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"]
 
 
 def rows(count: int = 6, length: int = 64, seed: int = 0) -> Rows:
@@ -49,7 +49,7 @@ def test_moments_equal_a_float64_reference(tiny, family: str) -> None:
         for row in rows().ids:
             model(row[None])
     hidden, index, gate = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    up, down = (calibration.inputs[f"model.layers.1.mlp.experts:{side}"] for side in ("up", "down"))
+    up, down = (calibration.inputs[f"layers.1.experts.{side}"] for side in ("input", "inner"))
     for expert in range(checkpoint.n_experts):
         token, slot = torch.where(index == expert)
         x, g = hidden[token], gate[token, slot].double()
@@ -78,9 +78,9 @@ def test_dense_moments_and_the_head(tiny) -> None:
     with torch.inference_mode():
         model(rows().ids)
     pairs = {
-        "model.norm:out": "lm_head",
-        "model.layers.0.self_attn.o_proj": "model.layers.0.self_attn.o_proj",
-        "model.layers.1.self_attn.q_proj": "model.layers.1.self_attn.k_proj",
+        "head.input": "lm_head",
+        "layers.0.attn.output": "model.layers.0.self_attn.o_proj",
+        "layers.1.attn.input": "model.layers.1.self_attn.k_proj",
     }
     for ours, theirs in pairs.items():
         torch.testing.assert_close(calibration.inputs[ours].moment[0], seen[theirs], rtol=1e-4, atol=1e-9)
@@ -104,7 +104,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path) -> None:
     tensors = load_file(file)
     tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = float("nan")
     save_file(tensors, file, {"format": "pt"})
-    named = r"model\.layers\.1\.self_attn\.v_proj\.weight \(blk\.1\.attn_v\.weight\): 1 of"
+    named = r"model\.layers\.1\.self_attn\.v_proj\.weight \(layers\.1\.attn_v\): 1 of"
     with pytest.raises(CheckpointError, match=named):
         calibrate(open_checkpoint(folder), rows())
 
@@ -131,8 +131,8 @@ def test_experts_that_saw_next_to_nothing_have_finite_importance(tmp_path, seen:
     ids[0, :seen] = 7
     calibration = calibrate(open_checkpoint(folder), Rows(ids, ("test",) * 2, "ids", 128))
     assert calibration.routes[0].tokens.tolist() == [128 - seen] * 2 + [seen] * 2 + [0] * 4
-    for side in ("up", "down"):
-        stats = calibration.inputs[f"model.layers.0.mlp.experts:{side}"]
+    for side in ("input", "inner"):
+        stats = calibration.inputs[f"layers.0.experts.{side}"]
         assert stats.tokens.tolist() == calibration.routes[0].tokens.tolist()
         for gating in ("none", "gate2"):
             found = importance(stats, gating)

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moequant.checkpoint import load, open_checkpoint, uninterleave
+from moequant.checkpoint import load, open_checkpoint
+from moequant.containers.gguf.export import export
 from moequant.errors import CheckpointError
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
 from moequant.statistics import fisher
 from moequant.statistics.fisher import PRIOR, Needs, check_memory, gather, needs
+from moequant.values import Weight
+from moequant.values.ops import apply
 from tests import models
 
 ROWS, LENGTH, SEED = 5, 300, 11
@@ -89,10 +92,15 @@ def exact_grams(folder: Path, ids: Tensor) -> dict[str, Tensor]:
     return grams
 
 
+def rows_of(weight: Weight, outputs: int) -> Tensor:
+    """Which of the outputs of its parameter a weight has, in its order."""
+    return apply(weight.place.ops, torch.arange(float(outputs))[:, None])[:, 0].long()
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_fishers_are_the_sums_that_the_definition_says(tiny, family: str) -> None:
     folder = tiny(family)
-    checkpoint, ids = open_checkpoint(folder), text()
+    checkpoint, ids = export(open_checkpoint(folder)).checkpoint, text()
     found = gather(checkpoint, ids, seed=SEED)
     exact = exact_grams(folder, ids)
 
@@ -100,19 +108,18 @@ def test_fishers_are_the_sums_that_the_definition_says(tiny, family: str) -> Non
         assert float((one.double() - other).norm()) < 2e-3 * float(other.norm())
 
     same(found.embedding, exact["embedding"])
-    for name, weight in (("v_proj", "attn_v"), ("o_proj", "attn_output")):
-        same(found.outputs[f"blk.0.{weight}.weight"][0], exact[name])
-    q = next(weight for weight in checkpoint.weights if weight.name == "blk.0.attn_q.weight")
-    in_file = found.outputs[q.name][0]
-    if q.rope_heads:  # rows and columns, back into the model's order
-        in_file = uninterleave(uninterleave(in_file, q.rope_heads).T, q.rope_heads).T
-    same(in_file, exact["q_proj"])
+    for name, weight in (("v_proj", "attn_v"), ("o_proj", "attn_out")):
+        same(found.outputs[f"layers.0.{weight}"][0], exact[name])
+    q = next(weight for weight in checkpoint.weights if weight.name == "layers.0.attn_q")
+    order = rows_of(q, len(exact["q_proj"]))  # that of a file: rotary pairs for llama.cpp's `llama`
+    same(found.outputs[q.name][0], exact["q_proj"][order][:, order])
     for weight in checkpoint.weights:
         if weight.layer == 0 and weight.role.is_expert:
-            leaf, rows = weight.param.rpartition(".")[2], slice(*weight.param_rows)
-            own = torch.stack([exact[f"{leaf}.{e}"][rows, rows] for e in range(weight.n_experts)])
-            prior = PRIOR * weight.shape[-2] / (ids.numel() * checkpoint.config["num_experts_per_tok"])
-            for expert in range(weight.n_experts):
+            leaf = weight.place.param.rpartition(".")[2]
+            rows = rows_of(weight, len(exact[f"{leaf}.0"]))
+            own = torch.stack([exact[f"{leaf}.{e}"][rows][:, rows] for e in range(weight.matrices)])
+            prior = PRIOR * weight.shape[-2] / (ids.numel() * checkpoint.shape.experts_used)
+            for expert in range(weight.matrices):
                 same(found.outputs[weight.name][expert], own[expert] + prior * own.sum(0))
 
 
@@ -153,7 +160,7 @@ def test_a_gradient_that_is_not_finite_names_its_weight(tiny) -> None:
 
     def broken(weight: object) -> Tensor:
         values = load(weight)
-        return values * torch.nan if weight.name == "output_norm.weight" else values
+        return values * torch.nan if weight.name == "norm" else values
 
-    with pytest.raises(CheckpointError, match=r"^blk\.0\.attn_q\.weight: the loss has no finite gradient"):
+    with pytest.raises(CheckpointError, match=r"^layers\.0\.attn_q: the loss has no finite gradient"):
         gather(checkpoint, text()[:1], broken)

@@ -130,7 +130,8 @@ def test_experts_with_no_token_one_and_two_have_importance_and_are_quantized(rar
     experts = [weight for weight in open_checkpoint(folder).weights if weight.role.is_expert]
     assert {weight.role for weight in experts} == {Role.GATE, Role.UP, Role.DOWN}
     for weight in experts:
-        columns = importance(found.inputs[weight.input], gating)
+        assert weight.site is not None
+        columns = importance(found.inputs[weight.site.name], gating)
         assert torch.isfinite(columns).all() and (columns > 0).all()
         packed, loss = quantizer.pack(weight, "Q4_K")
         assert torch.isfinite(loss.error).all() and loss.error.max() < 0.02, loss.error

@@ -38,7 +38,7 @@ KILLED = textwrap.dedent(
 
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     checkpoint = open_checkpoint(folder)
-    ids = torch.arange(7 * 64).view(7, 64) * 37 % checkpoint.config["vocab_size"]
+    ids = torch.arange(7 * 64).view(7, 64) * 37 % checkpoint.shape.vocab
     rows = Rows(ids, ("a", "b") * 3 + ("a",), "ids", ids.numel())
     calls = 0
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import resource
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from moequant.checkpoint import open_checkpoint
+from moequant.commands.statistics import load_statistics
 from moequant.errors import CorpusError, OutputError
 from moequant.files import claim
 from moequant.statistics import store
@@ -99,21 +102,21 @@ def test_domains_are_united_by_name(checkpoint) -> None:
 def test_statistics_of_another_model_are_refused_by_what_differs(checkpoint, whole, tiny, tmp_path) -> None:
     other = open_checkpoint(tiny("mixtral", num_experts_per_tok=1))
     theirs = store.stored(other, calibrate(other, take(rows(), [0, 1])))
-    with pytest.raises(CorpusError, match=r"llama\.expert_used_count is 1, not 2"):
+    with pytest.raises(CorpusError, match=r"num_experts_per_tok is 1, not 2"):
         store.merge([whole, theirs])
     store.save(tmp_path / "s", whole)
-    with pytest.raises(CorpusError, match=r"s: statistics of another model than .*expert_used_count is 2"):
-        store.load_for(other, tmp_path / "s")
-    with pytest.raises(CorpusError, match=r"general\.architecture is"):
+    with pytest.raises(CorpusError, match=r"s: statistics of another model than .*num_experts_per_tok is 2"):
+        load_statistics(other, other, tmp_path / "s")
+    with pytest.raises(CorpusError, match=r"family is mixtral, not olmoe"):
         store.check(open_checkpoint(tiny("olmoe")), whole)
-    assert_same(store.load_for(checkpoint, tmp_path / "s"), whole.calibration)
+    assert_same(load_statistics(checkpoint, checkpoint, tmp_path / "s").calibration, whole.calibration)
 
 
 def test_statistics_that_lack_a_tensor_are_refused(checkpoint, whole) -> None:
     inputs = dict(whole.calibration.inputs)
-    del inputs["model.layers.1.mlp.experts:down"]
+    del inputs["layers.1.experts.inner"]
     partial = replace(whole, calibration=replace(whole.calibration, inputs=inputs))
-    with pytest.raises(CorpusError, match=r"no fitting statistics for blk\.1\.ffn_down_exps\.weight"):
+    with pytest.raises(CorpusError, match=r"no fitting statistics for layers\.1\.experts\.down"):
         store.check(checkpoint, partial)
     with pytest.raises(CorpusError, match="not of the same tensors"):
         store.merge([whole, partial])
@@ -161,9 +164,75 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(3)}, path)
     refused(path, "not statistics from moequant route")
     save_file({"weight": torch.ones(3)}, path, {store.METADATA: '{"version": 99}'})
-    refused(path, "version 99, expected 1")
+    refused(path, "version 99, expected 2")
     save_file({"weight": torch.ones(3)}, path, {store.METADATA: '{"version": 1}'})
     refused(path, "damaged")
+
+
+OLD_NAMES = {
+    "layers.{}.attn.input": "model.layers.{}.self_attn.q_proj",
+    "layers.{}.attn.output": "model.layers.{}.self_attn.o_proj",
+    "layers.{}.experts.input": "model.layers.{}.mlp.experts:up",
+    "layers.{}.experts.inner": "model.layers.{}.mlp.experts:down",
+}
+OLD_MODEL = {
+    "general.architecture": "llama", "vocab_size": 384, "llama.context_length": 1024,
+    "llama.embedding_length": 256, "llama.block_count": 2, "llama.feed_forward_length": 512,
+    "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-6, "llama.vocab_size": 384, "llama.expert_count": 4,
+    "llama.expert_used_count": 2, "llama.rope.dimension_count": 64, "llama.attention.key_length": 64,
+    "llama.attention.value_length": 64, "llama.rope.freq_base": 1e6,
+}  # fmt: skip
+"""Keys and names of files of version 1: those of llama.cpp, and modules of transformers."""
+
+
+def write_version_1(path: Path, calibration: Calibration, **changes: object) -> None:
+    """What `moequant route` of 2025 wrote: layout, names and checksum written anew here."""
+    names = {"head.input": "model.norm:out"}
+    names |= {new.format(i): old.format(i) for new, old in OLD_NAMES.items() for i in range(2)}
+    tensors = {
+        f"input/{names[name]}/{field}": getattr(stats, field).clone()
+        for name, stats in calibration.inputs.items()
+        for field in ("tokens", "gate_mass", "gate_square", "moment", "gated_moment")
+    }
+    for route in calibration.routes:
+        for field in ("tokens", "gate_mass", "domain_tokens", "pairs"):
+            tensors[f"route/{route.layer}/{field}"] = getattr(route, field).clone()
+    meta: dict[str, object] = {
+        "version": 1,
+        "model": OLD_MODEL | changes,
+        "rows": calibration.rows,
+        "tokens": calibration.tokens,
+        "source": calibration.source,
+        "domains": list(calibration.domains),
+        "gate_entropy": [route.gate_entropy for route in calibration.routes],
+    }
+    crc = zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.numpy().tobytes(), crc)
+    save_file(tensors, path, {"moequant": json.dumps(meta | {"crc32": crc}, sort_keys=True)})
+
+
+def test_statistics_of_version_1_are_read(checkpoint, whole, tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    write_version_1(path, whole.calibration)
+    assert store.load(path).version == 1
+    found = load_statistics(checkpoint, checkpoint, path)
+    assert_same(found.calibration, whole.calibration)
+    assert found.version == store.VERSION == 2 and dict(found.model) == dict(whole.model)
+    # Once read they are like others, and are saved as such.
+    store.save(tmp_path / "new", found)
+    assert_same(store.load(tmp_path / "new").calibration, whole.calibration)
+    store.check(checkpoint, store.merge([whole, found]))
+
+
+def test_statistics_of_version_1_of_another_model_are_refused(checkpoint, whole, tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    for key, value in (("llama.expert_used_count", 3), ("llama.rope.freq_base", 1e4), ("vocab_size", 99)):
+        write_version_1(path, whole.calibration, **{key: value})
+        with pytest.raises(CorpusError, match=rf"old.*another model than .*: {key} is {value}"):
+            load_statistics(checkpoint, checkpoint, path)
 
 
 def test_nothing_to_merge() -> None:

@@ -67,10 +67,16 @@ def group_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
             reason = "" if weight.is_expert else "asked for"
             choices.append(Choice(weight.name, fmt.name, prod(weight.shape[:-1]) * row, reason))
         else:
-            dtype = weight.origin.dtype
+            dtype = kept_dtype(weight)
             size = weight.numel * (4 if dtype == "F32" else 2)
             choices.append(Choice(weight.name, dtype, size, "as in the checkpoint"))
     return Plan(fmt.name, tuple(choices), sum(choice.bytes for choice in choices))
+
+
+def kept_dtype(weight: Weight) -> str:
+    """What a weight that is not rounded is written in: its own floats, or bf16 where it has none."""
+    origin = weight.origin
+    return origin.dtype if origin.stored[0].codec.name == "plain" else "BF16"
 
 
 def block_formats(checkpoint: Checkpoint, plan: Plan, fmt: GroupFormat) -> dict[str, str]:

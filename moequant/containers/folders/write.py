@@ -23,14 +23,14 @@ from moequant import __version__
 from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Written
 from moequant.containers.folders import compressed_tensors, gptq, shards, side_files
-from moequant.containers.folders.plan import FolderSettings, group_format, kept_linears, modules
+from moequant.containers.folders.plan import FolderSettings, group_format, kept_dtype, kept_linears, modules
 from moequant.containers.folders.read import FolderWeights
-from moequant.containers.folders.shards import Entry, Shard, ShardWriter
+from moequant.containers.folders.shards import Bytes, Entry, Shard, ShardWriter
 from moequant.errors import OutputError, VerifyError
 from moequant.files import RECORD, check_space
 from moequant.formats import groups
 from moequant.formats.groups import GroupFormat
-from moequant.values import Packed, Plan, TensorRef, Weight
+from moequant.values import Packed, Plan, Stored, Weight
 
 _CHUNK = 1 << 24
 
@@ -90,9 +90,9 @@ def write(
                 _put(writer, layout, fmt, item, modules(item.weight))
                 del item
                 continue
-            name, ref = _kept(by_name[choice.weight])
-            if name not in writer.checksums:
-                writer.put(name, _chunks(ref))
+            entry, stored = _kept(by_name[choice.weight])
+            if entry.name not in writer.checksums:
+                writer.put(entry.name, _chunks(stored))
     config = layout.config(fmt, kept_linears(checkpoint, plan))
     record = {"made_by": f"moequant {__version__}", "settings": asdict(settings), "crc32": writer.checksums}
     _write_side_files(folder, checkpoint, files, config, record)
@@ -141,16 +141,18 @@ def _shards(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> tup
                 made = layout.entries(module, fmt, weight.shape[-2], weight.n_in)
                 entries |= {entry.name: entry for entry in made}
         else:
-            name, ref = _kept(weight)
-            entries[name] = Entry(name, ref.dtype, ref.shape)
+            entry, _ = _kept(weight)
+            entries[entry.name] = entry
     return shards.cut(list(entries.values()), settings.shard_bytes)
 
 
-def _kept(weight: Weight) -> tuple[str, TensorRef]:
-    """The stored tensor of a weight that stays as it is, and the name that loaders know it by: the release's,
-    unless it holds other weights too."""
-    (ref,) = weight.origin.stored[0].parts.values()
-    return (ref.name if weight.origin.ops else weight.names[0]), ref
+def _kept(weight: Weight) -> tuple[Entry, Stored]:
+    """The stored tensor of a weight that is not rounded, under the name that loaders know it by: the
+    release's, unless it holds other weights too. What is stored in fewer bits than floats is written in
+    bf16."""
+    stored = weight.origin.stored[0]
+    name = stored.name if weight.origin.ops else weight.names[0]
+    return Entry(name, kept_dtype(weight), stored.shape), stored
 
 
 def _put(writer: ShardWriter, layout: Layout, fmt: GroupFormat, item: Packed, names: Sequence[str]) -> None:
@@ -168,8 +170,14 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.data
 
 
-def _chunks(ref: TensorRef) -> Iterator[bytes]:
-    """The stored bytes of a tensor, a few megabytes at a time."""
+def _chunks(stored: Stored) -> Iterator[Bytes]:
+    """A tensor's bytes as they are written, a few megabytes at a time; decoded where they are stored
+    otherwise."""
+    if stored.codec.name != "plain":
+        for index in range(stored.shape[0]) if len(stored.shape) == 3 else (None,):
+            yield _bytes(stored.read(index).to(torch.bfloat16))
+        return
+    (ref,) = stored.parts.values()
     with ref.file.open("rb") as file:
         file.seek(ref.begin)
         for at in range(ref.begin, ref.end, _CHUNK):

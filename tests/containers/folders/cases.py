@@ -2,57 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moequant.commands.convert_folder import pack_all
 from torch import Tensor
 
 from moequant.checkpoint import open_checkpoint
-from moequant.commands.convert import Settings
+from moequant.containers.base import Made
 from moequant.containers.folders import compressed_tensors
-from moequant.containers.folders import write as container
-from moequant.containers.folders.card import Card
-from moequant.containers.folders.plan import FolderSettings, group_plan
+from moequant.containers.folders.container import FolderContainer
+from moequant.containers.folders.plan import FolderSettings
 from moequant.containers.folders.read import FolderWeights
-from moequant.files import atomic_folder
+from moequant.files import atomic_folder, claim
 from moequant.formats import groups
 from moequant.formats.groups import GroupFormat
-from moequant.values import Calibration, ExpertLoss
-
-FAST = Settings()
-"""A card without text for Hessians is rounded by the plain search, at the effort of these."""
+from moequant.rounding.diagonal import Quantizer, pack_all
+from moequant.values import Calibration, ExpertLoss, Packed
 
 
-def convert(card: Card, out: Path, settings: Settings = FAST, overwrite: bool = False) -> list[ExpertLoss]:
-    """The card's plan at `out` as `conversion_folder` makes it: by the plain search, where it has no text."""
-    container.check_target(
-        out,
-        container.folder_bytes(card.checkpoint, card.plan, card.settings),
-        overwrite,
-        card.checkpoint.path,
-    )
-    losses: list[ExpertLoss] = []
-    with atomic_folder(out, overwrite) as partial:
-        written = container.write(partial, card, pack_all(card, settings, losses))
-        container.verify(written, card.checkpoint, card.plan, card.settings)
-    return losses
-
-
-def card_of(model: Path, **settings: Any) -> Card:
+def folder_of(model: Path, **settings: Any) -> FolderContainer:
     """What a folder of `model` will be."""
-    checkpoint, chosen = open_checkpoint(model), FolderSettings(**settings)
-    return Card(checkpoint, group_plan(checkpoint, chosen), chosen)
+    return FolderContainer(open_checkpoint(model), FolderSettings(**settings))
+
+
+def packed(
+    folder: FolderContainer, losses: list[ExpertLoss], calibration: Calibration | None = None
+) -> Iterator[Packed]:
+    """The folder's integers by the plain search; what it cost goes to `losses`."""
+    for item, loss in pack_all(folder.checkpoint, folder.formats(folder.plan), Quantizer(calibration)):
+        losses.append(loss)
+        yield item
+
+
+def convert(
+    folder: FolderContainer, out: Path, calibration: Calibration | None = None, overwrite: bool = False
+) -> list[ExpertLoss]:
+    """The folder at `out`, as a conversion makes it but for the text that Hessians want."""
+    losses: list[ExpertLoss] = []
+    with claim(folder=out, overwrite=overwrite, inputs=(folder.checkpoint.path,)):
+        folder.check_target(out, folder.plan)
+        with atomic_folder(out) as partial:
+            written = folder.write(partial, folder.plan, packed(folder, losses, calibration))
+            folder.verify(written, folder.plan)
+            folder.describe(partial, Made(folder.plan, calibration))
+    return losses
 
 
 def quantized(
     model: Path, out: Path, calibration: Calibration | None = None, **settings: Any
-) -> tuple[Card, list[ExpertLoss]]:
+) -> tuple[FolderContainer, list[ExpertLoss]]:
     """Convert `model` into the folder `out` by the plain search."""
-    card = replace(card_of(model, **settings), calibration=calibration)
-    return card, convert(card, out)
+    folder = folder_of(model, **settings)
+    return folder, convert(folder, out, calibration)
 
 
 def own_decoder(folder: Path) -> FolderWeights:

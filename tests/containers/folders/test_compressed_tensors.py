@@ -99,10 +99,10 @@ def test_a_dense_model_has_its_feed_forward_quantized(tiny, tmp_path: Path) -> N
 @pytest.mark.parametrize("family", MOE)
 def test_the_reader_decodes_every_weight_as_we_do(tiny, tmp_path: Path, family: str) -> None:
     out = tmp_path / "out"
-    card, losses = quantized(tiny(family), out, quantize_attention=True)
+    made, losses = quantized(tiny(family), out, quantize_attention=True)
     theirs, ours = compressed_tensors.open_folder(out), own_decoder(out)
-    formats = {choice.weight: choice.format for choice in card.plan.choices}
-    for weight in card.checkpoint.weights:
+    formats = {choice.weight: choice.format for choice in made.plan.choices}
+    for weight in made.checkpoint.weights:
         decoded = theirs.load(weight)
         assert torch.equal(decoded, ours.load(weight)) and decoded.shape == weight.shape
         exact = load(weight)
@@ -141,22 +141,22 @@ def test_calibrated_importance_decides_what_is_kept_best(tiny, tmp_path: Path) -
     rows = torch.randint(1, models.VOCAB, (4, 256), generator=torch.Generator().manual_seed(1))
     calibration = calibrate(checkpoint, Rows(rows, ("random",) * 4, "random tokens", 1024))
     aware = quantized(tiny("mixtral"), tmp_path / "aware", calibration)[1]
-    blind_card, _ = quantized(tiny("mixtral"), tmp_path / "blind")
+    blind_made, _ = quantized(tiny("mixtral"), tmp_path / "blind")
     reader = compressed_tensors.open_folder(tmp_path / "blind")
     quantizer = Quantizer(calibration)
     for loss in aware:
-        weight = next(w for w in blind_card.checkpoint.weights if w.name == loss.weight)
+        weight = next(w for w in blind_made.checkpoint.weights if w.name == loss.weight)
         w = importance(quantizer.stats(weight))[:, None].double()
         exact, decoded = load(weight).double(), reader.load(weight).double()
         blind = ((exact - decoded).square() * w).sum((1, 2)) / (exact.square() * w).sum((1, 2))
         assert (loss.error < blind).all()
-        assert loss.tokens is not None and len(loss.tokens) == weight.n_experts
+        assert loss.tokens is not None and len(loss.tokens) == weight.matrices
 
 
 def test_damage_is_named(tiny, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    card, _ = quantized(tiny("qwen3_moe"), out)
-    weight = next(w for w in card.checkpoint.weights if w.role == "down")
+    made, _ = quantized(tiny("qwen3_moe"), out)
+    weight = next(w for w in made.checkpoint.weights if w.role == "down")
     for what, change, message in (
         ("absent", lambda folder: (folder / "model.safetensors").unlink(), "not a readable model folder"),
         ("plain", lambda folder: models.edit_config(folder, quantization_config={}), "is not quantized"),

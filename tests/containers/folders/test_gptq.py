@@ -30,16 +30,16 @@ def unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
 def test_layout_and_values(tiny, tmp_path: Path, family: str, bits: int, group: int) -> None:
     """weight[out, in] = (code - (stored zero + 1)) · scale, as GPTQ's first version defines it."""
-    card, _ = quantized(tiny(family), tmp_path / "g", layout="gptq", bits=bits, group_size=group)
+    made, _ = quantized(tiny(family), tmp_path / "g", layout="gptq", bits=bits, group_size=group)
     quantized(tiny(family), tmp_path / "c", bits=bits, group_size=group)
     theirs, other = gptq.open_folder(tmp_path / "g"), compressed_tensors.open_folder(tmp_path / "c")
-    fmt = group_format(card.checkpoint, card.settings)
-    for weight in card.checkpoint.weights:
+    fmt = group_format(made.checkpoint, made.settings)
+    for weight in made.checkpoint.weights:
         if not theirs.is_quantized(weight):
             assert torch.equal(theirs.load(weight), other.load(weight))
             continue
         decoded = theirs.load(weight)
-        for expert in range(weight.n_experts):
+        for expert in range(weight.matrices):
             stored = {name: tensor.numpy() for name, tensor in theirs.stored(weight, expert).items()}
             codes = unpacked(stored["qweight"], bits, 0)
             zeros = unpacked(stored["qzeros"], bits, 1)
@@ -55,7 +55,7 @@ def test_layout_and_values(tiny, tmp_path: Path, family: str, bits: int, group: 
 
 @pytest.mark.parametrize("attention", [False, True])
 def test_what_stays_is_named_so_that_loaders_skip_it(tiny, tmp_path: Path, attention: bool) -> None:
-    card, _ = quantized(tiny("qwen3_moe"), tmp_path / "g", layout="gptq", quantize_attention=attention)
+    made, _ = quantized(tiny("qwen3_moe"), tmp_path / "g", layout="gptq", quantize_attention=attention)
     config = json.loads((tmp_path / "g" / "config.json").read_text())["quantization_config"]
     assert config == json.loads((tmp_path / "g" / "quantize_config.json").read_text())
     assert (config["bits"], config["group_size"], config["sym"], config["desc_act"]) == (4, 128, True, False)
@@ -65,10 +65,10 @@ def test_what_stays_is_named_so_that_loaders_skip_it(tiny, tmp_path: Path, atten
     def skipped(module: str) -> bool:
         return any(re.match(pattern, module) for pattern in patterns)
 
-    formats = {choice.weight: choice.format for choice in card.plan.choices}
-    for weight in card.checkpoint.weights:
+    formats = {choice.weight: choice.format for choice in made.plan.choices}
+    for weight in made.checkpoint.weights:
         if len(weight.shape) > 1 and weight.role != "embedding":
-            for module in modules(card.checkpoint.family, weight):
+            for module in modules(weight):
                 assert skipped(module) == (formats[weight.name] != "INT4_G128"), module
     # vLLM asks for q, k and v by one name.
     assert skipped("model.layers.1.self_attn.qkv_proj") != attention

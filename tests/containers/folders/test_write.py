@@ -7,20 +7,20 @@ import shutil
 import subprocess
 import sys
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from moequant.commands.convert_folder import pack_all
 from safetensors import safe_open
 
 from moequant.checkpoint import open_checkpoint
+from moequant.containers.base import Made
 from moequant.containers.folders import write as container
+from moequant.containers.folders.card import Card
 from moequant.containers.folders.shards import INDEX, Entry, ShardWriter, cut
 from moequant.errors import CheckpointError, OutputError, PlanError, VerifyError
 from tests import models
-from tests.containers.folders.cases import FAST, card_of, convert, own_decoder, quantized
+from tests.containers.folders.cases import convert, folder_of, own_decoder, packed, quantized
 
 
 def leftovers(parent: Path) -> list[str]:
@@ -29,7 +29,7 @@ def leftovers(parent: Path) -> list[str]:
 
 def test_shards_hold_the_same_tensors_as_one_file(tiny, tmp_path: Path) -> None:
     quantized(tiny("mixtral"), tmp_path / "one")
-    card, _ = quantized(tiny("mixtral"), tmp_path / "many", shard_bytes=300_000)
+    made, _ = quantized(tiny("mixtral"), tmp_path / "many", shard_bytes=300_000)
     index = json.loads((tmp_path / "many" / INDEX).read_text())
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 5 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
@@ -46,10 +46,8 @@ def test_shards_hold_the_same_tensors_as_one_file(tiny, tmp_path: Path) -> None:
         assert all(torch.equal(tensor, one.tensor(name)) for name, tensor in tensors.items())
     assert found == index["weight_map"] and set(found) == set(one.tensors)
     assert index["metadata"]["total_size"] == sum(one.tensor(name).nbytes for name in one.tensors)
-    assert container.folder_bytes(card.checkpoint, card.plan, card.settings) == sum(
-        file.stat().st_size for file in files
-    )
-    kept = sum(choice.bytes for choice in card.plan.choices)
+    assert made.size(made.plan) == sum(file.stat().st_size for file in files)
+    kept = sum(choice.bytes for choice in made.plan.choices)
     shapes = 16 * sum(name.endswith("weight_shape") for name in found)
     assert index["metadata"]["total_size"] == kept + shapes, "the plan knows every byte"
 
@@ -95,9 +93,11 @@ def test_side_files_and_card(tiny, tmp_path: Path) -> None:
 
 
 def test_the_card_tells_what_was_measured(tiny) -> None:
-    card = card_of(tiny("qwen3_moe"), bits=8, group_size=-1, quantize_attention=True)
+    made = folder_of(tiny("qwen3_moe"), bits=8, group_size=-1, quantize_attention=True)
+    card = Card(made.checkpoint, made.settings, Made(made.plan))
+    measured = Card(made.checkpoint, made.settings, Made(made.plan, measured=[("KL divergence", "0.0123")]))
     assert "Measured" not in card.text() and "a whole row" in card.text() and "and attention" in card.text()
-    assert "| KL divergence | 0.0123 |" in replace(card, measured=[("KL divergence", "0.0123")]).text()
+    assert "| KL divergence | 0.0123 |" in measured.text()
 
 
 def test_nothing_but_the_model_is_copied(tiny, tmp_path: Path) -> None:
@@ -156,13 +156,13 @@ def test_links_into_the_cache_of_hugging_face_are_followed(tiny, tmp_path: Path)
         (
             {"moe_intermediate_size": 96},
             {},
-            "blk.0.ffn_down_exps.weight: --group-size 128 does not divide rows of 96; "
+            "layers.0.experts.down: --group-size 128 does not divide rows of 96; "
             "--group-size 32 or -1 would work",
         ),
         (
             {},
             {"tp": 4},
-            r"ffn_down_exps.weight: --group-size 128 does not divide rows of 64 \(256 / --tp 4\); "
+            r"experts.down: --group-size 128 does not divide rows of 64 \(256 / --tp 4\); "
             "--group-size 32 or 64 or -1 would work",
         ),
         ({}, {"tp": 3}, "--tp 3 does not divide its 256 channels"),
@@ -177,15 +177,15 @@ def test_sizes_that_no_loader_takes_are_refused(
     tiny, changes: dict[str, int], settings: dict[str, object], message: str | None
 ) -> None:
     if message is None:
-        assert card_of(tiny("qwen3_moe", **changes), **settings).plan.bytes > 0
+        assert folder_of(tiny("qwen3_moe", **changes), **settings).plan.bytes > 0
         return
     with pytest.raises(PlanError, match=message):
-        card_of(tiny("qwen3_moe", **changes), **settings)
+        folder_of(tiny("qwen3_moe", **changes), **settings)
 
 
 def test_targets_are_checked_before_work_begins(tiny, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "models" / "tiny"))
-    card = card_of(model)
+    made = folder_of(model)
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
@@ -198,43 +198,43 @@ def test_targets_are_checked_before_work_begins(tiny, tmp_path: Path) -> None:
         (model.parent, True, "holds the model that is read"),
     ):
         with pytest.raises(OutputError, match=message):
-            convert(card, out, overwrite=overwrite)
+            convert(made, out, overwrite=overwrite)
     assert (tmp_path / "full" / "thesis.tex").exists() and (model / "config.json").exists()
     (tmp_path / "empty").mkdir()
-    convert(card, tmp_path / "empty")
+    convert(made, tmp_path / "empty")
     with pytest.raises(OutputError, match="exists already"):
-        convert(card, tmp_path / "empty")
+        convert(made, tmp_path / "empty")
     (tmp_path / "empty" / "notes.txt").write_text("mine")
-    convert(card, tmp_path / "empty", overwrite=True)
+    convert(made, tmp_path / "empty", overwrite=True)
     assert (tmp_path / "empty" / "notes.txt").read_text() == "mine"
     assert not leftovers(tmp_path)
     with pytest.raises(OutputError, match="bytes are needed"):
-        container.check_target(tmp_path / "new", 1 << 60, False, model)
+        container.check_target(tmp_path / "new", 1 << 60)
 
 
 def test_nothing_is_left_when_it_fails(tiny, tmp_path: Path) -> None:
     model = models.build(tmp_path / "model", "qwen3_moe")
     out = tmp_path / "out"
-    convert(card_of(model), out)
+    convert(folder_of(model), out)
     before = (out / "model.safetensors").read_bytes()
     damaged = Path(shutil.copytree(model, tmp_path / "damaged"))
     checkpoint = open_checkpoint(damaged)
-    weight = next(w for w in checkpoint.weights if w.name == "blk.1.ffn_up_exps.weight")
+    weight = next(w for w in checkpoint.weights if w.name == "layers.1.experts.up")
     with (damaged / "model.safetensors").open("r+b") as file:
-        file.seek(weight.sources[5].ref.begin)
+        file.seek(weight.origin.stored[5].parts[""].begin)
         file.write(b"\xc0\x7f")  # NaN
     with pytest.raises(CheckpointError, match=r"layers.1.mlp.experts.5.up_proj.weight .* NaN"):
-        convert(card_of(damaged), out, overwrite=True)
+        convert(folder_of(damaged), out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == before and not leftovers(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["weight_packed", "weight_scale"])
 def test_verify_names_the_tensor_that_changed(tiny, tmp_path: Path, suffix: str) -> None:
-    card = card_of(tiny("olmoe"))
+    made = folder_of(tiny("olmoe"))
     name = f"model.layers.1.mlp.experts.6.down_proj.{suffix}"
     (tmp_path / "out").mkdir()
-    written = container.write(tmp_path / "out", card, pack_all(card, FAST, []))
-    assert container.verify(written, card.checkpoint, card.plan, card.settings) == 6 * 256 * 256
+    written = made.write(tmp_path / "out", made.plan, packed(made, []))
+    assert container.verify(written, made.checkpoint, made.plan, made.settings) == 6 * 256 * 256
     header = (tmp_path / "out" / "model.safetensors").read_bytes()
     length = int.from_bytes(header[:8], "little")
     begin = json.loads(header[8 : 8 + length])[name]["data_offsets"][0]
@@ -244,7 +244,7 @@ def test_verify_names_the_tensor_that_changed(tiny, tmp_path: Path, suffix: str)
         file.seek(-1, 1)
         file.write(bytes([byte ^ 4]))
     with pytest.raises(VerifyError, match=f"bytes of {name} are not those"):
-        container.verify(written, card.checkpoint, card.plan, card.settings)
+        made.verify(written, made.plan)
 
 
 def test_the_writer_takes_nothing_but_the_plan(tmp_path: Path) -> None:

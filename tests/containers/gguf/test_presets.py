@@ -7,31 +7,33 @@ import json
 from gguf import LlamaFileType
 
 from moequant.checkpoint import open_checkpoint
-from moequant.commands.convert import facts
+from moequant.containers.gguf.export import export
 from moequant.containers.gguf.presets import (
     BASE_TYPES,
     FILE_TYPES,
     ModelFacts,
+    facts,
     llama_cpp_types,
     mostly,
     use_more_bits,
 )
 from moequant.containers.gguf.sizes import bits_of
-from moequant.values import Role, Weight
+from moequant.values import Origin, Place, Role, Stack, Weight
 from tests import models
 
 
 def weight(name: str, role: Role, layer: int | None, n_in: int = 256) -> Weight:
-    return Weight(name, role, layer, (64, n_in), (), name, (0, 64), None)
+    return Weight(name, role, layer, (64, n_in), Stack.NONE, Origin(()), Place(name), None)
 
 
 def test_llama_cpp_rules_equal_its_own_files(mix) -> None:
-    checkpoint = open_checkpoint(mix)
+    exported = export(open_checkpoint(mix))
     recorded = json.loads((models.SHARED / "baselines" / "mix.types.json").read_text())
     assert len(recorded) == 22 and recorded.keys() <= BASE_TYPES.keys()
     for preset, expected in recorded.items():
-        types = llama_cpp_types(preset, checkpoint.weights, facts(checkpoint))
-        assert {name: types[name] for name in expected} == expected, preset
+        types = llama_cpp_types(preset, exported.weights, facts(exported))
+        found = {exported.names[name]: type_ for name, type_ in types.items()}
+        assert {name: found[name] for name in expected} == expected, preset
 
 
 def test_rules_for_other_models_than_eight_experts() -> None:

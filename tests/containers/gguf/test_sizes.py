@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from moequant.containers.gguf.sizes import Budget, parse_size
 from moequant.errors import PlanError
-from moequant.plan import Budget, parse_size
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""Writes docs/families.md from the families themselves.
+
+    python scripts/build_families_reference.py            write it
+    python scripts/build_families_reference.py --check    fail when the one there is out of date
+
+A family's row says what the code says: its class, llama.cpp's name of the architecture, what is left out on
+purpose, and what llama.cpp computes a little differently. Only the models that people know are listed here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from transformers import CONFIG_MAPPING
+
+from moequant.containers.gguf.families import EXPORTS
+from moequant.families import FAMILIES, Config, Family
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+
+MODELS = {
+    "afmoe": "Trinity",
+    "cohere2_moe": "North-Mini-Code",
+    "dbrx": "DBRX 132B",
+    "deepseek_v2": "DeepSeek-V2, V2.5, V2-Lite, Coder-V2",
+    "deepseek_v3": "DeepSeek-V3, R1, V3.1; Kimi K2",
+    "deepseek_v32": "DeepSeek-V3.2",
+    "dots1": "dots.llm1",
+    "ernie4_5_moe": "ERNIE-4.5 21B-A3B, 300B-A47B",
+    "exaone_moe": "K-EXAONE 236B-A23B",
+    "gemma4": "Gemma 4 26B-A4B",
+    "glm4_moe": "GLM-4.5, 4.6, 4.7, Air",
+    "glm4_moe_lite": "GLM-4.7-Flash",
+    "glm_moe_dsa": "GLM-5, 5.1, 5.2",
+    "gpt_oss": "gpt-oss 20b, 120b",
+    "granitemoe": "Granite 3 MoE",
+    "granitemoe_swa": "Granite SWA",
+    "granitemoehybrid": "Granite 4.0-H",
+    "granitemoeshared": "Granite 3 MoE with shared experts",
+    "hunyuan_v1_moe": "Hunyuan-A13B",
+    "hy_v3": "Hy3",
+    "jamba": "Jamba 1.5, 1.6, 1.7",
+    "kimi_k25": "Kimi K2.5, K2.6",
+    "laguna": "Laguna",
+    "lfm2_moe": "LFM2-8B-A1B, LFM2.5",
+    "llama": "Llama 2, 3 (dense)",
+    "llama4": "Llama 4 Scout, Maverick",
+    "mellum": "Mellum 2",
+    "mimo_v2_flash": "MiMo-V2-Flash",
+    "minimax_m2": "MiniMax M2, M2.5",
+    "mistral": "Mistral 7B, Nemo (dense)",
+    "mistral4": "Mistral Small 4",
+    "mixtral": "Mixtral 8x7B, 8x22B",
+    "nemotron_h": "Nemotron 3 Nano, Super",
+    "olmoe": "OLMoE 1B-7B",
+    "phimoe": "Phi-3.5-MoE",
+    "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B",
+    "qwen3": "Qwen3 (dense)",
+    "qwen3_5_moe": "Qwen3.5 and 3.6 35B-A3B, 122B-A10B, 397B-A17B",
+    "qwen3_moe": "Qwen3 30B-A3B, 235B-A22B, Coder",
+    "qwen3_next": "Qwen3-Next 80B-A3B",
+    "qwen3_vl_moe": "Qwen3-VL 30B-A3B, 235B-A22B (text)",
+    "solar_open": "Solar-Open",
+}
+"""What people call the models of a family, by its name in the code."""
+
+HEAD = """# Families
+
+Every family below is converted to GGUF for llama.cpp, and to a folder for vLLM and transformers where its
+experts can be stored one by one. Tiny models of each, built with transformers, are converted in the tests: the
+logits of the F32 file in llama.cpp equal those of transformers.
+
+All of them are read in bf16, f16 and f32, and as FP8 (DeepSeek's blocks, compressed-tensors), MXFP4, NVFP4,
+int2 to int8 (compressed-tensors, GPTQ, AWQ). What a codec decodes is described in
+`moequant/checkpoint/codecs/`.
+
+This page is written by `scripts/build_families_reference.py`.
+
+| models | class | llama.cpp | folder | left out | llama.cpp differs |
+|---|---|---|---|---|---|
+"""
+
+
+def default_config(family: Family) -> Config:
+    """The config that its class makes of nothing."""
+    return CONFIG_MAPPING[family.model_type]()
+
+
+def row(family: Family) -> str:
+    """One family's line of the table."""
+    config, way = default_config(family), EXPORTS.get(family.name)
+    layers = [slot for number in range(config.num_hidden_layers) for slot in family.layer(config, number)]
+    experts = [slot for slot in layers if slot.stack.name == "EXPERTS"]
+    folder = all(any("{e}" in way.name for way in slot.ways) for slot in experts)
+    skipped = ", ".join(dict.fromkeys(family.skipped(config).values()))
+    warned = " ".join(way.warnings(config)) if way is not None else ""
+    cells = (
+        MODELS[family.name],
+        ", ".join(f"`{name}`" for name in family.classes),
+        f"`{way.arch}`" if way is not None else "no",
+        "yes" if folder else "no",
+        skipped,
+        warned,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def page() -> str:
+    """The whole page."""
+    return HEAD + "\n".join(row(family) for family in sorted(FAMILIES, key=lambda family: family.name)) + "\n"
+
+
+if __name__ == "__main__":
+    text = page()
+    if "--check" in sys.argv:
+        sys.exit(0 if PAGE.read_text(encoding="utf-8") == text else f"{PAGE}: out of date; run this script")
+    PAGE.write_text(text, encoding="utf-8")

@@ -1,0 +1,53 @@
+"""A run that a signal ends: one line, the exit code that shells expect, and nothing left behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import models
+
+WAITING = """
+import os, signal, sys, time
+from moequant.commands import convert
+from moequant.containers.folders import write as folder
+
+def forever(*args):
+    print("writing", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)  # a second one must not cut the cleaning short
+
+convert.gguf.write = folder.write = forever
+from moequant.cli import app
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("format_", ["gguf", "safetensors"])
+def test_a_conversion_ends_clean(tiny, tmp_path: Path, number: signal.Signals, format_: str) -> None:
+    out, text = tmp_path / "out" / "q.gguf", tmp_path / "t.txt"
+    out.parent.mkdir()
+    text.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
+    command = ["convert", tiny("qwen3_moe", num_hidden_layers=1), "-o", out, "--format", format_]
+    options = ["--calib", text, "--eval-tokens", "0", "--effort", "fast", "--bits", "8", "--group-size", "64"]
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING, *map(str, command), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "writing\n", process.stderr.read()
+        assert len(list(out.parent.iterdir())) == 2, "a lock and a temporary"
+        process.send_signal(number)
+        stderr = process.stderr.read()
+    assert process.returncode == 128 + number
+    assert stderr == f"moequant: ended by {number.name}; what was unfinished is removed\n"
+    assert not list(out.parent.iterdir())
