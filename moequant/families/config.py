@@ -82,7 +82,7 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
             f"config.json: model_type {kind!r} does not go with {family.classes[0]}, whose type is "
             f"{family.model_type!r}"
         )
-    given = {key: value for key, value in text.items() if key not in _NOT_GIVEN}
+    given = {key: _floats(value) for key, value in text.items() if key not in _NOT_GIVEN}
     if tied is not None:
         given["tie_word_embeddings"] = tied
     cls = CONFIG_MAPPING[family.model_type]
@@ -98,6 +98,17 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
         config.head_dim = config.hidden_size // config.num_attention_heads
     _check_keys(family, given, config)
     return config
+
+
+def _floats(value: Any) -> Any:
+    """A value of a config.json where transformers has written {"__float__": "Infinity"} for what JSON has no
+    word for."""
+    if isinstance(value, dict):
+        told = value.get("__float__")
+        if told in ("Infinity", "-Infinity", "NaN"):
+            return float(told)
+        return {key: _floats(each) for key, each in value.items()}
+    return [_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def one_line(error: Exception, limit: int = 300) -> str:

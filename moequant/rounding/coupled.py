@@ -289,7 +289,7 @@ class Coupled:
             self.stream.run(layer.index, batch, streams.exact, told[0], layer.original)
             self.stream.run(layer.index, batch, streams.rounded, told[1])
             residual = None
-            if weight.role is Role.ATTN_OUT:
+            if weight.role in (Role.ATTN_OUT, Role.SSM_OUT):
                 assert exact.inputs is not None and rounded.inputs is not None
                 shape = (*self.stream.batches[batch].shape, -1)
                 layer.kept.keep(batch, exact.inputs.view(shape), rounded.inputs.view(shape))

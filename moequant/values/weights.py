@@ -51,6 +51,8 @@ class Role(StrEnum):
     STATE = "state"
     CONV = "conv"
     SSM_IN = "ssm_in"
+    SSM_X = "ssm_x"
+    SSM_DT = "ssm_dt"
     SSM_OUT = "ssm_out"
 
     @property
