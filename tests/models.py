@@ -37,6 +37,17 @@ COMMON = {
     "pad_token_id": None,
 }
 
+GRANITE = {
+    "intermediate_size": 192,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.09,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 6.0,
+    "attention_bias": False,
+}
+
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {
         "intermediate_size": 512,
@@ -104,6 +115,26 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "beta_slow": 1.0,
             "truncate": True,
         },
+    },
+    "granitemoe": GRANITE,
+    "granitemoeshared": GRANITE | {"shared_intermediate_size": 320},
+    "granitemoe_swa": GRANITE
+    | {
+        "num_hidden_layers": 4,
+        "shared_intermediate_size": 320,
+        "sliding_window": 48,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "layer_rope_theta": [0, 10000.0, 10000.0, 10000.0],
+    },
+    "granitemoehybrid": GRANITE
+    | {
+        "num_hidden_layers": 3,
+        "shared_intermediate_size": 320,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "mamba_n_heads": 8,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 32,
+        "mamba_d_head": 64,
     },
     "llama": {"intermediate_size": 512},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},

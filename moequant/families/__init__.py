@@ -9,6 +9,12 @@ from moequant.errors import FamilyError
 from moequant.families.base import Config, Family, Get, Slot
 from moequant.families.deepseek_v3 import DEEPSEEK_V3
 from moequant.families.gpt_oss import GPT_OSS
+from moequant.families.granite import (
+    GRANITE_MOE,
+    GRANITE_MOE_HYBRID,
+    GRANITE_MOE_SHARED,
+    GRANITE_MOE_SWA,
+)
 from moequant.families.llama import LLAMA, MISTRAL
 from moequant.families.mixtral import MIXTRAL
 from moequant.families.olmoe import OLMOE
@@ -23,6 +29,10 @@ FAMILIES: tuple[Family, ...] = (
     OLMOE,
     DEEPSEEK_V3,
     GPT_OSS,
+    GRANITE_MOE,
+    GRANITE_MOE_SHARED,
+    GRANITE_MOE_HYBRID,
+    GRANITE_MOE_SWA,
     LLAMA,
     MISTRAL,
     QWEN3,

@@ -100,9 +100,15 @@ def seen(layer: int, name: str, module: str) -> Site:
 
 
 def attention(
-    layer: int, *, qk_norm: bool = False, biased: bool = False, ffn_norm: str = "post_attention_layernorm"
+    layer: int,
+    *,
+    qk_norm: bool = False,
+    biased: bool = False,
+    ffn_norm: str = "post_attention_layernorm",
+    adds: bool = True,
 ) -> tuple[Slot, ...]:
-    """Norms and projections of llama-like attention; q, k and v multiply the same activations."""
+    """Norms and projections of llama-like attention; q, k and v multiply the same activations. What it gives
+    is not added as it is (`adds`) where a norm or a multiplier stands behind."""
     into = seen(layer, "attn.input", "self_attn.q_proj")
     out = seen(layer, "attn.output", "self_attn.o_proj")
     slots = [
@@ -110,7 +116,7 @@ def attention(
         *linear(layer, "attn_q", Role.ATTN_Q, "self_attn.q_proj", into, biased=biased),
         *linear(layer, "attn_k", Role.ATTN_K, "self_attn.k_proj", into, biased=biased),
         *linear(layer, "attn_v", Role.ATTN_V, "self_attn.v_proj", into, biased=biased),
-        *linear(layer, "attn_out", Role.ATTN_OUT, "self_attn.o_proj", out, biased=biased, adds=True),
+        *linear(layer, "attn_out", Role.ATTN_OUT, "self_attn.o_proj", out, biased=biased, adds=adds),
         norm(layer, "ffn_norm", ffn_norm),
     ]
     if qk_norm:
@@ -141,15 +147,16 @@ def gated_ffn(layer: int, module: str = "mlp", kind: str = "ffn") -> tuple[Slot,
 class Experts:
     """How a family keeps the experts of a layer.
 
-    `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert, `names` what
-    those call gate, up and down. `module` is where transformers has them, fused: gate_up_proj [E, 2f, h],
-    down_proj [E, h, f].
+    `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert ("": there are
+    none such), `names` what those call gate, up and down. `module` is where transformers has them, fused:
+    gate_up_proj [E, 2f, h], down_proj [E, h, f]; `fused` is what the release calls these two, if otherwise.
     """
 
     width: int
     stored: str = "mlp.experts"
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     module: str = "mlp.experts"
+    fused: tuple[str, str] | None = None
 
     def slots(self, layer: int, adds: bool = True) -> tuple[Slot, ...]:
         """Gate, up and down of all experts of a layer."""
@@ -166,10 +173,14 @@ class Experts:
     def _slot(
         self, layer: int, which: int, role: Role, param: str, ops: Ops, site: Site, adds: bool = False
     ) -> Slot:
-        fused = f"model.layers.{layer}.{self.module}.{param}"
-        one = f"model.layers.{layer}.{self.stored}.{{e}}.{self.names[which]}.weight"
+        at, ways = f"model.layers.{layer}", list[Get]()
+        fused = f"{at}.{self.module}.{param}"
+        if self.stored:
+            ways.append(Get(f"{at}.{self.stored}.{{e}}.{self.names[which]}.weight"))
+        if self.fused:
+            ways.append(Get(f"{at}.{self.fused[which == 2]}", ops))
         name = f"layers.{layer}.experts.{role.value}"
-        return Slot(name, role, fused, (Get(one), Get(fused, ops)), ops, site, Stack.EXPERTS, adds)
+        return Slot(name, role, fused, (*ways, Get(fused, ops)), ops, site, Stack.EXPERTS, adds)
 
 
 def router(layer: int, stored: str = "mlp.gate", module: str = "mlp.gate") -> Slot:

@@ -143,8 +143,8 @@ class Skeleton:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's head, and whatever it does after it: final hidden states [m, h] -> [m, vocab]."""
-        name = self.model.base_model_prefix
-        decoder = getattr(self.model, name)
+        decoder = self.model.get_decoder()
+        name = next(name for name, module in self.model.named_children() if module is decoder)
         setattr(self.model, name, _Given(hidden[None]))
         try:
             ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.errors import CheckpointError
+from moequant.forward.dispatch import dispatch_all
 from moequant.forward.experts import EXPERTS
 from moequant.values import Weight
 from moequant.values.ops import put, shape_after
@@ -52,6 +53,7 @@ def empty_model(
             attn_implementation=_attention(checkpoint),
             experts_implementation=experts,
         )
+        dispatch_all(model)
     _check_filled(checkpoint, model)
     # Buffers are computed from the config by transformers' own initialisation, which meta tensors skipped.
     for module in model.modules():

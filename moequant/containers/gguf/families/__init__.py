@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from moequant.containers.gguf.families.base import Computed, Export, FileTensor, Key
 from moequant.containers.gguf.families.deepseek2 import DEEPSEEK_V3
 from moequant.containers.gguf.families.gpt_oss import GPT_OSS
+from moequant.containers.gguf.families.granite import GRANITE_MOE, GRANITE_MOE_HYBRID, GRANITE_MOE_SWA
 from moequant.containers.gguf.families.llama import LLAMA, MIXTRAL
 from moequant.containers.gguf.families.names import COMMON
 from moequant.containers.gguf.families.olmoe import OLMOE
@@ -17,6 +18,10 @@ __all__ = ["COMMON", "EXPORTS", "Computed", "Export", "FileTensor", "Key"]
 EXPORTS: Mapping[str, Export] = {
     "deepseek_v3": DEEPSEEK_V3,
     "gpt_oss": GPT_OSS,
+    "granitemoe": GRANITE_MOE,
+    "granitemoehybrid": GRANITE_MOE_HYBRID,
+    "granitemoeshared": GRANITE_MOE,
+    "granitemoe_swa": GRANITE_MOE_SWA,
     "llama": LLAMA,
     "mistral": LLAMA,
     "mixtral": MIXTRAL,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moequant.containers.gguf.families.base import Key
+from moequant.containers.gguf.families.base import Computed, Key
 from moequant.errors import FamilyError
 from moequant.families import Config
 
@@ -24,6 +24,8 @@ _SCALING = frozenset(
         "mscale",
         "mscale_all_dim",
         "truncate",
+        "low_freq_factor",
+        "high_freq_factor",
     }
 )
 
@@ -57,19 +59,19 @@ def head_dim(config: Config) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def head_sizes(config: Config) -> tuple[Key, ...]:
-    """Width of heads, all of which is rotated, and the base of the rotation and its scaling."""
+def head_sizes(config: Config, in_tensors: bool = False) -> tuple[Key, ...]:
+    """Width of heads, all of which is rotated, and the base of the rotation and its scaling; see `rope`."""
     width = head_dim(config)
     return (
         Key("rope.dimension_count", "u32", width),
         Key("attention.key_length", "u32", width),
         Key("attention.value_length", "u32", width),
-        *rope(config),
+        *rope(config, in_tensors),
     )
 
 
-def rope(config: Config) -> tuple[Key, ...]:
-    """Base and scaling of rotary positions.
+def rope(config: Config, in_tensors: bool = False) -> tuple[Key, ...]:
+    """Base and scaling of rotary positions; `in_tensors`: the family also writes `rope_factors`.
 
     Raises FamilyError for a scaling that GGUF cannot express or that is not known here.
     """
@@ -78,13 +80,29 @@ def rope(config: Config) -> tuple[Key, ...]:
     if unknown := sorted(str(key) for key in found.keys() - _SCALING):
         raise FamilyError(f"rope scaling {kind!r}: key {unknown[0]} is not supported yet")
     base = Key("rope.freq_base", "f32", _number(found, "rope_theta", kind))
-    if kind == "default":
+    if kind == "default" or (kind == "llama3" and in_tensors):
         return (base,)
     if kind not in ("linear", "yarn"):
         raise FamilyError(f"rope scaling {kind!r} is not supported yet; known: default, linear, yarn")
     factor = _number(found, "factor", kind)
     keys = [base, Key("rope.scaling.type", "str", kind), Key("rope.scaling.factor", "f32", factor)]
     return (*keys, *(_yarn(config, found, factor) if kind == "yarn" else ()))
+
+
+def rope_factors(config: Config) -> tuple[Computed, ...]:
+    """What divides each frequency, for a scaling that llama.cpp has no keys for: Llama 3.1's."""
+    found = dict(config.rope_parameters or {})
+    if found.get("rope_type") != "llama3":
+        return ()
+    names = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    base, factor, low, high, context = (_number(found, name, "llama3") for name in names)
+    width = head_dim(config)
+    factors = []
+    for at in range(0, width, 2):
+        turns = context / (2 * math.pi * base ** (at / width))  # in the context of the training
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return (Computed("rope_freqs.weight", tuple(factors)),)
 
 
 def _yarn(config: Config, found: Mapping[str, Any], factor: float) -> tuple[Key, ...]:
