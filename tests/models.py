@@ -116,6 +116,48 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "truncate": True,
         },
     },
+    "dbrx": {
+        "d_model": 256,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_seq_len": 1024,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 192, "moe_num_experts": 6, "moe_top_k": 3},
+    },
+    "llama4_text": {
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+        "intermediate_size": 192,
+        "intermediate_size_mlp": 320,
+        "num_local_experts": 6,
+        "interleave_moe_layer_step": 2,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "intermediate_size": 320,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": VOCAB,
+        "enable_moe_block": True,
+        "num_experts": 6,
+        "top_k_experts": 3,
+        "moe_intermediate_size": 192,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "final_logit_softcapping": 30.0,
+        "pad_token_id": 0,
+    },
     "granitemoe": GRANITE,
     "granitemoeshared": GRANITE | {"shared_intermediate_size": 320},
     "granitemoe_swa": GRANITE
@@ -189,9 +231,13 @@ def build(
                 parameter.mul_(2.0)
             if "bias" in name or name.endswith("sinks"):
                 parameter.normal_(0, 0.2)
+            if name.endswith(("router.scale", "per_expert_scale", ".D", "A_log")):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0, 0.1)
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.0)
     model.to(dtype).save_pretrained(folder, **(save or {}))
     tokenizer(config.vocab_size).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(

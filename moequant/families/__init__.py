@@ -7,7 +7,9 @@ from typing import Any
 
 from moequant.errors import FamilyError
 from moequant.families.base import Config, Family, Get, Slot
+from moequant.families.dbrx import DBRX
 from moequant.families.deepseek_v3 import DEEPSEEK_V3
+from moequant.families.gemma4 import GEMMA4
 from moequant.families.gpt_oss import GPT_OSS
 from moequant.families.granite import (
     GRANITE_MOE,
@@ -16,6 +18,7 @@ from moequant.families.granite import (
     GRANITE_MOE_SWA,
 )
 from moequant.families.llama import LLAMA, MISTRAL
+from moequant.families.llama4 import LLAMA4
 from moequant.families.mixtral import MIXTRAL
 from moequant.families.olmoe import OLMOE
 from moequant.families.qwen3 import QWEN3
@@ -29,6 +32,9 @@ FAMILIES: tuple[Family, ...] = (
     OLMOE,
     DEEPSEEK_V3,
     GPT_OSS,
+    DBRX,
+    LLAMA4,
+    GEMMA4,
     GRANITE_MOE,
     GRANITE_MOE_SHARED,
     GRANITE_MOE_HYBRID,

@@ -127,7 +127,9 @@ def attention(
     return tuple(slots)
 
 
-def gated_ffn(layer: int, module: str = "mlp", kind: str = "ffn") -> tuple[Slot, ...]:
+def gated_ffn(
+    layer: int, module: str = "mlp", kind: str = "ffn", *, adds: bool = True
+) -> tuple[Slot, ...]:
     """A gated feed-forward block that every token crosses: of a dense layer, or the shared experts."""
     roles = {
         "ffn": (Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN),
@@ -139,7 +141,7 @@ def gated_ffn(layer: int, module: str = "mlp", kind: str = "ffn") -> tuple[Slot,
         *linear(layer, f"{kind}.gate", roles[0], f"{module}.gate_proj", into),
         *linear(layer, f"{kind}.up", roles[1], f"{module}.up_proj", into),
         # Beside routed experts, only those pull the residual's error back: both would do it twice.
-        *linear(layer, f"{kind}.down", roles[2], f"{module}.down_proj", inner, adds=kind == "ffn"),
+        *linear(layer, f"{kind}.down", roles[2], f"{module}.down_proj", inner, adds=adds and kind == "ffn"),
     )
 
 

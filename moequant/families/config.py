@@ -78,7 +78,8 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
             f"config.json: model_type {kind!r} does not go with {family.classes[0]}, whose type is "
             f"{family.model_type!r}"
         )
-    given = {key: value for key, value in text.items() if key not in ("auto_map", "quantization_config")}
+    skipped = ("auto_map", "quantization_config")
+    given = {key: _floats(value) for key, value in text.items() if key not in skipped}
     given = family.dialect(given)
     if tied is not None:
         given["tie_word_embeddings"] = tied
@@ -91,6 +92,17 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
         ) from None
     _check_keys(family, given, config)
     return config
+
+
+def _floats(value: Any) -> Any:
+    """A value of a config.json where transformers has written {"__float__": "Infinity"} for what JSON has no
+    word for."""
+    if isinstance(value, dict):
+        told = value.get("__float__")
+        if told in ("Infinity", "-Infinity", "NaN"):
+            return float(told)
+        return {key: _floats(each) for key, each in value.items()}
+    return [_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def one_line(error: Exception, limit: int = 300) -> str:
