@@ -37,6 +37,9 @@ COMMON = {
     "pad_token_id": None,
 }
 
+ABSENT = object()
+"""In the place of a value of `COMMON` that a family's config does not have."""
+
 GRANITE = {
     "intermediate_size": 192,
     "num_local_experts": 6,
@@ -117,6 +120,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         },
     },
     "dbrx": {
+        **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), ABSENT),
+        **dict.fromkeys(("num_key_value_heads", "max_position_embeddings", "rms_norm_eps"), ABSENT),
         "d_model": 256,
         "n_layers": 2,
         "n_heads": 4,
@@ -221,7 +226,8 @@ def build(
 ) -> Path:
     """Save a random model of `family` in `folder` and return it; `changes` override its config."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(COMMON | CONFIGS[family] | changes))
+    given = COMMON | CONFIGS[family] | changes
+    config = AutoConfig.for_model(family, **{key: value for key, value in given.items() if value is not ABSENT})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
