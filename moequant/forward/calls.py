@@ -64,9 +64,10 @@ class _Paused(nn.Module):
 class _Placeholder(nn.Module):
     """Stands in for the embedding once its output is known: right shape, no memory."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, device: torch.device) -> None:
         super().__init__()
         self.width = width
+        self.weight = torch.empty(0, device=device)  # models ask it where their tokens should be
 
     def forward(self, ids: Tensor) -> Tensor:
         return _nothing((*ids.shape, self.width), ids.device)
@@ -126,7 +127,7 @@ class Skeleton:
         """
         self.close()
         embedding = self.model.get_input_embeddings()
-        self.model.set_input_embeddings(_Placeholder(embedding.embedding_dim))
+        self.model.set_input_embeddings(_Placeholder(embedding.embedding_dim, self.batches[0].device))
         self._passes = [greenlet(self._start) for _ in self.batches]
         try:
             self._wait(run.switch(batch) for run, batch in zip(self._passes, self.batches, strict=True))
