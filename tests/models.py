@@ -88,6 +88,20 @@ SPARSE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 
+ABSENT = object()
+"""In the place of a value of `COMMON` that a family's config does not have."""
+
+GRANITE = {
+    "intermediate_size": 192,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.09,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 6.0,
+    "attention_bias": False,
+}
+
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {
         "intermediate_size": 512,
@@ -454,6 +468,70 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "attn_layer_offset": 2,
         "mamba_d_state": 16,
     },
+    "dbrx": {
+        **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), ABSENT),
+        **dict.fromkeys(("num_key_value_heads", "max_position_embeddings", "rms_norm_eps"), ABSENT),
+        "d_model": 256,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_seq_len": 1024,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 192, "moe_num_experts": 6, "moe_top_k": 3},
+    },
+    "llama4_text": {
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+        "intermediate_size": 192,
+        "intermediate_size_mlp": 320,
+        "num_local_experts": 6,
+        "interleave_moe_layer_step": 2,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "intermediate_size": 320,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": VOCAB,
+        "enable_moe_block": True,
+        "num_experts": 6,
+        "top_k_experts": 3,
+        "moe_intermediate_size": 192,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "final_logit_softcapping": 30.0,
+        "pad_token_id": 0,
+    },
+    "granitemoe": GRANITE,
+    "granitemoeshared": GRANITE | {"shared_intermediate_size": 320},
+    "granitemoe_swa": GRANITE
+    | {
+        "num_hidden_layers": 4,
+        "shared_intermediate_size": 320,
+        "sliding_window": 48,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "layer_rope_theta": [0, 10000.0, 10000.0, 10000.0],
+    },
+    "granitemoehybrid": GRANITE
+    | {
+        "num_hidden_layers": 3,
+        "shared_intermediate_size": 320,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "mamba_n_heads": 8,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 32,
+        "mamba_d_head": 64,
+    },
     "llama": {"intermediate_size": 512},
     "mistral": {"num_hidden_layers": 2, "intermediate_size": 320, "sliding_window": None},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
@@ -536,7 +614,7 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
     "kimi_k2": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
     "kimi_k25": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
 }
-"""Keys of the text's config as releases have them, where transformers 5 saves others; None: they have none."""
+"""Keys of the text's config as releases have them, where transformers 5 saves others; None: none."""
 
 _PREDICTION = {
     "eh_proj.weight": (256, 512),
@@ -547,10 +625,10 @@ _PREDICTION = {
     "embed_tokens.weight": (VOCAB, 256),
     "self_attn.o_proj.weight": (256, 256),
 }
-BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = dict.fromkeys(
-    ("deepseek_v3", "glm4_moe", "glm4_moe_lite"),
-    {f"model.layers.3.{name}": shape for name, shape in _PREDICTION.items()},
-)
+BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    family: {f"model.layers.3.{name}": shape for name, shape in _PREDICTION.items()}
+    for family in ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
+}
 """Tensors of releases that transformers neither runs nor saves."""
 
 RENAMED: Mapping[str, tuple[str, str]] = {
@@ -601,6 +679,7 @@ def build(
     """
     torch.manual_seed(seed)
     given = COMMON | CONFIGS[family] | changes
+    given = {key: value for key, value in given.items() if value is not ABSENT}
     vocab, kind = given["vocab_size"], AutoModelForCausalLM
     if family not in VISION:
         config = AutoConfig.for_model(given.pop("model_type", family), **given)
@@ -623,11 +702,13 @@ def build(
                 parameter.mul_(2.0)
             if "bias" in name or name.endswith("sinks"):
                 parameter.normal_(0, 0.2)
-            if name.endswith(("A_log", ".D")):
+            if name.endswith(("router.scale", "per_expert_scale", ".D", "A_log")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(0, 0.1)
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.0)
     model.to(dtype).save_pretrained(folder, **(save or {}))
     tokenizer(vocab).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(

@@ -108,7 +108,8 @@ def attention(
     adds: bool = True,
 ) -> tuple[Slot, ...]:
     """Norms and projections of llama-like attention; q, k and v multiply the same activations. `ffn_norm` is
-    the norm in front of the feed-forward block, None where it shares that of attention."""
+    the norm in front of the feed-forward block, None where it shares that of attention. What attention
+    gives is not added as it is (`adds`) where a norm or a multiplier stands behind."""
     into = seen(layer, "attn.input", "self_attn.q_proj")
     out = seen(layer, "attn.output", "self_attn.o_proj")
     slots = [
@@ -184,9 +185,10 @@ def released(slots: tuple[Slot, ...], ours: str, theirs: str) -> tuple[Slot, ...
 class Experts:
     """How a family keeps the experts of a layer.
 
-    `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert, `names` what
-    those call gate, up and down. `module` is where transformers has them, fused: gate_up_proj [E, 2f, h],
-    down_proj [E, h, f]; of experts that are not `gated`, up_proj [E, f, h] and down_proj.
+    `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert ("": there are
+    none such), `names` what those call gate, up and down. `module` is where transformers has them, fused:
+    gate_up_proj [E, 2f, h], down_proj [E, h, f]; of experts that are not `gated`, up_proj [E, f, h] and
+    down_proj. `fused` is what the release calls these two, if otherwise.
     """
 
     width: int
@@ -194,6 +196,7 @@ class Experts:
     names: tuple[str, str, str] = PROJECTIONS
     module: str = "mlp.experts"
     gated: bool = True
+    fused: tuple[str, str] | None = None
 
     def slots(self, layer: int, adds: bool = True) -> tuple[Slot, ...]:
         """Gate, if there is one, up and down of all experts of a layer."""
@@ -215,10 +218,14 @@ class Experts:
     def _slot(
         self, layer: int, which: int, role: Role, param: str, ops: Ops, site: Site, adds: bool = False
     ) -> Slot:
-        fused = f"model.layers.{layer}.{self.module}.{param}"
-        one = f"model.layers.{layer}.{self.stored}.{{e}}.{self.names[which]}.weight"
+        at, ways = f"model.layers.{layer}", list[Get]()
+        fused = f"{at}.{self.module}.{param}"
+        if self.stored:
+            ways.append(Get(f"{at}.{self.stored}.{{e}}.{self.names[which]}.weight"))
+        if self.fused:
+            ways.append(Get(f"{at}.{self.fused[which == 2]}", ops))
         name = f"layers.{layer}.experts.{role.value}"
-        return Slot(name, role, fused, (Get(one), Get(fused, ops)), ops, site, Stack.EXPERTS, adds)
+        return Slot(name, role, fused, (*ways, Get(fused, ops)), ops, site, Stack.EXPERTS, adds)
 
 
 def router(layer: int, stored: str = "mlp.gate", module: str = "mlp.gate") -> Slot:

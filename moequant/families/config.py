@@ -83,6 +83,7 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
             f"{family.model_type!r}"
         )
     given = {key: _floats(value) for key, value in text.items() if key not in _NOT_GIVEN}
+    given = family.dialect(given)
     if tied is not None:
         given["tie_word_embeddings"] = tied
     cls = CONFIG_MAPPING[family.model_type]
@@ -140,8 +141,9 @@ def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> Non
         elif value:
             raise _refused(family, key, value, "unknown, and it may change what the model computes")
     for key, default in own.items():  # what the class derives, or reads under another name
-        now = getattr(config, key, default)
-        if key not in known and key not in given and aliases.get(key, key) not in known and now != default:
+        if key in known or key in given or aliases.get(key, key) in known:
+            continue
+        if (now := getattr(config, key, default)) != default:
             raise _refused(family, key, now, f"only the class's own {default!r} is described")
 
 
