@@ -38,6 +38,15 @@ COMMON = {
     "pad_token_id": None,
 }
 
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_conv_kernel_dim": 4,
+}
+
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -284,6 +293,47 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "beta_slow": 1.0,
             "truncate": True,
         },
+    },
+    "qwen2_moe": {
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 192,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+    },
+    "qwen3_vl_moe": {
+        "head_dim": 32,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 192,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
+    },
+    "qwen3_next": {
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 192,
+        "shared_expert_intermediate_size": 128,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        **DELTA_NET,
+    },
+    "qwen3_5_moe": {
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+        "moe_intermediate_size": 192,
+        "shared_expert_intermediate_size": 128,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        **DELTA_NET,
     },
     "dots1": {
         "num_hidden_layers": 3,
@@ -539,7 +589,18 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 """One config a family, of the model type that it is called after, or says; shapes are not square where the
 format allows, so that transposes show."""
 
+_QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 256,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
 VISION: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_vl_moe": _QWEN_VISION,
+    "qwen3_5_moe": _QWEN_VISION,
     "kimi_k25": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -566,6 +627,17 @@ WHOLE: Mapping[str, str] = {"mistral4": "mistral3"}
 SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1}
 
 RELEASES: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_moe": {"max_window_layers": 1, "sliding_window": 512, "use_sliding_window": False},
+    "qwen3_vl_moe": {"norm_topk_prob": True},
+    "qwen3_next": {"full_attention_interval": 2, "layer_types": None, "use_sliding_window": False},
+    "qwen3_5_moe": {
+        "attn_output_gate": True,
+        "full_attention_interval": 2,
+        "mamba_ssm_dtype": "float32",
+        "mlp_only_layers": [],
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+    },
     "deepseek_v2": {
         "scoring_func": "softmax",
         "moe_layer_freq": 1,
@@ -625,9 +697,14 @@ _PREDICTION = {
     "embed_tokens.weight": (VOCAB, 256),
     "self_attn.o_proj.weight": (256, 256),
 }
+_MTP = {"mtp.fc.weight": (256, 512), "mtp.layers.0.input_layernorm.weight": (256,), "mtp.norm.weight": (256,)}
 BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
-    family: {f"model.layers.3.{name}": shape for name, shape in _PREDICTION.items()}
-    for family in ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
+    **{
+        family: {f"model.layers.3.{name}": shape for name, shape in _PREDICTION.items()}
+        for family in ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
+    },
+    "qwen3_next": _MTP,
+    "qwen3_5_moe": _MTP,
 }
 """Tensors of releases that transformers neither runs nor saves."""
 
@@ -700,6 +777,8 @@ def build(
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             if name.endswith(("mlp.gate.weight", "gate_up_proj", "q_proj.weight")):
                 parameter.mul_(2.0)
+            if "conv1d" in name:
+                parameter.mul_(4.0)
             if "bias" in name or name.endswith("sinks"):
                 parameter.normal_(0, 0.2)
             if name.endswith(("router.scale", "per_expert_scale", ".D", "A_log")):

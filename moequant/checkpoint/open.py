@@ -290,7 +290,10 @@ def _left_out(
 def _weight(slot: Slot, layer: int | None, shape: ModelShape, stored: Mapping[str, Stored]) -> Weight | None:
     """What the checkpoint has for a slot; None for an optional one that is absent."""
     where = slot.role.value if layer is None else f"layer {layer} {slot.role.value}"
-    ways = {way: names for way in slot.ways if (names := _there(way, shape.experts, stored))}
+    there = {way: names for way in slot.ways if (names := _there(way, shape.experts, stored))}
+    # Where none has the rows that it should, the first says what is wrong.
+    fit = [way for way, names in there.items() if way.rows in (None, *stored[names[0]].shape[-2:-1])]
+    ways = {way: there[way] for way in fit or list(there)[:1]}
     if not ways:
         if slot.optional:
             return None

@@ -42,8 +42,12 @@ from moequant.families.mistral4 import MISTRAL4
 from moequant.families.mixtral import MIXTRAL
 from moequant.families.nemotron_h import NEMOTRON_H
 from moequant.families.olmoe import OLMOE
+from moequant.families.qwen2_moe import QWEN2_MOE
 from moequant.families.qwen3 import QWEN3
+from moequant.families.qwen3_5_moe import QWEN3_5_MOE
 from moequant.families.qwen3_moe import QWEN3_MOE
+from moequant.families.qwen3_next import QWEN3_NEXT
+from moequant.families.qwen3_vl_moe import QWEN3_VL_MOE
 
 __all__ = ["FAMILIES", "Config", "Family", "Get", "Slot", "find", "nearest"]
 
@@ -85,6 +89,10 @@ FAMILIES: tuple[Family, ...] = (
     LLAMA,
     MISTRAL,
     QWEN3,
+    QWEN2_MOE,
+    QWEN3_VL_MOE,
+    QWEN3_NEXT,
+    QWEN3_5_MOE,
 )
 
 

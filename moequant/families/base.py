@@ -21,10 +21,11 @@ Config = Any
 @dataclass(frozen=True, slots=True)
 class Get:
     """A stored tensor: its name, `{e}` in it for one tensor an expert, and the ops that make of it a weight,
-    or one matrix of it."""
+    or one matrix of it. `rows` is how many each matrix has, where two ways differ in nothing else."""
 
     name: str
     ops: Ops = ()
+    rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class Family:
     `known` are the config keys that these functions, or every container, take account of. `says` has keys
     that the class ignores, with the values that say what it computes anyway. `skipped` gives regular
     expressions of stored names that are left out on purpose, with the reason. `renamed` turns prefixes of
-    stored names into those that `get` uses. `layers_at` is where the decoder layers are. `chosen` is for
+    stored names into those that `get` uses. `hoisted` are paths of keys outside `text_config` that belong to
+    the text's config as well. `layers_at` is where the decoder layers are. `chosen` is for
     models whose layers also give, and are given, which tokens attention looks at: how many those are at
     most; their attention gives them too.
     """
@@ -87,6 +89,7 @@ class Family:
     says: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     skipped: Callable[[Config], Mapping[str, str]] = nothing_skipped
     renamed: tuple[tuple[str, str], ...] = ()
+    hoisted: tuple[tuple[str, str], ...] = ()
     layers_at: str = "model.layers"
     chosen: Callable[[Config], int] | None = None
     dialect: Callable[[dict[str, Any]], dict[str, Any]] = as_it_is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -56,13 +56,16 @@ _NOT_GIVEN = ("auto_map", "quantization_config", "model_type")
 """Keys that the class does not get: how the checkpoint is stored, and another name for the class."""
 
 
-def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that says how text is computed; of a plain text model, all of it. Whether the
-    head is tied, transformers asks the whole."""
+def text_config(raw: Mapping[str, Any], hoisted: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
+    """The part of a config.json that says how text is computed, with the keys `hoisted` from elsewhere; of a
+    plain text model, all of it. Whether the head is tied, transformers asks the whole."""
     inner = raw.get("text_config")
     if not isinstance(inner, dict):
         return dict(raw)
     outer = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}
+    for part, key in hoisted:
+        if isinstance(raw.get(part), dict) and key in raw[part]:
+            outer[key] = raw[part][key]
     return {**inner, **outer}
 
 
@@ -74,7 +77,7 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
     """
     from transformers import CONFIG_MAPPING  # seconds to import, and `--help` does without
 
-    text = text_config(raw)
+    text = text_config(raw, family.hoisted)
     # Releases of remote code have a name of their own for what is another model's class.
     kind = text.get("model_type") if text.get("model_type") in CONFIG_MAPPING else family.model_type
     if kind != family.model_type:

@@ -41,7 +41,7 @@ class Resumable:
 
     def _first(self, row: Tensor) -> Tensor:
         logits = self._run(input_ids=row[None])
-        self._kept.append([door.passed for door in self._doors])
+        self._kept.append([door.passed for door in self._doors if door.passed is not None])
         return logits
 
     def _run(self, **inputs: Tensor) -> Tensor:

@@ -229,7 +229,7 @@ class Taken(Op):
         into.index_copy_(into.ndim + self.axis, self._index(into), x.to(into.dtype))
 
     def _index(self, like: Tensor) -> Tensor:
-        return like.new_tensor(self.index).long()
+        return like.new_empty(0).long().new_tensor(self.index)  # never as floats: bf16 counts to 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -107,19 +107,23 @@ def _cut(checkpoint: Checkpoint, way: Export, weight: Weight) -> Iterator[tuple[
     """The file's tensors that are made of one weight."""
     parts = way.cut(checkpoint.config, weight)
     if parts is None:
-        name = way.names.get(local(weight)) or COMMON.get(local(weight))
-        if name is None:
-            raise FamilyError(
-                f"{checkpoint.family.name}: llama.cpp's {way.arch!r} has no name for {weight.name}"
-            )
-        yield weight, FileTensor(name)
+        yield weight, FileTensor(_name(checkpoint, way, weight))
         return
     for part in parts:
+        part = part if part.name else replace(part, name=_name(checkpoint, way, weight))
         own = weight.name if part.own is None else f"layers.{weight.layer}.{part.own}"
         made = weight.refined(
             part.ops, part.stack, name=own, role=part.role or weight.role, site=part.site or weight.site
         )
         yield made, part
+
+
+def _name(checkpoint: Checkpoint, way: Export, weight: Weight) -> str:
+    """What the tables call a weight that is one tensor of the file."""
+    name = way.names.get(local(weight)) or COMMON.get(local(weight))
+    if name is None:
+        raise FamilyError(f"{checkpoint.family.name}: llama.cpp's {way.arch!r} has no name for {weight.name}")
+    return name
 
 
 @dataclass(frozen=True, slots=True)

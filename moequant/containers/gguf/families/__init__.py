@@ -29,7 +29,10 @@ from moequant.containers.gguf.families.minimax_m2 import MINIMAX_M2
 from moequant.containers.gguf.families.names import COMMON
 from moequant.containers.gguf.families.nemotron_h import NEMOTRON_H
 from moequant.containers.gguf.families.olmoe import OLMOE
+from moequant.containers.gguf.families.qwen2moe import QWEN2_MOE
 from moequant.containers.gguf.families.qwen3 import QWEN3, QWEN3_MOE
+from moequant.containers.gguf.families.qwen3next import QWEN3_5_MOE, QWEN3_NEXT
+from moequant.containers.gguf.families.qwen3vlmoe import QWEN3_VL_MOE
 
 __all__ = ["COMMON", "EXPORTS", "Computed", "Export", "FileTensor", "Key"]
 
@@ -55,8 +58,12 @@ EXPORTS: Mapping[str, Export] = {
     "mistral4": MISTRAL4,
     "mixtral": MIXTRAL,
     "olmoe": OLMOE,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
+    "qwen3_5_moe": QWEN3_5_MOE,
     "qwen3_moe": QWEN3_MOE,
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3_vl_moe": QWEN3_VL_MOE,
     "solar_open": GLM4_MOE,
     "dots1": DOTS1,
     "ernie4_5_moe": ERNIE4_5_MOE,

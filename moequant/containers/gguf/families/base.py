@@ -27,12 +27,12 @@ class Key:
 class FileTensor:
     """A tensor of the file that is made of (a part of) a weight.
 
-    `name` is GGUF's, without `blk.N.`. `own` is our name of the part within its layer, None for the
-    weight's own. Blocks of codes run along the rows of what `ops` make, under the statistics of `site`
-    where it is given. `shape` is what the file says where it differs, at the same bytes.
+    `name` is GGUF's, without `blk.N.`; "" is the table's. `own` is our name of the part within its layer,
+    None for the weight's own. Blocks of codes run along the rows of what `ops` make, under the statistics
+    of `site` where it is given. `shape` is what the file says where it differs, at the same bytes.
     """
 
-    name: str
+    name: str = ""
     ops: Ops = ()
     own: str | None = None
     role: Role | None = None

@@ -24,6 +24,8 @@ _SCALING = frozenset(
         "mscale",
         "mscale_all_dim",
         "truncate",
+        "mrope_section",
+        "mrope_interleaved",
         "llama_4_scaling_beta",
         "max_position_embeddings",
         "low_freq_factor",
@@ -142,6 +144,12 @@ def head_widths(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
 def head_sizes(config: Config, rotated: float = 1.0, in_tensors: bool = False) -> tuple[Key, ...]:
     """The same, with the base of the rotation and its scaling; see `rope`."""
     return (*head_widths(config, rotated), *rope(config, in_tensors=in_tensors))
+
+
+def rope_sections(config: Config, default: tuple[int, ...]) -> Key:
+    """How many frequencies turn with time, height and width: of text, all three are the same position."""
+    found = tuple((config.rope_parameters or {}).get("mrope_section") or default)
+    return Key("rope.dimension_sections", "u32s", [*map(int, found), *[0] * (4 - len(found))])
 
 
 def rotated_part(config: Config) -> float:
