@@ -83,9 +83,7 @@ def test_rows_of_q_and_k_are_rotary_pairs_in_the_file(tiny) -> None:
     theirs = {weight.name: weight for weight in checkpoint.weights}
     ours = {weight.name: weight for weight in export(checkpoint).weights}
     for name, heads in (("layers.0.attn_q", 4), ("layers.1.attn_k", 2)):
-        for before, after in zip(
-            load(theirs[name]).chunk(heads), load(ours[name]).chunk(heads), strict=True
-        ):
+        for before, after in zip(load(theirs[name]).chunk(heads), load(ours[name]).chunk(heads), strict=True):
             assert torch.equal(after[0::2], before[:32]) and torch.equal(after[1::2], before[32:])
 
 

@@ -143,9 +143,7 @@ def test_a_measured_plan_may_go_below_the_preset(known, damages, rules) -> None:
     """A weight that nothing depends on gets the fewest bits, whatever llama.cpp's rule says."""
     idle = find(known[0], "layers.0.attn_k").name
     table = dict(damages.table) | {idle: dict.fromkeys(damages.table[idle], 0.0)}
-    plan = make_plan(
-        known[0].weights, Budget.of_preset("Q4_K_M"), rules, replace(damages, table=table)
-    )
+    plan = make_plan(known[0].weights, Budget.of_preset("Q4_K_M"), rules, replace(damages, table=table))
     formats_of = {choice.weight: choice.format for choice in plan.choices}
     assert formats_of[idle] == "IQ1_S"
     assert plan.damage is not None and plan.damage > 0
