@@ -53,6 +53,10 @@ BOOKKEEPING = ("_", "unsloth")
 """Saving tools keep books under such names: `_attn_implementation_autoset`, `unsloth_version`."""
 
 
+NOT_READ = ("auto_map", "quantization_config", "use_return_dict")
+"""Keys that the class is not given: they are no part of it, or cannot be set."""
+
+
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config.json that says how text is computed; of a plain text model, all of it."""
     inner = raw.get("text_config")
@@ -78,7 +82,7 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
             f"config.json: model_type {kind!r} does not go with {family.classes[0]}, whose type is "
             f"{family.model_type!r}"
         )
-    given = {key: value for key, value in text.items() if key not in ("auto_map", "quantization_config")}
+    given = {key: value for key, value in text.items() if key not in NOT_READ}
     if tied is not None:
         given["tie_word_embeddings"] = tied
     cls = CONFIG_MAPPING[family.model_type]
