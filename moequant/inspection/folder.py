@@ -210,10 +210,10 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
     sizes: tuple[PresetSize, ...] = ()
     try:
         family = families.find(config)
-        made = make_config(family, config)
-        if unknown := _unknown(family, made, tensors):
+        text = make_config(family, config)
+        if unknown := _unknown(family, text, tensors):
             missing.append(f"{family.name}: unknown tensors: {', '.join(unknown)}")
-        check(family, made)
+        check(family, text)
     except FamilyError as error:
         missing.append(str(error))
     if not missing:
