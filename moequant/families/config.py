@@ -52,7 +52,7 @@ HARMLESS = frozenset(
 BOOKKEEPING = ("_", "unsloth")
 """Saving tools keep books under such names: `_attn_implementation_autoset`, `unsloth_version`."""
 
-_NOT_GIVEN = ("auto_map", "quantization_config", "model_type")
+_NOT_GIVEN = ("auto_map", "quantization_config", "model_type", "use_return_dict")
 """Keys that the class does not get: how the checkpoint is stored, and another name for the class."""
 
 
@@ -96,9 +96,7 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
         raise FamilyError(
             f"config.json: {family.model_type} cannot be made of it ({one_line(error)})"
         ) from None
-    if (
-        getattr(config, "head_dim", 0) is None
-    ):  # as attention takes it; transformers' own YaRN trips over None
+    if getattr(config, "head_dim", 0) is None:  # as attention reads it; YaRN in transformers trips over it
         config.head_dim = config.hidden_size // config.num_attention_heads
     _check_keys(family, given, config)
     return config
