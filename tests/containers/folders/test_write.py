@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 
 from moequant.checkpoint import open_checkpoint
-from moequant.containers.folders import write as container
 from moequant.containers.base import Made
+from moequant.containers.folders import write as container
 from moequant.containers.folders.card import Card
 from moequant.containers.folders.shards import INDEX, Entry, ShardWriter, cut
 from moequant.errors import CheckpointError, OutputError, PlanError, VerifyError
