@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moequant.checkpoint import Checkpoint, load
-from moequant.errors import CheckpointError
+from moequant.errors import CheckpointError, foreign
 from moequant.forward.experts import EXPERTS
 from moequant.values import Weight
 from moequant.values.ops import put, shape_after
@@ -45,7 +45,8 @@ def empty_model(
     Raises CheckpointError for a weight of another shape than the model's, and when a parameter or a buffer
     that checkpoints hold would be filled by nothing.
     """
-    with torch.device("meta"):
+    unfit = f"{checkpoint.path}: transformers cannot build the model that config.json describes"
+    with foreign(CheckpointError, unfit), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             copy.deepcopy(checkpoint.config),
             dtype=torch.float32,
@@ -54,11 +55,12 @@ def empty_model(
         )
     _check_filled(checkpoint, model)
     # Buffers are computed from the config by transformers' own initialisation, which meta tensors skipped.
-    for module in model.modules():
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
-            model._init_weights(module)
+    with foreign(CheckpointError, unfit):
+        for module in model.modules():
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
+                model._init_weights(module)
     made: PreTrainedModel = model.eval().requires_grad_(False)
     return made
 

@@ -149,7 +149,7 @@ def texts(random: Random, ground: Ground, folder: Path) -> Attempt:
         )
     )  # fmt: skip
     model, out = str(ground.models["qwen3_moe"]), folder / "out"
-    use = ["route", model, "--calib", str(path), "--calib-tokens", "256"]
+    use = ["route", model, "--calib", str(path), "--calib-tokens", "1024"]
     more = random.choice(
         [[], ["-o", str(out / "s.safetensors")], ["--picture", str(out / "p.svg")], ["--json"]]
     )

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from tests import models
 
-MARK = b"\xc3\x3fhostile-bait\x3f"
+MARK = b"\xc3\x3fhostile-bait!\x3f"
 """Sixteen bytes, four finite floats, that no output may hold."""
 
 SHAPES = {
@@ -81,8 +81,8 @@ def make(folder: Path) -> Ground:
         "gguf": folder / "model.gguf",
         "text": folder / "text.txt",
     }
-    files["text"].write_text("\n".join(models.TEXT), encoding="utf-8")
-    model, text = str(built["qwen3_moe"]), ["--calib", str(files["text"]), "--calib-tokens", "512"]
+    files["text"].write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
+    model, text = str(built["qwen3_moe"]), ["--calib", str(files["text"]), "--calib-tokens", "1024"]
     for command in (
         ["route", model, "-o", str(files["stats"]), "--imatrix-out", str(files["imatrix"]), *text],
         ["plan", model, "--bpw", "12", "--stats", str(files["stats"]), "--no-probes", "--effort", "fast",

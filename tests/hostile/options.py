@@ -89,7 +89,7 @@ def options(random: Random, ground: Ground, folder: Path) -> Attempt:
             ["fit", model, "--vram", "8G", "--ram", "8G", "--vram-bandwidth", number],
             ["fit", model, "--vram", "8G", "--ram", "8G", "--min-speed", number, "--disk-bandwidth", number],
             ["route", model, "--merge", stats, "--min-tokens-per-expert", number, "--max-tokens", "600"],
-            ["route", model, "--calib", str(ground.files["text"]), "--calib-tokens", "256",
+            ["route", model, "--calib", str(ground.files["text"]), "--calib-tokens", "1024",
              "--min-tokens-per-expert", number, "--max-tokens", "600"],
             ["route", model, "--merge", stats, "-o", name],
             ["route", model, "--merge", stats, "--picture", name],

@@ -82,7 +82,7 @@ def _beside(random: Random, ground: Ground, folder: Path, what: str) -> Attempt:
             ["convert", model, *out, "--type", "Q4_0", "--stats", str(path)],
             ["convert", model, *out, "--type", "Q4_0", "--imatrix", str(path)],
             ["convert", model, *out, "--plan", str(path), "--dry-run"],
-            ["route", model, "--calib", str(path), "--calib-tokens", "256"],
+            ["route", model, "--calib", str(path), "--calib-tokens", "1024"],
             ["route", model, "--merge", str(path)],
             ["inspect", str(path)],
             ["fit", str(path), "--vram", "1G", "--ram", "1G"],
