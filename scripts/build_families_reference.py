@@ -67,9 +67,9 @@ MODELS = {
 
 HEAD = """# Families
 
-Every family below is converted to GGUF for llama.cpp, and to a folder for vLLM and transformers where its
-experts can be stored one by one. Tiny models of each, built with transformers, are converted in the tests: the
-logits of the F32 file in llama.cpp equal those of transformers.
+Every family below is converted to GGUF for llama.cpp, and to a folder for vLLM and transformers where
+its experts can be stored one by one. Tiny models of each, built with transformers, are converted in the
+tests: the logits of the F32 file in llama.cpp equal those of transformers.
 
 All of them are read in bf16, f16 and f32, and as FP8 (DeepSeek's blocks, compressed-tensors), MXFP4, NVFP4,
 int2 to int8 (compressed-tensors, GPTQ, AWQ). What a codec decodes is described in

@@ -257,7 +257,7 @@ def _assemble(
         for slot in slots:
             weight = _weight(slot, number, shape, stored)
             if weight is not None:
-                claimed |= {each.name for each in weight.origin.stored}
+                claimed |= {renamed(family, each.name) for each in weight.origin.stored}
                 found.append(weight)
     skipped = _left_out(family, config, (name for name in stored if name not in claimed), stored)
     # The head comes last: what it is fed is known when everything before it has been rounded.

@@ -67,6 +67,8 @@ class Family:
     `says` has keys that the class ignores, with the values that say what it computes anyway. `skipped` gives
     regular expressions of stored names that are left out on purpose, with the reason. `renamed` turns
     prefixes of stored names into those that `get` uses. `layers_at` is where the decoder layers are.
+    `chosen` is for models whose layers also give, and are given, which tokens attention looks at: how many
+    those are at most; their attention gives them too.
     """
 
     name: str
@@ -80,3 +82,4 @@ class Family:
     skipped: Callable[[Config], Mapping[str, str]] = nothing_skipped
     renamed: tuple[tuple[str, str], ...] = ()
     layers_at: str = "model.layers"
+    chosen: Callable[[Config], int] | None = None

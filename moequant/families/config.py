@@ -52,13 +52,17 @@ HARMLESS = frozenset(
 BOOKKEEPING = ("_", "unsloth")
 """Saving tools keep books under such names: `_attn_implementation_autoset`, `unsloth_version`."""
 
+_NOT_GIVEN = ("auto_map", "quantization_config", "model_type")
+"""Keys that the class does not get: how the checkpoint is stored, and another name for the class."""
+
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that says how text is computed; of a plain text model, all of it."""
+    """The part of a config.json that says how text is computed; of a plain text model, all of it. Whether the
+    head is tied, transformers asks the whole."""
     inner = raw.get("text_config")
     if not isinstance(inner, dict):
         return dict(raw)
-    outer = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw and key not in inner}
+    outer = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}
     return {**inner, **outer}
 
 
@@ -78,7 +82,7 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
             f"config.json: model_type {kind!r} does not go with {family.classes[0]}, whose type is "
             f"{family.model_type!r}"
         )
-    given = {key: value for key, value in text.items() if key not in ("auto_map", "quantization_config")}
+    given = {key: _floats(value) for key, value in text.items() if key not in _NOT_GIVEN}
     if tied is not None:
         given["tie_word_embeddings"] = tied
     cls = CONFIG_MAPPING[family.model_type]
@@ -90,6 +94,17 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
         config.head_dim = config.hidden_size // config.num_attention_heads
     _check_keys(family, given, config)
     return config
+
+
+def _floats(value: Any) -> Any:
+    """A value of a config.json where transformers has written {"__float__": "Infinity"} for what JSON has no
+    word for."""
+    if isinstance(value, dict):
+        told = value.get("__float__")
+        if told in ("Infinity", "-Infinity", "NaN"):
+            return float(told)
+        return {key: _floats(each) for key, each in value.items()}
+    return [_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> None:

@@ -21,6 +21,8 @@ KIMI_K25 = replace(
     classes=("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
     skipped=skipped,
     renamed=(
+        # transformers 5 saves the text's layers under the name that the eye's have.
+        ("language_model.model.blocks.", "model.layers."),
         ("language_model.model.", "model."),
         ("language_model.lm_head.", "lm_head."),
         ("model.language_model.", "model."),

@@ -10,7 +10,7 @@ What a model computes from hidden states between its layers is not seen; no fami
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +24,18 @@ from moequant.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One batch in front of a layer: everything the model passes besides the hidden states."""
+    """One batch in front of a layer: everything the model passes besides the hidden states, and what it gets
+    back besides them (`beside`)."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    beside: tuple[Any, ...] = ()
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The layer's output for `hidden`. CheckpointError when it is not hidden states alone."""
         out = layer(hidden, *self.args, **self.kwargs)
+        if self.beside and isinstance(out, tuple):
+            out = out[0]
         if not isinstance(out, Tensor):
             raise CheckpointError(
                 f"{type(layer).__name__} returns a {type(out).__name__}, hidden states were expected; "
@@ -40,8 +44,18 @@ class Call:
         return out
 
 
+Beside = Callable[[Tensor], tuple[Any, ...]]
+"""What a layer gives besides the hidden states, by the hidden states that it is fed: known without running
+it, or not needed."""
+
+
+def alone(hidden: Tensor) -> tuple[()]:
+    """Hidden states are all that a layer gives."""
+    return ()
+
+
 class _Reached(Exception):
-    """Ends a forward pass in front of the first layer."""
+    """Ends a forward pass in front of a layer."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -51,9 +65,12 @@ class _Reached(Exception):
 class _StandIn(nn.Module):
     """Stands in the model for a decoder layer: `told` gets its number and its call, and gives its output."""
 
-    def __init__(self, number: int, layer: nn.Module, told: Callable[[int, Tensor, Call], Tensor]) -> None:
+    def __init__(
+        self, number: int, layer: nn.Module, beside: Beside, told: Callable[[int, Tensor, Call], Tensor]
+    ) -> None:
         super().__init__()
-        self._number, self._held, self._told = number, (layer,), told  # a tuple: parameters keep their names
+        self._number, self._held = number, (layer,)  # a tuple: parameters keep their names
+        self._beside, self._told = beside, told
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -61,8 +78,10 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(self._held[0], name)  # models ask layers for their attention type
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._told(self._number, hidden, Call(args, kwargs))
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        beside = self._beside(hidden)
+        out = self._told(self._number, hidden, Call(args, kwargs, beside))
+        return (out, *beside) if beside else out
 
 
 class _Placeholder(nn.Module):
@@ -96,11 +115,17 @@ class Skeleton:
     """The forward passes of all batches, cut at the layers.
 
     `forward` is the model or its decoder; `layers_at` names its decoder layers; `batches` are i64 [rows, n]
-    on the device where layers run. `layers` are the model's own, which the driver runs.
+    on the device where layers run; `beside` says what layers give besides hidden states. `layers` are the
+    model's own, which the driver runs.
     """
 
     def __init__(
-        self, model: PreTrainedModel, forward: Callable[..., Any], layers_at: str, batches: list[Tensor]
+        self,
+        model: PreTrainedModel,
+        forward: Callable[..., Any],
+        layers_at: str,
+        batches: list[Tensor],
+        beside: Beside = alone,
     ) -> None:
         self.model, self.forward, self.batches = model, forward, batches
         # Collected by hooks while a layer runs, but here layers run outside of the model's forward.
@@ -111,7 +136,7 @@ class Skeleton:
         assert isinstance(holder, nn.ModuleList)
         self.layers = list(holder)
         for index, layer in enumerate(self.layers):
-            holder[index] = _StandIn(index, layer, lambda *told: self._told(*told))
+            holder[index] = _StandIn(index, layer, beside, lambda *told: self._told(*told))
         self._told: Callable[[int, Tensor, Call], Tensor] = _nobody
         self._calls = [self._dry(batch) for batch in batches]
 
@@ -158,9 +183,16 @@ class Skeleton:
 
         def told(number: int, hidden: Tensor, call: Call) -> Tensor:
             calls.append(call)
+            if number == len(self.layers) - 1:  # what comes behind needs weights
+                raise _Reached(hidden)
             return hidden
 
-        with torch.inference_mode(), self._telling(told), self._without_embedding():
+        with (
+            torch.inference_mode(),
+            self._telling(told),
+            self._without_embedding(),
+            suppress(_Reached),
+        ):
             self._run(batch)
         return calls
 

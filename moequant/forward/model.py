@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.errors import CheckpointError, foreign
+from moequant.forward.causal import causal_class
 from moequant.forward.experts import EXPERTS
 from moequant.values import Weight
 from moequant.values.ops import put, shape_after
@@ -45,12 +46,14 @@ def empty_model(
     Raises CheckpointError for a weight of another shape than the model's, and when a parameter or a buffer
     that checkpoints hold would be filled by nothing.
     """
+    cls = causal_class(checkpoint.config)
     unfit = f"{checkpoint.path}: transformers cannot build the model that config.json describes"
     with foreign(CheckpointError, unfit), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = cls._from_config(
             copy.deepcopy(checkpoint.config),
             dtype=torch.float32,
-            attn_implementation=_attention(checkpoint),
+            # torch's attention kernels, unless the class has terms that they do not know, such as sinks.
+            attn_implementation="sdpa" if cls._supports_sdpa else "eager",
             experts_implementation=experts,
         )
     _check_filled(checkpoint, model)
@@ -63,12 +66,6 @@ def empty_model(
                 model._init_weights(module)
     made: PreTrainedModel = model.eval().requires_grad_(False)
     return made
-
-
-def _attention(checkpoint: Checkpoint) -> str:
-    """torch's attention kernels, unless the class has terms that they do not know, such as sinks."""
-    cls = AutoModelForCausalLM._model_mapping[type(checkpoint.config)]
-    return "sdpa" if cls._supports_sdpa else "eager"
 
 
 def fill(

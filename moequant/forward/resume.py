@@ -5,6 +5,7 @@ Where only weights from some layer on change, what the layers before it compute 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Resumable:
         self._doors = [_Door(layer) for layer in layers]
         for index, door in enumerate(self._doors):
             layers[index] = door
-        self._kept: list[list[Tensor]] = []
+        self._kept: list[list[_Passed]] = []
         self.base = [self._first(row) for row in ids]
 
     def logits(self, layer: int = 0) -> list[Tensor]:
@@ -29,18 +30,31 @@ class Resumable:
         for index, door in enumerate(self._doors):
             door.closed = index < layer
         return [
-            self._run(input_ids=row[None]) if not layer else self._run(inputs_embeds=kept[layer])
+            self._run(input_ids=row[None]) if not layer else self._again(layer, kept)
             for row, kept in zip(self._ids, self._kept, strict=True)
         ]
 
+    def _again(self, layer: int, kept: list[_Passed]) -> Tensor:
+        for door, passed in zip(self._doors, kept, strict=True):
+            door.passed = passed
+        return self._run(inputs_embeds=kept[layer].fed)
+
     def _first(self, row: Tensor) -> Tensor:
         logits = self._run(input_ids=row[None])
-        self._kept.append([door.fed for door in self._doors])
+        self._kept.append([door.passed for door in self._doors])
         return logits
 
     def _run(self, **inputs: Tensor) -> Tensor:
         logits: Tensor = self._model(**inputs, use_cache=False).logits[0]
         return logits
+
+
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """What a layer was fed, and what it gave besides hidden states."""
+
+    fed: Tensor
+    beside: tuple[Any, ...]
 
 
 class _Door(nn.Module):
@@ -56,9 +70,9 @@ class _Door(nn.Module):
         except AttributeError:
             return getattr(self._held[0], name)  # models ask layers for their attention type
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.closed:
-            return hidden
-        self.fed = hidden
-        out: Tensor = self._held[0](hidden, *args, **kwargs)
+            return (hidden, *self.passed.beside) if self.passed.beside else hidden
+        out: Any = self._held[0](hidden, *args, **kwargs)
+        self.passed = _Passed(hidden, out[1:] if isinstance(out, tuple) else ())
         return out

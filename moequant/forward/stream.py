@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint, load
-from moequant.errors import PlanError
-from moequant.forward.calls import Skeleton
+from moequant.errors import CheckpointError, PlanError
+from moequant.forward.calls import Beside, Skeleton, alone
 from moequant.forward.experts import EXPERTS
 from moequant.forward.hidden import Hidden, InMemory, OnDisk
 from moequant.forward.model import Provider, empty_model, fill, release
@@ -105,6 +105,28 @@ def sites(weights: Iterable[Weight]) -> tuple[Site, ...]:
     return tuple({weight.site.name: weight.site for weight in weights if weight.site is not None}.values())
 
 
+def _beside(checkpoint: Checkpoint, tokens: int) -> Beside:
+    """What the layers give besides hidden states, for rows of so many tokens.
+
+    Layers that give which tokens to look at give all of them, in short rows, in whatever version of the
+    weights. CheckpointError for rows in which they would have to choose.
+    """
+    if checkpoint.family.chosen is None:
+        return alone
+    most = checkpoint.family.chosen(checkpoint.config)
+    if tokens > most:
+        raise CheckpointError(
+            f"{checkpoint.family.name}: layers look at {most} tokens that an earlier layer chose; rows of {tokens} "
+            f"tokens cannot be streamed, only up to {most}"
+        )
+
+    def every_token(hidden: Tensor) -> tuple[Tensor]:
+        numbers = torch.arange(tokens, dtype=torch.int32, device=hidden.device)
+        return (numbers.expand(*hidden.shape[:2], tokens),)
+
+    return every_token
+
+
 class LayerStream:
     """The layers of a checkpoint, one at a time, and rows of tokens that cross them together.
 
@@ -133,6 +155,7 @@ class LayerStream:
             self.model if whole else self.model.get_decoder(),
             checkpoint.family.layers_at,
             [batch.to(resources.device) for batch in self.batches],
+            _beside(checkpoint, ids.shape[1]),
         )
         self._ahead: dict[str, Future[Tensor]] = {}
         self._disk = ThreadPoolExecutor(1)

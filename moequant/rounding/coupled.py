@@ -161,7 +161,7 @@ class Coupled:
         copies = [copy.deepcopy(layer) for layer in stream.skeleton.layers]  # empty: on the meta device
         for index in stream.layers():
             share(stream.skeleton.layers[index], copies[index])
-            layer = Layer(index, copies[index], self._middle(index), Kept(self._attention_output(index)))
+            layer = Layer(index, copies[index], self._middle(index), self._kept(index))
             yield from self._layer(layer, streams)
             copies[index] = nn.Identity()
         for weight in outside:
@@ -200,13 +200,14 @@ class Coupled:
         norms = [each for each in self.stream.weights(index) if each.name == f"layers.{index}.ffn_norm"]
         return norms[0].place.param.removesuffix(".weight") if norms else ""
 
-    def _attention_output(self, index: int) -> str:
-        """The module in the layer that ends its attention, "" when there is no room to keep its inputs."""
+    def _kept(self, index: int) -> Kept:
+        """Where the layer's attention ends; nowhere when there is no room to keep what that is fed."""
         ends = [weight for weight in self.stream.weights(index) if weight.role is Role.ATTN_OUT]
         tokens = sum(batch.numel() for batch in self.stream.batches)
         if not ends or 2 * 4 * tokens * ends[0].n_in > self.rounding.kept_bytes:
-            return ""
-        return inside(index, ends[0].place.param).removesuffix(".weight")
+            return Kept()
+        last = inside(index, ends[0].place.param).removesuffix(".weight")
+        return Kept(last, others=1 if self.stream.checkpoint.family.chosen is None else 2)
 
     def _layer(self, layer: Layer, streams: Streams) -> list[Result]:
         weights = self.stream.weights(layer.index)
@@ -288,7 +289,7 @@ class Coupled:
             self.stream.run(layer.index, batch, streams.exact, told[0], layer.original)
             self.stream.run(layer.index, batch, streams.rounded, told[1])
             residual = None
-            if weight.role is Role.ATTN_OUT:
+            if weight.role in (Role.ATTN_OUT, Role.SSM_OUT):
                 assert exact.inputs is not None and rounded.inputs is not None
                 shape = (*self.stream.batches[batch].shape, -1)
                 layer.kept.keep(batch, exact.inputs.view(shape), rounded.inputs.view(shape))

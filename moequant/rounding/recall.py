@@ -47,10 +47,12 @@ class Recalled(Recorder):
 class Kept:
     """What the attention output of one layer is fed, batch by batch: in full precision and as rounded.
 
-    `last` is that product in the layer, such as `self_attn.o_proj`; "" keeps nothing.
+    `last` is that product in the layer, such as `self_attn.o_proj`; "" keeps nothing. The attention module
+    gives so many `others`, which nobody needs.
     """
 
     last: str = ""
+    others: int = 1
     batches: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def keep(self, batch: int, exact: Tensor, rounded: Tensor) -> None:
@@ -72,7 +74,9 @@ class Kept:
         """Inside the block the attention of these layers listens to `recorders`."""
         held = [layer.get_submodule(self._attention) for layer in layers] if self.last else []
         for layer, attention in zip(layers, held, strict=False):
-            layer.set_submodule(self._attention, _Recalling(attention, self.last.rpartition(".")[2]))
+            layer.set_submodule(
+                self._attention, _Recalling(attention, self.last.rpartition(".")[2], self.others)
+            )
         try:
             yield
         finally:
@@ -87,8 +91,9 @@ class Kept:
 class _Recalling(nn.Module):
     """Stands for an attention module and computes no more than its last product where that suffices."""
 
-    def __init__(self, attention: nn.Module, last: str) -> None:
+    def __init__(self, attention: nn.Module, last: str, others: int) -> None:
         super().__init__()
+        self._others = (None,) * others
         self._held, self._last = (attention,), last  # a tuple: the parameters keep their names
 
     def __getattr__(self, name: str) -> Any:
@@ -100,5 +105,5 @@ class _Recalling(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         current = recorder()
         if isinstance(current, Recalled):
-            return self._held[0].get_submodule(self._last)(current.attention), None
+            return self._held[0].get_submodule(self._last)(current.attention), *self._others
         return self._held[0](*args, **kwargs)

@@ -33,6 +33,7 @@ class Role(StrEnum):
     V_B = "v_b"
     SINKS = "sinks"
     INDEXER = "indexer"
+    INDEXER_WEIGHTS = "indexer_weights"
     ROUTER = "router"
     CORRECTION = "correction"
     GATE = "gate"
@@ -50,6 +51,8 @@ class Role(StrEnum):
     STATE = "state"
     CONV = "conv"
     SSM_IN = "ssm_in"
+    SSM_X = "ssm_x"
+    SSM_DT = "ssm_dt"
     SSM_OUT = "ssm_out"
 
     @property
@@ -70,6 +73,7 @@ _PRECISE = frozenset(
         Role.SCALE,
         Role.SINKS,
         Role.ROUTER,
+        Role.INDEXER_WEIGHTS,
         Role.CORRECTION,
         Role.SHARED_ROUTER,
         Role.STATE,

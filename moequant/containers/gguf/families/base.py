@@ -63,6 +63,19 @@ class Computed:
     values: tuple[float, ...]
 
 
+def yarn_bounds(config: Config) -> tuple[str, ...]:
+    """A warning where YaRN has bounds of its own: graphs read them from no file, but for Grok and Mistral 3."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
+    if rope.get("rope_type") != "yarn" or (fast, slow) == (32, 1):
+        return ()
+    return (
+        f"llama.cpp does not read YaRN's beta_fast = {fast:g} and beta_slow = {slow:g} from the file and takes "
+        f"32 and 1, so it would compute something else; run it with --yarn-beta-fast {fast:g} "
+        f"--yarn-beta-slow {slow:g}",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Export:
     """A family's way into GGUF.
@@ -79,7 +92,7 @@ class Export:
     names: Mapping[str, str] = field(default_factory=dict)
     cut: Cut = whole
     computed: Callable[[Config], tuple[Computed, ...]] = nothing
-    warnings: Callable[[Config], tuple[str, ...]] = nothing
+    warnings: Callable[[Config], tuple[str, ...]] = yarn_bounds
 
 
 def only(config: Config, arch: str, key: str, *allowed: Any) -> Iterator[str]:

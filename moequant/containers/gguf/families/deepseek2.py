@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, dense_in_front, only
+from moequant.containers.gguf.families.base import Export, FileTensor, Key, dense_in_front, only, yarn_bounds
 from moequant.containers.gguf.families.keys import SIGMOID, SOFTMAX, leading_dense, rope, routing, sizes
 from moequant.families import Config
 from moequant.families.mla import query_module
@@ -146,8 +146,9 @@ def mistral_complaints(config: Config) -> Iterator[str]:
 def warnings(config: Config) -> tuple[str, ...]:
     """What llama.cpp computes a little differently."""
     if config.rms_norm_eps == LATENT_EPS:
-        return ()
+        return yarn_bounds(config)
     return (
+        *yarn_bounds(config),
         f"llama.cpp norms the latents of attention with rms_norm_eps = {config.rms_norm_eps:g}, transformers "
         f"with {LATENT_EPS:g}: logits differ a little",
     )

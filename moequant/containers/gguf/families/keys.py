@@ -34,6 +34,7 @@ def sizes(config: Config) -> tuple[Key, ...]:
     """Shape and norm keys that every llama-like architecture reads; of a model without dense layers, not
     their width."""
     heads, width = int(config.num_attention_heads), getattr(config, "intermediate_size", None)
+    eps = getattr(config, "rms_norm_eps", None)
     return (
         Key("context_length", "u32", int(config.max_position_embeddings)),
         Key("embedding_length", "u32", int(config.hidden_size)),
@@ -41,9 +42,15 @@ def sizes(config: Config) -> tuple[Key, ...]:
         *([] if width is None else [Key("feed_forward_length", "u32", int(width))]),
         Key("attention.head_count", "u32", heads),
         Key("attention.head_count_kv", "u32", int(getattr(config, "num_key_value_heads", None) or heads)),
-        Key("attention.layer_norm_rms_epsilon", "f32", float(config.rms_norm_eps)),
+        *([] if eps is None else [Key("attention.layer_norm_rms_epsilon", "f32", float(eps))]),
         Key("vocab_size", "u32", int(config.vocab_size)),
     )
+
+
+def instead(keys: tuple[Key, ...], *others: Key) -> tuple[Key, ...]:
+    """The keys, with `others` in place of those of their names."""
+    named = {key.name for key in others}
+    return (*(key for key in keys if key.name not in named), *others)
 
 
 def expert_counts(config: Config) -> tuple[Key, ...]:
@@ -120,15 +127,19 @@ def head_dim(config: Config) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def head_sizes(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
-    """Width of heads, the share of them that is rotated, and the base of the rotation and its scaling."""
+def head_widths(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
+    """Width of heads, and of the share of them that is rotated."""
     width = head_dim(config)
     return (
         Key("rope.dimension_count", "u32", int(width * rotated)),
         Key("attention.key_length", "u32", width),
         Key("attention.value_length", "u32", width),
-        *rope(config),
     )
+
+
+def head_sizes(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
+    """The same, with the base of the rotation and its scaling."""
+    return (*head_widths(config, rotated), *rope(config))
 
 
 def rotated_part(config: Config) -> float:
@@ -162,9 +173,10 @@ def _yarn(config: Config, found: Mapping[str, Any], factor: float) -> tuple[Key,
         if found.get(name) is not None:
             keys.append(Key(f"rope.scaling.{key}", "f32", float(found[name])))
     if found.get("attention_factor") is not None:
-        # llama.cpp multiplies its own factor, 1 + 0.1 ln(factor), by this key; the config gives the whole.
+        # llama.cpp multiplies its own factor, 1 + 0.1 ln(factor), by this key (it reads yarn_attn_factor, and
+        # then forgets it); the config gives the whole.
         own = 1.0 + 0.1 * math.log(factor) if factor > 1 else 1.0
-        keys.append(Key("rope.scaling.yarn_attn_factor", "f32", float(found["attention_factor"]) / own))
+        keys.append(Key("rope.scaling.attn_factor", "f32", float(found["attention_factor"]) / own))
     return tuple(keys)
 
 

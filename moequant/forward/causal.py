@@ -1,0 +1,42 @@
+"""The class of a text model with its head: transformers' own, or its text model with a head put on.
+
+Models that also see or hear are sometimes there only as a whole; their text model is a class of its own.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that computes logits of a text config's model."""
+    known = AutoModelForCausalLM._model_mapping
+    return known[type(config)] if type(config) in known else _headed(AutoModel._model_mapping[type(config)])
+
+
+@cache
+def _headed(text: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A class that puts a head on what a text model makes."""
+    base: Any = next(cls for cls in text.__mro__[1:] if issubclass(cls, PreTrainedModel))
+
+    class Headed(base):  # type: ignore[misc]
+        """A text model and its head."""
+
+        config_class = text.config_class
+
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            self.model = text(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.post_init()
+
+        def forward(self, input_ids: Tensor, **arguments: Any) -> CausalLMOutputWithPast:
+            hidden = self.model(input_ids=input_ids, **arguments).last_hidden_state
+            return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+
+    return Headed
