@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from moequant import escape
 from moequant.containers.gguf.presets import BASE_TYPES
-from moequant.errors import MoequantError
+from moequant.errors import LONGEST, MoequantError, one_line
 from moequant.files import Interrupted, interruptible
 
 
@@ -85,7 +85,7 @@ def guarded(action: Callable[[], T]) -> T:
     try:
         return action()
     except MoequantError as error:
-        typer.echo(f"moequant: {escape.plain(str(error))}", err=True)
+        typer.echo(f"moequant: {one_line(escape.plain(str(error)), LONGEST)}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -142,12 +142,11 @@ def texts(random: Random, ground: Ground, folder: Path) -> Attempt:
     )
     path = folder / name
     lines = [json.dumps(value).encode() for value in ({"text": damage.odd(random)}, damage.odd(random), {})]
-    path.write_bytes(
-        random.choice(
-            [b"", b"\n\n\n", b"\0" * 5000, random.randbytes(2000),
-             b"\xff\xfe" + "wide ".encode("utf-16-le") * 600,             b"a" * 200_000, b"\n".join(lines * 20), ground.files["text"].read_bytes()]
-        )
-    )  # fmt: skip
+    contents = [
+        b"", b"\n\n\n", b"\0" * 5000, random.randbytes(2000), b"\xff\xfe" + "wide ".encode("utf-16-le") * 600,
+        b"a" * 200_000, b"\n".join(lines * 20), ground.files["text"].read_bytes(),
+    ]  # fmt: skip
+    path.write_bytes(random.choice(contents))
     model, out = str(ground.models["qwen3_moe"]), folder / "out"
     use = ["route", model, "--calib", str(path), "--calib-tokens", "1024"]
     more = random.choice(

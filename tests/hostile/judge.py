@@ -40,7 +40,7 @@ SHARES = {"configs": 3, "options": 2, "tokenizers": 2, "special": 2}
 HANG = 30
 """Seconds of its own processor time that an attempt may take, and four times as many of the clock's."""
 
-LINE = 1000
+LINE = len("moequant: ") + 1000
 """Characters that a message may have."""
 
 MEMORY = 2.0
