@@ -255,6 +255,12 @@ def _shape(family: Family, config: Config) -> ModelShape:
     for key, size in (("num_hidden_layers", shape.layers), ("number of experts", shape.experts)):
         if size > MOST:
             raise FamilyError(f"{family.name}: config key {key} = {size}: more than any model has")
+    for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
+        epsilon = getattr(config, key, None)
+        if epsilon is not None and not 0 <= epsilon < 1:
+            raise FamilyError(
+                f"{family.name}: config key {key} = {epsilon}: a number from 0 to 1 was expected"
+            )
     check_experts(family, shape.experts, shape.experts_used)
     return shape
 

@@ -19,8 +19,7 @@ import transformers
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint, load
-from moequant.errors import VerifyError
-from moequant.families.config import one_line
+from moequant.errors import VerifyError, one_line
 from moequant.forward.model import Provider, build_model
 from moequant.progress import available_bytes
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from moequant.errors import CheckpointError, FamilyError
+from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.families.base import Config, Family
 
 HARMLESS = frozenset(
@@ -90,12 +90,8 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
     if tied is not None:
         given["tie_word_embeddings"] = tied
     cls = CONFIG_MAPPING[family.model_type]
-    try:
+    with foreign(FamilyError, f"config.json: {family.model_type} cannot be made of it"):
         config = cls.from_dict(given)
-    except Exception as error:  # the class's own checks raise what they like
-        raise FamilyError(
-            f"config.json: {family.model_type} cannot be made of it ({one_line(error)})"
-        ) from None
     if getattr(config, "head_dim", 0) is None:  # as attention reads it; YaRN in transformers trips over it
         config.head_dim = config.hidden_size // config.num_attention_heads
     _check_keys(family, given, config)
@@ -111,12 +107,6 @@ def _floats(value: Any) -> Any:
             return float(told)
         return {key: _floats(each) for key, each in value.items()}
     return [_floats(each) for each in value] if isinstance(value, list) else value
-
-
-def one_line(error: Exception, limit: int = 300) -> str:
-    """An exception of somebody else's as one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> None:
