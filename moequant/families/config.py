@@ -96,9 +96,9 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
         raise FamilyError(
             f"config.json: {family.model_type} cannot be made of it ({one_line(error)})"
         ) from None
-    if (
-        getattr(config, "head_dim", 0) is None
-    ):  # as attention takes it; transformers' own YaRN trips over None
+    # As attention takes it; transformers' own YaRN trips over None. Configs of unlike layers do not let it be
+    # read.
+    if vars(config).get("head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
     _check_keys(family, given, config)
     return config
