@@ -528,7 +528,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 192, "moe_num_experts": 6, "moe_top_k": 3},
     },
-    "llama4_text": {
+    "llama4": {
         "num_hidden_layers": 4,
         "head_dim": 32,
         "intermediate_size": 192,
@@ -544,7 +544,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "original_max_position_embeddings": 256,
         },
     },
-    "gemma4_text": {
+    "gemma4": {
         "num_hidden_layers": 3,
         "head_dim": 32,
         "global_head_dim": 64,
@@ -618,11 +618,32 @@ VISION: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 16,
         "image_size": 28,
     },
+    "llama4": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vision_output_dim": 48,
+        "projector_input_dim": 48,
+        "projector_output_dim": 48,
+        "image_size": 28,
+    },
+    "gemma4": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "position_embedding_size": 16,
+    },
 }
 """Vision towers of families whose checkpoints have one: the smallest."""
 
 WHOLE: Mapping[str, str] = {"mistral4": "mistral3"}
 """What the model with its vision tower is called, where that is not the family's name."""
+
+MUP = {"init_method": "mup", "normalization_function": "rmsnorm"}
 
 SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1}
 
@@ -682,6 +703,29 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "index_share_for_mtp_iteration": True,
         "indexer_rope_interleave": True,
         "rope_interleave": True,
+    },
+    "dbrx": {"router_aux_loss_coef": 0.05},
+    "llama4": {
+        "attn_temperature_tuning": True,
+        "cache_implementation": "hybrid",
+        "for_llm_compressor": False,
+        "layer_types": None,
+        "moe_layers": None,
+        "no_rope_layers": [],
+    },
+    "gemma4": {
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 1,
+        "per_layer_config": None,
+        "use_bidirectional_attention": "vision",
+    },
+    "granitemoe": MUP,
+    "granitemoeshared": MUP,
+    "granitemoehybrid": MUP
+    | {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "position_embedding_type": "nope",
+        "time_step_limit": None,
     },
     "kimi_k2": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
     "kimi_k25": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
@@ -807,11 +851,12 @@ def as_released(folder: Path, family: str) -> Path:
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     text = raw.get("text_config", raw)
-    rope = dict(text.pop("rope_parameters"))
-    text["rope_theta"] = rope.pop("rope_theta")
-    if (factor := rope.pop("partial_rotary_factor", None)) is not None:
-        text["partial_rotary_factor"] = factor
-    text["rope_scaling"] = rope if rope.keys() - {"rope_type"} else None
+    if "rope_theta" in text["rope_parameters"]:  # those of each kind of layers are as transformers 5 has them
+        rope = dict(text.pop("rope_parameters"))
+        text["rope_theta"] = rope.pop("rope_theta")
+        if (factor := rope.pop("partial_rotary_factor", None)) is not None:
+            text["partial_rotary_factor"] = factor
+        text["rope_scaling"] = rope if rope.keys() - {"rope_type"} else None
     for key, value in RELEASES.get(family, {}).items():
         text[key] = value
         if value is None:
