@@ -30,9 +30,8 @@ SIZES = (*NUMBERS, "14G", "1e9G", "9" * 400 + "G", "0.0000001K", "1KiBiB", "G", 
 
 NAMES = (
     "a" * 231 + ".gguf", "a" * 5000, "\x1b[31m.gguf", "a\nb.gguf", "..", ".", "", "a/b/c.gguf", "é" * 120,
-    "a\0b",
-    "[/bold].gguf", "$\\bad$.gguf", "-x", "~", "\ud800.gguf", "/dev/null", "/dev/full", "/proc/self/mem",
-    "/dev/stdout", "/nowhere/a.gguf",
+    "a\0b", "[/bold].gguf", "$\\bad$.gguf", "-x", "~", "\ud800.gguf", "/dev/null", "/dev/full",
+    "/proc/self/mem", "/dev/stdout", "/nowhere/a.gguf",
 )  # fmt: skip
 
 WORDS = (
