@@ -31,16 +31,24 @@ BITS = {
 
 def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
     """A JSON object from a regular file; CheckpointError when there is none."""
-    check_regular(path)
-    if path.stat().st_size > limit:
-        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; at most {limit:,} were expected")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        value = json.loads(read_text(path, limit))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON object was expected")
     return value
+
+
+def read_text(path: Path, limit: int = MAX_HEADER) -> str:
+    """The UTF-8 of a regular file; CheckpointError when there is none, or more than `limit` bytes."""
+    check_regular(path)
+    if path.stat().st_size > limit:
+        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; at most {limit:,} were expected")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def check_regular(path: Path) -> None:

@@ -57,11 +57,11 @@ def moe_shape(config: Config) -> ModelShape:
     return shape(config, int(experts), int(config.num_experts_per_tok))
 
 
-def ends(config: Config) -> tuple[Slot, ...]:
-    """Embedding, final norm and head. The head's input is seen where it is made, so that nobody computes
+def ends(config: Config, final: str = "model.norm", embedded: str = "model.embed_tokens") -> tuple[Slot, ...]:
+    """Embedding, `final` norm and head. The head's input is seen where it is made, so that nobody computes
     logits to see it. Of a tied pair checkpoints may hold either one."""
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    site = Site("head.input", "model.norm", "output")
+    embedding, head = f"{embedded}.weight", "lm_head.weight"
+    site = Site("head.input", final, "output")
     return (
         Slot(
             "embedding",
@@ -70,7 +70,7 @@ def ends(config: Config) -> tuple[Slot, ...]:
             (Get(embedding), Get(head)) if config.tie_word_embeddings else (),
             site=site if config.tie_word_embeddings else None,
         ),
-        Slot("norm", Role.NORM, "model.norm.weight"),
+        Slot("norm", Role.NORM, f"{final}.weight"),
         Slot("head", Role.OUTPUT, head, site=site, optional=bool(config.tie_word_embeddings)),
     )
 
@@ -104,11 +104,12 @@ def attention(
     *,
     qk_norm: bool = False,
     biased: bool = False,
-    ffn_norm: str = "post_attention_layernorm",
+    ffn_norm: str | None = "post_attention_layernorm",
     adds: bool = True,
 ) -> tuple[Slot, ...]:
     """Norms and projections of llama-like attention; q, k and v multiply the same activations. `ffn_norm` is
-    the norm in front of the feed-forward block."""
+    the norm in front of the feed-forward block, None where it shares that of attention. What attention
+    gives is not added as it is (`adds`) where a norm or a multiplier stands behind."""
     into = seen(layer, "attn.input", "self_attn.q_proj")
     out = seen(layer, "attn.output", "self_attn.o_proj")
     slots = [
@@ -117,8 +118,9 @@ def attention(
         *linear(layer, "attn_k", Role.ATTN_K, "self_attn.k_proj", into, biased=biased),
         *linear(layer, "attn_v", Role.ATTN_V, "self_attn.v_proj", into, biased=biased),
         *linear(layer, "attn_out", Role.ATTN_OUT, "self_attn.o_proj", out, biased=biased, adds=adds),
-        norm(layer, "ffn_norm", ffn_norm),
     ]
+    if ffn_norm is not None:
+        slots.append(norm(layer, "ffn_norm", ffn_norm))
     if qk_norm:
         slots += [
             norm(layer, "attn_q_norm", "self_attn.q_norm"),
@@ -155,6 +157,20 @@ def gated_ffn(
     )
 
 
+def plain_ffn(layer: int, module: str, kind: str = "ffn") -> tuple[Slot, ...]:
+    """The same without a gate."""
+    up, down = {
+        "ffn": (Role.DENSE_UP, Role.DENSE_DOWN),
+        "shared": (Role.SHARED_UP, Role.SHARED_DOWN),
+    }[kind]
+    into = seen(layer, f"{kind}.input", f"{module}.up_proj")
+    inner = seen(layer, f"{kind}.inner", f"{module}.down_proj")
+    return (
+        *linear(layer, f"{kind}.up", up, f"{module}.up_proj", into),
+        *linear(layer, f"{kind}.down", down, f"{module}.down_proj", inner, adds=kind == "ffn"),
+    )
+
+
 def released(slots: tuple[Slot, ...], ours: str, theirs: str) -> tuple[Slot, ...]:
     """The same slots of a module that releases call `theirs` and transformers `ours`: either is read."""
     return tuple(
@@ -178,22 +194,31 @@ def shared_expert(layer: int, module: str = "mlp.shared_expert") -> tuple[Slot, 
 class Experts:
     """How a family keeps the experts of a layer.
 
-    `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert, `names` what
-    those call gate, up and down. `module` is where transformers has them, fused: gate_up_proj [E, 2f, h],
-    down_proj [E, h, f]. Where checkpoints may keep those transposed, `transposed_for` is h.
+    `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert ("": there are
+    none such), `names` what those call gate, up and down. `module` is where transformers has them, fused:
+    gate_up_proj [E, 2f, h], down_proj [E, h, f]; of experts that are not `gated`, up_proj [E, f, h] and
+    down_proj. `fused` is what the release calls these two, if otherwise. Where checkpoints may keep fused
+    ones transposed, `transposed_for` is h.
     """
 
     width: int
     stored: str = "mlp.experts"
     names: tuple[str, str, str] = PROJECTIONS
     module: str = "mlp.experts"
+    gated: bool = True
+    fused: tuple[str, str] | None = None
     transposed_for: int | None = None
 
     def slots(self, layer: int, adds: bool = True) -> tuple[Slot, ...]:
-        """Gate, up and down of all experts of a layer."""
+        """Gate, if there is one, up and down of all experts of a layer."""
         at = f"model.layers.{layer}.{self.module}"
         before = Site(f"layers.{layer}.experts.input", at, "experts")
         inner = Site(f"layers.{layer}.experts.inner", at, "inner")
+        if not self.gated:
+            return (
+                self._slot(layer, 1, Role.UP, "up_proj", (), before),
+                self._slot(layer, 2, Role.DOWN, "down_proj", (), inner, adds),
+            )
         halves: tuple[tuple[Op, ...], ...] = (Part(0, self.width),), (Part(self.width, 2 * self.width),)
         return (
             self._slot(layer, 0, Role.GATE, "gate_up_proj", halves[0], before),
@@ -204,10 +229,14 @@ class Experts:
     def _slot(
         self, layer: int, which: int, role: Role, param: str, ops: Ops, site: Site, adds: bool = False
     ) -> Slot:
-        fused = f"model.layers.{layer}.{self.module}.{param}"
-        one = f"model.layers.{layer}.{self.stored}.{{e}}.{self.names[which]}.weight"
+        at, ways = f"model.layers.{layer}", list[Get]()
+        fused = f"{at}.{self.module}.{param}"
+        if self.stored:
+            ways.append(Get(f"{at}.{self.stored}.{{e}}.{self.names[which]}.weight"))
+        if self.fused:
+            ways.append(Get(f"{at}.{self.fused[which == 2]}", ops))
         name = f"layers.{layer}.experts.{role.value}"
-        return Slot(name, role, fused, (Get(one), *self._fused(fused, ops)), ops, site, Stack.EXPERTS, adds)
+        return Slot(name, role, fused, (*ways, *self._fused(fused, ops)), ops, site, Stack.EXPERTS, adds)
 
     def _fused(self, name: str, ops: Ops) -> tuple[Get, ...]:
         """The ways of a fused stack; square matrices stand as in the model, as transformers takes them."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from moequant.errors import CheckpointError, FamilyError
+from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.families.base import Config, Family
 
 HARMLESS = frozenset(
@@ -52,7 +52,7 @@ HARMLESS = frozenset(
 BOOKKEEPING = ("_", "unsloth")
 """Saving tools keep books under such names: `_attn_implementation_autoset`, `unsloth_version`."""
 
-_NOT_GIVEN = ("auto_map", "quantization_config", "model_type")
+_NOT_GIVEN = ("auto_map", "quantization_config", "model_type", "use_return_dict")
 """Keys that the class does not get: how the checkpoint is stored, and another name for the class."""
 
 
@@ -85,28 +85,29 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
             f"config.json: model_type {kind!r} does not go with {family.classes[0]}, whose type is "
             f"{family.model_type!r}"
         )
-    given = {key: value for key, value in text.items() if key not in _NOT_GIVEN}
+    given = {key: _floats(value) for key, value in text.items() if key not in _NOT_GIVEN}
+    given = family.dialect(given)
     if tied is not None:
         given["tie_word_embeddings"] = tied
     cls = CONFIG_MAPPING[family.model_type]
-    try:
+    with foreign(FamilyError, f"config.json: {family.model_type} cannot be made of it"):
         config = cls.from_dict(given)
-    except Exception as error:  # the class's own checks raise what they like
-        raise FamilyError(
-            f"config.json: {family.model_type} cannot be made of it ({one_line(error)})"
-        ) from None
-    if (
-        getattr(config, "head_dim", 0) is None
-    ):  # as attention takes it; transformers' own YaRN trips over None
+    # As attention reads it; YaRN in transformers trips over None. Where layers are unlike, reading it raises.
+    if vars(config).get("head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
     _check_keys(family, given, config)
     return config
 
 
-def one_line(error: Exception, limit: int = 300) -> str:
-    """An exception of somebody else's as one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _floats(value: Any) -> Any:
+    """A value of a config.json where transformers has written {"__float__": "Infinity"} for what JSON has no
+    word for."""
+    if isinstance(value, dict):
+        told = value.get("__float__")
+        if told in ("Infinity", "-Infinity", "NaN"):
+            return float(told)
+        return {key: _floats(each) for key, each in value.items()}
+    return [_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> None:
@@ -132,8 +133,9 @@ def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> Non
         elif value:
             raise _refused(family, key, value, "unknown, and it may change what the model computes")
     for key, default in own.items():  # what the class derives, or reads under another name
-        now = getattr(config, key, default)
-        if key not in known and key not in given and aliases.get(key, key) not in known and now != default:
+        if key in known or key in given or aliases.get(key, key) in known:
+            continue
+        if (now := getattr(config, key, default)) != default:
             raise _refused(family, key, now, f"only the class's own {default!r} is described")
 
 

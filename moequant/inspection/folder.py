@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from moequant import families
 from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.checkpoint.headers import read_header, read_json
 from moequant.checkpoint.open import renamed
-from moequant.containers.gguf.export import export
+from moequant.containers.gguf.export import check, export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError
 from moequant.families.config import HARMLESS, make_config, text_config
@@ -113,40 +111,18 @@ def role_of(name: str) -> str:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if not file.is_file():
+    if not (path / "config.json").exists():
         raise CheckpointError(f"{path}: no config.json; give a Hugging Face model folder or a GGUF file")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: a JSON object was expected")
-    return value
+    return read_json(path / "config.json")
 
 
 def _headers(path: Path) -> list[_Tensor]:
-    """Every tensor of every safetensors file, by the safetensors library's own reader."""
+    """Every tensor of every safetensors file, whether an index names it or not."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path}: no *.safetensors file; other weight formats are not read")
-    found = []
-    for file in files:
-        try:
-            with safe_open(file, "numpy") as opened:
-                for name in opened.keys():
-                    view = opened.get_slice(name)
-                    shape, kind = tuple(view.get_shape()), view.get_dtype()
-                    found.append(_Tensor(name, shape, kind, prod(shape) * _bits(kind) // 8))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not a complete safetensors file ({error})") from error
-    return found
-
-
-def _bits(kind: str) -> int:
-    """Bits of one number of a safetensors type: the digits of its name, 8 for BOOL."""
-    digits = re.match(r"[A-Z]+(\d+)", kind)
-    return int(digits[1]) if digits else 8
+    refs = (ref for file in files for ref in read_header(file))
+    return [_Tensor(ref.name, ref.shape, ref.dtype, ref.end - ref.begin) for ref in refs]
 
 
 def _stored(tensor: _Tensor, share: float, tied: bool, layers: int | None) -> Stored:
@@ -210,9 +186,10 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
     sizes: tuple[PresetSize, ...] = ()
     try:
         family = families.find(config)
-        unknown = _unknown(family, make_config(family, config), tensors)
-        if unknown:
+        text = make_config(family, config)
+        if unknown := _unknown(family, text, tensors):
             missing.append(f"{family.name}: unknown tensors: {', '.join(unknown)}")
+        check(family, text)
     except FamilyError as error:
         missing.append(str(error))
         if family is None and (near := families.nearest(str((config.get("architectures") or [""])[0]))):

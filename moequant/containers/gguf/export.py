@@ -13,6 +13,7 @@ from torch import Tensor
 from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf.families import COMMON, EXPORTS, Computed, Export, FileTensor, Key
 from moequant.errors import FamilyError
+from moequant.families import Config, Family
 from moequant.values import Origin, Place, Role, Stack, Stored, Weight
 from moequant.values.ops import Ops
 
@@ -56,10 +57,7 @@ def export(checkpoint: Checkpoint) -> Exported:
 
     FamilyError, with every reason, when llama.cpp has no such architecture or computes something else.
     """
-    way = way_of(checkpoint)
-    if reasons := list(way.complaints(checkpoint.config)):
-        more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
-        raise FamilyError(f"{checkpoint.family.name}: {reasons[0]}{more}")
+    way = check(checkpoint.family, checkpoint.config)
     weights: list[Weight] = []
     names: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -87,14 +85,16 @@ def export(checkpoint: Checkpoint) -> Exported:
     )
 
 
-def way_of(checkpoint: Checkpoint) -> Export:
-    """The family's way into GGUF; FamilyError when llama.cpp has none."""
-    way = EXPORTS.get(checkpoint.family.name)
+def check(family: Family, config: Config) -> Export:
+    """The family's way into GGUF; FamilyError as `export` raises it."""
+    way = EXPORTS.get(family.name)
     if way is None:
         raise FamilyError(
-            f"{checkpoint.family.name}: llama.cpp has no such architecture; --format safetensors writes "
-            "a folder"
+            f"{family.name}: llama.cpp has no such architecture; --format safetensors writes a folder"
         )
+    if reasons := list(way.complaints(config)):
+        more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
+        raise FamilyError(f"{family.name}: {reasons[0]}{more}")
     return way
 
 

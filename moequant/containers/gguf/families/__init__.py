@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from moequant.containers.gguf.families.afmoe import AFMOE
 from moequant.containers.gguf.families.base import Computed, Export, FileTensor, Key
+from moequant.containers.gguf.families.cohere2_moe import COHERE2_MOE
+from moequant.containers.gguf.families.dbrx import DBRX
 from moequant.containers.gguf.families.deepseek2 import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, MISTRAL4
 from moequant.containers.gguf.families.deepseek32 import DEEPSEEK_V32, GLM_MOE_DSA
 from moequant.containers.gguf.families.dots1 import DOTS1
 from moequant.containers.gguf.families.ernie4_5_moe import ERNIE4_5_MOE
 from moequant.containers.gguf.families.exaone_moe import EXAONE_MOE
+from moequant.containers.gguf.families.gemma4 import GEMMA4
 from moequant.containers.gguf.families.glm4_moe import GLM4_MOE
 from moequant.containers.gguf.families.gpt_oss import GPT_OSS
+from moequant.containers.gguf.families.granite import GRANITE_MOE, GRANITE_MOE_HYBRID, GRANITE_MOE_SWA
 from moequant.containers.gguf.families.hunyuan import HUNYUAN_V1_MOE, HY_V3
+from moequant.containers.gguf.families.jamba import JAMBA
+from moequant.containers.gguf.families.laguna import LAGUNA
+from moequant.containers.gguf.families.lfm2moe import LFM2_MOE
 from moequant.containers.gguf.families.llama import LLAMA, MIXTRAL
+from moequant.containers.gguf.families.llama4 import LLAMA4
 from moequant.containers.gguf.families.mellum import MELLUM
+from moequant.containers.gguf.families.mimo2 import MIMO_V2_FLASH
 from moequant.containers.gguf.families.minimax_m2 import MINIMAX_M2
 from moequant.containers.gguf.families.names import COMMON
+from moequant.containers.gguf.families.nemotron_h import NEMOTRON_H
 from moequant.containers.gguf.families.olmoe import OLMOE
 from moequant.containers.gguf.families.qwen2moe import QWEN2_MOE
 from moequant.containers.gguf.families.qwen3 import QWEN3, QWEN3_MOE
@@ -36,6 +47,13 @@ EXPORTS: Mapping[str, Export] = {
     "kimi_k25": DEEPSEEK_V3,
     "llama": LLAMA,
     "minimax_m2": MINIMAX_M2,
+    "dbrx": DBRX,
+    "gemma4": GEMMA4,
+    "granitemoe": GRANITE_MOE,
+    "granitemoehybrid": GRANITE_MOE_HYBRID,
+    "granitemoeshared": GRANITE_MOE,
+    "granitemoe_swa": GRANITE_MOE_SWA,
+    "llama4": LLAMA4,
     "mistral": LLAMA,
     "mistral4": MISTRAL4,
     "mixtral": MIXTRAL,
@@ -53,5 +71,12 @@ EXPORTS: Mapping[str, Export] = {
     "hy_v3": HY_V3,
     "exaone_moe": EXAONE_MOE,
     "mellum": MELLUM,
+    "laguna": LAGUNA,
+    "afmoe": AFMOE,
+    "cohere2_moe": COHERE2_MOE,
+    "mimo_v2_flash": MIMO_V2_FLASH,
+    "lfm2_moe": LFM2_MOE,
+    "nemotron_h": NEMOTRON_H,
+    "jamba": JAMBA,
 }
 """By the family's name."""

@@ -10,6 +10,7 @@ from moequant.containers.gguf.families.keys import (
     experts,
     head_dim,
     head_sizes,
+    head_widths,
     leading_dense,
     rope,
     scoring,
@@ -31,16 +32,14 @@ def stretched(config: Config) -> dict[str, object]:
 
 def v1_keys(config: Config) -> tuple[Key, ...]:
     """Keys of Hunyuan-A13B."""
-    width, head = int(config.intermediate_size), head_dim(config)
+    width = int(config.intermediate_size)
     return (
         *sizes(config),
         Key("expert_count", "u32", int(config.num_experts)),
         Key("expert_used_count", "u32", used(config)),
         Key("expert_feed_forward_length", "u32", width),
         Key("expert_shared_feed_forward_length", "u32", width),
-        Key("rope.dimension_count", "u32", head),
-        Key("attention.key_length", "u32", head),
-        Key("attention.value_length", "u32", head),
+        *head_widths(config),
         *rope(config, stretched(config)),
     )
 

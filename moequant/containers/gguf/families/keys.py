@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moequant.containers.gguf.families.base import Key
+from moequant.containers.gguf.families.base import Computed, Key
 from moequant.errors import FamilyError
 from moequant.families import Config
 
@@ -28,6 +28,8 @@ _SCALING = frozenset(
         "mrope_interleaved",
         "llama_4_scaling_beta",
         "max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
     }
 )
 
@@ -36,6 +38,7 @@ def sizes(config: Config) -> tuple[Key, ...]:
     """Shape and norm keys that every llama-like architecture reads; of a model without dense layers, not
     their width."""
     heads, width = int(config.num_attention_heads), getattr(config, "intermediate_size", None)
+    eps = getattr(config, "rms_norm_eps", None)
     return (
         Key("context_length", "u32", int(config.max_position_embeddings)),
         Key("embedding_length", "u32", int(config.hidden_size)),
@@ -43,9 +46,15 @@ def sizes(config: Config) -> tuple[Key, ...]:
         *([] if width is None else [Key("feed_forward_length", "u32", int(width))]),
         Key("attention.head_count", "u32", heads),
         Key("attention.head_count_kv", "u32", int(getattr(config, "num_key_value_heads", None) or heads)),
-        Key("attention.layer_norm_rms_epsilon", "f32", float(config.rms_norm_eps)),
+        *([] if eps is None else [Key("attention.layer_norm_rms_epsilon", "f32", float(eps))]),
         Key("vocab_size", "u32", int(config.vocab_size)),
     )
+
+
+def instead(keys: tuple[Key, ...], *others: Key) -> tuple[Key, ...]:
+    """The keys, with `others` in place of those of their names."""
+    named = {key.name for key in others}
+    return (*(key for key in keys if key.name not in named), *others)
 
 
 def expert_counts(config: Config) -> tuple[Key, ...]:
@@ -122,15 +131,19 @@ def head_dim(config: Config) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def head_sizes(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
-    """Width of heads, the share of them that is rotated, and the base of the rotation and its scaling."""
+def head_widths(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
+    """Width of heads, and of the share of them that is rotated."""
     width = head_dim(config)
     return (
         Key("rope.dimension_count", "u32", int(width * rotated)),
         Key("attention.key_length", "u32", width),
         Key("attention.value_length", "u32", width),
-        *rope(config),
     )
+
+
+def head_sizes(config: Config, rotated: float = 1.0, in_tensors: bool = False) -> tuple[Key, ...]:
+    """The same, with the base of the rotation and its scaling; see `rope`."""
+    return (*head_widths(config, rotated), *rope(config, in_tensors=in_tensors))
 
 
 def rope_sections(config: Config, default: tuple[int, ...]) -> Key:
@@ -156,8 +169,12 @@ def not_turned(sections: Key, rotated: int) -> tuple[str, ...]:
     )
 
 
-def rope(config: Config, parameters: Mapping[str, Any] | None = None) -> tuple[Key, ...]:
+def rope(
+    config: Config, parameters: Mapping[str, Any] | None = None, in_tensors: bool = False
+) -> tuple[Key, ...]:
     """Base and scaling of rotary positions, by the config's `rope_parameters` unless others are given.
+
+    `in_tensors` says that the family also writes `rope_factors`.
 
     Raises FamilyError for a scaling that GGUF cannot express or that is not known here.
     """
@@ -166,13 +183,35 @@ def rope(config: Config, parameters: Mapping[str, Any] | None = None) -> tuple[K
     if unknown := sorted(str(key) for key in found.keys() - _SCALING):
         raise FamilyError(f"rope scaling {kind!r}: key {unknown[0]} is not supported yet")
     base = Key("rope.freq_base", "f32", _number(found, "rope_theta", kind))
-    if kind == "default":
+    if kind == "default" or (kind == "llama3" and in_tensors):
         return (base,)
     if kind not in ("linear", "yarn"):
         raise FamilyError(f"rope scaling {kind!r} is not supported yet; known: default, linear, yarn")
     factor = _number(found, "factor", kind)
     keys = [base, Key("rope.scaling.type", "str", kind), Key("rope.scaling.factor", "f32", factor)]
     return (*keys, *(_yarn(config, found, factor) if kind == "yarn" else ()))
+
+
+def rope_factors(config: Config) -> tuple[Computed, ...]:
+    """What divides each frequency, for a scaling that llama.cpp has no keys for: Llama 3.1's."""
+    found = dict(config.rope_parameters or {})
+    if found.get("rope_type") != "llama3":
+        return ()
+    names = (
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    )
+    base, factor, low, high, context = (_number(found, name, "llama3") for name in names)
+    width = head_dim(config)
+    factors = []
+    for at in range(0, width, 2):
+        turns = context / (2 * math.pi * base ** (at / width))  # in the context of the training
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return (Computed("rope_freqs.weight", tuple(factors)),)
 
 
 def _yarn(config: Config, found: Mapping[str, Any], factor: float) -> tuple[Key, ...]:
@@ -182,9 +221,10 @@ def _yarn(config: Config, found: Mapping[str, Any], factor: float) -> tuple[Key,
         if found.get(name) is not None:
             keys.append(Key(f"rope.scaling.{key}", "f32", float(found[name])))
     if found.get("attention_factor") is not None:
-        # llama.cpp multiplies its own factor, 1 + 0.1 ln(factor), by this key; the config gives the whole.
+        # llama.cpp multiplies its own factor, 1 + 0.1 ln(factor), by this key (it reads yarn_attn_factor, and
+        # then forgets it); the config gives the whole.
         own = 1.0 + 0.1 * math.log(factor) if factor > 1 else 1.0
-        keys.append(Key("rope.scaling.yarn_attn_factor", "f32", float(found["attention_factor"]) / own))
+        keys.append(Key("rope.scaling.attn_factor", "f32", float(found["attention_factor"]) / own))
     return tuple(keys)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moequant.containers.gguf.families.base import Export, Key, only
-from moequant.containers.gguf.families.keys import experts, head_dim, rope, sizes, windows
+from moequant.containers.gguf.families.keys import experts, head_widths, rope, sizes, windows
 from moequant.families import Config
 
 ARCH = "mellum"
@@ -13,14 +13,11 @@ ARCH = "mellum"
 
 def keys(config: Config) -> tuple[Key, ...]:
     """Keys of the file."""
-    head = head_dim(config)
     return (
         *sizes(config),
         *experts(config, config.moe_intermediate_size),
         *windows(config),
-        Key("rope.dimension_count", "u32", head),
-        Key("attention.key_length", "u32", head),
-        Key("attention.value_length", "u32", head),
+        *head_widths(config),
         *rope(config, _parameters(config)),
     )
 
