@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 ROOT = Path(__file__).parents[1]
 """The checkout."""
@@ -274,7 +275,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"intermediate_size": 512},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
 }
-"""One config a family, of the model type that it is called after, or says; shapes are not square where the format allows, so that transposes show."""
+"""One config a family, of the model type that it is called after, or says; shapes are not square where the
+format allows, so that transposes show."""
 
 VISION: Mapping[str, Mapping[str, Any]] = {
     "kimi_k25": {
@@ -351,9 +353,9 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
     "kimi_k2": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
     "kimi_k25": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
 }
-"""Keys of the text's config as releases have them, where transformers 5 saves others; None: they have none."""
+"""Keys of the text's config as releases have them, where transformers 5 saves others; None: there is none."""
 
-_PREDICTION = {
+PREDICTION = {
     "eh_proj.weight": (256, 512),
     "enorm.weight": (256,),
     "hnorm.weight": (256,),
@@ -362,11 +364,18 @@ _PREDICTION = {
     "embed_tokens.weight": (VOCAB, 256),
     "self_attn.o_proj.weight": (256, 256),
 }
-BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = dict.fromkeys(
-    ("deepseek_v3", "glm4_moe", "glm4_moe_lite"),
-    {f"model.layers.3.{name}": shape for name, shape in _PREDICTION.items()},
-)
+
+BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    family: {
+        f"model.layers.{CONFIGS[family]['num_hidden_layers']}.{name}": shape
+        for name, shape in PREDICTION.items()
+    }
+    for family in ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa")
+}
 """Tensors of releases that transformers neither runs nor saves."""
+
+OURS = {"KimiK25ForConditionalGeneration": "Kimi_K25ForConditionalGeneration"}
+"""Classes of remote code that transformers has under another name."""
 
 RENAMED: Mapping[str, tuple[str, str]] = {
     "kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")
@@ -469,6 +478,8 @@ def as_released(folder: Path, family: str) -> Path:
         text[key] = value
         if value is None:
             del text[key]
+    if family == "kimi_k25":
+        raw["architectures"] = ["KimiK25ForConditionalGeneration"]
     path.write_text(json.dumps(raw))
     if old_and_new := RENAMED.get(family):
         file = folder / "model.safetensors"
@@ -478,6 +489,15 @@ def as_released(folder: Path, family: str) -> Path:
     if extra:
         save_file(extra, folder / "model-mtp.safetensors", {"format": "pt"})
     return folder
+
+
+def reference(folder: Path) -> PreTrainedModel:
+    """The model as transformers loads it, float32, by the class that config.json names."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    cls = getattr(transformers, OURS.get(name, name))
+    config = cls.config_class.from_pretrained(folder)
+    config.model_type = cls.config_class.model_type  # what names of tensors are read by
+    return cls.from_pretrained(folder, config=config, dtype=torch.float32, experts_implementation="eager")
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

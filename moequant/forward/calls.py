@@ -107,7 +107,8 @@ class Skeleton:
     """The forward passes of all batches, in lock step.
 
     `forward` is the model or its decoder; `layers_at` names its decoder layers; `batches` are i64 [rows, n]
-    on the device where layers run; `beside` says what layers give besides hidden states. Use: `embed`, then per layer `calls` and `advance`, then `finish`.
+    on the device where layers run; `beside` says what layers give besides hidden states. Use: `embed`, then
+    per layer `calls` and `advance`, then `finish`.
     """
 
     def __init__(

@@ -64,14 +64,14 @@ class Computed:
 
 
 def yarn_bounds(config: Config) -> tuple[str, ...]:
-    """A warning where YaRN has bounds of its own: graphs read them from no file, but for Grok and Mistral 3."""
+    """A warning where YaRN has bounds of its own: only the graphs of Grok and Mistral 3 read them."""
     rope = getattr(config, "rope_parameters", None) or {}
     fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
     if rope.get("rope_type") != "yarn" or (fast, slow) == (32, 1):
         return ()
     return (
-        f"llama.cpp does not read YaRN's beta_fast = {fast:g} and beta_slow = {slow:g} from the file and takes "
-        f"32 and 1, so it would compute something else; run it with --yarn-beta-fast {fast:g} "
+        f"llama.cpp does not read YaRN's beta_fast = {fast:g} and beta_slow = {slow:g} from the file and "
+        f"takes 32 and 1, so it would compute something else; run it with --yarn-beta-fast {fast:g} "
         f"--yarn-beta-slow {slow:g}",
     )
 
