@@ -70,7 +70,7 @@ def inspect_folder(path: Path) -> Inspection:
     share = used / experts if experts and used else 1.0
     tied = not any(role_of(tensor.name) == "output" for tensor in tensors)
     stored = [_stored(tensor, share, tied, facts["layers"]) for tensor in tensors]
-    architecture = str((config.get("architectures") or ["(none in config.json)"])[0])
+    architecture = (families.architectures(config) or ["(none in config.json)"])[0]
     support = _support(path, config, tensors)
     shared = facts["shared"] or (1 if any("shared_expert." in tensor.name for tensor in tensors) else None)
     return Inspection(
@@ -191,7 +191,8 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
             missing.append(f"{family.name}: unknown tensors: {', '.join(unknown)}")
     except FamilyError as error:
         missing.append(str(error))
-        if family is None and (near := families.nearest(str((config.get("architectures") or [""])[0]))):
+        architecture = (families.architectures(config) or [""])[0]
+        if family is None and (near := families.nearest(architecture)):
             missing += _differences(near, config, tensors)
     if not missing:
         try:
