@@ -34,9 +34,8 @@ class Key:
         kind = self.kind.removesuffix("s")
         for value in self.value if self.kind.endswith("s") else (self.value,):
             if not _holds(kind, value):
-                raise FamilyError(
-                    f"config.json: GGUF's key {self.name} would be {one_line(repr(value), 80)}, which is no {kind}"
-                )
+                shown = one_line(repr(value), 80)
+                raise FamilyError(f"config.json: GGUF's key {self.name} would be {shown}, which is no {kind}")
 
 
 def _holds(kind: str, value: Any) -> bool:
