@@ -38,6 +38,15 @@ COMMON = {
     "pad_token_id": None,
 }
 
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_conv_kernel_dim": 4,
+}
+
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -86,6 +95,20 @@ SPARSE = {
     "index_n_heads": 16,
     "index_head_dim": 64,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+ABSENT = object()
+"""In the place of a value of `COMMON` that a family's config does not have."""
+
+GRANITE = {
+    "intermediate_size": 192,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.09,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 6.0,
+    "attention_bias": False,
 }
 
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
@@ -271,6 +294,47 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "truncate": True,
         },
     },
+    "qwen2_moe": {
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 192,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+    },
+    "qwen3_vl_moe": {
+        "head_dim": 32,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 192,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
+    },
+    "qwen3_next": {
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 192,
+        "shared_expert_intermediate_size": 128,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        **DELTA_NET,
+    },
+    "qwen3_5_moe": {
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+        "moe_intermediate_size": 192,
+        "shared_expert_intermediate_size": 128,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        **DELTA_NET,
+    },
     "dots1": {
         "num_hidden_layers": 3,
         "num_key_value_heads": 4,
@@ -454,6 +518,70 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "attn_layer_offset": 2,
         "mamba_d_state": 16,
     },
+    "dbrx": {
+        **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), ABSENT),
+        **dict.fromkeys(("num_key_value_heads", "max_position_embeddings", "rms_norm_eps"), ABSENT),
+        "d_model": 256,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_seq_len": 1024,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 192, "moe_num_experts": 6, "moe_top_k": 3},
+    },
+    "llama4": {
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+        "intermediate_size": 192,
+        "intermediate_size_mlp": 320,
+        "num_local_experts": 6,
+        "interleave_moe_layer_step": 2,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+    },
+    "gemma4": {
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "intermediate_size": 320,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": VOCAB,
+        "enable_moe_block": True,
+        "num_experts": 6,
+        "top_k_experts": 3,
+        "moe_intermediate_size": 192,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "final_logit_softcapping": 30.0,
+        "pad_token_id": 0,
+    },
+    "granitemoe": GRANITE,
+    "granitemoeshared": GRANITE | {"shared_intermediate_size": 320},
+    "granitemoe_swa": GRANITE
+    | {
+        "num_hidden_layers": 4,
+        "shared_intermediate_size": 320,
+        "sliding_window": 48,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "layer_rope_theta": [0, 10000.0, 10000.0, 10000.0],
+    },
+    "granitemoehybrid": GRANITE
+    | {
+        "num_hidden_layers": 3,
+        "shared_intermediate_size": 320,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "mamba_n_heads": 8,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 32,
+        "mamba_d_head": 64,
+    },
     "llama": {"intermediate_size": 512},
     "mistral": {"num_hidden_layers": 2, "intermediate_size": 320, "sliding_window": None},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
@@ -461,7 +589,18 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 """One config a family, of the model type that it is called after, or says; shapes are not square where the
 format allows, so that transposes show."""
 
+_QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 256,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
 VISION: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_vl_moe": _QWEN_VISION,
+    "qwen3_5_moe": _QWEN_VISION,
     "kimi_k25": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -479,15 +618,47 @@ VISION: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 16,
         "image_size": 28,
     },
+    "llama4": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vision_output_dim": 48,
+        "projector_input_dim": 48,
+        "projector_output_dim": 48,
+        "image_size": 28,
+    },
+    "gemma4": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "position_embedding_size": 16,
+    },
 }
 """Vision towers of families whose checkpoints have one: the smallest."""
 
 WHOLE: Mapping[str, str] = {"mistral4": "mistral3"}
 """What the model with its vision tower is called, where that is not the family's name."""
 
+MUP = {"init_method": "mup", "normalization_function": "rmsnorm"}
+
 SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1}
 
 RELEASES: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_moe": {"max_window_layers": 1, "sliding_window": 512, "use_sliding_window": False},
+    "qwen3_vl_moe": {"norm_topk_prob": True},
+    "qwen3_next": {"full_attention_interval": 2, "layer_types": None, "use_sliding_window": False},
+    "qwen3_5_moe": {
+        "attn_output_gate": True,
+        "full_attention_interval": 2,
+        "mamba_ssm_dtype": "float32",
+        "mlp_only_layers": [],
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+    },
     "deepseek_v2": {
         "scoring_func": "softmax",
         "moe_layer_freq": 1,
@@ -533,10 +704,139 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "indexer_rope_interleave": True,
         "rope_interleave": True,
     },
+    "dbrx": {"router_aux_loss_coef": 0.05},
+    "llama4": {
+        "attn_temperature_tuning": True,
+        "cache_implementation": "hybrid",
+        "for_llm_compressor": False,
+        "layer_types": None,
+        "moe_layers": None,
+        "no_rope_layers": [],
+    },
+    "gemma4": {
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 1,
+        "per_layer_config": None,
+        "use_bidirectional_attention": "vision",
+    },
+    "granitemoe": MUP,
+    "granitemoeshared": MUP,
+    "granitemoehybrid": MUP
+    | {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "position_embedding_type": "nope",
+        "time_step_limit": None,
+    },
     "kimi_k2": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
     "kimi_k25": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
+    "dots1": {"scoring_func": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1, "max_window_layers": 62},
+    "ernie4_5_moe": {
+        "moe_capacity": [64, 64, 64],
+        "moe_gate": "topk",
+        "moe_use_aux_free": True,
+        "num_nextn_predict_layers": 1,
+    },
+    "hunyuan_v1_moe": {
+        "attention_head_dim": 48,
+        "cla_share_factor": 2,
+        "class_num": 0,
+        "dense_list": [4096, 0],
+        "eod_token_id": 0,
+        "moe_drop_tokens": False,
+        "moe_intermediate_size": [128, 128],
+        "moe_layer_num_skipped": 0,
+        "norm_type": "rms",
+        "num_shared_expert": [1, 1],
+        "org_vocab_size": VOCAB,
+        "pool_type": "last",
+        "position_embedding_xdrope": False,
+        "use_cla": False,
+        "use_mixed_mlp_moe": True,
+        "use_qk_norm": True,
+        "use_rotary_pos_emb": True,
+    },
+    "hy_v3": {
+        "expert_hidden_dim": 128,
+        "first_k_dense_replace": 1,
+        "mlp_layer_types": None,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_use_sigmoid": True,
+        "num_nextn_predict_layers": 1,
+        "qk_norm": True,
+        "route_norm": True,
+    },
+    "exaone_moe": {
+        **SIGMOID,
+        "is_moe_layer": [False, True, True, True, True],
+        "num_nextn_predict_layers": 1,
+        "sliding_window_pattern": "LLG",
+    },
+    "mellum": {"num_nextn_predict_layers": 1, "num_mtp_layers": None},
+    "laguna": {"gating": True, "norm_topk_prob": True},
+    "afmoe": {
+        "load_balance_coeff": 0.001,
+        "n_group": 1,
+        "num_expert_groups": 1,
+        "num_limited_groups": 1,
+        "route_norm": True,
+        "score_func": "sigmoid",
+        "topk_group": 1,
+        "use_grouped_mm": True,
+    },
+    "cohere2_moe": {
+        "first_k_dense_replace": 1,
+        "layer_types": None,
+        "mlp_layer_types": None,
+        "num_nextn_predict_layers": 0,
+        "use_gated_activation": True,
+        "use_parallel_block": True,
+        "use_qk_norm": False,
+    },
+    "mimo_v2_flash": {
+        "add_full_attention_sink_bias": False,
+        "add_swa_attention_sink_bias": True,
+        "attention_chunk_size": 47,
+        "hybrid_layer_pattern": [0, 1, 1, 1],
+        "layer_types": None,
+        "layernorm_epsilon": 1e-5,
+        "mlp_layer_types": None,
+        "moe_layer_freq": [0, 1, 1, 1],
+        "partial_rotary_factor": 0.334,
+        "rms_norm_eps": None,
+        "rope_parameters": None,
+        "rope_theta": 5000000,
+        "routed_scaling_factor": None,
+        "scoring_func": "sigmoid",
+        "sliding_window": 47,
+        "sliding_window_size": 47,
+        "swa_head_dim": 48,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_rope_theta": 10000,
+        "swa_v_head_dim": 32,
+        "topk_method": "noaux_tc",
+    },
+    "lfm2_moe": {"tie_embedding": True, "tie_word_embeddings": None, "use_pos_enc": True},
+    "nemotron_h": {
+        "attention_head_dim": 48,
+        "hybrid_override_pattern": "ME*EM",
+        "layer_types": None,
+        "layers_block_type": None,
+        "mamba_proj_bias": False,
+        "mtp_hybrid_override_pattern": "*E",
+        "mtp_layers_block_type": None,
+        "norm_eps": 1e-5,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 1.0,
+        "rope_theta": 10000,
+    },
+    "jamba": {
+        "calc_logits_for_entire_prompt": False,
+        "mamba_inner_layernorms": True,
+        "num_logits_to_keep": 1,
+    },
 }
-"""Keys of the text's config as releases have them, where transformers 5 saves others; None: they have none."""
+"""Keys of the text's config as releases have them, where transformers 5 saves others; None: none."""
 
 _PREDICTION = {
     "eh_proj.weight": (256, 512),
@@ -547,10 +847,20 @@ _PREDICTION = {
     "embed_tokens.weight": (VOCAB, 256),
     "self_attn.o_proj.weight": (256, 256),
 }
-BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = dict.fromkeys(
-    ("deepseek_v3", "glm4_moe", "glm4_moe_lite"),
-    {f"model.layers.3.{name}": shape for name, shape in _PREDICTION.items()},
-)
+_MTP = {"mtp.fc.weight": (256, 512), "mtp.layers.0.input_layernorm.weight": (256,), "mtp.norm.weight": (256,)}
+BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    **{
+        family: {f"model.layers.3.{name}": shape for name, shape in _PREDICTION.items()}
+        for family in ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "hy_v3")
+    },
+    "qwen3_next": _MTP,
+    "qwen3_5_moe": _MTP,
+    "ernie4_5_moe": {"model.mtp_emb_norm.0.weight": (256,), "model.mtp_linear_proj.0.weight": (256, 512)},
+    "exaone_moe": _MTP,
+    "mellum": _MTP,
+    "mimo_v2_flash": {"model.mtp.layers.0.eh_proj.weight": (256, 512)},
+    "nemotron_h": {"mtp.layers.0.mixer.o_proj.weight": (256, 192)},
+}
 """Tensors of releases that transformers neither runs nor saves."""
 
 RENAMED: Mapping[str, tuple[str, str]] = {
@@ -601,6 +911,7 @@ def build(
     """
     torch.manual_seed(seed)
     given = COMMON | CONFIGS[family] | changes
+    given = {key: value for key, value in given.items() if value is not ABSENT}
     vocab, kind = given["vocab_size"], AutoModelForCausalLM
     if family not in VISION:
         config = AutoConfig.for_model(given.pop("model_type", family), **given)
@@ -621,13 +932,17 @@ def build(
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             if name.endswith(("mlp.gate.weight", "gate_up_proj", "q_proj.weight")):
                 parameter.mul_(2.0)
+            if "conv1d" in name:
+                parameter.mul_(4.0)
             if "bias" in name or name.endswith("sinks"):
                 parameter.normal_(0, 0.2)
-            if name.endswith(("A_log", ".D")):
+            if name.endswith(("router.scale", "per_expert_scale", ".D", "A_log")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(0, 0.1)
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.0)
     model.to(dtype).save_pretrained(folder, **(save or {}))
     tokenizer(vocab).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
@@ -647,11 +962,12 @@ def as_released(folder: Path, family: str) -> Path:
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     text = raw.get("text_config", raw)
-    rope = dict(text.pop("rope_parameters"))
-    text["rope_theta"] = rope.pop("rope_theta")
-    if (factor := rope.pop("partial_rotary_factor", None)) is not None:
-        text["partial_rotary_factor"] = factor
-    text["rope_scaling"] = rope if rope.keys() - {"rope_type"} else None
+    if "rope_theta" in (rope := dict(text.get("rope_parameters") or {})):  # else one for each kind of layer
+        del text["rope_parameters"]
+        text["rope_theta"] = rope.pop("rope_theta")
+        if (factor := rope.pop("partial_rotary_factor", None)) is not None:
+            text["partial_rotary_factor"] = factor
+        text["rope_scaling"] = rope if rope.keys() - {"rope_type"} else None
     for key, value in RELEASES.get(family, {}).items():
         text[key] = value
         if value is None:

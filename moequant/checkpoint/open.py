@@ -51,12 +51,18 @@ class Checkpoint:
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def name(self) -> str:
-        """What people call the model: the folder's name, or the repository's in Hugging Face's cache."""
+    def repository(self) -> str:
+        """What the Hub calls the model, ORG/NAME, if it lies in Hugging Face's cache; else the folder's
+        name."""
         folder = self.path.resolve()
         if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-            return folder.parents[1].name.rpartition("--")[2]
+            return folder.parents[1].name.removeprefix("models--").replace("--", "/")
         return folder.name
+
+    @property
+    def name(self) -> str:
+        """What people call the model: the repository's name without its owner."""
+        return self.repository.rpartition("/")[2]
 
     @property
     def source_bytes(self) -> int:
@@ -134,7 +140,7 @@ def load(weight: Weight, matrices: range | None = None) -> Tensor:
     origin = weight.origin
     if weight.stack is not Stack.EXPERTS:
         return apply(origin.ops, origin.stored[0].read()).contiguous()
-    if len(origin.stored) == 1 and len(origin.stored[0].shape) == 2:  # one matrix that is cut into experts
+    if _is_cut(origin):
         whole = apply(origin.ops, origin.stored[0].read())
         return (whole if matrices is None else whole[matrices.start : matrices.stop]).contiguous()
     wanted = range(weight.matrices) if matrices is None else matrices
@@ -166,9 +172,16 @@ def load_packed(weight: Weight) -> Tensor | None:
     return torch.stack(parts) if weight.is_expert else parts[0].contiguous()
 
 
+def _is_cut(origin: Origin) -> bool:
+    """Whether one stored matrix is cut into those of all experts."""
+    shape = origin.stored[0].shape
+    return len(origin.stored) == 1 and len(shape) == 2 and len(shape_after(origin.ops, shape)) == 3
+
+
 def _matrix(origin: Origin, number: int) -> Tensor:
     """One expert's matrix; where the first op takes rows, no others are read."""
-    stored, index = (origin.stored[0], number) if len(origin.stored) == 1 else (origin.stored[number], None)
+    stacked = len(origin.stored[0].shape) == 3
+    stored, index = (origin.stored[0], number) if stacked else (origin.stored[number], None)
     first = origin.ops[0] if origin.ops else None
     if isinstance(first, Part) and first.axis == -2 and first.step == 1:
         return apply(origin.ops[1:], stored.read(index, range(first.start, first.stop)))
@@ -296,7 +309,10 @@ def _left_out(
 def _weight(slot: Slot, layer: int | None, shape: ModelShape, stored: Mapping[str, Stored]) -> Weight | None:
     """What the checkpoint has for a slot; None for an optional one that is absent."""
     where = slot.role.value if layer is None else f"layer {layer} {slot.role.value}"
-    ways = {way: names for way in slot.ways if (names := _there(way, shape.experts, stored))}
+    there = {way: names for way in slot.ways if (names := _there(way, shape.experts, stored))}
+    # Where none has the rows that it should, the first says what is wrong.
+    fit = [way for way, names in there.items() if way.rows in (None, *stored[names[0]].shape[-2:-1])]
+    ways = {way: there[way] for way in fit or list(there)[:1]}
     if not ways:
         if slot.optional:
             return None

@@ -10,15 +10,23 @@ from moequant.errors import FamilyError, one_line
 from moequant.families.afmoe import AFMOE
 from moequant.families.base import Config, Family, Get, Slot
 from moequant.families.cohere2_moe import COHERE2_MOE
+from moequant.families.dbrx import DBRX
 from moequant.families.deepseek_v2 import DEEPSEEK_V2
 from moequant.families.deepseek_v3 import DEEPSEEK_V3
 from moequant.families.deepseek_v32 import DEEPSEEK_V32, GLM_MOE_DSA
 from moequant.families.dots1 import DOTS1
 from moequant.families.ernie4_5_moe import ERNIE4_5_MOE
 from moequant.families.exaone_moe import EXAONE_MOE
+from moequant.families.gemma4 import GEMMA4
 from moequant.families.glm4_moe import GLM4_MOE, SOLAR_OPEN
 from moequant.families.glm4_moe_lite import GLM4_MOE_LITE
 from moequant.families.gpt_oss import GPT_OSS
+from moequant.families.granite import (
+    GRANITE_MOE,
+    GRANITE_MOE_HYBRID,
+    GRANITE_MOE_SHARED,
+    GRANITE_MOE_SWA,
+)
 from moequant.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from moequant.families.hy_v3 import HY_V3
 from moequant.families.jamba import JAMBA
@@ -26,6 +34,7 @@ from moequant.families.kimi_k25 import KIMI_K25
 from moequant.families.laguna import LAGUNA
 from moequant.families.lfm2_moe import LFM2_MOE
 from moequant.families.llama import LLAMA, MISTRAL
+from moequant.families.llama4 import LLAMA4
 from moequant.families.mellum import MELLUM
 from moequant.families.mimo_v2_flash import MIMO_V2_FLASH
 from moequant.families.minimax_m2 import MINIMAX_M2
@@ -33,8 +42,12 @@ from moequant.families.mistral4 import MISTRAL4
 from moequant.families.mixtral import MIXTRAL
 from moequant.families.nemotron_h import NEMOTRON_H
 from moequant.families.olmoe import OLMOE
+from moequant.families.qwen2_moe import QWEN2_MOE
 from moequant.families.qwen3 import QWEN3
+from moequant.families.qwen3_5_moe import QWEN3_5_MOE
 from moequant.families.qwen3_moe import QWEN3_MOE
+from moequant.families.qwen3_next import QWEN3_NEXT
+from moequant.families.qwen3_vl_moe import QWEN3_VL_MOE
 
 __all__ = ["FAMILIES", "Config", "Family", "Get", "Slot", "architectures", "find", "nearest"]
 
@@ -66,9 +79,20 @@ FAMILIES: tuple[Family, ...] = (
     LFM2_MOE,
     NEMOTRON_H,
     JAMBA,
+    DBRX,
+    LLAMA4,
+    GEMMA4,
+    GRANITE_MOE,
+    GRANITE_MOE_SHARED,
+    GRANITE_MOE_HYBRID,
+    GRANITE_MOE_SWA,
     LLAMA,
     MISTRAL,
     QWEN3,
+    QWEN2_MOE,
+    QWEN3_VL_MOE,
+    QWEN3_NEXT,
+    QWEN3_5_MOE,
 )
 
 

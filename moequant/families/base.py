@@ -21,10 +21,11 @@ Config = Any
 @dataclass(frozen=True, slots=True)
 class Get:
     """A stored tensor: its name, `{e}` in it for one tensor an expert, and the ops that make of it a weight,
-    or one matrix of it."""
+    or one matrix of it. `rows` is how many each matrix has, where two ways differ in nothing else."""
 
     name: str
     ops: Ops = ()
+    rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,11 @@ class Slot:
         return self.get or (Get(self.param, self.ops),)
 
 
+def as_it_is(raw: dict[str, Any]) -> dict[str, Any]:
+    """The class reads every spelling of a config.json."""
+    return raw
+
+
 def nothing_skipped(config: Config) -> Mapping[str, str]:
     """Every stored tensor is used."""
     return {}
@@ -61,14 +67,16 @@ def nothing_skipped(config: Config) -> Mapping[str, str]:
 class Family:
     """A model family.
 
-    `classes` are the names in `architectures` of config.json, `model_type` is transformers' name of the text
-    model's config. `layer` lists the slots of a decoder layer in the order in which they compute, `ends`
-    those outside. `known` are the config keys that these functions, or every container, take account of.
-    `says` has keys that the class ignores, with the values that say what it computes anyway. `skipped` gives
-    regular expressions of stored names that are left out on purpose, with the reason. `renamed` turns
-    prefixes of stored names into those that `get` uses. `layers_at` is where the decoder layers are.
-    `chosen` is for models whose layers also give, and are given, which tokens attention looks at: how many
-    those are at most; their attention gives them too.
+    `classes` are the names in `architectures` of config.json, `model_type` is transformers' name of the
+    text model's config; `dialect` rewrites what config.json says in a way that its class does not read.
+    `layer` lists the slots of a decoder layer in the order in which they compute, `ends` those outside.
+    `known` are the config keys that these functions, or every container, take account of. `says` has keys
+    that the class ignores, with the values that say what it computes anyway. `skipped` gives regular
+    expressions of stored names that are left out on purpose, with the reason. `renamed` turns prefixes of
+    stored names into those that `get` uses. `hoisted` are paths of keys outside `text_config` that belong to
+    the text's config as well. `layers_at` is where the decoder layers are. `chosen` is for
+    models whose layers also give, and are given, which tokens attention looks at: how many those are at
+    most; their attention gives them too.
     """
 
     name: str
@@ -81,5 +89,7 @@ class Family:
     says: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     skipped: Callable[[Config], Mapping[str, str]] = nothing_skipped
     renamed: tuple[tuple[str, str], ...] = ()
+    hoisted: tuple[tuple[str, str], ...] = ()
     layers_at: str = "model.layers"
     chosen: Callable[[Config], int] | None = None
+    dialect: Callable[[dict[str, Any]], dict[str, Any]] = as_it_is

@@ -7,7 +7,7 @@ from typing import Any
 
 from moequant.families.base import Config, Get, Slot
 from moequant.values import ModelShape, Role, Site, Stack
-from moequant.values.ops import Op, Ops, Part
+from moequant.values.ops import Op, Ops, Part, Transposed
 
 SHAPE_KEYS = frozenset(
     {
@@ -108,7 +108,8 @@ def attention(
     adds: bool = True,
 ) -> tuple[Slot, ...]:
     """Norms and projections of llama-like attention; q, k and v multiply the same activations. `ffn_norm` is
-    the norm in front of the feed-forward block, None where it shares that of attention."""
+    the norm in front of the feed-forward block, None where it shares that of attention. What attention
+    gives is not added as it is (`adds`) where a norm or a multiplier stands behind."""
     into = seen(layer, "attn.input", "self_attn.q_proj")
     out = seen(layer, "attn.output", "self_attn.o_proj")
     slots = [
@@ -180,13 +181,24 @@ def released(slots: tuple[Slot, ...], ours: str, theirs: str) -> tuple[Slot, ...
     )
 
 
+def shared_expert(layer: int, module: str = "mlp.shared_expert") -> tuple[Slot, ...]:
+    """A shared expert, and the gate [1, h] whose sigmoid scales what it gives."""
+    gate = f"model.layers.{layer}.{module}_gate.weight"
+    return (
+        Slot(f"layers.{layer}.shared.router", Role.SHARED_ROUTER, gate),
+        *gated_ffn(layer, module, "shared"),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Experts:
     """How a family keeps the experts of a layer.
 
-    `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert, `names` what
-    those call gate, up and down. `module` is where transformers has them, fused: gate_up_proj [E, 2f, h],
-    down_proj [E, h, f]; of experts that are not `gated`, up_proj [E, f, h] and down_proj.
+    `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert ("": there are
+    none such), `names` what those call gate, up and down. `module` is where transformers has them, fused:
+    gate_up_proj [E, 2f, h], down_proj [E, h, f]; of experts that are not `gated`, up_proj [E, f, h] and
+    down_proj. `fused` is what the release calls these two, if otherwise. Where checkpoints may keep fused
+    ones transposed, `transposed_for` is h.
     """
 
     width: int
@@ -194,6 +206,8 @@ class Experts:
     names: tuple[str, str, str] = PROJECTIONS
     module: str = "mlp.experts"
     gated: bool = True
+    fused: tuple[str, str] | None = None
+    transposed_for: int | None = None
 
     def slots(self, layer: int, adds: bool = True) -> tuple[Slot, ...]:
         """Gate, if there is one, up and down of all experts of a layer."""
@@ -215,10 +229,21 @@ class Experts:
     def _slot(
         self, layer: int, which: int, role: Role, param: str, ops: Ops, site: Site, adds: bool = False
     ) -> Slot:
-        fused = f"model.layers.{layer}.{self.module}.{param}"
-        one = f"model.layers.{layer}.{self.stored}.{{e}}.{self.names[which]}.weight"
+        at, ways = f"model.layers.{layer}", list[Get]()
+        fused = f"{at}.{self.module}.{param}"
+        if self.stored:
+            ways.append(Get(f"{at}.{self.stored}.{{e}}.{self.names[which]}.weight"))
+        if self.fused:
+            ways.append(Get(f"{at}.{self.fused[which == 2]}", ops))
         name = f"layers.{layer}.experts.{role.value}"
-        return Slot(name, role, fused, (Get(one), Get(fused, ops)), ops, site, Stack.EXPERTS, adds)
+        return Slot(name, role, fused, (*ways, *self._fused(fused, ops)), ops, site, Stack.EXPERTS, adds)
+
+    def _fused(self, name: str, ops: Ops) -> tuple[Get, ...]:
+        """The ways of a fused stack; square matrices stand as in the model, as transformers takes them."""
+        rows, columns = (2 * self.width, self.transposed_for) if ops else (self.transposed_for, self.width)
+        if self.transposed_for is None or rows == columns:
+            return (Get(name, ops),)
+        return (Get(name, ops, rows), Get(name, (Transposed(), *ops), columns))
 
 
 def router(layer: int, stored: str = "mlp.gate", module: str = "mlp.gate") -> Slot:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -52,17 +52,20 @@ HARMLESS = frozenset(
 BOOKKEEPING = ("_", "unsloth")
 """Saving tools keep books under such names: `_attn_implementation_autoset`, `unsloth_version`."""
 
-_NOT_GIVEN = ("auto_map", "quantization_config", "model_type")
+_NOT_GIVEN = ("auto_map", "quantization_config", "model_type", "use_return_dict")
 """Keys that the class does not get: how the checkpoint is stored, and another name for the class."""
 
 
-def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that says how text is computed; of a plain text model, all of it. Whether the
-    head is tied, transformers asks the whole."""
+def text_config(raw: Mapping[str, Any], hoisted: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
+    """The part of a config.json that says how text is computed, with the keys `hoisted` from elsewhere; of a
+    plain text model, all of it. Whether the head is tied, transformers asks the whole."""
     inner = raw.get("text_config")
     if not isinstance(inner, dict):
         return dict(raw)
     outer = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}
+    for part, key in hoisted:
+        if isinstance(raw.get(part), dict) and key in raw[part]:
+            outer[key] = raw[part][key]
     return {**inner, **outer}
 
 
@@ -74,7 +77,7 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
     """
     from transformers import CONFIG_MAPPING  # seconds to import, and `--help` does without
 
-    text = text_config(raw)
+    text = text_config(raw, family.hoisted)
     # Releases of remote code have a name of their own for what is another model's class.
     kind = text.get("model_type") if text.get("model_type") in CONFIG_MAPPING else family.model_type
     if kind != family.model_type:
@@ -83,14 +86,14 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
             f"{family.model_type!r}"
         )
     given = {key: _floats(value) for key, value in text.items() if key not in _NOT_GIVEN}
+    given = family.dialect(given)
     if tied is not None:
         given["tie_word_embeddings"] = tied
     cls = CONFIG_MAPPING[family.model_type]
     with foreign(FamilyError, f"config.json: {family.model_type} cannot be made of it"):
         config = cls.from_dict(given)
-    if (
-        getattr(config, "head_dim", 0) is None
-    ):  # as attention takes it; transformers' own YaRN trips over None
+    # As attention reads it; YaRN in transformers trips over None. Where layers are unlike, reading it raises.
+    if vars(config).get("head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
     _check_keys(family, given, config)
     return config
@@ -130,8 +133,9 @@ def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> Non
         elif value:
             raise _refused(family, key, value, "unknown, and it may change what the model computes")
     for key, default in own.items():  # what the class derives, or reads under another name
-        now = getattr(config, key, default)
-        if key not in known and key not in given and aliases.get(key, key) not in known and now != default:
+        if key in known or key in given or aliases.get(key, key) in known:
+            continue
+        if (now := getattr(config, key, default)) != default:
             raise _refused(family, key, now, f"only the class's own {default!r} is described")
 
 

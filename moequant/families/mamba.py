@@ -8,7 +8,7 @@ from moequant.values import Role, Site
 from moequant.values.ops import Squeezed
 
 
-def mamba2(layer: int, module: str) -> tuple[Slot, ...]:
+def mamba2(layer: int, module: str, *, adds: bool = True) -> tuple[Slot, ...]:
     """A Mamba-2 mixer: one projection makes gate, inputs, B, C and time steps; a decay rate and a skip a
     head."""
     into = seen(layer, "ssm.input", f"{module}.in_proj")
@@ -19,7 +19,7 @@ def mamba2(layer: int, module: str) -> tuple[Slot, ...]:
         _state(layer, "ssm.dt", f"{module}.dt_bias"),
         *_rates(layer, module),
         norm(layer, "ssm.norm", f"{module}.norm"),
-        *linear(layer, "ssm.out", Role.SSM_OUT, f"{module}.out_proj", out, biased=True, adds=True),
+        *linear(layer, "ssm.out", Role.SSM_OUT, f"{module}.out_proj", out, biased=True, adds=adds),
     )
 
 

@@ -3,6 +3,19 @@
 from moequant.families.base import Config, Family, Slot
 from moequant.families.blocks import SHAPE_KEYS, Experts, attention, ends, gated_ffn, moe_shape, router
 
+ROUTING_KEYS = frozenset(
+    {
+        "num_local_experts",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+    }
+)
+"""Config keys that say where Qwen's experts are, and how a router weighs them."""
+
 
 def is_sparse(config: Config, number: int) -> bool:
     """Whether a layer has experts."""
@@ -25,17 +38,6 @@ QWEN3_MOE = Family(
     shape=moe_shape,
     layer=layer,
     ends=ends,
-    known=SHAPE_KEYS
-    | {
-        "num_local_experts",
-        "num_experts",
-        "num_experts_per_tok",
-        "moe_intermediate_size",
-        "norm_topk_prob",
-        "decoder_sparse_step",
-        "mlp_only_layers",
-        "use_sliding_window",
-        "max_window_layers",
-    },
+    known=SHAPE_KEYS | ROUTING_KEYS | {"use_sliding_window", "max_window_layers"},
     says={"qkv_bias": (False,), "use_qk_norm": (True,), "shared_expert_intermediate_size": (0, None)},
 )

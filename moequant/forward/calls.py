@@ -87,9 +87,10 @@ class _StandIn(nn.Module):
 class _Placeholder(nn.Module):
     """Stands in for the embedding once its output is known: right shape, no memory."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, device: torch.device) -> None:
         super().__init__()
         self.width = width
+        self.weight = torch.empty(0, device=device)  # models ask it where their tokens should be
 
     def forward(self, ids: Tensor) -> Tensor:
         return _nothing((*ids.shape, self.width), ids.device)
@@ -168,8 +169,8 @@ class Skeleton:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's head, and whatever it does after it: final hidden states [m, h] -> [m, vocab]."""
-        name = self.model.base_model_prefix
-        decoder = getattr(self.model, name)
+        decoder = self.model.get_decoder()
+        name = next(name for name, module in self.model.named_children() if module is decoder)
         setattr(self.model, name, _Given(hidden[None]))
         try:
             ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
@@ -211,7 +212,7 @@ class Skeleton:
     def _without_embedding(self) -> Iterator[None]:
         """Inside the block no weights of the embedding are needed."""
         embedding = self.model.get_input_embeddings()
-        self.model.set_input_embeddings(_Placeholder(embedding.embedding_dim))
+        self.model.set_input_embeddings(_Placeholder(embedding.embedding_dim, self.batches[0].device))
         try:
             yield
         finally:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from moequant.checkpoint import Checkpoint, load
 from moequant.errors import CheckpointError, foreign
 from moequant.forward.causal import causal_class
+from moequant.forward.dispatch import dispatch_all
 from moequant.forward.experts import EXPERTS
 from moequant.values import Weight
 from moequant.values.ops import put, shape_after
@@ -56,6 +57,7 @@ def empty_model(
             attn_implementation="sdpa" if cls._supports_sdpa else "eager",
             experts_implementation=experts,
         )
+        dispatch_all(model)
     _check_filled(checkpoint, model)
     # Buffers are computed from the config by transformers' own initialisation, which meta tensors skipped.
     with foreign(CheckpointError, unfit):

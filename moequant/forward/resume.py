@@ -41,7 +41,7 @@ class Resumable:
 
     def _first(self, row: Tensor) -> Tensor:
         logits = self._run(input_ids=row[None])
-        self._kept.append([door.passed for door in self._doors])
+        self._kept.append([door.passed for door in self._doors if door.passed is not None])
         return logits
 
     def _run(self, **inputs: Tensor) -> Tensor:
@@ -63,6 +63,7 @@ class _Door(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self._held, self.closed = (layer,), False  # a tuple: the model's parameters keep their names
+        self.passed: _Passed | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -72,7 +73,8 @@ class _Door(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.closed:
-            return (hidden, *self.passed.beside) if self.passed.beside else hidden
+            beside = () if self.passed is None else self.passed.beside
+            return (hidden, *beside) if beside else hidden
         out: Any = self._held[0](hidden, *args, **kwargs)
         self.passed = _Passed(hidden, out[1:] if isinstance(out, tuple) else ())
         return out

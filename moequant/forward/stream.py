@@ -116,8 +116,8 @@ def _beside(checkpoint: Checkpoint, tokens: int) -> Beside:
     most = checkpoint.family.chosen(checkpoint.config)
     if tokens > most:
         raise CheckpointError(
-            f"{checkpoint.family.name}: layers look at {most} tokens that an earlier layer chose; rows of {tokens} "
-            f"tokens cannot be streamed, only up to {most}"
+            f"{checkpoint.family.name}: layers look at {most} tokens that an earlier layer chose; rows of "
+            f"{tokens} tokens cannot be streamed, only up to {most}"
         )
 
     def every_token(hidden: Tensor) -> tuple[Tensor]:

@@ -13,7 +13,7 @@ from moequant import families
 from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.checkpoint.headers import read_header, read_json
 from moequant.checkpoint.open import renamed
-from moequant.containers.gguf.export import export
+from moequant.containers.gguf.export import check, export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError
 from moequant.families.config import HARMLESS, make_config, text_config
@@ -186,9 +186,10 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
     sizes: tuple[PresetSize, ...] = ()
     try:
         family = families.find(config)
-        unknown = _unknown(family, make_config(family, config), tensors)
-        if unknown:
+        text = make_config(family, config)
+        if unknown := _unknown(family, text, tensors):
             missing.append(f"{family.name}: unknown tensors: {', '.join(unknown)}")
+        check(family, text)
     except FamilyError as error:
         missing.append(str(error))
         architecture = (families.architectures(config) or [""])[0]

@@ -31,10 +31,13 @@ from moequant.rounding.shrinkage import Trial, shrink
 from moequant.rounding.target import Coupling
 from moequant.rounding.twosided import even_fisher
 from moequant.statistics.fisher import Fishers, gather
-from moequant.values import ExpertLoss, Packed, Role, Weight
+from moequant.values import ExpertLoss, Packed, Role, Site, Weight
 from moequant.values.ops import put
 
 UNROUNDED = ("F32", "F16", "BF16")
+
+MIXED = (Role.ATTN_OUT, Role.SSM_OUT)
+"""Roles of the last product of what mixes tokens: attention, or a recurrence."""
 
 FISHER_TOKENS = 49_152
 """Tokens whose gradients are taken at effort best."""
@@ -103,6 +106,16 @@ class Layer:
 def inside(layer: int, name: str) -> str:
     """The name within its layer of a module that the model calls `name`."""
     return name.split(f".{layer}.", 1)[1]
+
+
+def as_fed(site: Site, seen: Tensor | None) -> Tensor:
+    """What a module is fed, of all that is seen of it at a site [.., in]: in the model's order."""
+    assert seen is not None
+    if not site.ops:
+        return seen
+    fed = torch.empty_like(seen)
+    put(site.ops, fed, seen)
+    return fed
 
 
 @contextmanager
@@ -201,13 +214,14 @@ class Coupled:
         return norms[0].place.param.removesuffix(".weight") if norms else ""
 
     def _kept(self, index: int) -> Kept:
-        """Where the layer's attention ends; nowhere when there is no room to keep what that is fed."""
-        ends = [weight for weight in self.stream.weights(index) if weight.role is Role.ATTN_OUT]
+        """Where the layer's mixer ends; nowhere when there is no room to keep what that is fed."""
+        ends = [weight for weight in self.stream.weights(index) if weight.role in MIXED]
         tokens = sum(batch.numel() for batch in self.stream.batches)
         if not ends or 2 * 4 * tokens * ends[0].n_in > self.rounding.kept_bytes:
             return Kept()
         last = inside(index, ends[0].place.param).removesuffix(".weight")
-        return Kept(last, others=1 if self.stream.checkpoint.family.chosen is None else 2)
+        others = 1 if self.stream.checkpoint.family.chosen is None else 2
+        return Kept(last, others=0 if ends[0].role is Role.SSM_OUT else others)
 
     def _layer(self, layer: Layer, streams: Streams) -> list[Result]:
         weights = self.stream.weights(layer.index)
@@ -289,10 +303,10 @@ class Coupled:
             self.stream.run(layer.index, batch, streams.exact, told[0], layer.original)
             self.stream.run(layer.index, batch, streams.rounded, told[1])
             residual = None
-            if weight.role in (Role.ATTN_OUT, Role.SSM_OUT):
-                assert exact.inputs is not None and rounded.inputs is not None
+            if weight.role in MIXED:
                 shape = (*self.stream.batches[batch].shape, -1)
-                layer.kept.keep(batch, exact.inputs.view(shape), rounded.inputs.view(shape))
+                both = (as_fed(site, each.inputs).view(shape) for each in (exact, rounded))
+                layer.kept.keep(batch, *both)
                 before = [each.get(layer.index, batch) for each in (streams.exact, streams.rounded)]
                 residual = (before[0] - before[1]).flatten(0, -2).to(self.stream.resources.device)
             elif weight.adds and exact.residual is not None and rounded.residual is not None:

@@ -1,6 +1,6 @@
-"""Attention that is computed once a layer and stream: what its last product was fed is kept.
+"""Attention, or a recurrence, computed once a layer and stream: what its last product was fed is kept.
 
-After the weights in front of it are rounded, what the attention output is fed no longer changes, however
+After the weights in front of it are rounded, what the last product is fed no longer changes, however
 often tokens cross the rest of the layer.
 """
 
@@ -47,8 +47,8 @@ class Recalled(Recorder):
 class Kept:
     """What the attention output of one layer is fed, batch by batch: in full precision and as rounded.
 
-    `last` is that product in the layer, such as `self_attn.o_proj`; "" keeps nothing. The attention module
-    gives so many `others`, which nobody needs.
+    `last` is that product in the layer, such as `self_attn.o_proj`; "" keeps nothing. Its module gives so
+    many `others`, which nobody needs: attention its weights, a recurrence nothing.
     """
 
     last: str = ""
@@ -105,5 +105,6 @@ class _Recalling(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         current = recorder()
         if isinstance(current, Recalled):
-            return self._held[0].get_submodule(self._last)(current.attention), *self._others
+            out = self._held[0].get_submodule(self._last)(current.attention)
+            return (out, *self._others) if self._others else out
         return self._held[0](*args, **kwargs)

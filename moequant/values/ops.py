@@ -229,7 +229,7 @@ class Taken(Op):
         into.index_copy_(into.ndim + self.axis, self._index(into), x.to(into.dtype))
 
     def _index(self, like: Tensor) -> Tensor:
-        return like.new_tensor(self.index).long()
+        return like.new_empty(0).long().new_tensor(self.index)  # never as floats: bf16 counts to 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +304,7 @@ def put(ops: Sequence[Op], into: Tensor, x: Tensor) -> None:
         return
     part = first.apply(into)
     put(rest, part, x)
-    if not isinstance(first, View):
+    if part.untyped_storage().data_ptr() != into.untyped_storage().data_ptr():  # else written by the view
         first.put(into, part)
 
 

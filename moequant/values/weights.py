@@ -40,6 +40,7 @@ class Role(StrEnum):
     UP = "up"
     DOWN = "down"
     SHARED_ROUTER = "shared_router"
+    SHARED_GATE_UP = "shared_gate_up"
     SHARED_GATE = "shared_gate"
     SHARED_UP = "shared_up"
     SHARED_DOWN = "shared_down"

@@ -28,8 +28,9 @@ from tests.clients.llama import Llama
 MOE = [family for family in models.CONFIGS if family not in ("llama", "qwen3")]
 
 
-def settings(text: Path, type_: str, **changes: object) -> Settings:
-    return Settings(type_, text, 2048, text, **({"eval_tokens": 1024, "effort": "fast"} | changes))
+def settings(text: Path, type_: str | None, **changes: object) -> Settings:
+    usual = {"calib": text, "calib_tokens": 2048, "eval": text, "eval_tokens": 1024, "effort": "fast"}
+    return Settings(type_, **(usual | changes))
 
 
 def ids_for(vocab: int, count: int, seed: int = 0) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf.families import COMMON, EXPORTS, Computed, Export, FileTensor, Key
 from moequant.errors import CheckpointError, FamilyError
+from moequant.families import Config, Family
 from moequant.values import Origin, Place, Role, Stack, Stored, Weight
 from moequant.values.ops import Ops
 
@@ -56,10 +57,7 @@ def export(checkpoint: Checkpoint) -> Exported:
 
     FamilyError, with every reason, when llama.cpp has no such architecture or computes something else.
     """
-    way = way_of(checkpoint)
-    if reasons := list(way.complaints(checkpoint.config)):
-        more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
-        raise FamilyError(f"{checkpoint.family.name}: {reasons[0]}{more}")
+    way = check(checkpoint.family, checkpoint.config)
     weights: list[Weight] = []
     names: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -87,14 +85,16 @@ def export(checkpoint: Checkpoint) -> Exported:
     )
 
 
-def way_of(checkpoint: Checkpoint) -> Export:
-    """The family's way into GGUF; FamilyError when llama.cpp has none."""
-    way = EXPORTS.get(checkpoint.family.name)
+def check(family: Family, config: Config) -> Export:
+    """The family's way into GGUF; FamilyError as `export` raises it."""
+    way = EXPORTS.get(family.name)
     if way is None:
         raise FamilyError(
-            f"{checkpoint.family.name}: llama.cpp has no such architecture; --format safetensors writes "
-            "a folder"
+            f"{family.name}: llama.cpp has no such architecture; --format safetensors writes a folder"
         )
+    if reasons := list(way.complaints(config)):
+        more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
+        raise FamilyError(f"{family.name}: {reasons[0]}{more}")
     return way
 
 
@@ -118,19 +118,23 @@ def _cut(checkpoint: Checkpoint, way: Export, weight: Weight) -> Iterator[tuple[
     """The file's tensors that are made of one weight."""
     parts = way.cut(checkpoint.config, weight)
     if parts is None:
-        name = way.names.get(local(weight)) or COMMON.get(local(weight))
-        if name is None:
-            raise FamilyError(
-                f"{checkpoint.family.name}: llama.cpp's {way.arch!r} has no name for {weight.name}"
-            )
-        yield weight, FileTensor(name)
+        yield weight, FileTensor(_name(checkpoint, way, weight))
         return
     for part in parts:
+        part = part if part.name else replace(part, name=_name(checkpoint, way, weight))
         own = weight.name if part.own is None else f"layers.{weight.layer}.{part.own}"
         made = weight.refined(
             part.ops, part.stack, name=own, role=part.role or weight.role, site=part.site or weight.site
         )
         yield made, part
+
+
+def _name(checkpoint: Checkpoint, way: Export, weight: Weight) -> str:
+    """What the tables call a weight that is one tensor of the file."""
+    name = way.names.get(local(weight)) or COMMON.get(local(weight))
+    if name is None:
+        raise FamilyError(f"{checkpoint.family.name}: llama.cpp's {way.arch!r} has no name for {weight.name}")
+    return name
 
 
 @dataclass(frozen=True, slots=True)

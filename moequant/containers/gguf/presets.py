@@ -109,6 +109,9 @@ _FALLBACKS: Mapping[str, str] = {
 }
 """What llama-quantize takes instead when 256 does not divide the rows."""
 
+_VALUES = frozenset({Role.ATTN_V, Role.ATTN_QKV})
+"""Projections that hold values: llama.cpp treats a tensor of queries, keys and values as it treats values."""
+
 _LOW = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M"})
 """Presets at 1 and 2 bits, for which llama.cpp has rules of their own."""
 
@@ -143,10 +146,11 @@ def llama_cpp_types(preset: str, weights: Iterable[Weight], facts: ModelFacts) -
     weights = tuple(weights)
     base = BASE_TYPES[preset]
     seen: Counter[str] = Counter()
-    values = sum(weight.role is Role.ATTN_V for weight in weights)
+    values = sum(weight.role in _VALUES for weight in weights)
     types = {}
     for weight in weights:
         kind = "down" if weight.role.endswith("down") else weight.role  # of experts, shared and dense alike
+        kind = Role.ATTN_V if weight.role in _VALUES else kind
         types[weight.name] = _type(preset, base, weight, _Place(seen[kind], values, facts))
         seen[kind] += 1
     return types
@@ -191,7 +195,7 @@ def _rule(preset: str, base: str, weight: Weight, place: _Place) -> str:
     layer, facts = weight.layer or 0, place.facts
     eight = facts.experts == 8
     match weight.role:
-        case Role.ATTN_V:
+        case role if role in _VALUES:
             return "Q8_0" if eight else _attn_v(preset, base, place)
         case Role.ATTN_K if eight:
             return "Q8_0"
@@ -226,7 +230,7 @@ def _embedding(preset: str, base: str) -> str:
 def _low(preset: str, base: str, weight: Weight, place: _Place) -> str:
     facts, better = place.facts, "IQ3_S" if preset in ("IQ2_S", "IQ2_M") else "Q2_K"
     match weight.role:
-        case Role.ATTN_V:
+        case role if role in _VALUES:
             return "Q4_K" if facts.gqa >= 4 or facts.experts >= 4 else better
         case Role.ATTN_K if facts.experts == 8:
             return "Q4_K"

@@ -51,12 +51,12 @@ def _holds(kind: str, value: Any) -> bool:
 class FileTensor:
     """A tensor of the file that is made of (a part of) a weight.
 
-    `name` is GGUF's, without `blk.N.`. `own` is our name of the part within its layer, None for the
-    weight's own. Blocks of codes run along the rows of what `ops` make, under the statistics of `site`
-    where it is given. `shape` is what the file says where it differs, at the same bytes.
+    `name` is GGUF's, without `blk.N.`; "" is the table's. `own` is our name of the part within its layer,
+    None for the weight's own. Blocks of codes run along the rows of what `ops` make, under the statistics
+    of `site` where it is given. `shape` is what the file says where it differs, at the same bytes.
     """
 
-    name: str
+    name: str = ""
     ops: Ops = ()
     own: str | None = None
     role: Role | None = None
@@ -88,14 +88,14 @@ class Computed:
 
 
 def yarn_bounds(config: Config) -> tuple[str, ...]:
-    """A warning where YaRN has bounds of its own: graphs read them from no file, but for Grok and Mistral 3."""
+    """A warning where YaRN has bounds of its own: most graphs read them from no file."""
     rope = getattr(config, "rope_parameters", None) or {}
     fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
     if rope.get("rope_type") != "yarn" or (fast, slow) == (32, 1):
         return ()
     return (
-        f"llama.cpp does not read YaRN's beta_fast = {fast:g} and beta_slow = {slow:g} from the file and takes "
-        f"32 and 1, so it would compute something else; run it with --yarn-beta-fast {fast:g} "
+        f"llama.cpp does not read YaRN's beta_fast = {fast:g} and beta_slow = {slow:g} from the file and "
+        f"takes 32 and 1, so it would compute something else; run it with --yarn-beta-fast {fast:g} "
         f"--yarn-beta-slow {slow:g}",
     )
 

@@ -8,12 +8,11 @@ from moequant.containers.gguf.families.base import Export, Key
 from moequant.containers.gguf.families.deepseek2 import (
     latent_complaints,
     latent_keys,
-    leading_dense,
     one_key_head,
     split_latent,
     warnings,
 )
-from moequant.containers.gguf.families.keys import SIGMOID, routing, sizes
+from moequant.containers.gguf.families.keys import SIGMOID, leading_dense, routing, sizes
 from moequant.families import Config
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moequant.containers.gguf.families.base import Key
+from moequant.containers.gguf.families.base import Computed, Key
 from moequant.errors import FamilyError
 from moequant.families import Config
 
@@ -24,8 +24,12 @@ _SCALING = frozenset(
         "mscale",
         "mscale_all_dim",
         "truncate",
+        "mrope_section",
+        "mrope_interleaved",
         "llama_4_scaling_beta",
         "max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
     }
 )
 
@@ -137,9 +141,15 @@ def head_widths(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
     )
 
 
-def head_sizes(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
-    """The same, with the base of the rotation and its scaling."""
-    return (*head_widths(config, rotated), *rope(config))
+def head_sizes(config: Config, rotated: float = 1.0, in_tensors: bool = False) -> tuple[Key, ...]:
+    """The same, with the base of the rotation and its scaling; see `rope`."""
+    return (*head_widths(config, rotated), *rope(config, in_tensors=in_tensors))
+
+
+def rope_sections(config: Config, default: tuple[int, ...]) -> Key:
+    """How many frequencies turn with time, height and width: of text, all three are the same position."""
+    found = tuple((config.rope_parameters or {}).get("mrope_section") or default)
+    return Key("rope.dimension_sections", "u32s", [*map(int, found), *[0] * (4 - len(found))])
 
 
 def rotated_part(config: Config) -> float:
@@ -147,8 +157,12 @@ def rotated_part(config: Config) -> float:
     return float((config.rope_parameters or {}).get("partial_rotary_factor") or 1.0)
 
 
-def rope(config: Config, parameters: Mapping[str, Any] | None = None) -> tuple[Key, ...]:
+def rope(
+    config: Config, parameters: Mapping[str, Any] | None = None, in_tensors: bool = False
+) -> tuple[Key, ...]:
     """Base and scaling of rotary positions, by the config's `rope_parameters` unless others are given.
+
+    `in_tensors` says that the family also writes `rope_factors`.
 
     Raises FamilyError for a scaling that GGUF cannot express or that is not known here.
     """
@@ -157,13 +171,35 @@ def rope(config: Config, parameters: Mapping[str, Any] | None = None) -> tuple[K
     if unknown := sorted(str(key) for key in found.keys() - _SCALING):
         raise FamilyError(f"rope scaling {kind!r}: key {unknown[0]} is not supported yet")
     base = Key("rope.freq_base", "f32", _number(found, "rope_theta", kind))
-    if kind == "default":
+    if kind == "default" or (kind == "llama3" and in_tensors):
         return (base,)
     if kind not in ("linear", "yarn"):
         raise FamilyError(f"rope scaling {kind!r} is not supported yet; known: default, linear, yarn")
     factor = _number(found, "factor", kind)
     keys = [base, Key("rope.scaling.type", "str", kind), Key("rope.scaling.factor", "f32", factor)]
     return (*keys, *(_yarn(config, found, factor) if kind == "yarn" else ()))
+
+
+def rope_factors(config: Config) -> tuple[Computed, ...]:
+    """What divides each frequency, for a scaling that llama.cpp has no keys for: Llama 3.1's."""
+    found = dict(config.rope_parameters or {})
+    if found.get("rope_type") != "llama3":
+        return ()
+    names = (
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    )
+    base, factor, low, high, context = (_number(found, name, "llama3") for name in names)
+    width = head_dim(config)
+    factors = []
+    for at in range(0, width, 2):
+        turns = context / (2 * math.pi * base ** (at / width))  # in the context of the training
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return (Computed("rope_freqs.weight", tuple(factors)),)
 
 
 def _yarn(config: Config, found: Mapping[str, Any], factor: float) -> tuple[Key, ...]:

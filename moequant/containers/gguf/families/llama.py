@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moequant.containers.gguf.families.base import Export, FileTensor, Key, full_attention, only
-from moequant.containers.gguf.families.keys import expert_counts, head_sizes, sizes
+from moequant.containers.gguf.families.keys import expert_counts, head_sizes, rope_factors, sizes
 from moequant.families import Config
 from moequant.values import Role, Weight
 from moequant.values.ops import Interleaved
@@ -15,13 +15,15 @@ ARCH = "llama"
 
 
 def pairs(config: Config, weight: Weight) -> tuple[FileTensor, ...] | None:
-    """Rows of q and k, head by head, in llama.cpp's rotary order."""
-    if weight.role is Role.ATTN_Q:
-        return (FileTensor("attn_q.weight", (Interleaved(config.num_attention_heads),)),)
-    if weight.role is Role.ATTN_K:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return (FileTensor("attn_k.weight", (Interleaved(heads),)),)
-    return None
+    """Rows of q and k and their biases, head by head, in llama.cpp's rotary order."""
+    own = weight.name.removeprefix(f"layers.{weight.layer}.").removesuffix(".bias")
+    if own not in ("attn_q", "attn_k"):
+        return None
+    heads = config.num_attention_heads
+    if own == "attn_k":
+        heads = getattr(config, "num_key_value_heads", None) or heads
+    kind, axis = ("bias", -1) if weight.role is Role.BIAS else ("weight", -2)
+    return (FileTensor(f"{own}.{kind}", (Interleaved(heads, axis),)),)
 
 
 def complaints(config: Config) -> Iterator[str]:
@@ -34,7 +36,7 @@ def complaints(config: Config) -> Iterator[str]:
 
 def dense_keys(config: Config) -> tuple[Key, ...]:
     """Keys of a dense model."""
-    return (*sizes(config), *head_sizes(config))
+    return (*sizes(config), *head_sizes(config, in_tensors=True))
 
 
 def moe_keys(config: Config) -> tuple[Key, ...]:
@@ -42,5 +44,5 @@ def moe_keys(config: Config) -> tuple[Key, ...]:
     return (*sizes(config), *expert_counts(config), *head_sizes(config))
 
 
-LLAMA = Export(ARCH, dense_keys, complaints, cut=pairs)
+LLAMA = Export(ARCH, dense_keys, complaints, cut=pairs, computed=rope_factors)
 MIXTRAL = Export(ARCH, moe_keys, complaints, cut=pairs)
