@@ -151,15 +151,18 @@ def _parameters(tensor: _Tensor, role: str) -> int:
 
 
 def _first(keys: tuple[str, ...], *configs: Mapping[str, Any]) -> int | None:
-    """The first of the keys that one of the configs has: a number, or the largest of a list."""
+    """The first of the keys that one of the configs has: a count, or the largest of a list."""
     for config in configs:
         for key in keys:
             value = config.get(key)
-            if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
-                return int(max(value))
-            if isinstance(value, int) and not isinstance(value, bool) and value:
-                return value
+            counts = value if isinstance(value, list) else [value]
+            if counts and all(_is_count(each) for each in counts):
+                return int(max(counts))
     return None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 32
 
 
 def _seen_experts(tensors: list[_Tensor]) -> int | None:
