@@ -86,7 +86,7 @@ def make(folder: Path) -> Ground:
     for command in (
         ["route", model, "-o", str(files["stats"]), "--imatrix-out", str(files["imatrix"]), *text],
         ["inspect", model],  # what commands import when they are used, children have imported then
-        ["fit", model, "--vram", "8G", "--ram", "8G"],
+        ["fit", model, "--vram", "8G", "--ram", "8G", "--ctx", "256"],
         ["plan", model, "--bpw", "12", "--stats", str(files["stats"]), "--no-probes", "--effort", "fast",
          "-o", str(files["plan"])],
         ["convert", model, "-o", str(files["gguf"]), "--type", "Q4_0", "--stats", str(files["stats"]),
