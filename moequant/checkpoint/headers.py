@@ -64,6 +64,17 @@ def check_regular(path: Path) -> None:
         raise CheckpointError(f"{path}: is not a regular file")
 
 
+def belongs(file: Path, source: Path) -> bool:
+    """Whether `file` is a regular file of the model.
+
+    A symlink must stay inside the model folder, or lead to where Hugging Face's cache keeps the files of
+    this model; any other could make a stranger's folder publish something of this machine.
+    """
+    root, real = source.resolve(), file.resolve()
+    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    return real.is_file() and (real.is_relative_to(root) or real.parent == cache)
+
+
 def read_headers(folder: Path) -> dict[str, TensorRef]:
     """All tensors of a folder by name, the index checked against the shards."""
     weight_map = _weight_map(folder)
