@@ -105,7 +105,7 @@ def sites(weights: Iterable[Weight]) -> tuple[Site, ...]:
     return tuple({weight.site.name: weight.site for weight in weights if weight.site is not None}.values())
 
 
-def _beside(checkpoint: Checkpoint, tokens: int) -> Beside:
+def beside(checkpoint: Checkpoint, tokens: int) -> Beside:
     """What the layers give besides hidden states, for rows of so many tokens.
 
     Layers that give which tokens to look at give all of them, in short rows, in whatever version of the
@@ -155,7 +155,7 @@ class LayerStream:
             self.model if whole else self.model.get_submodule(checkpoint.family.decoder),
             checkpoint.family.layers_at,
             [batch.to(resources.device) for batch in self.batches],
-            _beside(checkpoint, ids.shape[1]),
+            beside(checkpoint, ids.shape[1]),
         )
         self._ahead: dict[str, Future[Tensor]] = {}
         self._disk = ThreadPoolExecutor(1)

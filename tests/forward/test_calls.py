@@ -9,6 +9,7 @@ from moequant.checkpoint import open_checkpoint
 from moequant.forward.calls import Skeleton
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
+from moequant.forward.stream import beside
 from tests import models
 
 
@@ -16,9 +17,9 @@ def made(folder, batches=None) -> Skeleton:
     checkpoint = open_checkpoint(folder)
     model = build_model(checkpoint, EXPERTS)
     ids = torch.arange(96).view(3, 2, 16) % models.VOCAB if batches is None else batches
-    return Skeleton(
-        model, model.get_submodule(checkpoint.family.decoder), checkpoint.family.layers_at, list(ids)
-    )
+    decoder = model.get_submodule(checkpoint.family.decoder)
+    gives = beside(checkpoint, ids.shape[-1])
+    return Skeleton(model, decoder, checkpoint.family.layers_at, list(ids), gives)
 
 
 def same(ours: object, theirs: object) -> bool:
