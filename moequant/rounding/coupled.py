@@ -293,7 +293,7 @@ class Coupled:
     def collect(self, layer: Layer, weight: Weight, experts: range, streams: Streams) -> Grams:
         """Grams of these experts of the group of `weight`."""
         assert weight.site is not None
-        site, routed = weight.site, f"layers.{layer.index}.experts.input"
+        site, routed = weight.site, f"layers.{layer.index}.experts.input" if weight.is_expert else ""
         grams = Grams.empty(len(experts), weight, self.stream.resources.device)
         block = layer.part(site.module) if weight.is_expert else None
 
