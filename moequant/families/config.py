@@ -92,7 +92,8 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
     cls = CONFIG_MAPPING[family.model_type]
     with foreign(FamilyError, f"config.json: {family.model_type} cannot be made of it"):
         config = cls.from_dict(given)
-    if getattr(config, "head_dim", 0) is None:  # as attention reads it; YaRN in transformers trips over it
+    # As attention reads it; YaRN in transformers trips over None. Where layers are unlike, reading it raises.
+    if vars(config).get("head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
     _check_keys(family, given, config)
     return config

@@ -97,23 +97,22 @@ def _child(ground: Ground, todo: list[Case], work: Path) -> Iterator[Broken | No
         finally:
             os._exit(status)
     os.close(writing)
-    done = 0
+    done, begun = 0, Attempt([], "?")
     with os.fdopen(reading, "rb", buffering=0) as answers:
-        lines = _lines(answers, 4 * HANG)
-        for line in lines:
-            done += 1
+        for line in _lines(answers, 4 * HANG):
             found = json.loads(line)
-            yield Broken(todo[done - 1], **found) if found else None
+            if isinstance(found, dict):
+                begun = Attempt(**found)
+                continue
+            done += 1
+            yield found and Broken(todo[done - 1], begun.what, found, begun.arguments)
     if done < len(todo):
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if done < len(todo):
-        why = (
-            "a hang"
-            if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (9, signal.SIGXCPU, signal.SIGPROF)
-            else ""
-        )
-        yield Broken(todo[done], "?", why or f"the process died with status {status}", [])
+        hung = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGPROF)
+        why = "a hang" if hung else f"the process died with status {status}"
+        yield Broken(todo[done], begun.what, why, begun.arguments)
 
 
 def _lines(stream: IO[bytes], seconds: float) -> Iterator[bytes]:
@@ -141,16 +140,15 @@ def _work(ground: Ground, todo: list[Case], work: Path, out: IO[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "out").mkdir(parents=True)
         attempt = KINDS[case.kind](Random(f"{case.kind}/{case.seed}"), ground, folder)
+        out.write(json.dumps({"arguments": attempt.arguments, "what": attempt.what}) + "\n")
+        out.flush()
         why = judge(ground, attempt, folder)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if why is None and peak > MEMORY * base:
             why, base = f"{peak // 1024} MiB of memory, {base // 1024} before", peak
-        answer: dict[str, Any] = {}
-        if why is not None:
-            answer = {"what": attempt.what, "why": why, "arguments": attempt.arguments}
-        else:
+        if why is None:
             shutil.rmtree(folder, ignore_errors=True)
-        out.write(json.dumps(answer) + "\n")
+        out.write(json.dumps(why) + "\n")
         out.flush()
 
 

@@ -30,9 +30,8 @@ SIZES = (*NUMBERS, "14G", "1e9G", "9" * 400 + "G", "0.0000001K", "1KiBiB", "G", 
 
 NAMES = (
     "a" * 231 + ".gguf", "a" * 5000, "\x1b[31m.gguf", "a\nb.gguf", "..", ".", "", "a/b/c.gguf", "é" * 120,
-    "a\0b",
-    "[/bold].gguf", "$\\bad$.gguf", "-x", "~", "\ud800.gguf", "/dev/null", "/dev/full", "/proc/self/mem",
-    "/dev/stdout", "/nowhere/a.gguf",
+    "a\0b", "[/bold].gguf", "$\\bad$.gguf", "-x", "~", "\ud800.gguf", "/dev/null", "/dev/full",
+    "/proc/self/mem", "/dev/stdout", "/nowhere/a.gguf",
 )  # fmt: skip
 
 WORDS = (
@@ -86,11 +85,12 @@ def options(random: Random, ground: Ground, folder: Path) -> Attempt:
             ["plan", model, "--size", size, "--stats", stats, "--no-probes", "--effort", "fast"],
             ["plan", model, "--sizes", f"{size},{random.choice(SIZES)}", "--stats", stats, "--no-probes"],
             ["plan", model, "--bpw", number, "--stats", stats, "--no-probes", "-o", name],
-            ["fit", model, "--vram", size, "--ram", random.choice(SIZES)],
+            ["fit", model, "--vram", size, "--ram", random.choice(SIZES), "--ctx", "256"],
             ["fit", model, "--vram", "8G", "--ram", "8G", "--ctx", number],
-            ["fit", model, "--vram", "8G", "--ram", "8G", "--parallel", number],
-            ["fit", model, "--vram", "8G", "--ram", "8G", "--vram-bandwidth", number],
-            ["fit", model, "--vram", "8G", "--ram", "8G", "--min-speed", number, "--disk-bandwidth", number],
+            ["fit", model, "--vram", "8G", "--ram", "8G", "--ctx", "256", "--parallel", number],
+            ["fit", model, "--vram", "8G", "--ram", "8G", "--ctx", "256", "--vram-bandwidth", number],
+            ["fit", model, "--vram", "8G", "--ram", "8G", "--ctx", "256", "--min-speed", number],
+            ["fit", model, "--vram", "1G", "--ram", "1G", "--ctx", "256", "--disk-bandwidth", number],
             ["route", model, "--merge", stats, "--min-tokens-per-expert", number, "--max-tokens", "600"],
             ["route", model, "--calib", str(ground.files["text"]), "--calib-tokens", "1024",
              "--min-tokens-per-expert", number, "--max-tokens", "600"],
