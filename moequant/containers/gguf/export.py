@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
-<<<<<<< HEAD
 from moequant.containers.gguf.families import COMMON, EXPORTS, OTHERS, Computed, Export, FileTensor, Key
-from moequant.errors import FamilyError
-=======
-from moequant.containers.gguf.families import COMMON, EXPORTS, Computed, Export, FileTensor, Key
 from moequant.errors import CheckpointError, FamilyError
->>>>>>> core
 from moequant.families import Config, Family
 from moequant.values import Origin, Place, Role, Stack, Stored, Weight
 from moequant.values.ops import Ops
