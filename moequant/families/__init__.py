@@ -43,6 +43,7 @@ from moequant.families.mistral4 import MISTRAL4
 from moequant.families.mixtral import MIXTRAL
 from moequant.families.nemotron_h import NEMOTRON_H
 from moequant.families.olmoe import OLMOE
+from moequant.families.phimoe import PHIMOE
 from moequant.families.qwen2_moe import QWEN2_MOE
 from moequant.families.qwen3 import QWEN3
 from moequant.families.qwen3_5_moe import QWEN3_5_MOE
@@ -87,6 +88,7 @@ FAMILIES: tuple[Family, ...] = (
     GRANITE_MOE_SHARED,
     GRANITE_MOE_HYBRID,
     GRANITE_MOE_SWA,
+    PHIMOE,
     LLAMA,
     MISTRAL,
     QWEN3,

@@ -265,7 +265,7 @@ class LayerStream:
         self, hidden: Hidden, make: Callable[[int], R], provider: Provider | None = None
     ) -> Iterator[tuple[R, Any]]:
         """The end of the forward pass, batch by batch: its recorder and what the model returns."""
-        roles = {Role.NORM} | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
+        roles = {Role.NORM, Role.BIAS} | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
         ends = self._outside(*roles)
         self._fill(ends, provider)
         if self.whole and self.checkpoint.tied:

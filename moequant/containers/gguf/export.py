@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
-from moequant.containers.gguf.families import COMMON, EXPORTS, Computed, Export, FileTensor, Key
+from moequant.containers.gguf.families import COMMON, EXPORTS, OTHERS, Computed, Export, FileTensor, Key
 from moequant.errors import CheckpointError, FamilyError
 from moequant.families import Config, Family
 from moequant.values import Origin, Place, Role, Stack, Stored, Weight
@@ -92,9 +92,8 @@ def check(family: Family, config: Config) -> Export:
     """The family's way into GGUF; FamilyError as `export` raises it."""
     way = EXPORTS.get(family.name)
     if way is None:
-        raise FamilyError(
-            f"{family.name}: llama.cpp has no such architecture; --format safetensors writes a folder"
-        )
+        why = OTHERS.get(family.name, "llama.cpp has no such architecture")
+        raise FamilyError(f"{family.name}: {why}; --format safetensors writes a folder")
     if reasons := list(way.complaints(config)):
         more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
         raise FamilyError(f"{family.name}: {reasons[0]}{more}")
