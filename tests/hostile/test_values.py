@@ -93,7 +93,6 @@ def test_an_infinite_epsilon(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_is_a_pipe(tmp_path: Path) -> None:
-    import os
 
     os.mkfifo(tmp_path / "plan.json")
     with pytest.raises(PlanError, match="not a regular file"):
