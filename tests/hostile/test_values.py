@@ -68,8 +68,8 @@ def test_a_fair_share_that_is_none(ratio: float) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [("u32", -1), ("u32", 1 << 32), ("u32", 1.0), ("u32", True), ("f32", float("nan")), ("f32", 1e39), ("bool", 1),
-     ("str", None), ("u32s", [1, -1])],
+    [("u32", -1), ("u32", 1 << 32), ("u32", 1.0), ("u32", True), ("f32", float("nan")), ("f32", 1e39),
+     ("bool", 1), ("str", None), ("u32s", [1, -1])],
 )  # fmt: skip
 def test_a_key_that_its_type_cannot_hold(kind: str, value: object) -> None:
     with pytest.raises(FamilyError, match="GGUF's key some"):
