@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from moequant.errors import CheckpointError
+from moequant.files.read import check_regular, read_text
 from moequant.values import TensorRef
 
 MAX_HEADER = 100_000_000
@@ -41,27 +41,6 @@ def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON object was expected")
     return value
-
-
-def read_text(path: Path, limit: int = MAX_HEADER) -> str:
-    """The UTF-8 of a regular file; CheckpointError when there is none, or more than `limit` bytes."""
-    check_regular(path)
-    if path.stat().st_size > limit:
-        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; at most {limit:,} were expected")
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def check_regular(path: Path) -> None:
-    """CheckpointError for a file that is not there, or is a folder, a device or a pipe."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path}: is not a regular file")
 
 
 def belongs(file: Path, source: Path) -> bool:

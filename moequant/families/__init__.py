@@ -10,6 +10,7 @@ from moequant.errors import FamilyError, one_line
 from moequant.families.afmoe import AFMOE
 from moequant.families.base import Config, Family, Get, Slot
 from moequant.families.cohere2_moe import COHERE2_MOE
+from moequant.families.config import text_config
 from moequant.families.dbrx import DBRX
 from moequant.families.deepseek_v2 import DEEPSEEK_V2
 from moequant.families.deepseek_v3 import DEEPSEEK_V3
@@ -105,9 +106,10 @@ def architectures(raw: Mapping[str, Any]) -> list[str]:
 def find(raw: Mapping[str, Any]) -> Family:
     """The family of a `config.json`; FamilyError names the architecture when there is none."""
     names = architectures(raw)
-    for family in FAMILIES:
-        if any(name in family.classes for name in names):
-            return family
+    if found := [family for family in FAMILIES if any(name in family.classes for name in names)]:
+        # Models that also see share a class whatever their text model is.
+        kind = text_config(raw).get("model_type")
+        return next((family for family in found if family.model_type == kind), found[0])
     wanted = "/".join(names[:10]) or "(none in config.json)"
     near = nearest(names[0]) if names else None
     raise FamilyError(

@@ -152,7 +152,7 @@ class LayerStream:
         self.batches = list(torch.split(ids, max(1, resources.batch_tokens // ids.shape[1])))
         self.skeleton = Skeleton(
             self.model,
-            self.model if whole else self.model.get_decoder(),
+            self.model if whole else self.model.get_submodule(checkpoint.family.decoder),
             checkpoint.family.layers_at,
             [batch.to(resources.device) for batch in self.batches],
             _beside(checkpoint, ids.shape[1]),

@@ -66,8 +66,11 @@ def export(checkpoint: Checkpoint) -> Exported:
         name: tuple((weight.name, tensor.ops) for weight, tensor in pairs) for name, pairs in cut.items()
     }
     tensors = [pair for pairs in cut.values() for pair in pairs]
-    # The head stays last, behind what the file alone has.
-    tensors[-1:-1] = [(_computed(each), FileTensor(each.name)) for each in way.computed(checkpoint.config)]
+    # In the order in which weights are rounded: outside of all layers first, the head last.
+    first = next(at for at, (weight, _) in enumerate(tensors) if weight.layer is not None)
+    tensors[first:first] = [
+        (_computed(each), FileTensor(each.name)) for each in way.computed(checkpoint.config)
+    ]
     for weight, tensor in tensors:
         prefix = "" if weight.layer is None else f"blk.{weight.layer}."
         weights.append(weight)
