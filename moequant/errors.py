@@ -14,9 +14,27 @@ Each message is one line: the thing, what was expected, what to do next. The
 command line prints it and exits with 1; anything else is a bug in moequant.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LONGEST = 1000
+"""Characters of a message: files may hold names and values of any length."""
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """What an exception of somebody else's says, or any text, as one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[3 - limit + limit * 2 // 3 :]}"
+
 
 class MoequantError(Exception):
-    """Base of every error that moequant raises on purpose."""
+    """Base of every error that moequant raises on purpose. Its text is one line of LONGEST characters at
+    most."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= LONGEST else one_line(message, LONGEST))
 
 
 class CheckpointError(MoequantError):
@@ -49,3 +67,18 @@ class OutputError(MoequantError):
 
 class VerifyError(MoequantError):
     """The file on disk decodes to something else than was written."""
+
+
+@contextmanager
+def foreign(kind: type[MoequantError], what: str) -> Iterator[None]:
+    """Whatever code of others raises in the block, as an error of ours that begins with `what`.
+
+    For code that is given values from files and does not say what it raises: classes of transformers, and
+    decoders. Our own errors, and a lack of memory, pass.
+    """
+    try:
+        yield
+    except (MoequantError, MemoryError):
+        raise
+    except Exception as error:
+        raise kind(f"{what} ({one_line(error)})") from error

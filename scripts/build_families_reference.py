@@ -65,6 +65,9 @@ MODELS = {
 }
 """What people call the models of a family, by its name in the code."""
 
+NEEDED = {"lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}}
+"""What a config class cannot be made without, by family."""
+
 HEAD = """# Families
 
 Every family below is converted to GGUF for llama.cpp, and to a folder for vLLM and transformers where
@@ -83,8 +86,8 @@ This page is written by `scripts/build_families_reference.py`.
 
 
 def default_config(family: Family) -> Config:
-    """The config that its class makes of nothing."""
-    return CONFIG_MAPPING[family.model_type]()
+    """The config that its class makes of what it cannot do without."""
+    return CONFIG_MAPPING[family.model_type](**NEEDED.get(family.name, {}))
 
 
 def row(family: Family) -> str:
@@ -93,14 +96,14 @@ def row(family: Family) -> str:
     layers = [slot for number in range(config.num_hidden_layers) for slot in family.layer(config, number)]
     experts = [slot for slot in layers if slot.stack.name == "EXPERTS"]
     folder = all(any("{e}" in way.name for way in slot.ways) for slot in experts)
-    skipped = ", ".join(dict.fromkeys(family.skipped(config).values()))
+    left = dict.fromkeys(why for why in family.skipped(config).values() if why != "computed from the config")
     warned = " ".join(way.warnings(config)) if way is not None else ""
     cells = (
         MODELS[family.name],
         ", ".join(f"`{name}`" for name in family.classes),
         f"`{way.arch}`" if way is not None else "no",
         "yes" if folder else "no",
-        skipped,
+        ", ".join(left),
         warned,
     )
     return f"| {' | '.join(cells)} |"

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 ROOT = Path(__file__).parents[1]
 """The checkout."""
@@ -730,10 +731,116 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
     },
     "kimi_k2": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
     "kimi_k25": {**SIGMOID, "model_type": "kimi_k2", "num_nextn_predict_layers": 0, "num_mtp_layers": None},
+    "dots1": {"scoring_func": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1, "max_window_layers": 62},
+    "ernie4_5_moe": {
+        "moe_capacity": [64, 64, 64],
+        "moe_gate": "topk",
+        "moe_use_aux_free": True,
+        "num_nextn_predict_layers": 1,
+    },
+    "hunyuan_v1_moe": {
+        "attention_head_dim": 48,
+        "cla_share_factor": 2,
+        "class_num": 0,
+        "dense_list": [4096, 0],
+        "eod_token_id": 0,
+        "moe_drop_tokens": False,
+        "moe_intermediate_size": [128, 128],
+        "moe_layer_num_skipped": 0,
+        "norm_type": "rms",
+        "num_shared_expert": [1, 1],
+        "org_vocab_size": VOCAB,
+        "pool_type": "last",
+        "position_embedding_xdrope": False,
+        "use_cla": False,
+        "use_mixed_mlp_moe": True,
+        "use_qk_norm": True,
+        "use_rotary_pos_emb": True,
+    },
+    "hy_v3": {
+        "expert_hidden_dim": 128,
+        "first_k_dense_replace": 1,
+        "mlp_layer_types": None,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_use_sigmoid": True,
+        "num_nextn_predict_layers": 1,
+        "qk_norm": True,
+        "route_norm": True,
+    },
+    "exaone_moe": {
+        **SIGMOID,
+        "is_moe_layer": [False, True, True, True, True],
+        "num_nextn_predict_layers": 1,
+        "sliding_window_pattern": "LLG",
+    },
+    "mellum": {"num_nextn_predict_layers": 1, "num_mtp_layers": None},
+    "laguna": {"gating": True, "norm_topk_prob": True},
+    "afmoe": {
+        "load_balance_coeff": 0.001,
+        "n_group": 1,
+        "num_expert_groups": 1,
+        "num_limited_groups": 1,
+        "route_norm": True,
+        "score_func": "sigmoid",
+        "topk_group": 1,
+        "use_grouped_mm": True,
+    },
+    "cohere2_moe": {
+        "first_k_dense_replace": 1,
+        "layer_types": None,
+        "mlp_layer_types": None,
+        "num_nextn_predict_layers": 0,
+        "use_gated_activation": True,
+        "use_parallel_block": True,
+        "use_qk_norm": False,
+    },
+    "mimo_v2_flash": {
+        "add_full_attention_sink_bias": False,
+        "add_swa_attention_sink_bias": True,
+        "attention_chunk_size": 47,
+        "hybrid_layer_pattern": [0, 1, 1, 1],
+        "layer_types": None,
+        "layernorm_epsilon": 1e-5,
+        "mlp_layer_types": None,
+        "moe_layer_freq": [0, 1, 1, 1],
+        "partial_rotary_factor": 0.334,
+        "rms_norm_eps": None,
+        "rope_parameters": None,
+        "rope_theta": 5000000,
+        "routed_scaling_factor": None,
+        "scoring_func": "sigmoid",
+        "sliding_window": 47,
+        "sliding_window_size": 47,
+        "swa_head_dim": 48,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_rope_theta": 10000,
+        "swa_v_head_dim": 32,
+        "topk_method": "noaux_tc",
+    },
+    "lfm2_moe": {"tie_embedding": True, "tie_word_embeddings": None, "use_pos_enc": True},
+    "nemotron_h": {
+        "attention_head_dim": 48,
+        "hybrid_override_pattern": "ME*EM",
+        "layer_types": None,
+        "layers_block_type": None,
+        "mamba_proj_bias": False,
+        "mtp_hybrid_override_pattern": "*E",
+        "mtp_layers_block_type": None,
+        "norm_eps": 1e-5,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 1.0,
+        "rope_theta": 10000,
+    },
+    "jamba": {
+        "calc_logits_for_entire_prompt": False,
+        "mamba_inner_layernorms": True,
+        "num_logits_to_keep": 1,
+    },
 }
 """Keys of the text's config as releases have them, where transformers 5 saves others; None: none."""
 
-_PREDICTION = {
+PREDICTION = {
     "eh_proj.weight": (256, 512),
     "enorm.weight": (256,),
     "hnorm.weight": (256,),
@@ -745,18 +852,32 @@ _PREDICTION = {
 _MTP = {"mtp.fc.weight": (256, 512), "mtp.layers.0.input_layernorm.weight": (256,), "mtp.norm.weight": (256,)}
 BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     **{
-        family: {f"model.layers.3.{name}": shape for name, shape in _PREDICTION.items()}
-        for family in ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
+        family: {
+            f"model.layers.{CONFIGS[family]['num_hidden_layers']}.{name}": shape
+            for name, shape in PREDICTION.items()
+        }
+        for family in ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3")
     },
     "qwen3_next": _MTP,
     "qwen3_5_moe": _MTP,
+    "ernie4_5_moe": {"model.mtp_emb_norm.0.weight": (256,), "model.mtp_linear_proj.0.weight": (256, 512)},
+    "exaone_moe": _MTP,
+    "mellum": _MTP,
+    "mimo_v2_flash": {"model.mtp.layers.0.eh_proj.weight": (256, 512)},
+    "nemotron_h": {"mtp.layers.0.mixer.o_proj.weight": (256, 192)},
 }
 """Tensors of releases that transformers neither runs nor saves."""
+
+OURS = {"KimiK25ForConditionalGeneration": "Kimi_K25ForConditionalGeneration"}
+"""Classes of remote code that transformers has under another name."""
 
 RENAMED: Mapping[str, tuple[str, str]] = {
     "kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")
 }
 """What names of tensors contain where transformers 5 saves them, and in releases."""
+
+TRANSPOSED = ("qwen3_vl_moe",)
+"""Families whose releases keep stacks of experts transposed, as transformers 5 does not save them."""
 
 TEXT = [
     "The router sends every token to two of its experts and adds their outputs.",
@@ -854,8 +975,8 @@ def as_released(folder: Path, family: str) -> Path:
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     text = raw.get("text_config", raw)
-    if "rope_theta" in text["rope_parameters"]:  # those of each kind of layers are as transformers 5 has them
-        rope = dict(text.pop("rope_parameters"))
+    if "rope_theta" in (rope := dict(text.get("rope_parameters") or {})):  # else one for each kind of layer
+        del text["rope_parameters"]
         text["rope_theta"] = rope.pop("rope_theta")
         if (factor := rope.pop("partial_rotary_factor", None)) is not None:
             text["partial_rotary_factor"] = factor
@@ -864,15 +985,33 @@ def as_released(folder: Path, family: str) -> Path:
         text[key] = value
         if value is None:
             del text[key]
+    if family == "kimi_k25":
+        raw["architectures"] = ["KimiK25ForConditionalGeneration"]
     path.write_text(json.dumps(raw))
     if old_and_new := RENAMED.get(family):
         file = folder / "model.safetensors"
         tensors = {name.replace(*old_and_new): each for name, each in load_file(file).items()}
         save_file(tensors, file, {"format": "pt"})
+    if family in TRANSPOSED:
+        file = folder / "model.safetensors"
+        stacks = {
+            name: each.transpose(1, 2).contiguous() if each.ndim == 3 and ".experts." in name else each
+            for name, each in load_file(file).items()
+        }
+        save_file(stacks, file, {"format": "pt"})
     extra = {name: torch.randn(shape).bfloat16() for name, shape in BESIDE.get(family, {}).items()}
     if extra:
         save_file(extra, folder / "model-mtp.safetensors", {"format": "pt"})
     return folder
+
+
+def reference(folder: Path) -> PreTrainedModel:
+    """The model as transformers loads it, float32, by the class that config.json names."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    cls = getattr(transformers, OURS.get(name, name))
+    config = cls.config_class.from_pretrained(folder)
+    config.model_type = cls.config_class.model_type  # what names of tensors are read by
+    return cls.from_pretrained(folder, config=config, dtype=torch.float32, experts_implementation="eager")
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

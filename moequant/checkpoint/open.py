@@ -51,12 +51,18 @@ class Checkpoint:
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def name(self) -> str:
-        """What people call the model: the folder's name, or the repository's in Hugging Face's cache."""
+    def repository(self) -> str:
+        """What the Hub calls the model, ORG/NAME, if it lies in Hugging Face's cache; else the folder's
+        name."""
         folder = self.path.resolve()
         if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-            return folder.parents[1].name.rpartition("--")[2]
+            return folder.parents[1].name.removeprefix("models--").replace("--", "/")
         return folder.name
+
+    @property
+    def name(self) -> str:
+        """What people call the model: the repository's name without its owner."""
+        return self.repository.rpartition("/")[2]
 
     @property
     def source_bytes(self) -> int:
@@ -134,7 +140,7 @@ def load(weight: Weight, matrices: range | None = None) -> Tensor:
     origin = weight.origin
     if weight.stack is not Stack.EXPERTS:
         return apply(origin.ops, origin.stored[0].read()).contiguous()
-    if len(origin.stored) == 1 and len(origin.stored[0].shape) == 2:  # one matrix that is cut into experts
+    if _is_cut(origin):
         whole = apply(origin.ops, origin.stored[0].read())
         return (whole if matrices is None else whole[matrices.start : matrices.stop]).contiguous()
     wanted = range(weight.matrices) if matrices is None else matrices
@@ -166,9 +172,16 @@ def load_packed(weight: Weight) -> Tensor | None:
     return torch.stack(parts) if weight.is_expert else parts[0].contiguous()
 
 
+def _is_cut(origin: Origin) -> bool:
+    """Whether one stored matrix is cut into those of all experts."""
+    shape = origin.stored[0].shape
+    return len(origin.stored) == 1 and len(shape) == 2 and len(shape_after(origin.ops, shape)) == 3
+
+
 def _matrix(origin: Origin, number: int) -> Tensor:
     """One expert's matrix; where the first op takes rows, no others are read."""
-    stored, index = (origin.stored[0], number) if len(origin.stored) == 1 else (origin.stored[number], None)
+    stacked = len(origin.stored[0].shape) == 3
+    stored, index = (origin.stored[0], number) if stacked else (origin.stored[number], None)
     first = origin.ops[0] if origin.ops else None
     if isinstance(first, Part) and first.axis == -2 and first.step == 1:
         return apply(origin.ops[1:], stored.read(index, range(first.start, first.stop)))
@@ -242,6 +255,12 @@ def _shape(family: Family, config: Config) -> ModelShape:
     for key, size in (("num_hidden_layers", shape.layers), ("number of experts", shape.experts)):
         if size > MOST:
             raise FamilyError(f"{family.name}: config key {key} = {size}: more than any model has")
+    for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
+        epsilon = getattr(config, key, None)
+        if epsilon is not None and not 0 <= epsilon < 1:
+            raise FamilyError(
+                f"{family.name}: config key {key} = {epsilon}: a number from 0 to 1 was expected"
+            )
     check_experts(family, shape.experts, shape.experts_used)
     return shape
 

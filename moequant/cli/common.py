@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from moequant import escape
 from moequant.containers.gguf.presets import BASE_TYPES
-from moequant.errors import MoequantError
+from moequant.errors import LONGEST, MoequantError, one_line
 from moequant.files import Interrupted, interruptible
 
 
@@ -30,6 +30,9 @@ T = TypeVar("T")
 
 PIPE_WIDTH = 120
 
+MOST = 1 << 40
+"""No number of tokens is larger: sums of them must not leave 64 bits."""
+
 PRESETS = ", ".join(BASE_TYPES)
 Type = Annotated[str, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset: {PRESETS}.")]
 Calib = Annotated[
@@ -38,8 +41,8 @@ Calib = Annotated[
         help="Calibration text: file, folder, .jsonl or Hugging Face dataset (default: the bundled set)."
     ),
 ]
-CalibTokens = Annotated[int, typer.Option(min=1, help="Tokens to calibrate on, at most.")]
-Seed = Annotated[int, typer.Option(help="Order of the calibration text.")]
+CalibTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to calibrate on, at most.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Order of the calibration text.")]
 EffortOption = Annotated[
     Effort,
     typer.Option(
@@ -82,7 +85,7 @@ def guarded(action: Callable[[], T]) -> T:
     try:
         return action()
     except MoequantError as error:
-        typer.echo(f"moequant: {escape.plain(str(error))}", err=True)
+        typer.echo(f"moequant: {one_line(escape.plain(str(error)), LONGEST)}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from moequant import escape
-from moequant.cli.common import Device, Overwrite, Ram, console, guarded, ram_bytes
+from moequant.cli.common import MOST, Device, Overwrite, Ram, Seed, console, guarded, ram_bytes
 
 
 class Engine(StrEnum):
@@ -32,9 +32,9 @@ def compare(
         ),
     ] = None,
     eval_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to read, at most; half are scored.")
+        int, typer.Option(min=1, max=MOST, help="Tokens to read, at most; half are scored.")
     ] = 16_384,
-    seed: Annotated[int, typer.Option(help="Order of the text.")] = 0,
+    seed: Seed = 0,
     engine: Annotated[
         Engine, typer.Option(help="Who computes; llama.cpp takes GGUF files and needs xllamacpp.")
     ] = Engine.moequant,
@@ -72,7 +72,7 @@ def compare(
     from moequant.report.compare import compare_json, compare_tables
     from moequant.report.html import write
 
-    resources = Resources(guarded(lambda: ram_bytes(ram)), device, threads)
+    resources = guarded(lambda: Resources(ram_bytes(ram), device, threads))
     settings = CompareSettings(
         eval=eval_,
         eval_tokens=eval_tokens,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moequant.cli.common import (
+    MOST,
     PRESETS,
     Calib,
     CalibTokens,
@@ -58,7 +59,8 @@ def convert(
         typer.Option("--eval", help="Text for perplexity before and after (default: the bundled set)."),
     ] = None,
     eval_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens to evaluate on, at most; 0 leaves the comparison out.")
+        int,
+        typer.Option(min=0, max=MOST, help="Tokens to evaluate on, at most; 0 leaves the comparison out."),
     ] = 16_384,
     effort: EffortOption = Effort.default,
     coupled: Annotated[
@@ -91,7 +93,8 @@ def convert(
         bool | None, typer.Option("--quantize-attention", help="In a folder, round attention as well.")
     ] = None,
     tp: Annotated[
-        int | None, typer.Option(min=1, help="GPUs that will share each weight of a folder (default 1).")
+        int | None,
+        typer.Option(min=1, max=1024, help="GPUs that will share each weight of a folder (default 1)."),
     ] = None,
     self_check: Annotated[
         bool,

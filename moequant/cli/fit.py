@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import console, guarded
+from moequant.cli.common import MOST, console, guarded
 from moequant.escape import plain
 
 
@@ -27,7 +27,10 @@ def memory(text: str) -> int:
     if found is None:
         raise typer.BadParameter(f"{text!r}: a size like 24G, 24GiB, 24GB or 0 was expected")
     step = 1000 if (found[3] or "").lower() == "b" else 1024
-    return int(float(found[1]) * step ** " KMGT".index(found[2].upper() or " "))
+    size = float(found[1]) * step ** " KMGT".index(found[2].upper() or " ")
+    if size >= 2**63:
+        raise typer.BadParameter("no machine has so much memory; a size like 24G was expected")
+    return int(size)
 
 
 def fit(
@@ -40,8 +43,8 @@ def fit(
     ram: Annotated[
         int, typer.Option(parser=memory, metavar="SIZE", help="System memory that the model may use.")
     ],
-    ctx: Annotated[int, typer.Option(min=1, help="Tokens of context of each sequence.")] = 8192,
-    parallel: Annotated[int, typer.Option(min=1, help="Sequences served at once.")] = 1,
+    ctx: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of context of each sequence.")] = 8192,
+    parallel: Annotated[int, typer.Option(min=1, max=1 << 20, help="Sequences served at once.")] = 1,
     cache_type: Annotated[CacheType, typer.Option(help="Type of the KV cache.")] = CacheType.f16,
     vram_bandwidth: Annotated[float, typer.Option(min=1, help="GB/s of the GPU's memory.")] = 900,
     ram_bandwidth: Annotated[float, typer.Option(min=1, help="GB/s of the system memory.")] = 60,

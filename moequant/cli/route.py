@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import Calib, CalibTokens, Device, Overwrite, Ram, Seed, console, guarded, ram_bytes
+from moequant.cli.common import (
+    MOST,
+    Calib,
+    CalibTokens,
+    Device,
+    Overwrite,
+    Ram,
+    Seed,
+    console,
+    guarded,
+    ram_bytes,
+)
 
 
 def route(
@@ -30,7 +41,9 @@ def route(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens that --min-tokens-per-expert may draw in all (default: 4 x --calib-tokens)."
+            min=1,
+            max=MOST,
+            help="Tokens that --min-tokens-per-expert may draw in all (default: 4 x --calib-tokens).",
         ),
     ] = None,
     merge: Annotated[
@@ -62,9 +75,11 @@ def route(
     from moequant.report.routing import routing_json, routing_tables  # torch only when there is work
     from moequant.statistics.health import health
 
-    resources = Resources(ram=guarded(lambda: ram_bytes(ram)), device=device)
-    settings = RouteSettings(
-        calib, calib_tokens, seed, min_tokens_per_expert, max_tokens, tuple(merge or ()), resources
+    resources = guarded(lambda: Resources(ram=ram_bytes(ram), device=device))
+    settings = guarded(
+        lambda: RouteSettings(
+            calib, calib_tokens, seed, min_tokens_per_expert, max_tokens, tuple(merge or ()), resources
+        )
     )
     outputs = Outputs(out, imatrix_out, picture, overwrite)
     routed = guarded(lambda: run(model, settings, outputs))

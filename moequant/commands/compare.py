@@ -143,12 +143,13 @@ def _rounded(checkpoint: Checkpoint, source: Source, settings: CompareSettings) 
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """File names where they tell the sources apart, paths where they do not."""
-    names = [source.name for source in sources]
-    return [
-        name if names.count(name) == 1 else str(source.path)
-        for name, source in zip(names, sources, strict=True)
-    ]
+    """The last parts of the paths, as many as tell the sources apart; numbered names where none do."""
+    parts = [source.path.absolute().parts for source in sources]
+    for count in (1, 2, 3):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{source.name} ({number})" for number, source in enumerate(sources)]
 
 
 def _ran(opened: _Opened, settings: CompareSettings) -> tuple[Ran, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from moequant import plan
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.commands.settings import Settings
-from moequant.commands.statistics import given_statistics
+from moequant.commands.statistics import all_sites, given_statistics
 from moequant.commands.text import leading
 from moequant.containers.base import Container, Made, Written
 from moequant.containers.folders.container import FolderContainer
@@ -133,6 +133,7 @@ def _convert(model: Path, out: Path, settings: Settings) -> Report:
         job.container.check_target(out, job.plan)
         checkpoint = job.container.checkpoint
         empty_model(checkpoint)  # every weight has its place in the model, before any is read
+        matrices = export(job.model) if settings.imatrix_out is not None else None
         calibration = given_statistics(job.model, checkpoint, settings)
         texts = _texts(job, calibration is not None)
         check_memory(checkpoint, models=2 if texts.evaluation else 1 if texts.calibration else 0)
@@ -140,9 +141,10 @@ def _convert(model: Path, out: Path, settings: Settings) -> Report:
             gradients(checkpoint, settings)
     if texts.calibration is not None and calibration is None and _needs_statistics(job):
         with meter.stage("route"):
-            calibration = calibrate(checkpoint, texts.calibration, settings.resources)
-    if calibration is not None and settings.imatrix_out is not None:
-        imatrix.write(settings.imatrix_out, export(job.model), calibration, "none")
+            watched = None if matrices is None else all_sites(job.model)
+            calibration = calibrate(checkpoint, texts.calibration, settings.resources, watched=watched)
+    if calibration is not None and matrices is not None and settings.imatrix_out is not None:
+        imatrix.write(settings.imatrix_out, matrices, calibration, "none")
     if calibration is not None and texts.probes is not None:
         with meter.stage("plan"):
             job = _measured(job, calibration, texts.probes)

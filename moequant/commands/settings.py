@@ -71,6 +71,7 @@ class Settings:
                 f"{_option(given[0])} does not go with --format {self.format}; how large it is, "
                 f"{', '.join(map(_option, own))} say"
             )
+        _ = self.resources
         if self.format == "gguf":
             sizes = [name for name in _OF_FILES if getattr(self, name) is not None]
             if len(sizes) > 1:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moequant.errors import VerifyError
+
 LOG_P_FLOOR = -16.0
 
 TOP = 5
@@ -113,9 +115,15 @@ def score_row(base: Tensor, candidate: Tensor, ids: Tensor) -> Scores:
 
 
 def score_tokens(base: Tensor, candidate: Tensor, target: Tensor) -> Scores:
-    """Scores of m tokens `target` i64 [m] from the logits [m, vocab] in front of each."""
+    """Scores of m tokens `target` i64 [m] from the logits [m, vocab] in front of each.
+
+    VerifyError where a model computes no numbers: every figure would be one, and none would say so.
+    """
     log_p = torch.log_softmax(base.float(), -1)
     log_q = torch.log_softmax(candidate.float(), -1)
+    for name, logs in (("baseline", log_p), ("candidate", log_q)):
+        if logs.isnan().any():
+            raise VerifyError(f"the {name}'s logits are NaN: its weights are damaged, or overflow")
     terms = torch.where(log_p > LOG_P_FLOOR, log_p.exp() * (log_p - log_q), 0.0)
     count = min(TOP, log_p.shape[-1])
     top_p, top_q = log_p.topk(count).indices, log_q.topk(count).indices

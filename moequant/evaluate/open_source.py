@@ -5,7 +5,6 @@ Decoders are other people's: gguf-py's for GGUF, the compressed-tensors package'
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
+from moequant.checkpoint.headers import read_json
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.header import plain
 from moequant.containers.gguf.read import GgufFile, read_header
@@ -20,6 +20,7 @@ from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.containers.gguf.weights import GgufWeights
 from moequant.errors import CheckpointError, VerifyError
 from moequant.escape import shown
+from moequant.files import RECORD
 from moequant.forward.model import Provider
 from moequant.statistics.store import identity, identity_of
 from moequant.values import Weight
@@ -105,7 +106,9 @@ def open_source(path: Path, checkpoint: Checkpoint) -> Source:
     """
     if path.is_dir():
         layout = _layout(path)
-        return _folder(path, checkpoint) if layout is None else _quantized(path, layout, checkpoint)
+        if layout is not None and (path / RECORD).is_file():  # ours, which somebody else's decoder reads
+            return _quantized(path, layout, checkpoint)
+        return _folder(path, layout or "checkpoint", checkpoint)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder")
     return _gguf(path, checkpoint)
@@ -137,9 +140,8 @@ def open_files(paths: Sequence[Path]) -> tuple[Source, ...]:
 def _layout(path: Path) -> str | None:
     """Which of PACKED a folder is; None for a checkpoint, whatever numbers it was released with."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        quantization = config.get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
+        quantization = read_json(path / "config.json").get("quantization_config")
+    except CheckpointError as error:
         raise CheckpointError(
             f"{path}: neither a GGUF file nor a model folder with a config.json ({error})"
         ) from None
@@ -147,7 +149,9 @@ def _layout(path: Path) -> str | None:
     return method if method in PACKED else None
 
 
-def _folder(path: Path, checkpoint: Checkpoint) -> Source:
+def _folder(path: Path, kind: str, checkpoint: Checkpoint) -> Source:
+    """A folder of any tool, its weights decoded as a conversion of it would: every scale and zero point has
+    its place, or the folder is refused."""
     other = checkpoint if path == checkpoint.path else open_checkpoint(path)
     _same_values(path, identity(other), checkpoint.path, identity(checkpoint), SAME_CONFIG)
     _same_tokens(path, checkpoint)
@@ -157,7 +161,7 @@ def _folder(path: Path, checkpoint: Checkpoint) -> Source:
     if extra := sorted(theirs.keys() - {weight.name for weight in checkpoint.weights}):
         raise VerifyError(f"{path}: {extra[0]} is not in {checkpoint.path}; is one tied and the other not?")
     types = {name: weight.origin.dtype for name, weight in theirs.items()}
-    return Source(path, "checkpoint", lambda weight: load(theirs[weight.name]), other.source_bytes, types)
+    return Source(path, kind, lambda weight: load(theirs[weight.name]), other.source_bytes, types)
 
 
 def _quantized(path: Path, layout: str, checkpoint: Checkpoint) -> Source:

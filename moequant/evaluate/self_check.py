@@ -19,8 +19,8 @@ import transformers
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint, load
-from moequant.errors import VerifyError
-from moequant.families.config import one_line
+from moequant.errors import VerifyError, one_line
+from moequant.forward.causal import whole_class
 from moequant.forward.model import Provider, build_model
 from moequant.progress import available_bytes
 
@@ -92,7 +92,10 @@ def self_check(checkpoint: Checkpoint, written: Provider | None, available: int 
 
 def _reference(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     """Logits [rows, n, vocab] of transformers' own loading of the folder."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(
+        checkpoint.path, trust_remote_code=False, local_files_only=True
+    )
+    model = whole_class(config).from_pretrained(
         checkpoint.path, dtype=torch.float32, trust_remote_code=False, local_files_only=True
     )
     return _logits(model, ids)

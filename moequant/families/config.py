@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from moequant.errors import CheckpointError, FamilyError
+from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.families.base import Config, Family
 
 HARMLESS = frozenset(
@@ -52,7 +52,7 @@ HARMLESS = frozenset(
 BOOKKEEPING = ("_", "unsloth")
 """Saving tools keep books under such names: `_attn_implementation_autoset`, `unsloth_version`."""
 
-_NOT_GIVEN = ("auto_map", "quantization_config", "model_type")
+_NOT_GIVEN = ("auto_map", "quantization_config", "model_type", "use_return_dict")
 """Keys that the class does not get: how the checkpoint is stored, and another name for the class."""
 
 
@@ -90,14 +90,9 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
     if tied is not None:
         given["tie_word_embeddings"] = tied
     cls = CONFIG_MAPPING[family.model_type]
-    try:
+    with foreign(FamilyError, f"config.json: {family.model_type} cannot be made of it"):
         config = cls.from_dict(given)
-    except Exception as error:  # the class's own checks raise what they like
-        raise FamilyError(
-            f"config.json: {family.model_type} cannot be made of it ({one_line(error)})"
-        ) from None
-    # As attention takes it; transformers' own YaRN trips over None. Configs of unlike layers do not let it be
-    # read.
+    # As attention reads it; YaRN in transformers trips over None. Where layers are unlike, reading it raises.
     if vars(config).get("head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
     _check_keys(family, given, config)
@@ -113,12 +108,6 @@ def _floats(value: Any) -> Any:
             return float(told)
         return {key: _floats(each) for key, each in value.items()}
     return [_floats(each) for each in value] if isinstance(value, list) else value
-
-
-def one_line(error: Exception, limit: int = 300) -> str:
-    """An exception of somebody else's as one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> None:

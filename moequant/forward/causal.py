@@ -9,14 +9,31 @@ from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that computes logits of a text config's model."""
-    known = AutoModelForCausalLM._model_mapping
-    return known[type(config)] if type(config) in known else _headed(AutoModel._model_mapping[type(config)])
+    if _is_text(config):
+        known: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
+        return known
+    return _headed(AutoModel._model_mapping[type(config)])
+
+
+def whole_class(config: PreTrainedConfig) -> Any:
+    """The automatic class that loads a folder with that config: as text where it can, else whole."""
+    return AutoModelForCausalLM if _is_text(config) else AutoModelForImageTextToText
+
+
+def _is_text(config: PreTrainedConfig) -> bool:
+    return type(config) in AutoModelForCausalLM._model_mapping
 
 
 @cache

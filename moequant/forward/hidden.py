@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moequant.errors import OutputError
@@ -48,13 +50,13 @@ class InMemory:
 class OnDisk:
     """Hidden states in one file a layer under `folder`, read and written a batch at a time.
 
-    `shapes` are those of the batches. Files of finished layers survive the process, which is
-    what a resumed run starts from.
+    In the file every batch is followed by a checksum of its numbers and of its place. `shapes` are those of
+    the batches. Files of finished layers survive the process, which is what a resumed run starts from.
     """
 
     def __init__(self, folder: Path, shapes: list[tuple[int, ...]]) -> None:
         self.folder, self.shapes = folder, shapes
-        sizes = [int(np.prod(shape)) for shape in shapes]
+        sizes = [int(np.prod(shape)) + 1 for shape in shapes]  # and the checksum
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
 
     def get(self, layer: int, batch: int) -> Tensor:
@@ -64,11 +66,13 @@ class OnDisk:
             values = np.fromfile(self.path(layer), np.float32, stop - start, offset=4 * start)
         except OSError as error:
             raise OutputError(f"{self.path(layer)}: hidden states cannot be read ({error})") from None
-        if len(values) < stop - start:
+        if len(values) < stop - start or values[-1:].view(np.uint32)[0] != _checksum(
+            values[:-1], layer, batch
+        ):
             raise OutputError(
-                f"{self.path(layer)}: hidden states end early; delete the folder to begin again"
+                f"{self.path(layer)}: hidden states are damaged; delete {self.folder} to begin again"
             )
-        return torch.from_numpy(values).view(self.shapes[batch])
+        return torch.from_numpy(values[:-1]).view(self.shapes[batch])
 
     def put(self, layer: int, batch: int, states: Tensor) -> None:
         """See `Hidden`."""
@@ -78,7 +82,9 @@ class OnDisk:
             path.touch()
             with path.open("r+b") as file:
                 file.seek(4 * self._starts[batch])
-                states.detach().float().cpu().contiguous().numpy().tofile(file)
+                values = states.detach().float().cpu().contiguous().numpy()
+                values.tofile(file)
+                np.array(_checksum(values, layer, batch), np.uint32).tofile(file)
         except OSError as error:
             needed = 4 * self._starts[-1]
             raise OutputError(
@@ -92,3 +98,8 @@ class OnDisk:
     def path(self, layer: int) -> Path:
         """Where the states in front of `layer` lie."""
         return self.folder / f"hidden-{layer:04d}.f32"
+
+
+def _checksum(values: NDArray[np.float32], layer: int, batch: int) -> int:
+    """CRC-32 of the numbers f32 [..], for that layer and batch: those of another place are no good either."""
+    return zlib.crc32(np.ascontiguousarray(values).data, zlib.crc32(f"{layer} {batch}".encode()))

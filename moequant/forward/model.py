@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moequant.checkpoint import Checkpoint, load
-from moequant.errors import CheckpointError
+from moequant.errors import CheckpointError, foreign
 from moequant.forward.causal import causal_class
 from moequant.forward.dispatch import dispatch_all
 from moequant.forward.experts import EXPERTS
@@ -48,7 +48,8 @@ def empty_model(
     that checkpoints hold would be filled by nothing.
     """
     cls = causal_class(checkpoint.config)
-    with torch.device("meta"):
+    unfit = f"{checkpoint.path}: transformers cannot build the model that config.json describes"
+    with foreign(CheckpointError, unfit), torch.device("meta"):
         model: PreTrainedModel = cls._from_config(
             copy.deepcopy(checkpoint.config),
             dtype=torch.float32,
@@ -59,11 +60,12 @@ def empty_model(
         dispatch_all(model)
     _check_filled(checkpoint, model)
     # Buffers are computed from the config by transformers' own initialisation, which meta tensors skipped.
-    for module in model.modules():
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
-            model._init_weights(module)
+    with foreign(CheckpointError, unfit):
+        for module in model.modules():
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
+                model._init_weights(module)
     made: PreTrainedModel = model.eval().requires_grad_(False)
     return made
 

@@ -61,8 +61,8 @@ class _Door(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self._held, self.closed = (layer,), False  # a tuple: the model's parameters keep their names
         self.passed: _Passed | None = None
+        self._held, self.closed = (layer,), False  # a tuple: the model's parameters keep their names
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint, load
-from moequant.errors import CheckpointError
+from moequant.errors import CheckpointError, PlanError
 from moequant.forward.calls import Beside, Skeleton, alone
 from moequant.forward.experts import EXPERTS
 from moequant.forward.hidden import Hidden, InMemory, OnDisk
@@ -49,6 +49,20 @@ class Resources:
     threads: int | None = None
     read_ahead: bool = False
     batch_tokens: int = BATCH_TOKENS
+
+    def __post_init__(self) -> None:
+        """PlanError for a device that is not there."""
+        try:
+            asked = torch.device(self.device)
+        except RuntimeError:
+            raise PlanError(f"--device {self.device}: cpu, cuda or cuda:1 was expected") from None
+        if asked.type not in ("cpu", "cuda") or (asked.type == "cpu" and asked.index):
+            raise PlanError(f"--device {self.device}: cpu, cuda or cuda:1 was expected")
+        there = torch.cuda.device_count() if asked.type == "cuda" else 1
+        if (asked.index or 0) >= there:
+            raise PlanError(
+                f"--device {self.device}: torch finds {there} CUDA devices; leave it out to run on the CPU"
+            )
 
     @property
     def reads_ahead(self) -> bool:

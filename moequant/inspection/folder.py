@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from moequant import families
 from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.checkpoint.headers import read_header, read_json
 from moequant.checkpoint.open import renamed
-from moequant.containers.gguf.export import export
+from moequant.containers.gguf.export import check, export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError
 from moequant.families.config import HARMLESS, make_config, text_config
@@ -72,7 +70,7 @@ def inspect_folder(path: Path) -> Inspection:
     share = used / experts if experts and used else 1.0
     tied = not any(role_of(tensor.name) == "output" for tensor in tensors)
     stored = [_stored(tensor, share, tied, facts["layers"]) for tensor in tensors]
-    architecture = str((config.get("architectures") or ["(none in config.json)"])[0])
+    architecture = (families.architectures(config) or ["(none in config.json)"])[0]
     support = _support(path, config, tensors)
     shared = facts["shared"] or (1 if any("shared_expert." in tensor.name for tensor in tensors) else None)
     return Inspection(
@@ -113,40 +111,18 @@ def role_of(name: str) -> str:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if not file.is_file():
+    if not (path / "config.json").exists():
         raise CheckpointError(f"{path}: no config.json; give a Hugging Face model folder or a GGUF file")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: a JSON object was expected")
-    return value
+    return read_json(path / "config.json")
 
 
 def _headers(path: Path) -> list[_Tensor]:
-    """Every tensor of every safetensors file, by the safetensors library's own reader."""
+    """Every tensor of every safetensors file, whether an index names it or not."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path}: no *.safetensors file; other weight formats are not read")
-    found = []
-    for file in files:
-        try:
-            with safe_open(file, "numpy") as opened:
-                for name in opened.keys():
-                    view = opened.get_slice(name)
-                    shape, kind = tuple(view.get_shape()), view.get_dtype()
-                    found.append(_Tensor(name, shape, kind, prod(shape) * _bits(kind) // 8))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not a complete safetensors file ({error})") from error
-    return found
-
-
-def _bits(kind: str) -> int:
-    """Bits of one number of a safetensors type: the digits of its name, 8 for BOOL."""
-    digits = re.match(r"[A-Z]+(\d+)", kind)
-    return int(digits[1]) if digits else 8
+    refs = (ref for file in files for ref in read_header(file))
+    return [_Tensor(ref.name, ref.shape, ref.dtype, ref.end - ref.begin) for ref in refs]
 
 
 def _stored(tensor: _Tensor, share: float, tied: bool, layers: int | None) -> Stored:
@@ -175,15 +151,18 @@ def _parameters(tensor: _Tensor, role: str) -> int:
 
 
 def _first(keys: tuple[str, ...], *configs: Mapping[str, Any]) -> int | None:
-    """The first of the keys that one of the configs has: a number, or the largest of a list."""
+    """The first of the keys that one of the configs has: a count, or the largest of a list."""
     for config in configs:
         for key in keys:
             value = config.get(key)
-            if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
-                return int(max(value))
-            if isinstance(value, int) and not isinstance(value, bool) and value:
-                return value
+            counts = value if isinstance(value, list) else [value]
+            if counts and all(_is_count(each) for each in counts):
+                return int(max(counts))
     return None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 32
 
 
 def _seen_experts(tensors: list[_Tensor]) -> int | None:
@@ -210,12 +189,14 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
     sizes: tuple[PresetSize, ...] = ()
     try:
         family = families.find(config)
-        unknown = _unknown(family, make_config(family, config), tensors)
-        if unknown:
+        text = make_config(family, config)
+        if unknown := _unknown(family, text, tensors):
             missing.append(f"{family.name}: unknown tensors: {', '.join(unknown)}")
+        check(family, text)
     except FamilyError as error:
         missing.append(str(error))
-        if family is None and (near := families.nearest(str((config.get("architectures") or [""])[0]))):
+        architecture = (families.architectures(config) or [""])[0]
+        if family is None and (near := families.nearest(architecture)):
             missing += _differences(near, config, tensors)
     if not missing:
         try:

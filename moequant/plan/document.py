@@ -9,7 +9,8 @@ from typing import Any
 
 from moequant.containers.gguf.presets import mostly
 from moequant.containers.gguf.sizes import aligned, packed_bytes
-from moequant.errors import PlanError
+from moequant.errors import CheckpointError, PlanError
+from moequant.files.read import read_text
 from moequant.values import Choice, Plan, Weight
 
 VERSION = 2
@@ -59,7 +60,7 @@ def from_json(
     """
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{source}: not JSON ({error}); write one with `moequant plan -o`") from None
     names = aliases or {}
     if isinstance(document, dict) and "moequant_plan" not in document:
@@ -81,8 +82,8 @@ def from_json(
 def read(path: Path, weights: tuple[Weight, ...], aliases: Aliases | None = None) -> Plan:
     """`from_json` of a file; PlanError when it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (CheckpointError, UnicodeDecodeError) as error:
         raise PlanError(
             f"{path}: cannot be read ({error}); give a plan that `moequant plan -o` wrote"
         ) from None

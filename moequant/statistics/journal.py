@@ -1,8 +1,8 @@
 """What a routing pass has finished, on disk, so that a killed run goes on where it stopped.
 
 One folder a run: `run.json` says which run it is, `layer-NNNN.safetensors` holds the
-statistics of a finished layer, `hidden-NNNN.f32` the hidden states in front of a layer. A
-layer counts as finished when its statistics are there under their final name; the hidden
+statistics of a finished layer, `hidden-NNNN.f32` the hidden states in front of a layer, all with
+checksums. A layer counts as finished when its statistics are there under their final name; the hidden
 states that it was fed are deleted only after that. Hidden states are not flushed to the
 disk: a killed process loses nothing, a power failure may.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
-from moequant.errors import OutputError
+from moequant.errors import CorpusError, OutputError
 from moequant.files import atomic
 from moequant.statistics import store
 from moequant.text.corpus import Rows
@@ -63,31 +63,45 @@ class Journal:
         """Open or begin it. OutputError when the folder belongs to another run."""
         self.folder, self.checkpoint = folder, checkpoint
         _check(folder)
-        run = {"moequant": __version__, "model": _fingerprint(checkpoint), "rows": digest(rows)}
+        self.run = {"moequant": __version__, "model": _fingerprint(checkpoint), "rows": digest(rows)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             here = folder / "run.json"
             if not here.exists():
                 with atomic(here) as partial:
-                    partial.write_text(json.dumps(run), encoding="utf-8")
-            elif json.loads(here.read_text(encoding="utf-8")) != run:
+                    partial.write_text(json.dumps(self.run), encoding="utf-8")
+            elif _read(here) != self.run:
                 raise OutputError(
-                    f"{folder}: left by a run with another model, text or version; "
+                    f"{folder}: left by a run with another model, text or version, or damaged; "
                     "delete the folder to begin again"
                 )
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise OutputError(f"{folder}: cannot keep the state of this run ({error})") from None
 
     def finished(self) -> list[Calibration]:
-        """The statistics of the layers that are finished, from the first."""
+        """The statistics of the layers that are finished, from the first. OutputError for a file that is
+        damaged, or that belongs to another layer or run."""
         found: list[Calibration] = []
         while (path := self._layer(len(found))).exists():
-            found.append(store.load(path).calibration)
+            try:
+                kept = store.load(path)
+            except CorpusError as error:
+                raise OutputError(f"{error}; or delete {self.folder} to begin again") from None
+            if kept.model != self._model(len(found)):
+                raise OutputError(
+                    f"{path}: is of another layer or another run; delete {self.folder} to begin again"
+                )
+            found.append(kept.calibration)
         return found
 
     def add(self, layer: int, statistics: Calibration) -> None:
         """Layer `layer` is finished."""
-        store.save(self._layer(layer), store.stored(self.checkpoint, statistics))
+        kept = store.Stored(self._model(layer), statistics, str(self.checkpoint.path))
+        store.save(self._layer(layer), kept)
+
+    def _model(self, layer: int) -> store.Model:
+        """What the statistics of a layer say that they are of."""
+        return {**self.run, "layer": layer}
 
     def remove(self) -> None:
         """The run has ended: its result lies elsewhere."""
@@ -98,6 +112,14 @@ class Journal:
 
     def _layer(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:04d}.safetensors"
+
+
+def _read(path: Path) -> object:
+    """What JSON a file holds, None where it holds none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:

@@ -8,6 +8,7 @@ Tensors keep their float64, so that merging loses nothing.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
-from moequant.errors import CorpusError
+from moequant.checkpoint.headers import read_header
+from moequant.errors import CheckpointError, CorpusError
 from moequant.families import Config, Family
 from moequant.files import atomic
 from moequant.values import Calibration, InputStats, RouteStats, Weight
@@ -95,10 +97,11 @@ def save(path: Path, what: Stored) -> None:
 def load(path: Path) -> Stored:
     """Read what `save` wrote; CorpusError for a file that is damaged, or something else."""
     try:
+        read_header(path)  # the format's rules, before the library sees a byte
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get(METADATA, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, ValueError) as error:
+    except (CheckpointError, OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CorpusError(f"{path}: cannot be read as statistics ({error})") from None
     if not isinstance(meta, dict):
         raise CorpusError(f"{path}: a safetensors file, but not statistics from moequant route")
@@ -109,9 +112,57 @@ def load(path: Path) -> Stored:
     if meta.pop("crc32", None) != _checksum(meta, tensors):
         raise CorpusError(f"{path}: statistics are damaged (checksum differs); copy or route again")
     try:
-        return Stored(meta["model"], _calibration(meta, tensors), str(path), int(meta["version"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorpusError(f"{path}: statistics are damaged ({error!r} in the header)") from None
+        calibration = _calibration(meta, tensors)
+        _check_sound(calibration)
+        return Stored(dict(meta["model"]), calibration, str(path), int(meta["version"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CorpusError(f"{path}: statistics are damaged ({error}); route again") from None
+
+
+def _check_sound(calibration: Calibration) -> None:
+    """ValueError, naming it, for sums that no text can have: of other shapes or types than `InputStats` and
+    `RouteStats` say, not finite, or below 0."""
+    domains = len(calibration.domains)
+    if calibration.rows < 0 or calibration.tokens < 0 or not all(map(_is_text, calibration.domains)):
+        raise ValueError("rows, tokens or domains are none")
+    for name, stats in calibration.inputs.items():
+        experts, width = len(stats.tokens), stats.moment.shape[-1] if stats.moment.dim() else 0
+        counts, sums, table = (
+            (torch.int64, (experts,)),
+            (torch.float64, (experts,)),
+            (torch.float64, (experts, width)),
+        )
+        _check_sums(
+            f"input/{name}", stats, dict(zip(_INPUT_FIELDS, (counts, sums, sums, table, table), strict=True))
+        )
+    for route in calibration.routes:
+        n = len(route.tokens)
+        shapes = (
+            (torch.int64, (n,)),
+            (torch.float64, (n,)),
+            (torch.int64, (domains, n)),
+            (torch.int64, (n, n)),
+        )
+        _check_sums(f"route/{route.layer}", route, dict(zip(_ROUTE_FIELDS, shapes, strict=True)))
+        if not math.isfinite(route.gate_entropy):
+            raise ValueError(f"route/{route.layer}: gate_entropy is {route.gate_entropy}")
+
+
+def _check_sums(
+    name: str, of: InputStats | RouteStats, wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> None:
+    for field, (dtype, shape) in wanted.items():
+        tensor: Tensor = getattr(of, field)
+        if tensor.dtype != dtype or tensor.shape != shape:
+            raise ValueError(
+                f"{name}/{field} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}"
+            )
+        if not (torch.isfinite(tensor).all() and (tensor >= 0).all()):
+            raise ValueError(f"{name}/{field} has numbers that are no sums")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def check(checkpoint: Checkpoint, found: Stored) -> None:

@@ -304,7 +304,7 @@ def put(ops: Sequence[Op], into: Tensor, x: Tensor) -> None:
         return
     part = first.apply(into)
     put(rest, part, x)
-    if not isinstance(first, View):
+    if part.untyped_storage().data_ptr() != into.untyped_storage().data_ptr():  # else written by the view
         first.put(into, part)
 
 

@@ -15,10 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moequant.checkpoint import load, open_checkpoint
+from moequant.containers.base import Made
+from moequant.containers.folders.card import Card
+from moequant.containers.folders.plan import FolderSettings
 from moequant.containers.gguf.export import export
 from moequant.errors import CheckpointError, FamilyError
 from moequant.forward.model import empty_model
-from moequant.values import Role, Weight
+from moequant.values import Plan, Role, Weight
 from moequant.values.ops import apply
 from tests import models
 
@@ -199,12 +202,16 @@ def test_fused_experts_must_match_the_config(tiny, tmp_path: Path) -> None:
     fails(folder, "layer 0 down", r"\[7, 256, 256\]", "8 experts")
 
 
-def test_a_single_expert_is_still_a_stack(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_single_expert_is_still_a_stack(tmp_path: Path, fused: bool) -> None:
+    save = {"save_original_format": not fused}
     checkpoint = open_checkpoint(
-        models.build(tmp_path, "mixtral", num_local_experts=1, num_experts_per_tok=1)
+        models.build(tmp_path, "mixtral", num_local_experts=1, num_experts_per_tok=1, save=save)
     )
-    down = next(weight for weight in checkpoint.weights if weight.role is Role.DOWN)
-    assert load(down).shape == (1, 256, 512)
+    for weight in checkpoint.weights:
+        if weight.is_expert:
+            shape = (1, 256, 512) if weight.role is Role.DOWN else (1, 512, 256)
+            assert load(weight).shape == weight.shape == shape
 
 
 def test_experts_of_different_shapes_are_refused(broken: Path) -> None:
@@ -219,9 +226,9 @@ def test_a_vocabulary_that_disagrees_is_refused(broken: Path) -> None:
     fails(broken, "embedding", "999")
 
 
-def test_a_quantized_checkpoint_is_refused(broken: Path) -> None:
-    models.edit_config(broken, quantization_config={"quant_method": "gptq"})
-    fails(broken, "already quantized", "gptq")
+def test_a_checkpoint_of_an_unknown_method_is_refused(broken: Path) -> None:
+    models.edit_config(broken, quantization_config={"quant_method": "strange"})
+    fails(broken, "quant_method is strange", "give the unquantized checkpoint")
 
 
 def test_a_tensor_in_two_shards_is_refused(broken: Path) -> None:
@@ -294,8 +301,12 @@ def test_the_name_of_a_model_in_the_cache_is_its_repositorys(tiny, tmp_path: Pat
     snapshot.mkdir(parents=True)
     for file in tiny("qwen3_moe").iterdir():
         (snapshot / file.name).symlink_to(file)
-    assert open_checkpoint(snapshot).name == "Tiny-MoE"
-    assert open_checkpoint(tiny("qwen3_moe")).name == tiny("qwen3_moe").name
+    found, plain = open_checkpoint(snapshot), open_checkpoint(tiny("qwen3_moe"))
+    assert (found.name, found.repository) == ("Tiny-MoE", "acme/Tiny-MoE")
+    assert plain.name == plain.repository == tiny("qwen3_moe").name
+    card = Card(found, FolderSettings(), Made(Plan("INT4", (), 0))).text()
+    assert "base_model: acme/Tiny-MoE\n" in card.replace('"', "") and "# Tiny-MoE, int4" in card
+    assert commit not in card
 
 
 NAME = "model.layers.0.mlp.experts.3.down_proj.weight"

@@ -140,7 +140,9 @@ def test_the_command_line_is_in_the_record(file: Path) -> None:
     assert done.returncode == 0, done.stderr
     value = json.loads(done.stdout)
     kept = value["record"]
-    assert kept["command"] == f"moequant {' '.join(words[:-1])} 'a b'"
+    named = " ".join(file.name if word == str(file) else word for word in words[:-1])
+    assert kept["command"] == f"moequant {named} 'a b'", "names, not where they lie here"
+    assert str(file.parent) not in done.stdout
     (digest,) = kept["origins"][1]["files"].values()
     assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
     assert kept["settings"]["seed"] == 0 and kept["settings"]["context"] == 512

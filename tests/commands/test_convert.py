@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
@@ -28,8 +27,9 @@ from tests.clients.llama import Llama
 MOE = [family for family in models.CONFIGS if family not in ("llama", "qwen3")]
 
 
-def settings(text: Path, type_: str, **changes: object) -> Settings:
-    return Settings(type_, text, 2048, text, **({"eval_tokens": 1024, "effort": "fast"} | changes))
+def settings(text: Path, type_: str | None, **changes: object) -> Settings:
+    usual = {"calib": text, "calib_tokens": 2048, "eval": text, "eval_tokens": 1024, "effort": "fast"}
+    return Settings(type_, **(usual | changes))
 
 
 def ids_for(vocab: int, count: int, seed: int = 0) -> torch.Tensor:
@@ -37,10 +37,7 @@ def ids_for(vocab: int, count: int, seed: int = 0) -> torch.Tensor:
 
 
 def reference_logits(folder: Path, ids: torch.Tensor) -> np.ndarray:
-    config = AutoConfig.from_pretrained(folder)
-    has_text_class = type(config) in AutoModelForCausalLM._model_mapping
-    kind = AutoModelForCausalLM if has_text_class else AutoModelForImageTextToText
-    model = kind.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    model = models.reference(folder)
     with torch.inference_mode():
         return model(ids[None]).logits[0].numpy()
 

@@ -1,12 +1,14 @@
-"""Families whose weights are cut, stacked or packed: every command on them, and numbers that stay."""
+"""Families whose weights are cut, stacked or packed: every command runs, packed numbers stay as they are."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +22,7 @@ from moequant.commands.compare import CompareSettings, run
 from moequant.commands.convert import convert
 from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.export import export
+from moequant.errors import FamilyError
 from moequant.forward.stream import Resources
 from moequant.report import Report
 from moequant.statistics.calibrate import calibrate
@@ -27,24 +30,30 @@ from moequant.text.corpus import Rows
 from moequant.values import Role, Stack
 from tests import models
 from tests.cli import test_cli
-from tests.clients import transformers_folder
 from tests.clients.llama import Llama
 from tests.commands.test_convert import agrees, ids_for, settings
+from tests.containers.folders import test_compressed_tensors
 
 FAMILIES = ["deepseek_v3", "gpt_oss"]
 IDS = torch.randint(1, models.VOCAB, (4, 128), generator=torch.Generator().manual_seed(3))
 
 
+@pytest.fixture(scope="session")
+def small(tiny):
+    """`small("gpt_oss")`: of each kind of layer one, dense and routed, with a window and without."""
+    return lambda family: tiny(family, num_hidden_layers=2)
+
+
 @pytest.fixture(scope="module")
-def rounded(tiny, tmp_path_factory: pytest.TempPathFactory, text: Path):
+def rounded(small, tmp_path_factory: pytest.TempPathFactory, text: Path):
     """`rounded("gpt_oss")`: a file rounded under Hessians, and the report on it, made once."""
     folder, known = tmp_path_factory.mktemp("rounded"), {}
 
     def get(family: str) -> tuple[Path, Report]:
         if family not in known:
             out = folder / f"{family}.gguf"
-            wanted = settings(text, "Q4_K_M", effort="default", calib_tokens=4096)
-            known[family] = out, convert(tiny(family), out, wanted)
+            wanted = settings(text, "Q4_K_M", effort="default", calib_tokens=2048, eval_tokens=0)
+            known[family] = out, convert(small(family), out, wanted)
         return known[family]
 
     return get
@@ -77,15 +86,15 @@ def test_heads_have_losses_of_their_own(rounded) -> None:
         ("layers.0.attn_k_b", Stack.HEADS),
         ("layers.0.attn_v_b", Stack.NONE),
     ]
-    assert [weight.shape for weight in parts[:2]] == [(4, 64, 32), (4 * 48, 64)] and len(parts) == 6
+    assert [weight.shape for weight in parts[:2]] == [(4, 64, 32), (4 * 48, 64)] and len(parts) == 4
     assert all(len(set(loss.error.tolist())) == 4 for loss in report.losses if loss.role is Role.K_B)
 
 
-def test_what_heads_are_fed_is_what_transformers_feeds_them(tiny) -> None:
+def test_what_heads_are_fed_is_what_transformers_feeds_them(small) -> None:
     """k_b is absorbed into the queries: it multiplies the unrotated part of each head's."""
-    checkpoint = export(open_checkpoint(tiny("deepseek_v3"))).checkpoint
+    checkpoint = export(open_checkpoint(small("deepseek_v3"))).checkpoint
     found = calibrate(checkpoint, Rows(IDS, ("a",) * 4, "random ids", IDS.numel()))
-    model = AutoModelForCausalLM.from_pretrained(tiny("deepseek_v3"), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(small("deepseek_v3"), dtype=torch.float32)
     queries: list[Tensor] = []
     for layer in model.model.layers:
         layer.self_attn.q_b_proj.register_forward_hook(lambda module, args, output: queries.append(output))
@@ -99,40 +108,40 @@ def test_what_heads_are_fed_is_what_transformers_feeds_them(tiny) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_check_and_compare_hold(tiny, rounded, text: Path, family: str) -> None:
+def test_check_and_compare_hold(small, rounded, text: Path, family: str) -> None:
     out, _ = rounded(family)
-    checked = check(out, CheckSettings(baseline=tiny(family), calib=text, tokens=1024, device="cpu"))
+    checked = check(out, CheckSettings(baseline=small(family), calib=text, tokens=1024, device="cpu"))
     assert checked.damages == ()
     assert {tensor.name for tensor in checked.tensors} >= {"blk.1.ffn_down_exps.weight"}
-    found = run(tiny(family), [out], CompareSettings(text, 1024, resources=Resources(threads=1)))
+    found = run(small(family), [out], CompareSettings(text, 1024, resources=Resources(threads=1)))
     (measured,) = found.measured
     assert 0 < measured.comparison.kl_mean.value < 0.1
     errors = {error.weight: error for error in measured.errors}
-    model = open_checkpoint(tiny(family))
+    model = open_checkpoint(small(family))
     assert errors.keys() == {weight.name for weight in model.weights}
     assert all(len(errors[w.name].error) == w.shape[0] for w in model.weights if w.is_expert)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_inspect_and_fit_describe_them(tiny, rounded, family: str) -> None:
+def test_inspect_and_fit_describe_them(small, rounded, family: str) -> None:
     out, _ = rounded(family)
-    for path in (tiny(family), out):
+    for path in (small(family), out):
         shown = test_cli.run("inspect", path, "--json")
         assert shown.returncode == 0, shown.stderr
         assert json.loads(shown.stdout)
-        fitted = test_cli.run("fit", path, "--vram", "0", "--ram", "1G", "--json")
+        fitted = test_cli.run("fit", path, "--vram", "0", "--ram", "1G", "--ctx", "512", "--json")
         assert fitted.returncode == 0, fitted.stderr
         assert json.loads(fitted.stdout)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_imatrix_of_route_serves_a_conversion(tiny, text: Path, tmp_path: Path, family: str) -> None:
+def test_an_imatrix_of_route_serves_a_conversion(small, text: Path, tmp_path: Path, family: str) -> None:
     stats, matrix, out = (tmp_path / name for name in ("s.safetensors", "i.gguf", "q.gguf"))
     done = test_cli.run(
-        "route", tiny(family), "--calib", text, "--calib-tokens", 2048, "-o", stats, "--imatrix-out", matrix
+        "route", small(family), "--calib", text, "--calib-tokens", 2048, "-o", stats, "--imatrix-out", matrix
     )
     assert done.returncode == 0, done.stderr
-    exported = export(open_checkpoint(tiny(family)))
+    exported = export(open_checkpoint(small(family)))
     entries = imatrix.parse(matrix).entries
     assert entries.keys() == {exported.names[w.name] for w in exported.weights if w.site is not None}
     for weight in exported.weights:
@@ -142,17 +151,18 @@ def test_an_imatrix_of_route_serves_a_conversion(tiny, text: Path, tmp_path: Pat
             assert (entry.sums.numel(), len(entry.counts)) == (slices * weight.n_in, slices), weight.name
     for brought in ({"imatrix": matrix}, {"stats": stats}):
         wanted = settings(text, "Q2_K", eval_tokens=0, overwrite=True, **brought)
-        report = convert(tiny(family), out, wanted)
+        report = convert(small(family), out, wanted)
         assert report.calibration is not None and report.calibration.tokens == 2048
         with Llama(out, threads=1) as llama:
             assert llama.generate([5, 6, 7], 4)
 
 
-def test_latent_attention_in_a_folder(tiny, text: Path, tmp_path: Path) -> None:
+def test_latent_attention_in_a_folder(small, text: Path, tmp_path: Path) -> None:
     """kv_b stays whole there: transformers knows no halves of it."""
-    out = tmp_path / "out"
+    out, matrix = tmp_path / "out", tmp_path / "i.gguf"
     wanted = settings(text, None, format="safetensors", group_size=32, quantize_attention=True)
-    report = convert(tiny("deepseek_v3"), out, wanted)
+    report = convert(small("deepseek_v3"), out, replace(wanted, imatrix_out=matrix))
+    assert {"blk.0.attn_k_b.weight", "blk.0.attn_v_b.weight"} <= imatrix.parse(matrix).entries.keys()
     assert {choice.weight for choice in report.plan.choices if choice.format == "INT4_G32"} >= {
         "layers.1.attn_kv_b",
         "layers.1.attn_q_a",
@@ -160,22 +170,13 @@ def test_latent_attention_in_a_folder(tiny, text: Path, tmp_path: Path) -> None:
         "layers.1.shared.up",
         "layers.0.ffn.down",
     }
-    loaded, exact = (
-        transformers_folder.load(out),
-        AutoModelForCausalLM.from_pretrained(tiny("deepseek_v3"), dtype=torch.float32),
-    )
-    ids = ids_for(models.VOCAB, 64)[None]
-    with torch.inference_mode():
-        one, two = (torch.log_softmax(model(ids).logits, -1) for model in (loaded, exact))
-    assert float((two.exp() * (two - one)).sum(-1).mean()) < 0.2
-    assert report.comparison is not None and report.comparison.kl_mean.value < 0.2
+    assert report.comparison is not None and report.comparison.kl_mean.value > 0
+    test_compressed_tensors.agrees(small("deepseek_v3"), out)
 
 
-def test_a_folder_cannot_name_experts_that_are_one_tensor(tiny, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        Exception, match=r"layers.0.experts.gate: .*gate_up_proj has no name for a single expert"
-    ):
-        convert(tiny("gpt_oss"), tmp_path / "out", settings(text, None, format="safetensors", group_size=32))
+def test_a_folder_cannot_name_experts_that_are_one_tensor(small, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(FamilyError, match=r"layers.0.experts.gate: .*gate_up_proj has no name for a single"):
+        convert(small("gpt_oss"), tmp_path / "out", settings(text, None, format="safetensors", group_size=32))
     assert not (tmp_path / "out").exists()
 
 
@@ -191,11 +192,11 @@ def codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def shipped(tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def shipped(small, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A gpt-oss with experts in MXFP4, as the release has them, and the same decoded by transformers."""
     folder, twin = (tmp_path_factory.mktemp("mxfp4") / name for name in ("packed", "decoded"))
     for copy in (folder, twin):
-        shutil.copytree(tiny("gpt_oss"), copy)
+        shutil.copytree(small("gpt_oss"), copy)
     stored = load_file(folder / "model.safetensors")
     decoded = dict(stored)
     for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
@@ -225,16 +226,16 @@ def test_mxfp4_is_decoded_as_transformers_does(shipped, text: Path, tmp_path: Pa
 def test_mxfp4_is_taken_over_bit_for_bit(shipped, text: Path, tmp_path: Path, effort: str) -> None:
     """4.25 bits a weight without any loss: no plan that has room for it takes anything else."""
     folder, out = shipped[0], tmp_path / "q.gguf"
-    wanted = settings(text, "Q4_K_M", effort=effort, calib_tokens=4096, eval_tokens=0)
+    wanted = settings(text, "Q4_K_M", effort=effort, eval_tokens=0)
     report = convert(folder, out, wanted)
     experts = [weight.name for weight in report.checkpoint.weights if weight.is_expert]
     types = {choice.weight: choice for choice in report.plan.choices}
-    assert {types[name].format for name in experts} == {"MXFP4"} and len(experts) == 12
+    assert {types[name].format for name in experts} == {"MXFP4"} and len(experts) == 6
     assert all(types[name].damage == 0 for name in experts)
     assert all(not loss.error.any() for loss in report.losses if loss.weight in experts)
     stored = load_file(folder / "model.safetensors")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
-    for layer in range(4):
+    for layer in range(2):
         for file, name, rows in (
             ("gate", "gate_up", slice(0, None, 2)),
             ("up", "gate_up", slice(1, None, 2)),
@@ -245,7 +246,14 @@ def test_mxfp4_is_taken_over_bit_for_bit(shipped, text: Path, tmp_path: Path, ef
             order = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
             theirs = order[..., :16] | order[..., 16:] << 4  # ggml: element j low, element j + 16 high
             expected = torch.cat([scales[..., None], theirs], -1).flatten(-2)
-            found = torch.from_numpy(tensors[f"blk.{layer}.ffn_{file}_exps.weight"].data)
-            assert torch.equal(found, expected), (layer, file)
+            found = tensors[f"blk.{layer}.ffn_{file}_exps.weight"].data
+            assert np.array_equal(found, expected.numpy()), (layer, file)
     with Llama(out, threads=1) as llama:
         assert llama.generate([5, 6, 7], 4)
+
+
+def test_mxfp4_is_a_baseline_like_any_other(shipped, text: Path) -> None:
+    """Released numbers are the model, however few bits they have."""
+    found = run(shipped[0], [shipped[1]], CompareSettings(text, 1024, resources=Resources(threads=1)))
+    assert found.base.kind == found.candidates[0].kind == "checkpoint"
+    assert found.measured[0].comparison.kl_max == 0.0 and found.measured[0].comparison.same_top == 1.0

@@ -44,7 +44,7 @@ def found(layers: int = 3, experts: int = 6, domains: tuple[str, ...] = ("prose"
                 if (number, layer, role) == (1, 1, Role.DOWN):
                     error[4] = 1.0
                 tokens = torch.arange(experts)
-                errors.append(WeightError(f"blk.{layer}.ffn_{role}_exps.weight", role, layer, error, tokens))
+                errors.append(WeightError(f"layers.{layer}.experts.{role}", role, layer, error, tokens))
         types = {error.weight: "Q6_K" if error.role is Role.DOWN else "Q4_K" for error in errors}
         sources.append(Source(Path(name), "GGUF", None, 10**9 * (number + 1), types))
         made.append(measured(name, scores, rows, routing, tuple(errors)))

@@ -123,6 +123,23 @@ def test_fishers_are_the_sums_that_the_definition_says(tiny, family: str) -> Non
                 same(found.outputs[weight.name][expert], own[expert] + prior * own.sum(0))
 
 
+def test_experts_that_lie_transposed_have_the_gradients_of_their_biases(tiny) -> None:
+    """gpt-oss, a single token: the gradient at an expert's outputs is that of its bias."""
+    folder, ids = tiny("gpt_oss"), torch.tensor([[7]])
+    found = gather(open_checkpoint(folder), ids, seed=SEED)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    ((_, wanted),) = in_batches(model, ids)
+    torch.nn.functional.cross_entropy(model(ids).logits[0], wanted[0]).backward()
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    gate_up, down = experts.gate_up_proj_bias.grad, experts.down_proj_bias.grad
+    assert int((down.abs().sum(1) > 0).sum()) == 3
+    for name, felt in (("gate", gate_up[:, ::2]), ("up", gate_up[:, 1::2]), ("down", down)):
+        own = felt[:, :, None] * felt[:, None]
+        expected = own + PRIOR * felt.shape[1] / 3 * own.sum(0)
+        difference = found.outputs[f"layers.1.experts.{name}"] - expected
+        assert float(difference.norm()) < 1e-3 * float(expected.norm())
+
+
 def test_the_experts_function_computes_the_model(tiny) -> None:
     checkpoint, ids = open_checkpoint(tiny("olmoe")), text()
     with torch.inference_mode():

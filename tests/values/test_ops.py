@@ -35,9 +35,8 @@ from moequant.values.ops import (
 
 Shape = tuple[int, ...]
 
-SHAPES = st.lists(st.integers(1, 4).map(lambda n: 2 * n) | st.integers(1, 7), min_size=1, max_size=4).map(
-    tuple
-)
+SIZES = st.integers(1, 4).map(lambda n: 2 * n) | st.integers(1, 7)
+SHAPES = st.lists(SIZES, min_size=1, max_size=4).map(tuple)
 ELEMENTWISE = (Plus, NegativeExp)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
+from moequant.checkpoint.headers import belongs
 from moequant.containers.base import Made
 from moequant.containers.folders.plan import FolderSettings
-from moequant.containers.folders.side_files import belongs
 from moequant.escape import markdown, yaml
 
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*)$", re.MULTILINE)
@@ -37,7 +37,11 @@ class Card:
 
     def _front(self) -> str:
         folder = self.checkpoint.path.resolve()
-        front = [f"base_model: {yaml(folder.name)}", "base_model_relation: quantized", *_license(folder)]
+        front = [
+            f"base_model: {yaml(self.checkpoint.repository)}",
+            "base_model_relation: quantized",
+            *_license(folder),
+        ]
         tags = ["moequant", self.settings.layout, *(["moe"] if self.checkpoint.n_experts else [])]
         front += ["library_name: transformers", "pipeline_tag: text-generation"]
         return "\n".join(["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---\n"])
@@ -59,7 +63,7 @@ class Card:
         experts = "every expert" if self.checkpoint.n_experts else "the feed-forward blocks"
         also = " and attention" if self.settings.quantize_attention else ""
         return (
-            f"# {markdown(self.checkpoint.path.resolve().name)}, int{self.settings.bits}\n\n"
+            f"# {markdown(self.checkpoint.name)}, int{self.settings.bits}\n\n"
             f"{experts[0].upper()}{experts[1:]}{also} as symmetric int{self.settings.bits}; router, norms, "
             f"embedding and head in their original precision. {bits:.2f} bits a weight in all.\n\n"
             f"| stored as | weights | size |\n|---|---|---|\n{table}\n"

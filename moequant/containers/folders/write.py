@@ -26,13 +26,15 @@ from moequant.containers.folders import compressed_tensors, gptq, shards, side_f
 from moequant.containers.folders.plan import FolderSettings, group_format, kept_dtype, kept_linears, modules
 from moequant.containers.folders.read import FolderWeights
 from moequant.containers.folders.shards import Bytes, Entry, Shard, ShardWriter
-from moequant.errors import OutputError, VerifyError
+from moequant.errors import CheckpointError, OutputError, VerifyError
 from moequant.files import RECORD, check_space
 from moequant.formats import groups
 from moequant.formats.groups import GroupFormat
 from moequant.values import Packed, Plan, Stored, Weight
 
 _CHUNK = 1 << 24
+
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +174,26 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _chunks(stored: Stored) -> Iterator[Bytes]:
     """A tensor's bytes as they are written, a few megabytes at a time; decoded where they are stored
-    otherwise."""
+    otherwise. CheckpointError for values that are NaN or infinite."""
     if stored.codec.name != "plain":
         for index in range(stored.shape[0]) if len(stored.shape) == 3 else (None,):
-            yield _bytes(stored.read(index).to(torch.bfloat16))
+            yield _finite(stored, _bytes(stored.read(index).to(torch.bfloat16)), "BF16")
         return
     (ref,) = stored.parts.values()
     with ref.file.open("rb") as file:
         file.seek(ref.begin)
         for at in range(ref.begin, ref.end, _CHUNK):
-            yield file.read(min(_CHUNK, ref.end - at))
+            yield _finite(stored, file.read(min(_CHUNK, ref.end - at)), stored.dtype)
+
+
+def _finite(stored: Stored, data: Bytes, dtype: str) -> Bytes:
+    """The bytes, whose numbers of that type are all numbers."""
+    values = torch.frombuffer(bytearray(data), dtype=_FLOATS[dtype])
+    if not torch.isfinite(values).all():
+        raise CheckpointError(
+            f"tensor {stored.name}: holds values that are NaN or infinite; the checkpoint is damaged"
+        )
+    return data
 
 
 def _write_side_files(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf.families import COMMON, EXPORTS, Computed, Export, FileTensor, Key
-from moequant.errors import FamilyError
+from moequant.errors import CheckpointError, FamilyError
+from moequant.families import Config, Family
 from moequant.values import Origin, Place, Role, Stack, Stored, Weight
 from moequant.values.ops import Ops
 
@@ -56,14 +57,11 @@ def export(checkpoint: Checkpoint) -> Exported:
 
     FamilyError, with every reason, when llama.cpp has no such architecture or computes something else.
     """
-    way = way_of(checkpoint)
-    if reasons := list(way.complaints(checkpoint.config)):
-        more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
-        raise FamilyError(f"{checkpoint.family.name}: {reasons[0]}{more}")
+    way = check(checkpoint.family, checkpoint.config)
     weights: list[Weight] = []
     names: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    cut = {each.name: list(_cut(checkpoint, way, each)) for each in checkpoint.weights}
+    cut = {each.name: _pieces(checkpoint, way, each) for each in checkpoint.weights}
     parts = {
         name: tuple((weight.name, tensor.ops) for weight, tensor in pairs) for name, pairs in cut.items()
     }
@@ -90,20 +88,33 @@ def export(checkpoint: Checkpoint) -> Exported:
     )
 
 
-def way_of(checkpoint: Checkpoint) -> Export:
-    """The family's way into GGUF; FamilyError when llama.cpp has none."""
-    way = EXPORTS.get(checkpoint.family.name)
+def check(family: Family, config: Config) -> Export:
+    """The family's way into GGUF; FamilyError as `export` raises it."""
+    way = EXPORTS.get(family.name)
     if way is None:
         raise FamilyError(
-            f"{checkpoint.family.name}: llama.cpp has no such architecture; --format safetensors writes "
-            "a folder"
+            f"{family.name}: llama.cpp has no such architecture; --format safetensors writes a folder"
         )
+    if reasons := list(way.complaints(config)):
+        more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
+        raise FamilyError(f"{family.name}: {reasons[0]}{more}")
     return way
 
 
 def local(weight: Weight) -> str:
     """A weight's name within its layer."""
     return weight.name if weight.layer is None else weight.name.removeprefix(f"layers.{weight.layer}.")
+
+
+def _pieces(checkpoint: Checkpoint, way: Export, weight: Weight) -> list[tuple[Weight, FileTensor]]:
+    """The file's tensors that are made of one weight; CheckpointError where the config would cut it elsewhere
+    than it ends."""
+    try:
+        return list(_cut(checkpoint, way, weight))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{weight.name}: shape {list(weight.shape)} does not fit config.json ({error})"
+        ) from None
 
 
 def _cut(checkpoint: Checkpoint, way: Export, weight: Weight) -> Iterator[tuple[Weight, FileTensor]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import isfinite
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -15,6 +14,9 @@ from moequant.values import Weight
 
 ALIGNMENT = 32
 """GGUF pads every tensor to a multiple of this many bytes."""
+
+MOST_BITS = 64
+"""No type has more bits a weight."""
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
@@ -41,8 +43,10 @@ class Budget:
     @classmethod
     def of_bpw(cls, bpw: float) -> Budget:
         """So many bits a weight, F32 routers and norms counted in."""
-        if not (isfinite(bpw) and bpw > 0):
-            raise PlanError(f"{bpw} bits per weight: give a number above 0, such as 3.6")
+        if not 0 < bpw <= MOST_BITS:
+            raise PlanError(
+                f"{bpw} bits per weight: give a number above 0 and of at most {MOST_BITS}, such as 3.6"
+            )
         return cls(f"at most {bpw:g} bits per weight", bpw=bpw)
 
     @classmethod
@@ -69,10 +73,10 @@ def parse_size(text: str) -> int:
     number, unit, binary = found.groups()
     if binary and not unit:
         raise PlanError(f"size {text!r}: give KiB, MiB, GiB or TiB, such as 13.5GiB")
-    size = int(float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()])
-    if size <= 0:
-        raise PlanError(f"size {text!r}: must be above 0 bytes")
-    return size
+    size = float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()]
+    if not 1 <= size < 2**63:
+        raise PlanError(f"size {text!r}: must be above 0 bytes, and less than any disk has")
+    return int(size)
 
 
 def check_preset(preset: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from moequant.errors import FamilyError, one_line
 from moequant.families import Config
 from moequant.values import Role, Site, Stack, Weight
 from moequant.values.ops import Ops
@@ -13,14 +14,37 @@ from moequant.values.ops import Ops
 Kind = Literal["u32", "f32", "bool", "str", "u32s", "f32s", "bools"]
 """Types of keys; those that end in s are arrays."""
 
+F32 = 3.4e38
+"""Numbers of an f32 are below."""
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key of the file. Its name is without the architecture's, which is put before it."""
+    """A key of the file. Its name is without the architecture's, which is put before it.
+
+    FamilyError for a value that its kind cannot hold.
+    """
 
     name: str
     kind: Kind
     value: Any
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        kind = self.kind.removesuffix("s")
+        for value in self.value if self.kind.endswith("s") else (self.value,):
+            if not _holds(kind, value):
+                shown = one_line(repr(value), 80)
+                raise FamilyError(f"config.json: GGUF's key {self.name} would be {shown}, which is no {kind}")
+
+
+def _holds(kind: str, value: Any) -> bool:
+    """Whether a GGUF type holds the value."""
+    if kind in ("bool", "str"):
+        return isinstance(value, bool if kind == "bool" else str)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, int) and 0 <= value < 1 << 32 if kind == "u32" else abs(value) < F32
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,6 +157,18 @@ def rotated_part(config: Config) -> float:
     return float((config.rope_parameters or {}).get("partial_rotary_factor") or 1.0)
 
 
+def not_turned(sections: Key, rotated: int) -> tuple[str, ...]:
+    """A warning where llama.cpp gives frequencies of interleaved sections to none of time, height and width:
+    transformers turns those with time, llama.cpp with a fourth position, which is 0 in text."""
+    left = [i for i in range(rotated // 2) if i >= 3 * sections.value[i % 3]]
+    if not left:
+        return ()
+    return (
+        f"llama.cpp does not turn rotary frequencies {', '.join(map(str, left))} of {rotated // 2}, which "
+        f"mrope_section leaves to none of its parts: far into a long context logits differ a little",
+    )
+
+
 def rope(
     config: Config, parameters: Mapping[str, Any] | None = None, in_tensors: bool = False
 ) -> tuple[Key, ...]:

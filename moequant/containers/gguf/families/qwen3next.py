@@ -13,7 +13,9 @@ from functools import cache
 from moequant.containers.gguf.families.base import Export, FileTensor, Key, only
 from moequant.containers.gguf.families.keys import (
     expert_counts,
+    head_dim,
     head_sizes,
+    not_turned,
     rope_sections,
     rotated_part,
     sizes,
@@ -142,5 +144,10 @@ def tiled_complaints(config: Config) -> Iterator[str]:
     return next_complaints(config, "qwen35moe")
 
 
+def tiled_warnings(config: Config) -> tuple[str, ...]:
+    """What llama.cpp computes a little differently."""
+    return not_turned(rope_sections(config, SECTIONS), int(head_dim(config) * rotated_part(config)))
+
+
 QWEN3_NEXT = Export("qwen3next", next_keys, next_complaints, NAMES, next_parts)
-QWEN3_5_MOE = Export("qwen35moe", tiled_keys, tiled_complaints, NAMES, tiled_parts)
+QWEN3_5_MOE = Export("qwen35moe", tiled_keys, tiled_complaints, NAMES, tiled_parts, warnings=tiled_warnings)

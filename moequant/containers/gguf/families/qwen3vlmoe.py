@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moequant.containers.gguf.families.base import Export, Key, only
-from moequant.containers.gguf.families.keys import rope_sections
+from moequant.containers.gguf.families.keys import head_dim, not_turned, rope_sections
 from moequant.containers.gguf.families.qwen3 import moe_keys
 from moequant.families import Config
 
@@ -36,4 +36,9 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "mlp_only_layers", [], None)
 
 
-QWEN3_VL_MOE = Export(ARCH, keys, complaints)
+def warnings(config: Config) -> tuple[str, ...]:
+    """What llama.cpp computes a little differently."""
+    return not_turned(rope_sections(config, SECTIONS), head_dim(config))
+
+
+QWEN3_VL_MOE = Export(ARCH, keys, complaints, warnings=warnings)

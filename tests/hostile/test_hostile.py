@@ -1,0 +1,21 @@
+"""The fast mode: a few hundred hostile inputs, in a process that imports once and forks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests.models import ROOT
+
+INPUTS = 330
+
+
+def test_every_input_gets_a_result_or_one_line() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.hostile", "--inputs", str(INPUTS)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-3000:]
+    assert f"{INPUTS} inputs" in ran.stdout
