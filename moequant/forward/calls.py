@@ -96,6 +96,14 @@ class _Placeholder(nn.Module):
         return _nothing((*ids.shape, self.width), ids.device)
 
 
+class _Output(MoeModelOutputWithPast):
+    """What a decoder gives; of what some give besides, nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _Given(nn.Module):
     """Stands in for the decoder when its output is known."""
 
@@ -104,7 +112,7 @@ class _Given(nn.Module):
         self.hidden = hidden
 
     def forward(self, **arguments: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
+        return _Output(last_hidden_state=self.hidden)
 
 
 def _nothing(shape: tuple[int, ...], device: torch.device) -> Tensor:
