@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 ROOT = Path(__file__).parents[1]
 """The checkout."""
@@ -838,7 +840,7 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
 }
 """Keys of the text's config as releases have them, where transformers 5 saves others; None: none."""
 
-_PREDICTION = {
+PREDICTION = {
     "eh_proj.weight": (256, 512),
     "enorm.weight": (256,),
     "hnorm.weight": (256,),
@@ -848,10 +850,17 @@ _PREDICTION = {
     "self_attn.o_proj.weight": (256, 256),
 }
 _MTP = {"mtp.fc.weight": (256, 512), "mtp.layers.0.input_layernorm.weight": (256,), "mtp.norm.weight": (256,)}
+WITHIN: Mapping[str, float] = {"gemma4": 2e-2}
+"""How far logits of llama.cpp may be off, where it does not compute with float32 alone: GELU is looked up in
+a table of half precision."""
+
 BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     **{
-        family: {f"model.layers.3.{name}": shape for name, shape in _PREDICTION.items()}
-        for family in ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "hy_v3")
+        family: {
+            f"model.layers.{CONFIGS[family]['num_hidden_layers']}.{name}": shape
+            for name, shape in PREDICTION.items()
+        }
+        for family in ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3")
     },
     "qwen3_next": _MTP,
     "qwen3_5_moe": _MTP,
@@ -862,6 +871,9 @@ BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "nemotron_h": {"mtp.layers.0.mixer.o_proj.weight": (256, 192)},
 }
 """Tensors of releases that transformers neither runs nor saves."""
+
+OURS = {"KimiK25ForConditionalGeneration": "Kimi_K25ForConditionalGeneration"}
+"""Classes of remote code that transformers has under another name."""
 
 RENAMED: Mapping[str, tuple[str, str]] = {
     "kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")
@@ -946,7 +958,9 @@ def build(
                 buffer.normal_(0, 0.1)
             if name.endswith("layer_scalar"):
                 buffer.uniform_(0.5, 1.0)
-    model.to(dtype).save_pretrained(folder, **(save or {}))
+    with warnings.catch_warnings():  # Llama 4's vision tower has complex numbers in a buffer
+        warnings.simplefilter("ignore", UserWarning)
+        model.to(dtype).save_pretrained(folder, **(save or {}))
     tokenizer(vocab).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
@@ -975,6 +989,8 @@ def as_released(folder: Path, family: str) -> Path:
         text[key] = value
         if value is None:
             del text[key]
+    if family == "kimi_k25":
+        raw["architectures"] = ["KimiK25ForConditionalGeneration"]
     path.write_text(json.dumps(raw))
     if old_and_new := RENAMED.get(family):
         file = folder / "model.safetensors"
@@ -991,6 +1007,15 @@ def as_released(folder: Path, family: str) -> Path:
     if extra:
         save_file(extra, folder / "model-mtp.safetensors", {"format": "pt"})
     return folder
+
+
+def reference(folder: Path) -> PreTrainedModel:
+    """The model as transformers loads it, float32, by the class that config.json names."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    cls = getattr(transformers, OURS.get(name, name))
+    config = cls.config_class.from_pretrained(folder)
+    config.model_type = cls.config_class.model_type  # what names of tensors are read by
+    return cls.from_pretrained(folder, config=config, dtype=torch.float32, experts_implementation="eager")
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from moequant.errors import CheckpointError
+from moequant.files.read import check_regular, read_text
 from moequant.values import TensorRef
 
 MAX_HEADER = 100_000_000
 """The format's own limit on its JSON header, in bytes."""
 
 INDEX = "model.safetensors.index.json"
+
+_SHARD = re.compile(r"[^/\\\0\ud800-\udfff]{1,200}\.safetensors")
+"""A file of the folder itself, of a name that a file can have."""
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
@@ -40,25 +43,15 @@ def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
     return value
 
 
-def read_text(path: Path, limit: int = MAX_HEADER) -> str:
-    """The UTF-8 of a regular file; CheckpointError when there is none, or more than `limit` bytes."""
-    check_regular(path)
-    if path.stat().st_size > limit:
-        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; at most {limit:,} were expected")
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+def belongs(file: Path, source: Path) -> bool:
+    """Whether `file` is a regular file of the model.
 
-
-def check_regular(path: Path) -> None:
-    """CheckpointError for a file that is not there, or is a folder, a device or a pipe."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path}: is not a regular file")
+    A symlink must stay inside the model folder, or lead to where Hugging Face's cache keeps the files of
+    this model; any other could make a stranger's folder publish something of this machine.
+    """
+    root, real = source.resolve(), file.resolve()
+    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    return real.is_file() and (real.is_relative_to(root) or real.parent == cache)
 
 
 def read_headers(folder: Path) -> dict[str, TensorRef]:
@@ -95,7 +88,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{folder / INDEX}: has no weight_map; is the download complete?")
     for tensor, name in found.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise CheckpointError(
                 f"{folder / INDEX}: {tensor!r} is said to lie in {name!r}; a *.safetensors file of the "
                 "folder was expected"
@@ -108,16 +101,18 @@ def read_header(path: Path) -> tuple[TensorRef, ...]:
     rule of the format."""
     check_regular(path)
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise CheckpointError(
-                f"{path}: not a complete safetensors file ({size} bytes); download it again"
-            )
-        try:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{path}: not a complete safetensors file ({size} bytes); download it again"
+                )
             header = json.loads(file.read(length), object_pairs_hook=_unique)
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: safetensors header is damaged ({error})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: safetensors header is damaged ({error})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: safetensors header is damaged (no JSON object)")
     header.pop("__metadata__", None)

@@ -81,11 +81,16 @@ def console() -> Console:
 
 
 def guarded(action: Callable[[], T]) -> T:
-    """The action's result; one line on stderr and exit code 1 for an error raised on purpose."""
+    """The action's result; one line on stderr and exit code 1 for an error raised on purpose, and for one of
+    the operating system that nobody expected there."""
     try:
         return action()
     except MoequantError as error:
         typer.echo(f"moequant: {one_line(escape.plain(str(error)), LONGEST)}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:  # a name that no file can have, a file that vanished, a disk that fails
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        typer.echo(f"moequant: {one_line(escape.plain(what), LONGEST)}", err=True)
         raise typer.Exit(1) from None
 
 

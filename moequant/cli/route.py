@@ -76,8 +76,10 @@ def route(
     from moequant.statistics.health import health
 
     resources = guarded(lambda: Resources(ram=ram_bytes(ram), device=device))
-    settings = RouteSettings(
-        calib, calib_tokens, seed, min_tokens_per_expert, max_tokens, tuple(merge or ()), resources
+    settings = guarded(
+        lambda: RouteSettings(
+            calib, calib_tokens, seed, min_tokens_per_expert, max_tokens, tuple(merge or ()), resources
+        )
     )
     outputs = Outputs(out, imatrix_out, picture, overwrite)
     routed = guarded(lambda: run(model, settings, outputs))

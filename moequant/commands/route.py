@@ -11,7 +11,7 @@ from moequant.commands.statistics import all_sites, load_statistics, with_all
 from moequant.commands.text import leading
 from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.export import export
-from moequant.errors import CorpusError, OutputError
+from moequant.errors import CorpusError, OutputError, PlanError
 from moequant.files import claim
 from moequant.forward.memory import check_memory
 from moequant.forward.stream import Resources
@@ -27,6 +27,10 @@ from moequant.values import Calibration
 
 BUDGET = 4
 """Feeding starved experts may take so many times the tokens of the first draw, unless told otherwise."""
+
+
+MOST_SHARES = 1_000_000
+"""Nobody has so much text that an expert could see more times its fair share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,13 @@ class RouteSettings:
     max_tokens: int | None = None
     merge: tuple[Path, ...] = ()
     resources: Resources = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        """PlanError for a multiple that is none."""
+        if not 0 <= self.ratio <= MOST_SHARES:
+            raise PlanError(
+                f"--min-tokens-per-expert {self.ratio}: a number from 0 to {MOST_SHARES:,} was expected"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from moequant.errors import FamilyError
+from moequant.errors import FamilyError, one_line
 from moequant.families.afmoe import AFMOE
 from moequant.families.base import Config, Family, Get, Slot
 from moequant.families.cohere2_moe import COHERE2_MOE
+from moequant.families.config import text_config
 from moequant.families.dbrx import DBRX
 from moequant.families.deepseek_v2 import DEEPSEEK_V2
 from moequant.families.deepseek_v3 import DEEPSEEK_V3
@@ -42,6 +43,7 @@ from moequant.families.mistral4 import MISTRAL4
 from moequant.families.mixtral import MIXTRAL
 from moequant.families.nemotron_h import NEMOTRON_H
 from moequant.families.olmoe import OLMOE
+from moequant.families.phimoe import PHIMOE
 from moequant.families.qwen2_moe import QWEN2_MOE
 from moequant.families.qwen3 import QWEN3
 from moequant.families.qwen3_5_moe import QWEN3_5_MOE
@@ -49,7 +51,7 @@ from moequant.families.qwen3_moe import QWEN3_MOE
 from moequant.families.qwen3_next import QWEN3_NEXT
 from moequant.families.qwen3_vl_moe import QWEN3_VL_MOE
 
-__all__ = ["FAMILIES", "Config", "Family", "Get", "Slot", "find", "nearest"]
+__all__ = ["FAMILIES", "Config", "Family", "Get", "Slot", "architectures", "find", "nearest"]
 
 FAMILIES: tuple[Family, ...] = (
     MIXTRAL,
@@ -86,6 +88,7 @@ FAMILIES: tuple[Family, ...] = (
     GRANITE_MOE_SHARED,
     GRANITE_MOE_HYBRID,
     GRANITE_MOE_SWA,
+    PHIMOE,
     LLAMA,
     MISTRAL,
     QWEN3,
@@ -96,15 +99,21 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+def architectures(raw: Mapping[str, Any]) -> list[str]:
+    """The classes that a `config.json` names; none where it names something else."""
+    told = raw.get("architectures") or []
+    return [one_line(name, 200) for name in (told if isinstance(told, list) else [told])]
+
+
 def find(raw: Mapping[str, Any]) -> Family:
     """The family of a `config.json`; FamilyError names the architecture when there is none."""
-    architectures = raw.get("architectures") or []
-    names = architectures if isinstance(architectures, list) else [architectures]
-    for family in FAMILIES:
-        if any(name in family.classes for name in names):
-            return family
-    wanted = "/".join(map(str, names)) or "(none in config.json)"
-    near = nearest(str(names[0])) if names else None
+    names = architectures(raw)
+    if found := [family for family in FAMILIES if any(name in family.classes for name in names)]:
+        # Models that also see share a class whatever their text model is.
+        kind = text_config(raw).get("model_type")
+        return next((family for family in found if family.model_type == kind), found[0])
+    wanted = "/".join(names[:10]) or "(none in config.json)"
+    near = nearest(names[0]) if names else None
     raise FamilyError(
         f"architecture {wanted} is not supported yet"
         + (f"; the nearest that is: {near.name} ({near.classes[0]})" if near else "")

@@ -93,3 +93,8 @@ class Family:
     layers_at: str = "model.layers"
     chosen: Callable[[Config], int] | None = None
     dialect: Callable[[dict[str, Any]], dict[str, Any]] = as_it_is
+
+    @property
+    def decoder(self) -> str:
+        """The module of the model that has the layers: all of it but the head."""
+        return self.layers_at.rpartition(".")[0]

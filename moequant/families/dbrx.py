@@ -14,7 +14,8 @@ def dialect(raw: dict[str, Any]) -> dict[str, Any]:
     """Releases say the base of the rotation beside the other numbers of attention, where transformers 5
     does not look for it: it would rotate with 10,000."""
     attention = raw.get("attn_config")
-    if "rope_parameters" in raw or not isinstance(attention, dict) or "rope_theta" not in attention:
+    told = raw.keys() & {"rope_parameters", "rope_theta"}
+    if told or not isinstance(attention, dict) or "rope_theta" not in attention:
         return raw
     return {**raw, "rope_theta": attention["rope_theta"]}
 

@@ -96,6 +96,14 @@ class _Placeholder(nn.Module):
         return _nothing((*ids.shape, self.width), ids.device)
 
 
+class _Output(MoeModelOutputWithPast):  # type: ignore[misc]  # transformers is Any to mypy
+    """What a decoder gives; of what some give besides, nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _Given(nn.Module):
     """Stands in for the decoder when its output is known."""
 
@@ -104,7 +112,7 @@ class _Given(nn.Module):
         self.hidden = hidden
 
     def forward(self, **arguments: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
+        return _Output(last_hidden_state=self.hidden)
 
 
 def _nothing(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -133,6 +141,7 @@ class Skeleton:
         for collected in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(model.config, collected, False):
                 setattr(model.config, collected, False)
+        self._decoder = layers_at.rpartition(".")[0]
         holder = model.get_submodule(layers_at)
         assert isinstance(holder, nn.ModuleList)
         self.layers = list(holder)
@@ -169,14 +178,13 @@ class Skeleton:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's head, and whatever it does after it: final hidden states [m, h] -> [m, vocab]."""
-        decoder = self.model.get_decoder()
-        name = next(name for name, module in self.model.named_children() if module is decoder)
-        setattr(self.model, name, _Given(hidden[None]))
+        decoder = self.model.get_submodule(self._decoder)
+        self.model.set_submodule(self._decoder, _Given(hidden[None]))
         try:
             ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
         finally:
-            setattr(self.model, name, decoder)
+            self.model.set_submodule(self._decoder, decoder)
         return logits
 
     def _dry(self, batch: Tensor) -> list[Call]:

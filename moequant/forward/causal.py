@@ -28,7 +28,7 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def whole_class(config: PreTrainedConfig) -> Any:
-    """The automatic class that loads a folder with that config: as text where there is one, else whole."""
+    """The automatic class that loads a folder with that config: as text where it can, else whole."""
     return AutoModelForCausalLM if _is_text(config) else AutoModelForImageTextToText
 
 

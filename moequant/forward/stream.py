@@ -105,7 +105,7 @@ def sites(weights: Iterable[Weight]) -> tuple[Site, ...]:
     return tuple({weight.site.name: weight.site for weight in weights if weight.site is not None}.values())
 
 
-def _beside(checkpoint: Checkpoint, tokens: int) -> Beside:
+def beside(checkpoint: Checkpoint, tokens: int) -> Beside:
     """What the layers give besides hidden states, for rows of so many tokens.
 
     Layers that give which tokens to look at give all of them, in short rows, in whatever version of the
@@ -152,10 +152,10 @@ class LayerStream:
         self.batches = list(torch.split(ids, max(1, resources.batch_tokens // ids.shape[1])))
         self.skeleton = Skeleton(
             self.model,
-            self.model if whole else self.model.get_decoder(),
+            self.model if whole else self.model.get_submodule(checkpoint.family.decoder),
             checkpoint.family.layers_at,
             [batch.to(resources.device) for batch in self.batches],
-            _beside(checkpoint, ids.shape[1]),
+            beside(checkpoint, ids.shape[1]),
         )
         self._ahead: dict[str, Future[Tensor]] = {}
         self._disk = ThreadPoolExecutor(1)
@@ -265,7 +265,7 @@ class LayerStream:
         self, hidden: Hidden, make: Callable[[int], R], provider: Provider | None = None
     ) -> Iterator[tuple[R, Any]]:
         """The end of the forward pass, batch by batch: its recorder and what the model returns."""
-        roles = {Role.NORM} | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
+        roles = {Role.NORM, Role.BIAS} | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
         ends = self._outside(*roles)
         self._fill(ends, provider)
         if self.whole and self.checkpoint.tied:

@@ -70,7 +70,7 @@ def inspect_folder(path: Path) -> Inspection:
     share = used / experts if experts and used else 1.0
     tied = not any(role_of(tensor.name) == "output" for tensor in tensors)
     stored = [_stored(tensor, share, tied, facts["layers"]) for tensor in tensors]
-    architecture = str((config.get("architectures") or ["(none in config.json)"])[0])
+    architecture = (families.architectures(config) or ["(none in config.json)"])[0]
     support = _support(path, config, tensors)
     shared = facts["shared"] or (1 if any("shared_expert." in tensor.name for tensor in tensors) else None)
     return Inspection(
@@ -151,15 +151,18 @@ def _parameters(tensor: _Tensor, role: str) -> int:
 
 
 def _first(keys: tuple[str, ...], *configs: Mapping[str, Any]) -> int | None:
-    """The first of the keys that one of the configs has: a number, or the largest of a list."""
+    """The first of the keys that one of the configs has: a count, or the largest of a list."""
     for config in configs:
         for key in keys:
             value = config.get(key)
-            if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
-                return int(max(value))
-            if isinstance(value, int) and not isinstance(value, bool) and value:
-                return value
+            counts = value if isinstance(value, list) else [value]
+            if counts and all(_is_count(each) for each in counts):
+                return int(max(counts))
     return None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 32
 
 
 def _seen_experts(tensors: list[_Tensor]) -> int | None:
@@ -192,7 +195,8 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
         check(family, text)
     except FamilyError as error:
         missing.append(str(error))
-        if family is None and (near := families.nearest(str((config.get("architectures") or [""])[0]))):
+        architecture = (families.architectures(config) or [""])[0]
+        if family is None and (near := families.nearest(architecture)):
             missing += _differences(near, config, tensors)
     if not missing:
         try:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moequant.checkpoint.headers import read_text
 from moequant.containers.gguf.presets import mostly
 from moequant.containers.gguf.sizes import aligned, packed_bytes
 from moequant.errors import CheckpointError, PlanError
+from moequant.files.read import read_text
 from moequant.values import Choice, Plan, Weight
 
 VERSION = 2

@@ -152,7 +152,7 @@ class _Prober:
         wanted = probing.tokens // (len(self.groups) * ids.shape[1])
         count = max(1, min(wanted, probing.rows, len(ids)))
         self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]
-        self.model = Resumable(model, self.ids)
+        self.model = Resumable(model, checkpoint.family.layers_at, self.ids)
 
     def damages(self, errors: Mapping[str, Mapping[str, float]]) -> Damages:
         """Sensitivities of every group, then how the damages of whole plans add up."""

@@ -293,7 +293,7 @@ class Coupled:
     def collect(self, layer: Layer, weight: Weight, experts: range, streams: Streams) -> Grams:
         """Grams of these experts of the group of `weight`."""
         assert weight.site is not None
-        site, routed = weight.site, f"layers.{layer.index}.experts.input"
+        site, routed = weight.site, f"layers.{layer.index}.experts.input" if weight.is_expert else ""
         grams = Grams.empty(len(experts), weight, self.stream.resources.device)
         block = layer.part(site.module) if weight.is_expert else None
 
@@ -325,7 +325,7 @@ class Coupled:
         stream, name = self.stream, self.formats[weight.name]
         if name in UNROUNDED or weight.site is None:
             return self.plain(weight, name)
-        norms = [each for each in stream.weights(None) if each.role is Role.NORM]
+        norms = [each for each in stream.weights(None) if each.role in (Role.NORM, Role.BIAS)]
         fill(stream.model, norms, device=stream.resources.device)
         norm = stream.model.get_submodule(weight.site.module)
         grams = Grams.empty(1, weight, stream.resources.device)

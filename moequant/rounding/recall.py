@@ -74,9 +74,8 @@ class Kept:
         """Inside the block the attention of these layers listens to `recorders`."""
         held = [layer.get_submodule(self._attention) for layer in layers] if self.last else []
         for layer, attention in zip(layers, held, strict=False):
-            layer.set_submodule(
-                self._attention, _Recalling(attention, self.last.rpartition(".")[2], self.others)
-            )
+            recalling = _Recalling(attention, self.last.rpartition(".")[2], self.others)
+            layer.set_submodule(self._attention, recalling)
         try:
             yield
         finally:

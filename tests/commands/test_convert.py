@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
@@ -25,7 +24,8 @@ from moequant.text.rows import load_encoder
 from tests import models
 from tests.clients.llama import Llama
 
-MOE = [family for family in models.CONFIGS if family not in ("llama", "qwen3")]
+MOE = ("mixtral", "qwen3_moe", "olmoe")
+"""Families that are converted to every type; `tests/families/test_conversion.py` has all of them."""
 
 
 def settings(text: Path, type_: str | None, **changes: object) -> Settings:
@@ -38,27 +38,16 @@ def ids_for(vocab: int, count: int, seed: int = 0) -> torch.Tensor:
 
 
 def reference_logits(folder: Path, ids: torch.Tensor) -> np.ndarray:
-    config = AutoConfig.from_pretrained(folder)
-    has_text_class = type(config) in AutoModelForCausalLM._model_mapping
-    kind = AutoModelForCausalLM if has_text_class else AutoModelForImageTextToText
-    model = kind.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    model = models.reference(folder)
     with torch.inference_mode():
         return model(ids[None]).logits[0].numpy()
 
 
-def agrees(folder: Path, file: Path, count: int = 256) -> None:
+def agrees(folder: Path, file: Path, count: int = 256, within: float = 1e-3) -> None:
     with Llama(file, threads=1) as llama:
         ids = ids_for(llama.n_vocab, count)
         difference = np.abs(llama.logits(ids.tolist()) - reference_logits(folder, ids))
-    assert difference.max() < 1e-3
-
-
-@pytest.mark.parametrize("family", models.CONFIGS)
-def test_f32_gives_the_logits_of_transformers(tiny, tmp_path: Path, text: Path, family: str) -> None:
-    """Every position, float32 KV cache, no flash attention: a wrong transpose or permutation shows."""
-    out = tmp_path / "f32.gguf"
-    convert(tiny(family), out, settings(text, "F32", eval_tokens=0))
-    agrees(tiny(family), out)
+    assert difference.max() < within
 
 
 def test_f32_of_the_trained_model(mix: Path, tmp_path: Path, text: Path) -> None:

@@ -9,6 +9,7 @@ from moequant.checkpoint import open_checkpoint
 from moequant.forward.calls import Skeleton
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
+from moequant.forward.stream import beside
 from tests import models
 
 
@@ -16,7 +17,9 @@ def made(folder, batches=None) -> Skeleton:
     checkpoint = open_checkpoint(folder)
     model = build_model(checkpoint, EXPERTS)
     ids = torch.arange(96).view(3, 2, 16) % models.VOCAB if batches is None else batches
-    return Skeleton(model, model.get_decoder(), checkpoint.family.layers_at, list(ids))
+    decoder = model.get_submodule(checkpoint.family.decoder)
+    gives = beside(checkpoint, ids.shape[-1])
+    return Skeleton(model, decoder, checkpoint.family.layers_at, list(ids), gives)
 
 
 def same(ours: object, theirs: object) -> bool:
@@ -45,7 +48,7 @@ def test_a_layer_is_passed_what_an_ordinary_forward_passes_it(tiny, family: str)
     for batch, ids in enumerate(skeleton.batches):
         seen.clear()
         with torch.inference_mode():
-            plain.get_decoder()(input_ids=ids, use_cache=False)
+            plain.get_submodule(checkpoint.family.decoder)(input_ids=ids, use_cache=False)
         assert len(seen) == checkpoint.n_layers
         for number, (args, kwargs) in enumerate(seen):
             call = skeleton.call(number, batch)
@@ -60,7 +63,7 @@ def test_cut_and_joined_it_computes_what_the_model_does(tiny) -> None:
             for number, layer in enumerate(skeleton.layers):
                 hidden = skeleton.call(number, batch).run(layer, hidden)
             found = skeleton.finish(batch, hidden).last_hidden_state
-            wanted = plain.get_decoder()(input_ids=skeleton.batches[batch], use_cache=False)
+            wanted = plain.model(input_ids=skeleton.batches[batch], use_cache=False)
             torch.testing.assert_close(found, wanted.last_hidden_state)
 
 

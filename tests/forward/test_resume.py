@@ -17,10 +17,11 @@ def test_every_layer_can_be_the_first(tiny, family: str) -> None:
     checkpoint = open_checkpoint(tiny(family))
     model = build_model(checkpoint, EXPERTS)
     ids = torch.randint(5, models.VOCAB, (3, 40), generator=torch.Generator().manual_seed(0))
-    changed = {name: each for name, each in model.named_parameters() if "layers.1." in name}
+    layers_at = checkpoint.family.layers_at
+    changed = {name: each for name, each in model.named_parameters() if f"{layers_at}.1." in name}
     with torch.no_grad():
         whole = [model(input_ids=row[None], use_cache=False).logits[0] for row in ids]
-        resumable = Resumable(model, ids)
+        resumable = Resumable(model, layers_at, ids)
         for layer in range(checkpoint.n_layers):
             assert all(map(torch.equal, resumable.logits(layer), whole)), layer
         assert all(map(torch.equal, resumable.base, whole))

@@ -53,7 +53,7 @@ def test_statistics_equal_a_resident_run(tiny, family: str) -> None:
     domains = torch.tensor(["ab".index(d) for d in text.domains]).repeat_interleave(text.ids.shape[1])
     resident = Moments(checkpoint.n_experts, domains, 2)
     with torch.inference_mode(), recording(resident):
-        model.get_decoder()(input_ids=text.ids, use_cache=False)
+        model.get_submodule(checkpoint.family.decoder)(input_ids=text.ids, use_cache=False)
     assert found.inputs.keys() == resident.inputs.keys()
     for name, stats in resident.inputs.items():
         for field in ("tokens", "gate_mass", "gate_square", "moment", "gated_moment"):

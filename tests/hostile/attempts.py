@@ -41,5 +41,5 @@ def on_model(random: Random, model: Path, what: str, refused: bool = False) -> A
             ["convert", str(model), "-o", str(out / "a.gguf"), "--type", "Q4_0", *QUICK, "--dry-run"], what
         )
     if draw < 0.8:
-        return Attempt(["fit", str(model), "--vram", "8G", "--ram", "8G"], what)
+        return Attempt(["fit", str(model), "--vram", "8G", "--ram", "8G", "--ctx", "256"], what)
     return Attempt(["inspect", str(model), *random.choice([[], ["--json"]])], what)

@@ -127,7 +127,7 @@ def ggufs(random: Random, ground: Ground, folder: Path) -> Attempt:
             [
                 ["inspect", str(path)],
                 ["inspect", str(path), "--json"],
-                ["fit", str(path), "--vram", "8G", "--ram", "8G"],
+                ["fit", str(path), "--vram", "8G", "--ram", "8G", "--ctx", "256"],
                 ["check", str(path), "--sample", "2", "--device", "cpu"],
             ]
         ),

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from tests import models
 
-MARK = b"\xc3\x3fhostile-bait!\x3f"
+MARK = b"hostile--bait--!"
 """Sixteen bytes, four finite floats, that no output may hold."""
 
 SHAPES = {
@@ -85,10 +85,13 @@ def make(folder: Path) -> Ground:
     model, text = str(built["qwen3_moe"]), ["--calib", str(files["text"]), "--calib-tokens", "1024"]
     for command in (
         ["route", model, "-o", str(files["stats"]), "--imatrix-out", str(files["imatrix"]), *text],
+        ["inspect", model],  # what commands import when they are used, children have imported then
+        ["fit", model, "--vram", "8G", "--ram", "8G", "--ctx", "256"],
         ["plan", model, "--bpw", "12", "--stats", str(files["stats"]), "--no-probes", "--effort", "fast",
          "-o", str(files["plan"])],
         ["convert", model, "-o", str(files["gguf"]), "--type", "Q4_0", "--stats", str(files["stats"]),
          "--effort", "fast", "--eval-tokens", "0", "--no-self-check"],
+        ["check", str(files["gguf"]), "--sample", "1", "--device", "cpu"],
     ):  # fmt: skip
         ran = CliRunner().invoke(app, command)
         assert ran.exit_code == 0, f"{command}: {ran.output} {ran.exception!r}"

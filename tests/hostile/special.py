@@ -85,7 +85,7 @@ def _beside(random: Random, ground: Ground, folder: Path, what: str) -> Attempt:
             ["route", model, "--calib", str(path), "--calib-tokens", "1024"],
             ["route", model, "--merge", str(path)],
             ["inspect", str(path)],
-            ["fit", str(path), "--vram", "1G", "--ram", "1G"],
+            ["fit", str(path), "--vram", "1G", "--ram", "1G", "--ctx", "256"],
             ["check", str(path), "--sample", "1"],
             ["convert", str(path), *out, "--type", "F32"],
         ]

@@ -100,6 +100,21 @@ def test_grams_are_the_sums_that_the_definition_says(tiny, tmp_path: Path) -> No
         assert int(grams.tokens[expert]) == len(tokens)
 
 
+def test_shared_experts_behind_the_routed_ones_see_their_own_inputs(tiny, tmp_path: Path) -> None:
+    """Before anything is rounded, both streams feed a weight the same."""
+    checkpoint = open_checkpoint(tiny("solar_open"))
+    weight = next(w for w in checkpoint.weights if w.name == "layers.0.shared.down")
+    with LayerStream(checkpoint, rows().ids, Resources(threads=1)) as stream:
+        run = Coupled(stream, {}, Quantizer(None).pack, Rounding())
+        streams = Streams.under(tmp_path, stream)
+        stream.embed(streams.exact)
+        stream.embed(streams.rounded)
+        assert next(stream.layers()) == 0
+        layer = Layer(0, stream.skeleton.layers[0], "", Kept())
+        grams = run.collect(layer, weight, range(1), streams)
+    assert float((grams.own - grams.cross).norm() / grams.own.norm()) < 1e-5
+
+
 def test_the_target_is_the_least_squares_answer() -> None:
     """With strength 1 and no ridge, W' x_q is the best prediction of W x_fp + r."""
     generator = torch.Generator().manual_seed(1)

@@ -141,7 +141,7 @@ def test_a_damaged_journal_is_one_line(tiny, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny("mixtral"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{")
-    with pytest.raises(OutputError, match="cannot keep the state of this run"):
+    with pytest.raises(OutputError, match="or damaged; delete the folder"):
         Journal(tmp_path / "run", checkpoint, rows())
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is not a run"):
@@ -155,8 +155,39 @@ def test_hidden_states_that_are_missing_or_short_are_one_line(tiny, tmp_path: Pa
     (tmp_path / "run" / "layer-0002.safetensors").unlink()  # as if the end had not been reached
     hidden = tmp_path / "run" / "hidden-0002.f32"
     hidden.write_bytes(hidden.read_bytes()[:-4])
-    with pytest.raises(OutputError, match="hidden states end early"):
+    with pytest.raises(OutputError, match="hidden states are damaged; delete"):
         calibrate(checkpoint, rows(), SMALL, journal=journal)
     hidden.unlink()
     with pytest.raises(OutputError, match="hidden states cannot be read"):
         calibrate(checkpoint, rows(), SMALL, journal=journal)
+
+
+def test_hidden_states_with_a_flipped_bit_are_refused(tiny, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny("mixtral"))
+    journal = Journal(tmp_path / "run", checkpoint, rows())
+    calibrate(checkpoint, rows(), SMALL, journal=journal)
+    (tmp_path / "run" / "layer-0002.safetensors").unlink()
+    hidden = tmp_path / "run" / "hidden-0002.f32"
+    data = bytearray(hidden.read_bytes())
+    data[len(data) // 2] ^= 1
+    hidden.write_bytes(data)
+    with pytest.raises(OutputError, match="hidden states are damaged; delete"):
+        calibrate(checkpoint, rows(), SMALL, journal=journal)
+
+
+def test_the_statistics_of_another_layer_or_run_are_refused(tiny, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny("mixtral"))
+    journals = [Journal(tmp_path / str(seed), checkpoint, rows(seed=seed)) for seed in (0, 1)]
+    for seed, journal in enumerate(journals):
+        calibrate(checkpoint, rows(seed=seed), SMALL, journal=journal)
+    first, second = (tmp_path / "0" / f"layer-000{n}.safetensors" for n in (0, 1))
+    kept = second.read_bytes()
+    for false in (first.read_bytes(), (tmp_path / "1" / second.name).read_bytes()):
+        second.write_bytes(false)
+        with pytest.raises(OutputError, match="another layer or another run"):
+            journals[0].finished()
+    second.write_bytes(kept)
+    assert len(journals[0].finished()) == 3
+    second.write_bytes(kept[:-1])
+    with pytest.raises(OutputError, match=r"route again; or delete .* to begin again|cannot be read"):
+        journals[0].finished()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
+from moequant.checkpoint.headers import belongs
 from moequant.containers.base import Made
 from moequant.containers.folders.plan import FolderSettings
-from moequant.containers.folders.side_files import belongs
 from moequant.escape import markdown, yaml
 
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*)$", re.MULTILINE)

@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from moequant.checkpoint.headers import belongs
+
 COPIED = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
     "merges.txt", "preprocessor_config.json", "processor_config.json", "special_tokens_map.json",
@@ -32,14 +34,3 @@ def side_files(source: Path) -> Iterator[Path]:
     """The files of the model folder `source` that are copied, each once."""
     found = {file for pattern in COPIED for file in source.glob(pattern)}
     return (file for file in sorted(found) if belongs(file, source))
-
-
-def belongs(file: Path, source: Path) -> bool:
-    """Whether `file` is a regular file of the model.
-
-    A symlink must stay inside the model folder, or lead to where Hugging Face's cache keeps the files of
-    this model; any other could make a stranger's folder publish something of this machine.
-    """
-    root, real = source.resolve(), file.resolve()
-    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
-    return real.is_file() and (real.is_relative_to(root) or real.parent == cache)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
-from moequant.containers.gguf.families import COMMON, EXPORTS, Computed, Export, FileTensor, Key
-from moequant.errors import FamilyError
+from moequant.containers.gguf.families import COMMON, EXPORTS, OTHERS, Computed, Export, FileTensor, Key
+from moequant.errors import CheckpointError, FamilyError
 from moequant.families import Config, Family
 from moequant.values import Origin, Place, Role, Stack, Stored, Weight
 from moequant.values.ops import Ops
@@ -61,13 +61,16 @@ def export(checkpoint: Checkpoint) -> Exported:
     weights: list[Weight] = []
     names: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    cut = {each.name: list(_cut(checkpoint, way, each)) for each in checkpoint.weights}
+    cut = {each.name: _pieces(checkpoint, way, each) for each in checkpoint.weights}
     parts = {
         name: tuple((weight.name, tensor.ops) for weight, tensor in pairs) for name, pairs in cut.items()
     }
     tensors = [pair for pairs in cut.values() for pair in pairs]
-    # The head stays last, behind what the file alone has.
-    tensors[-1:-1] = [(_computed(each), FileTensor(each.name)) for each in way.computed(checkpoint.config)]
+    # In the order in which weights are rounded: outside of all layers first, the head last.
+    first = next(at for at, (weight, _) in enumerate(tensors) if weight.layer is not None)
+    tensors[first:first] = [
+        (_computed(each), FileTensor(each.name)) for each in way.computed(checkpoint.config)
+    ]
     for weight, tensor in tensors:
         prefix = "" if weight.layer is None else f"blk.{weight.layer}."
         weights.append(weight)
@@ -89,9 +92,8 @@ def check(family: Family, config: Config) -> Export:
     """The family's way into GGUF; FamilyError as `export` raises it."""
     way = EXPORTS.get(family.name)
     if way is None:
-        raise FamilyError(
-            f"{family.name}: llama.cpp has no such architecture; --format safetensors writes a folder"
-        )
+        why = OTHERS.get(family.name, "llama.cpp has no such architecture")
+        raise FamilyError(f"{family.name}: {why}; --format safetensors writes a folder")
     if reasons := list(way.complaints(config)):
         more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
         raise FamilyError(f"{family.name}: {reasons[0]}{more}")
@@ -101,6 +103,17 @@ def check(family: Family, config: Config) -> Export:
 def local(weight: Weight) -> str:
     """A weight's name within its layer."""
     return weight.name if weight.layer is None else weight.name.removeprefix(f"layers.{weight.layer}.")
+
+
+def _pieces(checkpoint: Checkpoint, way: Export, weight: Weight) -> list[tuple[Weight, FileTensor]]:
+    """The file's tensors that are made of one weight; CheckpointError where the config would cut it elsewhere
+    than it ends."""
+    try:
+        return list(_cut(checkpoint, way, weight))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{weight.name}: shape {list(weight.shape)} does not fit config.json ({error})"
+        ) from None
 
 
 def _cut(checkpoint: Checkpoint, way: Export, weight: Weight) -> Iterator[tuple[Weight, FileTensor]]:

@@ -34,7 +34,7 @@ from moequant.containers.gguf.families.qwen3 import QWEN3, QWEN3_MOE
 from moequant.containers.gguf.families.qwen3next import QWEN3_5_MOE, QWEN3_NEXT
 from moequant.containers.gguf.families.qwen3vlmoe import QWEN3_VL_MOE
 
-__all__ = ["COMMON", "EXPORTS", "Computed", "Export", "FileTensor", "Key"]
+__all__ = ["COMMON", "EXPORTS", "OTHERS", "Computed", "Export", "FileTensor", "Key"]
 
 EXPORTS: Mapping[str, Export] = {
     "deepseek_v2": DEEPSEEK_V2,
@@ -80,3 +80,9 @@ EXPORTS: Mapping[str, Export] = {
     "jamba": JAMBA,
 }
 """By the family's name."""
+
+OTHERS: Mapping[str, str] = {
+    "phimoe": "llama.cpp's 'phimoe' has RMS norms and a softmax over the chosen experts where the model has "
+    "layer norms and SparseMixer: a file would compute something else",
+}
+"""Families whose architecture llama.cpp has, and computes as something else: why there is no way."""

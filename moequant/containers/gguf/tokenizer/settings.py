@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from moequant.checkpoint.headers import belongs
 from moequant.errors import TokenizerError
 
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
@@ -135,6 +136,10 @@ def chat_templates(folder: Path, settings: Settings) -> tuple[tuple[str, str], .
     files = [folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))]
     for path in files:
         if path.is_file():
+            if not belongs(path, folder):
+                raise TokenizerError(
+                    f"{path}: leads out of the model folder, and would be published; copy the file into it"
+                )
             name = "default" if path is files[0] else path.stem
             try:
                 templates[name] = path.read_text(encoding="utf-8")

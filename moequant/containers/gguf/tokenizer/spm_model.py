@@ -36,7 +36,7 @@ def read(path: Path, settings: Settings) -> Source:
             role: _bytes(_last(trainer, field, b"")).decode() or usual
             for role, (field, usual) in _ROLES.items()
         }
-    except (IndexError, ValueError, struct.error) as error:
+    except (OSError, IndexError, ValueError, struct.error) as error:
         raise TokenizerError(
             f"{path}: not a SentencePiece model ({error}); is the download complete? A tokenizer.json can be "
             "written with transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"

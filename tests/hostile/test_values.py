@@ -1,0 +1,120 @@
+"""Values that the fuzz suite found, each as a test of what refuses it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from moequant.checkpoint import open_checkpoint
+from moequant.checkpoint.headers import belongs
+from moequant.commands.route import RouteSettings
+from moequant.containers.gguf.families.base import Key
+from moequant.containers.gguf.sizes import Budget, parse_size
+from moequant.errors import (
+    LONGEST,
+    CheckpointError,
+    FamilyError,
+    MoequantError,
+    PlanError,
+    VerifyError,
+    foreign,
+)
+from moequant.evaluate.divergence import score_tokens
+from moequant.forward.stream import Resources
+from moequant.plan import document
+from tests import models
+
+
+def test_messages_are_one_line_of_bounded_length() -> None:
+    told = str(MoequantError("a\nb" * 5000))
+    assert len(told) <= LONGEST and "\n" not in told
+
+
+def test_what_others_raise_is_ours_and_our_own_passes() -> None:
+    with (
+        pytest.raises(FamilyError, match=r"config.json is odd \(3\)"),
+        foreign(FamilyError, "config.json is odd"),
+    ):
+        raise KeyError(3)
+    with pytest.raises(PlanError, match="own"), foreign(FamilyError, "config.json is odd"):
+        raise PlanError("own")
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "meta", "mps", "cpu:7", "cuda:99", "\x1b[31m"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(PlanError, match="--device"):
+        Resources(device=device)
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "9" * 400 + "G", "0.0000001K", "99999999999T"])
+def test_a_size_that_no_disk_has(size: str) -> None:
+    with pytest.raises(PlanError, match="size"):
+        parse_size(size)
+
+
+def test_more_bits_than_a_type_has() -> None:
+    with pytest.raises(PlanError, match="bits per weight"):
+        Budget.of_bpw(1e18)
+
+
+@pytest.mark.parametrize("ratio", [float("nan"), float("inf"), -1.0, 1e300])
+def test_a_fair_share_that_is_none(ratio: float) -> None:
+    with pytest.raises(PlanError, match="--min-tokens-per-expert"):
+        RouteSettings(ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("u32", -1), ("u32", 1 << 32), ("u32", 1.0), ("u32", True), ("f32", float("nan")), ("f32", 1e39),
+     ("bool", 1), ("str", None), ("u32s", [1, -1])],
+)  # fmt: skip
+def test_a_key_that_its_type_cannot_hold(kind: str, value: object) -> None:
+    with pytest.raises(FamilyError, match="GGUF's key some"):
+        Key("some.key", kind, value)  # type: ignore[arg-type]
+
+
+def test_a_model_that_computes_no_numbers_passes_no_comparison() -> None:
+    logits, target = torch.randn(4, 8), torch.zeros(4, dtype=torch.int64)
+    damaged = logits.clone()
+    damaged[2, 3] = float("nan")
+    for pair, name in (((damaged, logits), "baseline"), ((logits, damaged), "candidate")):
+        with pytest.raises(VerifyError, match=name):
+            score_tokens(*pair, target)
+
+
+def test_an_infinite_epsilon(tmp_path: Path) -> None:
+    folder = models.build(tmp_path / "model", "qwen3", num_hidden_layers=1, hidden_size=64)
+    models.edit_config(folder, rms_norm_eps=float("inf"))
+    with pytest.raises(MoequantError, match="rms_norm_eps"):
+        open_checkpoint(folder)
+
+
+def test_a_plan_that_is_a_pipe(tmp_path: Path) -> None:
+
+    os.mkfifo(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="not a regular file"):
+        document.read(tmp_path / "plan.json", ())
+
+
+def test_links_out_of_the_model_folder(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (tmp_path / "secret").write_text("key")
+    (model / "own").write_text("text")
+    (model / "in").symlink_to("own")
+    (model / "out").symlink_to(tmp_path / "secret")
+    assert (
+        belongs(model / "own", model) and belongs(model / "in", model) and not belongs(model / "out", model)
+    )
+
+
+def test_a_shard_of_a_name_that_no_file_has(tmp_path: Path) -> None:
+    from moequant.checkpoint.headers import INDEX, read_headers
+
+    for name in ("x" * 300 + ".safetensors", "\\ud800.safetensors"):
+        (tmp_path / INDEX).write_text(f'{{"weight_map": {{"a": "{name}"}}}}')
+        with pytest.raises(CheckpointError, match="was expected"):
+            read_headers(tmp_path)
