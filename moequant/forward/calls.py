@@ -96,7 +96,7 @@ class _Placeholder(nn.Module):
         return _nothing((*ids.shape, self.width), ids.device)
 
 
-class _Output(MoeModelOutputWithPast):
+class _Output(MoeModelOutputWithPast):  # type: ignore[misc]
     """What a decoder gives; of what some give besides, nothing."""
 
     def __getattr__(self, name: str) -> None:
