@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
 
 from moequant.commands.convert import Settings, convert
-from moequant.forward.causal import whole_class
 from moequant.report import Report
 from moequant.rounding.coupled import UNROUNDED
 from moequant.values import Role
@@ -28,9 +26,7 @@ def converted(folder: Path, out: Path, text: Path, type_: str, **changes: object
 
 def reference(folder: Path, ids: torch.Tensor) -> np.ndarray:
     """transformers' own logits of the folder as it is, f32 [n, vocab]."""
-    model = whole_class(AutoConfig.from_pretrained(folder)).from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager"
-    )
+    model = models.reference(folder)
     with torch.inference_mode():
         return model(ids[None]).logits[0].numpy()
 
