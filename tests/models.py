@@ -252,7 +252,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "qk_rope_head_dim": 16,
         "qk_nope_head_dim": 48,
         "v_head_dim": 80,
-        "mlp_layer_types": ["dense", "dense", "sparse"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
     "kimi_k25": KIMI,
     "kimi_k2": KIMI,
