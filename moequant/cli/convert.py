@@ -144,8 +144,8 @@ def convert(
     )
     if dry_run:
         job = guarded(lambda: open_job(model, settings))
-        size = guarded(lambda: job.size)
-        console().print(dry_run_table(job.container.checkpoint, job.plan, size, job.limit))
+        total = guarded(lambda: job.size)
+        console().print(dry_run_table(job.container.checkpoint, job.plan, total, job.limit))
         return
     guarded(lambda: _announce(model, settings))
     guarded(lambda: console().print(run(model, out, settings).renderable()))
