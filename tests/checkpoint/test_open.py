@@ -33,7 +33,7 @@ def broken(tiny, tmp_path: Path) -> Path:
 
 
 ANOTHER_CLASS = {"dbrx", "gemma4", "kimi_k25", "llama4", "mistral4", "qwen3_vl_moe"}
-"""Families whose folders load as another class, with other names of parameters, than the one that is streamed."""
+"""Families whose folders load as another class than the one streamed, with other names of parameters."""
 
 CUT_OTHERWISE = {
     "ernie4_5_moe", "granitemoehybrid", "jamba", "lfm2_moe", "nemotron_h", "nemotron_h_latent", "qwen3_5_moe",
