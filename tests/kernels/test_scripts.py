@@ -1,4 +1,4 @@
-"""The scripts for a lent GPU run whole at tiny shapes in Triton's interpreter: they must not fail for a typo."""
+"""The scripts for a lent GPU run whole at tiny shapes in Triton's interpreter: no typo waits for the GPU."""
 
 from __future__ import annotations
 
