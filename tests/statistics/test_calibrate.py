@@ -32,7 +32,8 @@ def test_our_experts_give_the_eager_logits(tiny, family: str) -> None:
     ours = build_model(open_checkpoint(folder), EXPERTS)
     theirs = models.reference(folder)
     with torch.inference_mode():
-        assert (ours(rows().ids).logits - theirs(rows().ids).logits).abs().max() < 1e-4
+        ids = rows().ids
+        assert (ours(input_ids=ids).logits - theirs(input_ids=ids).logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("family", MOE)
