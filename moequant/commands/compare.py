@@ -117,9 +117,7 @@ def _opened(base: Path, candidates: Sequence[Path], settings: CompareSettings) -
     # Without its folder the baseline's own tokenizer has to do.
     encoder = runtime.LlamaEncoder(base)
     documents = corpus.read(settings.eval, "evaluation")
-    rows = corpus.pack(
-        documents, encoder, row_length(checkpoint), settings.eval_tokens, settings.seed, encoder.bos
-    )
+    rows = corpus.pack(documents, encoder, ROW, settings.eval_tokens, settings.seed, encoder.bos)
     return _Opened(sources, rows, None)
 
 

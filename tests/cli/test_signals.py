@@ -13,8 +13,8 @@ from tests import models
 
 WAITING = """
 import os, signal, sys, time
-from moequant.commands import convert
 from moequant.containers.folders import write as folder
+from moequant.containers.gguf import write as file
 
 def forever(*args):
     print("writing", flush=True)
@@ -23,7 +23,7 @@ def forever(*args):
     finally:
         os.kill(os.getpid(), signal.SIGINT)  # a second one must not cut the cleaning short
 
-convert.gguf.write = folder.write = forever
+file.write = folder.write = forever
 from moequant.cli import app
 app(sys.argv[1:])
 """
