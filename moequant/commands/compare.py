@@ -24,7 +24,7 @@ from moequant.report.compare import Compared
 from moequant.runtimes.llama_cpp.serving import BATCH, Prompt, serve
 from moequant.text import bundled, corpus
 from moequant.text.corpus import Rows
-from moequant.text.rows import load_encoder, row_length
+from moequant.text.rows import ROW, load_encoder, row_length
 
 Engine = Literal["moequant", "llama.cpp"]
 
