@@ -70,9 +70,9 @@ NEEDED = {"lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_att
 
 HEAD = """# Families
 
-Every family below is converted to GGUF for llama.cpp, and to a folder for vLLM and transformers where
-its experts can be stored one by one. Tiny models of each, built with transformers, are converted in the
-tests: the logits of the F32 file in llama.cpp equal those of transformers.
+Each family below is converted to GGUF for llama.cpp, and to a folder for vLLM and transformers, where the
+table says so. A folder needs releases that store experts one by one. Tiny models of each, built with
+transformers, are converted in the tests: the logits of the F32 file in llama.cpp equal those of transformers.
 
 All of them are read in bf16, f16 and f32, and as FP8 (DeepSeek's blocks, compressed-tensors), MXFP4, NVFP4,
 int2 to int8 (compressed-tensors, GPTQ, AWQ). What a codec decodes is described in

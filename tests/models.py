@@ -81,7 +81,7 @@ KIMI = {
 }
 
 SPARSE = {
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_key_value_heads": 4,
     "intermediate_size": 320,
     "moe_intermediate_size": 128,
@@ -208,7 +208,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "index_topk": 64,
         "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
     },
-    "glm_moe_dsa": SPARSE | {"indexer_types": ["full", "shared", "full", "shared"]},
+    "glm_moe_dsa": SPARSE | {"indexer_types": ["full", "shared", "full"]},
     "glm4_moe": {
         "num_hidden_layers": 3,
         "head_dim": 48,
@@ -252,7 +252,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "qk_rope_head_dim": 16,
         "qk_nope_head_dim": 48,
         "v_head_dim": 80,
-        "mlp_layer_types": ["dense", "dense", "sparse"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
     "kimi_k25": KIMI,
     "kimi_k2": KIMI,

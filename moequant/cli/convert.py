@@ -144,7 +144,8 @@ def convert(
     )
     if dry_run:
         job = guarded(lambda: open_job(model, settings))
-        console().print(dry_run_table(job.container.checkpoint, job.plan, job.size, job.limit))
+        total = guarded(lambda: job.size)
+        console().print(dry_run_table(job.container.checkpoint, job.plan, total, job.limit))
         return
     guarded(lambda: _announce(model, settings))
     guarded(lambda: console().print(run(model, out, settings).renderable()))

@@ -79,7 +79,8 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
 
     text = text_config(raw, family.hoisted)
     # Releases of remote code have a name of their own for what is another model's class.
-    kind = text.get("model_type") if text.get("model_type") in CONFIG_MAPPING else family.model_type
+    told = text.get("model_type")
+    kind = told if isinstance(told, str) and told in CONFIG_MAPPING else family.model_type
     if kind != family.model_type:
         raise FamilyError(
             f"config.json: model_type {kind!r} does not go with {family.classes[0]}, whose type is "

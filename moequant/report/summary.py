@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
 from moequant.escape import shown
 from moequant.evaluate import Comparison, Estimate
 from moequant.progress import StageCost
 from moequant.report.style import line, size, table
-from moequant.values import Calibration, ExpertLoss, Plan
+from moequant.values import Calibration, ExpertLoss, Plan, Role
 
 WORST = 5
 """Experts listed as hit worst."""
@@ -53,8 +55,8 @@ class Report:
             parts.append(
                 line(f"calibrated on {self.calibration.tokens:,} tokens of: {self.calibration.source}\n")
             )
-            if self.calibration.routes:
-                parts += [_routing(self.calibration), *_unseen(self.calibration), _worst(self.losses)]
+        if seen := _seen(self):
+            parts += [_routing(seen), *_unseen(seen), _worst(self.losses)]
         parts += [line(note) for note in _fallbacks(self.losses)]
         parts += [line(f"note: {note}") for note in self.notes]
         parts.append(_stages(self.stages))
@@ -104,12 +106,23 @@ def _types(report: Report) -> Table:
     return made
 
 
-def _routing(calibration: Calibration) -> Table:
+def _seen(report: Report) -> dict[int, Tensor]:
+    """Tokens i64 [E] that each expert saw, by layer: in the statistics pass or, without one, while it was
+    rounded."""
+    if report.calibration is not None:
+        return {route.layer: route.tokens for route in report.calibration.routes}
+    return {
+        loss.layer: loss.tokens
+        for loss in report.losses
+        if loss.role is Role.UP and loss.layer is not None and loss.tokens is not None
+    }
+
+
+def _routing(seen: Mapping[int, Tensor]) -> Table:
     made = table("tokens an expert saw", "layer", "min", "median", "max", "unseen")
-    for route in calibration.routes:
-        tokens = route.tokens
+    for layer, tokens in seen.items():
         made.add_row(
-            str(route.layer),
+            str(layer),
             f"{int(tokens.min()):,}",
             f"{int(tokens.median()):,}",
             f"{int(tokens.max()):,}",
@@ -118,12 +131,12 @@ def _routing(calibration: Calibration) -> Table:
     return made
 
 
-def _unseen(calibration: Calibration) -> list[Text]:
+def _unseen(seen: Mapping[int, Tensor]) -> list[Text]:
     """Experts that calibration never reached, by name: they are quantized on their layer's statistics."""
     names = [
-        f"{route.layer}.{expert}"
-        for route in calibration.routes
-        for expert in (route.tokens == 0).nonzero()[:, 0].tolist()
+        f"{layer}.{expert}"
+        for layer, tokens in seen.items()
+        for expert in (tokens == 0).nonzero()[:, 0].tolist()
     ]
     if not names:
         return []

@@ -32,6 +32,18 @@ def broken(tiny, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
 
 
+ANOTHER_CLASS = {"dbrx", "gemma4", "kimi_k25", "llama4", "mistral4", "qwen3_vl_moe"}
+"""Families whose folders load as another class than the one streamed, with other names of parameters."""
+
+CUT_OTHERWISE = {
+    "ernie4_5_moe", "granitemoehybrid", "jamba", "lfm2_moe", "nemotron_h", "nemotron_h_latent", "qwen3_5_moe",
+    "qwen3_next",
+}  # fmt: skip
+"""Families cut in more ways than `in_transformers` does by hand. tests/families compare the logits of all."""
+
+ONE_CLASS = [family for family in models.CONFIGS if family not in ANOTHER_CLASS]
+
+
 def in_transformers(family: str, weight: Weight, whole: Tensor) -> Tensor:
     """What transformers has for a weight in the parameter `whole`, cut here by hand."""
     kind = weight.name.partition(".experts.")[2].split(".")
@@ -57,7 +69,7 @@ def held(tiny):
     return get
 
 
-@pytest.mark.parametrize("family", models.CONFIGS)
+@pytest.mark.parametrize("family", [family for family in ONE_CLASS if family not in CUT_OTHERWISE])
 def test_every_weight_equals_the_transformers_parameter(tiny, held, family: str) -> None:
     checkpoint = open_checkpoint(tiny(family))
     for weight in checkpoint.weights:
@@ -68,7 +80,7 @@ def test_every_weight_equals_the_transformers_parameter(tiny, held, family: str)
         assert torch.equal(apply(weight.place.ops, whole).to(values.dtype), expected), weight.name
 
 
-@pytest.mark.parametrize("family", models.CONFIGS)
+@pytest.mark.parametrize("family", ONE_CLASS)
 def test_what_a_container_cuts_is_the_same_from_the_files_and_from_the_model(tiny, held, family) -> None:
     exported = export(open_checkpoint(tiny(family)))
     for weight in exported.weights:

@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
 
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.container import GgufContainer
-from moequant.forward.causal import whole_class
 from moequant.forward.model import Provider, build_model
 from moequant.forward.stream import LayerStream, Resources
 from moequant.report import Report
@@ -41,9 +39,7 @@ def converted(folder: Path, out: Path, text: Path, type_: str, **changes: object
 
 def reference(folder: Path, ids: torch.Tensor) -> np.ndarray:
     """transformers' own logits of the folder as it is, f32 [n, vocab]."""
-    model = whole_class(AutoConfig.from_pretrained(folder)).from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager"
-    )
+    model = models.reference(folder)
     with torch.inference_mode():
         return model(ids[None]).logits[0].numpy()
 

@@ -19,12 +19,12 @@ class Told(Recorder):
     """Keeps what experts of layer 1 are told to be fed."""
 
     def __init__(self) -> None:
-        self.fed: dict[str, list[Tensor]] = {}
+        self.inputs: dict[str, list[Tensor]] = {}
         self.gates: list[Tensor] = []
 
     def expert(self, name: str, expert: int, inputs: Tensor, gates: Tensor) -> None:
         if name.startswith("layers.1."):
-            self.fed.setdefault(name, []).append(inputs)
+            self.inputs.setdefault(name, []).append(inputs)
             self.gates.append(gates)
 
 
@@ -50,7 +50,7 @@ def test_an_expert_of_llama_4_is_fed_its_token_times_the_routers_weight(tiny) ->
     with torch.inference_mode(), recording(told):
         model(ids, use_cache=False)
         weight = torch.sigmoid(block.router(seen[0])[1].amax(1, keepdim=True))
-    fed = torch.cat(told.fed["layers.1.experts.input"])
+    fed = torch.cat(told.inputs["layers.1.experts.input"])
     order = torch.argsort(fed[:, 0]), torch.argsort((seen[0] * weight)[:, 0])
     torch.testing.assert_close(fed[order[0]], (seen[0] * weight)[order[1]])
     assert all(bool((gates == 1).all()) for gates in told.gates)

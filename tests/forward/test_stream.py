@@ -119,8 +119,6 @@ def test_only_the_layer_at_work_has_memory(tiny) -> None:
         for layer in stream.layers():
             assert in_memory(stream) == {weight.place.param for weight in stream.weights(layer)}
             list(stream.cross(layer, hidden, lambda batch: None, hidden))
-            # What waits in front of a layer keeps no hidden states alive.
-            assert all(call.hidden.untyped_storage().nbytes() == 4 for call in stream.skeleton.calls)
         list(stream.finish(hidden, lambda batch: None))
         assert in_memory(stream) == set()
 
@@ -216,7 +214,6 @@ def test_layers_can_be_refilled_and_the_end_repeated(tiny) -> None:
             found = torch.cat([result.last_hidden_state for _, result in ends])
             expected = build_model(checkpoint, EXPERTS, provider).get_decoder()(rows().ids).last_hidden_state
             assert (found - expected).abs().max() < 1e-4
-            stream.rewind(stream.n_layers)
 
 
 def test_a_weight_of_another_shape_is_named(tiny) -> None:

@@ -57,7 +57,16 @@ def odd(random: Random, before: Any = None) -> Any:
     """A value in the place of `before`: near it, or from ODD."""
     if isinstance(before, int | float) and not isinstance(before, bool) and random.random() < 0.4:
         return random.choice(
-            [before + 1, before - 1, -before, before * 2, before * 1000, str(before), [before], float(before)]
+            [
+                before + 1,
+                before - 1,
+                -before,
+                before * 2,
+                before * 1000,
+                str(before),
+                [before],
+                before * 0.5 if abs(before) < 1e300 else 0.5,
+            ]
         )
     if isinstance(before, list) and before and random.random() < 0.4:
         return random.choice([before[1:], before * 2, before[::-1], [*before, None], before[0]])

@@ -47,6 +47,10 @@ MEMORY = 2.0
 """Times the memory of a normal run that an attempt may take."""
 
 
+ADDRESSES = 6 << 30
+"""Bytes of address space that a child may have; most of it is libraries, and not memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """An attempt that can be made again: its kind and number."""
@@ -133,6 +137,7 @@ def _work(ground: Ground, todo: list[Case], work: Path, out: IO[str]) -> None:
     """In the child: one case after another."""
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     os.dup2(os.open(work / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))  # an error here, not the machine's end
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for case in todo:
         signal.setitimer(signal.ITIMER_PROF, HANG)  # ends the process, whatever it is at

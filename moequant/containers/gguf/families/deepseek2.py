@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moequant.containers.gguf.families.base import Export, FileTensor, Key, dense_in_front, only, yarn_bounds
-from moequant.containers.gguf.families.keys import SIGMOID, SOFTMAX, leading_dense, rope, routing, sizes
+from moequant.containers.gguf.families.keys import (
+    SIGMOID,
+    SOFTMAX,
+    head_dim,
+    leading_dense,
+    rope,
+    rotated_part,
+    routing,
+    sizes,
+)
 from moequant.families import Config
 from moequant.families.mla import query_module
 from moequant.values import Role, Site, Stack, Weight
@@ -113,6 +122,11 @@ def latent_complaints(config: Config, arch: str) -> Iterator[str]:
     yield from only(config, arch, "rope_interleave", True)
     yield from dense_in_front(config, arch)
     found = config.rope_parameters or {}
+    if (rotated := int(head_dim(config) * rotated_part(config))) != config.qk_rope_head_dim:
+        yield (
+            f"rope parameter partial_rotary_factor: {rotated} dimensions are rotated; llama.cpp's {arch!r} "
+            f"rotates all of qk_rope_head_dim = {config.qk_rope_head_dim}"
+        )
     if found.get("rope_type") == "yarn":
         both = found.get("mscale"), found.get("mscale_all_dim")
         if not both[0] or both[0] != both[1] or found.get("attention_factor") is not None:
