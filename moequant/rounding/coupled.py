@@ -406,7 +406,8 @@ def joined(weight: Weight, parts: list[Result]) -> Result:
 
 
 def share(module: nn.Module, other: nn.Module) -> None:
-    """Give `other`, a copy of `module`, the parameters that `module` has now."""
-    for name, parameter in module.named_parameters():
+    """Give `other`, a copy of `module`, the parameters and buffers that `module` has now."""
+    # Buffers as well: a router's correction decides where tokens go.
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         parent, _, leaf = name.rpartition(".")
-        setattr(other.get_submodule(parent), leaf, parameter)
+        setattr(other.get_submodule(parent), leaf, tensor)
