@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -52,8 +52,8 @@ def _headed(text: type[PreTrainedModel]) -> type[PreTrainedModel]:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.post_init()
 
-        def forward(self, **arguments: Any) -> CausalLMOutputWithPast:
-            hidden = self.model(**arguments).last_hidden_state
+        def forward(self, input_ids: Tensor | None = None, **arguments: Any) -> CausalLMOutputWithPast:
+            hidden = self.model(input_ids=input_ids, **arguments).last_hidden_state
             return CausalLMOutputWithPast(logits=self.lm_head(hidden))
 
     return Headed
