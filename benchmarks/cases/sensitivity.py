@@ -1,4 +1,4 @@
-"""What a unit of relative error in each kind of weight costs: the priors of `moequant.plan.damages`."""
+"""What a unit of relative error in each kind of weight costs: the priors of `moequant.plan.sensitivity`."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder, claim
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
-from moequant.plan.sensitivity import Probing, measure, wants_probes
+from moequant.plan.measure import Probing, measure, wants_probes
 from moequant.progress import Meter
 from moequant.report import Report
 from moequant.rounding.coupled import UNROUNDED, Rounding
@@ -195,12 +195,12 @@ def _needs_statistics(job: Job) -> bool:
     return is_file or job.settings.effort == "fast" or job.settings.imatrix_out is not None
 
 
-def _chosen(file: GgufContainer, settings: Settings, damages: plan.Damages | None = None) -> Plan:
+def _chosen(file: GgufContainer, settings: Settings, sensitivities: plan.Sensitivities | None = None) -> Plan:
     """The best plan of the size that was asked for."""
     weights = file.checkpoint.weights
     bare = plan.plan_from_types(weights, {weight.name: "F32" for weight in weights})
     overhead = file.overhead(bare)
-    return plan.make_plan(weights, settings.budget, facts(file.exported), damages, overhead)
+    return plan.make_plan(weights, settings.budget, facts(file.exported), sensitivities, overhead)
 
 
 def _measured(job: Job, calibration: Calibration, probes: Rows) -> Job:
@@ -208,10 +208,10 @@ def _measured(job: Job, calibration: Calibration, probes: Rows) -> Job:
     assert isinstance(job.container, GgufContainer)
     checkpoint, settings = job.container.checkpoint, job.settings
     ids = probes.ids if wants_probes(checkpoint) else None
-    damages = measure(checkpoint, calibration, ids, Probing(gating=settings.gating))
+    sensitivities = measure(checkpoint, calibration, ids, Probing(gating=settings.gating))
     left = LEFT_COUPLED if settings.coupled else LEFT_BY_HESSIANS
-    damages = damages.after({name: left for row in damages.table.values() for name in row})
-    return replace(job, plan=_chosen(job.container, settings, damages))
+    sensitivities = sensitivities.after({name: left for row in sensitivities.table.values() for name in row})
+    return replace(job, plan=_chosen(job.container, settings, sensitivities))
 
 
 def _rounded(

@@ -15,8 +15,8 @@ from moequant.errors import PlanError
 from moequant.escape import shown
 from moequant.files import atomic, claim
 from moequant.formats import Effort
-from moequant.plan import Budget, Damages, curve, points, preset_points, prior_damages
-from moequant.plan.sensitivity import Probing, measure, wants_probes
+from moequant.plan import Budget, Sensitivities, curve, points, preset_points, prior_sensitivities
+from moequant.plan.measure import Probing, measure, wants_probes
 from moequant.report.curve import Curve, draw
 from moequant.report.routing import check_picture
 from moequant.statistics.calibrate import calibrate
@@ -53,14 +53,14 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is known of a model before it is converted: its damages and the curve of sizes.
+    """What is known of a model before it is converted: its sensitivities and the curve of sizes.
 
     `overhead` bytes of every file are not weights.
     """
 
     checkpoint: Checkpoint
     overhead: int
-    damages: Damages
+    sensitivities: Sensitivities
     curve: Curve
 
 
@@ -90,7 +90,7 @@ def survey(
     _check(outputs, budgets)
     with claimed(outputs, model, settings.calib, settings.stats):
         pass  # refused now, not when all is measured
-    points(checkpoint.weights, known, prior_damages(checkpoint.weights, known.layers), extra, budgets)
+    points(checkpoint.weights, known, prior_sensitivities(checkpoint.weights, known.layers), extra, budgets)
     calib_rows, probe_rows = _texts(checkpoint, file.tokenizer.leading, settings)
     if settings.stats is not None:
         calibration = load_statistics(opened, checkpoint, settings.stats).calibration

@@ -94,14 +94,14 @@ class Placement:
 class Candidate:
     """One file that could be served: a preset of a checkpoint, or the GGUF file that was given.
 
-    `damage` is the KL divergence that the preset's plan expects; None when that is not known.
+    `kl` is the KL divergence that the preset's plan expects; None when that is not known.
     """
 
     name: str
     file: str
     file_bytes: int
     weight_bits: float
-    damage: float | None
+    kl: float | None
     placement: Placement
     command: str
     override: str | None
@@ -123,9 +123,9 @@ class Fit:
 def fit(path: Path, hardware: Hardware, load: Load, min_speed: float = 0.0) -> Fit:
     """Place a GGUF file, or every preset of a Hugging Face folder, on the hardware.
 
-    `best` is the file of least expected damage among those that fit and whose bound of the decode speed is
-    at least `min_speed` tokens per second; `fastest` the same among those that the GPU holds alone. Raises
-    what reading the model raises, and PlanError for a context that the model lacks.
+    `best` is the file of least expected KL divergence among those that fit and whose bound of the
+    decode speed is at least `min_speed` tokens per second; `fastest` the same among those that the GPU
+    holds alone. Raises what reading the model raises, and PlanError for a context that the model lacks.
     """
     folder = path.is_dir()
     files = preset_files(path) if folder else iter([PresetFile(path.name, read_header(path), None)])
@@ -133,12 +133,12 @@ def fit(path: Path, hardware: Hardware, load: Load, min_speed: float = 0.0) -> F
     found.sort(key=lambda candidate: -candidate.file_bytes)
     good = [c for c in found if c.placement.fits and c.placement.speed >= min_speed]
     alone = [c for c in good if c.placement.all_on_gpu]
-    return Fit(path, hardware, load, tuple(found), _least_damage(good), _least_damage(alone), folder)
+    return Fit(path, hardware, load, tuple(found), _least_kl(good), _least_kl(alone), folder)
 
 
-def _least_damage(candidates: list[Candidate]) -> Candidate | None:
-    """The first of least expected damage; where that is not known, only if there is no other."""
-    return min(candidates, key=lambda c: (c.damage is None, c.damage or 0.0), default=None)
+def _least_kl(candidates: list[Candidate]) -> Candidate | None:
+    """The first of least expected KL divergence; where that is not known, only if there is no other."""
+    return min(candidates, key=lambda c: (c.kl is None, c.kl or 0.0), default=None)
 
 
 def place(header: Header, hardware: Hardware, load: Load) -> Placement:
@@ -268,7 +268,7 @@ def _candidate(path: Path, made: PresetFile, hardware: Hardware, load: Load) -> 
         file=file,
         file_bytes=header.file_bytes,
         weight_bits=header.bits,
-        damage=made.damage,
+        kl=made.kl,
         placement=placement,
         command=command(file, placement, load, any(tensor.is_expert for tensor in header.tensors)),
         override=override(placement),

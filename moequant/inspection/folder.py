@@ -212,7 +212,7 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
             exported = export(checkpoint)
             if tokenizer is not None:
                 sizes = tuple(
-                    PresetSize(made.name, made.header.file_bytes, made.header.bits, made.damage)
+                    PresetSize(made.name, made.header.file_bytes, made.header.bits, made.kl)
                     for made in presets.files_of(exported, tokenizer)
                 )
         except MoequantError as error:

@@ -24,7 +24,7 @@ class PresetFile:
 
     name: str
     header: Header
-    damage: float | None
+    kl: float | None
 
 
 def preset_files(folder: Path) -> Iterator[PresetFile]:
@@ -52,7 +52,7 @@ def files_of(exported: Exported, tokenizer: TokenizerSpec) -> Iterator[PresetFil
             for c in plan.choices
         )
         header = Header(exported.checkpoint.path, metadata, tensors, fixed + data)
-        yield PresetFile(preset, header, plan.damage)
+        yield PresetFile(preset, header, plan.kl)
 
 
 def source_type(exported: Exported) -> str:

@@ -26,7 +26,7 @@ class PresetSize:
     name: str
     file_bytes: int
     bits: float
-    damage: float | None
+    kl: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one option a unit, least total damage within a number of bytes."""
+"""The multiple-choice knapsack: one option a unit, least total KL divergence within a number of bytes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ a beam instead of an exact one."""
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One format for a unit: what it costs in bytes and what damage it is expected to do."""
+    """One format for a unit: what it costs in bytes and what KL divergence it is expected to cost."""
 
     format: str
     bytes: int
-    damage: float
+    kl: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Unit:
 
 
 def allocate(units: Sequence[Unit], budget: int) -> list[Option]:
-    """One option a unit with the least total damage within `budget` bytes.
+    """One option a unit with the least total KL divergence within `budget` bytes.
 
     Greedy steps on the lower convex hulls give a first solution and, at the step that no
     longer fits, the price of a byte; at that price no solution can beat the sum of every
@@ -56,7 +56,7 @@ def allocate(units: Sequence[Unit], budget: int) -> list[Option]:
 
 
 def _greedy(hulls: list[tuple[Option, ...]], budget: int) -> tuple[list[Option], float]:
-    """The hull steps that remove most damage per byte while they fit, and the rate of the first to fail."""
+    """The hull steps that remove most of it per byte while they fit, and the rate of the first to fail."""
     level = [0] * len(hulls)
     spent, price = sum(hull[0].bytes for hull in hulls), 0.0
     steps = [(_rate(hull, 0), index) for index, hull in enumerate(hulls) if len(hull) > 1]
@@ -76,20 +76,20 @@ def _greedy(hulls: list[tuple[Option, ...]], budget: int) -> tuple[list[Option],
 
 
 def _rate(hull: tuple[Option, ...], at: int) -> float:
-    """Minus the damage that a byte removes in the step above `at`: the heap takes the smallest first."""
+    """Minus the KL divergence that a byte removes in the step above `at`: a heap takes the smallest first."""
     low, high = hull[at], hull[at + 1]
-    return (high.damage - low.damage) / (high.bytes - low.bytes)
+    return (high.kl - low.kl) / (high.bytes - low.bytes)
 
 
 def _hull(options: Iterable[Option]) -> tuple[Option, ...]:
-    """Options on the lower convex hull of damage over bytes, smallest first."""
+    """Options on the lower convex hull of KL divergence over bytes, smallest first."""
     hull: list[Option] = []
-    for option in sorted(options, key=lambda option: (option.bytes, option.damage)):
-        if hull and option.damage >= hull[-1].damage:
+    for option in sorted(options, key=lambda option: (option.bytes, option.kl)):
+        if hull and option.kl >= hull[-1].kl:
             continue
         while len(hull) > 1 and (
-            (hull[-1].damage - hull[-2].damage) * (option.bytes - hull[-2].bytes)
-            >= (option.damage - hull[-2].damage) * (hull[-1].bytes - hull[-2].bytes)
+            (hull[-1].kl - hull[-2].kl) * (option.bytes - hull[-2].bytes)
+            >= (option.kl - hull[-2].kl) * (hull[-1].bytes - hull[-2].bytes)
         ):
             hull.pop()
         hull.append(option)
@@ -99,16 +99,16 @@ def _hull(options: Iterable[Option]) -> tuple[Option, ...]:
 def _improve(units: Sequence[Unit], budget: int, first: list[Option], price: float) -> list[Option]:
     """The best solution that beats `first`, or `first` itself."""
     menus = [tuple(dict.fromkeys(_efficient(unit.options))) for unit in units]
-    ideal = [min(option.damage + price * option.bytes for option in menu) for menu in menus]
+    ideal = [min(option.kl + price * option.bytes for option in menu) for menu in menus]
     # What a solution may lose against the ideal at that price and still beat the first one.
-    gap = sum(option.damage for option in first) - (sum(ideal) - price * budget)
+    gap = sum(option.kl for option in first) - (sum(ideal) - price * budget)
     smallest = [min(option.bytes for option in menu) for menu in menus]
     rest = np.cumsum([0, *smallest[::-1]])[::-1]  # [units + 1] bytes that the units from here on need
     spent, lost = np.zeros(1, np.int64), np.zeros(1)
     trail: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     for at, menu in enumerate(menus):
         sizes = np.array([option.bytes for option in menu], np.int64)
-        losses = np.array([option.damage + price * option.bytes for option in menu]) - ideal[at]
+        losses = np.array([option.kl + price * option.bytes for option in menu]) - ideal[at]
         spent, lost = (spent[:, None] + sizes).ravel(), (lost[:, None] + losses).ravel()
         keep = np.flatnonzero((spent <= budget - rest[at + 1]) & (lost <= gap * (1 + 1e-9)))
         if not len(keep):
@@ -124,22 +124,22 @@ def _improve(units: Sequence[Unit], budget: int, first: list[Option], price: flo
         found.append(menu[int(choice[state])])
         state = int(before[state])
     found.reverse()
-    return min(first, found, key=lambda options: sum(option.damage for option in options))
+    return min(first, found, key=lambda options: sum(option.kl for option in options))
 
 
 def _efficient(options: Iterable[Option]) -> list[Option]:
-    """Options that no other one undercuts in bytes and in damage, smallest first."""
+    """Options that no other one undercuts in bytes and in KL divergence, smallest first."""
     kept: list[Option] = []
-    for option in sorted(options, key=lambda option: (option.bytes, option.damage)):
-        if not kept or option.damage < kept[-1].damage:
+    for option in sorted(options, key=lambda option: (option.bytes, option.kl)):
+        if not kept or option.kl < kept[-1].kl:
             kept.append(option)
     return kept
 
 
-def _undominated(spent: NDArray[np.int64], damage: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Indices of the states that no other beats in bytes and damage."""
-    order = np.lexsort((damage, spent))
-    best = np.minimum.accumulate(damage[order])
+def _undominated(spent: NDArray[np.int64], kl: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Indices of the states that no other beats in bytes and kl."""
+    order = np.lexsort((kl, spent))
+    best = np.minimum.accumulate(kl[order])
     fresh = np.ones(len(order), bool)
-    fresh[1:] = damage[order][1:] < best[:-1]
+    fresh[1:] = kl[order][1:] < best[:-1]
     return order[fresh]

@@ -1,4 +1,4 @@
-"""From weights, damages and a budget to a plan with a reason in every row."""
+"""From weights, sensitivities and a budget to a plan with a reason in every row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moequant.containers.gguf.sizes import (
 )
 from moequant.errors import PlanError
 from moequant.plan.allocate import Option, Unit, allocate
-from moequant.plan.damages import Damages, as_stored, candidates, prior_damages
+from moequant.plan.sensitivity import Sensitivities, as_stored, candidates, prior_sensitivities
 from moequant.values import Choice, Plan, Weight
 
 NEAR = 0.5
@@ -23,31 +23,31 @@ NEAR = 0.5
 
 
 def preset_plan(
-    weights: tuple[Weight, ...], preset: str, facts: ModelFacts, damages: Damages | None = None
+    weights: tuple[Weight, ...], preset: str, facts: ModelFacts, sensitivities: Sensitivities | None = None
 ) -> Plan:
     """A plan no larger than llama.cpp's file of that name. PlanError for an unknown preset."""
-    return make_plan(weights, Budget.of_preset(preset), facts, damages)
+    return make_plan(weights, Budget.of_preset(preset), facts, sensitivities)
 
 
 def make_plan(
     weights: tuple[Weight, ...],
     budget: Budget,
     facts: ModelFacts,
-    damages: Damages | None = None,
+    sensitivities: Sensitivities | None = None,
     overhead: int = 0,
 ) -> Plan:
-    """The plan of least damage within the budget; `overhead` bytes are header and tokenizer.
+    """The plan of least KL divergence within the budget; `overhead` bytes are header and tokenizer.
 
-    Without measured damages the tables of other models decide, and then no weight goes
+    Without measured sensitivities the tables of other models decide, and then no weight goes
     below what llama.cpp's preset would give its lowest. PlanError says the smallest
     possible size when the budget is below it.
     """
-    damages = damages or prior_damages(weights, facts.layers)
+    sensitivities = sensitivities or prior_sensitivities(weights, facts.layers)
     if budget.preset is not None:
         check_preset(budget.preset)
         if budget.preset in LEGACY | UNQUANTIZED:
-            return _as_llama_cpp(weights, budget.preset, facts, damages)
-    units = make_units(weights, damages, _floor_bits(weights, budget, facts, damages))
+            return _as_llama_cpp(weights, budget.preset, facts, sensitivities)
+    units = make_units(weights, sensitivities, _floor_bits(weights, budget, facts, sensitivities))
     limit = budget.weight_bytes(weights, facts, overhead)
     smallest = sum(min(option.bytes for option in unit.options) for unit in units)
     if budget.preset is not None:  # the whole file is no larger than llama.cpp's, where anything can give way
@@ -60,14 +60,16 @@ def make_plan(
         for unit, option in zip(units, chosen, strict=True)
         for weight in unit.weights
     }
-    reasons = _reasons(weights, types, damages)
+    reasons = _reasons(weights, types, sensitivities)
     preset = budget.preset or mostly((types[weight.name], weight.numel) for weight in weights)
-    return _plan(weights, types, reasons, damages, Plan(preset, (), limit, budget.text))
+    return _plan(weights, types, reasons, sensitivities, Plan(preset, (), limit, budget.text))
 
 
-def make_units(weights: tuple[Weight, ...], damages: Damages, floor_bits: float = 0.0) -> list[Unit]:
+def make_units(
+    weights: tuple[Weight, ...], sensitivities: Sensitivities, floor_bits: float = 0.0
+) -> list[Unit]:
     """Groups of weights that share a format, each with its formats of at least `floor_bits` per weight."""
-    return [Unit(group, _options(group, damages, floor_bits)) for group in groups(weights)]
+    return [Unit(group, _options(group, sensitivities, floor_bits)) for group in groups(weights)]
 
 
 def groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
@@ -80,13 +82,17 @@ def groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def _options(group: tuple[Weight, ...], damages: Damages, floor_bits: float) -> tuple[Option, ...]:
+def _options(
+    group: tuple[Weight, ...], sensitivities: Sensitivities, floor_bits: float
+) -> tuple[Option, ...]:
     """The formats that every weight of a group may have, with what they cost together.
 
     One that holds the checkpoint's own numbers loses nothing, however few its bits are.
     """
     names = [
-        name for name in candidates(group[0]) if all(name in damages.table[weight.name] for weight in group)
+        name
+        for name in candidates(group[0])
+        if all(name in sensitivities.table[weight.name] for weight in group)
     ]
     exact = as_stored(group[0])
     allowed = [name for name in names if bits_of(name) >= floor_bits or name == exact] or names[-1:]
@@ -94,15 +100,17 @@ def _options(group: tuple[Weight, ...], damages: Damages, floor_bits: float) -> 
         Option(
             name,
             sum(aligned(packed_bytes(name, weight)) for weight in group),
-            sum(damages.table[weight.name][name] for weight in group),
+            sum(sensitivities.table[weight.name][name] for weight in group),
         )
         for name in allowed
     )
 
 
-def _floor_bits(weights: tuple[Weight, ...], budget: Budget, facts: ModelFacts, damages: Damages) -> float:
+def _floor_bits(
+    weights: tuple[Weight, ...], budget: Budget, facts: ModelFacts, sensitivities: Sensitivities
+) -> float:
     """Fewest bits that a weight may get: tables of other models are not trusted below llama.cpp's own."""
-    if damages.measured or budget.preset is None:
+    if sensitivities.measured or budget.preset is None:
         return 0.0
     return min(bits_of(name) for name in llama_cpp_types(budget.preset, weights, facts).values())
 
@@ -117,7 +125,9 @@ def _too_small(weights: tuple[Weight, ...], budget: Budget, smallest: int, overh
     )
 
 
-def _as_llama_cpp(weights: tuple[Weight, ...], preset: str, facts: ModelFacts, damages: Damages) -> Plan:
+def _as_llama_cpp(
+    weights: tuple[Weight, ...], preset: str, facts: ModelFacts, sensitivities: Sensitivities
+) -> Plan:
     """llama.cpp's own types: for presets that are asked for because of their kernels, or not quantized."""
     types = llama_cpp_types(preset, weights, facts)
     reasons = {
@@ -125,21 +135,21 @@ def _as_llama_cpp(weights: tuple[Weight, ...], preset: str, facts: ModelFacts, d
         for weight in weights
     }
     limit = sum(aligned(packed_bytes(types[weight.name], weight)) for weight in weights)
-    return _plan(weights, types, reasons, damages, Plan(preset, (), limit, preset))
+    return _plan(weights, types, reasons, sensitivities, Plan(preset, (), limit, preset))
 
 
 def _plan(
     weights: tuple[Weight, ...],
     types: Mapping[str, str],
     reasons: Mapping[str, str],
-    damages: Damages,
+    sensitivities: Sensitivities,
     frame: Plan,
 ) -> Plan:
-    """`frame` with its choices: damages are scaled so that their sum is the prediction for the whole."""
-    raw = {weight.name: _damage(damages, weight, types[weight.name]) for weight in weights}
+    """`frame` with its choices: the sum of their costs is the prediction for the whole."""
+    raw = {weight.name: _kl(sensitivities, weight, types[weight.name]) for weight in weights}
     known = [value for value in raw.values() if value is not None]
     total = sum(known)
-    share = damages.predict(total) / total if total else 1.0
+    share = sensitivities.predict(total) / total if total else 1.0
     choices = tuple(
         Choice(
             weight.name,
@@ -153,21 +163,24 @@ def _plan(
     return Plan(frame.preset, choices, frame.budget, frame.target)
 
 
-def _damage(damages: Damages, weight: Weight, name: str) -> float | None:
-    return 0.0 if name in UNQUANTIZED else damages.table[weight.name].get(name)
+def _kl(sensitivities: Sensitivities, weight: Weight, name: str) -> float | None:
+    return 0.0 if name in UNQUANTIZED else sensitivities.table[weight.name].get(name)
 
 
-def _reasons(weights: Iterable[Weight], types: Mapping[str, str], damages: Damages) -> dict[str, str]:
+def _reasons(
+    weights: Iterable[Weight], types: Mapping[str, str], sensitivities: Sensitivities
+) -> dict[str, str]:
     """Why each weight has its type: what forced it, or how its bits lie to the file's."""
     weights = tuple(weights)
     numel = sum(weight.numel for weight in weights)
     mean = sum(bits_of(types[weight.name]) * weight.numel for weight in weights) / max(1, numel)
-    source = "measured" if damages.measured else "tables"
+    source = "measured" if sensitivities.measured else "tables"
     reasons = {}
     for weight in weights:
         bits = bits_of(types[weight.name])
         words = "more bits" if bits > mean + NEAR else "fewer bits" if bits < mean - NEAR else "average bits"
-        reasons[weight.name] = _fixed(weight) or f"{source}: {words} pay"
+        kept = "the very numbers of the checkpoint" if types[weight.name] == as_stored(weight) else None
+        reasons[weight.name] = kept or _fixed(weight) or f"{source}: {words} pay"
     return reasons
 
 

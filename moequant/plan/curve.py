@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moequant.containers.gguf.presets import BASE_TYPES, UNQUANTIZED, ModelFacts, llama_cpp_types
 from moequant.containers.gguf.sizes import Budget, data_bytes
 from moequant.plan.choose import make_plan, make_units
-from moequant.plan.damages import Damages
+from moequant.plan.sensitivity import Sensitivities
 from moequant.values import Plan, Weight
 
 
@@ -23,35 +23,41 @@ class Point:
 
 
 def curve(
-    weights: tuple[Weight, ...], facts: ModelFacts, damages: Damages, overhead: int, steps: int = 32
+    weights: tuple[Weight, ...],
+    facts: ModelFacts,
+    sensitivities: Sensitivities,
+    overhead: int,
+    steps: int = 32,
 ) -> list[Point]:
     """Plans at `steps` sizes from the smallest possible file to the largest useful one, evenly by ratio."""
-    units = make_units(weights, damages)
+    units = make_units(weights, sensitivities)
     low = overhead + sum(min(option.bytes for option in unit.options) for unit in units)
     high = overhead + sum(max(option.bytes for option in unit.options) for unit in units)
     ratio = (high / low) ** (1 / max(1, steps - 1))
     sizes = sorted({min(high, round(low * ratio**step)) for step in range(steps)} | {low, high})
-    return points(weights, facts, damages, overhead, (Budget(f"{size:,}", file_bytes=size) for size in sizes))
+    return points(
+        weights, facts, sensitivities, overhead, (Budget(f"{size:,}", file_bytes=size) for size in sizes)
+    )
 
 
 def points(
     weights: tuple[Weight, ...],
     facts: ModelFacts,
-    damages: Damages,
+    sensitivities: Sensitivities,
     overhead: int,
     budgets: Iterable[Budget],
 ) -> list[Point]:
     """The best plan for each budget, in their order. PlanError for one that is too small."""
     made = []
     for budget in budgets:
-        plan = make_plan(weights, budget, facts, damages, overhead)
+        plan = make_plan(weights, budget, facts, sensitivities, overhead)
         types = {choice.weight: choice.format for choice in plan.choices}
-        made.append(Point(overhead + data_bytes(weights, types), plan.damage or 0.0, budget.text, plan))
+        made.append(Point(overhead + data_bytes(weights, types), plan.kl or 0.0, budget.text, plan))
     return made
 
 
 def preset_points(
-    weights: tuple[Weight, ...], facts: ModelFacts, damages: Damages, overhead: int
+    weights: tuple[Weight, ...], facts: ModelFacts, sensitivities: Sensitivities, overhead: int
 ) -> list[tuple[Point, Point]]:
     """llama.cpp's files, smallest first: its types with our rounding, and our plan of that size.
 
@@ -60,12 +66,12 @@ def preset_points(
     made = []
     for preset in BASE_TYPES:
         types = llama_cpp_types(preset, weights, facts)
-        rows = [(damages.table[weight.name], types[weight.name]) for weight in weights]
+        rows = [(sensitivities.table[weight.name], types[weight.name]) for weight in weights]
         if preset in UNQUANTIZED or any(name not in row and name not in UNQUANTIZED for row, name in rows):
             continue
         total = sum(row.get(name, 0.0) for row, name in rows)
-        theirs = Point(overhead + data_bytes(weights, types), damages.predict(total), preset)
+        theirs = Point(overhead + data_bytes(weights, types), sensitivities.predict(total), preset)
         budget = Budget(f"the size of {preset}", file_bytes=theirs.file_bytes)
-        (ours,) = points(weights, facts, damages, overhead, [budget])
+        (ours,) = points(weights, facts, sensitivities, overhead, [budget])
         made.append((theirs, ours))
     return sorted(made, key=lambda pair: pair[0].file_bytes)

@@ -25,7 +25,7 @@ def to_json(plan: Plan) -> str:
         "preset": plan.preset,
         "budget": plan.budget,
         "bytes": plan.bytes,
-        "predicted_kl": plan.damage,
+        "predicted_kl": plan.kl,
     }
     rows = (
         json.dumps(
@@ -34,7 +34,7 @@ def to_json(plan: Plan) -> str:
                 "format": choice.format,
                 "planned": choice.format,
                 "bytes": choice.bytes,
-                "damage": choice.damage,
+                "predicted_kl": choice.kl,
                 "reason": choice.reason,
             }
         )
@@ -54,7 +54,7 @@ def from_json(
     """The plan of a document for these weights, in their order.
 
     Of each row only `weight` and `format` count; bytes are worked out again, and a row
-    whose format is no longer the one that was `planned` has an unknown damage. A plain
+    whose format is no longer the one that was `planned` has an unknown cost. A plain
     object of tensor names and types, such as `plan_from_types` takes, is a plan too.
     PlanError names the row that is unknown, missing, twice there, or does not fit.
     """
@@ -144,6 +144,6 @@ def _restored(choice: Choice, row: dict[str, Any]) -> Choice:
     """The choice with what the document says about it, unless the format was edited."""
     if row.get("planned") != choice.format:
         return Choice(choice.weight, choice.format, choice.bytes, "edited by hand", None)
-    damage = row.get("damage")
-    known = float(damage) if isinstance(damage, int | float) else None
+    kl = row.get("predicted_kl", row.get("damage"))  # "damage" until version 2
+    known = float(kl) if isinstance(kl, int | float) else None
     return Choice(choice.weight, choice.format, choice.bytes, str(row.get("reason", "")), known)

@@ -1,236 +1,152 @@
-"""What every format would cost every weight, in KL divergence, measured on this model.
-
-A format's damage to a weight is its relative error, from a sample of rows and experts,
-times the loss's sensitivity to that weight, from a probe: the weight alone is quantized
-in the whole model and the KL divergence to the unquantized one is scored. Probes of two
-whole plans, the best for those damages, then say how damages add up. `benchmarks/cases/plan.py`
-holds predictions against measurements.
-"""
+"""What every format costs every weight in KL divergence: measured (`plan.measure`) or from tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from moequant.containers.gguf.sizes import bits_of
+from moequant.values import Role, Weight
 
-from moequant import formats
-from moequant.checkpoint import Checkpoint, load
-from moequant.evaluate import score_row
-from moequant.formats import Effort
-from moequant.forward.experts import EXPERTS
-from moequant.forward.model import build_model
-from moequant.forward.resume import Resumable
-from moequant.plan import Damages, allocate, candidates, groups, make_units, prior_damages
-from moequant.plan.damages import as_stored
-from moequant.progress import available_bytes
-from moequant.statistics.importance import Gating, importance
-from moequant.values import Calibration, InputStats, Weight
-from moequant.values.ops import put
+CANDIDATES = (
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "Q2_K",
+    "IQ3_XXS",
+    "IQ3_S",
+    "Q3_K",
+    "IQ4_XS",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "Q8_0",
+)
+"""Types a plan chooses from, when 256 divides the rows."""
 
-PROBE = ("Q2_K", "IQ4_NL")
-"""What a probed weight is quantized to, with rows of 256s and of 32s: coarse, so that the KL divergence is
-that of the error itself and not of the few tokens that a tiny error already sends to other experts."""
+SHORT_CANDIDATES = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+"""Types with blocks of 32, for rows that 256 does not divide."""
 
-CHECKS = (2.5, 5.25)
-"""Bits per weight of the two whole plans, a coarse one and a fine one."""
+SENSITIVITY: Mapping[Role, float] = {
+    Role.EMBEDDING: 0.41,
+    Role.OUTPUT: 0.75,
+    Role.ATTN_Q: 0.35,
+    Role.ATTN_K: 0.35,
+    Role.ATTN_V: 0.70,
+    Role.ATTN_OUT: 0.80,
+    Role.GATE: 0.50,
+    Role.UP: 0.49,
+    Role.DOWN: 1.00,
+    Role.DENSE_GATE: 0.50,
+    Role.DENSE_UP: 0.49,
+    Role.DENSE_DOWN: 1.00,
+}
+"""KL divergence per unit of relative error in all of a role's weights, each layer an equal share of it.
+
+Between what one weight at a time costs in two trained models (`benchmarks/cases/sensitivity.py`, results
+beside it) and what whole plans cost them. All experts of a layer count as one weight, because a
+token's top-k weights add up to about one.
+"""
+
+OTHER_SENSITIVITY = 0.6
+"""For roles that neither model has: the middle of the table."""
+
+RELATIVE_ERROR: Mapping[str, float] = {
+    "IQ1_S": 2.0e-1,
+    "IQ1_M": 1.6e-1,
+    "IQ2_XXS": 9.6e-2,
+    "IQ2_XS": 7.2e-2,
+    "Q2_K": 6.0e-2,
+    "IQ2_S": 5.2e-2,
+    "IQ3_XXS": 2.6e-2,
+    "Q3_K": 1.9e-2,
+    "IQ3_S": 1.45e-2,
+    "IQ4_NL": 5.0e-3,
+    "IQ4_XS": 4.9e-3,
+    "Q4_K": 4.4e-3,
+    "Q4_1": 4.3e-3,
+    "Q5_0": 1.5e-3,
+    "Q5_K": 1.08e-3,
+    "Q5_1": 1.05e-3,
+    "Q6_K": 2.5e-4,
+    "Q8_0": 2.2e-5,
+}
+"""Importance-weighted squared error over squared weight, default effort, experts of two trained models
+(`benchmarks/cases/sensitivity.py` and `benchmarks/cases/plan.py`, results beside them)."""
+
+EARLY_DOWN = 2.0
+"""Down projections of the first eighth of the layers count this many times: errors there pass through
+everything behind them (6 times the later layers' in one of those models, equal in the other; llama.cpp's
+rules raise the same layers)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Probing:
-    """How much is spent on measuring.
+class Sensitivities:
+    """`table`: weight name -> format -> KL divergence expected of that weight alone in that format.
 
-    `tokens` are shared by all probes, each scoring whole rows, at least one and at most
-    `rows`; `sample` weights of every matrix are packed in every format, from at most
-    `experts` experts.
+    It is the format's relative error times `per_error`, the KL divergence that a unit
+    of relative error in that weight costs. A whole plan whose sensitivities add up to x has the
+    KL divergence linear * x + root * sqrt(x). `source` says where the numbers come from.
     """
 
-    tokens: int = 131_072
-    rows: int = 16
-    sample: int = 1 << 15
-    experts: int = 16
-    effort: Effort = "default"
-    gating: Gating = "gate2"
+    table: Mapping[str, Mapping[str, float]]
+    per_error: Mapping[str, float]
+    source: str
+    linear: float = 1.0
+    root: float = 0.0
+    measured: bool = True
+
+    def predict(self, total: float) -> float:
+        """KL divergence of a plan whose weights' sensitivities add up to `total`."""
+        return self.linear * total + self.root * sqrt(total)
+
+    def after(self, rounding: Mapping[str, float]) -> Sensitivities:
+        """The same when better rounding leaves only a share of what a format costs (1 where not listed)."""
+        table = {
+            weight: {name: kl * rounding.get(name, 1.0) for name, kl in row.items()}
+            for weight, row in self.table.items()
+        }
+        return replace(self, table=table)
 
 
-def measure(
-    checkpoint: Checkpoint,
-    calibration: Calibration,
-    ids: Tensor | None,
-    probing: Probing = Probing(),  # frozen
-) -> Damages:
-    """Damages of all candidates for all weights.
+def candidates(weight: Weight) -> tuple[str, ...]:
+    """The formats that a weight may have, smallest first."""
+    if weight.role.keeps_precision or len(weight.shape) < 2:
+        return ("F32",)
+    if weight.n_in % 32:
+        return ("F16",)
+    names = CANDIDATES if weight.n_in % 256 == 0 else SHORT_CANDIDATES
+    if (exact := as_stored(weight)) is not None and exact not in names:
+        names = (*names, exact)
+    return tuple(sorted(names, key=bits_of))
 
-    `ids` i64 [rows, n] is text for the probes, better not the text of `calibration`; of
-    a model that does not fit into memory as float32 pass None: relative errors are then
-    measured, and sensitivities come from tables. Raises CheckpointError for a weight that
-    cannot be read.
-    """
-    found = prior_damages(checkpoint.weights, checkpoint.n_layers)
-    errors = {
-        weight.name: sample_errors(weight, _stats(weight, calibration), probing)
-        for weight in tqdm(checkpoint.weights, desc="errors", unit="tensor", disable=None, leave=False)
+
+def as_stored(weight: Weight) -> str | None:
+    """The format that has the very numbers of the checkpoint in fewer bits than floats, if one does."""
+    kind = weight.origin.shipped
+    return None if kind in (None, "F32", "F16", "BF16", "NVFP4") else kind
+
+
+def prior_sensitivities(weights: tuple[Weight, ...], layers: int) -> Sensitivities:
+    """Sensitivities from tables of two trained models, for when nothing was measured."""
+    per_error = {weight.name: _sensitivity(weight, layers) for weight in weights}
+    table = {
+        weight.name: {
+            name: 0.0 if name == as_stored(weight) else per_error[weight.name] * RELATIVE_ERROR.get(name, 0.0)
+            for name in candidates(weight)
+        }
+        for weight in weights
     }
-    if ids is None:
-        table = {
-            name: {fmt: error * found.sensitivity[name] for fmt, error in row.items()}
-            for name, row in errors.items()
-        }
-        return replace(found, table=table, source="relative errors measured, sensitivities from tables")
-    with torch.no_grad():
-        return _Prober(checkpoint, calibration, ids, probing).damages(errors)
+    return Sensitivities(table, per_error, "tables of two trained models, not this one", measured=False)
 
 
-def wants_probes(checkpoint: Checkpoint, asked: bool | None = None) -> bool:
-    """What was asked for, or else whether the model fits into memory as float32, with room to work."""
-    if asked is not None:
-        return asked
-    free = available_bytes()
-    return free is None or 4.5 * sum(weight.numel for weight in checkpoint.weights) < free
-
-
-def sample_errors(weight: Weight, stats: InputStats | None, probing: Probing) -> dict[str, float]:
-    """Format -> relative squared error that it makes in the output of `weight`, over all of its experts.
-
-    Errors of columns count by the mean square of what they multiply, errors of experts by
-    the sum of the squared router weights of their tokens. Experts are sampled evenly in
-    order of that mass, each standing for its neighbours; rows are sampled evenly.
-    """
-    names = candidates(weight)
-    if len(names) == 1:
-        return {names[0]: 0.0}
-    values = load(weight)
-    stack = values if values.ndim == 3 else values[None]
-    chosen, mass = _sample_experts(stats if len(stack) > 1 else None, len(stack), probing.experts)
-    rows = max(1, min(stack.shape[1], probing.sample // (len(chosen) * stack.shape[2])))
-    at = torch.linspace(0, stack.shape[1] - 1, rows).round().long()
-    sample = stack[chosen][:, at].float()
-    columns = None if stats is None else importance(stats, probing.gating)[chosen]
-    share = torch.ones_like(sample[:, 0]) if columns is None else columns
-    share = share.double() * mass[:, None]
-    total = (sample.double().square().sum(1) * share).sum()
-    errors = {}
-    for name in names:
-        if name == as_stored(weight):
-            errors[name] = 0.0
-            continue
-        fmt = formats.get(name)
-        decoded = formats.dequantize(fmt, formats.quantize(fmt, sample, columns, probing.effort))
-        error = ((sample - decoded).double().square().sum(1) * share).sum()
-        errors[name] = float(error / total.clamp(min=torch.finfo(torch.float64).tiny))
-    return errors
-
-
-def _sample_experts(stats: InputStats | None, experts: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Indices i64 [s] of at most `limit` experts, spread over the order of their mass, and the mass f64 [s]
-    of the experts that each stands for."""
-    mass = torch.ones(experts, dtype=torch.float64) if stats is None else stats.gate_square.double()
-    if not mass.sum():
-        mass = torch.ones_like(mass)
-    strata = torch.argsort(mass, stable=True).tensor_split(min(experts, limit))
-    chosen = torch.stack([stratum[len(stratum) // 2] for stratum in strata])
-    return chosen, torch.stack([mass[stratum].sum() for stratum in strata])
-
-
-def _stats(weight: Weight, calibration: Calibration) -> InputStats | None:
-    return None if weight.site is None else calibration.inputs[weight.site.name]
-
-
-class _Prober:
-    """The whole model in memory, its logits on the probe's rows, and weights swapped in and out."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, calibration: Calibration, ids: Tensor, probing: Probing
-    ) -> None:
-        self.weights, self.calibration, self.probing = checkpoint.weights, calibration, probing
-        model = build_model(checkpoint, EXPERTS)
-        self.params = dict(model.named_parameters(remove_duplicate=False))
-        self.groups = [group for group in groups(checkpoint.weights) if len(candidates(group[0])) > 1]
-        wanted = probing.tokens // (len(self.groups) * ids.shape[1])
-        count = max(1, min(wanted, probing.rows, len(ids)))
-        self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]
-        self.model = Resumable(model, checkpoint.family.layers_at, self.ids)
-
-    def damages(self, errors: Mapping[str, Mapping[str, float]]) -> Damages:
-        """Sensitivities of every group, then how the damages of whole plans add up."""
-        table: dict[str, dict[str, float]] = {}
-        for weight in self.weights:
-            table[weight.name] = dict(errors[weight.name])
-        sensitivity = dict.fromkeys(table, 0.0)
-        for group in tqdm(self.groups, desc="probe", unit="probe", disable=None, leave=False):
-            probed = {weight.name: _at(PROBE, weight) for weight in group}
-            error = sum(errors[name][fmt] for name, fmt in probed.items())
-            kl = self._kl_with(group, probed)
-            sensitivity.update(dict.fromkeys(probed, max(kl, 0.0) / error if error else 0.0))
-        table = {
-            name: {fmt: error * sensitivity[name] for fmt, error in row.items()}
-            for name, row in table.items()
-        }
-        found = Damages(table, sensitivity, "")
-        linear, root = fit([self._check(found, bits) for bits in CHECKS])
-        tokens = self.ids.shape[0] * (self.ids.shape[1] // 2 - 1)
-        source = f"{len(self.groups)} probes of {tokens:,} tokens each"
-        return replace(found, source=source, linear=linear, root=root)
-
-    def _check(self, damages: Damages, bits: float) -> tuple[float, float]:
-        """(sum of damages, KL divergence) of the best plan with so many bits per weight."""
-        units = make_units(self.weights, damages)
-        smallest = sum(min(option.bytes for option in unit.options) for unit in units)
-        limit = round(bits * sum(weight.numel for weight in self.weights) / 8)
-        types = {}
-        for unit, option in zip(units, allocate(units, max(smallest, limit)), strict=True):
-            types.update(dict.fromkeys((weight.name for weight in unit.weights), option.format))
-        quantized = [weight for group in self.groups for weight in group]
-        total = sum(damages.table[name][fmt] for name, fmt in types.items())
-        return total, self._kl_with(quantized, types)
-
-    def _kl_with(self, weights: Iterable[Weight], types: Mapping[str, str]) -> float:
-        """Mean KL divergence with those weights quantized; they are put back afterwards."""
-        weights = tuple(weights)
-        for weight in weights:
-            self._put(weight, self._quantized(weight, types[weight.name]))
-        logits = self.model.logits(min(weight.layer or 0 for weight in weights))
-        pairs = zip(self.model.base, logits, self.ids, strict=True)
-        kl = torch.cat([score_row(*each).kl for each in pairs])
-        for weight in weights:
-            self._put(weight, load(weight))
-        return float(kl.mean())
-
-    def _quantized(self, weight: Weight, name: str) -> Tensor:
-        """The weight as it decodes from that format."""
-        stats = _stats(weight, self.calibration)
-        columns = None if stats is None else importance(stats, self.probing.gating)
-        values = load(weight)
-        if columns is not None and values.ndim == 2:
-            columns = columns[0]
-        fmt = formats.get(name)
-        return formats.dequantize(fmt, formats.quantize(fmt, values, columns, self.probing.effort))
-
-    def _put(self, weight: Weight, values: Tensor) -> None:
-        put(weight.place.ops, self.params[weight.place.param].data, values)
-
-
-def fit(checks: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """(linear, root) >= 0 such that linear * x + root * sqrt(x) meets both checks (x, KL divergence).
-
-    The square root is what tiny errors do: the number of tokens that they send to other
-    experts grows as the error, not as its square. Where two non-negative numbers cannot
-    meet both checks, the line alone goes between them.
-    """
-    (x1, y1), (x2, y2) = checks
-    if min(x1, x2, y1, y2) <= 0:
-        return 1.0, 0.0
-    bend = x1 * sqrt(x2) - x2 * sqrt(x1)
-    if bend:
-        linear, root = (y1 * sqrt(x2) - y2 * sqrt(x1)) / bend, (x1 * y2 - x2 * y1) / bend
-        if linear >= 0 and root >= 0:
-            return linear, root
-    return sqrt(y1 / x1 * y2 / x2), 0.0
-
-
-def _at(pair: tuple[str, str], weight: Weight) -> str:
-    """The first of the pair when 256 divides the rows, else the second."""
-    return pair[0] if weight.n_in % 256 == 0 else pair[1]
+def _sensitivity(weight: Weight, layers: int) -> float:
+    """A weight's share of its role's sensitivity."""
+    whole = SENSITIVITY.get(weight.role, OTHER_SENSITIVITY)
+    if weight.layer is None:
+        return whole
+    early = weight.role.endswith("down") and weight.layer < max(1, layers // 8)
+    return whole / layers * (EARLY_DOWN if early else 1.0)

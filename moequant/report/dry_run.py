@@ -16,14 +16,14 @@ def dry_run_table(checkpoint: Checkpoint, plan: Plan, file_bytes: int, limit: in
     `limit` is the largest file that the conversion may make when it will measure and choose again.
     """
     weights = {weight.name: weight for weight in checkpoint.weights}
-    known = plan.damage is not None
+    known = plan.kl is not None
     made = table("", "tensor", "shape", "type", "size", *(["expected KL"] if known else []), "why")
     made.columns[0].no_wrap = made.columns[1].no_wrap = True
     made.columns[-1].justify = "left"
     for choice in plan.choices:
         shape = " x ".join(map(str, weights[choice.weight].shape))
-        damage = [_damage(choice)] if known else []
-        made.add_row(choice.weight, shape, choice.format, size(choice.bytes), *damage, choice.reason)
+        kl = [_kl(choice)] if known else []
+        made.add_row(choice.weight, shape, choice.format, size(choice.bytes), *kl, choice.reason)
     total = sum(weight.numel for weight in checkpoint.weights)
     total_line = (
         f"{shown(checkpoint.path)} as {plan.target or plan.preset}: {file_bytes:,} bytes, "
@@ -39,10 +39,10 @@ def dry_run_table(checkpoint: Checkpoint, plan: Plan, file_bytes: int, limit: in
             )
         )
     if known:
-        lines.append(line(f"expected KL divergence to the unquantized model: {plan.damage:.5f}"))
+        lines.append(line(f"expected KL divergence to the unquantized model: {plan.kl:.5f}"))
     return Group(made, *lines)
 
 
-def _damage(choice: Choice) -> str:
+def _kl(choice: Choice) -> str:
     """A choice's share of the expected KL divergence."""
-    return f"{choice.damage:.2e}" if choice.damage else ""
+    return f"{choice.kl:.2e}" if choice.kl else ""

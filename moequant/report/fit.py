@@ -96,7 +96,7 @@ def _candidates(found: Fit) -> Table:
             candidate.name,
             gib(candidate.file_bytes),
             f"{candidate.weight_bits:.2f}",
-            "" if candidate.damage is None else f"{candidate.damage:.4f}",
+            "" if candidate.kl is None else f"{candidate.kl:.4f}",
             gib(place.gpu.total) if place.gpu.total else "",
             gib(place.ram.total),
             gib(place.disk) if place.disk else "",

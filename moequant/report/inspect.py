@@ -101,7 +101,7 @@ def _presets(found: Inspection) -> Table:
             size(preset.file_bytes),
             f"{preset.bits:.2f}",
             f"{preset.file_bytes / found.file_bytes:.1%}",
-            "" if preset.damage is None else f"{preset.damage:.4f}",
+            "" if preset.kl is None else f"{preset.kl:.4f}",
         )
     return made
 

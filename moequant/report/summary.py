@@ -82,8 +82,8 @@ def _before_after(report: Report) -> Table:
         base, now = found.base_perplexity, found.perplexity
         made.add_row("perplexity", _pm(base, 3), _pm(now, 3), f"{now.value / base.value - 1:+.2%}")
         made.add_row("KL divergence, mean", "", _pm(found.kl_mean, 5), "")
-        if report.plan.damage is not None:
-            made.add_row("  expected by the plan", "", f"{report.plan.damage:.5f}", "")
+        if report.plan.kl is not None:
+            made.add_row("  expected by the plan", "", f"{report.plan.kl:.5f}", "")
         made.add_row("KL divergence, median / 99 %", "", f"{found.kl_median:.5f} / {found.kl_99:.4f}", "")
         made.add_row("same top token", "", f"{found.same_top:.2%}", "")
     return made

@@ -19,7 +19,7 @@ class Choice:
     format: str
     bytes: int
     reason: str
-    damage: float | None = None
+    kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class Plan:
         return sum(choice.bytes for choice in self.choices)
 
     @property
-    def damage(self) -> float | None:
+    def kl(self) -> float | None:
         """Predicted KL divergence to the unquantized model; None when a choice's share is unknown."""
-        shares = [choice.damage for choice in self.choices]
+        shares = [choice.kl for choice in self.choices]
         known = [share for share in shares if share is not None]
         return sum(known) if len(known) == len(shares) else None
 

@@ -19,7 +19,7 @@ menus = st.lists(
 
 
 def units_of(menu: list[list[tuple[int, float]]]) -> list[Unit]:
-    return [Unit((), tuple(Option(f"{size}", size, damage) for size, damage in row)) for row in menu]
+    return [Unit((), tuple(Option(f"{size}", size, kl) for size, kl in row)) for row in menu]
 
 
 @given(menus, st.floats(0, 1))
@@ -32,14 +32,14 @@ def test_equal_to_exhaustive_search(menu, spare: float) -> None:
     assert all(option in unit.options for option, unit in zip(chosen, units, strict=True))
     assert sum(option.bytes for option in chosen) <= budget
     best = min(
-        sum(option.damage for option in options)
+        sum(option.kl for option in options)
         for options in itertools.product(*(unit.options for unit in units))
         if sum(option.bytes for option in options) <= budget
     )
-    assert sum(option.damage for option in chosen) == pytest.approx(best, rel=1e-6, abs=1e-9)
+    assert sum(option.kl for option in chosen) == pytest.approx(best, rel=1e-6, abs=1e-9)
 
 
-def test_a_generous_budget_buys_the_least_damage() -> None:
+def test_a_generous_budget_buys_the_least_kl() -> None:
     units = [Unit((), (Option("a", 1, 5.0), Option("b", 2, 1.0), Option("c", 9, 0.5)))] * 3
     assert [option.format for option in allocate(units, 27)] == ["c"] * 3
     assert [option.format for option in allocate(units, 6)] == ["b"] * 3

@@ -18,8 +18,8 @@ from moequant.containers.gguf.presets import (
 )
 from moequant.containers.gguf.sizes import bits_of, data_bytes, packed_bytes
 from moequant.errors import PlanError
-from moequant.plan import Budget, aligned, make_plan, preset_plan, prior_damages
-from moequant.plan.damages import RELATIVE_ERROR, candidates
+from moequant.plan import Budget, aligned, make_plan, preset_plan, prior_sensitivities
+from moequant.plan.sensitivity import RELATIVE_ERROR, candidates
 from moequant.values import Origin, Place, Plan, Role, Stack, Weight
 from moequant.values.ops import Interleaved, Part, Transposed
 from tests import models
@@ -72,12 +72,12 @@ def test_presets_are_no_larger_than_llama_cpp(tiny, family: str, preset: str) ->
 
 @pytest.mark.parametrize("spare", [0.0, 0.1, 0.7, 0.999])
 def test_a_size_is_never_exceeded_and_mostly_used(spare: float) -> None:
-    weights, damages = layers(), prior_damages(layers(), 2)
+    weights, sensitivities = layers(), prior_sensitivities(layers(), 2)
     smallest = sum(min(aligned(packed_bytes(name, w)) for name in candidates(w)) for w in weights)
     largest = sum(max(aligned(packed_bytes(name, w)) for name in candidates(w)) for w in weights)
     overhead = 12_345
     size = overhead + round(smallest + spare * (largest - smallest))
-    plan = make_plan(weights, Budget.of_size(str(size)), FACTS, damages, overhead)
+    plan = make_plan(weights, Budget.of_size(str(size)), FACTS, sensitivities, overhead)
     taken = overhead + data_bytes(weights, types(plan))
     assert taken <= size
     # A step of the smallest weight between neighbouring types is what may stay unused.
@@ -106,9 +106,9 @@ def test_a_budget_below_the_smallest_file_says_how_small_it_can_be() -> None:
         make_plan(weights, Budget.of_bpw(1.0), FACTS)
 
 
-def test_bytes_go_where_the_damage_is() -> None:
+def test_bytes_go_where_they_save_most() -> None:
     weights = layers()
-    prior = prior_damages(weights, 2)
+    prior = prior_sensitivities(weights, 2)
     table = {
         name: {fmt: cost * (1000 if name == "layers.1.experts.down" else 1) for fmt, cost in row.items()}
         for name, row in prior.table.items()
@@ -122,13 +122,13 @@ def test_bytes_go_where_the_damage_is() -> None:
     assert reasons["layers.0.experts.gate"] == "measured: fewer bits pay"
 
 
-def test_damages_of_a_plan_add_up_to_its_prediction() -> None:
+def test_sensitivities_of_a_plan_add_up_to_its_prediction() -> None:
     weights = layers()
-    prior = prior_damages(weights, 2)
+    prior = prior_sensitivities(weights, 2)
     bent = replace(prior, linear=0.7, root=0.03)
     plan, raw = (make_plan(weights, Budget.of_bpw(3.5), FACTS, known) for known in (bent, prior))
-    assert types(plan) == types(raw), "how damages add up does not change what is best"
-    assert plan.damage == pytest.approx(0.7 * raw.damage + 0.03 * raw.damage**0.5)
+    assert types(plan) == types(raw), "how sensitivities add up does not change what is best"
+    assert plan.kl == pytest.approx(0.7 * raw.kl + 0.03 * raw.kl**0.5)
 
 
 def test_rows_that_256_does_not_divide_fall_back_and_say_so() -> None:
@@ -153,7 +153,7 @@ def test_mxfp4_is_for_weights_that_are_stored_so() -> None:
     packed = replace(plain, origin=Origin((), holds="MXFP4"))
     assert "MXFP4" not in candidates(plain) and candidates(packed)[0] == "MXFP4"
     (choice,) = make_plan((packed,), Budget.of_bpw(9.0), FACTS).choices
-    assert choice.format == "MXFP4" and choice.damage == 0.0, "nothing is lost, so nothing larger is bought"
+    assert choice.format == "MXFP4" and choice.kl == 0.0, "nothing is lost, so nothing larger is bought"
 
 
 def test_blocks_that_a_container_cuts_across_are_not_kept_as_they_are_stored() -> None:

@@ -9,7 +9,7 @@ import pytest
 from moequant.checkpoint import open_checkpoint
 from moequant.containers.gguf.export import export
 from moequant.errors import PlanError
-from moequant.plan import Budget, from_json, make_plan, plan_from_types, prior_damages, read, to_json
+from moequant.plan import Budget, from_json, make_plan, plan_from_types, prior_sensitivities, read, to_json
 from moequant.values import Role
 from tests import models
 from tests.plan.test_choose import FACTS, layers, types, weight
@@ -17,7 +17,7 @@ from tests.plan.test_choose import FACTS, layers, types, weight
 
 @pytest.fixture
 def plan():
-    return make_plan(layers(), Budget.of_bpw(3.6), FACTS, prior_damages(layers(), 2))
+    return make_plan(layers(), Budget.of_bpw(3.6), FACTS, prior_sensitivities(layers(), 2))
 
 
 def edited(plan, change) -> str:
@@ -38,7 +38,7 @@ def test_rows_may_come_in_any_order(plan) -> None:
     assert from_json(edited(plan, list.reverse), layers()) == plan
 
 
-def test_an_edited_row_is_used_and_its_damage_is_unknown(plan) -> None:
+def test_an_edited_row_is_used_and_its_cost_is_unknown(plan) -> None:
     def change(rows) -> None:
         row = next(row for row in rows if row["weight"] == "layers.0.attn_v")
         row["format"] = "Q8_0"
@@ -46,7 +46,7 @@ def test_an_edited_row_is_used_and_its_damage_is_unknown(plan) -> None:
     found = from_json(edited(plan, change), layers())
     choice = next(choice for choice in found.choices if choice.weight == "layers.0.attn_v")
     assert (choice.format, choice.bytes) == ("Q8_0", 128 * 256 * 34 // 32)
-    assert choice.reason == "edited by hand" and choice.damage is None and found.damage is None
+    assert choice.reason == "edited by hand" and choice.kl is None and found.kl is None
     assert found.budget >= found.bytes
 
 
@@ -91,7 +91,7 @@ def test_llama_cpp_types_are_a_plan(mix) -> None:
     for preset, theirs in recorded.items():
         given = {ours[name]: kind for name, kind in theirs.items()}
         found = plan_from_types(weights, given)
-        assert types(found) == given and found.damage is None
+        assert types(found) == given and found.kl is None
         plan = plan_from_types(weights, given, "plan")
         assert from_json(json.dumps(theirs), weights, aliases=ours) == plan, preset
         assert from_json(json.dumps(given), weights) == plan

@@ -7,19 +7,19 @@ import io
 import pytest
 from rich.console import Console
 
-from moequant.plan import Budget, curve, points, preset_points, prior_damages
+from moequant.plan import Budget, curve, points, preset_points, prior_sensitivities
 from moequant.report.curve import Curve, curve_tables, draw
 from tests.plan.test_choose import FACTS, layers
 
 
 @pytest.fixture(scope="module")
 def made() -> Curve:
-    weights, damages = layers(), prior_damages(layers(), 2)
+    weights, sensitivities = layers(), prior_sensitivities(layers(), 2)
     return Curve(
         "a model",
-        curve(weights, FACTS, damages, 1000, steps=6),
-        points(weights, FACTS, damages, 1000, [Budget.of_size("700k")]),
-        preset_points(weights, FACTS, damages, 1000),
+        curve(weights, FACTS, sensitivities, 1000, steps=6),
+        points(weights, FACTS, sensitivities, 1000, [Budget.of_size("700k")]),
+        preset_points(weights, FACTS, sensitivities, 1000),
         sum(weight.numel for weight in weights),
         "tables",
     )

@@ -1,4 +1,4 @@
-"""Measured damage: sampled errors are those of the whole, probes are real, and sums predict."""
+"""Measured sensitivities: sampled errors are those of the whole, probes are real, and sums predict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moequant.evaluate import score_row
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
 from moequant.plan import candidates, make_plan, preset_plan
-from moequant.plan.sensitivity import CHECKS, Probing, fit, measure, sample_errors
+from moequant.plan.measure import CHECKS, Probing, fit, measure, sample_errors
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.importance import importance
 from moequant.text.corpus import Rows
@@ -43,7 +43,7 @@ def rules(tiny) -> ModelFacts:
 
 
 @pytest.fixture(scope="module")
-def damages(known):
+def sensitivities(known):
     return measure(*known, rows(2, seed=1).ids, PROBING)
 
 
@@ -84,33 +84,33 @@ def test_experts_count_by_their_mass(known) -> None:
     assert few["Q3_K"] == pytest.approx(whole_error(weight, lonely, "Q3_K"), rel=0.15)
 
 
-def test_what_stays_f32_costs_nothing(damages, known) -> None:
+def test_what_stays_f32_costs_nothing(sensitivities, known) -> None:
     for weight in known[0].weights:
         if weight.role.keeps_precision:
-            assert damages.table[weight.name] == {"F32": 0.0}
+            assert sensitivities.table[weight.name] == {"F32": 0.0}
 
 
-def test_damage_grows_as_bits_shrink(damages, known) -> None:
+def test_cost_grows_as_bits_shrink(sensitivities, known) -> None:
     for weight in known[0].weights:
         if not weight.role.keeps_precision:
-            row = damages.table[weight.name]
+            row = sensitivities.table[weight.name]
             assert row["IQ1_S"] > row["Q2_K"] > row["Q3_K"] > row["Q4_K"] > row["Q6_K"] > row["Q8_0"] >= 0
-            assert damages.sensitivity[weight.name] > 0
+            assert sensitivities.per_error[weight.name] > 0
     for gate in (find(known[0], "layers.0.experts.gate"),):
         up = find(known[0], "layers.0.experts.up")
-        assert damages.sensitivity[gate.name] == damages.sensitivity[up.name], "probed together"
+        assert sensitivities.per_error[gate.name] == sensitivities.per_error[up.name], "probed together"
 
 
-def test_nothing_is_left_changed_by_probes(known, damages) -> None:
+def test_nothing_is_left_changed_by_probes(known, sensitivities) -> None:
     again = measure(*known, rows(2, seed=1).ids, PROBING)
-    assert again == damages
+    assert again == sensitivities
 
 
-def test_predictions_are_what_whole_plans_measure(known, damages, rules) -> None:
+def test_predictions_are_what_whole_plans_measure(known, sensitivities, rules) -> None:
     """The coarse plan of the checks: made, decoded and scored here once more."""
     checkpoint, calibration = known
     bits = Budget.of_bpw(CHECKS[0])
-    plan = make_plan(checkpoint.weights, bits, rules, damages)
+    plan = make_plan(checkpoint.weights, bits, rules, sensitivities)
     types = {choice.weight: choice.format for choice in plan.choices}
 
     def decoded(weight):
@@ -128,7 +128,7 @@ def test_predictions_are_what_whole_plans_measure(known, damages, rules) -> None
             for row in rows(2, seed=1).ids
         ]
     measured = float(torch.cat([score.kl for score in scores]).mean())
-    assert plan.damage == pytest.approx(measured, rel=0.01 if damages.root else 1.0)
+    assert plan.kl == pytest.approx(measured, rel=0.01 if sensitivities.root else 1.0)
 
 
 def test_without_probes_tables_say_how_sensitive_a_weight_is(known, rules) -> None:
@@ -139,21 +139,21 @@ def test_without_probes_tables_say_how_sensitive_a_weight_is(known, rules) -> No
     assert min(bits_of(choice.format) for choice in plan.choices) >= 3.4
 
 
-def test_a_measured_plan_may_go_below_the_preset(known, damages, rules) -> None:
+def test_a_measured_plan_may_go_below_the_preset(known, sensitivities, rules) -> None:
     """A weight that nothing depends on gets the fewest bits, whatever llama.cpp's rule says."""
     idle = find(known[0], "layers.0.attn_k").name
-    table = dict(damages.table) | {idle: dict.fromkeys(damages.table[idle], 0.0)}
-    plan = make_plan(known[0].weights, Budget.of_preset("Q4_K_M"), rules, replace(damages, table=table))
+    table = dict(sensitivities.table) | {idle: dict.fromkeys(sensitivities.table[idle], 0.0)}
+    plan = make_plan(known[0].weights, Budget.of_preset("Q4_K_M"), rules, replace(sensitivities, table=table))
     formats_of = {choice.weight: choice.format for choice in plan.choices}
     assert formats_of[idle] == "IQ1_S"
-    assert plan.damage is not None and plan.damage > 0
+    assert plan.kl is not None and plan.kl > 0
 
 
-def test_better_rounding_scales_formats(damages) -> None:
-    name = next(name for name, row in damages.table.items() if "Q2_K" in row)
-    better = damages.after({"Q2_K": 0.5})
-    assert better.table[name]["Q2_K"] == pytest.approx(damages.table[name]["Q2_K"] / 2)
-    assert better.table[name]["Q4_K"] == damages.table[name]["Q4_K"]
+def test_better_rounding_scales_formats(sensitivities) -> None:
+    name = next(name for name, row in sensitivities.table.items() if "Q2_K" in row)
+    better = sensitivities.after({"Q2_K": 0.5})
+    assert better.table[name]["Q2_K"] == pytest.approx(sensitivities.table[name]["Q2_K"] / 2)
+    assert better.table[name]["Q4_K"] == sensitivities.table[name]["Q4_K"]
 
 
 def test_two_checks_are_met_by_a_line_and_a_root() -> None:
@@ -163,7 +163,7 @@ def test_two_checks_are_met_by_a_line_and_a_root() -> None:
 
 
 def test_checks_that_no_root_meets_are_met_by_a_line_between() -> None:
-    # The fine plan costs less per damage than the coarse one: the opposite of what a root does.
+    # The fine plan costs less than its sum says, unlike the coarse one: the opposite of what a root does.
     linear, root = fit([(0.4, 0.8), (0.002, 0.001)])
     assert root == 0 and 0.5 < linear < 2
     assert fit([(0.0, 0.0), (0.0, 0.0)]) == (1.0, 0.0)

@@ -1,0 +1,235 @@
+"""What every format would cost every weight, in KL divergence, measured on this model.
+
+What a format costs in a weight is its relative error, from a sample of rows and experts,
+times the loss's sensitivity to that weight, from a probe: the weight alone is quantized
+in the whole model and the KL divergence to the unquantized one is scored. Probes of two
+whole plans, the best for those sensitivities, then say how sensitivities add up. `benchmarks/cases/plan.py`
+holds predictions against measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import sqrt
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moequant import formats
+from moequant.checkpoint import Checkpoint, load
+from moequant.evaluate import score_row
+from moequant.formats import Effort
+from moequant.forward.experts import EXPERTS
+from moequant.forward.model import build_model
+from moequant.forward.resume import Resumable
+from moequant.plan import Sensitivities, allocate, candidates, groups, make_units, prior_sensitivities
+from moequant.plan.sensitivity import as_stored
+from moequant.progress import available_bytes
+from moequant.statistics.importance import Gating, importance
+from moequant.values import Calibration, InputStats, Weight
+from moequant.values.ops import put
+
+PROBE = ("Q2_K", "IQ4_NL")
+"""What a probed weight is quantized to, with rows of 256s and of 32s: coarse, so that the KL divergence is
+that of the error itself and not of the few tokens that a tiny error already sends to other experts."""
+
+CHECKS = (2.5, 5.25)
+"""Bits per weight of the two whole plans, a coarse one and a fine one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probing:
+    """How much is spent on measuring.
+
+    `tokens` are shared by all probes, each scoring whole rows, at least one and at most
+    `rows`; `sample` weights of every matrix are packed in every format, from at most
+    `experts` experts.
+    """
+
+    tokens: int = 131_072
+    rows: int = 16
+    sample: int = 1 << 15
+    experts: int = 16
+    effort: Effort = "default"
+    gating: Gating = "gate2"
+
+
+def measure(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    ids: Tensor | None,
+    probing: Probing = Probing(),  # frozen
+) -> Sensitivities:
+    """Sensitivities of all candidates for all weights.
+
+    `ids` i64 [rows, n] is text for the probes, better not the text of `calibration`; of
+    a model that does not fit into memory as float32 pass None: relative errors are then
+    measured, and sensitivities come from tables. Raises CheckpointError for a weight that
+    cannot be read.
+    """
+    found = prior_sensitivities(checkpoint.weights, checkpoint.n_layers)
+    errors = {
+        weight.name: sample_errors(weight, _stats(weight, calibration), probing)
+        for weight in tqdm(checkpoint.weights, desc="errors", unit="tensor", disable=None, leave=False)
+    }
+    if ids is None:
+        table = {
+            name: {fmt: error * found.per_error[name] for fmt, error in row.items()}
+            for name, row in errors.items()
+        }
+        return replace(found, table=table, source="relative errors measured, sensitivities from tables")
+    with torch.no_grad():
+        return _Prober(checkpoint, calibration, ids, probing).sensitivities(errors)
+
+
+def wants_probes(checkpoint: Checkpoint, asked: bool | None = None) -> bool:
+    """What was asked for, or else whether the model fits into memory as float32, with room to work."""
+    if asked is not None:
+        return asked
+    free = available_bytes()
+    return free is None or 4.5 * sum(weight.numel for weight in checkpoint.weights) < free
+
+
+def sample_errors(weight: Weight, stats: InputStats | None, probing: Probing) -> dict[str, float]:
+    """Format -> relative squared error that it makes in the output of `weight`, over all of its experts.
+
+    Errors of columns count by the mean square of what they multiply, errors of experts by
+    the sum of the squared router weights of their tokens. Experts are sampled evenly in
+    order of that mass, each standing for its neighbours; rows are sampled evenly.
+    """
+    names = candidates(weight)
+    if len(names) == 1:
+        return {names[0]: 0.0}
+    values = load(weight)
+    stack = values if values.ndim == 3 else values[None]
+    chosen, mass = _sample_experts(stats if len(stack) > 1 else None, len(stack), probing.experts)
+    rows = max(1, min(stack.shape[1], probing.sample // (len(chosen) * stack.shape[2])))
+    at = torch.linspace(0, stack.shape[1] - 1, rows).round().long()
+    sample = stack[chosen][:, at].float()
+    columns = None if stats is None else importance(stats, probing.gating)[chosen]
+    share = torch.ones_like(sample[:, 0]) if columns is None else columns
+    share = share.double() * mass[:, None]
+    total = (sample.double().square().sum(1) * share).sum()
+    errors = {}
+    for name in names:
+        if name == as_stored(weight):
+            errors[name] = 0.0
+            continue
+        fmt = formats.get(name)
+        decoded = formats.dequantize(fmt, formats.quantize(fmt, sample, columns, probing.effort))
+        error = ((sample - decoded).double().square().sum(1) * share).sum()
+        errors[name] = float(error / total.clamp(min=torch.finfo(torch.float64).tiny))
+    return errors
+
+
+def _sample_experts(stats: InputStats | None, experts: int, limit: int) -> tuple[Tensor, Tensor]:
+    """Indices i64 [s] of at most `limit` experts, spread over the order of their mass, and the mass f64 [s]
+    of the experts that each stands for."""
+    mass = torch.ones(experts, dtype=torch.float64) if stats is None else stats.gate_square.double()
+    if not mass.sum():
+        mass = torch.ones_like(mass)
+    strata = torch.argsort(mass, stable=True).tensor_split(min(experts, limit))
+    chosen = torch.stack([stratum[len(stratum) // 2] for stratum in strata])
+    return chosen, torch.stack([mass[stratum].sum() for stratum in strata])
+
+
+def _stats(weight: Weight, calibration: Calibration) -> InputStats | None:
+    return None if weight.site is None else calibration.inputs[weight.site.name]
+
+
+class _Prober:
+    """The whole model in memory, its logits on the probe's rows, and weights swapped in and out."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, calibration: Calibration, ids: Tensor, probing: Probing
+    ) -> None:
+        self.weights, self.calibration, self.probing = checkpoint.weights, calibration, probing
+        model = build_model(checkpoint, EXPERTS)
+        self.params = dict(model.named_parameters(remove_duplicate=False))
+        self.groups = [group for group in groups(checkpoint.weights) if len(candidates(group[0])) > 1]
+        wanted = probing.tokens // (len(self.groups) * ids.shape[1])
+        count = max(1, min(wanted, probing.rows, len(ids)))
+        self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]
+        self.model = Resumable(model, checkpoint.family.layers_at, self.ids)
+
+    def sensitivities(self, errors: Mapping[str, Mapping[str, float]]) -> Sensitivities:
+        """Sensitivities of every group, then how the sensitivities of whole plans add up."""
+        table: dict[str, dict[str, float]] = {}
+        for weight in self.weights:
+            table[weight.name] = dict(errors[weight.name])
+        per_error = dict.fromkeys(table, 0.0)
+        for group in tqdm(self.groups, desc="probe", unit="probe", disable=None, leave=False):
+            probed = {weight.name: _at(PROBE, weight) for weight in group}
+            error = sum(errors[name][fmt] for name, fmt in probed.items())
+            kl = self._kl_with(group, probed)
+            per_error.update(dict.fromkeys(probed, max(kl, 0.0) / error if error else 0.0))
+        table = {
+            name: {fmt: error * per_error[name] for fmt, error in row.items()} for name, row in table.items()
+        }
+        found = Sensitivities(table, per_error, "")
+        linear, root = fit([self._check(found, bits) for bits in CHECKS])
+        tokens = self.ids.shape[0] * (self.ids.shape[1] // 2 - 1)
+        source = f"{len(self.groups)} probes of {tokens:,} tokens each"
+        return replace(found, source=source, linear=linear, root=root)
+
+    def _check(self, sensitivities: Sensitivities, bits: float) -> tuple[float, float]:
+        """(sum of sensitivities, KL divergence) of the best plan with so many bits per weight."""
+        units = make_units(self.weights, sensitivities)
+        smallest = sum(min(option.bytes for option in unit.options) for unit in units)
+        limit = round(bits * sum(weight.numel for weight in self.weights) / 8)
+        types = {}
+        for unit, option in zip(units, allocate(units, max(smallest, limit)), strict=True):
+            types.update(dict.fromkeys((weight.name for weight in unit.weights), option.format))
+        quantized = [weight for group in self.groups for weight in group]
+        total = sum(sensitivities.table[name][fmt] for name, fmt in types.items())
+        return total, self._kl_with(quantized, types)
+
+    def _kl_with(self, weights: Iterable[Weight], types: Mapping[str, str]) -> float:
+        """Mean KL divergence with those weights quantized; they are put back afterwards."""
+        weights = tuple(weights)
+        for weight in weights:
+            self._put(weight, self._quantized(weight, types[weight.name]))
+        logits = self.model.logits(min(weight.layer or 0 for weight in weights))
+        pairs = zip(self.model.base, logits, self.ids, strict=True)
+        kl = torch.cat([score_row(*each).kl for each in pairs])
+        for weight in weights:
+            self._put(weight, load(weight))
+        return float(kl.mean())
+
+    def _quantized(self, weight: Weight, name: str) -> Tensor:
+        """The weight as it decodes from that format."""
+        stats = _stats(weight, self.calibration)
+        columns = None if stats is None else importance(stats, self.probing.gating)
+        values = load(weight)
+        if columns is not None and values.ndim == 2:
+            columns = columns[0]
+        fmt = formats.get(name)
+        return formats.dequantize(fmt, formats.quantize(fmt, values, columns, self.probing.effort))
+
+    def _put(self, weight: Weight, values: Tensor) -> None:
+        put(weight.place.ops, self.params[weight.place.param].data, values)
+
+
+def fit(checks: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """(linear, root) >= 0 such that linear * x + root * sqrt(x) meets both checks (x, KL divergence).
+
+    The square root is what tiny errors do: the number of tokens that they send to other
+    experts grows as the error, not as its square. Where two non-negative numbers cannot
+    meet both checks, the line alone goes between them.
+    """
+    (x1, y1), (x2, y2) = checks
+    if min(x1, x2, y1, y2) <= 0:
+        return 1.0, 0.0
+    bend = x1 * sqrt(x2) - x2 * sqrt(x1)
+    if bend:
+        linear, root = (y1 * sqrt(x2) - y2 * sqrt(x1)) / bend, (x1 * y2 - x2 * y1) / bend
+        if linear >= 0 and root >= 0:
+            return linear, root
+    return sqrt(y1 / x1 * y2 / x2), 0.0
+
+
+def _at(pair: tuple[str, str], weight: Weight) -> str:
+    """The first of the pair when 256 divides the rows, else the second."""
+    return pair[0] if weight.n_in % 256 == 0 else pair[1]
