@@ -32,7 +32,7 @@ class FolderContainer:
 
     def check_target(self, path: Path, plan: Plan) -> None:
         """See `Container`."""
-        folder.check_target(path, self.size(plan))
+        folder.check_target(path, self.checkpoint, plan, self.settings)
 
     def formats(self, plan: Plan) -> dict[str, str]:
         """See `Container`: integers; all else is copied as bytes."""

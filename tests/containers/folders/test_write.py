@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from moequant.containers.folders import write as container
 from moequant.containers.folders.card import Card
 from moequant.containers.folders.shards import INDEX, Entry, ShardWriter, cut
 from moequant.errors import CheckpointError, OutputError, PlanError, VerifyError
+from moequant.files import RECORD
 from tests import models
 from tests.containers.folders.cases import convert, folder_of, own_decoder, packed, quantized
 
@@ -208,8 +210,26 @@ def test_targets_are_checked_before_work_begins(tiny, tmp_path: Path) -> None:
     convert(made, tmp_path / "empty", overwrite=True)
     assert (tmp_path / "empty" / "notes.txt").read_text() == "mine"
     assert not leftovers(tmp_path)
+
+
+def test_what_is_in_the_way_is_said_before_any_work(tiny, tmp_path: Path, monkeypatch) -> None:
+    made, out = folder_of(tiny("mixtral")), tmp_path / "out"
+    convert(made, out)
+    record = json.loads((out / RECORD).read_text())
+    for name in ("LICENSE", "tokenizer_config.json", "model.safetensors"):
+        files = [each for each in record["files"] if each != name]
+        (out / RECORD).write_text(json.dumps(record | {"files": files}))
+        if name == "LICENSE":  # not in the new folder either
+            (out / name).write_text("mine")
+            made.check_target(out, made.plan)
+            continue
+        with pytest.raises(OutputError, match=rf"{name}: was not written by moequant.*move it away"):
+            made.check_target(out, made.plan)
+    made.check_target(tmp_path / "new", made.plan)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1))
     with pytest.raises(OutputError, match="bytes are needed"):
-        container.check_target(tmp_path / "new", 1 << 60)
+        made.check_target(tmp_path / "new", made.plan)
 
 
 def test_nothing_is_left_when_it_fails(tiny, tmp_path: Path) -> None:
