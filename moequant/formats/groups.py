@@ -29,12 +29,12 @@ GROUPS = (32, 64, 128, -1)
 
 BITS = (4, 8)
 
-_SCALES = {
+SCALES = {
     "BF16": (torch.bfloat16,),
     "F16": (torch.float16,),
     "BF16_F16": (torch.bfloat16, torch.float16),
 }
-_NAME = re.compile(r"INT(4|8)_G([1-9]\d*)_(" + "|".join(_SCALES) + ")")
+_NAME = re.compile(r"INT(4|8)_G([1-9]\d*)_(" + "|".join(SCALES) + ")")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +86,22 @@ class GroupFormat:
 
     def storable(self, scale: Tensor) -> Tensor:
         """f32 scales as the file will hold them (0 stays 0, nothing else becomes 0), f32."""
-        for dtype in self.scale_dtypes:
-            limit = torch.finfo(dtype).max
-            tiny = torch.sign(scale) * (2.0**-24 if dtype == torch.float16 else 2.0**-126)
-            near = scale.clamp(-limit, limit).to(dtype).to(torch.float32)
-            scale = torch.where(near.abs() < tiny.abs(), tiny, near)
-        return scale
+        return storable(scale, self.scale_dtypes)
 
     def of_rows(self, n_in: int) -> Format:
         """The block format of rows of `n_in`; `formats.get` knows it by its name, INT4_G128_BF16."""
         self.groups(n_in)
         return _block_format(GroupFormat(self.bits, self.size(n_in), self.scale_dtypes))
+
+
+def storable(scale: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """f32 scales rounded to each of `dtypes` in turn (0 stays 0, nothing else becomes 0), f32."""
+    for dtype in dtypes:
+        limit = torch.finfo(dtype).max
+        tiny = torch.sign(scale) * (2.0**-24 if dtype == torch.float16 else 2.0**-126)
+        near = scale.clamp(-limit, limit).to(dtype).to(torch.float32)
+        scale = torch.where(near.abs() < tiny.abs(), tiny, near)
+    return scale
 
 
 def named(name: str) -> Format | None:
@@ -105,7 +110,7 @@ def named(name: str) -> Format | None:
     if found is None:
         return None
     bits, group, scales = found.groups()
-    return _block_format(GroupFormat(int(bits), int(group), _SCALES[scales]))
+    return _block_format(GroupFormat(int(bits), int(group), SCALES[scales]))
 
 
 # Where in the codes, before rounding, the weight of largest size lands, most useful first: chosen one by one
@@ -153,7 +158,7 @@ def _block_format(fmt: GroupFormat) -> Format:
         codes=range(1 << fmt.bits),
         storable=fmt.storable,
     )
-    scales = next(name for name, dtypes in _SCALES.items() if dtypes == fmt.scale_dtypes)
+    scales = next(name for name, dtypes in SCALES.items() if dtypes == fmt.scale_dtypes)
     limit = min(torch.finfo(dtype).max * fmt.high, torch.finfo(torch.float32).max)
     size = dtype.itemsize + -(-group * fmt.bits // 8)
     return Format(
