@@ -91,13 +91,12 @@ class Blocks:
         return Blocks(self.x[which], self.importance[which], d)
 
 
-def shared_scales(
-    fmt: Format, weights: Tensor, importance: Tensor | None, effort: Effort = "default"
-) -> Tensor | None:
-    """f32 [E, rows, in / block] for weights [E, rows, in] under importance [E, in]; None where no rows share
-    scales. Weights that are no numbers give none, and are for `quantize` to refuse."""
-    if fmt.shared is None:
-        return None
+def shared_scales(fmt: Format, weights: Tensor, importance: Tensor | None, effort: Effort) -> Tensor:
+    """f32 [E, rows, in / block] for weights [E, rows, in] under importance [E, in]: `Shared.find`.
+
+    Of weights that are no numbers come none, and they are for `quantize` to refuse.
+    """
+    assert fmt.shared is not None
     weights = weights.detach().float()
     return fmt.shared.find(weights, _check_importance(weights, importance), effort)
 

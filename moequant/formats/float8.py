@@ -61,6 +61,12 @@ def code_of(level: Tensor) -> Tensor:
     return level.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
+def _levels() -> tuple[float, ...]:
+    """The number of every byte; the two that stand for NaN are never written, and 0 here."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+    return tuple(numbers.nan_to_num(0.0).tolist())
+
+
 @cache
 def _block_format(group: int, dtypes: tuple[torch.dtype, ...]) -> Format:
     block, dtype = group or SIDE, dtypes[-1]
@@ -90,7 +96,7 @@ def _block_format(group: int, dtypes: tuple[torch.dtype, ...]) -> Format:
 
     view = Scalar(
         sub=block,
-        levels=tuple(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist()),
+        levels=_levels(),
         unpack=unpack,
         pack=pack,
         codes=range(256),

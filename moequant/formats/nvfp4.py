@@ -58,6 +58,25 @@ def number_of(d: Tensor) -> Tensor:
     return (1 / d).to(torch.bfloat16).to(torch.float32)
 
 
+def split(rows: Tensor, n_in: int) -> tuple[Tensor, Tensor, Tensor]:
+    """u8 [n, row_bytes] -> f32 [n], the number of each row; u8 [n, in / 16], e4m3; codes u8 [n, in]."""
+    block = gcd(n_in, 64)
+    blocks = rows.view(len(rows), n_in // block, -1)
+    count = block // GROUP
+    numbers = blocks[:, 0, :4].contiguous().view(torch.float32)[:, 0]
+    codes = split_nibbles(blocks[..., 4 + count :].reshape(-1, block // 2), GROUP // 2)
+    return numbers, blocks[..., 4 : 4 + count].flatten(1), codes.view(len(rows), n_in)
+
+
+def join(number: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
+    """The inverse of `split`, for one number [1] of all rows."""
+    rows, n_in = codes.shape
+    block = gcd(n_in, 64)
+    nibbles = join_nibbles(codes.view(-1, block), GROUP // 2)
+    whole = number.view(torch.uint8).expand(len(nibbles), 4)
+    return torch.cat([whole, scales.view(len(nibbles), -1), nibbles], 1).view(rows, -1)
+
+
 @cache
 def _block_format(block: int) -> Format:
     count = block // GROUP

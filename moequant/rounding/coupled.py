@@ -355,9 +355,9 @@ class Coupled:
             if fmt.shared is None or not fmt.shared.across or len(members) == 1:
                 continue
             rows = torch.cat([self._target(weight, experts, grams) for weight in members], 1)
-            seen = sum(half.diagonal(dim1=1, dim2=2).double() for half in grams.halves)
-            d = engine.shared_scales(fmt, rows, usable(seen), self.rounding.options.effort)
-            parts = d.split([weight.shape[-2] for weight in members], 1)
+            first, second = (half.diagonal(dim1=1, dim2=2).double() for half in grams.halves)
+            d = engine.shared_scales(fmt, rows, usable(first + second), self.rounding.options.effort)
+            parts = torch.split(d, [weight.shape[-2] for weight in members], 1)
             found |= {weight.name: part for weight, part in zip(members, parts, strict=True)}
         return found
 

@@ -35,10 +35,10 @@ class Quantizer:
         return self.calibration.inputs[weight.site.name]
 
     def pack(
-        self, weight: Weight, format_name: str, beside: Sequence[Weight] = ()
+        self, weight: Weight, format_name: str, together: Sequence[Weight] = ()
     ) -> tuple[Packed, ExpertLoss]:
         """Load, quantize and measure one weight; one that is stored in that very format is taken over as it
-        is. `beside` are the others that must have the same scale of their matrices, where a format has one.
+        is. `together` are the weights, with this one, that have one scale of their matrices in some formats.
 
         CheckpointError names a weight that is not finite.
         """
@@ -56,7 +56,7 @@ class Quantizer:
         matrix = values if values.ndim > 1 else values[None]
         fmt = formats.get(format_name)
         try:
-            shared = self._shared(fmt, matrix, columns, beside)
+            shared = self._shared(fmt, weight, columns, together) if len(together) > 1 else None
             data = formats.quantize(fmt, matrix, columns, self.effort, shared=shared)
         except FormatError as error:
             raise CheckpointError(not_finite(weight, values) or f"{weight.name}: {error}") from error
@@ -70,18 +70,18 @@ class Quantizer:
         )
         return Packed(weight, format_name, data), loss
 
-
     def _shared(
-        self, fmt: formats.Format, matrix: Tensor, columns: Tensor | None, beside: Sequence[Weight]
+        self, fmt: formats.Format, weight: Weight, columns: Tensor | None, together: Sequence[Weight]
     ) -> Tensor | None:
-        """The scales that rows have in common, of this matrix [.., out, in] and those beside it."""
+        """The scales that the rows of this weight have in common with others, where its format has such."""
         if fmt.shared is None or not fmt.shared.across:
             return None
-        rows = torch.cat([matrix, *map(load, beside)], -2)
+        rows = torch.cat([load(each) for each in together], -2)
         stack = rows.reshape(-1, *rows.shape[-2:])
         flat = None if columns is None else columns.reshape(len(stack), -1)
         found = engine.shared_scales(fmt, stack, flat, self.effort)
-        return None if found is None else found[:, : matrix.shape[-2]]
+        parts = torch.split(found, [each.shape[-2] for each in together], 1)
+        return parts[[each.name for each in together].index(weight.name)]
 
 
 def relative_error(fmt: formats.Format, values: Tensor, data: Tensor, columns: Tensor | None) -> Tensor:
@@ -110,10 +110,14 @@ def pack_all(
 ) -> Iterator[tuple[Packed, ExpertLoss]]:
     """Every weight of `formats`, in the checkpoint's order, packed when asked for."""
     wanted = [weight for weight in checkpoint.weights if weight.name in formats]
+    together: dict[tuple[str, str], list[Weight]] = {}
     for weight in wanted:
-        name, site = formats[weight.name], weight.site
-        same = [w for w in wanted if w.site == site and formats[w.name] == name and w is not weight]
-        yield quantizer.pack(weight, name, same if site is not None else [])
+        if weight.site is not None:
+            together.setdefault((weight.site.name, formats[weight.name]), []).append(weight)
+    for weight in wanted:
+        name = formats[weight.name]
+        key = ("" if weight.site is None else weight.site.name, name)
+        yield quantizer.pack(weight, name, together.get(key, ()))
 
 
 def progress(

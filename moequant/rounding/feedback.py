@@ -165,9 +165,7 @@ def usable(diagonal: Tensor) -> Tensor:
     return torch.where(good, diagonal.double(), 1.0)
 
 
-def _plain(
-    fmt: Format, target: Tensor, hessian: Tensor, options: Options, shared: Tensor | None
-) -> Tensor:
+def _plain(fmt: Format, target: Tensor, hessian: Tensor, options: Options, shared: Tensor | None) -> Tensor:
     """The diagonal search, with what the Hessian's diagonal still says."""
     columns = usable(hessian.diagonal())
     return formats.quantize(fmt, target, columns, options.effort, threads=options.threads, shared=shared)
