@@ -153,7 +153,21 @@ def test_links_into_the_cache_of_hugging_face_are_followed(tiny, tmp_path: Path)
 @pytest.mark.parametrize(
     "changes, settings, message",
     [
-        ({}, {"bits": 3}, "--bits 3: loaders take 4 or 8"),
+        ({}, {"bits": 9}, "--bits 9: loaders take 2 to 8"),
+        ({}, {"scheme": "W4A15"}, "--scheme W4A15: no such scheme; there are W2A16, W3A16"),
+        ({}, {"scheme": "W4A16", "bits": 4}, "say the same thing"),
+        ({}, {"scheme": "NVFP4A16", "group_size": 32}, "--group-size 32: NVFP4A16 has its own"),
+        ({}, {"scheme": "FP8_BLOCK", "layout": "gptq"}, "gptq holds W4A16 and W8A16, not FP8_BLOCK"),
+        (
+            {},
+            {"scheme": "FP8_BLOCK", "tp": 4},
+            r"experts.gate: FP8_BLOCK has a scale for 128 rows, which does not divide 64",
+        ),
+        (
+            {"moe_intermediate_size": 48},
+            {"scheme": "MXFP4A16"},
+            "experts.down: MXFP4A16 has a scale for 32 weights, which does not divide rows of 48",
+        ),
         ({}, {"group_size": 100}, "--group-size 100: loaders take 32, 64, 128 or -1"),
         (
             {"moe_intermediate_size": 96},
