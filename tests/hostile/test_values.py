@@ -10,7 +10,7 @@ import torch
 
 from moequant.checkpoint import open_checkpoint
 from moequant.checkpoint.codecs.declared import read_config
-from moequant.checkpoint.headers import belongs
+from moequant.checkpoint.folder import Folder, belongs
 from moequant.commands.route import RouteSettings
 from moequant.containers.gguf.families.base import Key
 from moequant.containers.gguf.sizes import Budget, parse_size
@@ -174,4 +174,4 @@ def test_a_shard_of_a_name_that_no_file_has(tmp_path: Path) -> None:
     for name in ("x" * 300 + ".safetensors", "\\ud800.safetensors"):
         (tmp_path / INDEX).write_text(f'{{"weight_map": {{"a": "{name}"}}}}')
         with pytest.raises(CheckpointError, match="was expected"):
-            read_headers(tmp_path)
+            read_headers(Folder(tmp_path, {}))

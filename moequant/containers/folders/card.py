@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
-from moequant.checkpoint.headers import belongs
+from moequant.checkpoint.folder import belongs
 from moequant.containers.base import Made
 from moequant.containers.folders.plan import KEPT, FolderSettings, scheme_groups
 from moequant.containers.folders.schemes import find

@@ -196,7 +196,7 @@ def _chunks(stored: Stored) -> Iterator[Bytes]:
             yield _finite(stored, _bytes(stored.read(index).to(torch.bfloat16)), "BF16")
         return
     (ref,) = stored.parts.values()
-    with ref.file.open("rb") as file:
+    with ref.file.open() as file:
         file.seek(ref.begin)
         for at in range(ref.begin, ref.end, _CHUNK):
             yield _finite(stored, file.read(min(_CHUNK, ref.end - at)), stored.dtype)
