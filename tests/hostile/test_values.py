@@ -10,7 +10,7 @@ import torch
 
 from moequant.checkpoint import open_checkpoint
 from moequant.checkpoint.codecs.declared import read_config
-from moequant.checkpoint.folder import Folder, belongs
+from moequant.checkpoint.folder import Folder, belongs, folder_of
 from moequant.commands.route import RouteSettings
 from moequant.containers.gguf.families.base import Key
 from moequant.containers.gguf.sizes import Budget, parse_size
@@ -146,7 +146,7 @@ def test_layers_without_end_are_refused_before_any_is_looked_at(tmp_path: Path, 
     models.edit_config(folder, num_hidden_layers=layers)
     with pytest.raises(FamilyError, match=r"num_hidden_layers = .*more than any model has"):
         open_checkpoint(folder)
-    assert any("more than any model has" in line for line in inspect_folder(folder).missing)
+    assert any("more than any model has" in line for line in inspect_folder(folder_of(folder)).missing)
 
 
 def test_a_plan_that_is_a_pipe(tmp_path: Path) -> None:
