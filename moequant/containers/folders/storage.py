@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moequant import formats
 from moequant.containers.folders.shards import Entry
 from moequant.formats import float8, groups, nvfp4
 from moequant.formats.float8 import SIDE
@@ -265,6 +266,13 @@ class Nvfp4:
         """See `Storage`."""
         codes, scales = _single(stored["weight_packed"]), stored["weight_scale"].view(torch.uint8)
         return nvfp4.join(stored["weight_global_scale"], scales, codes)
+
+
+def decode(storage: Storage, stored: Mapping[str, Tensor], n_in: int) -> Tensor:
+    """What loaders of a folder make of a module's tensors, in their precision: f32 [out, in]."""
+    if isinstance(storage, GptqIntegers):  # in f16, whatever the checkpoint is in
+        return groups.decode(storage.fmt, *storage.integers(stored, n_in)).float()
+    return formats.dequantize(storage.block_format(n_in), storage.packed(stored, n_in))
 
 
 def _pairs(codes: Tensor) -> Tensor:

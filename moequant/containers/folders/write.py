@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moequant import __version__, formats
+from moequant import __version__
 from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Written
 from moequant.containers.folders import compressed_tensors, gptq, shards, side_files
@@ -34,7 +34,7 @@ from moequant.containers.folders.plan import (
 )
 from moequant.containers.folders.schemes import find
 from moequant.containers.folders.shards import Bytes, Entry, Shard, ShardWriter
-from moequant.containers.folders.storage import Storage
+from moequant.containers.folders.storage import Storage, decode
 from moequant.errors import CheckpointError, OutputError, VerifyError
 from moequant.files import RECORD, check_kept, check_space
 from moequant.values import Packed, Plan, Stored, Weight
@@ -138,8 +138,7 @@ def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: Folde
         weight = by_name[name]
         expert = number % weight.matrices
         theirs = on_disk.decode(weight, expert).float()
-        data = storage.packed(on_disk.stored(weight, expert), weight.n_in)
-        ours = formats.dequantize(storage.block_format(weight.n_in), data)
+        ours = decode(storage, on_disk.stored(weight, expert), weight.n_in)
         if not torch.equal(ours, theirs) or not torch.isfinite(theirs).all():
             module = modules(weight)[expert]
             raise VerifyError(f"{written.path}: {module} decodes to other values than meant")

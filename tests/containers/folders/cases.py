@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moequant import formats
 from moequant.checkpoint import open_checkpoint
 from moequant.containers.base import Made
 from moequant.containers.folders import compressed_tensors, schemes
+from moequant.containers.folders import storage as storages
 from moequant.containers.folders.container import FolderContainer
 from moequant.containers.folders.plan import FolderSettings
 from moequant.containers.folders.read import Decode, FolderWeights
@@ -72,7 +72,6 @@ def _decoder(config: Mapping[str, Any]) -> Decode:
         assert codes is not None
         per_byte = 1 if "weight" in stored else 2
         n_in = int(stored["weight_shape"][1]) if "weight_shape" in stored else codes.shape[1] * per_byte
-        data = storage.packed(stored, n_in)
-        return formats.dequantize(storage.block_format(n_in), data).to(dtype)
+        return storages.decode(storage, stored, n_in).to(dtype)
 
     return decode

@@ -81,7 +81,9 @@ def test_side_files_and_card(tiny, tmp_path: Path) -> None:
     record = json.loads((out / "moequant.json").read_text())
     files = [file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()]
     assert record["files"] == sorted(files), "all of them are moequant's"
-    assert record["settings"]["group_size"] == 128 and record["made_by"].startswith("moequant ")
+    assert record["quantization_config"]["format"] == "pack-quantized" and record["made_by"].startswith(
+        "moequant "
+    )
     decoder = own_decoder(out)
     for name in decoder.tensors:
         raw = decoder.tensor(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
