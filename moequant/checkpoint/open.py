@@ -52,12 +52,8 @@ class Checkpoint:
 
     @property
     def repository(self) -> str:
-        """What the Hub calls the model, ORG/NAME, if it lies in Hugging Face's cache; else the folder's
-        name."""
-        folder = self.path.resolve()
-        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-            return folder.parents[1].name.removeprefix("models--").replace("--", "/")
-        return folder.name
+        """See `repository`."""
+        return repository(self.path)
 
     @property
     def name(self) -> str:
@@ -88,6 +84,15 @@ class Checkpoint:
     def with_weights(self, weights: tuple[Weight, ...]) -> Checkpoint:
         """The same model cut into other weights: as a container refines them."""
         return replace(self, weights=weights)
+
+
+def repository(path: Path) -> str:
+    """What the Hub calls the model of a folder, ORG/NAME, if it lies in Hugging Face's cache; else the
+    folder's name."""
+    folder = path.resolve()
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

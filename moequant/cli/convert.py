@@ -38,16 +38,31 @@ class Format(StrEnum):
 
 def convert(
     model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="GGUF file to write, or folder.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="GGUF file to write, or folder. For several sizes a folder (its files are named "
+            "MODEL-SIZE.gguf), or a name with {type} in it, such as out-{type}.gguf.",
+        ),
+    ],
     type_: Annotated[
-        str | None, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset of a file: {PRESETS}.")
+        str | None,
+        typer.Option(
+            "--type",
+            "-t",
+            metavar="TYPE,…",
+            help=f"Preset of a file, or several, a file for each: {PRESETS}.",
+        ),
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Largest file, such as 14G, instead of a type."),
+        typer.Option(metavar="SIZE,…", help="Largest file, such as 14G or 10G,12G,14G, instead of a type."),
     ] = None,
     bpw: Annotated[
-        float | None, typer.Option(metavar="BITS", help="Bits per weight at most, instead of a type.")
+        str | None, typer.Option(metavar="BITS,…", help="Bits per weight at most, instead of a type.")
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Types from a JSON file that `moequant plan -o` wrote, maybe edited.")
@@ -111,8 +126,8 @@ def convert(
     ] = False,
 ) -> None:
     """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what it cost."""
-    from moequant.commands.convert import Settings, open_job  # torch is imported only when there is work
-    from moequant.commands.convert import convert as run
+    from moequant.commands.convert import Settings, convert_all  # torch is imported only when there is work
+    from moequant.commands.convert import open_jobs as opened
     from moequant.report.dry_run import dry_run_table
 
     settings = guarded(
@@ -143,20 +158,20 @@ def convert(
         )
     )
     if dry_run:
-        job = guarded(lambda: open_job(model, settings))
-        total = guarded(lambda: job.size)
-        console().print(dry_run_table(job.container.checkpoint, job.plan, total, job.limit))
+        for job in guarded(lambda: opened(model, settings)):
+            total = guarded(lambda: job.size)  # noqa: B023  called at once
+            console().print(dry_run_table(job.container.checkpoint, job.plan, total, job.limit))
         return
     guarded(lambda: _announce(model, settings))
-    guarded(lambda: console().print(run(model, out, settings).renderable()))
+    guarded(lambda: console().print(convert_all(model, out, settings).renderable()))
 
 
 def _announce(model: Path, settings: Settings) -> None:
     """Says what effort best will take, before it starts."""
-    from moequant.commands.convert import gradients, open_job
+    from moequant.commands.convert import gradients, open_jobs
 
     if settings.effort != "best":
         return
-    job = open_job(model, settings)
-    if job.quantizes:
+    job, *others = open_jobs(model, settings)
+    if any(each.quantizes for each in (job, *others)):
         typer.echo(f"moequant: {gradients(job.container.checkpoint, settings)}", err=True)

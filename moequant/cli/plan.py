@@ -17,11 +17,11 @@ def plan(
         typer.Option(metavar="SIZE,…", help="File sizes to plan for, such as 10G,12G,14GiB."),
     ] = None,
     bpw: Annotated[
-        float | None, typer.Option(metavar="BITS", help="Plan for so many bits per weight.")
+        str | None, typer.Option(metavar="BITS,…", help="Plan for so many bits per weight.")
     ] = None,
     type_: Annotated[
         str | None,
-        typer.Option("--type", "-t", metavar="TYPE", help="Plan for the size of llama.cpp's preset."),
+        typer.Option("--type", "-t", metavar="TYPE,…", help="Plan for the size of llama.cpp's preset."),
     ] = None,
     out: Annotated[
         Path | None,

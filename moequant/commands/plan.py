@@ -64,12 +64,11 @@ class Survey:
     curve: Curve
 
 
-def budgets(sizes: str | None, bpw: float | None, preset: str | None) -> tuple[Budget, ...]:
-    """What a person asked for; sizes are separated by commas. PlanError for what is no budget."""
-    named = [Budget.of_size(part) for part in sizes.split(",")] if sizes is not None else []
-    named += [Budget.of_bpw(bpw)] if bpw is not None else []
-    named += [Budget.of_preset(preset)] if preset is not None else []
-    return tuple(named)
+def budgets(sizes: str | None, bpw: str | None, preset: str | None) -> tuple[Budget, ...]:
+    """What a person asked for, of each kind several with commas between them. PlanError for what is no
+    budget."""
+    kinds = ((sizes, Budget.of_size), (bpw, Budget.of_bpw), (preset, Budget.of_preset))
+    return tuple(make(part.strip()) for text, make in kinds if text is not None for part in text.split(","))
 
 
 def survey(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,10 @@ FormatName = Literal["gguf", "safetensors", "gptq"]
 PRESET = "Q4_K_M"
 """The size of a GGUF file when nobody says."""
 
-_OF_FILES = ("type", "size", "bpw", "plan")
+SIZES = ("type", "size", "bpw")
+"""Each may name several sizes, separated by commas: a file for each."""
+
+_OF_FILES = (*SIZES, "plan")
 _OF_FOLDERS = ("bits", "group_size", "quantize_attention", "tp")
 
 
@@ -27,12 +30,13 @@ class Settings:
     """What a conversion may be told; the defaults are the recommendation.
 
     `format` says what is written: a GGUF file, or a folder. How large a file is, one of these says: `size`
-    (bytes, as people write them), `bpw`, `plan` (a plan's JSON) or `type`, a preset. How large a folder is:
-    `bits` and `group_size`; `tp` GPUs will share each weight. `calib` and `eval` are texts as `corpus.read`
-    takes them, None the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant
-    route`) or `imatrix` (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is written
-    beside the file. `self_check` holds our reading of the folder against transformers'. `coupled` rounds
-    each layer towards what full precision would have made of what the layers before it lost.
+    (bytes, as people write them), `bpw`, `plan` (a plan's JSON) or `type`, a preset. All but `plan` may name
+    several, with commas between them, which `convert_all` writes. How large a folder is: `bits` and
+    `group_size`; `tp` GPUs will share each weight. `calib` and `eval` are texts as `corpus.read` takes them,
+    None the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant route`) or
+    `imatrix` (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is written beside the file.
+    `self_check` holds our reading of the folder against transformers'. `coupled` rounds each layer towards
+    what full precision would have made of what the layers before it lost.
 
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
@@ -46,7 +50,7 @@ class Settings:
     gating: Gating = "gate2"
     seed: int = 0
     size: str | None = None
-    bpw: float | None = None
+    bpw: float | str | None = None
     plan: Path | None = None
     coupled: bool = True
     stats: Path | None = None
@@ -79,16 +83,37 @@ class Settings:
                     f"{' and '.join(map(_option, sizes))} each say how large the file is; give one of them"
                 )
             if self.plan is None:
-                _ = self.budget
+                labels = [each.budget.label for each in self.each]
+                if twice := [label for label in labels if labels.count(label) > 1]:
+                    raise PlanError(f"{twice[0]}: is named twice; name every size once")
         if self.stats is not None and self.imatrix is not None:
             raise PlanError(f"{self.stats}, {self.imatrix}: two sources of statistics; name one")
 
     @property
+    def each(self) -> tuple[Settings, ...]:
+        """The same for every size that is named, in the order of their names."""
+        for name in SIZES:
+            value = getattr(self, name)
+            if isinstance(value, str) and "," in value:
+                parts: list[dict[str, Any]] = [{name: part.strip()} for part in value.split(",")]
+                return tuple(replace(self, **part) for part in parts)
+        return (self,)
+
+    @property
+    def label(self) -> str:
+        """What the size is called in a file's name."""
+        return self.budget.label if self.plan is None else self.plan.stem
+
+    @property
     def budget(self) -> Budget:
-        """The size of a GGUF file that was asked for; PlanError for what is none."""
+        """The one size of a GGUF file that was asked for; PlanError for what is none."""
         if self.size is not None:
             return Budget.of_size(self.size)
-        return Budget.of_bpw(self.bpw) if self.bpw is not None else Budget.of_preset(self.type or PRESET)
+        return (
+            Budget.of_bpw(self.bpw)
+            if self.bpw is not None
+            else Budget.of_preset(PRESET if self.type is None else self.type)
+        )
 
     @property
     def folder(self) -> FolderSettings:

@@ -51,15 +51,8 @@ class Report:
         if self.comparison is not None:
             parts.append(line(f"{self.comparison.tokens:,} tokens scored of: {self.comparison.source}\n"))
         parts.append(_types(self))
-        if self.calibration is not None:
-            parts.append(
-                line(f"calibrated on {self.calibration.tokens:,} tokens of: {self.calibration.source}\n")
-            )
-        if seen := _seen(self):
-            parts += [_routing(seen), *_unseen(seen), _worst(self.losses)]
-        parts += [line(note) for note in _fallbacks(self.losses)]
-        parts += [line(f"note: {note}") for note in self.notes]
-        parts.append(_stages(self.stages))
+        parts += made_how(self, worst=True)
+        parts.append(stages(self.stages))
         return Group(*parts)
 
     def summary(self, width: int = 100) -> str:
@@ -71,6 +64,18 @@ class Report:
         return file.getvalue().rstrip() + "\n"
 
 
+def made_how(report: Report, worst: bool = False) -> list[RenderableType]:
+    """What text the experts saw, which of them it hit worst if that is asked for, and notes."""
+    parts: list[RenderableType] = []
+    if (found := report.calibration) is not None:
+        parts.append(line(f"calibrated on {found.tokens:,} tokens of: {found.source}\n"))
+    if seen := _seen(report):
+        parts += [_routing(seen), *_unseen(seen)]
+        parts += [_worst(report.losses)] if worst else []
+    parts += [line(note) for note in _fallbacks(report.losses)]
+    return parts + [line(f"note: {note}") for note in report.notes]
+
+
 def _before_after(report: Report) -> Table:
     made = table("", "", "before", "after", "change")
     source = report.checkpoint.source_bytes
@@ -80,8 +85,8 @@ def _before_after(report: Report) -> Table:
     found = report.comparison
     if found is not None:
         base, now = found.base_perplexity, found.perplexity
-        made.add_row("perplexity", _pm(base, 3), _pm(now, 3), f"{now.value / base.value - 1:+.2%}")
-        made.add_row("KL divergence, mean", "", _pm(found.kl_mean, 5), "")
+        made.add_row("perplexity", estimate(base, 3), estimate(now, 3), f"{now.value / base.value - 1:+.2%}")
+        made.add_row("KL divergence, mean", "", estimate(found.kl_mean, 5), "")
         if report.plan.kl is not None:
             made.add_row("  expected by the plan", "", f"{report.plan.kl:.5f}", "")
         made.add_row("KL divergence, median / 99 %", "", f"{found.kl_median:.5f} / {found.kl_99:.4f}", "")
@@ -89,8 +94,9 @@ def _before_after(report: Report) -> Table:
     return made
 
 
-def _pm(estimate: Estimate, digits: int) -> str:
-    return f"{estimate.value:.{digits}f} ± {estimate.error:.{digits}f}"
+def estimate(found: Estimate, digits: int) -> str:
+    """A figure with its error."""
+    return f"{found.value:.{digits}f} ± {found.error:.{digits}f}"
 
 
 def _types(report: Report) -> Table:
@@ -168,9 +174,10 @@ def _fallbacks(losses: tuple[ExpertLoss, ...]) -> list[str]:
     return [f"rounded by the plain search, {count} times: {reason}" for reason, count in reasons.items()]
 
 
-def _stages(stages: tuple[StageCost, ...]) -> Table:
+def stages(costs: tuple[StageCost, ...]) -> Table:
+    """What every stage took."""
     made = table("cost", "stage", "seconds", "peak memory", "read")
-    for cost in stages:
+    for cost in costs:
         read = "" if cost.read_bytes is None else size(cost.read_bytes)
         made.add_row(cost.name, f"{cost.seconds:.1f}", size(cost.peak_bytes), read)
     return made
