@@ -106,7 +106,7 @@ def test_names_are_those_that_a_person_expects(tmp_path: Path) -> None:
     ("sizes", "says"),
     [
         ({"type": "Q4_K_M,Q4_K_M"}, "Q4_K_M: is named twice"),
-        ({"type": "Q4_K_M,"}, "a size without a name"),
+        ({"type": "Q4_K_M,"}, "unknown type ''"),
         ({"type": "Q4_K_M,Q9"}, "unknown type 'Q9'"),
         ({"size": "1G,lots"}, "size 'lots'"),
         ({"bpw": "4,four"}, "four bits per weight"),
