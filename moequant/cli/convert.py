@@ -13,12 +13,14 @@ from moequant.cli.common import (
     PRESETS,
     Calib,
     CalibTokens,
+    Details,
     Device,
     Effort,
     EffortOption,
     Overwrite,
     Ram,
     Seed,
+    TensorType,
     console,
     guarded,
     ram_bytes,
@@ -67,6 +69,7 @@ def convert(
     plan: Annotated[
         Path | None, typer.Option(help="Types from a JSON file that `moequant plan -o` wrote, maybe edited.")
     ] = None,
+    tensor_type: TensorType = None,
     calib: Calib = None,
     calib_tokens: CalibTokens = 131_072,
     eval_: Annotated[
@@ -95,6 +98,13 @@ def convert(
     imatrix_out: Annotated[
         Path | None, typer.Option(help="Also write the statistics as an imatrix for llama-quantize.")
     ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|FOLDER",
+            help="Also write a README.md for the Hugging Face Hub: files, what they lost, how to run them.",
+        ),
+    ] = None,
     format_: Annotated[
         Format,
         typer.Option("--format", help="gguf for llama.cpp; safetensors or gptq folders for vLLM."),
@@ -117,6 +127,7 @@ def convert(
     ] = True,
     ram: Ram = None,
     device: Device = "cpu",
+    details: Details = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[
         bool,
@@ -128,6 +139,7 @@ def convert(
     """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what it cost."""
     from moequant.commands.convert import Settings, convert_all  # torch is imported only when there is work
     from moequant.commands.convert import open_jobs as opened
+    from moequant.report.conversion import next_steps
     from moequant.report.dry_run import dry_run_table
 
     settings = guarded(
@@ -142,10 +154,12 @@ def convert(
             size=size,
             bpw=bpw,
             plan=plan,
+            tensor_type=tuple(tensor_type or ()),
             coupled=coupled,
             stats=stats,
             imatrix=imatrix,
             imatrix_out=imatrix_out,
+            card=card,
             ram=ram_bytes(ram),
             device=device,
             overwrite=overwrite,
@@ -163,7 +177,8 @@ def convert(
             console().print(dry_run_table(job.container.checkpoint, job.plan, total, job.limit))
         return
     guarded(lambda: _announce(model, settings))
-    guarded(lambda: console().print(convert_all(model, out, settings).renderable()))
+    made = guarded(lambda: convert_all(model, out, settings))
+    console().print(made.renderable(details), next_steps(made), sep="\n")
 
 
 def _announce(model: Path, settings: Settings) -> None:

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import Calib, CalibTokens, Effort, EffortOption, Overwrite, Seed, console, guarded
+from moequant.cli.common import (
+    Calib,
+    CalibTokens,
+    Effort,
+    EffortOption,
+    Overwrite,
+    Seed,
+    TensorType,
+    console,
+    guarded,
+)
 
 
 def plan(
@@ -23,6 +33,7 @@ def plan(
         str | None,
         typer.Option("--type", "-t", metavar="TYPE,…", help="Plan for the size of llama.cpp's preset."),
     ] = None,
+    tensor_type: TensorType = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Write the plan as JSON, to read, edit and give to convert --plan."),
@@ -58,7 +69,7 @@ def plan(
     from moequant.commands.plan import budgets as budgets_of
     from moequant.report.curve import curve_tables
 
-    settings = PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed)
+    settings = PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed, tuple(tensor_type or ()))
     outputs = Outputs(out, curve, overwrite)
     wanted = guarded(lambda: budgets_of(sizes, bpw, type_))
 

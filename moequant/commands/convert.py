@@ -11,11 +11,12 @@ from pathlib import Path
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.commands.job import Job, measured, open_job, open_jobs
-from moequant.commands.outputs import check_targets, claimed, keeping, names
+from moequant.commands.outputs import card_path, check_targets, claimed, keeping, names
 from moequant.commands.settings import Settings
 from moequant.commands.statistics import all_sites, given_statistics
 from moequant.commands.text import Texts, texts
-from moequant.containers.base import Made, Written
+from moequant.containers.base import Written
+from moequant.containers.folders.container import FolderContainer
 from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
@@ -27,7 +28,7 @@ from moequant.files import atomic, atomic_folder
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
 from moequant.progress import Meter
-from moequant.report import Conversion, Report
+from moequant.report import Conversion, How, Report, card
 from moequant.rounding.coupled import Rounding
 from moequant.rounding.diagonal import Quantizer, pack_all, progress
 from moequant.rounding.layerwise import round_checkpoint
@@ -114,26 +115,16 @@ def _convert(model: Path, outs: Sequence[Path], settings: Settings) -> Conversio
     if read.evaluation is not None:
         with meter.stage("compare"), keeping(outs):
             comparisons = _compared(done, read.evaluation)
-    for each, comparison in zip(done, comparisons, strict=True):
-        each.job.container.describe(each.written.path, _description(each.job, known, comparison))
-    stages = tuple(meter.costs)
-    return Conversion(
+    made = Conversion(
         tuple(
-            Report(
-                model=model,
-                out=each.written.path,
-                file_bytes=each.written.bytes,
-                checkpoint=checkpoint,
-                plan=each.job.plan,
-                calibration=calibration,
-                losses=each.losses,
-                comparison=comparison,
-                stages=stages,
-                notes=_notes(each),
-            )
+            _report(each, known, comparison, meter)
             for each, comparison in zip(done, comparisons, strict=True)
         )
     )
+    if (path := card_path(outs, settings)) is not None:
+        with keeping(outs):
+            card.write(made, path, settings.imatrix_out)
+    return made
 
 
 def gradients(checkpoint: Checkpoint, settings: Settings) -> Needs | None:
@@ -173,7 +164,6 @@ def _made(job: Job, out: Path, known: Known, meter: Meter, is_first: bool) -> Fi
             with meter.stage("self-check"):
                 decoded = container.open(written.path).load if job.keeps else None
                 checked = self_check(job.model, decoded)
-        container.describe(partial, _description(job, known, None))
     return Finished(job, replace(written, path=out), tuple(losses), checked)
 
 
@@ -206,29 +196,29 @@ def _compared(done: Sequence[Finished], rows: Rows) -> list[Comparison]:
     return [each.comparison for each in found]
 
 
-def _description(job: Job, known: Known, comparison: Comparison | None) -> Made:
-    """What a card tells."""
+def _report(finished: Finished, known: Known, comparison: Comparison | None, meter: Meter) -> Report:
+    """What is told of an output."""
+    job, container = finished.job, finished.job.container
     rounded_on = None if job.settings.effort == "fast" else known.texts.calibration
-    measured = () if comparison is None else _lines(comparison)
-    return Made(job.plan, known.calibration, rounded_on, job.settings.coupled, measured)
-
-
-def _lines(found: Comparison) -> tuple[tuple[str, str], ...]:
-    """What a card says of the comparison."""
-    before, after = found.base_perplexity, found.perplexity
-    return (
-        ("scored", f"{found.tokens:,} tokens of {found.source}"),
-        ("perplexity before", f"{before.value:.3f} ± {before.error:.3f}"),
-        ("perplexity after", f"{after.value:.3f} ± {after.error:.3f}"),
-        ("KL divergence, mean", f"{found.kl_mean.value:.5f} ± {found.kl_mean.error:.5f}"),
-        ("same top token", f"{found.same_top:.2%}"),
+    is_folder = isinstance(container, FolderContainer)
+    return Report(
+        model=job.model.path,
+        out=finished.written.path,
+        file_bytes=finished.written.bytes,
+        checkpoint=container.checkpoint,
+        plan=job.plan,
+        calibration=known.calibration,
+        losses=finished.losses,
+        comparison=comparison,
+        stages=tuple(meter.costs),
+        notes=_notes(job),
+        checked=None if finished.checked is None else finished.checked.note,
+        how=How(rounded_on, job.settings.coupled, job.settings.folder if is_folder else None),
     )
 
 
-def _notes(finished: Finished) -> tuple[str, ...]:
+def _notes(job: Job) -> tuple[str, ...]:
     """What a person should know about this output, and could not guess from the tables."""
-    model, checked = finished.job.model, finished.checked
-    dense = ["a dense model: there are no experts to treat one by one"] if not model.n_experts else []
-    skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in model.skipped.items()]
-    held = [] if checked is None else [checked.note]
-    return (*finished.job.container.notes, *dense, *skipped, *held)
+    dense = ["a dense model: there are no experts to treat one by one"] if not job.model.n_experts else []
+    skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in job.model.skipped.items()]
+    return (*job.container.notes, *dense, *skipped)

@@ -105,7 +105,7 @@ def measured(jobs: Sequence[Job], calibration: Calibration, probes: Rows) -> tup
     file, settings = jobs[0].container, jobs[0].settings
     assert isinstance(file, GgufContainer)
     ids = probes.ids if wants_probes(file.checkpoint) else None
-    found = measure(file.checkpoint, calibration, ids, Probing(gating=settings.gating))
+    found = measure(file.checkpoint, calibration, ids, Probing(gating=settings.gating), _pins(file, settings))
     left = LEFT_COUPLED if settings.coupled else LEFT_BY_HESSIANS
     found = found.after({name: left for row in found.table.values() for name in row})
     return tuple(
@@ -118,4 +118,10 @@ def _chosen(file: GgufContainer, settings: Settings, sensitivities: plan.Sensiti
     weights = file.checkpoint.weights
     bare = plan.plan_from_types(weights, {weight.name: "F32" for weight in weights})
     overhead = file.overhead(bare)
-    return plan.make_plan(weights, settings.budget, facts(file.exported), sensitivities, overhead)
+    pins = _pins(file, settings)
+    return plan.make_plan(weights, settings.budget, facts(file.exported), sensitivities, overhead, pins)
+
+
+def _pins(file: GgufContainer, settings: Settings) -> dict[str, str]:
+    """The types that a person pinned."""
+    return plan.pinned(settings.tensor_type, file.checkpoint.weights, file.exported.names)

@@ -16,6 +16,10 @@ TYPE = "{type}"
 """Stands for a size in a name: `a-{type}.gguf` is `a-Q4_K_M.gguf`, `a-12G.gguf` or `a-3.5bpw.gguf`."""
 
 
+CARD = "README.md"
+"""What the Hub shows of a repository."""
+
+
 def names(model: Path, out: Path, settings: Settings) -> tuple[Path, ...]:
     """The output of every size that `settings` name.
 
@@ -43,13 +47,22 @@ def claimed(model: Path, outs: Sequence[Path], settings: Settings) -> Iterator[N
     A folder for several files is made here, and is gone again if nothing came to lie in it.
     """
     is_file = settings.format == "gguf"
-    files = (*(outs if is_file else ()), settings.imatrix_out)
+    files = (*(outs if is_file else ()), settings.imatrix_out, card_path(outs, settings) if is_file else None)
     inputs = (model, *settings.inputs)
     with (
         _made(outs[0].parent) if len(outs) > 1 else nullcontext(),
         claim(*files, folder=None if is_file else outs[0], overwrite=settings.overwrite, inputs=inputs),
     ):
         yield
+
+
+def card_path(outs: Sequence[Path], settings: Settings) -> Path | None:
+    """Where README.md goes: into a folder that is written, beside files where a person says so."""
+    if settings.format != "gguf":
+        return outs[0] / CARD
+    if settings.card is None or settings.card.suffix == ".md":
+        return settings.card
+    return settings.card / CARD
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class PlanSettings:
 
     `calib` is text as `corpus.read` takes it, None the bundled one; `stats` are statistics
     that `moequant route` saved, which replace the calibration pass. `probes` None probes
-    when the model fits into memory.
+    when the model fits into memory. `tensor_type` pins types, see `plan.pinned`.
     """
 
     calib: str | Path | None = None
@@ -41,6 +41,7 @@ class PlanSettings:
     probes: bool | None = None
     effort: Effort = "default"
     seed: int = 0
+    tensor_type: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +91,22 @@ def survey(
     _check(outputs, budgets)
     with claimed(outputs, model, settings.calib, settings.stats):
         pass  # refused now, not when all is measured
-    points(checkpoint.weights, known, prior_sensitivities(checkpoint.weights, known.layers), extra, budgets)
+    weights = checkpoint.weights
+    pins = plan.pinned(settings.tensor_type, weights, file.exported.names)
+    points(weights, known, prior_sensitivities(weights, known.layers), extra, budgets, pins)
     calib_rows, probe_rows = _texts(checkpoint, file.tokenizer.leading, settings)
     if settings.stats is not None:
         calibration = load_statistics(opened, checkpoint, settings.stats).calibration
     else:
         calibration = calibrate(checkpoint, calib_rows)
     ids = probe_rows.ids if wants_probes(checkpoint, settings.probes) else None
-    found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort))
+    found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort), pins)
     drawn = Curve(
         shown(Path(model)),
-        curve(checkpoint.weights, known, found, extra),
-        points(checkpoint.weights, known, found, extra, budgets),
-        preset_points(checkpoint.weights, known, found, extra),
-        sum(weight.numel for weight in checkpoint.weights),
+        curve(weights, known, found, extra, pins=pins),
+        points(weights, known, found, extra, budgets, pins),
+        preset_points(weights, known, found, extra, pins),
+        sum(weight.numel for weight in weights),
         found.source,
     )
     return Survey(checkpoint, extra, found, drawn)

@@ -22,6 +22,8 @@ SIZES = ("type", "size", "bpw")
 """Each may name several sizes, separated by commas: a file for each."""
 
 _OF_FILES = (*SIZES, "plan")
+
+_ONLY_OF_FILES = (*_OF_FILES, "tensor_type", "card")
 _OF_FOLDERS = ("bits", "group_size", "quantize_attention", "tp")
 
 
@@ -31,12 +33,13 @@ class Settings:
 
     `format` says what is written: a GGUF file, or a folder. How large a file is, one of these says: `size`
     (bytes, as people write them), `bpw`, `plan` (a plan's JSON) or `type`, a preset. All but `plan` may name
-    several, with commas between them, which `convert_all` writes. How large a folder is: `bits` and
-    `group_size`; `tp` GPUs will share each weight. `calib` and `eval` are texts as `corpus.read` takes them,
-    None the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant route`) or
-    `imatrix` (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is written beside the file.
-    `self_check` holds our reading of the folder against transformers'. `coupled` rounds each layer towards
-    what full precision would have made of what the layers before it lost.
+    several, with commas between them, which `convert_all` writes. `tensor_type` pins types as `plan.pinned`
+    reads them. How large a folder is: `bits` and `group_size`; `tp` GPUs will share each weight. `calib` and
+    `eval` are texts as `corpus.read` takes them, None the bundled ones; `eval_tokens` 0 leaves the comparison
+    out. `stats` (of `moequant route`) or `imatrix` (of llama-imatrix) stand in for the statistics pass;
+    `imatrix_out` is written beside the file, and `card`, a README.md or a folder to put it in. `self_check`
+    holds our reading of the folder against transformers'. `coupled` rounds each layer towards what full
+    precision would have made of what the layers before it lost.
 
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
@@ -52,10 +55,12 @@ class Settings:
     size: str | None = None
     bpw: float | str | None = None
     plan: Path | None = None
+    tensor_type: tuple[str, ...] = ()
     coupled: bool = True
     stats: Path | None = None
     imatrix: Path | None = None
     imatrix_out: Path | None = None
+    card: Path | None = None
     ram: int | None = None
     device: str = "cpu"
     overwrite: bool = False
@@ -68,9 +73,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         """See the class."""
-        foreign = _OF_FOLDERS if self.format == "gguf" else _OF_FILES
-        if given := [name for name in foreign if getattr(self, name) is not None]:
+        foreign = _OF_FOLDERS if self.format == "gguf" else _ONLY_OF_FILES
+        if given := [name for name in foreign if getattr(self, name) not in (None, ())]:
             own = _OF_FILES if self.format == "gguf" else _OF_FOLDERS
+            if given[0] == "card":
+                raise PlanError("--card does not go with a folder, which has its README.md in any case")
             raise PlanError(
                 f"{_option(given[0])} does not go with --format {self.format}; how large it is, "
                 f"{', '.join(map(_option, own))} say"
@@ -86,6 +93,8 @@ class Settings:
                 labels = [each.budget.label for each in self.each]
                 if twice := [label for label in labels if labels.count(label) > 1]:
                     raise PlanError(f"{twice[0]}: is named twice; name every size once")
+        if self.plan is not None and self.tensor_type:
+            raise PlanError(f"--tensor-type does not go with --plan; write the types into {self.plan}")
         if self.stats is not None and self.imatrix is not None:
             raise PlanError(f"{self.stats}, {self.imatrix}: two sources of statistics; name one")
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import shlex
 from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from moequant.escape import shown
+from moequant.escape import plain, shown
 from moequant.report.style import line, size, table
-from moequant.report.summary import Report, estimate, made_how, stages
+from moequant.report.summary import Report, estimate, made_how, stages, verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,27 +21,44 @@ class Conversion:
 
     reports: tuple[Report, ...]
 
-    def renderable(self) -> RenderableType:
+    def renderable(self, details: bool = True) -> RenderableType:
         """The report for a rich console."""
         first = self.reports[0]
         if len(self.reports) == 1:
-            return first.renderable()
+            return first.renderable(details)
         parts: list[RenderableType] = [
             line(f"{shown(first.model)} → {len(self.reports)} files", style="bold"),
+            *(line(f"{shown(report.out)} is {verdict(report)}") for report in self.reports),
             _files(self.reports),
         ]
         if (found := first.comparison) is not None:
             parts.append(line(f"{found.tokens:,} tokens scored of: {found.source}"))
             parts.append(line(f"perplexity of the original: {estimate(found.base_perplexity, 3)}\n"))
-        return Group(*parts, *made_how(first), stages(first.stages))
+        parts += made_how(first, details)
+        return Group(*parts, *([stages(first.stages)] if details else []))
 
-    def summary(self, width: int = 100) -> str:
+    def summary(self, width: int = 100, details: bool = True) -> str:
         """The report as plain text."""
         console = Console(file=io.StringIO(), width=width, color_system=None)
-        console.print(self.renderable())
+        console.print(self.renderable(details))
         file = console.file
         assert isinstance(file, io.StringIO)
         return file.getvalue().rstrip() + "\n"
+
+
+def next_steps(made: Conversion) -> RenderableType:
+    """What a person types next: the command that starts it, and the one that compares it."""
+    first, outs = made.reports[0], [str(report.out) for report in made.reports]
+    if first.how.folder is not None:
+        start = f"vllm serve {shlex.quote(outs[0])}"
+    else:
+        context = min(first.checkpoint.shape.context, 8192)
+        start = f"llama-server -m {shlex.quote(outs[0])} -c {context}"
+    compared = shlex.join(["moequant", "compare", str(first.model), *outs, "--html", "compare.html"])
+    commands = (
+        Text(f"  {plain(each)}", style="cyan", overflow="ignore", no_wrap=True) for each in (start, compared)
+    )
+    return Group(line("next", style="bold"), *commands)
 
 
 def _files(reports: tuple[Report, ...]) -> Table:
