@@ -21,8 +21,9 @@ TYPES = frozenset({*BASE_TYPES.values(), "TQ1_0", "TQ2_0", "MXFP4", "NVFP4"})
 def pinned(pins: Sequence[str], weights: Sequence[Weight], names: Mapping[str, str]) -> dict[str, str]:
     """The type of every weight that one of `pins` names, by its own name; of several the first counts.
 
-    A pattern is searched for in a weight's own name and in its name in the file, which `names` has. PlanError
-    for one that is none or is nowhere, and for a type that does not exist or that the weight cannot have.
+    A pattern is searched for in a weight's own name and in its name in the file, which `names` has; norms and
+    routers are passed over where it finds others. PlanError for one that is none or is nowhere, and for a
+    type that does not exist or that the weight cannot have.
     """
     found: dict[str, str] = {}
     for pin in pins:
@@ -34,7 +35,9 @@ def pinned(pins: Sequence[str], weights: Sequence[Weight], names: Mapping[str, s
                 f"{OPTION} {pin}: no weight has such a name; names are like {example.name} or, in the file, "
                 f"{names[example.name]}"
             )
-        for weight in matching:
+        # A pattern for a whole layer means what has a choice there: norms and routers stay as they are.
+        able = [each for each in matching if not (each.role.keeps_precision or len(each.shape) < 2)]
+        for weight in able or matching:
             if weight.name not in found:
                 check_fit(weight, name, f"{OPTION} {pin}")
                 found[weight.name] = name

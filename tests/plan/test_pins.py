@@ -27,7 +27,7 @@ def test_the_types_are_those_that_can_be_packed() -> None:
 
 @pytest.mark.parametrize("budget", [Budget.of_preset("Q4_K_M"), Budget.of_size("1M"), Budget.of_bpw(4.4)])
 def test_pins_stand_and_the_rest_meets_the_budget(budget: Budget) -> None:
-    pins = pinned([r"\.0\.experts\.up=q8_0", r"file.*attn_v=F16"], WEIGHTS, NAMES)
+    pins = pinned([r"\.0\.experts\.up=q8_0", r"file.*(attn_v|norm)=F16"], WEIGHTS, NAMES)
     assert pins == {"layers.0.experts.up": "Q8_0", "layers.0.attn_v": "F16", "layers.1.attn_v": "F16"}
     known = prior_sensitivities(WEIGHTS, 2)
     free, held = (make_plan(WEIGHTS, budget, FACTS, known, 100, each) for each in ({}, pins))
