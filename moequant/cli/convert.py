@@ -11,23 +11,30 @@ import typer
 from moequant.cli.common import (
     MOST,
     PRESETS,
+    CacheDir,
     Calib,
     CalibTokens,
     Details,
     Device,
     Effort,
     EffortOption,
+    Model,
     Overwrite,
     Ram,
     Seed,
     TensorType,
     console,
     guarded,
+    place,
     ram_bytes,
 )
 
 if TYPE_CHECKING:
     from moequant.commands.convert import Settings
+    from moequant.hub import HubModel
+
+
+SCHEMES = "W2A16 to W8A16, W8A8, FP8_BLOCK, FP8_DYNAMIC, MXFP4A16, NVFP4A16"
 
 
 class Format(StrEnum):
@@ -39,7 +46,7 @@ class Format(StrEnum):
 
 
 def convert(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
+    model: Model,
     out: Annotated[
         Path,
         typer.Option(
@@ -109,7 +116,13 @@ def convert(
         Format,
         typer.Option("--format", help="gguf for llama.cpp; safetensors or gptq folders for vLLM."),
     ] = Format.gguf,
-    bits: Annotated[int | None, typer.Option(help="Bits of a folder's weights: 4 (default) or 8.")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"What a folder's weights are stored as: {SCHEMES}."),
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="A short word for the schemes W4A16 (default), W8A16 and their like.")
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(help="Weights that share a scale in a folder: 32, 64, 128 (default), or -1 for a row."),
@@ -128,6 +141,7 @@ def convert(
     ram: Ram = None,
     device: Device = "cpu",
     details: Details = False,
+    cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
         bool,
@@ -164,6 +178,7 @@ def convert(
             device=device,
             overwrite=overwrite,
             format=format_.value,
+            scheme=scheme,
             bits=bits,
             group_size=group_size,
             quantize_attention=quantize_attention,
@@ -171,17 +186,18 @@ def convert(
             self_check=self_check,
         )
     )
+    source = place(model, cache_dir)
     if dry_run:
-        for job in guarded(lambda: opened(model, settings)):
+        for job in guarded(lambda: opened(source, settings)):
             total = guarded(lambda: job.size)  # noqa: B023  called at once
             console().print(dry_run_table(job.container.checkpoint, job.plan, total, job.limit))
         return
-    guarded(lambda: _announce(model, settings))
-    made = guarded(lambda: convert_all(model, out, settings))
-    console().print(made.renderable(details), next_steps(made), sep="\n")
+    guarded(lambda: _announce(source, settings))
+    made = guarded(lambda: convert_all(source, out, settings))
+    console().print(made.renderable(details), next_steps(made, model), sep="\n")
 
 
-def _announce(model: Path, settings: Settings) -> None:
+def _announce(model: Path | HubModel, settings: Settings) -> None:
     """Says what effort best will take, before it starts."""
     from moequant.commands.convert import gradients, open_jobs
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moequant.checkpoint import Checkpoint, load
+from moequant.checkpoint import Checkpoint, Folder, load
 from moequant.commands.job import Job, measured, open_job, open_jobs
 from moequant.commands.outputs import card_path, check_targets, claimed, keeping, names
 from moequant.commands.settings import Settings
@@ -22,11 +22,13 @@ from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
 from moequant.errors import PlanError
 from moequant.evaluate import Comparison
-from moequant.evaluate.self_check import SelfCheck, self_check
+from moequant.evaluate.self_check import Output, SelfCheck, self_check
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
+from moequant.hub import Model
+from moequant.hub.fetch import complete, headers, is_here
 from moequant.progress import Meter
 from moequant.report import Conversion, How, Report, card
 from moequant.rounding.coupled import Rounding
@@ -61,33 +63,35 @@ class Finished:
     checked: SelfCheck | None
 
 
-def convert(model: str | Path, out: str | Path, settings: Settings = DEFAULT) -> Report:
-    """Quantize the Hugging Face folder `model` into `out`, a GGUF file or a folder, and report what it cost.
+def convert(model: Model, out: str | Path, settings: Settings = DEFAULT) -> Report:
+    """Quantize `model`, a Hugging Face folder or a model of the Hub, into `out`, a GGUF file or a folder, and
+    report what it cost.
 
-    Raises a MoequantError with one clear line when something is wrong. What is not finished by then is
-    removed, and `out` is as it was before.
+    A model of the Hub is downloaded when its headers have shown that it converts. Raises a MoequantError with
+    one clear line when something is wrong. What is not finished by then is removed, and `out` is as it was
+    before.
     """
     if len(settings.each) > 1:
         raise PlanError(f"{len(settings.each)} sizes are named; convert_all writes several files")
     return convert_all(model, out, settings).reports[0]
 
 
-def convert_all(model: str | Path, out: str | Path, settings: Settings = DEFAULT) -> Conversion:
+def convert_all(model: Model, out: str | Path, settings: Settings = DEFAULT) -> Conversion:
     """The same for every size that `settings` name: the model is read, measured and compared once for all.
 
     `out` is a folder, or a name with `{type}` in it, see `outputs.names`. Each file has the bytes that it
     would have alone. Where one fails, those before it are complete and stay.
     """
-    model = Path(model)
-    outs = names(model, Path(out), settings)
-    with claimed(model, outs, settings):
-        return _convert(model, outs, settings)
+    source = headers(model)
+    outs = names(source.path, Path(out), settings)
+    with claimed(source.path, outs, settings):
+        return _convert(source, outs, settings)
 
 
-def _convert(model: Path, outs: Sequence[Path], settings: Settings) -> Conversion:
+def _convert(source: Folder, outs: Sequence[Path], settings: Settings) -> Conversion:
     meter = Meter()
     with meter.stage("open"):
-        jobs = open_jobs(model, settings)
+        jobs = open_jobs(source, settings)
         check_targets(jobs, outs)
         first = jobs[0]
         checkpoint = first.container.checkpoint
@@ -96,8 +100,13 @@ def _convert(model: Path, outs: Sequence[Path], settings: Settings) -> Conversio
         calibration = given_statistics(first.model, checkpoint, settings)
         read = _texts(jobs, settings, calibration is not None)
         check_memory(checkpoint, models=2 if read.evaluation else 1 if read.calibration else 0)
-        if read.calibration is not None:
+        if read.calibration is not None and any(job.quantizes for job in jobs):
             gradients(checkpoint, settings)
+    if not is_here(source):
+        with meter.stage("download"):  # only now: whatever headers refuse is refused before
+            jobs = open_jobs(complete(source), settings)
+        first = jobs[0]
+        checkpoint = first.container.checkpoint
     if read.calibration is not None and calibration is None and _needs_statistics(first):
         with meter.stage("route"):
             watched = None if matrices is None else all_sites(first.model)
@@ -110,7 +119,7 @@ def _convert(model: Path, outs: Sequence[Path], settings: Settings) -> Conversio
     known, done = Known(calibration, read), list[Finished]()
     for job, out in zip(jobs, outs, strict=True):
         with keeping([each.written.path for each in done]):
-            done.append(_made(job, out, known, meter, not done))
+            done.append(_made(job, out, known, meter))
     comparisons: Sequence[Comparison | None] = [None] * len(done)
     if read.evaluation is not None:
         with meter.stage("compare"), keeping(outs):
@@ -139,8 +148,9 @@ def gradients(checkpoint: Checkpoint, settings: Settings) -> Needs | None:
 
 def _texts(jobs: Sequence[Job], settings: Settings, calibrated: bool) -> Texts:
     """The rows that these jobs need."""
-    fast = settings.effort == "fast"
-    calibrates = any(job.quantizes for job in jobs) and not (fast and calibrated)
+    quantizes = any(job.quantizes for job in jobs)
+    unused = calibrated and (settings.effort == "fast" or not quantizes)
+    calibrates = (quantizes or settings.imatrix_out is not None) and not unused
     return texts(jobs[0].model, settings, calibrates, any(job.measures for job in jobs))
 
 
@@ -150,7 +160,7 @@ def _needs_statistics(job: Job) -> bool:
     return is_file or job.settings.effort == "fast" or job.settings.imatrix_out is not None
 
 
-def _made(job: Job, out: Path, known: Known, meter: Meter, is_first: bool) -> Finished:
+def _made(job: Job, out: Path, known: Known, meter: Meter) -> Finished:
     """Quantize, pack and verify one output; it has its name then."""
     losses: list[ExpertLoss] = []
     checked: SelfCheck | None = None
@@ -160,10 +170,9 @@ def _made(job: Job, out: Path, known: Known, meter: Meter, is_first: bool) -> Fi
             written = container.write(partial, job.plan, _rounded(job, known, losses))
         with meter.stage(job.stage("verify")):
             container.verify(written, job.plan)
-        if job.settings.self_check and (is_first or job.keeps):
-            with meter.stage("self-check"):
-                decoded = container.open(written.path).load if job.keeps else None
-                checked = self_check(job.model, decoded)
+        if job.settings.self_check:
+            with meter.stage(job.stage("self-check")):
+                checked = self_check(job.model, _output(job, written))
     return Finished(job, replace(written, path=out), tuple(losses), checked)
 
 
@@ -185,6 +194,15 @@ def _rounded(job: Job, known: Known, losses: list[ExpertLoss]) -> Iterator[Packe
         yield packed
 
 
+def _output(job: Job, written: Written) -> Output:
+    """What was written, as the self-check looks at it."""
+    load = job.container.open(written.path).load
+    if job.container.is_folder:
+        return Output(load, job.keeps)
+    plain = set(job.container.formats(job.plan).values()) == {"F32"}
+    return Output(load, job.keeps, written.path, plain)
+
+
 def _compared(done: Sequence[Finished], rows: Rows) -> list[Comparison]:
     """The checkpoint, and what was made of it decoded by somebody else's decoder, scored on `rows`."""
     job = done[0].job
@@ -199,7 +217,7 @@ def _compared(done: Sequence[Finished], rows: Rows) -> list[Comparison]:
 def _report(finished: Finished, known: Known, comparison: Comparison | None, meter: Meter) -> Report:
     """What is told of an output."""
     job, container = finished.job, finished.job.container
-    rounded_on = None if job.settings.effort == "fast" else known.texts.calibration
+    rounded_on = known.texts.calibration if job.settings.effort != "fast" and job.quantizes else None
     is_folder = isinstance(container, FolderContainer)
     return Report(
         model=job.model.path,
@@ -221,4 +239,6 @@ def _notes(job: Job) -> tuple[str, ...]:
     """What a person should know about this output, and could not guess from the tables."""
     dense = ["a dense model: there are no experts to treat one by one"] if not job.model.n_experts else []
     skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in job.model.skipped.items()]
-    return (*job.container.notes, *dense, *skipped)
+    at = job.model.revision
+    source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
+    return (*job.container.notes, *dense, *skipped, *source)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from moequant import plan
-from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.checkpoint import Checkpoint, Folder, open_checkpoint
 from moequant.commands.settings import Settings
 from moequant.containers.base import Container
 from moequant.containers.folders.container import FolderContainer
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.presets import facts
+from moequant.hub import Model
+from moequant.hub.fetch import headers
 from moequant.plan.measure import Probing, measure, wants_probes
 from moequant.rounding.coupled import UNROUNDED
 from moequant.text.corpus import Rows
@@ -75,16 +76,16 @@ class Job:
         return self.container.overhead(self.plan) + self.plan.budget
 
 
-def open_job(model: Path, settings: Settings) -> Job:
+def open_job(model: Model | Folder, settings: Settings) -> Job:
     """The only job of `settings`; see `open_jobs`."""
     (job,) = open_jobs(model, settings)
     return job
 
 
-def open_jobs(model: Path, settings: Settings) -> tuple[Job, ...]:
+def open_jobs(model: Model | Folder, settings: Settings) -> tuple[Job, ...]:
     """Read headers and tokenizer, choose every type that is known before measuring, for every size that
     `settings` name. Raises what those raise."""
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model if isinstance(model, Folder) else headers(model))
     if settings.format != "gguf":
         folder = FolderContainer(checkpoint, settings.folder)
         return (Job(checkpoint, folder, folder.plan, settings),)

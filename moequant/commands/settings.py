@@ -24,7 +24,7 @@ SIZES = ("type", "size", "bpw")
 _OF_FILES = (*SIZES, "plan")
 
 _ONLY_OF_FILES = (*_OF_FILES, "tensor_type", "card")
-_OF_FOLDERS = ("bits", "group_size", "quantize_attention", "tp")
+_OF_FOLDERS = ("scheme", "bits", "group_size", "quantize_attention", "tp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Settings:
     `format` says what is written: a GGUF file, or a folder. How large a file is, one of these says: `size`
     (bytes, as people write them), `bpw`, `plan` (a plan's JSON) or `type`, a preset. All but `plan` may name
     several, with commas between them, which `convert_all` writes. `tensor_type` pins types as `plan.pinned`
-    reads them. How large a folder is: `bits` and `group_size`; `tp` GPUs will share each weight. `calib` and
-    `eval` are texts as `corpus.read` takes them, None the bundled ones; `eval_tokens` 0 leaves the comparison
-    out. `stats` (of `moequant route`) or `imatrix` (of llama-imatrix) stand in for the statistics pass;
-    `imatrix_out` is written beside the file, and `card`, a README.md or a folder to put it in. `self_check`
-    holds our reading of the folder against transformers'. `coupled` rounds each layer towards what full
-    precision would have made of what the layers before it lost.
+    reads them. How large a folder is: `scheme` (or `bits`) and `group_size`; `tp` GPUs will share each
+    weight. `calib` and `eval` are texts as `corpus.read` takes them, None the bundled ones; `eval_tokens` 0
+    leaves the comparison out. `stats` (of `moequant route`) or `imatrix` (of llama-imatrix) stand in for the
+    statistics pass; `imatrix_out` is written beside the file, and `card`, a README.md or a folder to put it
+    in. `self_check` holds our reading of the folder against transformers'. `coupled` rounds each layer
+    towards what full precision would have made of what the layers before it lost.
 
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
@@ -65,6 +65,7 @@ class Settings:
     device: str = "cpu"
     overwrite: bool = False
     format: FormatName = "gguf"
+    scheme: str | None = None
     bits: int | None = None
     group_size: int | None = None
     quantize_attention: bool | None = None

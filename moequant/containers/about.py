@@ -8,7 +8,7 @@ from pathlib import Path
 from gguf import Metadata
 
 from moequant.checkpoint import Checkpoint
-from moequant.checkpoint.headers import belongs
+from moequant.checkpoint.folder import belongs
 from moequant.escape import plain
 
 Words = str | list[str]

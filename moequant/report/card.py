@@ -10,12 +10,13 @@ from pathlib import Path
 
 from moequant import __version__
 from moequant.containers.about import front_matter, licenses
-from moequant.containers.folders.plan import FolderSettings
+from moequant.containers.folders.plan import KEPT, FolderSettings, scheme_groups
+from moequant.containers.folders.schemes import find
 from moequant.escape import markdown, text_names, yaml
 from moequant.files import atomic
 from moequant.report.conversion import Conversion
 from moequant.report.style import size
-from moequant.report.summary import Report, estimate
+from moequant.report.summary import Report, estimate, kind
 
 PICTURES = ("curve.png", "curve.svg")
 """Names under which a picture of the size/quality curve is looked for beside the card."""
@@ -61,7 +62,7 @@ class Card:
         checkpoint, folder = self.first.checkpoint, self.first.how.folder
         name = markdown(checkpoint.name)
         if folder is not None:
-            return f"# {name}, int{folder.bits}\n\n{_integers(self.first, folder)}"
+            return f"# {name}, {kind(self.first)}\n\n{_schemes(self.first, folder)}"
         every = "Every expert is rounded under its own statistics. " if checkpoint.n_experts else ""
         return (
             f"# {name}, GGUF\n\nFor llama.cpp and what is built on it, made by moequant {__version__} from "
@@ -153,16 +154,13 @@ def write(made: Conversion, path: Path, imatrix: Path | None = None) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _integers(report: Report, folder: FolderSettings) -> str:
-    """Which weights of a folder are integers, and which stay."""
+def _schemes(report: Report, folder: FolderSettings) -> str:
+    """Which weights of a folder are in which scheme, and which stay."""
     plan, numel = report.plan, {weight.name: weight.numel for weight in report.checkpoint.weights}
-    small = [choice for choice in plan.choices if choice.format == plan.preset]
-    kept = [choice for choice in plan.choices if choice.format != plan.preset]
-    group = "a whole row" if folder.group_size == -1 else f"{folder.group_size} weights"
-    rows = [
-        (f"int{folder.bits}, one scale for {group}", small),
-        (f"{'/'.join(sorted({choice.format for choice in kept}))}, as in the original", kept),
-    ]
+    kept = [choice for choice in plan.choices if choice.format in KEPT]
+    named = list(scheme_groups(plan))
+    rows = [(_words(name), [each for each in plan.choices if each.format == name]) for name in named]
+    rows.append((f"{'/'.join(sorted({choice.format for choice in kept}))}, as in the original", kept))
     table = "".join(
         f"| {name} | {sum(numel[choice.weight] for choice in part):,} | "
         f"{size(sum(choice.bytes for choice in part))} |\n"
@@ -171,10 +169,19 @@ def _integers(report: Report, folder: FolderSettings) -> str:
     experts = "Every expert" if report.checkpoint.n_experts else "The feed-forward blocks"
     also = " and attention" if folder.quantize_attention else ""
     return (
-        f"{experts}{also} as symmetric int{folder.bits}; router, norms, embedding and head in their original "
+        f"{experts}{also} in {', '.join(named)}; router, norms, embedding and head in their original "
         f"precision. {report.bits_per_weight:.2f} bits a weight in all.\n\n"
         f"| stored as | weights | size |\n|---|---|---|\n{table}"
     )
+
+
+def _words(name: str) -> str:
+    """What a scheme stores, in words."""
+    scheme = find(name)
+    if scheme.kind != "integers":
+        return f"{name}: {scheme.words}"
+    group = "a whole row" if scheme.group == -1 else f"{scheme.group} weights"
+    return f"{name}: {scheme.words}, one scale for {group}"
 
 
 def _named(source: str) -> str:

@@ -46,15 +46,15 @@ class Conversion:
         return file.getvalue().rstrip() + "\n"
 
 
-def next_steps(made: Conversion) -> RenderableType:
-    """What a person types next: the command that starts it, and the one that compares it."""
+def next_steps(made: Conversion, model: str) -> RenderableType:
+    """What a person types next, `model` as before: the commands that start a file and compare all of them."""
     first, outs = made.reports[0], [str(report.out) for report in made.reports]
     if first.how.folder is not None:
         start = f"vllm serve {shlex.quote(outs[0])}"
     else:
         context = min(first.checkpoint.shape.context, 8192)
         start = f"llama-server -m {shlex.quote(outs[0])} -c {context}"
-    compared = shlex.join(["moequant", "compare", str(first.model), *outs, "--html", "compare.html"])
+    compared = shlex.join(["moequant", "compare", model, *outs, "--html", "compare.html"])
     commands = (
         Text(f"  {plain(each)}", style="cyan", overflow="ignore", no_wrap=True) for each in (start, compared)
     )

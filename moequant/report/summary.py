@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
-from moequant.containers.folders.plan import FolderSettings
+from moequant.containers.folders.plan import FolderSettings, scheme_groups
 from moequant.escape import shown
 from moequant.evaluate import Comparison, Estimate
 from moequant.progress import StageCost
@@ -34,7 +34,7 @@ class How:
     """How an output was made.
 
     `rounded_on` is the text under whose Hessians weights were rounded, None for the plain search; `coupled`
-    says whether layers correct those before them. `folder` has the integers of a folder, None for a file.
+    says whether layers correct those before them. `folder` has the settings of a folder, None for a file.
     """
 
     rounded_on: Rows | None = None
@@ -98,9 +98,16 @@ def verdict(report: Report) -> str:
         told.append(f"{count or 'no'} {'expert' if count < 2 else 'experts'} unseen")
         hurt = len(_hurt(report.losses))
         told.append(f"{hurt or 'none'} hurt over {OUTLIER:g} times the median")
-    name = report.plan.preset if report.how.folder is None else f"int{report.how.folder.bits}"
-    size_of_it = f"{name}, {report.bits_per_weight:.2f} bits"
+    size_of_it = f"{kind(report)}, {report.bits_per_weight:.2f} bits"
     return f"{size_of_it}: {'; '.join(told)}." if told else f"{size_of_it}."
+
+
+def kind(report: Report) -> str:
+    """What the output is called: a file its preset, a folder its scheme."""
+    if report.how.folder is None:
+        return report.plan.preset
+    named = list(scheme_groups(report.plan))
+    return "mixed precision" if len(named) > 1 else report.plan.preset
 
 
 def _hurt(losses: tuple[ExpertLoss, ...]) -> set[tuple[int | None, int]]:

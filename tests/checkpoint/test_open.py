@@ -319,7 +319,7 @@ def test_the_name_of_a_model_in_the_cache_is_its_repositorys(tiny, tmp_path: Pat
     how = How(folder=FolderSettings())
     report = Report(snapshot, tmp_path / "out", 1, found, Plan("INT4", (), 0), how=how)
     card = Card(Conversion((report,))).text()
-    assert "base_model: acme/Tiny-MoE\n" in card.replace('"', "") and "# Tiny-MoE, int4" in card
+    assert "base_model: acme/Tiny-MoE\n" in card.replace('"', "") and "# Tiny-MoE, INT4" in card
     assert commit not in card
 
 

@@ -41,8 +41,7 @@ def test_every_file_is_what_it_is_alone_and_shared_stages_run_once(
     baseline = Reader()
     monkeypatch.setattr(line, "load", baseline)
     found = convert_all(model, tmp_path / "out", wanted)
-    own = [f"{stage} {type_}" for type_ in TYPES for stage in ("quantize", "verify")]
-    own.insert(2, "self-check")
+    own = [f"{stage} {type_}" for type_ in TYPES for stage in ("quantize", "verify", "self-check")]
     assert [cost.name for cost in found.reports[0].stages] == ["open", "route", "plan", *own, "compare"]
     assert baseline.reads and set(baseline.reads.values()) == {1}, "the original crosses once for all"
     monkeypatch.setattr(line, "load", load)
