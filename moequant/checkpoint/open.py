@@ -54,10 +54,8 @@ class Checkpoint:
 
     @property
     def repository(self) -> str:
-        """What the Hub calls the model, ORG/NAME, if it lies in Hugging Face's cache; else the folder's
-        name."""
-        cached = of_cache(self.path)
-        return cached[0] if cached else self.path.resolve().name
+        """See `repository`."""
+        return repository(self.path)
 
     @property
     def revision(self) -> str | None:
@@ -94,6 +92,13 @@ class Checkpoint:
     def with_weights(self, weights: tuple[Weight, ...]) -> Checkpoint:
         """The same model cut into other weights: as a container refines them."""
         return replace(self, weights=weights)
+
+
+def repository(path: Path) -> str:
+    """What the Hub calls the model of a folder, ORG/NAME, if it lies in Hugging Face's cache; else the
+    folder's name."""
+    cached = of_cache(path)
+    return cached[0] if cached else path.resolve().name
 
 
 def open_checkpoint(model: Path | Folder) -> Checkpoint:

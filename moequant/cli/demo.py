@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import Effort, EffortOption, Overwrite, Type, console, guarded
+from moequant.cli.common import Details, Effort, EffortOption, Overwrite, Type, console, guarded
 
 
 def demo(
@@ -16,6 +16,7 @@ def demo(
     ] = None,
     type_: Type = "Q4_K_M",
     effort: EffortOption = Effort.default,
+    details: Details = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert the tiny trained MoE that ships with moequant and print the report."""
@@ -30,7 +31,7 @@ def demo(
     def work() -> None:
         with scratch() as folder:
             target = out or folder / f"demo-{type_}.gguf"
-            console().print(run(bundled.path("demo"), target, settings).renderable())
+            console().print(run(bundled.path("demo"), target, settings).renderable(details))
 
     guarded(work)
     if out is None:

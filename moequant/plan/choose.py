@@ -11,12 +11,16 @@ from moequant.containers.gguf.sizes import (
     bits_of,
     check_preset,
     checksum_bytes,
+    data_bytes,
     packed_bytes,
 )
 from moequant.errors import PlanError
 from moequant.plan.allocate import Option, Unit, allocate
+from moequant.plan.pins import REASON
 from moequant.plan.sensitivity import Sensitivities, as_stored, candidates, prior_sensitivities
 from moequant.values import Choice, Plan, Weight
+
+NO_PINS: Mapping[str, str] = {}
 
 NEAR = 0.5
 """Bits per weight around the file's own that a reason calls average."""
@@ -35,41 +39,79 @@ def make_plan(
     facts: ModelFacts,
     sensitivities: Sensitivities | None = None,
     overhead: int = 0,
+    pins: Mapping[str, str] = NO_PINS,
 ) -> Plan:
     """The plan of least KL divergence within the budget; `overhead` bytes are header and tokenizer.
 
-    Without measured sensitivities the tables of other models decide, and then no weight goes
-    below what llama.cpp's preset would give its lowest. PlanError says the smallest
+    Weights in `pins` have the types that it says, and the others share the rest of the budget. Without
+    measured sensitivities the tables of other models decide, and then no weight goes below what
+    llama.cpp's preset would give its lowest, where pins leave so much. PlanError says the smallest
     possible size when the budget is below it.
     """
     sensitivities = sensitivities or prior_sensitivities(weights, facts.layers)
     if budget.preset is not None:
         check_preset(budget.preset)
         if budget.preset in LEGACY | UNQUANTIZED:
-            return _as_llama_cpp(weights, budget.preset, facts, sensitivities)
-    units = make_units(weights, sensitivities, _floor_bits(weights, budget, facts, sensitivities))
+            return _as_llama_cpp(weights, budget.preset, facts, sensitivities, pins)
+    units = make_units(weights, sensitivities, _floor_bits(weights, budget, facts, sensitivities), pins)
     limit = budget.weight_bytes(weights, facts, overhead)
-    smallest = sum(min(option.bytes for option in unit.options) for unit in units)
+    if pins and _smallest(units) > limit:
+        _check_pins(weights, pins, budget, limit)
+        units = make_units(weights, sensitivities, pins=pins)
+    smallest = _smallest(units)
     if budget.preset is not None:  # the whole file is no larger than llama.cpp's, where anything can give way
         limit = max(limit - checksum_bytes(weights), min(smallest, limit))
     if smallest > limit:
-        raise PlanError(_too_small(weights, budget, smallest, overhead))
+        raise PlanError(_too_small(weights, budget, smallest, overhead) + (f" ({REASON})" if pins else ""))
     chosen = allocate(units, limit)
     types = {
         weight.name: option.format
         for unit, option in zip(units, chosen, strict=True)
         for weight in unit.weights
     }
-    reasons = _reasons(weights, types, sensitivities)
+    reasons = _reasons(weights, types, sensitivities) | dict.fromkeys(pins, REASON)
     preset = budget.preset or mostly((types[weight.name], weight.numel) for weight in weights)
     return _plan(weights, types, reasons, sensitivities, Plan(preset, (), limit, budget.text))
 
 
 def make_units(
-    weights: tuple[Weight, ...], sensitivities: Sensitivities, floor_bits: float = 0.0
+    weights: tuple[Weight, ...],
+    sensitivities: Sensitivities,
+    floor_bits: float = 0.0,
+    pins: Mapping[str, str] = NO_PINS,
 ) -> list[Unit]:
-    """Groups of weights that share a format, each with its formats of at least `floor_bits` per weight."""
-    return [Unit(group, _options(group, sensitivities, floor_bits)) for group in groups(weights)]
+    """Groups of weights that share a format, each with its formats of at least `floor_bits` per weight.
+
+    A weight in `pins` stands alone and has no choice.
+    """
+    free = groups(tuple(weight for weight in weights if weight.name not in pins))
+    alone = [weight for weight in weights if weight.name in pins]
+    return [
+        *(Unit(group, _options(group, sensitivities, floor_bits)) for group in free),
+        *(Unit((weight,), (_pinned(weight, pins[weight.name], sensitivities),)) for weight in alone),
+    ]
+
+
+def _pinned(weight: Weight, name: str, sensitivities: Sensitivities) -> Option:
+    """The one format of a pinned weight; what it costs is as good as any number where nobody measured it."""
+    size = aligned(packed_bytes(name, weight))
+    return Option(name, size, _kl(sensitivities, weight, name) or 0.0)
+
+
+def _smallest(units: Iterable[Unit]) -> int:
+    """Bytes of the smallest formats."""
+    return sum(min(option.bytes for option in unit.options) for unit in units)
+
+
+def _check_pins(weights: tuple[Weight, ...], pins: Mapping[str, str], budget: Budget, limit: int) -> None:
+    """PlanError when the pinned weights alone are too large."""
+    alone = [weight for weight in weights if weight.name in pins]
+    taken = data_bytes(alone, dict(pins))
+    if taken > limit:
+        raise PlanError(
+            f"{budget.text}: the weights {REASON} take {taken:,} bytes alone, {max(limit, 0):,} are left for "
+            "all; pin fewer weights, smaller types, or ask for more"
+        )
 
 
 def groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
@@ -126,15 +168,20 @@ def _too_small(weights: tuple[Weight, ...], budget: Budget, smallest: int, overh
 
 
 def _as_llama_cpp(
-    weights: tuple[Weight, ...], preset: str, facts: ModelFacts, sensitivities: Sensitivities
+    weights: tuple[Weight, ...],
+    preset: str,
+    facts: ModelFacts,
+    sensitivities: Sensitivities,
+    pins: Mapping[str, str],
 ) -> Plan:
-    """llama.cpp's own types: for presets that are asked for because of their kernels, or not quantized."""
-    types = llama_cpp_types(preset, weights, facts)
+    """llama.cpp's own types, but for pins: for presets that are asked for because of their kernels, or not
+    quantized. Nothing gives way to a pin there."""
+    types = {**llama_cpp_types(preset, weights, facts), **pins}
     reasons = {
         weight.name: _fixed(weight) or ("llama.cpp's rule" if preset in LEGACY else "not quantized")
         for weight in weights
-    }
-    limit = sum(aligned(packed_bytes(types[weight.name], weight)) for weight in weights)
+    } | dict.fromkeys(pins, REASON)
+    limit = data_bytes(weights, types)
     return _plan(weights, types, reasons, sensitivities, Plan(preset, (), limit, preset))
 
 

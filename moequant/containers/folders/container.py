@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint
-from moequant.containers.base import Made, Written
+from moequant.containers.base import Written
 from moequant.containers.folders import write as folder
-from moequant.containers.folders.card import Card
 from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores
 from moequant.containers.folders.read import FolderWeights
-from moequant.errors import OutputError
 from moequant.values import Packed, Plan
 
 
@@ -47,14 +45,6 @@ class FolderContainer:
     def verify(self, written: Written, plan: Plan) -> None:
         """See `Container`."""
         folder.verify(written, self.checkpoint, plan, self.settings)
-
-    def describe(self, path: Path, made: Made) -> None:
-        """See `Container`."""
-        card = Card(self.checkpoint, self.settings, made)
-        try:
-            (path / "README.md").write_text(card.text(), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
     def open(self, path: Path) -> FolderWeights:
         """See `Container`."""
