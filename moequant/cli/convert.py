@@ -11,6 +11,7 @@ import typer
 from moequant.cli.common import (
     MOST,
     PRESETS,
+    AsJson,
     CacheDir,
     Calib,
     CalibTokens,
@@ -22,6 +23,7 @@ from moequant.cli.common import (
     Ram,
     Seed,
     console,
+    emit,
     guarded,
     place,
     ram_bytes,
@@ -114,11 +116,13 @@ def convert(
             "--dry-run", help="Print every tensor's type and the file size, or its bound; read only headers."
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what it cost."""
     from moequant.commands.convert import Settings, open_job  # torch is imported only when there is work
     from moequant.commands.convert import convert as run
     from moequant.report.dry_run import dry_run_table
+    from moequant.report.machine import conversion_json, dry_run_json
 
     settings = guarded(
         lambda: Settings(
@@ -151,10 +155,18 @@ def convert(
     if dry_run:
         job = guarded(lambda: open_job(source, settings))
         total = guarded(lambda: job.size)
-        console().print(dry_run_table(job.container.checkpoint, job.plan, total, job.limit))
+        shown = job.container.checkpoint, job.plan, total, job.limit
+        if as_json:
+            emit("convert", dry_run_json(*shown))
+        else:
+            console().print(dry_run_table(*shown))
         return
     guarded(lambda: _announce(source, settings))
-    guarded(lambda: console().print(run(source, out, settings).renderable()))
+    report = guarded(lambda: run(source, out, settings))
+    if as_json:
+        emit("convert", conversion_json(report))
+    else:
+        console().print(report.renderable())
 
 
 def _announce(model: Path | HubModel, settings: Settings) -> None:
