@@ -17,7 +17,7 @@ command line prints it and exits with 1; anything else is a bug in moequant.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 LONGEST = 1000
@@ -28,6 +28,12 @@ def one_line(error: object, limit: int = 300) -> str:
     """What an exception of somebody else's says, or any text, as one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[3 - limit + limit * 2 // 3 :]}"
+
+
+def few(names: Iterable[object], most: int = 10) -> str:
+    """Names for a message: of a long list the first, and how many more there are."""
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
 
 
 class MoequantError(Exception):

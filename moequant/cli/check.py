@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import CacheDir, Overwrite, console, guarded, local, place
+from moequant.cli.common import MOST, CacheDir, Overwrite, console, guarded, local, place
 from moequant.cli.output import document
 
 
@@ -42,7 +42,7 @@ def check(
         str | None,
         typer.Option(help="Text for real activations: file, folder, .jsonl or dataset (default: bundled)."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=512, help="Tokens of that text.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=512, max=MOST, help="Tokens of that text.")] = 2048,
     speed: Annotated[bool, typer.Option("--speed", help="Time the kernels too (needs a GPU).")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything found as JSON.")

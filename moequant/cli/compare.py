@@ -75,12 +75,15 @@ def compare(
         int | None,
         typer.Option(
             min=0,
+            max=MOST,
             help="Tokens that each prompt is continued by; 0 for none. GGUF files run in llama.cpp and are "
             "timed (default: 32 with --engine llama.cpp or --prompt, else 0).",
         ),
     ] = None,
     ram: Ram = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one a core).")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads (default: one a core).")
+    ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Page to write: one file, no network needed.")] = None,

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from moequant.hub import HubModel
 
 
+SCHEMES = "W2A16 to W8A16, W8A8, FP8_BLOCK, FP8_DYNAMIC, MXFP4A16, NVFP4A16"
+
+
 class Format(StrEnum):
     """What is written."""
 
@@ -90,7 +93,13 @@ def convert(
         Format,
         typer.Option("--format", help="gguf for llama.cpp; safetensors or gptq folders for vLLM."),
     ] = Format.gguf,
-    bits: Annotated[int | None, typer.Option(help="Bits of a folder's weights: 4 (default) or 8.")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"What a folder's weights are stored as: {SCHEMES}."),
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="A short word for the schemes W4A16 (default), W8A16 and their like.")
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(help="Weights that share a scale in a folder: 32, 64, 128 (default), or -1 for a row."),
@@ -144,6 +153,7 @@ def convert(
             device=device,
             overwrite=overwrite,
             format=format_.value,
+            scheme=scheme,
             bits=bits,
             group_size=group_size,
             quantize_attention=quantize_attention,

@@ -16,13 +16,13 @@ from moequant.escape import of_cache
 from moequant.evaluate import Measured, Ran, difference, runtime, samples
 from moequant.evaluate import environment as record
 from moequant.evaluate.activations import Rounded
+from moequant.evaluate.compared import Compared
 from moequant.evaluate.open_source import Source, open_files, open_model, open_source
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.forward.stream import Resources
 from moequant.hub import Model, named
 from moequant.hub.fetch import headers, whole
 from moequant.progress import Meter
-from moequant.report.compare import Compared
 from moequant.runtimes.llama_cpp.serving import BATCH, Prompt, serve
 from moequant.text import bundled, corpus
 from moequant.text.corpus import Rows

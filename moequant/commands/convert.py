@@ -18,7 +18,7 @@ from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.presets import facts
 from moequant.evaluate import Comparison
-from moequant.evaluate.self_check import self_check
+from moequant.evaluate.self_check import Output, self_check
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder, claim
 from moequant.forward.memory import check_memory
@@ -140,7 +140,7 @@ def _convert(source: Folder, out: Path, settings: Settings) -> Report:
         calibration = given_statistics(job.model, checkpoint, settings)
         texts = _texts(job, calibration is not None)
         check_memory(checkpoint, models=2 if texts.evaluation else 1 if texts.calibration else 0)
-        if texts.calibration is not None:
+        if texts.calibration is not None and job.quantizes:
             gradients(checkpoint, settings)
     if not is_here(source):
         with meter.stage("download"):  # only now: whatever headers refuse is refused before
@@ -166,8 +166,7 @@ def _convert(source: Folder, out: Path, settings: Settings) -> Report:
         checked = None
         if settings.self_check:
             with meter.stage("self-check"):
-                decoded = job.container.open(written.path).load if job.keeps else None
-                checked = self_check(job.model, decoded)
+                checked = self_check(job.model, _output(job, written))
         if texts.evaluation is not None:
             with meter.stage("compare"):
                 comparison = _compared(job, written, out.name, texts.evaluation)
@@ -230,7 +229,7 @@ def _rounded(
     types = job.container.formats(job.plan)
     planned = {choice.weight: choice.format for choice in job.plan.choices}
     quantizer = Quantizer(calibration, settings.effort, settings.gating)
-    if rows is None or settings.effort == "fast":
+    if rows is None or settings.effort == "fast" or not job.quantizes:
         found = pack_all(checkpoint, types, quantizer)
     else:
         rounding = Rounding.of(settings.effort, settings.coupled)
@@ -238,6 +237,15 @@ def _rounded(
     for packed, loss in progress(found, checkpoint):
         losses.append(replace(loss, format=planned[packed.weight.name]))
         yield packed
+
+
+def _output(job: Job, written: Written) -> Output:
+    """What was written, as the self-check looks at it."""
+    load = job.container.open(written.path).load
+    if job.container.is_folder:
+        return Output(load, job.keeps)
+    plain = set(job.container.formats(job.plan).values()) == {"F32"}
+    return Output(load, job.keeps, written.path, plain)
 
 
 def _compared(job: Job, written: Written, name: str, rows: Rows) -> Comparison:
@@ -251,7 +259,7 @@ def _made(
     job: Job, calibration: Calibration | None, rows: Rows | None, comparison: Comparison | None
 ) -> Made:
     """What a card tells."""
-    rounded_on = None if job.settings.effort == "fast" else rows
+    rounded_on = rows if job.settings.effort != "fast" and job.quantizes else None
     measured = () if comparison is None else _lines(comparison)
     return Made(job.plan, calibration, rounded_on, job.settings.coupled, measured)
 
@@ -290,8 +298,8 @@ def _texts(job: Job, calibrated: bool) -> Texts:
     """The rows that this conversion needs; probes and calibration share no row."""
     settings, checkpoint, bos = job.settings, job.model, leading(job.model)
     calib = probes = evaluation = None
-    fast = settings.effort == "fast"
-    if job.quantizes and not (fast and calibrated):
+    unused = calibrated and (settings.effort == "fast" or not job.quantizes)
+    if (job.quantizes or settings.imatrix_out is not None) and not unused:
         documents = corpus.read(settings.calib, "calibration")
         if job.measures:
             tokens = settings.calib_tokens + Probing().rows * ROW

@@ -18,8 +18,9 @@ from moequant.formats import Effort
 from moequant.hub import Model
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.plan import Budget, Sensitivities, curve, points, preset_points, prior_sensitivities
+from moequant.plan.curve import Curve
 from moequant.plan.measure import Probing, measure, wants_probes
-from moequant.report.curve import Curve, draw
+from moequant.report.curve import draw
 from moequant.report.routing import check_picture
 from moequant.statistics.calibrate import calibrate
 from moequant.text import corpus

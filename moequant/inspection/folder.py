@@ -14,7 +14,7 @@ from moequant.checkpoint.headers import read_header, read_json
 from moequant.checkpoint.open import renamed
 from moequant.containers.gguf.export import check, export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
-from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError
+from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError, few
 from moequant.families.config import HARMLESS, make_config, text_config
 from moequant.inspection import presets
 from moequant.inspection.runtimes import checkpoint_runtimes
@@ -184,7 +184,7 @@ def _support(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) 
         family = families.find(config)
         text = make_config(family, config)
         if unknown := _unknown(family, text, tensors):
-            missing.append(f"{family.name}: unknown tensors: {', '.join(unknown)}")
+            missing.append(f"{family.name}: unknown tensors: {few(unknown)}")
         check(family, text)
     except FamilyError as error:
         missing.append(str(error))
@@ -236,19 +236,15 @@ def _differences(near: families.Family, config: Mapping[str, Any], tensors: list
     text = text_config(config)
     known = near.known | HARMLESS | near.says.keys()
     if keys := sorted(key for key in text if key not in known and text[key] is not None):
-        found.append(f"config keys that {near.name} has not: {_few(keys)}")
+        found.append(f"config keys that {near.name} has not: {few(keys)}")
     try:
         unknown = _unknown(near, make_config(near, {**text, "model_type": near.model_type}), tensors)
     except (FamilyError, AttributeError, TypeError, ValueError):
         kinds = sorted({_kind(tensor.name) for tensor in tensors})
-        return [*found, f"its tensors: {_few(kinds)}"]
+        return [*found, f"its tensors: {few(kinds)}"]
     if unknown:
-        found.append(f"tensors that {near.name} has not: {_few(unknown)}")
+        found.append(f"tensors that {near.name} has not: {few(unknown)}")
     return found
-
-
-def _few(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _kind(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from moequant.checkpoint import Checkpoint
 from moequant.escape import shown
 from moequant.plan import Point
-from moequant.report.curve import Curve
+from moequant.plan.curve import Curve
 from moequant.report.summary import Report
 from moequant.values import Calibration, ExpertLoss, Plan
 
