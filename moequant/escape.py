@@ -69,6 +69,12 @@ def of_cache(path: Path) -> tuple[str, str, str] | None:
     return (found[1].replace("--", "/", 1), found[2], found[3] or "") if found else None
 
 
+def described(path: Path) -> dict[str, str | None]:
+    """A model for a machine: its name and commit where it lies in Hugging Face's cache, else its path."""
+    cached = of_cache(path)
+    return {"path": shown(path) if cached else str(path), "revision": cached[1] if cached else None}
+
+
 def mathtext(text: str) -> str:
     """For matplotlib, which takes what stands between two dollars for a formula."""
     return plain(text).replace("$", r"\$")

@@ -11,6 +11,7 @@ import typer
 from moequant.cli.common import (
     MOST,
     PRESETS,
+    AsJson,
     CacheDir,
     Calib,
     CalibTokens,
@@ -24,6 +25,7 @@ from moequant.cli.common import (
     Seed,
     TensorType,
     console,
+    emit,
     guarded,
     place,
     ram_bytes,
@@ -149,12 +151,14 @@ def convert(
             "--dry-run", help="Print every tensor's type and the file size, or its bound; read only headers."
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what it cost."""
     from moequant.commands.convert import Settings, convert_all  # torch is imported only when there is work
     from moequant.commands.convert import open_jobs as opened
     from moequant.report.conversion import next_steps
     from moequant.report.dry_run import dry_run_table
+    from moequant.report.machine import conversion_json, dry_run_json
 
     settings = guarded(
         lambda: Settings(
@@ -188,13 +192,22 @@ def convert(
     )
     source = place(model, cache_dir)
     if dry_run:
-        for job in guarded(lambda: opened(source, settings)):
-            total = guarded(lambda: job.size)  # noqa: B023  called at once
-            console().print(dry_run_table(job.container.checkpoint, job.plan, total, job.limit))
+        shown = [
+            (job.container.checkpoint, job.plan, guarded(lambda: job.size), job.limit)  # noqa: B023  called at once
+            for job in guarded(lambda: opened(source, settings))
+        ]
+        if as_json:
+            emit("convert", dry_run_json(shown))
+        else:
+            for each in shown:
+                console().print(dry_run_table(*each))
         return
     guarded(lambda: _announce(source, settings))
     made = guarded(lambda: convert_all(source, out, settings))
-    console().print(made.renderable(details), next_steps(made, model), sep="\n")
+    if as_json:
+        emit("convert", conversion_json(made.reports))
+    else:
+        console().print(made.renderable(details), next_steps(made, model), sep="\n")
 
 
 def _announce(model: Path | HubModel, settings: Settings) -> None:

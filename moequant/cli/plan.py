@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from moequant.cli.common import (
+    AsJson,
     CacheDir,
     Calib,
     CalibTokens,
@@ -18,6 +19,7 @@ from moequant.cli.common import (
     Seed,
     TensorType,
     console,
+    emit,
     guarded,
     local,
     place,
@@ -62,6 +64,7 @@ def plan(
     seed: Seed = 0,
     cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what MODEL costs at every file size, and write the best plan for one."""
     from moequant.commands.plan import (  # torch only when there is work
@@ -73,6 +76,7 @@ def plan(
     )
     from moequant.commands.plan import budgets as budgets_of
     from moequant.report.curve import curve_tables
+    from moequant.report.machine import survey_json
 
     settings = PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed, tuple(tensor_type or ()))
     outputs = Outputs(out, curve, overwrite)
@@ -83,7 +87,10 @@ def plan(
     def work() -> None:
         with claimed(outputs, local(source), calib, stats):
             found = survey(source, settings, wanted, outputs)
-            console().print(curve_tables(found.curve))
+            if as_json:
+                emit("plan", survey_json(found.curve))
+            else:
+                console().print(curve_tables(found.curve))
             write(found, outputs)
 
     guarded(work)
