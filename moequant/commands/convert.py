@@ -93,6 +93,8 @@ def open_job(model: Path, settings: Settings) -> Job:
     """Read headers and tokenizer, choose every type that is known before measuring. Raises what those
     raise."""
     checkpoint = open_checkpoint(model)
+    if not settings.mtp:
+        checkpoint = checkpoint.without_predictions()
     if settings.format != "gguf":
         folder = FolderContainer(checkpoint, settings.folder)
         return Job(checkpoint, folder, folder.plan, settings)

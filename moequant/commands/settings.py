@@ -32,7 +32,8 @@ class Settings:
     takes them, None the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant
     route`) or `imatrix` (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is written
     beside the file. `self_check` holds our reading of the folder against transformers'. `coupled` rounds
-    each layer towards what full precision would have made of what the layers before it lost.
+    each layer towards what full precision would have made of what the layers before it lost. `mtp` keeps the
+    layers that predict the token after the next.
 
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
@@ -61,6 +62,7 @@ class Settings:
     quantize_attention: bool | None = None
     tp: int | None = None
     self_check: bool = True
+    mtp: bool = True
 
     def __post_init__(self) -> None:
         """See the class."""

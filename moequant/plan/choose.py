@@ -18,6 +18,9 @@ from moequant.plan.allocate import Option, Unit, allocate
 from moequant.plan.sensitivity import Sensitivities, as_stored, candidates, prior_sensitivities
 from moequant.values import Choice, Plan, Weight
 
+_ENDS = {"nextn.embedding": "embedding", "nextn.head": "embedding"}
+"""What layers that predict have in the place of the model's own: no head comes before them in a file."""
+
 NEAR = 0.5
 """Bits per weight around the file's own that a reason calls average."""
 
@@ -47,6 +50,7 @@ def make_plan(
         check_preset(budget.preset)
         if budget.preset in LEGACY | UNQUANTIZED:
             return _as_llama_cpp(weights, budget.preset, facts, sensitivities)
+    followed = twins(weights)
     units = make_units(weights, sensitivities, _floor_bits(weights, budget, facts, sensitivities))
     limit = budget.weight_bytes(weights, facts, overhead)
     smallest = sum(min(option.bytes for option in unit.options) for unit in units)
@@ -60,6 +64,7 @@ def make_plan(
         for unit, option in zip(units, chosen, strict=True)
         for weight in unit.weights
     }
+    types |= {one.name: safer(types[twin.name], one) for one, twin in followed}
     reasons = _reasons(weights, types, sensitivities)
     preset = budget.preset or mostly((types[weight.name], weight.numel) for weight in weights)
     return _plan(weights, types, reasons, sensitivities, Plan(preset, (), limit, budget.text))
@@ -68,8 +73,42 @@ def make_plan(
 def make_units(
     weights: tuple[Weight, ...], sensitivities: Sensitivities, floor_bits: float = 0.0
 ) -> list[Unit]:
-    """Groups of weights that share a format, each with its formats of at least `floor_bits` per weight."""
-    return [Unit(group, _options(group, sensitivities, floor_bits)) for group in groups(weights)]
+    """Groups of weights that share a format, each with its formats of at least `floor_bits` per weight.
+
+    Those that follow one of a group (`twins`) are not in it, but their bytes are counted.
+    """
+    after: dict[str, list[Weight]] = {}
+    for follower, twin in twins(weights):
+        after.setdefault(twin.name, []).append(follower)
+    following = {one.name for each in after.values() for one in each}
+    leading = tuple(weight for weight in weights if weight.name not in following)
+    return [
+        Unit(
+            group,
+            _options(group, sensitivities, floor_bits, [f for w in group for f in after.get(w.name, ())]),
+        )
+        for group in groups(leading)
+    ]
+
+
+def twins(weights: Iterable[Weight]) -> list[tuple[Weight, Weight]]:
+    """Weights of layers that predict the token after the next, each with the last one of the model that is
+    of its kind: the text says nothing of what their rounding costs."""
+    last: dict[str, Weight] = {}
+    found = []
+    for weight in weights:
+        own = weight.name.removeprefix(f"layers.{weight.layer}.")
+        if weight.runs:
+            last[own] = weight
+        elif (twin := last.get(_ENDS.get(own, own))) and len(weight.shape) > 1 and weight.n_in == twin.n_in:
+            found.append((weight, twin))
+    return found
+
+
+def safer(name: str, weight: Weight) -> str:
+    """The next larger of the formats that a weight may have."""
+    names = [each for each in candidates(weight) if bits_of(each) > bits_of(name)]
+    return names[0] if names else candidates(weight)[-1]
 
 
 def groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
@@ -83,9 +122,12 @@ def groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
 
 
 def _options(
-    group: tuple[Weight, ...], sensitivities: Sensitivities, floor_bits: float
+    group: tuple[Weight, ...],
+    sensitivities: Sensitivities,
+    floor_bits: float,
+    followers: Iterable[Weight] = (),
 ) -> tuple[Option, ...]:
-    """The formats that every weight of a group may have, with what they cost together.
+    """The formats that every weight of a group may have, with what they and their followers cost together.
 
     One that holds the checkpoint's own numbers loses nothing, however few its bits are.
     """
@@ -95,11 +137,14 @@ def _options(
         if all(name in sensitivities.table[weight.name] for weight in group)
     ]
     exact = as_stored(group[0])
+    if not group[0].runs:
+        names = names[-1:]
     allowed = [name for name in names if bits_of(name) >= floor_bits or name == exact] or names[-1:]
     return tuple(
         Option(
             name,
-            sum(aligned(packed_bytes(name, weight)) for weight in group),
+            sum(aligned(packed_bytes(name, weight)) for weight in group)
+            + sum(aligned(packed_bytes(safer(name, one), one)) for one in followers),
             sum(sensitivities.table[weight.name][name] for weight in group),
         )
         for name in allowed
@@ -188,6 +233,8 @@ def _fixed(weight: Weight) -> str | None:
     """Why a weight has little or no choice of formats; None when it has all."""
     if weight.role.keeps_precision or len(weight.shape) < 2:
         return f"{weight.role} stays F32"
+    if not weight.runs:
+        return "drafts: a step safer than the layer it is like"
     if weight.n_in % 32:
         return f"fallback: 32 does not divide rows of {weight.n_in}"
     if weight.n_in % 256:

@@ -12,6 +12,7 @@ from moequant.checkpoint.headers import belongs
 from moequant.containers.base import Made
 from moequant.containers.folders.plan import FolderSettings
 from moequant.escape import markdown, yaml
+from moequant.families.base import PREDICTION
 
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*)$", re.MULTILINE)
 
@@ -65,9 +66,14 @@ class Card:
         return (
             f"# {markdown(self.checkpoint.name)}, int{self.settings.bits}\n\n"
             f"{experts[0].upper()}{experts[1:]}{also} as symmetric int{self.settings.bits}; router, norms, "
-            f"embedding and head in their original precision. {bits:.2f} bits a weight in all.\n\n"
+            f"embedding and head in their original precision. {bits:.2f} bits a weight in all."
+            f"{self._predictions()}\n\n"
             f"| stored as | weights | size |\n|---|---|---|\n{table}\n"
         )
+
+    def _predictions(self) -> str:
+        copied = len(self.checkpoint.predictions.stored)
+        return f" Layers of {PREDICTION} are copied as they are." if copied else ""
 
     def _how(self) -> str:
         made = f"## How it was made\n\nmoequant {__version__}. "

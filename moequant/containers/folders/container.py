@@ -9,9 +9,16 @@ from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Made, Written
 from moequant.containers.folders import write as folder
 from moequant.containers.folders.card import Card
-from moequant.containers.folders.plan import FolderSettings, block_formats, group_format, group_plan
+from moequant.containers.folders.plan import (
+    FolderSettings,
+    block_formats,
+    group_format,
+    group_plan,
+    with_copies,
+)
 from moequant.containers.folders.read import FolderWeights
 from moequant.errors import OutputError
+from moequant.families.base import PREDICTION
 from moequant.values import Packed, Plan
 
 
@@ -22,9 +29,14 @@ class FolderContainer:
 
     def __init__(self, checkpoint: Checkpoint, settings: FolderSettings) -> None:
         """PlanError for what no loader takes."""
-        self.checkpoint, self.settings = checkpoint, settings
-        self.plan = group_plan(checkpoint, settings)
-        self.notes: tuple[str, ...] = ()
+        self.checkpoint, self.settings = with_copies(checkpoint), settings
+        self.plan = group_plan(self.checkpoint, settings)
+        copied = len(checkpoint.predictions.stored)
+        self.notes: tuple[str, ...] = (
+            (f"{PREDICTION} kept: {copied:,} tensors copied as they are, for vLLM to draft with",)
+            if copied
+            else ()
+        )
 
     def size(self, plan: Plan) -> int:
         """See `Container`."""

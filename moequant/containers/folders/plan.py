@@ -11,7 +11,7 @@ import torch
 from moequant.checkpoint import Checkpoint
 from moequant.errors import FamilyError, PlanError
 from moequant.formats.groups import BITS, GROUPS, GroupFormat
-from moequant.values import Choice, Plan, Role, Weight
+from moequant.values import Choice, Origin, Place, Plan, Role, Stack, Weight
 
 LayoutName = Literal["compressed-tensors", "gptq"]
 
@@ -45,6 +45,25 @@ def group_format(checkpoint: Checkpoint, settings: FolderSettings) -> GroupForma
     # GPTQ files hold f16 scales; rounded like the other layout's first, they give the same codes.
     also = (torch.float16,) if settings.layout == "gptq" and own != torch.float16 else ()
     return GroupFormat(settings.bits, settings.group_size, (own, *also))
+
+
+def with_copies(checkpoint: Checkpoint) -> Checkpoint:
+    """The model with every tensor of its layers that predict, each a weight that nothing runs."""
+    copies = (
+        Weight(
+            each.name,
+            Role.NEXTN,
+            None,
+            each.shape,
+            Stack.NONE,
+            Origin((each,)),
+            Place(""),
+            None,
+            (each.name,),
+        )
+        for each in checkpoint.predictions.stored
+    )
+    return checkpoint.with_weights((*checkpoint.weights, *copies))
 
 
 def group_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
@@ -110,6 +129,9 @@ def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     formats = {choice.weight: choice.format for choice in plan.choices}
     names = {"lm_head"}
     for weight in checkpoint.weights:
+        if not weight.runs:
+            names |= {*modules(weight)} if len(weight.shape) > 1 else set()
+            continue
         is_linear = len(weight.shape) == 2 and weight.role is not Role.EMBEDDING
         if is_linear and formats[weight.name] != plan.preset:
             names |= {*modules(weight), weight.place.param.removesuffix(".weight")}
@@ -119,6 +141,8 @@ def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
 def _is_quantized(
     checkpoint: Checkpoint, weight: Weight, settings: FolderSettings, shared: frozenset[str]
 ) -> bool:
+    if not weight.runs:
+        return False
     if weight.is_expert:
         return len(weight.shape) == 3
     if len(weight.shape) != 2 or weight.role.keeps_precision or weight.role in (Role.EMBEDDING, Role.OUTPUT):
