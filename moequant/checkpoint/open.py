@@ -29,6 +29,9 @@ from moequant.values.ops import Part, apply, shape_after
 MODELOPT = "hf_quant_config.json"
 """Where ModelOpt says how it quantized."""
 
+MISTRAL = "params.json"
+"""What Mistral calls its config, beside names of tensors of its own."""
+
 MOST = 1 << 20
 """More layers or experts than this are a slip of the config, and would be looped over."""
 
@@ -108,6 +111,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder; give a Hugging Face model folder")
     if not path.is_dir() or not (path / "config.json").is_file():
+        if (path / MISTRAL).is_file():
+            raise CheckpointError(
+                f"{path}: has {MISTRAL} and no config.json, which is Mistral's own format; give the model as "
+                "transformers saves it"
+            )
         raise CheckpointError(
             f"{path}: not a Hugging Face model folder (config.json and *.safetensors expected)"
         )

@@ -40,7 +40,7 @@ def prediction_layers(config: Config) -> Mapping[str, str]:
 
 EXAONE_MOE = Family(
     name="exaone_moe",
-    classes=("ExaoneMoeForCausalLM",),
+    classes=("ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM"),
     model_type="exaone_moe",
     shape=moe_shape,
     layer=layer,
@@ -55,6 +55,6 @@ EXAONE_MOE = Family(
         "is_moe_layer",
         "sliding_window_pattern",
     },
-    says=ROUTER_SAYS,
+    says={**ROUTER_SAYS, "first_last_k_dense_replace": (1,)},
     skipped=prediction_layers,
 )
