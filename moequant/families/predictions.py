@@ -77,13 +77,16 @@ def parts(number: int, stored: Mapping[str, str]) -> tuple[Slot, ...]:
     )
 
 
+MOST = 16
+"""More such layers than this are a slip of the config, and would be looped over."""
+
 Layer = Callable[[Config, int], tuple[Slot, ...]]
 
 
 def count(config: Config) -> int:
     """How many such layers a config tells of."""
     told = getattr(config, "num_nextn_predict_layers", None) or getattr(config, "num_mtp_layers", None)
-    return int(told or 0)
+    return min(int(told or 0), MOST)
 
 
 def appended(

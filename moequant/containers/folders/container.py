@@ -9,13 +9,7 @@ from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Made, Written
 from moequant.containers.folders import write as folder
 from moequant.containers.folders.card import Card
-from moequant.containers.folders.plan import (
-    FolderSettings,
-    block_formats,
-    group_format,
-    group_plan,
-    with_copies,
-)
+from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores, with_copies
 from moequant.containers.folders.read import FolderWeights
 from moequant.errors import OutputError
 from moequant.families.base import PREDICTION
@@ -30,7 +24,7 @@ class FolderContainer:
     def __init__(self, checkpoint: Checkpoint, settings: FolderSettings) -> None:
         """PlanError for what no loader takes."""
         self.checkpoint, self.settings = with_copies(checkpoint), settings
-        self.plan = group_plan(self.checkpoint, settings)
+        self.plan = scheme_plan(self.checkpoint, settings)
         copied = len(checkpoint.predictions.stored)
         self.notes: tuple[str, ...] = (
             (f"{PREDICTION} kept: {copied:,} tensors copied as they are, for vLLM to draft with",)
@@ -44,13 +38,13 @@ class FolderContainer:
 
     def check_target(self, path: Path, plan: Plan) -> None:
         """See `Container`."""
-        folder.check_target(path, self.size(plan))
+        folder.check_target(path, self.checkpoint, plan, self.settings)
 
     def formats(self, plan: Plan) -> dict[str, str]:
-        """See `Container`: integers; all else is copied as bytes."""
-        types = block_formats(self.checkpoint, plan, group_format(self.checkpoint, self.settings))
-        integers = {choice.weight for choice in plan.choices if choice.format == plan.preset}
-        return {name: types[name] for name in types if name in integers}
+        """See `Container`: what has a scheme; all else is copied as bytes."""
+        rows = {weight.name: weight.n_in for weight in self.checkpoint.weights}
+        found = stores(self.checkpoint, plan, self.settings.layout)
+        return {name: storage.block_format(rows[name]) for name, storage in found.items()}
 
     def write(self, path: Path, plan: Plan, packed: Iterable[Packed]) -> Written:
         """See `Container`."""
@@ -70,4 +64,4 @@ class FolderContainer:
 
     def open(self, path: Path) -> FolderWeights:
         """See `Container`."""
-        return folder.LAYOUTS[self.settings.layout].open(path)
+        return folder.OPENERS[self.settings.layout](path)
