@@ -68,7 +68,7 @@ def test_a_quantized_one_is_a_step_safer(tmp_path: Path, text: Path) -> None:
 def test_what_nobody_describes_is_left_out_of_files_with_the_reason(tmp_path: Path, text: Path) -> None:
     folder = released(tmp_path, "exaone_moe")
     assert any(
-        "llama.cpp's 'exaone-moe' does not draft" in note for note in export(open_checkpoint(folder)).warnings
+        "not kept for llama.cpp's 'exaone-moe'" in note for note in export(open_checkpoint(folder)).warnings
     )
     folder = released(tmp_path / "other", "glm4_moe")
     file = folder / "model-mtp.safetensors"

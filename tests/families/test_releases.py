@@ -6,6 +6,7 @@ import pytest
 
 from moequant import families
 from moequant.containers.gguf.export import check
+from moequant.errors import FamilyError
 from moequant.families.config import make_config
 from tests.families.releases import RELEASES
 
@@ -30,3 +31,10 @@ def test_a_release_says_its_rotation_where_transformers_5_does_not_look() -> Non
     config = make_config(family, RELEASES["databricks/dbrx-base"].config)
     written = {key.name: key.value for key in check(family, config).keys(config)}
     assert written["rope.freq_base"] == 500_000 and written["attention.clamp_kqv"] == 8
+
+
+def test_keys_one_level_down_are_accounted_for() -> None:
+    told = RELEASES["databricks/dbrx-base"].config
+    changed = {**told, "ffn_config": {**told["ffn_config"], "moe_depth": 2}}
+    with pytest.raises(FamilyError, match=r"ffn_config\.moe_depth = 2: unknown"):
+        make_config(families.find(told), changed)

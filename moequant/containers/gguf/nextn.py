@@ -18,7 +18,7 @@ def kept(checkpoint: Checkpoint, way: Export) -> tuple[tuple[Weight, ...], tuple
     if found.unfit is not None:
         return (), (f"{out}: {found.unfit}",)
     if way.predictions is None or len(_layers(found.weights)) != 1:
-        return (), (f"{out}: llama.cpp's {way.arch!r} does not draft with it",)
+        return (), (f"{out}: not kept for llama.cpp's {way.arch!r}",)
     return found.weights, (
         f"{PREDICTION} kept: llama.cpp drafts with it, transformers does not run it. Its weights are rounded "
         "under the statistics of the layer that they are like, in types one step safer; --no-mtp leaves them "

@@ -113,7 +113,7 @@ class Export:
     in `names.COMMON`, by our name within the layer. `complaints` yields one sentence for each thing in the
     config that llama.cpp's graph does not compute; `warnings` one for each that it computes a little
     differently. `predictions` says what keys with one entry a block have for a layer that predicts; None:
-    llama.cpp does not draft with those.
+    files hold none of those.
     """
 
     arch: str
