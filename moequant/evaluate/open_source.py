@@ -129,7 +129,7 @@ def open_files(paths: Sequence[Path]) -> tuple[Source, ...]:
     headers = [read_header(path) for path in paths]
     first, vocabulary = headers[0], headers[0].array(TOKENS)
     for header in headers[1:]:
-        _same_metadata(header.path, header.metadata, first.path, first.metadata)
+        _same_metadata(header.path, _that_runs(header.metadata), first.path, _that_runs(first.metadata))
         _same_texts(header.path, header.array(TOKENS), first.path, vocabulary)
     return tuple(
         Source(one.path, "GGUF", None, one.file_bytes, {each.name: each.type for each in one.tensors})

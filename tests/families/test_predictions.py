@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,9 +11,14 @@ import pytest
 import torch
 
 from moequant.checkpoint import load, open_checkpoint
-from moequant.commands.convert import Settings, convert
+from moequant.commands.convert import Settings, convert, open_job
 from moequant.containers.gguf.export import export
+from moequant.containers.gguf.read import read_header
 from moequant.containers.gguf.weights import GgufWeights
+from moequant.evaluate.open_source import open_source
+from moequant.inspection.fit import Hardware, place
+from moequant.inspection.gguf_file import inspect_gguf
+from moequant.runtimes.llama_cpp.kv_cache import Load
 from tests import models
 from tests.clients.llama import Llama, drafting
 
@@ -77,3 +83,36 @@ def test_what_nobody_describes_is_left_out_of_files_with_the_reason(tmp_path: Pa
     models.save_file(tensors, file, {"format": "pt"})
     (note,) = export(open_checkpoint(folder)).warnings
     assert re.search(r"left out: \d+ tensors.*layer 3 nextn is missing", note)
+
+
+def test_folders_hold_copies(tmp_path: Path, text: Path) -> None:
+    """In the checkpoint's precision, and named among what is not rounded."""
+    folder, out = released(tmp_path, "glm4_moe"), tmp_path / "folder"
+    given = {"format": "safetensors", "effort": "fast", "eval_tokens": 0, "self_check": False}
+    report = convert(folder, out, Settings(None, text, 1024, text, **given))
+    assert any("copied as they are" in note for note in report.notes)
+    stored = models.load_file(out / "model.safetensors")
+    told = models.predicting(folder, "glm4_moe")
+    assert all(torch.equal(stored[name], values) for name, values in told.items())
+    kept = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {"model.layers.3.eh_proj", "model.layers.3.mlp.experts.7.down_proj"} <= {*kept}
+    assert "multi-token prediction are copied" in (out / "README.md").read_text()
+    without = open_job(folder, Settings(None, text, 1024, text, **given, mtp=False))
+    assert not told.keys() & {each.weight for each in without.plan.choices}
+
+
+def test_files_with_and_without_them_are_versions_of_one_model(tmp_path: Path, text: Path) -> None:
+    """And need the same memory, since nothing drafts unless it is asked to."""
+    folder, files = released(tmp_path, "nemotron_h"), (tmp_path / "with.gguf", tmp_path / "without.gguf")
+    for file, mtp in zip(files, (True, False), strict=True):
+        convert(folder, file, Settings("Q8_0", text, 1024, text, effort="fast", eval_tokens=0, mtp=mtp))
+    checkpoint = open_checkpoint(folder)
+    for file in files:
+        source = open_source(file, checkpoint)
+        assert source.provider is not None
+        for weight in checkpoint.weights[:20]:
+            assert source.provider(weight).shape == weight.shape
+    memory = [place(read_header(file), Hardware(1 << 32, 1 << 32), Load(256)) for file in files]
+    assert memory[0].ram.total + memory[0].gpu.total == memory[1].ram.total + memory[1].gpu.total
+    inspected = [inspect_gguf(file) for file in files]
+    assert inspected[0].active == inspected[1].active and inspected[0].parameters > inspected[1].parameters
