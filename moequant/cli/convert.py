@@ -140,6 +140,9 @@ def convert(
         bool,
         typer.Option(help="Hold the reading of the folder against transformers' own, where it fits memory."),
     ] = True,
+    mtp: Annotated[
+        bool, typer.Option(help="Keep layers that predict the token after the next, for drafting.")
+    ] = True,
     ram: Ram = None,
     device: Device = "cpu",
     details: Details = False,
@@ -188,6 +191,7 @@ def convert(
             quantize_attention=quantize_attention,
             tp=tp,
             self_check=self_check,
+            mtp=mtp,
         )
     )
     source = place(model, cache_dir)

@@ -86,6 +86,8 @@ def open_jobs(model: Model | Folder, settings: Settings) -> tuple[Job, ...]:
     """Read headers and tokenizer, choose every type that is known before measuring, for every size that
     `settings` name. Raises what those raise."""
     checkpoint = open_checkpoint(model if isinstance(model, Folder) else headers(model))
+    if not settings.mtp:
+        checkpoint = checkpoint.without_predictions()
     if settings.format != "gguf":
         folder = FolderContainer(checkpoint, settings.folder)
         return (Job(checkpoint, folder, folder.plan, settings),)

@@ -39,7 +39,8 @@ class Settings:
     leaves the comparison out. `stats` (of `moequant route`) or `imatrix` (of llama-imatrix) stand in for the
     statistics pass; `imatrix_out` is written beside the file, and `card`, a README.md or a folder to put it
     in. `self_check` holds our reading of the folder against transformers'. `coupled` rounds each layer
-    towards what full precision would have made of what the layers before it lost.
+    towards what full precision would have made of what the layers before it lost. `mtp` keeps the layers that
+    predict the token after the next.
 
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
@@ -71,6 +72,7 @@ class Settings:
     quantize_attention: bool | None = None
     tp: int | None = None
     self_check: bool = True
+    mtp: bool = True
 
     def __post_init__(self) -> None:
         """See the class."""

@@ -22,6 +22,9 @@ from moequant.values import Choice, Plan, Weight
 
 NO_PINS: Mapping[str, str] = {}
 
+_ENDS = {"nextn.embedding": "embedding", "nextn.head": "embedding"}
+"""What layers that predict have in the place of the model's own: no head comes before them in a file."""
+
 NEAR = 0.5
 """Bits per weight around the file's own that a reason calls average."""
 
@@ -53,6 +56,7 @@ def make_plan(
         check_preset(budget.preset)
         if budget.preset in LEGACY | UNQUANTIZED:
             return _as_llama_cpp(weights, budget.preset, facts, sensitivities, pins)
+    followed = [(one, twin) for one, twin in twins(weights) if one.name not in pins]
     units = make_units(weights, sensitivities, _floor_bits(weights, budget, facts, sensitivities), pins)
     limit = budget.weight_bytes(weights, facts, overhead)
     if pins and _smallest(units) > limit:
@@ -69,6 +73,7 @@ def make_plan(
         for unit, option in zip(units, chosen, strict=True)
         for weight in unit.weights
     }
+    types |= {one.name: safer(types[twin.name], one) for one, twin in followed}
     reasons = _reasons(weights, types, sensitivities) | dict.fromkeys(pins, REASON)
     preset = budget.preset or mostly((types[weight.name], weight.numel) for weight in weights)
     return _plan(weights, types, reasons, sensitivities, Plan(preset, (), limit, budget.text))
@@ -82,20 +87,36 @@ def make_units(
 ) -> list[Unit]:
     """Groups of weights that share a format, each with its formats of at least `floor_bits` per weight.
 
-    A weight in `pins` stands alone and has no choice.
+    A weight in `pins` stands alone and has no choice. Those that follow one of a group (`twins`) are not
+    in it, but their bytes are counted.
     """
-    free = groups(tuple(weight for weight in weights if weight.name not in pins))
+    after: dict[str, list[Weight]] = {}
+    for follower, twin in twins(weights):
+        if follower.name not in pins:
+            after.setdefault(twin.name, []).append(follower)
+    following = {one.name for each in after.values() for one in each}
+    free = groups(tuple(w for w in weights if w.name not in pins and w.name not in following))
     alone = [weight for weight in weights if weight.name in pins]
+
+    def behind(group: Iterable[Weight]) -> list[Weight]:
+        return [follower for weight in group for follower in after.get(weight.name, ())]
+
     return [
-        *(Unit(group, _options(group, sensitivities, floor_bits)) for group in free),
-        *(Unit((weight,), (_pinned(weight, pins[weight.name], sensitivities),)) for weight in alone),
+        *(Unit(group, _options(group, sensitivities, floor_bits, behind(group))) for group in free),
+        *(Unit((w,), (_pinned(w, pins[w.name], sensitivities, behind((w,))),)) for w in alone),
     ]
 
 
-def _pinned(weight: Weight, name: str, sensitivities: Sensitivities) -> Option:
+def _pinned(weight: Weight, name: str, sensitivities: Sensitivities, followers: Iterable[Weight]) -> Option:
     """The one format of a pinned weight; what it costs is as good as any number where nobody measured it."""
-    size = aligned(packed_bytes(name, weight))
+    size = _bytes(name, (weight,), followers)
     return Option(name, size, _kl(sensitivities, weight, name) or 0.0)
+
+
+def _bytes(name: str, group: Iterable[Weight], followers: Iterable[Weight]) -> int:
+    """What a group takes in a format, with what follows it."""
+    own = sum(aligned(packed_bytes(name, weight)) for weight in group)
+    return own + sum(aligned(packed_bytes(safer(name, one), one)) for one in followers)
 
 
 def _smallest(units: Iterable[Unit]) -> int:
@@ -114,6 +135,26 @@ def _check_pins(weights: tuple[Weight, ...], pins: Mapping[str, str], budget: Bu
         )
 
 
+def twins(weights: Iterable[Weight]) -> list[tuple[Weight, Weight]]:
+    """Weights of layers that predict the token after the next, each with the last one of the model that is
+    of its kind: the text says nothing of what their rounding costs."""
+    last: dict[str, Weight] = {}
+    found = []
+    for weight in weights:
+        own = weight.name.removeprefix(f"layers.{weight.layer}.")
+        if weight.runs:
+            last[own] = weight
+        elif (twin := last.get(_ENDS.get(own, own))) and len(weight.shape) > 1 and weight.n_in == twin.n_in:
+            found.append((weight, twin))
+    return found
+
+
+def safer(name: str, weight: Weight) -> str:
+    """The next larger of the formats that a weight may have."""
+    names = [each for each in candidates(weight) if bits_of(each) > bits_of(name)]
+    return names[0] if names else candidates(weight)[-1]
+
+
 def groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
     """Weights in order; gate and up of the same block (experts, shared or dense) together."""
     groups: dict[object, list[Weight]] = {}
@@ -125,9 +166,12 @@ def groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
 
 
 def _options(
-    group: tuple[Weight, ...], sensitivities: Sensitivities, floor_bits: float
+    group: tuple[Weight, ...],
+    sensitivities: Sensitivities,
+    floor_bits: float,
+    followers: Iterable[Weight] = (),
 ) -> tuple[Option, ...]:
-    """The formats that every weight of a group may have, with what they cost together.
+    """The formats that every weight of a group may have, with what they and their followers cost together.
 
     One that holds the checkpoint's own numbers loses nothing, however few its bits are.
     """
@@ -137,11 +181,13 @@ def _options(
         if all(name in sensitivities.table[weight.name] for weight in group)
     ]
     exact = as_stored(group[0])
+    if not group[0].runs:
+        names = names[-1:]
     allowed = [name for name in names if bits_of(name) >= floor_bits or name == exact] or names[-1:]
     return tuple(
         Option(
             name,
-            sum(aligned(packed_bytes(name, weight)) for weight in group),
+            _bytes(name, group, followers),
             sum(sensitivities.table[weight.name][name] for weight in group),
         )
         for name in allowed
@@ -235,6 +281,8 @@ def _fixed(weight: Weight) -> str | None:
     """Why a weight has little or no choice of formats; None when it has all."""
     if weight.role.keeps_precision or len(weight.shape) < 2:
         return f"{weight.role} stays F32"
+    if not weight.runs:
+        return "drafts: a step safer than the layer it is like"
     if weight.n_in % 32:
         return f"fallback: 32 does not divide rows of {weight.n_in}"
     if weight.n_in % 256:

@@ -108,8 +108,8 @@ def sample_errors(
     names = candidates(weight)
     if pin is not None and pin not in (*names, *UNQUANTIZED):
         names = (*names, pin)
-    if len(names) == 1:
-        return {names[0]: 0.0}
+    if len(names) == 1 or not weight.runs:
+        return dict.fromkeys(names, 0.0)
     values = load(weight)
     stack = values if values.ndim == 3 else values[None]
     chosen, mass = _sample_experts(stats if len(stack) > 1 else None, len(stack), probing.experts)
@@ -156,7 +156,8 @@ class _Prober:
         self.weights, self.calibration, self.probing = checkpoint.weights, calibration, probing
         model = build_model(checkpoint, EXPERTS)
         self.params = dict(model.named_parameters(remove_duplicate=False))
-        self.groups = [group for group in groups(checkpoint.weights) if len(candidates(group[0])) > 1]
+        running = tuple(weight for weight in checkpoint.weights if weight.runs)
+        self.groups = [group for group in groups(running) if len(candidates(group[0])) > 1]
         wanted = probing.tokens // (len(self.groups) * ids.shape[1])
         count = max(1, min(wanted, probing.rows, len(ids)))
         self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]

@@ -8,8 +8,9 @@ from pathlib import Path
 from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Written
 from moequant.containers.folders import write as folder
-from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores
+from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores, with_copies
 from moequant.containers.folders.read import FolderWeights
+from moequant.families.base import PREDICTION
 from moequant.values import Packed, Plan
 
 
@@ -20,9 +21,14 @@ class FolderContainer:
 
     def __init__(self, checkpoint: Checkpoint, settings: FolderSettings) -> None:
         """PlanError for what no loader takes."""
-        self.checkpoint, self.settings = checkpoint, settings
-        self.plan = scheme_plan(checkpoint, settings)
-        self.notes: tuple[str, ...] = ()
+        self.checkpoint, self.settings = with_copies(checkpoint), settings
+        self.plan = scheme_plan(self.checkpoint, settings)
+        copied = len(checkpoint.predictions.stored)
+        self.notes: tuple[str, ...] = (
+            (f"{PREDICTION} kept: {copied:,} tensors copied as they are, for vLLM to draft with",)
+            if copied
+            else ()
+        )
 
     def size(self, plan: Plan) -> int:
         """See `Container`."""
