@@ -194,7 +194,9 @@ def convert(
         return
     guarded(lambda: _announce(source, settings))
     made = guarded(lambda: convert_all(source, out, settings))
-    console().print(made.renderable(details), next_steps(made, model), sep="\n")
+    shown = console()
+    shown.print(made.renderable(details))
+    shown.print(next_steps(made, model), soft_wrap=True)  # a command is copied whole
 
 
 def _announce(model: Path | HubModel, settings: Settings) -> None:
