@@ -210,8 +210,10 @@ def convert(
     made = guarded(lambda: convert_all(source, out, settings))
     if as_json:
         emit("convert", conversion_json(made.reports))
-    else:
-        console().print(made.renderable(details), next_steps(made, model), sep="\n")
+        return
+    shown = console()
+    shown.print(made.renderable(details))
+    shown.print(next_steps(made, model), soft_wrap=True)  # a command is copied whole
 
 
 def _announce(model: Path | HubModel, settings: Settings) -> None:
