@@ -129,10 +129,9 @@ def test_verbose_says_what_stages_take_and_quiet_says_nothing(caplog: pytest.Log
 
 
 def test_shells_are_taught() -> None:
-    assert (
-        "complete -o default -F _moequant_completion moequant"
-        in CliRunner().invoke(app, ["--show-completion", "bash"]).output
-    )
+    asked = {"_MOEQUANT_COMPLETE": "source_bash"}
+    shown = CliRunner().invoke(app, [], env=asked, prog_name="moequant").output
+    assert "complete -o default -F _moequant_completion moequant" in shown
 
 
 def test_no_colour_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
