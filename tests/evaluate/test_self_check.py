@@ -86,7 +86,7 @@ def test_of_a_model_larger_than_memory_the_first_layers_are_checked(tiny, family
     assert found.source is not None and found.source <= LIMIT and found.decoded == 0
     assert f"1 of {checkpoint.n_layers} layers, which fit" in found.note
     with pytest.raises(VerifyError, match="transformers computes something else"):
-        eps = next(key for key in ("rms_norm_eps", "norm_eps") if hasattr(checkpoint.config, key))
+        eps = next(key for key in ("norm_eps", "rms_norm_eps") if hasattr(checkpoint.config, key))
         self_check(misread(checkpoint, **{eps: 1e-2}), None, available=room)
 
 
@@ -108,7 +108,8 @@ def test_a_planted_error_keeps_a_quantized_file_from_its_name(
     )
     given = {"calib": text, "calib_tokens": 1024, "eval_tokens": 0, "effort": "fast"}
     for out, more in (("q.gguf", {"type": "Q4_0"}), ("f", {"format": "safetensors", "group_size": 64})):
-        with pytest.raises(VerifyError, match="transformers computes something else"):
+        # llama.cpp's graph has but one gating: there the file is refused before.
+        with pytest.raises(MoequantError, match=r"transformers computes something else|norm_topk_prob"):
             convert(tiny("qwen3_moe"), tmp_path / out, Settings(**given, **more))
     assert not list(tmp_path.iterdir())
 
