@@ -96,6 +96,14 @@ def convert(
         int | None,
         typer.Option(min=1, max=1024, help="GPUs that will share each weight of a folder (default 1)."),
     ] = None,
+    split_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Cut the output into files of at most so many bytes of weights, such as 40G; "
+            "NAME.gguf becomes NAME-00001-of-00003.gguf and so on.",
+        ),
+    ] = None,
     self_check: Annotated[
         bool,
         typer.Option(help="Hold the reading of the folder against transformers' own, where it fits memory."),
@@ -137,6 +145,7 @@ def convert(
             format=format_.value,
             bits=bits,
             group_size=group_size,
+            split_size=split_size,
             quantize_attention=quantize_attention,
             tp=tp,
             self_check=self_check,
@@ -144,8 +153,8 @@ def convert(
     )
     if dry_run:
         job = guarded(lambda: open_job(model, settings))
-        total = guarded(lambda: job.size)
-        console().print(dry_run_table(job.container.checkpoint, job.plan, total, job.limit))
+        parts = guarded(lambda: job.parts(out))
+        console().print(dry_run_table(job.container.checkpoint, job.plan, parts, job.limit))
         return
     guarded(lambda: _announce(model, settings))
     guarded(lambda: console().print(run(model, out, settings).renderable()))

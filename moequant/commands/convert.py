@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from moequant.containers.gguf.presets import facts
 from moequant.evaluate import Comparison
 from moequant.evaluate.self_check import self_check
 from moequant.evaluate.side_by_side import Version, compare
-from moequant.files import atomic, atomic_folder, claim
+from moequant.files import atomic, atomic_folder, atomic_parts, claim, part_names
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
 from moequant.plan.measure import Probing, measure, wants_probes
@@ -63,6 +64,11 @@ class Job:
         """Bytes of what comes out, with the types of `plan`."""
         return self.container.size(self.plan)
 
+    def parts(self, out: Path) -> dict[Path, int]:
+        """The files of `out` and their bytes, with the types of `plan`; one folder counts as one."""
+        sizes = self.container.parts(self.plan)
+        return dict(zip(part_names(out, len(sizes)), sizes, strict=True))
+
     @property
     def quantizes(self) -> bool:
         """Whether any weight is rounded, so that calibration has something to say."""
@@ -96,7 +102,7 @@ def open_job(model: Path, settings: Settings) -> Job:
     if settings.format != "gguf":
         folder = FolderContainer(checkpoint, settings.folder)
         return Job(checkpoint, folder, folder.plan, settings)
-    file = GgufContainer(checkpoint)
+    file = GgufContainer(checkpoint, settings.split)
     if settings.plan is not None:
         return Job(
             checkpoint,
@@ -114,11 +120,12 @@ def convert(model: str | Path, out: str | Path, settings: Settings = DEFAULT) ->
     absent, or as it was before.
     """
     out = Path(out)
-    is_file = settings.format == "gguf"
+    is_file, in_parts = settings.format == "gguf", settings.split is not None
     outputs = claim(
-        *([out] if is_file else []),
+        *([out] if is_file and not in_parts else []),
         settings.imatrix_out,
         folder=None if is_file else out,
+        parts=out if is_file and in_parts else None,
         overwrite=settings.overwrite,
         inputs=(model, *settings.inputs),
     )
@@ -150,7 +157,7 @@ def _convert(model: Path, out: Path, settings: Settings) -> Report:
             job = _measured(job, calibration, texts.probes)
     losses: list[ExpertLoss] = []
     comparison: Comparison | None = None
-    with atomic_folder(out) if job.container.is_folder else atomic(out) as partial:
+    with _place(job, out) as partial:
         with meter.stage("quantize"):
             packed = _rounded(job, calibration, texts.calibration, losses)
             written = job.container.write(partial, job.plan, packed)
@@ -168,6 +175,7 @@ def _convert(model: Path, out: Path, settings: Settings) -> Report:
     return Report(
         model=model,
         out=out,
+        parts=job.parts(out),
         file_bytes=written.bytes,
         checkpoint=checkpoint,
         plan=job.plan,
@@ -177,6 +185,13 @@ def _convert(model: Path, out: Path, settings: Settings) -> Report:
         stages=tuple(meter.costs),
         notes=(*_notes(job), *([checked.note] if checked is not None else [])),
     )
+
+
+def _place(job: Job, out: Path) -> AbstractContextManager[Path]:
+    """Where the container writes, and what puts it in its place."""
+    if job.container.is_folder:
+        return atomic_folder(out)
+    return atomic(out) if job.settings.split is None else atomic_parts(out)
 
 
 def gradients(checkpoint: Checkpoint, settings: Settings) -> Needs | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moequant.containers.folders.plan import FolderSettings
-from moequant.containers.gguf.sizes import Budget
+from moequant.containers.gguf.sizes import Budget, parse_size
 from moequant.errors import PlanError
 from moequant.formats import Effort
 from moequant.forward.stream import Resources
@@ -31,8 +31,9 @@ class Settings:
     `bits` and `group_size`; `tp` GPUs will share each weight. `calib` and `eval` are texts as `corpus.read`
     takes them, None the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant
     route`) or `imatrix` (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is written
-    beside the file. `self_check` holds our reading of the folder against transformers'. `coupled` rounds
-    each layer towards what full precision would have made of what the layers before it lost.
+    beside the file. `split_size` is the most that one file of the output holds. `self_check` holds our
+    reading of the folder against transformers'. `coupled` rounds each layer towards what full precision would
+    have made of what the layers before it lost.
 
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
@@ -58,6 +59,7 @@ class Settings:
     format: FormatName = "gguf"
     bits: int | None = None
     group_size: int | None = None
+    split_size: str | None = None
     quantize_attention: bool | None = None
     tp: int | None = None
     self_check: bool = True
@@ -71,7 +73,7 @@ class Settings:
                 f"{_option(given[0])} does not go with --format {self.format}; how large it is, "
                 f"{', '.join(map(_option, own))} say"
             )
-        _ = self.resources
+        _ = self.resources, self.split
         if self.format == "gguf":
             sizes = [name for name in _OF_FILES if getattr(self, name) is not None]
             if len(sizes) > 1:
@@ -94,8 +96,15 @@ class Settings:
     def folder(self) -> FolderSettings:
         """What was asked for of a folder."""
         given: dict[str, Any] = {name: getattr(self, name) for name in _OF_FOLDERS}
-        known = {name: value for name, value in given.items() if value is not None}
+        known = {
+            name: value for name, value in (given | {"shard_bytes": self.split}).items() if value is not None
+        }
         return FolderSettings("gptq" if self.format == "gptq" else "compressed-tensors", **known)
+
+    @property
+    def split(self) -> int | None:
+        """Bytes of `split_size`; PlanError for what is no size."""
+        return None if self.split_size is None else parse_size(self.split_size)
 
     @property
     def inputs(self) -> tuple[str | Path | None, ...]:

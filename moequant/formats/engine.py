@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moequant.errors import FormatError
 from moequant.formats.base import Effort, Format
-from moequant.formats.kernel import TILE, kernel
+from moequant.formats.kernel import TILE, kernel, tile
 
 # Importance below this share of its expert's median (of the channels that were excited at all) is raised to
 # it: what calibration never excited must still be stored as what it is, not sacrificed for its neighbours.
@@ -57,7 +57,7 @@ def quantize(
     exponent = fmt.magnitude if magnitude is None else magnitude
     device = weights.device.type
     large = compiles(fmt, weights.numel(), exponent, effort, weights.device)
-    step = _blocks_at_once(fmt, device) if large else TILE[device] // 4 // fmt.block
+    step = _blocks_at_once(fmt, device) if large else tile(device) // 4 // fmt.block
     out = torch.empty((stack[..., 0].numel() * row_bytes,), dtype=torch.uint8, device=weights.device)
     blocks = out.view(-1, fmt.block_bytes)
 
@@ -79,7 +79,7 @@ def encode_blocks(
     For those who cut tensors themselves: nothing is checked, x is limited to what the format can hold,
     and the format's gain is left out. `compiled` says that `compiles` agreed.
     """
-    step = _blocks_at_once(fmt, x.device.type) if compiled else TILE[x.device.type] // 4 // fmt.block
+    step = _blocks_at_once(fmt, x.device.type) if compiled else tile(x.device.type) // 4 // fmt.block
     plain = replace(fmt, gain=1.0)
     x = x.clamp(-fmt.limit, fmt.limit)
     fill = step if compiled else None
@@ -89,7 +89,7 @@ def encode_blocks(
 
 def compiles(fmt: Format, weights: int, magnitude: float, effort: Effort, device: torch.device) -> bool:
     """Whether compiled kernels are worth it for so many weights, and to be had; compiles them if so."""
-    return weights >= COMPILE_FROM and _compiles(fmt, magnitude, effort, device.type)
+    return weights >= COMPILE_FROM and device.type in TILE and _compiles(fmt, magnitude, effort, device.type)
 
 
 def _encode(
@@ -116,7 +116,7 @@ def dequantize(fmt: Format, packed: Tensor, *, threads: int | None = None) -> Te
     def work(first: int, last: int) -> None:
         out[first:last] = fmt.decode(blocks[first:last])
 
-    step = TILE[packed.device.type] // fmt.block
+    step = tile(packed.device.type) // fmt.block
     _for_each_tile(work, len(blocks), step, threads, packed.device)
     return out.view(*packed.shape[:-1], packed.shape[-1] // fmt.block_bytes * fmt.block)
 
@@ -157,7 +157,7 @@ def _compiles(fmt: Format, exponent: float, effort: Effort, device_type: str) ->
 
 
 def _blocks_at_once(fmt: Format, device_type: str) -> int:
-    return TILE[device_type] * fmt.tiles // fmt.block
+    return tile(device_type) * fmt.tiles // fmt.block
 
 
 def _encode_a_tile(fmt: Format, exponent: float, effort: Effort, device_type: str) -> None:

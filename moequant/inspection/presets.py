@@ -46,7 +46,8 @@ def files_of(exported: Exported, tokenizer: TokenizerSpec) -> Iterator[PresetFil
         plan = preset_plan(exported.weights, preset, facts(exported))
         data = _aligned_bytes(plan)
         if fixed is None:
-            fixed = gguf.file_bytes(exported, tokenizer, plan, gguf_provenance()) - data
+            content = gguf.Content(exported, tokenizer, gguf_provenance())
+            fixed = sum(gguf.part_bytes(content, plan, None)) - data
         tensors = tuple(
             TensorInfo(exported.names[c.weight], c.format, exported.shapes[c.weight], c.bytes)
             for c in plan.choices

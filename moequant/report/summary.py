@@ -17,7 +17,7 @@ from moequant.checkpoint import Checkpoint
 from moequant.escape import shown
 from moequant.evaluate import Comparison, Estimate
 from moequant.progress import StageCost
-from moequant.report.style import line, size, table
+from moequant.report.style import line, parts_table, size, table
 from moequant.values import Calibration, ExpertLoss, Plan, Role
 
 WORST = 5
@@ -26,11 +26,14 @@ WORST = 5
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything a conversion knows at its end; `summary` is what the command line prints."""
+    """Everything a conversion knows at its end; `summary` is what the command line prints.
+
+    `parts` are the files of the output and their bytes, where it is one file or several."""
 
     model: Path
     out: Path
     file_bytes: int
+    parts: Mapping[Path, int]
     checkpoint: Checkpoint
     plan: Plan
     calibration: Calibration | None
@@ -46,11 +49,13 @@ class Report:
 
     def renderable(self) -> RenderableType:
         """The report for a rich console."""
-        heading = line(f"{shown(self.model)} → {shown(self.out)}", style="bold")
+        heading = line(f"{shown(self.model)} → {shown(next(iter(self.parts)))}", style="bold")
         parts: list[RenderableType] = [heading, _before_after(self)]
         if self.comparison is not None:
             parts.append(line(f"{self.comparison.tokens:,} tokens scored of: {self.comparison.source}\n"))
         parts.append(_types(self))
+        if len(self.parts) > 1:
+            parts.append(parts_table(self.parts))
         if self.calibration is not None:
             parts.append(
                 line(f"calibrated on {self.calibration.tokens:,} tokens of: {self.calibration.source}\n")
