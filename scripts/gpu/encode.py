@@ -3,9 +3,9 @@
     python scripts/gpu/encode.py --seconds 220                   # Qwen3-30B's experts, the common types first
     python scripts/gpu/encode.py --device cpu --types Q4_K       # tiny shapes, to find typos
 
-One JSON line a measurement as it ends. "Mw/s" are million weights a second, compilers and one warm run left out;
-"same" is the share of rows that the CPU packs to the same bytes, of the first experts. A product of bf16 and one
-of float32 of the same run say what the device does.
+One JSON line a measurement as it ends. "Mw/s" are million weights a second, compilers and one warm run left
+out; "same" is the share of rows that the CPU packs to the same bytes, of the first experts. A product of bf16
+and one of float32 of the same run say what the device does.
 """
 
 from __future__ import annotations
@@ -64,9 +64,8 @@ def inputs(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Weights bf16 [E, out, in] with heavy tails, importance [E, in], and Hessians f32 [E, in, in]."""
     g = torch.Generator().manual_seed(0)
     experts, _, columns = shape
-    weights = (
-        torch.randn(shape, generator=g) * torch.exp(0.5 * torch.randn(shape[:2], generator=g))[..., None]
-    )
+    weights = torch.randn(shape, generator=g)
+    weights *= torch.exp(0.5 * torch.randn(*shape[:2], 1, generator=g))
     fed = torch.randn(columns, 2 * columns, generator=g) * torch.exp(torch.randn(columns, 1, generator=g))
     hessian = (fed @ fed.T / fed.shape[1]).expand(experts, columns, columns)
     return (0.02 * weights).bfloat16(), hessian.diagonal(dim1=1, dim2=2).contiguous(), hessian

@@ -5,8 +5,8 @@
 
 Needs transformers 5.20, gguf and compressed-tensors; what is missing there travels as wheels. One JSON line a
 stage as a conversion ends. First a tiny model is converted on both devices and compared with its original on
-both: "bytes as on the CPU" is the share of the file's bytes that agree, "KL over the CPU's" the quotient of the
-divergences. Then one layer (128 experts of 768 x 2048, 8 a token) by each effort.
+both: "bytes as on the CPU" is the share of the file's bytes that agree, "KL over the CPU's" the quotient of
+the divergences. Then one layer (128 experts of 768 x 2048, 8 a token) by each effort.
 """
 
 from __future__ import annotations

@@ -88,14 +88,19 @@ def test_every_command_reads_them(
         ["check", parts[0]],
         ["check", parts[0], "--baseline", folder],
         ["inspect", parts[0]],
-        ["fit", parts[0], "--vram", "0", "--ram", "8G"],
+        ["fit", parts[0], "--vram", "0", "--ram", "8G", "--ctx", "512"],
     ):
         done = run(*command)
         assert done.exit_code == 0, (command, done.output, done.stderr)
 
 
 def test_parts_that_do_not_belong_together(copies: tuple[Path, ...], folder: Path) -> None:
-    for command in (["check"], ["inspect"], ["fit", "--vram", "0", "--ram", "8G"], ["compare", folder]):
+    for command in (
+        ["check"],
+        ["inspect"],
+        ["fit", "--vram", "0", "--ram", "8G", "--ctx", "512"],
+        ["compare", folder],
+    ):
         done = run(*command, copies[1])
         assert done.exit_code == 1 and f"give the first, {copies[0].name}" in done.stderr
         assert done.stderr.count("\n") == 1
@@ -114,7 +119,7 @@ def test_a_part_of_another_conversion_is_named(
     """The same types, so that header and sizes are those that are expected; only the bytes are others."""
     other = tmp_path / "other" / "q.gguf"
     other.parent.mkdir()
-    convert(folder, other, settings(text, "Q4_K_M", eval_tokens=0, split_size=str(SPLIT), calib_tokens=256))
+    convert(folder, other, settings(text, "Q4_K_M", eval_tokens=0, split_size=str(SPLIT), calib_tokens=1024))
     theirs = part_names(other, len(copies))
     assert all(path.is_file() for path in theirs)
     shutil.copy(theirs[1], copies[1])
