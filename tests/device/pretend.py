@@ -114,17 +114,23 @@ def _raw(value: Any) -> Any:
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operation on CPU tensors, its results on the device that torch would put them on."""
+    made_of_others = func.decompose(*args, **kwargs)  # in inference mode torch leaves that to us
+    if made_of_others is not NotImplemented:
+        return made_of_others
     tensors = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
     _check(func, tensors)
     asked = kwargs.get("device")
     here = any(isinstance(each, Pretend) for each in tensors) if asked is None else asked.type == NAME
     out = func(*pytree.tree_map(_raw, args), **pytree.tree_map(_raw, kwargs))
     given = {id(_raw(each)): each for each in tensors}
+    # A view of what was made outside of inference mode is none of its tensors.
+    inside = torch.is_inference_mode_enabled() and not (func.is_view and not tensors[0].is_inference())
 
     def wrap(made: Tensor) -> Tensor:
         found = given.get(id(made))
         if found is None:
-            return Pretend(made) if here else made
+            with torch.inference_mode(inside):
+                return Pretend(made) if here else made
         assert found.shape == made.shape, f"{func} changed a shape in place"
         return found
 
