@@ -118,15 +118,15 @@ def test_what_appears_at_the_last_moment_is_kept(
 def test_names_of_parts_are_no_other_output(tmp_path: Path) -> None:
     out, part = tmp_path / "m.gguf", tmp_path / "m-00001-of-00002.gguf"
     for other in (out, part):
-        refused(lambda other=other: claim(other, parts=out).__enter__(), "one name for two outputs")
+        refused(lambda other=other: claim(other, parts=[out]).__enter__(), "one name for two outputs")
     part.write_text("read")
     os.link(part, tmp_path / "hard.gguf")
     for read in (part, tmp_path / "hard.gguf"):
         refused(
-            lambda read=read: claim(parts=out, overwrite=True, inputs=[read]).__enter__(),
+            lambda read=read: claim(parts=[out], overwrite=True, inputs=[read]).__enter__(),
             "is read by this run",
         )
-    with claim(tmp_path / "n-00001-of-00002.gguf", parts=tmp_path / "m-.gguf"):
+    with claim(tmp_path / "n-00001-of-00002.gguf", parts=[tmp_path / "m-.gguf"]):
         pass
 
 
@@ -147,7 +147,7 @@ def test_killed_anywhere_it_is_old_or_complete(tmp_path: Path, kernel: str, befo
         else:  # No part of the old set may stand beside one of the new: for a moment there is no first part.
             assert new in ("old", "new", None if count > 1 else "old"), step
         committed = any("-replace-" in name or "-put-" in name for name in there(tmp_path))
-        with claim(parts=out, overwrite=True):
+        with claim(parts=[out], overwrite=True):
             pass
         if committed or new == "new":
             assert there(tmp_path) == {path.name for path in part_names(out, count)}, step

@@ -1,11 +1,11 @@
 """Output: claimed before any work is done, and never half-written under its own name.
 
-`claim` checks and locks every target of a run. `atomic`, `atomic_folder` and `atomic_parts` give a temporary
-name beside the target to write to, and put the result in its place when it is complete. A run that dies
+`claim` checks and locks every target of a run. `atomic` and `atomic_folder` give a temporary name
+beside the target to write to, and put the result in its place when it is complete. A run that dies
 leaves at most temporaries and a lock file, which the next run to the same target removes.
 """
 
-from moequant.files.folder import RECORD
+from moequant.files.folder import RECORD, check_kept
 from moequant.files.parts import part_names
 from moequant.files.scratch import scratch
 from moequant.files.signals import Interrupted, interruptible
@@ -18,6 +18,7 @@ __all__ = [
     "atomic",
     "atomic_folder",
     "atomic_parts",
+    "check_kept",
     "check_output",
     "check_space",
     "claim",

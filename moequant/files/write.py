@@ -24,7 +24,7 @@ _CLAIMED: ContextVar[Mapping[Path, Target]] = ContextVar("claimed", default={}) 
 def claim(
     *files: Path | None,
     folder: Path | None = None,
-    parts: Path | None = None,
+    parts: Iterable[Path] = (),
     overwrite: bool = False,
     inputs: Iterable[str | Path | None] = (),
 ) -> Iterator[None]:
@@ -36,10 +36,12 @@ def claim(
     another run is writing it.
     """
     named: list[tuple[Path | None, Kind]] = [(path, "file") for path in files]
-    named += [(folder, "folder"), (parts, "parts")]
+    named += [(folder, "folder"), *((path, "parts") for path in parts)]
     wanted = [(path, kind) for path, kind in named if path is not None]
     targets = [_claimed(*each) or Target.of(*each, overwrite) for each in wanted]
     check_apart(targets, _paths(inputs))
+    for target in targets:
+        target.check_link()
     with ExitStack() as stack:
         for target in targets:
             if _claimed(target.given, target.kind) is None:
@@ -117,7 +119,7 @@ def atomic_parts(path: Path, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def _target(path: Path, kind: Kind, overwrite: bool) -> Iterator[Target]:
     """The target at that path, claimed for the block unless this run has it already."""
-    folder, parts = path if kind == "folder" else None, path if kind == "parts" else None
+    folder, parts = path if kind == "folder" else None, [path] if kind == "parts" else []
     with claim(*[path] if kind == "file" else [], folder=folder, parts=parts, overwrite=overwrite):
         target = _claimed(path, kind)
         assert target is not None

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, size_label
 from gguf.gguf_writer import WriterState
 
+from moequant.checkpoint import Checkpoint
+from moequant.containers.about import metadata
 from moequant.containers.base import Written
 from moequant.containers.gguf import checksums
 from moequant.containers.gguf.export import Exported
@@ -40,7 +42,7 @@ class Content:
     provenance: Mapping[str, str]
 
 
-def part_bytes(content: Content, plan: Plan, split: int | None) -> tuple[int, ...]:
+def part_bytes(content: Content, plan: Plan, split: int | None = None) -> tuple[int, ...]:
     """The exact sizes of the files that `write` will produce: headers laid out for real, weights added up."""
     writer = _lay_out(content, plan, split)
     headers = [io.BytesIO() for _ in writer.tensors]
@@ -103,7 +105,6 @@ def _lay_out(content: Content, plan: Plan, split: int | None) -> GGUFWriter:
     exported = content.exported
     writer = GGUFWriter(None, exported.arch, split_max_size=split or 0)
     writer.add_type("model")
-    writer.add_name(exported.checkpoint.name)
     writer.add_quantization_version(2)
     writer.add_file_type(FILE_TYPES[plan.preset])
     for key in exported.keys:
@@ -121,12 +122,19 @@ def _lay_out(content: Content, plan: Plan, split: int | None) -> GGUFWriter:
             raw_dtype=GGMLQuantizationType[choice.format],
         )
     if len(writer.tensors) > MOST:
-        raise OutputError(
-            f"{len(writer.tensors):,} parts are more than llama.cpp reads; split at a larger size"
-        )
+        raise OutputError(f"{len(writer.tensors):,} parts are more than llama.cpp reads; give a larger size")
     if len(writer.tensors) == 1:
         writer.split_max_size = 0  # gguf-py would warn that one part is enough
+    _describe(writer, exported.checkpoint)
     return writer
+
+
+def _describe(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """What the model is called and whose it is, as llama.cpp's converter says it of these tensors."""
+    counts = writer.get_total_parameter_count()
+    told = metadata(checkpoint, counts[0])
+    told.size_label = told.size_label or size_label(*counts)
+    told.set_gguf_meta_model(writer)
 
 
 _SCALARS = {
