@@ -56,12 +56,16 @@ class Resources:
             asked = torch.device(self.device)
         except RuntimeError:
             raise PlanError(f"--device {self.device}: cpu, cuda or cuda:1 was expected") from None
-        if asked.type not in ("cpu", "cuda") or (asked.type == "cpu" and asked.index):
+        # The one kind that torch knows beside the CPU here: cuda, also of ROCm, or whatever is registered.
+        other = torch.accelerator.current_accelerator()
+        kinds = {"cpu", "cuda"} | ({other.type} if other is not None else set())
+        if asked.type not in kinds or (asked.type == "cpu" and asked.index):
             raise PlanError(f"--device {self.device}: cpu, cuda or cuda:1 was expected")
-        there = torch.cuda.device_count() if asked.type == "cuda" else 1
+        there = torch.get_device_module(asked).device_count()
         if (asked.index or 0) >= there:
             raise PlanError(
-                f"--device {self.device}: torch finds {there} CUDA devices; leave it out to run on the CPU"
+                f"--device {self.device}: torch finds {there} devices of that kind; leave it out to run on "
+                "the CPU"
             )
 
     @property
