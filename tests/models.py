@@ -587,6 +587,39 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"intermediate_size": 512},
     "mistral": {"num_hidden_layers": 2, "intermediate_size": 320, "sliding_window": None},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
+    "step3p7": {
+        "num_hidden_layers": 5,
+        "head_dim": 48,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "share_expert_dim": 160,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_router_scaling_factor": 1.5,
+        "sliding_window": 48,
+        "num_sliding_attention_heads": 6,
+        "layer_types": ["full_attention", *["sliding_attention"] * 3, "full_attention"],
+        "mlp_layer_types": ["dense", *["sparse"] * 4],
+        "pad_token_id": 0,
+        "swiglu_limits": [0, 0, 0, 0.3, 0.3],
+        "swiglu_limits_shared": [0, 0, 0, 0, 0.3],
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 2.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 32.0,
+                "original_max_position_embeddings": 256,
+                "partial_rotary_factor": 0.5,
+            },
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": 5000.0,
+                "partial_rotary_factor": 1.0,
+            },
+        },
+    },
 }
 """One config a family, of the model type that it is called after, or says; shapes are not square where the
 format allows, so that transposes show."""
@@ -639,6 +672,7 @@ VISION: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 16,
         "position_embedding_size": 16,
     },
+    "step3p7": {"width": 32, "layers": 1, "heads": 2, "image_size": 28, "patch_size": 14},
 }
 """Vision towers of families whose checkpoints have one: the smallest."""
 
@@ -837,6 +871,48 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "mamba_inner_layernorms": True,
         "num_logits_to_keep": 1,
     },
+    "step3p7": {
+        **dict.fromkeys(("num_key_value_heads", "n_routed_experts", "num_experts_per_tok")),
+        **dict.fromkeys(("mlp_layer_types", "mtp_layer_types", "mtp_mlp_layer_types", "per_layer_config")),
+        **dict.fromkeys(("num_sliding_attention_heads", "query_pre_attn_scalar", "rope_parameters")),
+        "att_impl_type": "GQA",
+        "attention_other_setting": {
+            "attention_type": "sliding_attention",
+            "num_attention_heads": 6,
+            "num_attention_groups": 2,
+            "head_dim": 48,
+            "true_head_dim": 48,
+        },
+        "layer_types": ["full_attention", *["sliding_attention"] * 3, *["full_attention"] * 2],
+        "max_seq_len": 1024,
+        "moe_every_n_layer": 1,
+        "moe_layer_offset": 0,
+        "moe_layers_enum": "1,2,3,4",
+        "moe_num_experts": 8,
+        "moe_router_activation": "sigmoid",
+        "moe_top_k": 3,
+        "need_fp32_gate": True,
+        "norm_expert_weight": True,
+        "num_attention_groups": 2,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factors": [0.5, 1.0, 1.0, 1.0, 0.5, 0.5],
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 2.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 32.0,
+            "original_max_position_embeddings": 256,
+        },
+        "rope_theta": [10000.0, 5000.0, 5000.0, 5000.0, 10000.0, 10000.0],
+        "swiglu_limits": [0.0, 0.0, 0.0, 0.3, 0.3, 0.0],
+        "swiglu_limits_shared": [0.0, 0.0, 0.0, 0.0, 0.3, 0.0],
+        "use_head_wise_attn_gate": True,
+        "use_moe": True,
+        "use_moe_router_bias": True,
+        "use_qk_norm": False,
+        "yarn_only_types": ["full_attention"],
+        "zero_centered": True,
+    },
 }
 """Keys of the text's config as releases have them, where transformers 5 saves others; None: none."""
 
@@ -860,7 +936,15 @@ BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
             f"model.layers.{CONFIGS[family]['num_hidden_layers']}.{name}": shape
             for name, shape in PREDICTION.items()
         }
-        for family in ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3")
+        for family in (
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "hy_v3",
+            "step3p7",
+        )
     },
     "qwen3_next": _MTP,
     "qwen3_5_moe": _MTP,

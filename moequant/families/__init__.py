@@ -50,6 +50,7 @@ from moequant.families.qwen3_5_moe import QWEN3_5_MOE
 from moequant.families.qwen3_moe import QWEN3_MOE
 from moequant.families.qwen3_next import QWEN3_NEXT
 from moequant.families.qwen3_vl_moe import QWEN3_VL_MOE
+from moequant.families.step3p7 import STEP3P7
 
 __all__ = ["FAMILIES", "Config", "Family", "Get", "Slot", "architectures", "find", "nearest"]
 
@@ -96,6 +97,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_VL_MOE,
     QWEN3_NEXT,
     QWEN3_5_MOE,
+    STEP3P7,
 )
 
 

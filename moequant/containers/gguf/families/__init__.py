@@ -33,6 +33,7 @@ from moequant.containers.gguf.families.qwen2moe import QWEN2_MOE
 from moequant.containers.gguf.families.qwen3 import QWEN3, QWEN3_MOE
 from moequant.containers.gguf.families.qwen3next import QWEN3_5_MOE, QWEN3_NEXT
 from moequant.containers.gguf.families.qwen3vlmoe import QWEN3_VL_MOE
+from moequant.containers.gguf.families.step35 import STEP3P7
 
 __all__ = ["COMMON", "EXPORTS", "OTHERS", "Computed", "Export", "FileTensor", "Key"]
 
@@ -78,6 +79,7 @@ EXPORTS: Mapping[str, Export] = {
     "lfm2_moe": LFM2_MOE,
     "nemotron_h": NEMOTRON_H,
     "jamba": JAMBA,
+    "step3p7": STEP3P7,
 }
 """By the family's name."""
 
