@@ -620,6 +620,22 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             },
         },
     },
+    "minimax_m3": {
+        "num_hidden_layers": 3,
+        "head_dim": 48,
+        "rotary_dim": 24,
+        "intermediate_size": 96,
+        "dense_intermediate_size": 320,
+        "shared_intermediate_size": 192,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "routed_scaling_factor": 1.5,
+        "index_n_heads": 2,
+        "index_head_dim": 32,
+        "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+    },
 }
 """One config a family, of the model type that it is called after, or says; shapes are not square where the
 format allows, so that transposes show."""
@@ -673,10 +689,17 @@ VISION: Mapping[str, Mapping[str, Any]] = {
         "position_embedding_size": 16,
     },
     "step3p7": {"width": 32, "layers": 1, "heads": 2, "image_size": 28, "patch_size": 14},
+    "minimax_m3": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    },
 }
 """Vision towers of families whose checkpoints have one: the smallest."""
 
-WHOLE: Mapping[str, str] = {"mistral4": "mistral3"}
+WHOLE: Mapping[str, str] = {"mistral4": "mistral3", "minimax_m3": "minimax_m3_vl"}
 """What the model with its vision tower is called, where that is not the family's name."""
 
 MUP = {"init_method": "mup", "normalization_function": "rmsnorm"}
@@ -912,6 +935,31 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "use_qk_norm": False,
         "yarn_only_types": ["full_attention"],
         "zero_centered": True,
+    },
+    "minimax_m3": {
+        **dict.fromkeys(("index_n_heads", "index_head_dim", "index_block_size", "index_topk_blocks")),
+        **dict.fromkeys(("index_local_blocks", "layer_types", "mlp_layer_types")),
+        "hidden_act": "swigluoai",
+        "moe_layer_freq": [0, 1, 1],
+        "n_shared_experts": 1,
+        "num_mtp_modules": 1,
+        "qk_norm_type": "per_head",
+        "scoring_func": "sigmoid",
+        "sparse_attention_config": {
+            "use_sparse_attention": True,
+            "sparse_index_dim": 32,
+            "sparse_num_index_heads": 2,
+            "sparse_topk_blocks": 16,
+            "sparse_block_size": 128,
+            "sparse_score_type": "max",
+            "sparse_local_block": 1,
+            "sparse_init_block": 0,
+            "sparse_disable_index_value": [0, 1, 1],
+            "sparse_attention_freq": [0, 1, 1],
+        },
+        "use_gemma_norm": True,
+        "use_qk_norm": True,
+        "use_routing_bias": True,
     },
 }
 """Keys of the text's config as releases have them, where transformers 5 saves others; None: none."""

@@ -39,6 +39,7 @@ from moequant.families.llama4 import LLAMA4
 from moequant.families.mellum import MELLUM
 from moequant.families.mimo_v2_flash import MIMO_V2_FLASH
 from moequant.families.minimax_m2 import MINIMAX_M2
+from moequant.families.minimax_m3 import MINIMAX_M3
 from moequant.families.mistral4 import MISTRAL4
 from moequant.families.mixtral import MIXTRAL
 from moequant.families.nemotron_h import NEMOTRON_H
@@ -98,6 +99,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_NEXT,
     QWEN3_5_MOE,
     STEP3P7,
+    MINIMAX_M3,
 )
 
 

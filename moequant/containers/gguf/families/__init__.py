@@ -26,6 +26,7 @@ from moequant.containers.gguf.families.llama4 import LLAMA4
 from moequant.containers.gguf.families.mellum import MELLUM
 from moequant.containers.gguf.families.mimo2 import MIMO_V2_FLASH
 from moequant.containers.gguf.families.minimax_m2 import MINIMAX_M2
+from moequant.containers.gguf.families.minimax_m3 import MINIMAX_M3
 from moequant.containers.gguf.families.names import COMMON
 from moequant.containers.gguf.families.nemotron_h import NEMOTRON_H
 from moequant.containers.gguf.families.olmoe import OLMOE
@@ -80,6 +81,7 @@ EXPORTS: Mapping[str, Export] = {
     "nemotron_h": NEMOTRON_H,
     "jamba": JAMBA,
     "step3p7": STEP3P7,
+    "minimax_m3": MINIMAX_M3,
 }
 """By the family's name."""
 
