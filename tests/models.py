@@ -636,6 +636,42 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse", "sparse"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
     },
+    "kimi_linear": {
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "linear_head_dim": 32,
+        "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    },
+    "bailing_hybrid": {
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "head_dim": 32,
+        "layer_group_size": 2,
+        "kv_lora_rank": 64,
+        "q_lora_rank": 96,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "num_mtp_layers": 0,
+    },
 }
 """One config a family, of the model type that it is called after, or says; shapes are not square where the
 format allows, so that transposes show."""
@@ -961,6 +997,44 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "use_qk_norm": True,
         "use_routing_bias": True,
     },
+    "kimi_linear": {
+        **dict.fromkeys(("layer_types", "mlp_layer_types", "max_position_embeddings", "n_group")),
+        **dict.fromkeys(("linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim")),
+        "first_k_dense_replace": 1,
+        "head_dim": 72,
+        "linear_attn_config": {
+            "full_attn_layers": [3],
+            "kda_layers": [1, 2, 4],
+            "head_dim": 32,
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+        },
+        "mla_use_nope": True,
+        "model_max_length": 1024,
+        "moe_layer_freq": 1,
+        "moe_renormalize": True,
+        "moe_router_activation_func": "sigmoid",
+        "num_expert_group": 1,
+        "num_nextn_predict_layers": 0,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "use_grouped_topk": True,
+    },
+    "bailing_hybrid": {
+        **dict.fromkeys(("layer_types", "mlp_layer_types")),
+        **dict.fromkeys(("linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim")),
+        "gated_attention_proj_granularity_type": "head_wise",
+        "head_dim": 32,
+        "linear_silu": True,
+        "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": 96,
+        "no_kda_lora": True,
+        "rope_interleave": True,
+        "router_dtype": "fp32",
+        "score_function": "sigmoid",
+        "use_qk_norm": True,
+        "use_qkv_bias": False,
+    },
 }
 """Keys of the text's config as releases have them, where transformers 5 saves others; None: none."""
 
@@ -1004,8 +1078,14 @@ BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 }
 """Tensors of releases that transformers neither runs nor saves."""
 
-OURS = {"KimiK25ForConditionalGeneration": "Kimi_K25ForConditionalGeneration"}
+OURS = {
+    "BailingMoeV3ForCausalLM": "BailingHybridForCausalLM",
+    "KimiK25ForConditionalGeneration": "Kimi_K25ForConditionalGeneration",
+}
 """Classes of remote code that transformers has under another name."""
+
+TEXT_ALONE = {"Llama4ForConditionalGeneration": "Llama4ForCausalLM"}
+"""Classes whose forward fails in transformers 5.24, on text too; the text model's does not."""
 
 RENAMED: Mapping[str, tuple[str, str]] = {
     "kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")
@@ -1121,8 +1201,8 @@ def as_released(folder: Path, family: str) -> Path:
         text[key] = value
         if value is None:
             del text[key]
-    if family == "kimi_k25":
-        raw["architectures"] = ["KimiK25ForConditionalGeneration"]
+    theirs = {ours: theirs for theirs, ours in OURS.items()}
+    raw["architectures"] = [theirs.get(name, name) for name in raw["architectures"]]
     path.write_text(json.dumps(raw))
     if old_and_new := RENAMED.get(family):
         file = folder / "model.safetensors"
@@ -1144,7 +1224,7 @@ def as_released(folder: Path, family: str) -> Path:
 def reference(folder: Path) -> PreTrainedModel:
     """The model as transformers loads it, float32, by the class that config.json names."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    cls = getattr(transformers, OURS.get(name, name))
+    cls = getattr(transformers, (OURS | TEXT_ALONE).get(name, name))
     config = cls.config_class.from_pretrained(folder)
     config.model_type = cls.config_class.model_type  # what names of tensors are read by
     return cls.from_pretrained(folder, config=config, dtype=torch.float32, experts_implementation="eager")

@@ -8,6 +8,7 @@ from typing import Any
 
 from moequant.errors import FamilyError, one_line
 from moequant.families.afmoe import AFMOE
+from moequant.families.bailing_hybrid import BAILING_HYBRID
 from moequant.families.base import Config, Family, Get, Slot
 from moequant.families.cohere2_moe import COHERE2_MOE
 from moequant.families.config import text_config
@@ -32,6 +33,7 @@ from moequant.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from moequant.families.hy_v3 import HY_V3
 from moequant.families.jamba import JAMBA
 from moequant.families.kimi_k25 import KIMI_K25
+from moequant.families.kimi_linear import KIMI_LINEAR
 from moequant.families.laguna import LAGUNA
 from moequant.families.lfm2_moe import LFM2_MOE
 from moequant.families.llama import LLAMA, MISTRAL
@@ -100,6 +102,8 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_5_MOE,
     STEP3P7,
     MINIMAX_M3,
+    KIMI_LINEAR,
+    BAILING_HYBRID,
 )
 
 

@@ -19,6 +19,7 @@ from moequant.containers.gguf.families.gpt_oss import GPT_OSS
 from moequant.containers.gguf.families.granite import GRANITE_MOE, GRANITE_MOE_HYBRID, GRANITE_MOE_SWA
 from moequant.containers.gguf.families.hunyuan import HUNYUAN_V1_MOE, HY_V3
 from moequant.containers.gguf.families.jamba import JAMBA
+from moequant.containers.gguf.families.kimi_linear import BAILING_HYBRID, KIMI_LINEAR
 from moequant.containers.gguf.families.laguna import LAGUNA
 from moequant.containers.gguf.families.lfm2moe import LFM2_MOE
 from moequant.containers.gguf.families.llama import LLAMA, MIXTRAL
@@ -82,6 +83,8 @@ EXPORTS: Mapping[str, Export] = {
     "jamba": JAMBA,
     "step3p7": STEP3P7,
     "minimax_m3": MINIMAX_M3,
+    "kimi_linear": KIMI_LINEAR,
+    "bailing_hybrid": BAILING_HYBRID,
 }
 """By the family's name."""
 

@@ -62,7 +62,7 @@ def complaints(config: Config) -> Iterator[str]:
         )
     kinds = zip(config.layer_types, config.mlp_layer_types, strict=True)
     if any((attention == SPARSE) != (ffn == "sparse") for attention, ffn in kinds):
-        yield f"config key layer_types: llama.cpp's {ARCH!r} has indexers in layers with experts, and only there"
+        yield f"config key layer_types: llama.cpp's {ARCH!r} has indexers in layers with experts alone"
     if (rotated := int(head_dim(config) * rotated_part(config))) != config.rotary_dim:
         yield (
             f"config key rotary_dim = {config.rotary_dim}: transformers rotates {rotated} dimensions, by "
