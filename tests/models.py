@@ -672,6 +672,14 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "v_head_dim": 48,
         "num_mtp_layers": 0,
     },
+    "hy_v4": SPARSE
+    | {
+        "first_k_dense_replace": ABSENT,
+        "indexer_types": ["full", "shared", "full"],
+        "hc_mult": 3,
+        "swiglu_limit": 0.5,
+        "routed_scaling_factor": 1.5,
+    },
 }
 """One config a family, of the model type that it is called after, or says; shapes are not square where the
 format allows, so that transposes show."""
@@ -1035,6 +1043,12 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "use_qk_norm": True,
         "use_qkv_bias": False,
     },
+    "hy_v4": {
+        "first_k_dense_replace": 1,
+        "layer_types": None,
+        "mlp_layer_types": None,
+        "num_nextn_predict_layers": 1,
+    },
 }
 """Keys of the text's config as releases have them, where transformers 5 saves others; None: none."""
 
@@ -1068,6 +1082,7 @@ BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
             "step3p7",
         )
     },
+    "hy_v4": {"model.mtp_layers.0.eh_proj.weight": (256, 512)},
     "qwen3_next": _MTP,
     "qwen3_5_moe": _MTP,
     "ernie4_5_moe": {"model.mtp_emb_norm.0.weight": (256,), "model.mtp_linear_proj.0.weight": (256, 512)},
@@ -1087,8 +1102,15 @@ OURS = {
 TEXT_ALONE = {"Llama4ForConditionalGeneration": "Llama4ForCausalLM"}
 """Classes whose forward fails in transformers 5.24, on text too; the text model's does not."""
 
-RENAMED: Mapping[str, tuple[str, str]] = {
-    "kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")
+RENAMED: Mapping[str, Mapping[str, str]] = {
+    "kimi_k25": {"language_model.model.blocks.": "language_model.model.layers."},
+    "hy_v4": {
+        ".hc_pre.hc_attn_layer.": ".hc_attn_layer.hc_pre.",
+        ".hc_pre.hc_mlp_layer.": ".hc_mlp_layer.hc_pre.",
+        ".hc_pre.hc_head.": ".hc_head.",
+        ".mlp.linear_gate.": ".mlp.gate_proj.",
+        ".mlp.shared_experts.linear_gate.": ".mlp.shared_experts.gate_proj.",
+    },
 }
 """What names of tensors contain where transformers 5 saves them, and in releases."""
 
@@ -1163,6 +1185,8 @@ def build(
                 parameter.mul_(4.0)
             if "bias" in name or name.endswith("sinks"):
                 parameter.normal_(0, 0.2)
+            if "_hc." in name or "hc_head." in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
             if name.endswith(("router.scale", "per_expert_scale", ".D", "A_log")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in model.named_buffers():
@@ -1204,9 +1228,9 @@ def as_released(folder: Path, family: str) -> Path:
     theirs = {ours: theirs for theirs, ours in OURS.items()}
     raw["architectures"] = [theirs.get(name, name) for name in raw["architectures"]]
     path.write_text(json.dumps(raw))
-    if old_and_new := RENAMED.get(family):
+    for old, new in RENAMED.get(family, {}).items():
         file = folder / "model.safetensors"
-        tensors = {name.replace(*old_and_new): each for name, each in load_file(file).items()}
+        tensors = {name.replace(old, new): each for name, each in load_file(file).items()}
         save_file(tensors, file, {"format": "pt"})
     if family in TRANSPOSED:
         file = folder / "model.safetensors"

@@ -31,6 +31,7 @@ from moequant.families.granite import (
 )
 from moequant.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from moequant.families.hy_v3 import HY_V3
+from moequant.families.hy_v4 import HY_V4
 from moequant.families.jamba import JAMBA
 from moequant.families.kimi_k25 import KIMI_K25
 from moequant.families.kimi_linear import KIMI_LINEAR
@@ -104,6 +105,7 @@ FAMILIES: tuple[Family, ...] = (
     MINIMAX_M3,
     KIMI_LINEAR,
     BAILING_HYBRID,
+    HY_V4,
 )
 
 

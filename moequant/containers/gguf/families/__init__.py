@@ -18,6 +18,7 @@ from moequant.containers.gguf.families.glm4_moe import GLM4_MOE
 from moequant.containers.gguf.families.gpt_oss import GPT_OSS
 from moequant.containers.gguf.families.granite import GRANITE_MOE, GRANITE_MOE_HYBRID, GRANITE_MOE_SWA
 from moequant.containers.gguf.families.hunyuan import HUNYUAN_V1_MOE, HY_V3
+from moequant.containers.gguf.families.hy_v4 import HY_V4
 from moequant.containers.gguf.families.jamba import JAMBA
 from moequant.containers.gguf.families.kimi_linear import BAILING_HYBRID, KIMI_LINEAR
 from moequant.containers.gguf.families.laguna import LAGUNA
@@ -85,6 +86,7 @@ EXPORTS: Mapping[str, Export] = {
     "minimax_m3": MINIMAX_M3,
     "kimi_linear": KIMI_LINEAR,
     "bailing_hybrid": BAILING_HYBRID,
+    "hy_v4": HY_V4,
 }
 """By the family's name."""
 
