@@ -25,7 +25,8 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if _is_text(config):
         known: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
         return known
-    return _headed(_text_class(type(config)))
+    text: Any = type(config)
+    return _headed(_text_class(text))
 
 
 def whole_class(config: PreTrainedConfig) -> Any:
