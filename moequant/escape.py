@@ -16,6 +16,8 @@ from pathlib import Path
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 """Unicode's categories of what is no visible character: controls, formats, surrogates, line ends."""
 
+_CACHED = re.compile(r"/models--([^/]+--[^/]+|[^/]+)/snapshots/([0-9a-f]{40})(?:/(.+))?$")
+
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|~&]|^[#+-]|(?<!\w)_|_(?!\w))")
 
 _YAML_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]+)*")
@@ -49,8 +51,22 @@ def _visible(character: str) -> bool:
 
 
 def shown(path: Path) -> str:
-    """What reports and pages call a file: not where it lies on this machine."""
-    return path.name or path.resolve().name
+    """What reports and pages call a file: not where it lies on this machine. In Hugging Face's cache it is
+    what the Hub calls it."""
+    cached = of_cache(path)
+    if cached is None:
+        return path.name or path.resolve().name
+    repository, _, file = cached
+    return f"{repository}:{file}" if file else repository
+
+
+def of_cache(path: Path) -> tuple[str, str, str] | None:
+    """Model, commit and file of a path in Hugging Face's cache; None for any other.
+
+    A file of the cache is a link to another place: its own name tells first.
+    """
+    found = _CACHED.search(path.absolute().as_posix()) or _CACHED.search(path.resolve().as_posix())
+    return (found[1].replace("--", "/", 1), found[2], found[3] or "") if found else None
 
 
 def mathtext(text: str) -> str:

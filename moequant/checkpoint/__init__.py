@@ -1,5 +1,15 @@
 """Model folders: stored tensors, and the model weights that they hold."""
 
+from moequant.checkpoint.folder import Folder, LocalFile, folder_of
 from moequant.checkpoint.open import Checkpoint, load, load_packed, not_finite, open_checkpoint
 
-__all__ = ["Checkpoint", "load", "load_packed", "not_finite", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Folder",
+    "LocalFile",
+    "folder_of",
+    "load",
+    "load_packed",
+    "not_finite",
+    "open_checkpoint",
+]

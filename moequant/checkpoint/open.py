@@ -16,8 +16,10 @@ from torch import Tensor
 
 from moequant import families
 from moequant.checkpoint.codecs import as_shipped, recognise, repack
+from moequant.checkpoint.folder import Folder, folder_of
 from moequant.checkpoint.headers import read_headers, read_json
 from moequant.errors import CheckpointError, FamilyError
+from moequant.escape import of_cache
 from moequant.families import Config, Family, Get, Slot
 from moequant.families.config import check_experts, make_config
 from moequant.values import ModelShape, Origin, Place, Role, Stack, Stored, Weight
@@ -29,8 +31,8 @@ FLOATS = ("BF16", "F16", "F32")
 MODELOPT = "hf_quant_config.json"
 """Where ModelOpt says how it quantized."""
 
-MOST = 1 << 20
-"""More layers or experts than this are a slip of the config, and would be looped over."""
+MOST_EXPERTS = 1 << 20
+"""More experts than this are a slip of the config, and would be looped over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +56,14 @@ class Checkpoint:
     def repository(self) -> str:
         """What the Hub calls the model, ORG/NAME, if it lies in Hugging Face's cache; else the folder's
         name."""
-        folder = self.path.resolve()
-        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-            return folder.parents[1].name.removeprefix("models--").replace("--", "/")
-        return folder.name
+        cached = of_cache(self.path)
+        return cached[0] if cached else self.path.resolve().name
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model of the Hub, None of a folder that does not tell."""
+        cached = of_cache(self.path)
+        return cached[1] if cached else None
 
     @property
     def name(self) -> str:
@@ -90,22 +96,18 @@ class Checkpoint:
         return replace(self, weights=weights)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(model: Path | Folder) -> Checkpoint:
     """Read config and headers of a model folder.
 
     Raises CheckpointError for a missing, truncated or unreadable file and FamilyError for
     an architecture, a config key or a tensor that no family describes.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such folder; give a Hugging Face model folder")
-    if not path.is_dir() or not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path}: not a Hugging Face model folder (config.json and *.safetensors expected)"
-        )
+    folder = folder_of(model)
+    path = folder.path
     raw = read_json(path / "config.json")
     family = families.find(raw)
     quantization = _quantization(path, raw)
-    found = recognise(read_headers(path), quantization)
+    found = recognise(read_headers(folder), quantization)
     stored = {renamed(family, name): each for name, each in found.items()}
     tied = _tied(path, bool(make_config(family, raw).tie_word_embeddings), stored)
     config = make_config(family, raw, tied)
@@ -252,9 +254,8 @@ def _shape(family: Family, config: Config) -> ModelShape:
     for key, size in sizes.items():
         if size < 1:
             raise FamilyError(f"{family.name}: config key {key} = {size}: a size above 0 was expected")
-    for key, size in (("num_hidden_layers", shape.layers), ("number of experts", shape.experts)):
-        if size > MOST:
-            raise FamilyError(f"{family.name}: config key {key} = {size}: more than any model has")
+    if shape.experts > MOST_EXPERTS:
+        raise FamilyError(f"{family.name}: number of experts = {shape.experts}: more than any model has")
     for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
         epsilon = getattr(config, key, None)
         if epsilon is not None and not 0 <= epsilon < 1:

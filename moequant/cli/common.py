@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -16,6 +17,7 @@ from moequant import escape
 from moequant.containers.gguf.presets import BASE_TYPES
 from moequant.errors import LONGEST, MoequantError, one_line
 from moequant.files import Interrupted, interruptible
+from moequant.hub import HubModel, located
 
 
 class Effort(StrEnum):
@@ -35,6 +37,13 @@ MOST = 1 << 40
 
 PRESETS = ", ".join(BASE_TYPES)
 Type = Annotated[str, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset: {PRESETS}.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Hugging Face model folder (config, safetensors, tokenizer), or a name of the Hub: "
+        "OWNER/NAME or OWNER/NAME@REVISION."
+    ),
+]
 Calib = Annotated[
     str | None,
     typer.Option(
@@ -55,6 +64,10 @@ Ram = Annotated[
     typer.Option(metavar="SIZE", help="Memory to use, such as 8G: past half of it hidden states go to disk."),
 ]
 Device = Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1 …")]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder for downloads from the Hub (default: huggingface_hub's, HF_HOME)."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output file that exists.")]
 
 
@@ -92,6 +105,16 @@ def guarded(action: Callable[[], T]) -> T:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         typer.echo(f"moequant: {one_line(escape.plain(what), LONGEST)}", err=True)
         raise typer.Exit(1) from None
+
+
+def place(model: str, cache: Path | None = None) -> Path | HubModel:
+    """What was typed for a model: a path, or a name of the Hub that keeps its files in `cache`."""
+    return guarded(lambda: located(model, cache))
+
+
+def local(place: Path | HubModel | None) -> Path | None:
+    """A path that a run reads; None for what lies on the Hub."""
+    return place if isinstance(place, Path) else None
 
 
 def ram_bytes(size: str | None) -> int | None:

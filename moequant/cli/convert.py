@@ -11,21 +11,28 @@ import typer
 from moequant.cli.common import (
     MOST,
     PRESETS,
+    CacheDir,
     Calib,
     CalibTokens,
     Device,
     Effort,
     EffortOption,
+    Model,
     Overwrite,
     Ram,
     Seed,
     console,
     guarded,
+    place,
     ram_bytes,
 )
 
 if TYPE_CHECKING:
     from moequant.commands.convert import Settings
+    from moequant.hub import HubModel
+
+
+SCHEMES = "W2A16 to W8A16, W8A8, FP8_BLOCK, FP8_DYNAMIC, MXFP4A16, NVFP4A16"
 
 
 class Format(StrEnum):
@@ -37,7 +44,7 @@ class Format(StrEnum):
 
 
 def convert(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
+    model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="GGUF file to write, or folder.")],
     type_: Annotated[
         str | None, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset of a file: {PRESETS}.")
@@ -84,7 +91,13 @@ def convert(
         Format,
         typer.Option("--format", help="gguf for llama.cpp; safetensors or gptq folders for vLLM."),
     ] = Format.gguf,
-    bits: Annotated[int | None, typer.Option(help="Bits of a folder's weights: 4 (default) or 8.")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"What a folder's weights are stored as: {SCHEMES}."),
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="A short word for the schemes W4A16 (default), W8A16 and their like.")
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(help="Weights that share a scale in a folder: 32, 64, 128 (default), or -1 for a row."),
@@ -102,6 +115,7 @@ def convert(
     ] = True,
     ram: Ram = None,
     device: Device = "cpu",
+    cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
         bool,
@@ -135,6 +149,7 @@ def convert(
             device=device,
             overwrite=overwrite,
             format=format_.value,
+            scheme=scheme,
             bits=bits,
             group_size=group_size,
             quantize_attention=quantize_attention,
@@ -142,16 +157,17 @@ def convert(
             self_check=self_check,
         )
     )
+    source = place(model, cache_dir)
     if dry_run:
-        job = guarded(lambda: open_job(model, settings))
+        job = guarded(lambda: open_job(source, settings))
         total = guarded(lambda: job.size)
         console().print(dry_run_table(job.container.checkpoint, job.plan, total, job.limit))
         return
-    guarded(lambda: _announce(model, settings))
-    guarded(lambda: console().print(run(model, out, settings).renderable()))
+    guarded(lambda: _announce(source, settings))
+    guarded(lambda: console().print(run(source, out, settings).renderable()))
 
 
-def _announce(model: Path, settings: Settings) -> None:
+def _announce(model: Path | HubModel, settings: Settings) -> None:
     """Says what effort best will take, before it starts."""
     from moequant.commands.convert import gradients, open_job
 

@@ -7,11 +7,24 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import Calib, CalibTokens, Effort, EffortOption, Overwrite, Seed, console, guarded
+from moequant.cli.common import (
+    CacheDir,
+    Calib,
+    CalibTokens,
+    Effort,
+    EffortOption,
+    Model,
+    Overwrite,
+    Seed,
+    console,
+    guarded,
+    local,
+    place,
+)
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
+    model: Model,
     sizes: Annotated[
         str | None,
         typer.Option(metavar="SIZE,…", help="File sizes to plan for, such as 10G,12G,14GiB."),
@@ -45,6 +58,7 @@ def plan(
     ] = None,
     effort: EffortOption = Effort.default,
     seed: Seed = 0,
+    cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Show what MODEL costs at every file size, and write the best plan for one."""
@@ -62,9 +76,11 @@ def plan(
     outputs = Outputs(out, curve, overwrite)
     wanted = guarded(lambda: budgets_of(sizes, bpw, type_))
 
+    source = place(model, cache_dir)
+
     def work() -> None:
-        with claimed(outputs, model, calib, stats):
-            found = survey(model, settings, wanted, outputs)
+        with claimed(outputs, local(source), calib, stats):
+            found = survey(source, settings, wanted, outputs)
             console().print(curve_tables(found.curve))
             write(found, outputs)
 

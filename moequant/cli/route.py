@@ -9,20 +9,23 @@ import typer
 
 from moequant.cli.common import (
     MOST,
+    CacheDir,
     Calib,
     CalibTokens,
     Device,
+    Model,
     Overwrite,
     Ram,
     Seed,
     console,
     guarded,
+    place,
     ram_bytes,
 )
 
 
 def route(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
+    model: Model,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Statistics to write, a .safetensors file.")
     ] = None,
@@ -63,6 +66,7 @@ def route(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     ram: Ram = None,
     device: Device = "cpu",
+    cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Route text through MODEL and show what every expert saw.
@@ -82,7 +86,7 @@ def route(
         )
     )
     outputs = Outputs(out, imatrix_out, picture, overwrite)
-    routed = guarded(lambda: run(model, settings, outputs))
+    routed = guarded(lambda: run(place(model, cache_dir), settings, outputs))
     calibration = routed.stored.calibration
     found = health(calibration)
     if as_json:

@@ -24,6 +24,8 @@ from moequant.errors import VerifyError
 from moequant.escape import shown
 from moequant.forward.hidden import Hidden, InMemory
 from moequant.forward.stream import LayerStream, Resources
+from moequant.hub import Model, named
+from moequant.hub.fetch import whole
 from moequant.kernels import KERNEL_FORMATS
 from moequant.values import Role
 
@@ -36,7 +38,7 @@ class CheckSettings:
     bundled text) are run through both models.
     """
 
-    baseline: Path | None = None
+    baseline: Model | None = None
     device: Device | None = None
     sample: int | None = None
     calib: str | Path | None = None
@@ -54,17 +56,17 @@ class _Found:
     notes: list[str]
 
 
-def check(out: str | Path, settings: CheckSettings = CheckSettings()) -> CheckReport:  # frozen
-    """Check the GGUF file or quantized folder `out`.
+def check(out: Model, settings: CheckSettings = CheckSettings()) -> CheckReport:  # frozen
+    """Check `out`, a GGUF file or a quantized folder, here or on the Hub.
 
     What is wrong is in the report's `damages`; VerifyError for a file that cannot be read at all, a
     baseline that does not fit, or a device that is not there.
     """
-    path = Path(out)
+    path = whole(out)
     if not path.exists():
         raise VerifyError(f"{path}: no such file or folder")
     product, notes = choose(settings.device)
-    baseline = None if settings.baseline is None else open_checkpoint(settings.baseline)
+    baseline = None if settings.baseline is None else open_checkpoint(whole(settings.baseline))
     source = open_source(path, baseline)
     entries = _sample(source.entries, settings.sample)
     found = _Found([], [], [], list(notes))
@@ -85,7 +87,7 @@ def check(out: str | Path, settings: CheckSettings = CheckSettings()) -> CheckRe
     else:
         _against(source, entries, product, baseline, settings, found)
     speed = _speed(source, entries, product, baseline, found) if settings.speed else ()
-    base = None if settings.baseline is None else shown(settings.baseline)
+    base = None if settings.baseline is None else named(settings.baseline)
     return CheckReport(
         shown(path),
         base,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moequant import plan
-from moequant.checkpoint import Checkpoint, load, open_checkpoint
+from moequant.checkpoint import Checkpoint, Folder, load, open_checkpoint
 from moequant.commands.settings import Settings
 from moequant.commands.statistics import all_sites, given_statistics
 from moequant.commands.text import leading
@@ -18,11 +18,13 @@ from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.presets import facts
 from moequant.evaluate import Comparison
-from moequant.evaluate.self_check import self_check
+from moequant.evaluate.self_check import Output, self_check
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder, claim
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
+from moequant.hub import Model
+from moequant.hub.fetch import complete, headers, is_here
 from moequant.plan.measure import Probing, measure, wants_probes
 from moequant.progress import Meter
 from moequant.report import Report
@@ -89,10 +91,10 @@ class Job:
         return self.container.overhead(self.plan) + self.plan.budget
 
 
-def open_job(model: Path, settings: Settings) -> Job:
+def open_job(model: Model | Folder, settings: Settings) -> Job:
     """Read headers and tokenizer, choose every type that is known before measuring. Raises what those
     raise."""
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model if isinstance(model, Folder) else headers(model))
     if settings.format != "gguf":
         folder = FolderContainer(checkpoint, settings.folder)
         return Job(checkpoint, folder, folder.plan, settings)
@@ -107,29 +109,30 @@ def open_job(model: Path, settings: Settings) -> Job:
     return Job(checkpoint, file, _chosen(file, settings), settings)
 
 
-def convert(model: str | Path, out: str | Path, settings: Settings = DEFAULT) -> Report:
-    """Quantize the Hugging Face folder `model` into `out`, a GGUF file or a folder, and report what it cost.
+def convert(model: Model, out: str | Path, settings: Settings = DEFAULT) -> Report:
+    """Quantize `model`, a Hugging Face folder or a model of the Hub, into `out`, a GGUF file or a folder, and
+    report what it cost.
 
-    Raises a MoequantError with one clear line when something is wrong; `out` is then
-    absent, or as it was before.
+    A model of the Hub is downloaded when its headers have shown that it converts. Raises a MoequantError with
+    one clear line when something is wrong; `out` is then absent, or as it was before.
     """
-    out = Path(out)
+    out, source = Path(out), headers(model)
     is_file = settings.format == "gguf"
     outputs = claim(
         *([out] if is_file else []),
         settings.imatrix_out,
         folder=None if is_file else out,
         overwrite=settings.overwrite,
-        inputs=(model, *settings.inputs),
+        inputs=(source.path, *settings.inputs),
     )
     with outputs:
-        return _convert(Path(model), out, settings)
+        return _convert(source, out, settings)
 
 
-def _convert(model: Path, out: Path, settings: Settings) -> Report:
+def _convert(source: Folder, out: Path, settings: Settings) -> Report:
     meter = Meter()
     with meter.stage("open"):
-        job = open_job(model, settings)
+        job = open_job(source, settings)
         job.container.check_target(out, job.plan)
         checkpoint = job.container.checkpoint
         empty_model(checkpoint)  # every weight has its place in the model, before any is read
@@ -137,8 +140,12 @@ def _convert(model: Path, out: Path, settings: Settings) -> Report:
         calibration = given_statistics(job.model, checkpoint, settings)
         texts = _texts(job, calibration is not None)
         check_memory(checkpoint, models=2 if texts.evaluation else 1 if texts.calibration else 0)
-        if texts.calibration is not None:
+        if texts.calibration is not None and job.quantizes:
             gradients(checkpoint, settings)
+    if not is_here(source):
+        with meter.stage("download"):  # only now: whatever headers refuse is refused before
+            job = open_job(complete(source), settings)
+        checkpoint = job.container.checkpoint
     if texts.calibration is not None and calibration is None and _needs_statistics(job):
         with meter.stage("route"):
             watched = None if matrices is None else all_sites(job.model)
@@ -159,14 +166,13 @@ def _convert(model: Path, out: Path, settings: Settings) -> Report:
         checked = None
         if settings.self_check:
             with meter.stage("self-check"):
-                decoded = job.container.open(written.path).load if job.keeps else None
-                checked = self_check(job.model, decoded)
+                checked = self_check(job.model, _output(job, written))
         if texts.evaluation is not None:
             with meter.stage("compare"):
                 comparison = _compared(job, written, out.name, texts.evaluation)
         job.container.describe(partial, _made(job, calibration, texts.calibration, comparison))
     return Report(
-        model=model,
+        model=source.path,
         out=out,
         file_bytes=written.bytes,
         checkpoint=checkpoint,
@@ -223,7 +229,7 @@ def _rounded(
     types = job.container.formats(job.plan)
     planned = {choice.weight: choice.format for choice in job.plan.choices}
     quantizer = Quantizer(calibration, settings.effort, settings.gating)
-    if rows is None or settings.effort == "fast":
+    if rows is None or settings.effort == "fast" or not job.quantizes:
         found = pack_all(checkpoint, types, quantizer)
     else:
         rounding = Rounding.of(settings.effort, settings.coupled)
@@ -231,6 +237,15 @@ def _rounded(
     for packed, loss in progress(found, checkpoint):
         losses.append(replace(loss, format=planned[packed.weight.name]))
         yield packed
+
+
+def _output(job: Job, written: Written) -> Output:
+    """What was written, as the self-check looks at it."""
+    load = job.container.open(written.path).load
+    if job.container.is_folder:
+        return Output(load, job.keeps)
+    plain = set(job.container.formats(job.plan).values()) == {"F32"}
+    return Output(load, job.keeps, written.path, plain)
 
 
 def _compared(job: Job, written: Written, name: str, rows: Rows) -> Comparison:
@@ -244,7 +259,7 @@ def _made(
     job: Job, calibration: Calibration | None, rows: Rows | None, comparison: Comparison | None
 ) -> Made:
     """What a card tells."""
-    rounded_on = None if job.settings.effort == "fast" else rows
+    rounded_on = rows if job.settings.effort != "fast" and job.quantizes else None
     measured = () if comparison is None else _lines(comparison)
     return Made(job.plan, calibration, rounded_on, job.settings.coupled, measured)
 
@@ -265,7 +280,9 @@ def _notes(job: Job) -> tuple[str, ...]:
     """What a person should know about this output, and could not guess from the tables."""
     dense = ["a dense model: there are no experts to treat one by one"] if not job.model.n_experts else []
     skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in job.model.skipped.items()]
-    return (*job.container.notes, *dense, *skipped)
+    at = job.model.revision
+    source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
+    return (*job.container.notes, *dense, *skipped, *source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +298,8 @@ def _texts(job: Job, calibrated: bool) -> Texts:
     """The rows that this conversion needs; probes and calibration share no row."""
     settings, checkpoint, bos = job.settings, job.model, leading(job.model)
     calib = probes = evaluation = None
-    fast = settings.effort == "fast"
-    if job.quantizes and not (fast and calibrated):
+    unused = calibrated and (settings.effort == "fast" or not job.quantizes)
+    if (job.quantizes or settings.imatrix_out is not None) and not unused:
         documents = corpus.read(settings.calib, "calibration")
         if job.measures:
             tokens = settings.calib_tokens + Probing().rows * ROW

@@ -15,9 +15,12 @@ from moequant.errors import PlanError
 from moequant.escape import shown
 from moequant.files import atomic, claim
 from moequant.formats import Effort
+from moequant.hub import Model
+from moequant.hub.fetch import complete, headers, is_here
 from moequant.plan import Budget, Sensitivities, curve, points, preset_points, prior_sensitivities
+from moequant.plan.curve import Curve
 from moequant.plan.measure import Probing, measure, wants_probes
-from moequant.report.curve import Curve, draw
+from moequant.report.curve import draw
 from moequant.report.routing import check_picture
 from moequant.statistics.calibrate import calibrate
 from moequant.text import corpus
@@ -73,24 +76,28 @@ def budgets(sizes: str | None, bpw: float | None, preset: str | None) -> tuple[B
 
 
 def survey(
-    model: str | Path,
+    model: Model,
     settings: PlanSettings = PlanSettings(),  # frozen
     budgets: tuple[Budget, ...] = (),
     outputs: Outputs = Outputs(),
 ) -> Survey:
-    """Measure the folder `model` and plan it for every budget and along the whole curve.
+    """Measure `model`, a folder or a model of the Hub, and plan it for every budget and the whole curve.
 
     Raises a MoequantError with one clear line when something is wrong; outputs and budgets
     that no file can meet are refused before anything is measured.
     """
-    file = GgufContainer(opened := open_checkpoint(Path(model)))
+    source = headers(model)
+    file = GgufContainer(opened := open_checkpoint(source))
     checkpoint, known = file.checkpoint, facts(file.exported)
     bare = plan.plan_from_types(checkpoint.weights, {weight.name: "F32" for weight in checkpoint.weights})
     extra = file.overhead(bare)
     _check(outputs, budgets)
-    with claimed(outputs, model, settings.calib, settings.stats):
+    with claimed(outputs, source.path, settings.calib, settings.stats):
         pass  # refused now, not when all is measured
     points(checkpoint.weights, known, prior_sensitivities(checkpoint.weights, known.layers), extra, budgets)
+    if not is_here(source):
+        file = GgufContainer(opened := open_checkpoint(complete(source)))
+        checkpoint = file.checkpoint
     calib_rows, probe_rows = _texts(checkpoint, file.tokenizer.leading, settings)
     if settings.stats is not None:
         calibration = load_statistics(opened, checkpoint, settings.stats).calibration
@@ -99,7 +106,7 @@ def survey(
     ids = probe_rows.ids if wants_probes(checkpoint, settings.probes) else None
     found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort))
     drawn = Curve(
-        shown(Path(model)),
+        shown(source.path),
         curve(checkpoint.weights, known, found, extra),
         points(checkpoint.weights, known, found, extra, budgets),
         preset_points(checkpoint.weights, known, found, extra),

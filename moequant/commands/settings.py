@@ -19,7 +19,7 @@ PRESET = "Q4_K_M"
 """The size of a GGUF file when nobody says."""
 
 _OF_FILES = ("type", "size", "bpw", "plan")
-_OF_FOLDERS = ("bits", "group_size", "quantize_attention", "tp")
+_OF_FOLDERS = ("scheme", "bits", "group_size", "quantize_attention", "tp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,11 @@ class Settings:
 
     `format` says what is written: a GGUF file, or a folder. How large a file is, one of these says: `size`
     (bytes, as people write them), `bpw`, `plan` (a plan's JSON) or `type`, a preset. How large a folder is:
-    `bits` and `group_size`; `tp` GPUs will share each weight. `calib` and `eval` are texts as `corpus.read`
-    takes them, None the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant
-    route`) or `imatrix` (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is written
-    beside the file. `self_check` holds our reading of the folder against transformers'. `coupled` rounds
-    each layer towards what full precision would have made of what the layers before it lost.
+    `scheme` (or `bits`) and `group_size`; `tp` GPUs will share each weight. `calib` and `eval` are texts as
+    `corpus.read` takes them, None the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of
+    `moequant route`) or `imatrix` (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is
+    written beside the file. `self_check` holds our reading of the folder against transformers'. `coupled`
+    rounds each layer towards what full precision would have made of what the layers before it lost.
 
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
@@ -56,6 +56,7 @@ class Settings:
     device: str = "cpu"
     overwrite: bool = False
     format: FormatName = "gguf"
+    scheme: str | None = None
     bits: int | None = None
     group_size: int | None = None
     quantize_attention: bool | None = None

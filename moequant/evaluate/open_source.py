@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moequant.checkpoint import Checkpoint, load, open_checkpoint
+from moequant.checkpoint import Checkpoint, Folder, load, open_checkpoint
 from moequant.checkpoint.headers import read_json
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.header import plain
@@ -81,7 +81,7 @@ class Source:
         return shown(self.path)
 
 
-def open_model(paths: Sequence[Path], model: Path | None) -> Checkpoint:
+def open_model(paths: Sequence[Path], model: Folder | None) -> Checkpoint:
     """How the compared models compute: `model`, or the first path that is an unquantized folder.
 
     CheckpointError when there is none: GGUF files alone do not say what transformers needs.

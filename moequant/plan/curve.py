@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from moequant.containers.gguf.presets import BASE_TYPES, UNQUANTIZED, ModelFacts, llama_cpp_types
@@ -20,6 +20,20 @@ class Point:
     predicted: float
     label: str
     plan: Plan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What is drawn: our plans from the smallest to the largest file, those that somebody asked for, and
+    llama.cpp's presets, each with our plan of that size. `source` says where predictions come from,
+    `weights` how many the model has."""
+
+    title: str
+    plans: Sequence[Point]
+    wanted: Sequence[Point]
+    presets: Sequence[tuple[Point, Point]]
+    weights: int
+    source: str
 
 
 def curve(

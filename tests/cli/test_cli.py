@@ -241,3 +241,19 @@ def _drain(terminal: int, seen: list[bytes]) -> None:
             seen.append(chunk)
     except OSError:  # how Linux says that the other end is closed
         os.close(terminal)
+
+
+def test_modules_of_the_current_folder_are_not_imported(model: Path, tmp_path: Path) -> None:
+    """`python -m` looks there first."""
+    for name in ("json", "logging", "numpy", "torch", "typer", "rich", "safetensors", "tokenizers", "gguf"):
+        (model / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
+    ran = subprocess.run(
+        [sys.executable, "-m", "moequant", "inspect", str(model)],
+        cwd=model,
+        env=os.environ | {"PYTHONPATH": str(models.ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
-from moequant.checkpoint.headers import belongs
+from moequant.checkpoint.folder import belongs
 from moequant.containers.base import Made
-from moequant.containers.folders.plan import FolderSettings
+from moequant.containers.folders.plan import KEPT, FolderSettings, scheme_groups
+from moequant.containers.folders.schemes import find
 from moequant.escape import markdown, yaml
 
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*)$", re.MULTILINE)
@@ -47,24 +48,22 @@ class Card:
         return "\n".join(["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---\n"])
 
     def _what(self) -> str:
-        numel = {weight.name: weight.numel for weight in self.checkpoint.weights}
-        small = [c for c in self.made.plan.choices if c.format == self.made.plan.preset]
-        kept = [c for c in self.made.plan.choices if c.format != self.made.plan.preset]
-        bits = 8 * self.made.plan.bytes / sum(numel.values())
-        group = "a whole row" if self.settings.group_size == -1 else f"{self.settings.group_size} weights"
-        rows = [
-            (f"int{self.settings.bits}, one scale for {group}", small),
-            (f"{'/'.join(sorted({c.format for c in kept}))}, as in the original", kept),
-        ]
+        plan, numel = self.made.plan, {weight.name: weight.numel for weight in self.checkpoint.weights}
+        kept = [c for c in plan.choices if c.format in KEPT]
+        named = list(scheme_groups(plan))
+        rows = [(_words(name), [c for c in plan.choices if c.format == name]) for name in named]
+        rows.append((f"{'/'.join(sorted({c.format for c in kept}))}, as in the original", kept))
         table = "\n".join(
             f"| {name} | {sum(numel[c.weight] for c in part):,} | {sum(c.bytes for c in part) / 1e9:.3f} GB |"
             for name, part in rows
         )
         experts = "every expert" if self.checkpoint.n_experts else "the feed-forward blocks"
         also = " and attention" if self.settings.quantize_attention else ""
+        title = named[0] if len(named) == 1 else "mixed precision"
+        bits = 8 * plan.bytes / sum(numel.values())
         return (
-            f"# {markdown(self.checkpoint.name)}, int{self.settings.bits}\n\n"
-            f"{experts[0].upper()}{experts[1:]}{also} as symmetric int{self.settings.bits}; router, norms, "
+            f"# {markdown(self.checkpoint.name)}, {title}\n\n"
+            f"{experts[0].upper()}{experts[1:]}{also} in {', '.join(named)}; router, norms, "
             f"embedding and head in their original precision. {bits:.2f} bits a weight in all.\n\n"
             f"| stored as | weights | size |\n|---|---|---|\n{table}\n"
         )
@@ -95,6 +94,15 @@ class Card:
             "\ntransformers loads it too, with `pip install compressed-tensors`; it decodes the experts to "
             "their original precision in memory.\n"
         )
+
+
+def _words(name: str) -> str:
+    """What a scheme stores, in words."""
+    scheme = find(name)
+    if scheme.kind != "integers":
+        return f"{name}: {scheme.words}"
+    group = "a whole row" if scheme.group == -1 else f"{scheme.group} weights"
+    return f"{name}: {scheme.words}, one scale for {group}"
 
 
 def _license(folder: Path) -> list[str]:

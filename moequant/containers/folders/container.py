@@ -9,7 +9,7 @@ from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Made, Written
 from moequant.containers.folders import write as folder
 from moequant.containers.folders.card import Card
-from moequant.containers.folders.plan import FolderSettings, block_formats, group_format, group_plan
+from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores
 from moequant.containers.folders.read import FolderWeights
 from moequant.errors import OutputError
 from moequant.values import Packed, Plan
@@ -23,7 +23,7 @@ class FolderContainer:
     def __init__(self, checkpoint: Checkpoint, settings: FolderSettings) -> None:
         """PlanError for what no loader takes."""
         self.checkpoint, self.settings = checkpoint, settings
-        self.plan = group_plan(checkpoint, settings)
+        self.plan = scheme_plan(checkpoint, settings)
         self.notes: tuple[str, ...] = ()
 
     def size(self, plan: Plan) -> int:
@@ -32,13 +32,13 @@ class FolderContainer:
 
     def check_target(self, path: Path, plan: Plan) -> None:
         """See `Container`."""
-        folder.check_target(path, self.size(plan))
+        folder.check_target(path, self.checkpoint, plan, self.settings)
 
     def formats(self, plan: Plan) -> dict[str, str]:
-        """See `Container`: integers; all else is copied as bytes."""
-        types = block_formats(self.checkpoint, plan, group_format(self.checkpoint, self.settings))
-        integers = {choice.weight for choice in plan.choices if choice.format == plan.preset}
-        return {name: types[name] for name in types if name in integers}
+        """See `Container`: what has a scheme; all else is copied as bytes."""
+        rows = {weight.name: weight.n_in for weight in self.checkpoint.weights}
+        found = stores(self.checkpoint, plan, self.settings.layout)
+        return {name: storage.block_format(rows[name]) for name, storage in found.items()}
 
     def write(self, path: Path, plan: Plan, packed: Iterable[Packed]) -> Written:
         """See `Container`."""
@@ -58,4 +58,4 @@ class FolderContainer:
 
     def open(self, path: Path) -> FolderWeights:
         """See `Container`."""
-        return folder.LAYOUTS[self.settings.layout].open(path)
+        return folder.OPENERS[self.settings.layout](path)

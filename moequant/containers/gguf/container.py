@@ -17,6 +17,15 @@ from moequant.containers.gguf.weights import GgufWeights
 from moequant.values import Packed, Plan
 
 
+def provenance(checkpoint: Checkpoint) -> dict[str, str]:
+    """Keys of a file about how it was made, and of which commit of which model of the Hub."""
+    made = {"general.quantized_by": f"moequant {__version__}"}
+    if checkpoint.revision is not None:
+        made["general.source.huggingface.repository"] = checkpoint.repository
+        made["moequant.source.revision"] = checkpoint.revision
+    return made
+
+
 class GgufContainer:
     """A GGUF file of one model; see `containers.base.Container`."""
 
@@ -27,7 +36,7 @@ class GgufContainer:
         self.exported: Exported = export(checkpoint)
         self.tokenizer = read_tokenizer(checkpoint.path)
         self.checkpoint = self.exported.checkpoint
-        self.provenance = {"general.quantized_by": f"moequant {__version__}"}
+        self.provenance = provenance(checkpoint)
         self.notes = (*self.tokenizer.notes, *self.exported.warnings)
 
     def size(self, plan: Plan) -> int:

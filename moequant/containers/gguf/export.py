@@ -48,8 +48,11 @@ class Exported:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The keys by their full names."""
-        return {f"{self.arch}.{key.name}": key.value for key in self.keys}
+        """The keys by their full names; arrays as tuples, as a header of a file has them."""
+        return {
+            f"{self.arch}.{key.name}": tuple(key.value) if isinstance(key.value, list) else key.value
+            for key in self.keys
+        }
 
 
 def export(checkpoint: Checkpoint) -> Exported:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from moequant.containers.gguf.presets import BASE_TYPES, ModelFacts, llama_cpp_types
-from moequant.errors import PlanError
+from moequant.errors import PlanError, few
 from moequant.values import Weight
 
 ALIGNMENT = 32
@@ -82,7 +82,7 @@ def parse_size(text: str) -> int:
 def check_preset(preset: str) -> None:
     """PlanError, with the presets that exist, when this is none of them."""
     if preset not in BASE_TYPES:
-        raise PlanError(f"unknown type {preset!r}; known: {', '.join(BASE_TYPES)}")
+        raise PlanError(f"unknown type {preset!r}; known: {few(BASE_TYPES)}")
 
 
 def aligned(size: int) -> int:
