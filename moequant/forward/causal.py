@@ -25,8 +25,8 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if _is_text(config):
         known: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
         return known
-    text: Any = type(config)
-    return _headed(_text_class(text))
+    text: Any = _text_class(type(config))
+    return _headed(text)
 
 
 def whole_class(config: PreTrainedConfig) -> Any:
@@ -40,8 +40,11 @@ def _text_class(config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
         known: type[PreTrainedModel] = AutoModel._model_mapping[config]
         return known
     models = import_module(config.__module__.replace(".configuration_", ".modeling_"))
-    found = (each for each in vars(models).values() if isinstance(each, type))
-    return next(each for each in found if issubclass(each, PreTrainedModel) and each.config_class is config)
+    classes: list[Any] = [each for each in vars(models).values() if isinstance(each, type)]
+    found: type[PreTrainedModel] = next(
+        each for each in classes if issubclass(each, PreTrainedModel) and each.config_class is config
+    )
+    return found
 
 
 def _is_text(config: PreTrainedConfig) -> bool:
