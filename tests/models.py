@@ -680,6 +680,19 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "swiglu_limit": 0.5,
         "routed_scaling_factor": 1.5,
     },
+    "glm5_next": {
+        **{key: SPARSE[key] for key in SPARSE.keys() - {"first_k_dense_replace", "rope_parameters"}},
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "qk_rope_head_dim": 0,
+        "linear_head_dim": 32,
+        "linear_num_heads": 4,
+        "index_kpool": 8,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 5,
+        "swiglu_limit": 0.5,
+        "routed_scaling_factor": 1.5,
+    },
 }
 """One config a family, of the model type that it is called after, or says; shapes are not square where the
 format allows, so that transposes show."""
@@ -738,6 +751,15 @@ VISION: Mapping[str, Mapping[str, Any]] = {
         "intermediate_size": 48,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
+        "image_size": 28,
+    },
+    "glm5_next": {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "out_hidden_size": 48,
+        "projection_intermediate_size": 48,
         "image_size": 28,
     },
 }
@@ -1049,6 +1071,23 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "mlp_layer_types": None,
         "num_nextn_predict_layers": 1,
     },
+    "glm5_next": {
+        **dict.fromkeys(("linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim")),
+        **dict.fromkeys(("linear_lower_bound", "indexer_types")),
+        "index_topk_freq": 1,
+        "linear_attn_config": {
+            "head_dim": 32,
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+            "gate_lower_bound": -5.0,
+            "safe_gate": True,
+        },
+        "mhc": True,
+        "mla_use_nope": True,
+        "num_nextn_predict_layers": 1,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    },
 }
 """Keys of the text's config as releases have them, where transformers 5 saves others; None: none."""
 
@@ -1185,7 +1224,7 @@ def build(
                 parameter.mul_(4.0)
             if "bias" in name or name.endswith("sinks"):
                 parameter.normal_(0, 0.2)
-            if "_hc." in name or "hc_head." in name:
+            if "_hc." in name or "hc_head." in name or "kpool" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             if name.endswith(("router.scale", "per_expert_scale", ".D", "A_log")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)

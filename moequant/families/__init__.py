@@ -22,6 +22,7 @@ from moequant.families.exaone_moe import EXAONE_MOE
 from moequant.families.gemma4 import GEMMA4
 from moequant.families.glm4_moe import GLM4_MOE, SOLAR_OPEN
 from moequant.families.glm4_moe_lite import GLM4_MOE_LITE
+from moequant.families.glm5_next import GLM5_NEXT
 from moequant.families.gpt_oss import GPT_OSS
 from moequant.families.granite import (
     GRANITE_MOE,
@@ -106,6 +107,7 @@ FAMILIES: tuple[Family, ...] = (
     KIMI_LINEAR,
     BAILING_HYBRID,
     HY_V4,
+    GLM5_NEXT,
 )
 
 

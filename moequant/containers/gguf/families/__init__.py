@@ -15,6 +15,7 @@ from moequant.containers.gguf.families.ernie4_5_moe import ERNIE4_5_MOE
 from moequant.containers.gguf.families.exaone_moe import EXAONE_MOE
 from moequant.containers.gguf.families.gemma4 import GEMMA4
 from moequant.containers.gguf.families.glm4_moe import GLM4_MOE
+from moequant.containers.gguf.families.glm5_next import GLM5_NEXT
 from moequant.containers.gguf.families.gpt_oss import GPT_OSS
 from moequant.containers.gguf.families.granite import GRANITE_MOE, GRANITE_MOE_HYBRID, GRANITE_MOE_SWA
 from moequant.containers.gguf.families.hunyuan import HUNYUAN_V1_MOE, HY_V3
@@ -87,6 +88,7 @@ EXPORTS: Mapping[str, Export] = {
     "kimi_linear": KIMI_LINEAR,
     "bailing_hybrid": BAILING_HYBRID,
     "hy_v4": HY_V4,
+    "glm5_next": GLM5_NEXT,
 }
 """By the family's name."""
 

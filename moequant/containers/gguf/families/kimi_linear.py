@@ -28,7 +28,7 @@ NAMES = {
 }
 
 
-def _keys(config: Config) -> tuple[Key, ...]:
+def recurrent_keys(config: Config) -> tuple[Key, ...]:
     """What both have: one key head in layers of latent attention, none in the others."""
     heads = [0 if kind == LINEAR else 1 for kind in config.layer_types]
     return (
@@ -41,14 +41,14 @@ def _keys(config: Config) -> tuple[Key, ...]:
 
 def kimi_keys(config: Config) -> tuple[Key, ...]:
     """Keys of Kimi-Linear, in which nothing is rotated."""
-    return (*_keys(config), *latent_sizes(config))
+    return (*recurrent_keys(config), *latent_sizes(config))
 
 
 def bailing_keys(config: Config) -> tuple[Key, ...]:
     """Keys of Ling 3."""
     shared = int(config.moe_intermediate_size) * int(config.n_shared_experts)
     return (
-        *_keys(config),
+        *recurrent_keys(config),
         *latent_keys(config),
         Key("expert_shared_feed_forward_length", "u32", shared),
         Key("kda.safe_gate", "bool", True),
