@@ -130,7 +130,13 @@ def fit(model: Model, hardware: Hardware, load: Load, min_speed: float = 0.0) ->
     holds alone. Raises what reading the model raises, and PlanError for a context that the model lacks.
     """
     place, name = located(model), ""
-    if isinstance(place, HubModel) or place.is_dir():
+    if isinstance(place, HubModel) and place.file:
+        from moequant.hub.fetch import gguf_header
+
+        header = gguf_header(place)
+        place = header.path
+        files = iter([PresetFile(place.name, header, None)])
+    elif isinstance(place, HubModel) or place.is_dir():
         from moequant.hub.fetch import headers  # torch
 
         folder = headers(place)
@@ -197,8 +203,11 @@ class _Model:
         dense, experts, active = [0] * layers, [0] * layers, [0.0] * layers
         embedding = head = largest = 0
         tied = is_tied(header.tensors)
+        running = layers - header.count("nextn_predict_layers")
         for tensor in header.tensors:
             layer = tensor.layer
+            if layer is not None and layer >= running:
+                continue  # read for drafting alone
             if layer is None:
                 first = "embd" in tensor.name
                 embedding += tensor.bytes if first else 0

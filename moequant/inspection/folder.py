@@ -238,7 +238,8 @@ def _differences(near: families.Family, config: Mapping[str, Any], tensors: list
     if keys := sorted(key for key in text if key not in known and text[key] is not None):
         found.append(f"config keys that {near.name} has not: {few(keys)}")
     try:
-        unknown = _unknown(near, make_config(near, {**text, "model_type": near.model_type}), tensors)
+        understood = {key: text[key] for key in text if key in near.known or key in near.says}
+        unknown = _unknown(near, make_config(near, {**understood, "model_type": near.model_type}), tensors)
     except (FamilyError, AttributeError, TypeError, ValueError):
         kinds = sorted({_kind(tensor.name) for tensor in tensors})
         return [*found, f"its tensors: {few(kinds)}"]

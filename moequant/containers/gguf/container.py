@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
-from moequant.containers.base import Made, Written
+from moequant.containers.base import Written
 from moequant.containers.gguf import write as file
 from moequant.containers.gguf.export import Exported, export
 from moequant.containers.gguf.sizes import data_bytes
@@ -63,9 +63,6 @@ class GgufContainer:
     def verify(self, written: Written, plan: Plan) -> None:
         """See `Container`."""
         verify(written, plan, self.exported)
-
-    def describe(self, path: Path, made: Made) -> None:
-        """See `Container`: a file's keys were written with it."""
 
     def open(self, path: Path) -> GgufWeights:
         """See `Container`."""
