@@ -2,6 +2,7 @@
 
 MoequantError
 ├── CheckpointError    a model folder that cannot be read: missing, truncated, NaN, …
+├── HubError           a model of the Hub that cannot be had: no such name, gated, offline, …
 ├── FamilyError        an architecture, tensor or config key nobody has described
 ├── TokenizerError     a tokenizer that cannot be written faithfully
 ├── CorpusError        calibration text that cannot be used
@@ -45,6 +46,10 @@ class MoequantError(Exception):
 
 class CheckpointError(MoequantError):
     """A model folder that cannot be read as it should."""
+
+
+class HubError(MoequantError):
+    """A model of the Hugging Face Hub that cannot be had."""
 
 
 class FamilyError(MoequantError):

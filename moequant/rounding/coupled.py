@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from moequant import formats
-from moequant.formats import Effort, Format
+from moequant.formats import Effort, Format, engine
 from moequant.forward.hidden import Hidden
 from moequant.forward.model import fill, held, release, replace_memory
-from moequant.forward.stream import LayerStream
+from moequant.forward.stream import ENDS, LayerStream
 from moequant.forward.taps import recorder
-from moequant.rounding.feedback import Options, Rounded, outputs_lost, round_to_hessian
+from moequant.rounding.feedback import Options, Rounded, outputs_lost, round_to_hessian, usable
 from moequant.rounding.paired import Capture, Grams, Pair, Seen
 from moequant.rounding.recall import Kept
 from moequant.rounding.shrinkage import Trial, shrink
@@ -177,6 +177,9 @@ class Coupled:
             layer = Layer(index, copies[index], self._middle(index), self._kept(index))
             yield from self._layer(layer, streams)
             copies[index] = nn.Identity()
+        for weight in stream.checkpoint.weights:  # what is behind the layers, and not run
+            if weight.layer is not None and not weight.runs and weight.name in self.formats:
+                yield self.plain(weight, self.formats[weight.name])
         for weight in outside:
             if weight.role is Role.OUTPUT and weight.name in self.formats:
                 yield self._head(weight, streams)
@@ -283,10 +286,9 @@ class Coupled:
             experts = range(begin, min(begin + at_once, first.matrices))
             grams = self.collect(layer, first, experts, streams)
             hessian: Tensor | None = None
+            shared = self._shared(group, experts, grams)
             for weight in group:
-                values = self.stream.provider(weight)
-                stack = values if values.ndim == 3 else values[None]
-                result, hessian = self._round(weight, stack, experts, grams, hessian)
+                result, hessian = self._round(weight, experts, grams, hessian, shared.get(weight.name))
                 parts[weight.name].append(result)
         return {weight.name: joined(weight, parts[weight.name]) for weight in group}
 
@@ -321,38 +323,64 @@ class Coupled:
         return grams
 
     def _head(self, weight: Weight, streams: Streams) -> Result:
-        """The output head, fed by the final norm."""
+        """The output head, fed by what the decoder makes of its last layer's states."""
         stream, name = self.stream, self.formats[weight.name]
         if name in UNROUNDED or weight.site is None:
             return self.plain(weight, name)
-        norms = [each for each in stream.weights(None) if each.role in (Role.NORM, Role.BIAS)]
-        fill(stream.model, norms, device=stream.resources.device)
-        norm = stream.model.get_submodule(weight.site.module)
+        ends = [each for each in stream.weights(None) if each.role in ENDS]
+        fill(stream.model, ends, device=stream.resources.device)
         grams = Grams.empty(1, weight, stream.resources.device)
         with torch.inference_mode():
             for batch in range(len(stream.batches)):
-                both = [
-                    norm(hidden.get(stream.n_layers, batch).to(stream.resources.device)).flatten(0, -2)
+                made = (
+                    stream.skeleton.finish(
+                        batch, hidden.get(stream.n_layers, batch).to(stream.resources.device)
+                    )
                     for hidden in (streams.rounded, streams.exact)
-                ]
-                grams.add(0, batch % 2, Seen(*both))
-        release(stream.model, norms)
-        result, _ = self._round(weight, self.stream.provider(weight)[None], range(1), grams, None)
+                )
+                grams.add(0, batch % 2, Seen(*(each.last_hidden_state.flatten(0, -2) for each in made)))
+        release(stream.model, ends)
+        result, _ = self._round(weight, range(1), grams)
         return joined(weight, [result])
 
-    def _round(
-        self, weight: Weight, stack: Tensor, experts: range, grams: Grams, hessian: Tensor | None
-    ) -> tuple[Result, Tensor]:
-        """These experts of stack [E, out, in]; also the shrunk Hessian, for weights that share inputs."""
-        fmt = formats.get(self.formats[weight.name])
+    def _target(self, weight: Weight, experts: range, grams: Grams) -> Tensor:
+        """What these experts are rounded towards: f32 [E, out, in]."""
+        values = self.stream.provider(weight)
+        stack = values if values.ndim == 3 else values[None]
         values = stack[experts.start : experts.stop].to(grams.cross.device)
-        coupling, options = self.rounding.coupling, self.rounding.options
-        target = values.float() if coupling is None else coupling.target(values, grams)
+        coupling = self.rounding.coupling
+        return values.float() if coupling is None else coupling.target(values, grams)
+
+    def _shared(self, group: list[Weight], experts: range, grams: Grams) -> dict[str, Tensor]:
+        """By weight, scales that it has in common with others of its group."""
+        found: dict[str, Tensor] = {}
+        for name in {self.formats[weight.name] for weight in group}:
+            fmt, members = formats.get(name), [w for w in group if self.formats[w.name] == name]
+            if fmt.shared is None or not fmt.shared.across or len(members) == 1:
+                continue
+            rows = torch.cat([self._target(weight, experts, grams) for weight in members], 1)
+            first, second = (half.diagonal(dim1=1, dim2=2).double() for half in grams.halves)
+            d = engine.shared_scales(fmt, rows, usable(first + second), self.rounding.options.effort)
+            parts = torch.split(d, [weight.shape[-2] for weight in members], 1)
+            found |= {weight.name: part for weight, part in zip(members, parts, strict=True)}
+        return found
+
+    def _round(
+        self,
+        weight: Weight,
+        experts: range,
+        grams: Grams,
+        hessian: Tensor | None = None,
+        shared: Tensor | None = None,
+    ) -> tuple[Result, Tensor]:
+        """These experts of a weight; also the shrunk Hessian, for weights that share inputs."""
+        fmt, options = formats.get(self.formats[weight.name]), self.rounding.options
+        target = self._target(weight, experts, grams)
         if hessian is None:
             hessian = shrink(fmt, target, grams.halves, grams.tokens, self.rounding.trial).hessian
         felt = None if self.fishers is None else self.fishers.outputs.get(weight.name)
         fisher = None if felt is None else felt[experts.start : experts.stop]
-        found = round_to_hessian(fmt, target, hessian, options, fisher)
+        found = round_to_hessian(fmt, target, hessian, options, fisher, shared)
         own = (first + second for first, second in zip(*grams.halves, strict=True))
         return judged(weight, fmt, target, found, own, grams.tokens), hessian
 

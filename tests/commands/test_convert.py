@@ -169,7 +169,14 @@ def test_the_report_has_what_it_promises(tiny, tmp_path: Path, text: Path) -> No
         "peak memory",
     ):
         assert words in summary
-    assert [cost.name for cost in report.stages] == ["open", "route", "quantize", "verify", "compare"]
+    assert [cost.name for cost in report.stages] == [
+        "open",
+        "route",
+        "quantize",
+        "verify",
+        "self-check",
+        "compare",
+    ]
     assert report.comparison is not None and report.comparison.kl_mean.value > 0
     assert {loss.weight for loss in report.losses} == {weight.name for weight in report.checkpoint.weights}
 

@@ -11,7 +11,7 @@ import torch
 
 from moequant.checkpoint import open_checkpoint
 from moequant.checkpoint.codecs.declared import read_config
-from moequant.checkpoint.headers import belongs
+from moequant.checkpoint.folder import Folder, belongs, folder_of
 from moequant.commands.route import RouteSettings
 from moequant.containers.gguf.families.base import Key
 from moequant.containers.gguf.sizes import Budget, parse_size
@@ -147,7 +147,7 @@ def test_layers_without_end_are_refused_before_any_is_looked_at(tmp_path: Path, 
     models.edit_config(folder, num_hidden_layers=layers)
     with pytest.raises(FamilyError, match=r"num_hidden_layers = .*more than any model has"):
         open_checkpoint(folder)
-    assert any("more than any model has" in line for line in inspect_folder(folder).missing)
+    assert any("more than any model has" in line for line in inspect_folder(folder_of(folder)).missing)
 
 
 def test_groups_of_a_recurrent_layer_that_are_none(tmp_path: Path) -> None:
@@ -192,4 +192,4 @@ def test_a_shard_of_a_name_that_no_file_has(tmp_path: Path) -> None:
     for name in ("x" * 300 + ".safetensors", "\\ud800.safetensors"):
         (tmp_path / INDEX).write_text(f'{{"weight_map": {{"a": "{name}"}}}}')
         with pytest.raises(CheckpointError, match="was expected"):
-            read_headers(tmp_path)
+            read_headers(Folder(tmp_path, {}))
