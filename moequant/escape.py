@@ -69,6 +69,12 @@ def of_cache(path: Path) -> tuple[str, str, str] | None:
     return (found[1].replace("--", "/", 1), found[2], found[3] or "") if found else None
 
 
+def described(path: Path) -> dict[str, str | None]:
+    """A model for a machine: its name and commit where it lies in Hugging Face's cache, else its path."""
+    cached = of_cache(path)
+    return {"path": shown(path) if cached else str(path), "revision": cached[1] if cached else None}
+
+
 def mathtext(text: str) -> str:
     """For matplotlib, which takes what stands between two dollars for a formula."""
     return plain(text).replace("$", r"\$")
@@ -88,6 +94,16 @@ def yaml(text: str) -> str:
 
 def _bare(character: str) -> bool:
     return " " <= character <= "~" and character not in '"\\'
+
+
+def text_names(source: str) -> str:
+    """Sources of text, such as `calib/a.txt, org/name`, for others to read: files by their names alone."""
+    return ", ".join(Path(each).name if _is_local(each) else each for each in source.split(", "))
+
+
+def _is_local(source: str) -> bool:
+    """Whether a source of text is a place on this machine, and not the name of a data set."""
+    return "/" in source and (source.startswith(("/", "~", ".")) or _is_path(source))
 
 
 def command(arguments: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from moequant.cli.common import MOST, CacheDir, Overwrite, console, guarded, local, place
+from moequant.cli.output import document
 
 
 class CheckDevice(StrEnum):
@@ -64,7 +64,7 @@ def check(
             report = run(what, settings)
             if json_file is not None:
                 with atomic(json_file) as partial:
-                    text = json.dumps(check_json(report), indent=1, ensure_ascii=False)
+                    text = document("check", check_json(report))
                     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
             console().print(check_report(report))
             return report.holds

@@ -12,12 +12,14 @@ import typer
 from moequant import escape
 from moequant.cli.common import (
     MOST,
+    AsJson,
     CacheDir,
     Device,
     Overwrite,
     Ram,
     Seed,
     console,
+    emit,
     guarded,
     local,
     place,
@@ -83,7 +85,7 @@ def compare(
         int | None, typer.Option(min=1, max=1024, help="Threads (default: one a core).")
     ] = None,
     device: Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Page to write: one file, no network needed.")] = None,
     cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
@@ -92,7 +94,7 @@ def compare(
     from moequant.commands.compare import CompareSettings, run  # torch is imported only when there is work
     from moequant.files import claim
     from moequant.forward.stream import Resources
-    from moequant.report.compare import compare_json, compare_tables
+    from moequant.report.compare import compare_tables, compare_value
     from moequant.report.html import write
 
     resources = guarded(lambda: Resources(ram_bytes(ram), device, threads))
@@ -115,7 +117,7 @@ def compare(
         with claim(html, overwrite=overwrite, inputs=(*map(local, sources), local(shape), eval_)):
             found = run(sources[0], sources[1:], settings)
             if as_json:
-                typer.echo(compare_json(found))
+                emit("compare", compare_value(found))
             else:
                 console().print(compare_tables(found))
             if html is not None:

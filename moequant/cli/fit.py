@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from moequant.cli.common import MOST, CacheDir, console, guarded, place
+from moequant.cli.common import MOST, AsJson, CacheDir, console, emit, guarded, place
 from moequant.escape import plain
 
 
@@ -56,7 +55,7 @@ def fit(
     ] = None,
     min_speed: Annotated[float, typer.Option(min=0, help="Tokens per second that the bound must allow.")] = 0,
     cache_dir: CacheDir = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what fits on a machine, where its experts go, how fast it can be, and how to start llama-server."""
     from moequant.inspection.fit import Hardware
@@ -69,7 +68,7 @@ def fit(
     load = Load(ctx, parallel, cache_type.value)
     found = guarded(lambda: run(place(path, cache_dir), hardware, load, min_speed))
     if as_json:
-        typer.echo(json.dumps(fit_json(found), indent=1, ensure_ascii=False))
+        emit("fit", fit_json(found))
     else:
         console().print(fit_report(found), crop=False)
     if found.best is None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from moequant.cli.common import CacheDir, console, guarded, place
+from moequant.cli.common import AsJson, CacheDir, console, emit, guarded, place
 
 
 def inspect(
@@ -19,7 +18,7 @@ def inspect(
         ),
     ],
     cache_dir: CacheDir = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Describe a model from its headers: experts, active parameters, bytes by role, sizes, support."""
     from moequant.inspection import inspect as run
@@ -27,6 +26,6 @@ def inspect(
 
     found = guarded(lambda: run(place(path, cache_dir)))
     if as_json:
-        typer.echo(json.dumps(inspection_json(found), indent=1, ensure_ascii=False))
+        emit("inspect", inspection_json(found))
     else:
         console().print(inspection_report(found))

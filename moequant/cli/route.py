@@ -9,6 +9,7 @@ import typer
 
 from moequant.cli.common import (
     MOST,
+    AsJson,
     CacheDir,
     Calib,
     CalibTokens,
@@ -18,6 +19,7 @@ from moequant.cli.common import (
     Ram,
     Seed,
     console,
+    emit,
     guarded,
     place,
     ram_bytes,
@@ -63,7 +65,7 @@ def route(
     picture: Annotated[
         Path | None, typer.Option(help="Heatmap of tokens per expert to draw: .png, .svg or .pdf.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
     ram: Ram = None,
     device: Device = "cpu",
     cache_dir: CacheDir = None,
@@ -90,6 +92,6 @@ def route(
     calibration = routed.stored.calibration
     found = health(calibration)
     if as_json:
-        typer.echo(routing_json(found, calibration, routed.coverage))
+        emit("route", routing_json(found, calibration, routed.coverage))
     else:
         console().print(routing_tables(found, routed.coverage))

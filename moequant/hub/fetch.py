@@ -13,6 +13,8 @@ from pathlib import Path
 from moequant.checkpoint import Folder, LocalFile, folder_of
 from moequant.checkpoint.headers import INDEX, read_index
 from moequant.containers.folders.side_files import COPIED
+from moequant.containers.gguf.header import Header
+from moequant.containers.gguf.read import read_header
 from moequant.errors import HubError
 from moequant.hub.client import Snapshot, Unreachable, cache_folder, cached, download, look_up
 from moequant.hub.names import HubModel, Model, located
@@ -84,6 +86,19 @@ def whole(model: Model) -> Path:
     return _download(found, _weights(found, path))
 
 
+def gguf_header(model: HubModel) -> Header:
+    """The header of a GGUF file of the Hub, read by ranges where the file is not on this disk."""
+    assert model.file
+    try:
+        found = look_up(model)
+    except Unreachable as why:
+        return read_header(cached(model, why) / model.file)
+    folder = _snapshot(found)
+    names = _parts(found, model.file)
+    away = {Path(name).name: RemoteFile(found, name, b"") for name in names if not (folder / name).exists()}
+    return read_header(folder / model.file, away)
+
+
 def _small(found: Snapshot) -> list[str]:
     """The files of a snapshot that belong to the model and are no weights."""
     names = [name for name in found.sizes if any(_matches(name, pattern) for pattern in SMALL)]
@@ -131,14 +146,19 @@ def _check_no_file(model: HubModel) -> None:
         raise HubError(f"{model}: a GGUF file; a model was expected, OWNER/NAME without a file")
 
 
+def _snapshot(found: Snapshot) -> Path:
+    """Where the cache keeps a snapshot, whether it is there or not."""
+    model = f"models--{found.model.repository.replace('/', '--')}"
+    return cache_folder(found.model) / model / "snapshots" / found.commit
+
+
 def _download(found: Snapshot, names: Collection[str]) -> Path:
     """Weights into the cache, after a look at the disk."""
     cache = cache_folder(found.model)
-    kept = cache / f"models--{found.model.repository.replace('/', '--')}"
-    there = kept / "snapshots" / found.commit
+    there = _snapshot(found)
     needed = sum(found.sizes[name] for name in names if not (there / name).exists())
     if needed:
-        begun = sum(file.stat().st_blocks * 512 for file in kept.glob("blobs/*.incomplete"))
+        begun = sum(file.stat().st_blocks * 512 for file in there.parents[1].glob("blobs/*.incomplete"))
         _check_space(cache, found, max(needed - begun, 0))
         _LOG.info(
             "%s at %s: %.1f GB in %d files to download into %s",

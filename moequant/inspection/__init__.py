@@ -16,6 +16,11 @@ def inspect(model: Model) -> Inspection:
     the Hub that is not to be had.
     """
     path = located(model)
+    if isinstance(path, HubModel) and path.file:
+        from moequant.hub.fetch import gguf_header
+        from moequant.inspection.gguf_file import inspect_gguf
+
+        return inspect_gguf(gguf_header(path))
     if isinstance(path, HubModel) or path.is_dir():
         from moequant.hub.fetch import headers
         from moequant.inspection.folder import inspect_folder
@@ -25,6 +30,7 @@ def inspect(model: Model) -> Inspection:
         raise CheckpointError(
             f"{path}: no such file or folder; give a Hugging Face model folder or a GGUF file"
         )
-    from moequant.inspection.gguf_file import inspect_gguf  # without torch: a second faster
+    from moequant.containers.gguf.read import read_header  # without torch: a second faster
+    from moequant.inspection.gguf_file import inspect_gguf
 
-    return inspect_gguf(path)
+    return inspect_gguf(read_header(path))

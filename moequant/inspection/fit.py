@@ -130,7 +130,13 @@ def fit(model: Model, hardware: Hardware, load: Load, min_speed: float = 0.0) ->
     holds alone. Raises what reading the model raises, and PlanError for a context that the model lacks.
     """
     place, name = located(model), ""
-    if isinstance(place, HubModel) or place.is_dir():
+    if isinstance(place, HubModel) and place.file:
+        from moequant.hub.fetch import gguf_header
+
+        header = gguf_header(place)
+        place = header.path
+        files = iter([PresetFile(place.name, header, None)])
+    elif isinstance(place, HubModel) or place.is_dir():
         from moequant.hub.fetch import headers  # torch
 
         folder = headers(place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -190,13 +189,8 @@ def _pm(estimate: Estimate, digits: int, sign: str = "") -> str:
     return f"{estimate.value:{sign}.{digits}f} ± {estimate.error:.{digits}f}"
 
 
-def compare_json(found: Compared) -> str:
-    """All figures as one JSON object; KL and Δp percentiles are at `percentiles`."""
-    return json.dumps(compare_value(found), indent=1, ensure_ascii=False)
-
-
 def compare_value(found: Compared) -> dict[str, Any]:
-    """The object of `compare_json`."""
+    """All figures for a machine; KL and Δp percentiles are at `percentiles`."""
     return {
         "baseline": _source(found.base),
         "engine": found.engine,

@@ -11,7 +11,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from moequant.escape import of_cache, plain, shown
+from moequant.escape import described, of_cache, plain, shown
 from moequant.inspection.fit import RESERVE, Candidate, Fit, Placement
 from moequant.report.style import line, table
 
@@ -35,7 +35,7 @@ def fit_report(found: Fit) -> RenderableType:
 def fit_json(found: Fit) -> dict[str, Any]:
     """All of it for a machine, in bytes, bytes per second and tokens per second."""
     return {
-        "path": str(found.path),
+        **described(found.path),
         "hardware": asdict(found.hardware),
         "load": asdict(found.load),
         "best": found.best.name if found.best else None,

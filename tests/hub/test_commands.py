@@ -70,6 +70,16 @@ def test_check_takes_a_file_of_a_repository(
     made = run("convert", published, "-o", tmp_path / "files" / "tiny-Q4_K_M.gguf", *FAST, "--calib", text)
     assert made.returncode == 0, made.stderr
     hub.commits[FIRST] = tmp_path / "files"
+    seen = run("inspect", f"{REPOSITORY}:tiny-Q4_K_M.gguf", "--json")
+    assert seen.returncode == 0, seen.stderr
+    value = json.loads(seen.stdout)
+    assert (value["path"], value["revision"]) == (f"{REPOSITORY}:tiny-Q4_K_M.gguf", FIRST)
+    assert (
+        value["roles"]
+        == json.loads(run("inspect", tmp_path / "files/tiny-Q4_K_M.gguf", "--json").stdout)["roles"]
+    )
+    spans = [span for method, _, span in hub.asked if method == "GET" and span]
+    assert spans == ["bytes=0-1048575"] and not list(online.rglob("*.gguf")), "its header alone"
     done = run("check", f"{REPOSITORY}:tiny-Q4_K_M.gguf", "--device", "cpu")
     assert done.returncode == 0 and f"{REPOSITORY}:tiny-Q4_K_M.gguf" in done.stdout, done.stderr
     assert str(tmp_path) not in done.stdout
