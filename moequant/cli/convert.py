@@ -208,22 +208,24 @@ def convert(
     )
     source = place(model, cache_dir)
     if dry_run:
-        shown = [
+        files = [
             (job.container.checkpoint, job.plan, guarded(lambda: job.parts(path)), job.limit)  # noqa: B023  called at once
             for job, path in guarded(lambda: planned(source, out, settings))
         ]
         if as_json:
-            emit("convert", dry_run_json(shown))
+            emit("convert", dry_run_json(files))
         else:
-            for each in shown:
+            for each in files:
                 console().print(dry_run_table(*each))
         return
     guarded(lambda: _announce(source, settings))
     made = guarded(lambda: convert_all(source, out, settings))
     if as_json:
         emit("convert", conversion_json(made.reports))
-    else:
-        console().print(made.renderable(details), next_steps(made, model), sep="\n")
+        return
+    shown = console()
+    shown.print(made.renderable(details))
+    shown.print(next_steps(made, model), soft_wrap=True)  # a command is copied whole
 
 
 def _announce(model: Path | HubModel, settings: Settings) -> None:

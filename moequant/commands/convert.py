@@ -74,7 +74,7 @@ def convert(model: Model, out: str | Path, settings: Settings = DEFAULT) -> Repo
     before.
     """
     if len(settings.each) > 1:
-        raise PlanError(f"{len(settings.each)} sizes are named; convert_all writes several files")
+        raise PlanError(f"{len(settings.each)} sizes are named, one is made here; convert_all writes several")
     return convert_all(model, out, settings).reports[0]
 
 

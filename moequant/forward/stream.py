@@ -31,6 +31,9 @@ from moequant.values import Role, Site, Weight
 BATCH_TOKENS = 4096
 """Tokens per forward pass: enough for efficient products, few enough to bound the activations."""
 
+ENDS = frozenset({Role.NORM, Role.BIAS, Role.STREAMS})
+"""Roles of the weights behind the last layer and in front of the head."""
+
 R = TypeVar("R", bound=Recorder)
 T = TypeVar("T")
 
@@ -171,8 +174,10 @@ class LayerStream:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes [rows, n, h] of every batch's hidden states."""
-        return [(*batch.shape, self.checkpoint.shape.hidden) for batch in self.batches]
+        """Shapes [rows, n, h] of every batch's hidden states; [rows, n, streams, h] where those are more."""
+        shape = self.checkpoint.shape
+        ends = (shape.hidden,) if shape.streams == 1 else (shape.streams, shape.hidden)
+        return [(*batch.shape, *ends) for batch in self.batches]
 
     def __enter__(self) -> LayerStream:
         return self
@@ -269,7 +274,9 @@ class LayerStream:
         self, hidden: Hidden, make: Callable[[int], R], provider: Provider | None = None
     ) -> Iterator[tuple[R, Any]]:
         """The end of the forward pass, batch by batch: its recorder and what the model returns."""
-        roles = {Role.NORM, Role.BIAS} | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
+        roles = {Role.NORM, Role.BIAS, Role.STREAMS} | (
+            {Role.OUTPUT, Role.EMBEDDING} if self.whole else set()
+        )
         ends = self._outside(*roles)
         self._fill(ends, provider)
         if self.whole and self.checkpoint.tied:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from moequant.containers.gguf.families import Key
 from moequant.containers.gguf.presets import FILE_TYPES
 from moequant.containers.gguf.sizes import ALIGNMENT
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, add_tokenizer
-from moequant.errors import OutputError, VerifyError
+from moequant.errors import CheckpointError, OutputError, VerifyError
 from moequant.files import check_space, part_names
 from moequant.files.parts import MOST, PART
 from moequant.values import Packed, Plan
@@ -80,7 +80,7 @@ def write(
     files = part_names(path, len(writer.tensors))
     try:
         _write_header(writer, path)
-        for item, choice in zip(packed, plan.choices, strict=True):
+        for item, choice in zip(_named(packed, exported.names), plan.choices, strict=True):
             if item.weight.name != choice.weight or item.data.numel() != choice.bytes:
                 raise VerifyError(
                     f"{item.weight.name}: packed as {item.data.numel()} bytes, planned {choice}"
@@ -97,6 +97,17 @@ def write(
         writer.close()
     checksums.record(files[0], slices)
     return Written(files[0], sum(file.stat().st_size for file in files), sums)
+
+
+def _named(packed: Iterable[Packed], names: Mapping[str, str]) -> Iterator[Packed]:
+    """The same; an error about a weight also says what the tensor is called in the file."""
+    try:
+        yield from packed
+    except CheckpointError as error:
+        weight, colon, rest = str(error).partition(": ")
+        if weight not in names or not colon:
+            raise
+        raise CheckpointError(f"{weight} ({names[weight]}): {rest}") from error
 
 
 def _lay_out(content: Content, plan: Plan, split: int | None) -> GGUFWriter:
