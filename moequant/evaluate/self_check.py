@@ -49,7 +49,7 @@ llama.cpp rounds what it multiplies weights of few bits with to 8 bits."""
 @dataclass(frozen=True, slots=True)
 class Output:
     """What was written: its decoded weights, whether they are the checkpoint's `exact` numbers, and the
-    `file` that llama.cpp loads, None where it loads none. `plain`: all numbers are F32."""
+    `file` that llama.cpp loads, None where it loads none. `plain`: it computes with float32 alone."""
 
     load: Provider
     exact: bool
