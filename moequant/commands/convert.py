@@ -215,7 +215,9 @@ def _output(job: Job, written: Written) -> Output:
     load = job.container.open(written.path).load
     if job.container.is_folder:
         return Output(load, job.keeps)
-    plain = set(job.container.formats(job.plan).values()) == {"F32"}
+    acts = [str(getattr(job.model.config, key, "")) for key in ("hidden_act", "hidden_activation")]
+    # llama.cpp looks GELU up in a table of half precision.
+    plain = set(job.container.formats(job.plan).values()) == {"F32"} and "gelu" not in "".join(acts)
     return Output(load, job.keeps, written.path, plain)
 
 

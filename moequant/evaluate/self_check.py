@@ -57,7 +57,7 @@ WORST_LIMIT = 0.7
 @dataclass(frozen=True, slots=True)
 class Output:
     """What was written: its decoded weights, whether they are the checkpoint's `exact` numbers, and the
-    `file` that llama.cpp loads, None where it loads none. `plain`: all numbers are F32."""
+    `file` that llama.cpp loads, None where it loads none. `plain`: it computes with float32 alone."""
 
     load: Provider
     exact: bool

@@ -89,7 +89,7 @@ def _export(checkpoint: Checkpoint) -> Exported:
         weights.append(weight)
         names[weight.name] = prefix + tensor.name
         shapes[weight.name] = tensor.shape or weight.shape
-        if min(shapes[weight.name]) < 1 or prod(shapes[weight.name]) != weight.numel:
+        if min(shapes[weight.name], default=1) < 1 or prod(shapes[weight.name]) != weight.numel:
             raise CheckpointError(
                 f"{weight.name}: shape {list(weight.shape)} does not fit config.json, which makes it "
                 f"{list(shapes[weight.name])}"
