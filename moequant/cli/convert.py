@@ -118,6 +118,14 @@ def convert(
     ram: Ram = None,
     device: Device = "cpu",
     cache_dir: CacheDir = None,
+    stream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Keep at most so much of a model of the Hub on disk, such as 200G, and fetch again what a "
+            "later pass reads.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
         bool,
@@ -150,6 +158,7 @@ def convert(
             imatrix=imatrix,
             imatrix_out=imatrix_out,
             ram=ram_bytes(ram),
+            stream=ram_bytes(stream),
             device=device,
             overwrite=overwrite,
             format=format_.value,

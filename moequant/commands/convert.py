@@ -25,6 +25,7 @@ from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
 from moequant.hub import Model
 from moequant.hub.fetch import complete, headers, is_here
+from moequant.hub.stream import announce, shelf_of, streamed
 from moequant.plan.measure import Probing, measure, wants_probes
 from moequant.progress import Meter
 from moequant.report import Report
@@ -125,7 +126,7 @@ def convert(model: Model, out: str | Path, settings: Settings = DEFAULT) -> Repo
         overwrite=settings.overwrite,
         inputs=(source.path, *settings.inputs),
     )
-    with outputs:
+    with outputs, streamed(source, settings.stream) as source:
         return _convert(source, out, settings)
 
 
@@ -146,6 +147,8 @@ def _convert(source: Folder, out: Path, settings: Settings) -> Report:
         with meter.stage("download"):  # only now: whatever headers refuse is refused before
             job = open_job(complete(source), settings)
         checkpoint = job.container.checkpoint
+    routes = texts.calibration is not None and calibration is None and _needs_statistics(job)
+    away = announce(job.model, routes + job.measures + 1 + (texts.evaluation is not None)) > 0
     if texts.calibration is not None and calibration is None and _needs_statistics(job):
         with meter.stage("route"):
             watched = None if matrices is None else all_sites(job.model)
@@ -164,7 +167,7 @@ def _convert(source: Folder, out: Path, settings: Settings) -> Report:
         with meter.stage("verify"):
             job.container.verify(written, job.plan)
         checked = None
-        if settings.self_check:
+        if settings.self_check and not away:  # transformers reads a whole folder
             with meter.stage("self-check"):
                 checked = self_check(job.model, _output(job, written))
         if texts.evaluation is not None:
@@ -282,7 +285,13 @@ def _notes(job: Job) -> tuple[str, ...]:
     skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in job.model.skipped.items()]
     at = job.model.revision
     source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
-    return (*job.container.notes, *dense, *skipped, *source)
+    shelf = shelf_of(job.model)
+    kept = (
+        [f"streamed: {shelf.fetched / 1e9:.3f} GB fetched in all; not held against transformers"]
+        if shelf
+        else []
+    )
+    return (*job.container.notes, *dense, *skipped, *source, *kept)
 
 
 @dataclass(frozen=True, slots=True)

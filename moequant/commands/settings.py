@@ -34,6 +34,8 @@ class Settings:
     written beside the file. `self_check` holds our reading of the folder against transformers'. `coupled`
     rounds each layer towards what full precision would have made of what the layers before it lost.
 
+    `stream` are the bytes of a model of the Hub that may be on disk at a time; None downloads it whole.
+
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
 
@@ -53,6 +55,7 @@ class Settings:
     imatrix: Path | None = None
     imatrix_out: Path | None = None
     ram: int | None = None
+    stream: int | None = None
     device: str = "cpu"
     overwrite: bool = False
     format: FormatName = "gguf"
