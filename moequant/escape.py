@@ -96,6 +96,16 @@ def _bare(character: str) -> bool:
     return " " <= character <= "~" and character not in '"\\'
 
 
+def text_names(source: str) -> str:
+    """Sources of text, such as `calib/a.txt, org/name`, for others to read: files by their names alone."""
+    return ", ".join(Path(each).name if _is_local(each) else each for each in source.split(", "))
+
+
+def _is_local(source: str) -> bool:
+    """Whether a source of text is a place on this machine, and not the name of a data set."""
+    return "/" in source and (source.startswith(("/", "~", ".")) or _is_path(source))
+
+
 def command(arguments: Sequence[str]) -> str:
     """A command line for others to read: paths that are there are shown as names."""
     return shlex.join([_named(argument) for argument in arguments])

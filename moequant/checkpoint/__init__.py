@@ -1,7 +1,14 @@
 """Model folders: stored tensors, and the model weights that they hold."""
 
 from moequant.checkpoint.folder import Folder, LocalFile, folder_of
-from moequant.checkpoint.open import Checkpoint, load, load_packed, not_finite, open_checkpoint
+from moequant.checkpoint.open import (
+    Checkpoint,
+    load,
+    load_packed,
+    not_finite,
+    open_checkpoint,
+    repository,
+)
 
 __all__ = [
     "Checkpoint",
@@ -12,4 +19,5 @@ __all__ = [
     "load_packed",
     "not_finite",
     "open_checkpoint",
+    "repository",
 ]

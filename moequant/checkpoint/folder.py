@@ -12,6 +12,9 @@ from moequant.errors import CheckpointError
 from moequant.files.read import check_regular
 from moequant.values import File
 
+MISTRAL = "params.json"
+"""What Mistral calls its config, beside names of tensors of its own."""
+
 _SHARED = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 """Names in the blobs that all models of a Hugging Face cache share."""
 
@@ -63,6 +66,11 @@ def folder_of(model: Path | Folder) -> Folder:
     if not model.exists():
         raise CheckpointError(f"{model}: no such folder; give a Hugging Face model folder")
     if not (model / "config.json").is_file():
+        if (model / MISTRAL).is_file():
+            raise CheckpointError(
+                f"{model}: has {MISTRAL} and no config.json, which is Mistral's own format; give the model "
+                "as transformers saves it"
+            )
         raise CheckpointError(
             f"{model}: not a Hugging Face model folder (config.json and *.safetensors expected)"
         )

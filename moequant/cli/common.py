@@ -60,6 +60,20 @@ Ram = Annotated[
     typer.Option(metavar="SIZE", help="Memory to use, such as 8G: past half of it hidden states go to disk."),
 ]
 Device = Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1 …")]
+Details = Annotated[
+    bool,
+    typer.Option("--details", help="Also show types, what each layer's experts saw and lost, and the costs."),
+]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type",
+        metavar="REGEX=TYPE",
+        help="Pin the type of all weights whose name, ours or the file's, has the pattern in it, such as "
+        "experts.down=Q6_K; may be repeated, the first that matches counts. The rest of the budget is spent "
+        "around it.",
+    ),
+]
 CacheDir = Annotated[
     Path | None,
     typer.Option(help="Folder for downloads from the Hub (default: huggingface_hub's, HF_HOME)."),

@@ -15,6 +15,7 @@ from moequant.cli.common import (
     CacheDir,
     Calib,
     CalibTokens,
+    Details,
     Device,
     Effort,
     EffortOption,
@@ -22,6 +23,7 @@ from moequant.cli.common import (
     Overwrite,
     Ram,
     Seed,
+    TensorType,
     console,
     emit,
     guarded,
@@ -47,20 +49,36 @@ class Format(StrEnum):
 
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="GGUF file to write, or folder.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="GGUF file to write, or folder. For several sizes a folder (its files are named "
+            "MODEL-SIZE.gguf), or a name with {type} in it, such as out-{type}.gguf.",
+        ),
+    ],
     type_: Annotated[
-        str | None, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset of a file: {PRESETS}.")
+        str | None,
+        typer.Option(
+            "--type",
+            "-t",
+            metavar="TYPE,…",
+            help=f"Preset of a file, or several, a file for each: {PRESETS}.",
+        ),
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Largest file, such as 14G, instead of a type."),
+        typer.Option(metavar="SIZE,…", help="Largest file, such as 14G or 10G,12G,14G, instead of a type."),
     ] = None,
     bpw: Annotated[
-        float | None, typer.Option(metavar="BITS", help="Bits per weight at most, instead of a type.")
+        str | None, typer.Option(metavar="BITS,…", help="Bits per weight at most, instead of a type.")
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Types from a JSON file that `moequant plan -o` wrote, maybe edited.")
     ] = None,
+    tensor_type: TensorType = None,
     calib: Calib = None,
     calib_tokens: CalibTokens = 131_072,
     eval_: Annotated[
@@ -89,6 +107,13 @@ def convert(
     imatrix_out: Annotated[
         Path | None, typer.Option(help="Also write the statistics as an imatrix for llama-quantize.")
     ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|FOLDER",
+            help="Also write a README.md for the Hugging Face Hub: files, what they lost, how to run them.",
+        ),
+    ] = None,
     format_: Annotated[
         Format,
         typer.Option("--format", help="gguf for llama.cpp; safetensors or gptq folders for vLLM."),
@@ -111,12 +136,24 @@ def convert(
         int | None,
         typer.Option(min=1, max=1024, help="GPUs that will share each weight of a folder (default 1)."),
     ] = None,
+    split_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Cut the output into files of at most so many bytes of weights, such as 40G; "
+            "NAME.gguf becomes NAME-00001-of-00003.gguf and so on.",
+        ),
+    ] = None,
     self_check: Annotated[
         bool,
         typer.Option(help="Hold the reading of the folder against transformers' own, where it fits memory."),
     ] = True,
+    mtp: Annotated[
+        bool, typer.Option(help="Keep layers that predict the token after the next, for drafting.")
+    ] = True,
     ram: Ram = None,
     device: Device = "cpu",
+    details: Details = False,
     cache_dir: CacheDir = None,
     stream: Annotated[
         str | None,
@@ -136,8 +173,12 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what it cost."""
-    from moequant.commands.convert import Settings, open_job  # torch is imported only when there is work
-    from moequant.commands.convert import convert as run
+    from moequant.commands.convert import (  # torch is imported only when there is work
+        Settings,
+        convert_all,
+        planned,
+    )
+    from moequant.report.conversion import next_steps
     from moequant.report.dry_run import dry_run_table
     from moequant.report.machine import conversion_json, dry_run_json
 
@@ -153,10 +194,12 @@ def convert(
             size=size,
             bpw=bpw,
             plan=plan,
+            tensor_type=tuple(tensor_type or ()),
             coupled=coupled,
             stats=stats,
             imatrix=imatrix,
             imatrix_out=imatrix_out,
+            card=card,
             ram=ram_bytes(ram),
             stream=ram_bytes(stream),
             device=device,
@@ -165,35 +208,41 @@ def convert(
             scheme=scheme,
             bits=bits,
             group_size=group_size,
+            split_size=split_size,
             quantize_attention=quantize_attention,
             tp=tp,
             self_check=self_check,
+            mtp=mtp,
         )
     )
     source = place(model, cache_dir)
     if dry_run:
-        job = guarded(lambda: open_job(source, settings))
-        total = guarded(lambda: job.size)
-        shown = job.container.checkpoint, job.plan, total, job.limit
+        files = [
+            (job.container.checkpoint, job.plan, guarded(lambda: job.parts(path)), job.limit)  # noqa: B023  called at once
+            for job, path in guarded(lambda: planned(source, out, settings))
+        ]
         if as_json:
-            emit("convert", dry_run_json(*shown))
+            emit("convert", dry_run_json(files))
         else:
-            console().print(dry_run_table(*shown))
+            for each in files:
+                console().print(dry_run_table(*each))
         return
     guarded(lambda: _announce(source, settings))
-    report = guarded(lambda: run(source, out, settings))
+    made = guarded(lambda: convert_all(source, out, settings))
     if as_json:
-        emit("convert", conversion_json(report))
-    else:
-        console().print(report.renderable())
+        emit("convert", conversion_json(made.reports))
+        return
+    shown = console()
+    shown.print(made.renderable(details))
+    shown.print(next_steps(made, model), soft_wrap=True)  # a command is copied whole
 
 
 def _announce(model: Path | HubModel, settings: Settings) -> None:
     """Says what effort best will take, before it starts."""
-    from moequant.commands.convert import gradients, open_job
+    from moequant.commands.convert import gradients, open_jobs
 
     if settings.effort != "best":
         return
-    job = open_job(model, settings)
-    if job.quantizes:
+    job, *others = open_jobs(model, settings)
+    if any(each.quantizes for each in (job, *others)):
         typer.echo(f"moequant: {gradients(job.container.checkpoint, settings)}", err=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import AsJson, Effort, EffortOption, Overwrite, Type, console, emit, guarded
+from moequant.cli.common import AsJson, Details, Effort, EffortOption, Overwrite, Type, console, emit, guarded
 
 
 def demo(
@@ -16,6 +16,7 @@ def demo(
     ] = None,
     type_: Type = "Q4_K_M",
     effort: EffortOption = Effort.default,
+    details: Details = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -34,9 +35,9 @@ def demo(
             target = out or folder / f"demo-{type_}.gguf"
             report = run(bundled.path("demo"), target, settings)
             if as_json:
-                emit("demo", conversion_json(report))
+                emit("demo", conversion_json((report,)))
             else:
-                console().print(report.renderable())
+                console().print(report.renderable(details))
 
     guarded(work)
     if out is None and not as_json:

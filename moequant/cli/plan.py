@@ -17,6 +17,7 @@ from moequant.cli.common import (
     Model,
     Overwrite,
     Seed,
+    TensorType,
     console,
     emit,
     guarded,
@@ -32,12 +33,13 @@ def plan(
         typer.Option(metavar="SIZE,…", help="File sizes to plan for, such as 10G,12G,14GiB."),
     ] = None,
     bpw: Annotated[
-        float | None, typer.Option(metavar="BITS", help="Plan for so many bits per weight.")
+        str | None, typer.Option(metavar="BITS,…", help="Plan for so many bits per weight.")
     ] = None,
     type_: Annotated[
         str | None,
-        typer.Option("--type", "-t", metavar="TYPE", help="Plan for the size of llama.cpp's preset."),
+        typer.Option("--type", "-t", metavar="TYPE,…", help="Plan for the size of llama.cpp's preset."),
     ] = None,
+    tensor_type: TensorType = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Write the plan as JSON, to read, edit and give to convert --plan."),
@@ -76,7 +78,7 @@ def plan(
     from moequant.report.curve import curve_tables
     from moequant.report.machine import survey_json
 
-    settings = PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed)
+    settings = PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed, tuple(tensor_type or ()))
     outputs = Outputs(out, curve, overwrite)
     wanted = guarded(lambda: budgets_of(sizes, bpw, type_))
 

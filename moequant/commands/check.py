@@ -27,7 +27,7 @@ from moequant.forward.stream import LayerStream, Resources
 from moequant.hub import Model, named
 from moequant.hub.fetch import whole
 from moequant.kernels import KERNEL_FORMATS
-from moequant.values import Role
+from moequant.values import Role, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def _against(
     ):
         for layer, seen in _layers(base, other):
             before = len(found.damages)
-            for entry in [entry for entry in entries if by_name[entry.name].layer == layer]:
+            for entry in [entry for entry in entries if _crossed(by_name[entry.name]) == layer]:
                 _tensor(source, entry, product, Against(by_name[entry.name], seen[0]), found)
                 bar.update()
             up = next((w for w in model.weights if w.layer == layer and w.role is Role.UP), None)
@@ -171,6 +171,11 @@ def _against(
                 figures, damages = check_block(up.site, models, seen, layer, expected, vouched)
                 found.blocks.append(figures)
                 found.damages += damages
+
+
+def _crossed(weight: Weight) -> int | None:
+    """The layer with which a weight is checked; None for what is outside of those that run."""
+    return weight.layer if weight.runs else None
 
 
 def _layers(

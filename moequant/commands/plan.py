@@ -34,7 +34,7 @@ class PlanSettings:
 
     `calib` is text as `corpus.read` takes it, None the bundled one; `stats` are statistics
     that `moequant route` saved, which replace the calibration pass. `probes` None probes
-    when the model fits into memory.
+    when the model fits into memory. `tensor_type` pins types, see `plan.pinned`.
     """
 
     calib: str | Path | None = None
@@ -43,6 +43,7 @@ class PlanSettings:
     probes: bool | None = None
     effort: Effort = "default"
     seed: int = 0
+    tensor_type: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,11 @@ class Survey:
     curve: Curve
 
 
-def budgets(sizes: str | None, bpw: float | None, preset: str | None) -> tuple[Budget, ...]:
-    """What a person asked for; sizes are separated by commas. PlanError for what is no budget."""
-    named = [Budget.of_size(part) for part in sizes.split(",")] if sizes is not None else []
-    named += [Budget.of_bpw(bpw)] if bpw is not None else []
-    named += [Budget.of_preset(preset)] if preset is not None else []
-    return tuple(named)
+def budgets(sizes: str | None, bpw: str | None, preset: str | None) -> tuple[Budget, ...]:
+    """What a person asked for, of each kind several with commas between them. PlanError for what is no
+    budget."""
+    kinds = ((sizes, Budget.of_size), (bpw, Budget.of_bpw), (preset, Budget.of_preset))
+    return tuple(make(part.strip()) for text, make in kinds if text is not None for part in text.split(","))
 
 
 def survey(
@@ -94,23 +94,26 @@ def survey(
     _check(outputs, budgets)
     with claimed(outputs, source.path, settings.calib, settings.stats):
         pass  # refused now, not when all is measured
-    points(checkpoint.weights, known, prior_sensitivities(checkpoint.weights, known.layers), extra, budgets)
+    weights = checkpoint.weights
+    pins = plan.pinned(settings.tensor_type, weights, file.exported.names)
+    points(weights, known, prior_sensitivities(weights, known.layers), extra, budgets, pins)
     if not is_here(source):
         file = GgufContainer(opened := open_checkpoint(complete(source)))
         checkpoint = file.checkpoint
+        weights = checkpoint.weights
     calib_rows, probe_rows = _texts(checkpoint, file.tokenizer.leading, settings)
     if settings.stats is not None:
         calibration = load_statistics(opened, checkpoint, settings.stats).calibration
     else:
         calibration = calibrate(checkpoint, calib_rows)
     ids = probe_rows.ids if wants_probes(checkpoint, settings.probes) else None
-    found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort))
+    found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort), pins)
     drawn = Curve(
         shown(source.path),
-        curve(checkpoint.weights, known, found, extra),
-        points(checkpoint.weights, known, found, extra, budgets),
-        preset_points(checkpoint.weights, known, found, extra),
-        sum(weight.numel for weight in checkpoint.weights),
+        curve(weights, known, found, extra, pins=pins),
+        points(weights, known, found, extra, budgets, pins),
+        preset_points(weights, known, found, extra, pins),
+        sum(weight.numel for weight in weights),
         found.source,
     )
     return Survey(checkpoint, extra, found, drawn)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moequant.checkpoint import Checkpoint
-from moequant.text.corpus import Rows
-from moequant.values import Calibration, Packed, Plan, Weight
+from moequant.values import Packed, Plan, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,26 +17,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Written:
     """A finished file or folder: its size in bytes and the CRC-32 of every tensor's data, by its name
-    there."""
+    there. Of a file in several parts `path` is the first."""
 
     path: Path
     bytes: int
     checksums: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """How an output was made.
-
-    `rounded_on` is the text under whose Hessians weights were rounded, None for the diagonal search;
-    `coupled` says whether layers correct those before them. `measured` are lines of (what, value).
-    """
-
-    plan: Plan
-    calibration: Calibration | None = None
-    rounded_on: Rows | None = None
-    coupled: bool = False
-    measured: Sequence[tuple[str, str]] = ()
 
 
 class Opened(Protocol):
@@ -61,6 +45,9 @@ class Container(Protocol):
     def size(self, plan: Plan) -> int:
         """The exact bytes of what `write` will make."""
 
+    def parts(self, plan: Plan) -> tuple[int, ...]:
+        """The exact bytes of each part, of an output in several of them; else those of the whole."""
+
     def check_target(self, path: Path, plan: Plan) -> None:
         """OutputError when it cannot be put there."""
 
@@ -73,9 +60,6 @@ class Container(Protocol):
 
     def verify(self, written: Written, plan: Plan) -> None:
         """Read it again. VerifyError names what is not as it was meant."""
-
-    def describe(self, path: Path, made: Made) -> None:
-        """Add what the container says about itself: a folder its card. OutputError when the disk refuses."""
 
     def open(self, path: Path) -> Opened:
         """What was written, for a comparison."""

@@ -40,6 +40,7 @@ HARMLESS = frozenset(
         "router_jitter_noise",
         "router_z_loss_coef",
         "sep_token_id",
+        "tokenizer_class",
         "torch_dtype",
         "transformers_version",
         "unk_token_id",

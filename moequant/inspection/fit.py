@@ -203,8 +203,11 @@ class _Model:
         dense, experts, active = [0] * layers, [0] * layers, [0.0] * layers
         embedding = head = largest = 0
         tied = is_tied(header.tensors)
+        running = layers - header.count("nextn_predict_layers")
         for tensor in header.tensors:
             layer = tensor.layer
+            if layer is not None and layer >= running:
+                continue  # read for drafting alone
             if layer is None:
                 first = "embd" in tensor.name
                 embedding += tensor.bytes if first else 0

@@ -23,6 +23,7 @@ GGUF_ARCH = {
     "DeepseekV4ForCausalLM": "deepseek4",
     "Dots1ForCausalLM": "dots1",
     "Ernie4_5_MoeForCausalLM": "ernie4_5-moe",
+    "ExaoneMoEForCausalLM": "exaone-moe",
     "ExaoneMoeForCausalLM": "exaone-moe",
     "Gemma4ForConditionalGeneration": "gemma4",
     "Glm4MoeForCausalLM": "glm4moe",

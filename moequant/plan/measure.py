@@ -19,12 +19,14 @@ from tqdm import tqdm
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint, load
+from moequant.containers.gguf.presets import UNQUANTIZED
 from moequant.evaluate import score_row
 from moequant.formats import Effort
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
 from moequant.forward.resume import Resumable
 from moequant.plan import Sensitivities, allocate, candidates, groups, make_units, prior_sensitivities
+from moequant.plan.choose import NO_PINS
 from moequant.plan.sensitivity import as_stored
 from moequant.progress import available_bytes
 from moequant.statistics.importance import Gating, importance
@@ -61,8 +63,9 @@ def measure(
     calibration: Calibration,
     ids: Tensor | None,
     probing: Probing = Probing(),  # frozen
+    pins: Mapping[str, str] = NO_PINS,
 ) -> Sensitivities:
-    """Sensitivities of all candidates for all weights.
+    """Sensitivities of all candidates for all weights, and of the types that `pins` has of some.
 
     `ids` i64 [rows, n] is text for the probes, better not the text of `calibration`; of
     a model that does not fit into memory as float32 pass None: relative errors are then
@@ -71,7 +74,7 @@ def measure(
     """
     found = prior_sensitivities(checkpoint.weights, checkpoint.n_layers)
     errors = {
-        weight.name: sample_errors(weight, _stats(weight, calibration), probing)
+        weight.name: sample_errors(weight, _stats(weight, calibration), probing, pins.get(weight.name))
         for weight in tqdm(checkpoint.weights, desc="errors", unit="tensor", disable=None, leave=False)
     }
     if ids is None:
@@ -92,16 +95,21 @@ def wants_probes(checkpoint: Checkpoint, asked: bool | None = None) -> bool:
     return free is None or 4.5 * sum(weight.numel for weight in checkpoint.weights) < free
 
 
-def sample_errors(weight: Weight, stats: InputStats | None, probing: Probing) -> dict[str, float]:
-    """Format -> relative squared error that it makes in the output of `weight`, over all of its experts.
+def sample_errors(
+    weight: Weight, stats: InputStats | None, probing: Probing, pin: str | None = None
+) -> dict[str, float]:
+    """Format -> relative squared error that it makes in the output of `weight`, over all of its experts: of
+    every candidate, and of `pin`.
 
     Errors of columns count by the mean square of what they multiply, errors of experts by
     the sum of the squared router weights of their tokens. Experts are sampled evenly in
     order of that mass, each standing for its neighbours; rows are sampled evenly.
     """
     names = candidates(weight)
-    if len(names) == 1:
-        return {names[0]: 0.0}
+    if pin is not None and pin not in (*names, *UNQUANTIZED):
+        names = (*names, pin)
+    if len(names) == 1 or not weight.runs:
+        return dict.fromkeys(names, 0.0)
     values = load(weight)
     stack = values if values.ndim == 3 else values[None]
     chosen, mass = _sample_experts(stats if len(stack) > 1 else None, len(stack), probing.experts)
@@ -148,7 +156,8 @@ class _Prober:
         self.weights, self.calibration, self.probing = checkpoint.weights, calibration, probing
         model = build_model(checkpoint, EXPERTS)
         self.params = dict(model.named_parameters(remove_duplicate=False))
-        self.groups = [group for group in groups(checkpoint.weights) if len(candidates(group[0])) > 1]
+        running = tuple(weight for weight in checkpoint.weights if weight.runs)
+        self.groups = [group for group in groups(running) if len(candidates(group[0])) > 1]
         wanted = probing.tokens // (len(self.groups) * ids.shape[1])
         count = max(1, min(wanted, probing.rows, len(ids)))
         self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from moequant.checkpoint import Checkpoint
@@ -24,28 +26,45 @@ def model_json(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def conversion_json(report: Report) -> dict[str, Any]:
+def conversion_json(reports: Sequence[Report]) -> dict[str, Any]:
     """A conversion: what came out, what each weight became, what it cost, and what experts saw."""
-    made = {
+    first = reports[0]
+    return {
+        **model_json(first.checkpoint),
+        "calibration": None if first.calibration is None else _calibration(first.calibration),
+        "files": [_file(report) for report in reports],
+        "stages": [asdict(cost) for cost in first.stages],
+        "notes": list(dict.fromkeys(note for report in reports for note in report.notes)),
+    }
+
+
+def _file(report: Report) -> dict[str, Any]:
+    return {
         "out": str(report.out),
         "bytes": report.file_bytes,
+        "parts": _parts(report.parts),
         "bits_per_weight": report.bits_per_weight,
         **plan_json(report.plan),
         "comparison": None if report.comparison is None else asdict(report.comparison),
         "losses": [_loss(loss) for loss in report.losses],
     }
-    return {
-        **model_json(report.checkpoint),
-        "calibration": None if report.calibration is None else _calibration(report.calibration),
-        "files": [made],
-        "stages": [asdict(cost) for cost in report.stages],
-        "notes": list(report.notes),
-    }
 
 
-def dry_run_json(checkpoint: Checkpoint, plan: Plan, file_bytes: int, limit: int | None) -> dict[str, Any]:
-    """What a conversion would make: `limit` is the largest file when it will measure and choose again."""
-    return {**model_json(checkpoint), "bytes": file_bytes, "limit": limit, **plan_json(plan)}
+def _parts(parts: Mapping[Path, int]) -> list[dict[str, Any]]:
+    """The files of one output, in order."""
+    return [{"name": path.name, "bytes": size} for path, size in parts.items()]
+
+
+def dry_run_json(
+    files: Sequence[tuple[Checkpoint, Plan, Mapping[Path, int], int | None]],
+) -> dict[str, Any]:
+    """What a conversion would make, from (model, plan, bytes of its parts, limit) of each file; `limit` is
+    its largest size where it measures and chooses again."""
+    made = [
+        {"bytes": sum(parts.values()), "parts": _parts(parts), "limit": limit, **plan_json(plan)}
+        for _, plan, parts, limit in files
+    ]
+    return {**model_json(files[0][0]), "files": made}
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from moequant import formats
 from moequant.formats import Effort, Format, engine
 from moequant.forward.hidden import Hidden
 from moequant.forward.model import fill, held, release, replace_memory
-from moequant.forward.stream import LayerStream
+from moequant.forward.stream import ENDS, LayerStream
 from moequant.forward.taps import recorder
 from moequant.rounding.feedback import Options, Rounded, outputs_lost, round_to_hessian, usable
 from moequant.rounding.paired import Capture, Grams, Pair, Seen
@@ -177,6 +177,9 @@ class Coupled:
             layer = Layer(index, copies[index], self._middle(index), self._kept(index))
             yield from self._layer(layer, streams)
             copies[index] = nn.Identity()
+        for weight in stream.checkpoint.weights:  # what is behind the layers, and not run
+            if weight.layer is not None and not weight.runs and weight.name in self.formats:
+                yield self.plain(weight, self.formats[weight.name])
         for weight in outside:
             if weight.role is Role.OUTPUT and weight.name in self.formats:
                 yield self._head(weight, streams)
@@ -320,22 +323,23 @@ class Coupled:
         return grams
 
     def _head(self, weight: Weight, streams: Streams) -> Result:
-        """The output head, fed by the final norm."""
+        """The output head, fed by what the decoder makes of its last layer's states."""
         stream, name = self.stream, self.formats[weight.name]
         if name in UNROUNDED or weight.site is None:
             return self.plain(weight, name)
-        norms = [each for each in stream.weights(None) if each.role in (Role.NORM, Role.BIAS)]
-        fill(stream.model, norms, device=stream.resources.device)
-        norm = stream.model.get_submodule(weight.site.module)
+        ends = [each for each in stream.weights(None) if each.role in ENDS]
+        fill(stream.model, ends, device=stream.resources.device)
         grams = Grams.empty(1, weight, stream.resources.device)
         with torch.inference_mode():
             for batch in range(len(stream.batches)):
-                both = [
-                    norm(hidden.get(stream.n_layers, batch).to(stream.resources.device)).flatten(0, -2)
+                made = (
+                    stream.skeleton.finish(
+                        batch, hidden.get(stream.n_layers, batch).to(stream.resources.device)
+                    )
                     for hidden in (streams.rounded, streams.exact)
-                ]
-                grams.add(0, batch % 2, Seen(*both))
-        release(stream.model, norms)
+                )
+                grams.add(0, batch % 2, Seen(*(each.last_hidden_state.flatten(0, -2) for each in made)))
+        release(stream.model, ends)
         result, _ = self._round(weight, range(1), grams)
         return joined(weight, [result])
 

@@ -32,6 +32,7 @@ class Role(StrEnum):
     K_B = "k_b"
     V_B = "v_b"
     SINKS = "sinks"
+    STREAMS = "streams"
     INDEXER = "indexer"
     INDEXER_WEIGHTS = "indexer_weights"
     ROUTER = "router"
@@ -55,6 +56,7 @@ class Role(StrEnum):
     SSM_X = "ssm_x"
     SSM_DT = "ssm_dt"
     SSM_OUT = "ssm_out"
+    NEXTN = "nextn"
 
     @property
     def is_expert(self) -> bool:
@@ -73,6 +75,7 @@ _PRECISE = frozenset(
         Role.BIAS,
         Role.SCALE,
         Role.SINKS,
+        Role.STREAMS,
         Role.ROUTER,
         Role.INDEXER_WEIGHTS,
         Role.CORRECTION,
@@ -171,6 +174,11 @@ class Weight:
         return prod(self.shape)
 
     @property
+    def runs(self) -> bool:
+        """Whether transformers' model has it: files also hold what that computes, or does not run."""
+        return bool(self.place.param)
+
+    @property
     def is_expert(self) -> bool:
         """Whether only the tokens that the router sends see it."""
         return self.stack is Stack.EXPERTS
@@ -205,7 +213,7 @@ class ModelShape:
     """How large a model is, typed: what its config says, absent keys filled by its class.
 
     `kv_heads` and `head_dim` are those of most layers. `experts` is 0 for a dense model; `context` is the
-    longest row that it takes.
+    longest row that it takes. Layers pass on `streams` hidden states for every token.
     """
 
     layers: int
@@ -218,3 +226,4 @@ class ModelShape:
     experts: int = 0
     experts_used: int = 0
     tied: bool = False
+    streams: int = 1

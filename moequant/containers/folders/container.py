@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint
-from moequant.containers.base import Made, Written
+from moequant.containers.base import Written
 from moequant.containers.folders import write as folder
-from moequant.containers.folders.card import Card
-from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores
+from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores, with_copies
 from moequant.containers.folders.read import FolderWeights
-from moequant.errors import OutputError
+from moequant.families.base import PREDICTION
 from moequant.values import Packed, Plan
 
 
@@ -22,13 +21,22 @@ class FolderContainer:
 
     def __init__(self, checkpoint: Checkpoint, settings: FolderSettings) -> None:
         """PlanError for what no loader takes."""
-        self.checkpoint, self.settings = checkpoint, settings
-        self.plan = scheme_plan(checkpoint, settings)
-        self.notes: tuple[str, ...] = ()
+        self.checkpoint, self.settings = with_copies(checkpoint), settings
+        self.plan = scheme_plan(self.checkpoint, settings)
+        copied = len(checkpoint.predictions.stored)
+        self.notes: tuple[str, ...] = (
+            (f"{PREDICTION} kept: {copied:,} tensors copied as they are, for vLLM to draft with",)
+            if copied
+            else ()
+        )
 
     def size(self, plan: Plan) -> int:
         """See `Container`."""
         return folder.folder_bytes(self.checkpoint, plan, self.settings)
+
+    def parts(self, plan: Plan) -> tuple[int, ...]:
+        """See `Container`: a folder is one thing, whatever is in it."""
+        return (self.size(plan),)
 
     def check_target(self, path: Path, plan: Plan) -> None:
         """See `Container`."""
@@ -47,14 +55,6 @@ class FolderContainer:
     def verify(self, written: Written, plan: Plan) -> None:
         """See `Container`."""
         folder.verify(written, self.checkpoint, plan, self.settings)
-
-    def describe(self, path: Path, made: Made) -> None:
-        """See `Container`."""
-        card = Card(self.checkpoint, self.settings, made)
-        try:
-            (path / "README.md").write_text(card.text(), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
     def open(self, path: Path) -> FolderWeights:
         """See `Container`."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
+from moequant.containers.gguf import nextn
 from moequant.containers.gguf.families import COMMON, EXPORTS, OTHERS, Computed, Export, FileTensor, Key
 from moequant.errors import CheckpointError, FamilyError
 from moequant.families import Config, Family
@@ -61,10 +62,13 @@ def export(checkpoint: Checkpoint) -> Exported:
     FamilyError, with every reason, when llama.cpp has no such architecture or computes something else.
     """
     way = check(checkpoint.family, checkpoint.config)
+    kept, told = nextn.kept(checkpoint, way)
     weights: list[Weight] = []
     names: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    cut = {each.name: _pieces(checkpoint, way, each) for each in checkpoint.weights}
+    ends = [each for each in checkpoint.weights if each.role is Role.OUTPUT]
+    layers = [each for each in checkpoint.weights if each.role is not Role.OUTPUT]
+    cut = {each.name: _pieces(checkpoint, way, each) for each in (*layers, *kept, *ends)}
     parts = {
         name: tuple((weight.name, tensor.ops) for weight, tensor in pairs) for name, pairs in cut.items()
     }
@@ -79,15 +83,19 @@ def export(checkpoint: Checkpoint) -> Exported:
         weights.append(weight)
         names[weight.name] = prefix + tensor.name
         shapes[weight.name] = tensor.shape or weight.shape
-        assert prod(shapes[weight.name]) == weight.numel
+        if min(shapes[weight.name]) < 1 or prod(shapes[weight.name]) != weight.numel:
+            raise CheckpointError(
+                f"{weight.name}: shape {list(weight.shape)} does not fit config.json, which makes it "
+                f"{list(shapes[weight.name])}"
+            )
     return Exported(
         checkpoint.with_weights(tuple(weights)),
         way.arch,
         names,
         shapes,
-        way.keys(checkpoint.config),
+        nextn.counted(way, checkpoint.config, way.keys(checkpoint.config), kept),
         parts,
-        way.warnings(checkpoint.config),
+        (*way.warnings(checkpoint.config), *told),
     )
 
 

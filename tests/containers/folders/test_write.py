@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,14 @@ import torch
 from safetensors import safe_open
 
 from moequant.checkpoint import open_checkpoint
-from moequant.containers.base import Made
 from moequant.containers.folders import write as container
-from moequant.containers.folders.card import Card
 from moequant.containers.folders.shards import INDEX, Entry, ShardWriter, cut
 from moequant.errors import CheckpointError, OutputError, PlanError, VerifyError
+from moequant.evaluate import Comparison, Estimate
+from moequant.evaluate.divergence import PERCENTILES
 from moequant.files import RECORD
+from moequant.report import Conversion, How, Report
+from moequant.report.card import Card
 from tests import models
 from tests.containers.folders.cases import convert, folder_of, own_decoder, packed, quantized
 
@@ -98,10 +101,18 @@ def test_side_files_and_card(tiny, tmp_path: Path) -> None:
 
 def test_the_card_tells_what_was_measured(tiny) -> None:
     made = folder_of(tiny("qwen3_moe"), bits=8, group_size=-1, quantize_attention=True)
-    card = Card(made.checkpoint, made.settings, Made(made.plan))
-    measured = Card(made.checkpoint, made.settings, Made(made.plan, measured=[("KL divergence", "0.0123")]))
-    assert "Measured" not in card.text() and "a whole row" in card.text() and "and attention" in card.text()
-    assert "| KL divergence | 0.0123 |" in measured.text()
+    how = How(folder=made.settings)
+    plain = Report(made.checkpoint.path, Path("out"), 1000, made.checkpoint, made.plan, how=how)
+    found = Estimate(12.3456, 0.1)
+    spread = (0.5,) * len(PERCENTILES)
+    comparison = Comparison(
+        100, found, found, found, found, 1.0, spread, found, spread, 0.5, 0.1, None, "/data/my text"
+    )
+    card = Card(Conversion((plain,))).text()
+    measured = Card(Conversion((replace(plain, comparison=comparison),))).text()
+    assert "Measured" not in card and "a whole row" in card and "and attention" in card
+    assert "| 12.346 ± 0.100 | 12.34560 ± 0.10000 |" in measured
+    assert "Measured on 100 tokens of: my text." in measured
 
 
 def test_nothing_but_the_model_is_copied(tiny, tmp_path: Path) -> None:

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, dense_in_front, only, yarn_bounds
+from moequant.containers.gguf.families.base import (
+    Export,
+    FileTensor,
+    Key,
+    dense_in_front,
+    no_lists,
+    only,
+    yarn_bounds,
+)
 from moequant.containers.gguf.families.keys import (
     SIGMOID,
     SOFTMAX,
@@ -34,11 +42,12 @@ def split_latent(config: Config, weight: Weight) -> tuple[FileTensor, ...] | Non
     fed by the latent."""
     if weight.role is not Role.KV_B:
         return None
+    assert weight.site is not None
     heads, nope, v = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     rank = config.kv_lora_rank
     queries = Site(
-        f"layers.{weight.layer}.attn.q_nope",
-        f"model.layers.{weight.layer}.{query_module(config)}",
+        weight.site.name.replace("attn.latent", "attn.q_nope"),
+        weight.site.module.replace("self_attn.kv_b_proj", query_module(config)),
         "output",
         (Stacked(heads, axis=-1), Part(0, nope, axis=-1)),
         heads=True,
@@ -52,6 +61,11 @@ def split_latent(config: Config, weight: Weight) -> tuple[FileTensor, ...] | Non
 
 
 def latent_keys(config: Config) -> tuple[Key, ...]:
+    """Sizes of latent attention, and its rotation."""
+    return (*latent_sizes(config), *rope(config), *_yarn(config))
+
+
+def latent_sizes(config: Config) -> tuple[Key, ...]:
     """Sizes of latent attention. llama.cpp sees one key head, as wide as the latent and the rotated part."""
     rank, rotated = int(config.kv_lora_rank), int(config.qk_rope_head_dim)
     queries = (
@@ -65,8 +79,6 @@ def latent_keys(config: Config) -> tuple[Key, ...]:
         Key("attention.key_length_mla", "u32", int(config.qk_nope_head_dim) + rotated),
         Key("attention.value_length_mla", "u32", int(config.v_head_dim)),
         Key("rope.dimension_count", "u32", rotated),
-        *rope(config),
-        *_yarn(config),
     )
 
 
@@ -180,6 +192,6 @@ def v2_warnings(config: Config) -> tuple[str, ...]:
 
 
 DEEPSEEK_V2 = Export(ARCH, v2_keys, complaints, cut=split_latent, warnings=v2_warnings)
-DEEPSEEK_V3 = Export(ARCH, v3_keys, complaints, cut=split_latent, warnings=warnings)
-GLM4_MOE_LITE = Export(ARCH, glm_keys, complaints, cut=split_latent, warnings=warnings)
+DEEPSEEK_V3 = Export(ARCH, v3_keys, complaints, cut=split_latent, warnings=warnings, predictions=no_lists)
+GLM4_MOE_LITE = Export(ARCH, glm_keys, complaints, cut=split_latent, warnings=warnings, predictions=no_lists)
 MISTRAL4 = Export("mistral4", mistral_keys, mistral_complaints, cut=split_latent, warnings=warnings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key
+from moequant.containers.gguf.families.base import Export, Key, no_lists
 from moequant.containers.gguf.families.deepseek2 import (
     latent_complaints,
     latent_keys,
@@ -44,5 +44,9 @@ def glm_complaints(config: Config) -> Iterator[str]:
     yield from latent_complaints(config, "glm-dsa")
 
 
-DEEPSEEK_V32 = Export("deepseek32", keys, complaints, cut=split_latent, warnings=warnings)
-GLM_MOE_DSA = Export("glm-dsa", glm_keys, glm_complaints, cut=split_latent, warnings=warnings)
+DEEPSEEK_V32 = Export(
+    "deepseek32", keys, complaints, cut=split_latent, warnings=warnings, predictions=no_lists
+)
+GLM_MOE_DSA = Export(
+    "glm-dsa", glm_keys, glm_complaints, cut=split_latent, warnings=warnings, predictions=no_lists
+)

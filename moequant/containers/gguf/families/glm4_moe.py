@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key, only
+from moequant.containers.gguf.families.base import Export, Key, no_lists, only
 from moequant.containers.gguf.families.keys import SIGMOID, head_sizes, rotated_part, routing, sizes
 from moequant.families import Config
 
@@ -12,10 +12,11 @@ ARCH = "glm4moe"
 
 
 def keys(config: Config) -> tuple[Key, ...]:
-    """Keys of the file."""
+    """Keys of the file. Solar-Open has no dense layers; some of its configs say how wide they would be."""
     dense = int(getattr(config, "first_k_dense_replace", 0))
+    own = (key for key in sizes(config) if dense or key.name != "feed_forward_length")
     return (
-        *sizes(config),
+        *own,
         *routing(config, SIGMOID, dense),
         *head_sizes(config, rotated_part(config)),
     )
@@ -28,5 +29,5 @@ def complaints(config: Config) -> Iterator[str]:
 
 NAMES = {"ffn_norm": "post_attention_norm.weight"}
 
-GLM4_MOE = Export(ARCH, keys, complaints, NAMES)
+GLM4_MOE = Export(ARCH, keys, complaints, NAMES, predictions=no_lists)
 """Of GLM-4 and of Solar-Open."""
