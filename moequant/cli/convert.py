@@ -155,6 +155,14 @@ def convert(
     device: Device = "cpu",
     details: Details = False,
     cache_dir: CacheDir = None,
+    stream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Keep at most so much of a model of the Hub on disk, such as 200G, and fetch again what a "
+            "later pass reads.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
         bool,
@@ -193,6 +201,7 @@ def convert(
             imatrix_out=imatrix_out,
             card=card,
             ram=ram_bytes(ram),
+            stream=ram_bytes(stream),
             device=device,
             overwrite=overwrite,
             format=format_.value,

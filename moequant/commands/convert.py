@@ -30,6 +30,7 @@ from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
 from moequant.hub import Model
 from moequant.hub.fetch import complete, headers, is_here
+from moequant.hub.stream import announce, shelf_of, streamed
 from moequant.progress import Meter
 from moequant.report import Conversion, How, Report, card
 from moequant.rounding.coupled import Rounding
@@ -86,7 +87,7 @@ def convert_all(model: Model, out: str | Path, settings: Settings = DEFAULT) -> 
     """
     source = headers(model)
     outs = names(source.path, Path(out), settings)
-    with claimed(source.path, outs, settings):
+    with claimed(source.path, outs, settings), streamed(source, settings.stream) as source:
         return _convert(source, outs, settings)
 
 
@@ -115,7 +116,10 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings) -> Conver
             jobs = open_jobs(complete(source), settings)
         first = jobs[0]
         checkpoint = first.container.checkpoint
-    if read.calibration is not None and calibration is None and _needs_statistics(first):
+    routes = read.calibration is not None and calibration is None and _needs_statistics(first)
+    measures = any(job.measures for job in jobs)
+    announce(first.model, routes + measures + len(jobs) + (read.evaluation is not None))
+    if routes and read.calibration is not None:
         with meter.stage("route"):
             watched = None if matrices is None else all_sites(first.model)
             calibration = calibrate(checkpoint, read.calibration, settings.resources, watched=watched)
@@ -178,7 +182,7 @@ def _made(job: Job, out: Path, known: Known, meter: Meter) -> Finished:
             written = container.write(partial, job.plan, _rounded(job, known, losses))
         with meter.stage(job.stage("verify")):
             container.verify(written, job.plan)
-        if job.settings.self_check:
+        if job.settings.self_check and shelf_of(job.model) is None:  # transformers reads a whole folder
             with meter.stage(job.stage("self-check")):
                 checked = self_check(job.model, _output(job, written))
     first = part_names(out, len(container.parts(job.plan)))[0]
@@ -260,4 +264,6 @@ def _notes(job: Job) -> tuple[str, ...]:
     skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in job.model.skipped.items()]
     at = job.model.revision
     source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
-    return (*job.container.notes, *dense, *skipped, *source)
+    shelf = shelf_of(job.model)
+    away = f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not held against transformers" if shelf else None
+    return (*job.container.notes, *dense, *skipped, *source, *([away] if away else []))

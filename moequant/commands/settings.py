@@ -43,6 +43,8 @@ class Settings:
     precision would have made of what the layers before it lost. `mtp` keeps the layers that predict the
     token after the next.
 
+    `stream` are the bytes of a model of the Hub that may be on disk at a time; None downloads it whole.
+
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
 
@@ -64,6 +66,7 @@ class Settings:
     imatrix_out: Path | None = None
     card: Path | None = None
     ram: int | None = None
+    stream: int | None = None
     device: str = "cpu"
     overwrite: bool = False
     format: FormatName = "gguf"
