@@ -26,9 +26,9 @@ from moequant.forward.model import empty_model
 from moequant.plan.measure import Probing, measure, wants_probes
 from moequant.progress import Meter
 from moequant.report import Report
-from moequant.rounding.coupled import UNROUNDED, Rounding
 from moequant.rounding.diagonal import Quantizer, pack_all, progress
 from moequant.rounding.layerwise import round_checkpoint
+from moequant.rounding.rounder import UNROUNDED, Rounding
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.fisher import Needs, needs
 from moequant.statistics.fisher import check_memory as fits

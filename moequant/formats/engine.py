@@ -81,7 +81,8 @@ def encode_blocks(
     """
     step = _blocks_at_once(fmt, x.device.type) if compiled else TILE[x.device.type] // 4 // fmt.block
     plain = replace(fmt, gain=1.0)
-    x = x.clamp(-fmt.limit, fmt.limit)
+    # Views with strides of their own would be summed in another order, and each compiled anew.
+    x, importance = x.contiguous().clamp(-fmt.limit, fmt.limit), importance.contiguous()
     fill = step if compiled else None
     parts = [slice(i, i + step) for i in range(0, len(x), step)]
     return torch.cat([_encode(plain, x[i], importance[i], effort, magnitude, fill) for i in parts])

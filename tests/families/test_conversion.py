@@ -14,9 +14,11 @@ from moequant.containers.gguf.container import GgufContainer
 from moequant.forward.model import Provider, build_model
 from moequant.forward.stream import LayerStream, Resources
 from moequant.report import Report
-from moequant.rounding.coupled import Coupled, Rounding, Streams, decoded
+from moequant.rounding.coupled import Coupled, Streams
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.feedback import Options
+from moequant.rounding.results import decoded
+from moequant.rounding.rounder import Rounding
 from moequant.rounding.shrinkage import DIAGONAL, Trial
 from moequant.values import Role, Weight
 from tests import models
