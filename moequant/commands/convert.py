@@ -23,7 +23,7 @@ from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder, claim
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
-from moequant.plan.measure import Probing, measure, wants_probes
+from moequant.plan.measure import Probing, measure
 from moequant.progress import Meter
 from moequant.report import Report
 from moequant.rounding.diagonal import Quantizer, pack_all, progress
@@ -160,7 +160,7 @@ def _convert(model: Path, out: Path, settings: Settings) -> Report:
         if settings.self_check:
             with meter.stage("self-check"):
                 decoded = job.container.open(written.path).load if job.keeps else None
-                checked = self_check(job.model, decoded)
+                checked = self_check(job.model, decoded, settings.ram)
         if texts.evaluation is not None:
             with meter.stage("compare"):
                 comparison = _compared(job, written, out.name, texts.evaluation)
@@ -207,8 +207,8 @@ def _measured(job: Job, calibration: Calibration, probes: Rows) -> Job:
     """The same with types chosen by what each would cost this model, measured."""
     assert isinstance(job.container, GgufContainer)
     checkpoint, settings = job.container.checkpoint, job.settings
-    ids = probes.ids if wants_probes(checkpoint) else None
-    sensitivities = measure(checkpoint, calibration, ids, Probing(gating=settings.gating))
+    probing = Probing(gating=settings.gating)
+    sensitivities = measure(checkpoint, calibration, probes.ids, probing, settings.resources)
     left = LEFT_COUPLED if settings.coupled else LEFT_BY_HESSIANS
     sensitivities = sensitivities.after({name: left for row in sensitivities.table.values() for name in row})
     return replace(job, plan=_chosen(job.container, settings, sensitivities))

@@ -16,7 +16,7 @@ from moequant.escape import shown
 from moequant.files import atomic, claim
 from moequant.formats import Effort
 from moequant.plan import Budget, Sensitivities, curve, points, preset_points, prior_sensitivities
-from moequant.plan.measure import Probing, measure, wants_probes
+from moequant.plan.measure import Probing, measure
 from moequant.report.curve import Curve, draw
 from moequant.report.routing import check_picture
 from moequant.statistics.calibrate import calibrate
@@ -30,14 +30,14 @@ class PlanSettings:
     """What measuring may be told.
 
     `calib` is text as `corpus.read` takes it, None the bundled one; `stats` are statistics
-    that `moequant route` saved, which replace the calibration pass. `probes` None probes
-    when the model fits into memory.
+    that `moequant route` saved, which replace the calibration pass. Without `probes`
+    sensitivities are those of other models.
     """
 
     calib: str | Path | None = None
     calib_tokens: int = 131_072
     stats: Path | None = None
-    probes: bool | None = None
+    probes: bool = True
     effort: Effort = "default"
     seed: int = 0
 
@@ -96,7 +96,7 @@ def survey(
         calibration = load_statistics(opened, checkpoint, settings.stats).calibration
     else:
         calibration = calibrate(checkpoint, calib_rows)
-    ids = probe_rows.ids if wants_probes(checkpoint, settings.probes) else None
+    ids = probe_rows.ids if settings.probes else None
     found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort))
     drawn = Curve(
         shown(Path(model)),

@@ -21,8 +21,8 @@ from torch import Tensor
 from moequant.checkpoint import Checkpoint, load
 from moequant.errors import VerifyError, one_line
 from moequant.forward.causal import whole_class
+from moequant.forward.memory import resident_bytes, usable_bytes
 from moequant.forward.model import Provider, build_model
-from moequant.progress import available_bytes
 
 TOKENS = 96
 """Tokens of a row: past most windows of tiny models, and a second's work for large ones."""
@@ -60,10 +60,10 @@ def self_check(checkpoint: Checkpoint, written: Provider | None, available: int 
     """Compare logits of random tokens: transformers on the folder, our reading of it, and what was written.
 
     `written` are the decoded weights of an output that keeps every number, None for one that rounds.
-    `available` bytes of memory are what is free when None. VerifyError when the logits differ.
+    `available` bytes of memory may be used, None: all that are free. VerifyError when the logits differ.
     """
-    needed = 4.5 * sum(weight.numel for weight in checkpoint.weights)
-    free = available_bytes() if available is None else available
+    needed = resident_bytes(checkpoint)
+    free = usable_bytes(available)
     if free is not None and needed > free:
         return SelfCheck(skipped=f"{needed / 1e9:.1f} GB are needed for the whole model in float32")
     length = min(TOKENS, checkpoint.shape.context)

@@ -1,7 +1,6 @@
 """What passes over a model need in memory at once, and how what may be used is shared out.
 
-Every estimate of memory for a model's weights and activations is made here. Budgets decide where numbers
-lie and how much is done at a time, never what comes out.
+Budgets decide where numbers lie and how much is done at a time, never what comes out.
 """
 
 from __future__ import annotations
