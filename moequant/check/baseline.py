@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint
-from moequant.containers.folders import compressed_tensors, gptq
+from moequant.containers.folders import compressed_tensors, schemes
 from moequant.containers.folders import write as folder
 from moequant.containers.folders.plan import modules
 from moequant.containers.folders.read import FolderWeights
+from moequant.containers.folders.storage import GptqIntegers, PackedIntegers, Storage
 from moequant.containers.gguf import checksums
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.header import TensorInfo
 from moequant.containers.gguf.read import GgufFile, decode
 from moequant.containers.gguf.weights import GgufWeights
-from moequant.errors import VerifyError
+from moequant.errors import PlanError, VerifyError
 from moequant.files import RECORD
 from moequant.formats import groups
 from moequant.formats.groups import GroupFormat
@@ -154,15 +155,12 @@ class GgufSource:
 
 
 class FolderSource:
-    """A folder of int4 or int8 groups; `compressed-tensors` (or GPTQ's rule) is the other decoder."""
+    """A folder of any scheme; `compressed-tensors` (or GPTQ's rule) is the other decoder."""
 
     def __init__(self, path: Path, baseline: Checkpoint) -> None:
         self.path, self.model = path, baseline
-        layout = _layout_of(path)
-        self._layout = folder.LAYOUTS[layout]
-        self._folder: FolderWeights = self._layout.open(path)
-        self._format = _group_format(self._folder, layout)
-        self._checksums = _recorded(path, layout, self._format)
+        self._folder: FolderWeights = folder.OPENERS[_layout_of(path)](path)
+        self._checksums = _recorded(path, self._folder.quantization)
         found = [weight for weight in baseline.weights if len(weight.shape) > 1]
         self.weights: dict[str, Weight] = {
             weight.name: weight
@@ -173,10 +171,11 @@ class FolderSource:
             raise VerifyError(
                 f"{path}: holds no quantized weight of {baseline.path}; is it the right baseline?"
             )
+        self._storage = {name: _storage(self._folder, weight) for name, weight in self.weights.items()}
         self.entries = tuple(
             Entry(
                 weight.name,
-                self._format.of_rows(weight.n_in).name,
+                self._storage[weight.name].block_format(weight.n_in),
                 _three(weight.shape),
                 len(weight.shape) == 3,
             )
@@ -184,24 +183,29 @@ class FolderSource:
         )
 
     def matrix(self, entry: Entry) -> Matrix:
-        """`weight_packed` and `weight_scale` of every expert as they lie; GPTQ's codes repacked."""
-        weight, parts = self.weights[entry.name], []
-        for expert in range(entry.shape[0]):
-            stored = self._folder.stored(weight, expert)
-            if "weight_packed" in stored:
-                packed, scales = stored["weight_packed"], stored["weight_scale"]
-            else:
-                codes, scales = self._layout.integers(self._format, stored, weight.n_in)
-                packed = groups.pack(codes, self._format.bits)
+        """Every expert in the bytes of its block format; int4 and int8 as kernels take them."""
+        weight, storage = self.weights[entry.name], self._storage[entry.name]
+        stored = [self._folder.stored(weight, expert) for expert in range(entry.shape[0])]
+        if not isinstance(storage, PackedIntegers | GptqIntegers) or storage.fmt.bits not in (4, 8):
+            return Matrix(
+                entry.format, entry.shape, torch.stack([storage.packed(s, weight.n_in) for s in stored])
+            )
+        parts = []
+        for each in stored:
+            codes, scales = storage.integers(each, weight.n_in)
+            packed = groups.pack(codes, storage.fmt.bits)
             parts.append((packed.contiguous().view(torch.uint8), scales.contiguous()))
         data, scales = (torch.stack(column) for column in zip(*parts, strict=True))
-        return Matrix(f"INT{self._format.bits}", entry.shape, data, scales)
+        return Matrix(f"INT{storage.fmt.bits}", entry.shape, data, scales)
 
     def decode(self, entry: Entry, matrix: Matrix) -> Tensor:
         """In the scale's own precision, as loaders compute it."""
-        assert matrix.scales is not None
-        codes = groups.unpack(matrix.data.view(torch.int32), self._format.bits, entry.shape[2])
-        return groups.decode(self._format, codes, matrix.scales).float()
+        storage = self._storage[entry.name]
+        if matrix.scales is None:
+            return matrix.decode()
+        assert isinstance(storage, PackedIntegers | GptqIntegers)
+        codes = groups.unpack(matrix.data.view(torch.int32), storage.fmt.bits, entry.shape[2])
+        return groups.decode(storage.fmt, codes, matrix.scales).float()
 
     def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
         """See `Source`."""
@@ -231,7 +235,7 @@ class FolderSource:
             f"{module}.{suffix}"
             for weight in self.weights.values()
             for module in modules(weight)
-            for suffix in self._folder.suffixes
+            for suffix in self._folder.suffixes[module]
         }
         kept = self._checksums.keys() - quantized
         changed = [name for name in sorted(kept) if _crc(self._folder.tensor(name)) != self._checksums[name]]
@@ -274,21 +278,25 @@ def _layout_of(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise VerifyError(f"{path}: config.json cannot be read ({error})") from error
     method = str(config.get("quantization_config", {}).get("quant_method", "not quantized"))
-    if method not in folder.LAYOUTS:
-        raise VerifyError(f"{path}: is {method}; expected one of {', '.join(folder.LAYOUTS)}")
+    if method not in folder.OPENERS:
+        raise VerifyError(f"{path}: is {method}; expected one of {', '.join(folder.OPENERS)}")
     return method
 
 
-def _group_format(opened: FolderWeights, layout: str) -> GroupFormat:
-    """Bits and group size from the folder's own config, the scale's type from its first scale."""
-    config = opened.quantization
-    if layout == "compressed-tensors":
-        told = config["config_groups"]["group_0"]["weights"]
-        bits, group, suffix = told["num_bits"], told.get("group_size") or -1, compressed_tensors.SUFFIXES[1]
-    else:
-        bits, group, suffix = config["bits"], config["group_size"], gptq.SUFFIXES[2]
-    name = next(name for name in opened.tensors if name.endswith(f".{suffix}"))
-    return GroupFormat(int(bits), int(group), (opened.tensor(name).dtype,))
+def _storage(opened: FolderWeights, weight: Weight) -> Storage:
+    """How a weight is stored by the folder's own config, its scales' type by those that are there."""
+    module, config = modules(weight)[0], opened.quantization
+    stored = opened.stored(weight)
+    scales = stored.get("weight_scale", stored.get("scales"))
+    dtype = torch.bfloat16 if scales is None else scales.dtype
+    try:
+        if config["quant_method"] == "gptq":
+            return GptqIntegers(GroupFormat(int(config["bits"]), int(config["group_size"]), (dtype,)))
+        group = compressed_tensors.group_of(config, module)
+        scheme = schemes.of_config(group, group.get("format") or config["format"])
+        return scheme.storage((dtype,))
+    except PlanError as error:
+        raise VerifyError(f"{opened.path}: {module}: {error}") from error
 
 
 def _crc(values: Tensor) -> int:
@@ -296,10 +304,10 @@ def _crc(values: Tensor) -> int:
     return zlib.crc32(raw.data)
 
 
-def _recorded(path: Path, layout: str, fmt: GroupFormat) -> dict[str, int] | None:
+def _recorded(path: Path, now: Mapping[str, Any]) -> dict[str, int] | None:
     """{stored tensor: CRC-32} from `moequant.json` beside the weights, None when it is not there.
 
-    VerifyError when config.json reads the integers otherwise than they were written.
+    VerifyError when config.json reads the codes otherwise than they were written.
     """
     file = path / RECORD
     if not file.is_file():
@@ -307,13 +315,23 @@ def _recorded(path: Path, layout: str, fmt: GroupFormat) -> dict[str, int] | Non
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         found: dict[str, int] = record["crc32"]
-        written = {name: record["settings"][name] for name in ("layout", "bits", "group_size")}
+        written: Mapping[str, Any] = record["quantization_config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VerifyError(f"{file}: cannot be read ({error})") from error
-    for name, now in (("layout", layout), ("bits", fmt.bits), ("group_size", fmt.group)):
-        if written[name] != now:
+    was, says = (dict(_leaves("", config)) for config in (written, now))
+    for name in (*was, *says):
+        if was.get(name) != says.get(name):
             raise VerifyError(
-                f"{path}: config.json says {name} {now}, its weights were written with {written[name]}; "
-                "restore config.json"
+                f"{path}: config.json says {name.removeprefix('.')} is {says.get(name)}, its weights were "
+                f"written with {was.get(name)}; restore config.json"
             )
     return found
+
+
+def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of everything in a JSON value."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{name}.{key}", inner)
+    else:
+        yield name, value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moequant.errors import VerifyError
-from moequant.kernels import Matrix
+from moequant.kernels import KERNEL_FORMATS, Matrix
 
 Device = Literal["cpu", "cuda", "interpreter"]
 
@@ -31,7 +31,7 @@ class Product:
 
     def of(self, matrix: Matrix, rows: int) -> tuple[str, Multiply]:
         """What multiplies that many rows by a matrix here, and what to call it, arithmetic included."""
-        if not self.kernels:
+        if not self.kernels or matrix.format not in KERNEL_FORMATS:
             return IN_TORCH, _in_torch
         from moequant.kernels.matmul import arithmetic  # imports Triton
 

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint.codecs import repack
+from moequant.checkpoint.slots import FLOATS
 from moequant.values import Origin, Stack, Weight
 from moequant.values.ops import Part, Stacked, apply, shape_after
-
-UNPACKED = ("BF16", "F16", "F32")
-"""Types whose bytes are the numbers themselves."""
 
 
 def load(weight: Weight) -> Tensor:
@@ -36,7 +34,7 @@ def load_packed(weight: Weight) -> Tensor | None:
     """What is stored, in the bytes of the type that holds it exactly, u8 [.., rows, row_bytes]; None when a
     look at the values shows that it does not."""
     origin, kind = weight.origin, weight.origin.shipped
-    if kind is None or kind in UNPACKED:
+    if kind is None or kind in FLOATS:
         return None
     stacked = len(origin.stored) == 1 and len(origin.stored[0].shape) == 3
     count = weight.matrices if weight.is_expert else 1

@@ -1,12 +1,13 @@
-"""Number formats: every ggml weight type and groups of integers, packed and unpacked in torch."""
+"""Number formats: every ggml weight type and those of safetensors folders, packed and unpacked in torch."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from moequant.errors import FormatError
+from moequant.errors import FormatError, few
 from moequant.formats import (
     engine,
+    float8,
     fp4,
     groups,
     iq1,
@@ -14,6 +15,7 @@ from moequant.formats import (
     iq3,
     iq4,
     legacy,
+    nvfp4,
     plain,
     q2_k,
     q3_k,
@@ -58,9 +60,9 @@ FORMATS: dict[str, Format] = {
 
 def get(name: str) -> Format:
     """The format of that ggml name, or of one like INT4_G128_BF16; FormatError lists the names that exist."""
-    found = FORMATS.get(name) or groups.named(name)
+    found = FORMATS.get(name) or groups.named(name) or float8.named(name) or nvfp4.named(name)
     if found is None:
-        raise FormatError(f"no format is called {name!r}; known are {', '.join(FORMATS)}")
+        raise FormatError(f"no format is called {name!r}; known are {few(FORMATS)}")
     return found
 
 
@@ -72,10 +74,13 @@ def quantize(
     *,
     magnitude: float | None = None,
     threads: int | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Pack weights [..., rows, in] into uint8 [..., rows, row_bytes]; see `engine.quantize`."""
     fmt = get(fmt) if isinstance(fmt, str) else fmt
-    return engine.quantize(fmt, weights, importance, effort, magnitude=magnitude, threads=threads)
+    return engine.quantize(
+        fmt, weights, importance, effort, magnitude=magnitude, threads=threads, shared=shared
+    )
 
 
 def dequantize(fmt: Format | str, packed: Tensor, *, threads: int | None = None) -> Tensor:

@@ -31,8 +31,22 @@ Decode = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """The scale d of blocks that rows have in common: found in whole matrices, before a block is packed.
+
+    `find` (x f32 [E, out, in], w f32 [E, in] > 0, effort) -> f32 [E, out, in / block] that files can hold.
+    With `across`, weights that multiply the same inputs share it as well, as one matrix with all their
+    rows. `encode` is the format's `encode` with d f32 [n, 1] given.
+    """
+
+    find: Callable[[Tensor, Tensor, Effort], Tensor]
+    encode: Callable[[Tensor, Tensor, Tensor, Effort], Tensor]
+    across: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Format:
-    """One weight type: ggml's, or groups of integers (`groups.py`, whose `ggml_type` is NO_GGML_TYPE).
+    """One weight type: ggml's, or one of safetensors folders, whose `ggml_type` is NO_GGML_TYPE.
 
     `block` weights in a row share `block_bytes` bytes. `magnitude` is the exponent p of
     the factor (c·mean(x²) + x²)^(p/2) that multiplies the importance when scales and
@@ -57,6 +71,7 @@ class Format:
     limit: float = 65504.0  # the largest weight in size: scales are f16
     tiles: int = 1  # how many of `kernel.TILE` weights the encoder takes at once, where it is faster so
     view: Scalar | Vector | None = None  # what the bytes say, where codes and scales can be told apart
+    shared: Shared | None = None  # where rows have scales in common; `encode` alone gives each block its own
 
     @property
     def bits(self) -> float:

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -40,12 +40,14 @@ def quantize(
     *,
     magnitude: float | None = None,
     threads: int | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Pack weights [..., rows, in] (any float dtype) -> uint8 [..., rows, row_bytes].
 
     importance [..., in], all >= 0, is one weight per input channel, shared by the rows;
     None means all equal. Only ratios within a block matter. `magnitude` overrides the
-    format's exponent. `threads` None means one per core on a CPU.
+    format's exponent. `threads` None means one per core on a CPU. `shared` f32 [E, rows, in / block] is
+    the scale of blocks that rows have in common, None: found here, for formats that have one.
 
     FormatError: rows that the block does not divide, shapes that do not match, NaN,
     infinity, or a weight beyond `fmt.limit` (with its expert, row and column).
@@ -57,7 +59,10 @@ def quantize(
     exponent = fmt.magnitude if magnitude is None else magnitude
     device = weights.device.type
     large = compiles(fmt, weights.numel(), exponent, effort, weights.device)
-    step = _blocks_at_once(fmt, device) if large else TILE[device] // 4 // fmt.block
+    step = _blocks_at_once(fmt, device) if large else max(1, TILE[device] // 4 // fmt.block)
+    if shared is None and fmt.shared is not None:
+        shared = fmt.shared.find(stack.float(), per_expert, effort)
+    given = None if shared is None else shared.reshape(-1, 1)
     out = torch.empty((stack[..., 0].numel() * row_bytes,), dtype=torch.uint8, device=weights.device)
     blocks = out.view(-1, fmt.block_bytes)
 
@@ -65,27 +70,52 @@ def quantize(
         x = _read(stack, fmt, first, last)
         _check_weights(x, fmt, stack, first)
         per_block = _importance_of(per_expert, stack, fmt, first, last)
-        blocks[first:last] = _encode(fmt, x, per_block, effort, exponent, step if large else None)
+        d = None if given is None else given[first:last]
+        blocks[first:last] = _encode(fmt, Blocks(x, per_block, d), effort, exponent, step if large else None)
 
     _for_each_tile(work, len(blocks), step, threads, weights.device)
     return out.view(*weights.shape[:-1], row_bytes)
 
 
-def encode_blocks(
-    fmt: Format, x: Tensor, importance: Tensor, effort: Effort, magnitude: float, compiled: bool
-) -> Tensor:
-    """Pack x f32 [n, block] under importance f32 [n, block] -> uint8 [n, block_bytes], on this thread.
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """x f32 [n, block], their importance f32 [n, block], and d f32 [n, 1] where rows share it."""
+
+    x: Tensor
+    importance: Tensor
+    d: Tensor | None = None
+
+    def cut(self, which: slice) -> Blocks:
+        """Some of them."""
+        d = None if self.d is None else self.d[which]
+        return Blocks(self.x[which], self.importance[which], d)
+
+
+def shared_scales(fmt: Format, weights: Tensor, importance: Tensor | None, effort: Effort) -> Tensor:
+    """f32 [E, rows, in / block] for weights [E, rows, in] under importance [E, in]: `Shared.find`.
+
+    Of weights that are no numbers come none, and they are for `quantize` to refuse.
+    """
+    assert fmt.shared is not None
+    weights = weights.detach().float()
+    return fmt.shared.find(weights, _check_importance(weights, importance), effort)
+
+
+def encode_blocks(fmt: Format, blocks: Blocks, effort: Effort, magnitude: float, compiled: bool) -> Tensor:
+    """Pack blocks -> uint8 [n, block_bytes], on this thread.
 
     For those who cut tensors themselves: nothing is checked, x is limited to what the format can hold,
     and the format's gain is left out. `compiled` says that `compiles` agreed.
     """
-    step = _blocks_at_once(fmt, x.device.type) if compiled else TILE[x.device.type] // 4 // fmt.block
+    device = blocks.x.device.type
+    step = _blocks_at_once(fmt, device) if compiled else max(1, TILE[device] // 4 // fmt.block)
     plain = replace(fmt, gain=1.0)
     # Views with strides of their own would be summed in another order, and each compiled anew.
-    x, importance = x.contiguous().clamp(-fmt.limit, fmt.limit), importance.contiguous()
+    x, importance = blocks.x.contiguous().clamp(-fmt.limit, fmt.limit), blocks.importance.contiguous()
+    blocks = replace(blocks, x=x, importance=importance)
     fill = step if compiled else None
-    parts = [slice(i, i + step) for i in range(0, len(x), step)]
-    return torch.cat([_encode(plain, x[i], importance[i], effort, magnitude, fill) for i in parts])
+    parts = [slice(i, i + step) for i in range(0, len(blocks.x), step)]
+    return torch.cat([_encode(plain, blocks.cut(part), effort, magnitude, fill) for part in parts])
 
 
 def compiles(fmt: Format, weights: int, magnitude: float, effort: Effort, device: torch.device) -> bool:
@@ -93,14 +123,16 @@ def compiles(fmt: Format, weights: int, magnitude: float, effort: Effort, device
     return weights >= COMPILE_FROM and _compiles(fmt, magnitude, effort, device.type)
 
 
-def _encode(
-    fmt: Format, x: Tensor, importance: Tensor, effort: Effort, exponent: float, fill: int | None
-) -> Tensor:
-    """Weigh and pack blocks x [n, block], filled up to the one size that kernels are compiled for, if any."""
+def _encode(fmt: Format, blocks: Blocks, effort: Effort, exponent: float, fill: int | None) -> Tensor:
+    """Weigh and pack blocks, filled up to the one size that kernels are compiled for, if any."""
+    x, importance, d = blocks.x, blocks.importance, blocks.d
     n = len(x)
     if fill:
         x, importance = _fill(x, fill, 0.0), _fill(importance, fill, 1.0)
+        d = None if d is None else _fill(d, fill, 1.0)
     w = _weigh(x, importance, exponent, fmt.spread) if exponent else importance
+    if d is not None and fmt.shared is not None:
+        return fmt.shared.encode(x * fmt.gain, w, d, effort)[:n]
     return fmt.encode(x * fmt.gain, w, effort)[:n]
 
 
@@ -158,7 +190,7 @@ def _compiles(fmt: Format, exponent: float, effort: Effort, device_type: str) ->
 
 
 def _blocks_at_once(fmt: Format, device_type: str) -> int:
-    return TILE[device_type] * fmt.tiles // fmt.block
+    return max(1, TILE[device_type] * fmt.tiles // fmt.block)
 
 
 def _encode_a_tile(fmt: Format, exponent: float, effort: Effort, device_type: str) -> None:

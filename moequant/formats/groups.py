@@ -1,4 +1,4 @@
-"""int4 and int8 in groups, as safetensors folders hold them: weight = code · scale, symmetric.
+"""Integers of 2 to 8 bits in groups, as safetensors folders hold them: weight = code · scale, symmetric.
 
 A scale serves `group` weights of a row (or the whole row) and is stored in 16 bits. `of_rows` is the
 same as a block format, so that one search, one rounding and one reader serve these as they serve
@@ -27,14 +27,14 @@ from moequant.formats.parts import Parts, Scalar, count_up
 GROUPS = (32, 64, 128, -1)
 """Group sizes that loaders have kernels for; -1 is one scale a row."""
 
-BITS = (4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 
-_SCALES = {
+SCALES = {
     "BF16": (torch.bfloat16,),
     "F16": (torch.float16,),
     "BF16_F16": (torch.bfloat16, torch.float16),
 }
-_NAME = re.compile(r"INT(4|8)_G([1-9]\d*)_(" + "|".join(_SCALES) + ")")
+_NAME = re.compile(r"INT([2-8])_G([1-9]\d*)_(" + "|".join(SCALES) + ")")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +69,9 @@ class GroupFormat:
         """The largest code."""
         return (1 << self.bits - 1) - 1
 
-    @property
-    def per_word(self) -> int:
-        """Codes in an int32."""
-        return 32 // self.bits
+    def words(self, n_in: int) -> int:
+        """Words of 32 bits that hold a row of codes, end to end."""
+        return -(-n_in * self.bits // 32)
 
     def size(self, n_in: int) -> int:
         """Weights that share a scale in rows of `n_in`."""
@@ -86,17 +85,22 @@ class GroupFormat:
 
     def storable(self, scale: Tensor) -> Tensor:
         """f32 scales as the file will hold them (0 stays 0, nothing else becomes 0), f32."""
-        for dtype in self.scale_dtypes:
-            limit = torch.finfo(dtype).max
-            tiny = torch.sign(scale) * (2.0**-24 if dtype == torch.float16 else 2.0**-126)
-            near = scale.clamp(-limit, limit).to(dtype).to(torch.float32)
-            scale = torch.where(near.abs() < tiny.abs(), tiny, near)
-        return scale
+        return storable(scale, self.scale_dtypes)
 
     def of_rows(self, n_in: int) -> Format:
         """The block format of rows of `n_in`; `formats.get` knows it by its name, INT4_G128_BF16."""
         self.groups(n_in)
         return _block_format(GroupFormat(self.bits, self.size(n_in), self.scale_dtypes))
+
+
+def storable(scale: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """f32 scales rounded to each of `dtypes` in turn (0 stays 0, nothing else becomes 0), f32."""
+    for dtype in dtypes:
+        limit = torch.finfo(dtype).max
+        tiny = torch.sign(scale) * (2.0**-24 if dtype == torch.float16 else 2.0**-126)
+        near = scale.clamp(-limit, limit).to(dtype).to(torch.float32)
+        scale = torch.where(near.abs() < tiny.abs(), tiny, near)
+    return scale
 
 
 def named(name: str) -> Format | None:
@@ -105,7 +109,7 @@ def named(name: str) -> Format | None:
     if found is None:
         return None
     bits, group, scales = found.groups()
-    return _block_format(GroupFormat(int(bits), int(group), _SCALES[scales]))
+    return _block_format(GroupFormat(int(bits), int(group), SCALES[scales]))
 
 
 # Where in the codes, before rounding, the weight of largest size lands, most useful first: chosen one by one
@@ -115,6 +119,11 @@ _LANDINGS: dict[int, tuple[float, ...]] = {
     4: (-8.6, -10.4, -8.0, -9.2, -14.0, 7.2, 9.0, -11.3, -8.3, -9.8, -17.9, 10.2, -7.6, -24.0, 7.6, 12.0),
     8: (-128.0, -127.0, -126.0, -125.0, -124.0, -150.0, -123.0, -129.0, -122.0, -121.0, -120.0, -190.0),
 }
+# Other widths: the same, as multiples of the longer side of the range.
+_SIDES = (
+    *(-1.06, -1.3, -1.0, -1.15, -1.75, 0.9, 1.12, -1.41, -1.04, -1.22),
+    *(-2.24, 1.27, -0.95, -3.0, 0.95, 1.5),
+)
 _TRIED: dict[Effort, int] = {"fast": 4, "default": 12, "best": 16}
 """How many of them each effort tries."""
 
@@ -133,7 +142,8 @@ def _block_format(fmt: GroupFormat) -> Format:
         return Parts(codes, torch.zeros_like(codes[:, :1]), codes[:, :0], scale, scale[:, :0])
 
     def encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-        landings = torch.tensor(_LANDINGS[fmt.bits][: _TRIED[effort]], device=x.device)
+        known = _LANDINGS.get(fmt.bits) or tuple(-fmt.low * side for side in _SIDES)
+        landings = torch.tensor(known[: _TRIED[effort]], device=x.device)
         scale = search(x, w, landings, fmt)[:, None]
         codes = torch.where(scale != 0, x / scale, 0.0).round_().clamp_(fmt.low, fmt.high) - fmt.low
         none = scale[:, :0]
@@ -153,7 +163,7 @@ def _block_format(fmt: GroupFormat) -> Format:
         codes=range(1 << fmt.bits),
         storable=fmt.storable,
     )
-    scales = next(name for name, dtypes in _SCALES.items() if dtypes == fmt.scale_dtypes)
+    scales = next(name for name, dtypes in SCALES.items() if dtypes == fmt.scale_dtypes)
     limit = min(torch.finfo(dtype).max * fmt.high, torch.finfo(torch.float32).max)
     size = dtype.itemsize + -(-group * fmt.bits // 8)
     return Format(
@@ -169,6 +179,13 @@ def split(fmt: GroupFormat, data: Tensor, n_in: int) -> tuple[Tensor, Tensor]:
     return (codes.to(torch.int16) + fmt.low).to(torch.int8), scales
 
 
+def join(fmt: GroupFormat, codes: Tensor, scales: Tensor) -> Tensor:
+    """The inverse of `split`."""
+    unsigned = (codes.to(torch.int16) - fmt.low).to(torch.uint8)
+    packed = _pack_bytes(unsigned.reshape(*scales.shape, -1), fmt.bits)
+    return torch.cat([scales[..., None].contiguous().view(torch.uint8), packed], -1).flatten(-2)
+
+
 def decode(fmt: GroupFormat, codes: Tensor, scales: Tensor) -> Tensor:
     """code · scale in the scale's own precision, as compressed-tensors computes it: [..., in]."""
     by_group = codes.to(scales.dtype).reshape(*scales.shape, fmt.size(codes.shape[-1]))
@@ -178,8 +195,8 @@ def decode(fmt: GroupFormat, codes: Tensor, scales: Tensor) -> Tensor:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """i8 [..., in] -> i32 [..., ceil(in · bits / 32)]: code + 2^(bits-1), lowest bits first, rest 0."""
     unsigned = (codes.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
-    unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[-1] % (32 // bits)))
-    return _pack_bytes(unsigned, bits).contiguous().view(torch.int32)
+    packed = _pack_bytes(unsigned, bits)
+    return torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
 
 
 def unpack(packed: Tensor, bits: int, n_in: int) -> Tensor:
@@ -189,18 +206,33 @@ def unpack(packed: Tensor, bits: int, n_in: int) -> Tensor:
 
 
 def _pack_bytes(unsigned: Tensor, bits: int) -> Tensor:
-    """u8 [..., n] of `bits` bits -> u8 [..., ceil(n · bits / 8)], lowest bits first."""
+    """u8 [..., n] of `bits` bits -> u8 [..., ceil(n · bits / 8)], end to end, lowest bits first."""
     if bits == 8:
         return unsigned
-    even = torch.nn.functional.pad(unsigned, (0, unsigned.shape[-1] % 2))
-    return even[..., 0::2] | even[..., 1::2] << 4
+    if bits == 4:
+        even = torch.nn.functional.pad(unsigned, (0, unsigned.shape[-1] % 2))
+        return even[..., 0::2] | even[..., 1::2] << 4
+    stream = (unsigned[..., None] >> _counting(bits, unsigned) & 1).flatten(-2)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).view(*unsigned.shape[:-1], -1, 8)
+    packed: Tensor = (stream << _counting(8, unsigned)).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def _unpack_bytes(packed: Tensor, bits: int, n: int) -> Tensor:
     """The inverse of `_pack_bytes`: u8 [..., n]."""
     if bits == 8:
         return packed[..., :n]
-    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :n]
+    if bits == 4:
+        return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :n]
+    stream = (packed[..., None] >> _counting(8, packed) & 1).flatten(-2)[..., : n * bits]
+    stream = stream.reshape(*packed.shape[:-1], n, bits)
+    codes: Tensor = (stream << _counting(bits, packed)).sum(-1, dtype=torch.uint8)
+    return codes
+
+
+def _counting(count: int, like: Tensor) -> Tensor:
+    """u8: 0, 1, ... below `count`."""
+    return torch.arange(count, dtype=torch.uint8, device=like.device)
 
 
 @kernel

@@ -44,7 +44,8 @@ class Scalar:
     A table of one entry belongs to a field that is not stored, and with `stores_d` False neither is d,
     which is 1. `minima` is empty where there is no minimum. `codes` and `scale_codes` are what an encoder
     may write (some codes mean something only to a decoder); scales ascend over `scale_codes`. `storable`
-    rounds d and dmin, f32, to what a block can hold.
+    rounds d and dmin, f32, to what a block can hold. `snap` is the nearest level and `code_of` the code of a
+    level, f32 to f32 and to u8, where levels are no integers.
     """
 
     sub: int
@@ -57,6 +58,8 @@ class Scalar:
     minima: tuple[float, ...] = ()
     stores_d: bool = True
     storable: Callable[[Tensor], Tensor] = half
+    snap: Callable[[Tensor], Tensor] | None = None
+    code_of: Callable[[Tensor], Tensor] | None = None
 
     def decode(self, packed: Tensor) -> Tensor:
         """uint8 [n, block_bytes] -> f32 [n, block]."""

@@ -131,7 +131,7 @@ def changed(model: nn.Module, changes: Iterable[tuple[Weight, Tensor]]) -> Itera
 
 def _placed(weights: Iterable[Weight]) -> list[Weight]:
     """Those that live in the model; a file may hold tensors that the model computes."""
-    return [weight for weight in weights if weight.place.param]
+    return [weight for weight in weights if weight.runs]
 
 
 def _target(model: nn.Module, name: str) -> Tensor:

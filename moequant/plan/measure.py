@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint, load
+from moequant.containers.gguf.presets import UNQUANTIZED
 from moequant.formats import Effort
 from moequant.forward.stream import Resources
 from moequant.plan import Sensitivities, allocate, candidates, groups, make_units, prior_sensitivities
+from moequant.plan.choose import NO_PINS
 from moequant.plan.probes import FREE, divergences
 from moequant.plan.sensitivity import as_stored
 from moequant.statistics.importance import Gating, importance
@@ -57,9 +59,10 @@ def measure(
     calibration: Calibration,
     ids: Tensor | None,
     probing: Probing = Probing(),  # frozen
+    pins: Mapping[str, str] = NO_PINS,
     resources: Resources = FREE,
 ) -> Sensitivities:
-    """Sensitivities of all candidates for all weights.
+    """Sensitivities of all candidates for all weights, and of the types that `pins` has of some.
 
     `ids` i64 [rows, n] is text for the probes, better not the text of `calibration`; with
     None only relative errors are measured, and sensitivities come from tables. Raises
@@ -67,7 +70,7 @@ def measure(
     """
     found = prior_sensitivities(checkpoint.weights, checkpoint.n_layers)
     errors = {
-        weight.name: sample_errors(weight, _stats(weight, calibration), probing)
+        weight.name: sample_errors(weight, _stats(weight, calibration), probing, pins.get(weight.name))
         for weight in tqdm(checkpoint.weights, desc="errors", unit="tensor", disable=None, leave=False)
     }
     if ids is None:
@@ -79,16 +82,21 @@ def measure(
     return _Prober(checkpoint, calibration, ids, probing, resources).sensitivities(errors)
 
 
-def sample_errors(weight: Weight, stats: InputStats | None, probing: Probing) -> dict[str, float]:
-    """Format -> relative squared error that it makes in the output of `weight`, over all of its experts.
+def sample_errors(
+    weight: Weight, stats: InputStats | None, probing: Probing, pin: str | None = None
+) -> dict[str, float]:
+    """Format -> relative squared error that it makes in the output of `weight`, over all of its experts: of
+    every candidate, and of `pin`.
 
     Errors of columns count by the mean square of what they multiply, errors of experts by
     the sum of the squared router weights of their tokens. Experts are sampled evenly in
     order of that mass, each standing for its neighbours; rows are sampled evenly.
     """
     names = candidates(weight)
-    if len(names) == 1:
-        return {names[0]: 0.0}
+    if pin is not None and pin not in (*names, *UNQUANTIZED):
+        names = (*names, pin)
+    if len(names) == 1 or not weight.runs:
+        return dict.fromkeys(names, 0.0)
     count = weight.matrices
     chosen, mass = _sample_experts(stats if count > 1 else None, count, probing.experts)
     rows = max(1, min(weight.shape[-2], probing.sample // (len(chosen) * weight.n_in)))
@@ -147,7 +155,8 @@ class _Prober:
     ) -> None:
         self.checkpoint, self.resources = checkpoint, resources
         self.weights, self.calibration, self.probing = checkpoint.weights, calibration, probing
-        self.groups = [group for group in groups(checkpoint.weights) if len(candidates(group[0])) > 1]
+        running = tuple(weight for weight in checkpoint.weights if weight.runs)
+        self.groups = [group for group in groups(running) if len(candidates(group[0])) > 1]
         wanted = probing.tokens // (len(self.groups) * ids.shape[1])
         count = max(1, min(wanted, probing.rows, len(ids)))
         self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]

@@ -156,6 +156,9 @@ class Coupled:
             layer = Layer(index, copies[index], self._middle(index), self._kept(index))
             yield from self._layer(layer, streams)
             copies[index] = nn.Identity()
+        for weight in stream.checkpoint.weights:  # what is behind the layers, and not run
+            if weight.layer is not None and not weight.runs and weight.name in self.formats:
+                yield self.plain(weight, self.formats[weight.name])
         for weight in outside:
             if weight.role is Role.OUTPUT and weight.name in self.formats:
                 yield self._head(weight, streams)
@@ -207,7 +210,7 @@ class Coupled:
         done: dict[str, Result] = {}
         groups: dict[str, list[Weight]] = {}  # in the order in which their sites are first met
         for weight in weights:
-            if weight.is_expert:
+            if weight.is_expert and weight.runs:
                 groups.setdefault("experts", []).append(weight)
             elif weight.site is not None and rounder.rounds(weight):
                 groups.setdefault(weight.site.name, []).append(weight)
@@ -352,15 +355,16 @@ class Coupled:
 
     def _round(self, group: list[Weight], grams: Grams) -> dict[str, Result]:
         """Weights that share their inputs, of one matrix or of all heads; the first shrinks the Hessian."""
-        rounder, done, hessian = self.rounder, dict[str, Result](), None
-        for weight in group:
+        rounder, first = self.rounder, group[0]
+
+        def target(weight: Weight) -> Tensor:
             values = self.stream.provider(weight)
-            target = rounder.target(values if values.ndim == 3 else values[None], grams)
-            if hessian is None:
-                trial = self.rounding.trial
-                hessian = shrink(rounder.format(weight), target, grams.halves, grams.tokens, trial).hessian
-            done[weight.name] = joined(weight, [rounder.round(weight, target, hessian, grams)])
-        return done
+            return rounder.target(values if values.ndim == 3 else values[None], grams)
+
+        trial, fmt, made = self.rounding.trial, rounder.format(first), target(first)
+        hessian = shrink(fmt, made, grams.halves, grams.tokens, trial).hessian
+        found = rounder.round(group, lambda each: made if each is first else target(each), hessian, grams)
+        return {weight.name: joined(weight, [each]) for weight, each in zip(group, found, strict=True)}
 
 
 def share(module: nn.Module, other: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from moequant import formats
 from moequant.checkpoint import Checkpoint, load, load_packed, not_finite
 from moequant.errors import CheckpointError, FormatError
-from moequant.formats import Effort
+from moequant.formats import Effort, engine
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, ExpertLoss, InputStats, Packed, Weight
 
@@ -34,9 +34,11 @@ class Quantizer:
             return None
         return self.calibration.inputs[weight.site.name]
 
-    def pack(self, weight: Weight, format_name: str) -> tuple[Packed, ExpertLoss]:
+    def pack(
+        self, weight: Weight, format_name: str, together: Sequence[Weight] = ()
+    ) -> tuple[Packed, ExpertLoss]:
         """Load, quantize and measure one weight; one that is stored in that very format is taken over as it
-        is.
+        is. `together` are the weights, with this one, that have one scale of their matrices in some formats.
 
         CheckpointError names a weight that is not finite.
         """
@@ -54,7 +56,8 @@ class Quantizer:
         matrix = values if values.ndim > 1 else values[None]
         fmt = formats.get(format_name)
         try:
-            data = formats.quantize(fmt, matrix, columns, self.effort)
+            shared = self._shared(fmt, weight, columns, together) if len(together) > 1 else None
+            data = formats.quantize(fmt, matrix, columns, self.effort, shared=shared)
         except FormatError as error:
             raise CheckpointError(not_finite(weight, values) or f"{weight.name}: {error}") from error
         loss = ExpertLoss(
@@ -66,6 +69,19 @@ class Quantizer:
             seen,
         )
         return Packed(weight, format_name, data), loss
+
+    def _shared(
+        self, fmt: formats.Format, weight: Weight, columns: Tensor | None, together: Sequence[Weight]
+    ) -> Tensor | None:
+        """The scales that the rows of this weight have in common with others, where its format has such."""
+        if fmt.shared is None or not fmt.shared.across:
+            return None
+        rows = torch.cat([load(each) for each in together], -2)
+        stack = rows.reshape(-1, *rows.shape[-2:])
+        flat = None if columns is None else columns.reshape(len(stack), -1)
+        found = engine.shared_scales(fmt, stack, flat, self.effort)
+        parts = torch.split(found, [each.shape[-2] for each in together], 1)
+        return parts[[each.name for each in together].index(weight.name)]
 
 
 def relative_error(fmt: formats.Format, values: Tensor, data: Tensor, columns: Tensor | None) -> Tensor:
@@ -93,8 +109,15 @@ def pack_all(
     checkpoint: Checkpoint, formats: Mapping[str, str], quantizer: Quantizer
 ) -> Iterator[tuple[Packed, ExpertLoss]]:
     """Every weight of `formats`, in the checkpoint's order, packed when asked for."""
-    wanted = (weight for weight in checkpoint.weights if weight.name in formats)
-    return (quantizer.pack(weight, formats[weight.name]) for weight in wanted)
+    wanted = [weight for weight in checkpoint.weights if weight.name in formats]
+    together: dict[tuple[str, str], list[Weight]] = {}
+    for weight in wanted:
+        if weight.site is not None:
+            together.setdefault((weight.site.name, formats[weight.name]), []).append(weight)
+    for weight in wanted:
+        name = formats[weight.name]
+        key = ("" if weight.site is None else weight.site.name, name)
+        yield quantizer.pack(weight, name, together.get(key, ()))
 
 
 def progress(

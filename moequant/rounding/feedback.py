@@ -82,6 +82,7 @@ def round_to_hessian(
     hessian: Tensor,
     options: Options = Options(),
     fisher: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> Rounded:
     """Round target [E, out, in] so that tr(E H Eᵀ), E = target - rounded, is small for hessian [E, in, in].
 
@@ -90,6 +91,7 @@ def round_to_hessian(
     match, rows that the block does not divide, weights that are not finite or beyond the format's limit.
     An expert whose Hessian is not finite, all zero, or does not factorise when damped by its mean diagonal
     is rounded by the plain search, one whose Fisher cannot be used by its Hessian alone: see `fallbacks`.
+    `shared` f32 [E, out, in / block] is the scale that rows have in common, None: found under the diagonals.
     """
     fmt = formats.get(fmt) if isinstance(fmt, str) else fmt
     lattice = lattice_of(fmt)
@@ -100,20 +102,24 @@ def round_to_hessian(
     fallbacks: list[Fallback] = []
     if fisher is not None:
         fisher = fisher.expand(experts, rows, rows)
+    if shared is None and fmt.shared is not None:
+        shared = engine.shared_scales(fmt, target, usable(hessian.diagonal(dim1=1, dim2=2)), options.effort)
     for chunk in _chunks(options.memory, target):
         reasons = trouble(hessian[chunk])
         good = [e for e, reason in zip(chunk, reasons, strict=True) if reason is None]
         fallbacks += [Fallback(e, r) for e, r in zip(chunk, reasons, strict=True) if r is not None]
         if good:
             factored, damping = factorise(lattice, hessian[good], options.damping)
-            usable = None if fisher is None else _usable(fisher[good], good, options, fallbacks)
-            data[good] = _round_chunk(lattice, target[good], factored, options, usable)
+            felt = None if fisher is None else _usable(fisher[good], good, options, fallbacks)
+            task = Task(target[good], None if shared is None else shared[good], felt)
+            data[good] = _round_chunk(lattice, task, factored, options)
             used[good] = damping.cpu()
     for expert in torch.isinf(used).nonzero().flatten().tolist():
         fallbacks.append(Fallback(expert, "the Hessian does not factorise, whatever the damping"))
         used[expert] = torch.nan
     for bad in (f for f in fallbacks if f.instead == PLAIN):
-        data[bad.expert] = _plain(fmt, target[bad.expert], hessian[bad.expert], options)
+        own = None if shared is None else shared[bad.expert]
+        data[bad.expert] = _plain(fmt, target[bad.expert], hessian[bad.expert], options, own)
     error = torch.stack([outputs_lost(fmt, *each) for each in zip(target, data, hessian, strict=True)])
     return Rounded(data, error, used, tuple(sorted(fallbacks, key=lambda bad: bad.expert)))
 
@@ -161,13 +167,16 @@ def _chunks(memory: int, target: Tensor) -> Iterator[list[int]]:
         yield list(range(first, min(first + step, experts)))
 
 
-def _plain(fmt: Format, target: Tensor, hessian: Tensor, options: Options) -> Tensor:
+def usable(diagonal: Tensor) -> Tensor:
+    """f64 [..., in]: what columns count by the diagonals of Hessians; all the same where one is of no use."""
+    good = (torch.isfinite(diagonal) & (diagonal >= 0)).all(-1, keepdim=True)
+    return torch.where(good, diagonal.double(), 1.0)
+
+
+def _plain(fmt: Format, target: Tensor, hessian: Tensor, options: Options, shared: Tensor | None) -> Tensor:
     """The diagonal search, with what the Hessian's diagonal still says."""
-    diagonal = hessian.diagonal().double()
-    usable = bool((torch.isfinite(diagonal) & (diagonal >= 0)).all())
-    return formats.quantize(
-        fmt, target, diagonal if usable else None, options.effort, threads=options.threads
-    )
+    columns = usable(hessian.diagonal())
+    return formats.quantize(fmt, target, columns, options.effort, threads=options.threads, shared=shared)
 
 
 def _usable(fisher: Tensor, experts: list[int], options: Options, fallbacks: list[Fallback]) -> Tensor:
@@ -181,11 +190,19 @@ def _usable(fisher: Tensor, experts: list[int], options: Options, fallbacks: lis
     return made
 
 
-def _round_chunk(
-    lattice: Lattice, target: Tensor, factored: Factored, options: Options, fisher: Tensor | None
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Experts that are rounded together: target [E, out, in], the scales that rows share and the Fisher of
+    the outputs, None where there is none."""
+
+    target: Tensor
+    shared: Tensor | None
+    fisher: Tensor | None
+
+
+def _round_chunk(lattice: Lattice, task: Task, factored: Factored, options: Options) -> Tensor:
     """target [E, out, in] -> u8 [E, out, row_bytes], tile by tile."""
-    fmt = lattice.fmt
+    fmt, target, fisher = lattice.fmt, task.target, task.fisher
     data = torch.empty(
         (*target.shape[:2], fmt.row_bytes(target.shape[2])), dtype=torch.uint8, device=target.device
     )
@@ -204,7 +221,11 @@ def _round_chunk(
             x = weights.transpose(1, 2)
             w = importance[experts, None, begin:end].expand_as(x)
             x, w = (v.reshape(-1, lattice.block) for v in (x, w))
-            packed = engine.encode_blocks(fmt, x, w, options.effort, magnitude, compiled)
+            d = None if task.shared is None else task.shared[experts, rows]
+            if d is not None:
+                d = d[:, :, begin // lattice.block : end // lattice.block].reshape(-1, 1)
+            blocks = engine.Blocks(x, w, d)
+            packed = engine.encode_blocks(fmt, blocks, options.effort, magnitude, compiled)
             return lattice.read(packed.view(weights.shape[0], weights.shape[2], -1))
 
         goal = target[experts, rows].float().transpose(1, 2).contiguous()

@@ -134,6 +134,8 @@ class Lattice:
 
     def snap(self, t: Tensor) -> Tensor:
         """The level nearest to t; `t` may be overwritten. Scalar formats only."""
+        if self._scalar.snap is not None:
+            return self._scalar.snap(t)
         low, high = self.levels[0], self.levels[-1]
         if self.counts_up:
             return t.round_().clamp_(low, high)
@@ -185,7 +187,8 @@ class Lattice:
             down = (row >> 16).to(torch.uint8)
             vector = VectorParts(row & 0xFFF, signs, down, blocks(f.scale), blocks(f.d, exact))
             return view.pack(vector).view(experts, n, -1)
-        code = _code_of(self._scalar.levels, self._scalar.codes, f.level)
+        known = self._scalar.code_of
+        code = known(f.level) if known else _code_of(self._scalar.levels, self._scalar.codes, f.level)
         parts = Parts(
             blocks(code), blocks(f.scale), blocks(f.minimum), blocks(f.d, exact), blocks(f.dmin, exact)
         )
@@ -197,7 +200,8 @@ def lattice_of(fmt: Format) -> Lattice:
     """The lattice of a block format; FormatError for those that have none."""
     view = fmt.view
     if isinstance(view, Scalar):
-        return Lattice(fmt, 1, view.sub, view.scales, view.scale_codes, view.minima, view.stores_d)
+        moves_d = view.stores_d and fmt.shared is None
+        return Lattice(fmt, 1, view.sub, view.scales, view.scale_codes, view.minima, moves_d)
     if isinstance(view, Vector):
         layout = view.layout
         odd = range(layout.ladder.lowest, layout.ladder.highest + 1, layout.ladder.step)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from moequant import formats
-from moequant.formats import Effort, Format
-from moequant.rounding.feedback import Options, round_to_hessian
+from moequant.formats import Effort, Format, engine
+from moequant.rounding.feedback import Options, round_to_hessian, usable
 from moequant.rounding.paired import Grams
 from moequant.rounding.results import Result, judged
 from moequant.rounding.shrinkage import Trial
@@ -77,15 +78,40 @@ class Rounder:
         return values.float() if coupling is None else coupling.target(values, grams)
 
     def round(
-        self, weight: Weight, target: Tensor, hessian: Tensor, grams: Grams, experts: range | None = None
-    ) -> Result:
-        """A weight, or these experts of it: target f32 [E, out, in] under shrunk Hessians [E, in, in], judged
-        under those of `grams`."""
-        fmt, options = self.format(weight), replace(self.rounding.options, of=weight.numel)
-        felt = None if self.fishers is None else self.fishers.outputs.get(weight.name)
-        part = weight if experts is None else weight.of(experts)
-        if felt is not None and experts is not None:
-            felt = felt[experts.start : experts.stop]
-        found = round_to_hessian(fmt, target, hessian, options, felt)
-        own = (first + second for first, second in zip(*grams.halves, strict=True))
-        return judged(part, fmt, target, found, own, grams.tokens)
+        self,
+        weights: Sequence[Weight],
+        target: Callable[[Weight], Tensor],
+        hessian: Tensor,
+        grams: Grams,
+        experts: range | None = None,
+    ) -> list[Result]:
+        """Weights that share their inputs, or these experts of them: each towards its target f32 [E, out, in]
+        under shrunk Hessians [E, in, in], judged under those of `grams`."""
+        shared, found = self._shared(weights, target, grams), []
+        for weight in weights:
+            fmt, options = self.format(weight), replace(self.rounding.options, of=weight.numel)
+            part = weight if experts is None else weight.of(experts)
+            felt = None if self.fishers is None else self.fishers.outputs.get(weight.name)
+            if felt is not None and experts is not None:
+                felt = felt[experts.start : experts.stop]
+            wanted = target(weight)
+            rounded = round_to_hessian(fmt, wanted, hessian, options, felt, shared.get(weight.name))
+            own = (first + second for first, second in zip(*grams.halves, strict=True))
+            found.append(judged(part, fmt, wanted, rounded, own, grams.tokens))
+        return found
+
+    def _shared(
+        self, weights: Sequence[Weight], target: Callable[[Weight], Tensor], grams: Grams
+    ) -> dict[str, Tensor]:
+        """By weight, scales that it has in common with others of its group."""
+        found: dict[str, Tensor] = {}
+        for name in {self.formats[weight.name] for weight in weights}:
+            fmt, members = formats.get(name), [w for w in weights if self.formats[w.name] == name]
+            if fmt.shared is None or not fmt.shared.across or len(members) == 1:
+                continue
+            rows = torch.cat([target(weight) for weight in members], 1)
+            first, second = (half.diagonal(dim1=1, dim2=2).double() for half in grams.halves)
+            d = engine.shared_scales(fmt, rows, usable(first + second), self.rounding.options.effort)
+            parts = torch.split(d, [weight.shape[-2] for weight in members], 1)
+            found |= {weight.name: part for weight, part in zip(members, parts, strict=True)}
+        return found

@@ -212,8 +212,11 @@ class Experts:
     ) -> list[Result]:
         """These experts of weights that share their inputs."""
         hessian, rounder = shrinking.of(grams.halves, experts), self.rounder
-        targets = ((weight, rounder.target(_values(exact, weight), grams)) for weight in weights)
-        return [rounder.round(weight, target, hessian, grams, experts) for weight, target in targets]
+
+        def target(weight: Weight) -> Tensor:
+            return rounder.target(_values(exact, weight), grams)
+
+        return rounder.round(weights, target, hessian, grams, experts)
 
     def _inputs_shrunk(self, weight: Weight) -> Shrinking:
         """How far the Hessians of the block's inputs are trusted."""

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from moequant.checkpoint import load, open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.containers.folders import compressed_tensors, gptq
-from moequant.containers.folders.plan import group_format
+from moequant.containers.folders.plan import storage
 from moequant.evaluate import score_row
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
@@ -124,7 +124,7 @@ def test_transformers_computes_what_our_decoder_predicts(
         assert (loaded(IDS[:1]).logits - ours(IDS[:1]).logits).abs().max() < 1e-4
     reader = compressed_tensors.open_folder(out)
     for loss in report.losses:
-        assert loss.format == "INT4_G64" and bool((loss.error < 0.05).all()) and not loss.fallbacks
+        assert loss.format == "W4A16_G64" and bool((loss.error < 0.05).all()) and not loss.fallbacks
         (weight,) = (w for w in report.checkpoint.weights if w.name == loss.weight)
         # Correction may turn an attention output far; rows in another order would have a cosine of 0.
         exact, decoded = (x.flatten().double() for x in (load(weight), reader.load(weight)))
@@ -133,17 +133,18 @@ def test_transformers_computes_what_our_decoder_predicts(
 
 
 def test_gptq_holds_the_same_codes(tiny, tmp_path: Path, text: Path) -> None:
-    model, readers, formats = tiny("olmoe"), [], []
+    model, readers, kinds = tiny("olmoe"), [], []
     for format_, opened in (("safetensors", compressed_tensors), ("gptq", gptq)):
         wanted = {"format": format_, "bits": 4, "group_size": -1}
         report = made(model, tmp_path / format_, text, **wanted)
         readers.append(opened.open_folder(tmp_path / format_))
-        formats.append(group_format(report.checkpoint, Settings(**wanted).folder))
+        settings = Settings(**wanted).folder
+        kinds.append(storage(report.checkpoint, settings.wanted, settings.layout))
     for weight in (w for w in report.checkpoint.weights if w.role.is_expert):
         for expert in range(weight.matrices):
             (codes, scales), (theirs, halves) = (
-                container.integers(fmt, reader.stored(weight, expert), weight.n_in)
-                for container, fmt, reader in zip((compressed_tensors, gptq), formats, readers, strict=True)
+                kind.integers(reader.stored(weight, expert), weight.n_in)
+                for kind, reader in zip(kinds, readers, strict=True)
             )
             assert torch.equal(codes, theirs) and torch.equal(scales.float(), halves.float())
 

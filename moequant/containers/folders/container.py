@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint
-from moequant.containers.base import Made, Written
+from moequant.containers.base import Written
 from moequant.containers.folders import write as folder
-from moequant.containers.folders.card import Card
-from moequant.containers.folders.plan import FolderSettings, block_formats, group_format, group_plan
+from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores, with_copies
 from moequant.containers.folders.read import FolderWeights
-from moequant.errors import OutputError
+from moequant.families.base import PREDICTION
 from moequant.values import Packed, Plan
 
 
@@ -22,9 +21,14 @@ class FolderContainer:
 
     def __init__(self, checkpoint: Checkpoint, settings: FolderSettings) -> None:
         """PlanError for what no loader takes."""
-        self.checkpoint, self.settings = checkpoint, settings
-        self.plan = group_plan(checkpoint, settings)
-        self.notes: tuple[str, ...] = ()
+        self.checkpoint, self.settings = with_copies(checkpoint), settings
+        self.plan = scheme_plan(self.checkpoint, settings)
+        copied = len(checkpoint.predictions.stored)
+        self.notes: tuple[str, ...] = (
+            (f"{PREDICTION} kept: {copied:,} tensors copied as they are, for vLLM to draft with",)
+            if copied
+            else ()
+        )
 
     def size(self, plan: Plan) -> int:
         """See `Container`."""
@@ -32,13 +36,13 @@ class FolderContainer:
 
     def check_target(self, path: Path, plan: Plan) -> None:
         """See `Container`."""
-        folder.check_target(path, self.size(plan))
+        folder.check_target(path, self.checkpoint, plan, self.settings)
 
     def formats(self, plan: Plan) -> dict[str, str]:
-        """See `Container`: integers; all else is copied as bytes."""
-        types = block_formats(self.checkpoint, plan, group_format(self.checkpoint, self.settings))
-        integers = {choice.weight for choice in plan.choices if choice.format == plan.preset}
-        return {name: types[name] for name in types if name in integers}
+        """See `Container`: what has a scheme; all else is copied as bytes."""
+        rows = {weight.name: weight.n_in for weight in self.checkpoint.weights}
+        found = stores(self.checkpoint, plan, self.settings.layout)
+        return {name: storage.block_format(rows[name]) for name, storage in found.items()}
 
     def write(self, path: Path, plan: Plan, packed: Iterable[Packed]) -> Written:
         """See `Container`."""
@@ -48,14 +52,6 @@ class FolderContainer:
         """See `Container`."""
         folder.verify(written, self.checkpoint, plan, self.settings)
 
-    def describe(self, path: Path, made: Made) -> None:
-        """See `Container`."""
-        card = Card(self.checkpoint, self.settings, made)
-        try:
-            (path / "README.md").write_text(card.text(), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-
     def open(self, path: Path) -> FolderWeights:
         """See `Container`."""
-        return folder.LAYOUTS[self.settings.layout].open(path)
+        return folder.OPENERS[self.settings.layout](path)

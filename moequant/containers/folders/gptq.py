@@ -1,20 +1,12 @@
 """GPTQ, first version, symmetric, without activation order: the layout with the most loaders.
 
-Of every linear module:
-
-| tensor | dtype | shape |
-|---|---|---|
-| qweight | I32 | [in · bits / 32, out], lowest bits first along `in`, code + 2^(bits-1) |
-| qzeros | I32 | [in / group, out · bits / 32], the zero point 2^(bits-1), less one |
-| scales | F16 | [in / group, out] |
-| g_idx | I32 | [in], the group of each channel |
-
-The codes are those of the compressed-tensors layout. Reference: AutoGPTQ's and GPTQModel's packing.
+The codes are those of the compressed-tensors layout (`storage.GptqIntegers` has the tensors).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +14,11 @@ import torch
 from torch import Tensor
 
 from moequant.containers.folders.read import FolderWeights
-from moequant.containers.folders.shards import Entry
+from moequant.containers.folders.schemes import Scheme
 from moequant.formats import groups
-from moequant.formats.groups import GroupFormat
-
-SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def entries(module: str, fmt: GroupFormat, n_out: int, n_in: int) -> tuple[Entry, ...]:
-    """The tensors of one linear module."""
-    count = fmt.groups(n_in)
-    return (
-        Entry(f"{module}.qweight", "I32", (n_in // fmt.per_word, n_out)),
-        Entry(f"{module}.qzeros", "I32", (count, n_out // fmt.per_word)),
-        Entry(f"{module}.scales", "F16", (count, n_out)),
-        Entry(f"{module}.g_idx", "I32", (n_in,)),
-    )
-
-
-def tensors(fmt: GroupFormat, codes: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
-    """Codes [out, in] and scales [out, groups] as the values of `entries`."""
-    n_out, n_in = codes.shape
-    # pack() adds 2^(bits-1) to each code: -1 is stored as the zero point less one.
-    zeros = groups.pack(torch.full((fmt.groups(n_in), n_out), -1, dtype=torch.int8), fmt.bits)
-    group_of = torch.arange(n_in, dtype=torch.int32) // fmt.size(n_in)
-    return groups.pack(codes, fmt.bits).T.contiguous(), zeros, scales.T.contiguous(), group_of
-
-
-def integers(fmt: GroupFormat, stored: Mapping[str, Tensor], n_in: int) -> tuple[Tensor, Tensor]:
-    """Codes [out, in] and scales [out, groups] of one module's tensors: the inverse of `tensors`."""
-    return groups.unpack(stored["qweight"].T, fmt.bits, n_in), stored["scales"].T
-
-
-def quantization_config(fmt: GroupFormat, kept: Sequence[str]) -> dict[str, Any]:
+def quantization_config(scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json, and the whole of quantize_config.json.
 
     `kept` are the linear modules that are not quantized. Loaders that fuse q, k and v look
@@ -63,8 +27,8 @@ def quantization_config(fmt: GroupFormat, kept: Sequence[str]) -> dict[str, Any]
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
-        "bits": fmt.bits,
-        "group_size": fmt.group,
+        "bits": scheme.bits,
+        "group_size": scheme.group,
         "desc_act": False,
         "sym": True,
         "lm_head": False,
@@ -74,7 +38,7 @@ def quantization_config(fmt: GroupFormat, kept: Sequence[str]) -> dict[str, Any]
 
 def open_folder(path: Path) -> FolderWeights:
     """A folder in this layout, decoded here. VerifyError when it cannot be read or is in another layout."""
-    return FolderWeights(path, "gptq", SUFFIXES, _decode)
+    return FolderWeights(path, "gptq", lambda config: partial(_decode, int(config["bits"])))
 
 
 def _patterns(kept: Sequence[str]) -> list[str]:
@@ -91,9 +55,8 @@ def _patterns(kept: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def _decode(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Tensor:
+def _decode(bits: int, module: str, stored: Mapping[str, Tensor]) -> Tensor:
     """One module's tensors into its weight [out, in], in the precision of its scales."""
-    bits = int(config["bits"])
     words = stored["qweight"].T
     codes = groups.unpack(words, bits, words.shape[1] * 32 // bits)
     zeros = groups.unpack(stored["qzeros"], bits, stored["scales"].shape[1]) + 1

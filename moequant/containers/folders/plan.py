@@ -1,7 +1,8 @@
-"""Which weights of a checkpoint a quantized safetensors folder holds as integers, and under which names."""
+"""Which weights of a checkpoint a folder holds in which scheme, and under which names."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -9,68 +10,116 @@ from typing import Literal
 import torch
 
 from moequant.checkpoint import Checkpoint
+from moequant.containers.folders import schemes
+from moequant.containers.folders.schemes import Scheme
+from moequant.containers.folders.storage import GptqIntegers, Storage
 from moequant.errors import FamilyError, PlanError
-from moequant.formats.groups import BITS, GROUPS, GroupFormat
-from moequant.values import Choice, Plan, Role, Weight
+from moequant.formats.groups import GROUPS, GroupFormat
+from moequant.values import Choice, Origin, Place, Plan, Role, Stack, Weight
 
 LayoutName = Literal["compressed-tensors", "gptq"]
 
 ATTENTION = (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_OUT)
 DENSE = (Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN)
+KEPT = ("F32", "F16", "BF16")
+"""Formats of choices that are no schemes: numbers as the checkpoint has them."""
+
+GPTQ_BITS = (4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class FolderSettings:
-    """What a quantized folder may be told; `tp` is how many GPUs will share each weight."""
+    """What a quantized folder may be told; `tp` is how many GPUs will share each weight.
+
+    `scheme` is a name of `schemes.find`; `bits` is a short word for W4A16 or W8A16. None: W4A16, and the
+    scheme's own group size.
+    """
 
     layout: LayoutName = "compressed-tensors"
-    bits: int = 4
-    group_size: int = 128
+    scheme: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
     quantize_attention: bool = False
     tp: int = 1
     shard_bytes: int = 5_000_000_000
 
+    @property
+    def wanted(self) -> Scheme:
+        """The scheme that was asked for. PlanError for what no loader has."""
+        if self.scheme is not None and self.bits is not None:
+            raise PlanError(f"--scheme {self.scheme} and --bits {self.bits} say the same thing; give one")
+        if self.bits is not None and f"W{self.bits}A16" not in schemes.PRESETS:
+            raise PlanError(f"--bits {self.bits}: loaders take 2 to 8")
+        found = schemes.find(self.scheme or f"W{self.bits or 4}A16")
+        if self.layout == "gptq" and (found.kind != "integers" or found.bits not in GPTQ_BITS):
+            raise PlanError(
+                f"--format gptq holds W4A16 and W8A16, not {found.name}; write --format safetensors"
+            )
+        return found if self.group_size is None else schemes.with_group(found, self.group_size)
 
-def group_format(checkpoint: Checkpoint, settings: FolderSettings) -> GroupFormat:
-    """The integer format of the folder. PlanError for bits or a group size that no loader has."""
-    if settings.bits not in BITS:
-        raise PlanError(f"--bits {settings.bits}: loaders take {' or '.join(map(str, BITS))}")
-    if settings.group_size not in GROUPS:
-        raise PlanError(
-            f"--group-size {settings.group_size}: loaders take {', '.join(map(str, GROUPS[:-1]))} "
-            "or -1 (one scale a row)"
-        )
+
+def storage(checkpoint: Checkpoint, scheme: Scheme, layout: LayoutName) -> Storage:
+    """How modules of a scheme are stored; scales are of the checkpoint's own type."""
     stored = {weight.origin.dtype for weight in checkpoint.weights if weight.is_expert}
     own = torch.float16 if stored == {"F16"} else torch.bfloat16
+    if layout == "compressed-tensors":
+        return scheme.storage((own,))
     # GPTQ files hold f16 scales; rounded like the other layout's first, they give the same codes.
-    also = (torch.float16,) if settings.layout == "gptq" and own != torch.float16 else ()
-    return GroupFormat(settings.bits, settings.group_size, (own, *also))
+    also = (torch.float16,) if own != torch.float16 else ()
+    return GptqIntegers(GroupFormat(scheme.bits, scheme.group, (own, *also)))
 
 
-def group_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
-    """Experts (without experts: the feed-forward blocks) as integers, all else as the checkpoint has it.
+def with_copies(checkpoint: Checkpoint) -> Checkpoint:
+    """The model with every tensor of its layers that predict, each a weight that nothing runs."""
+    copies = (
+        Weight(
+            each.name,
+            Role.NEXTN,
+            None,
+            each.shape,
+            Stack.NONE,
+            Origin((each,)),
+            Place(""),
+            None,
+            (each.name,),
+        )
+        for each in checkpoint.predictions.stored
+    )
+    return checkpoint.with_weights((*checkpoint.weights, *copies))
+
+
+def scheme_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
+    """Experts (without experts: the feed-forward blocks) in one scheme, all else as the checkpoint has it.
 
     `quantize_attention` adds every other linear but router and head. PlanError when groups do
     not divide a weight as it will be cut, with the group sizes that would.
     """
-    fmt = group_format(checkpoint, settings)
-    shared = _shared_tensors(checkpoint)
-    chosen = [weight for weight in checkpoint.weights if _is_quantized(checkpoint, weight, settings, shared)]
+    scheme = settings.wanted
+    chosen = quantizable(checkpoint, settings.quantize_attention)
     if not chosen:
         raise PlanError(f"{checkpoint.path}: nothing to quantize; --quantize-attention adds dense linears")
-    _check_sizes(chosen, fmt, settings)
-    quantized = {weight.name for weight in chosen}
-    choices = []
-    for weight in checkpoint.weights:
-        if weight.name in quantized:
-            row = weight.n_in * fmt.bits // 8 + fmt.groups(weight.n_in) * fmt.scale_dtype.itemsize
-            reason = "" if weight.is_expert else "asked for"
-            choices.append(Choice(weight.name, fmt.name, prod(weight.shape[:-1]) * row, reason))
-        else:
-            dtype = kept_dtype(weight)
-            size = weight.numel * (4 if dtype == "F32" else 2)
-            choices.append(Choice(weight.name, dtype, size, "as in the checkpoint"))
-    return Plan(fmt.name, tuple(choices), sum(choice.bytes for choice in choices))
+    check_tp(chosen, settings.tp)
+    for weight in chosen:
+        if reason := refusal(weight, scheme, settings):
+            raise PlanError(reason)
+    made = {
+        weight.name: choice_of(weight, scheme, "" if weight.is_expert else "asked for") for weight in chosen
+    }
+    choices = tuple(made.get(weight.name) or kept_choice(weight) for weight in checkpoint.weights)
+    return Plan(scheme.name, choices, sum(choice.bytes for choice in choices))
+
+
+def choice_of(weight: Weight, scheme: Scheme, reason: str, kl: float | None = None) -> Choice:
+    """A weight in a scheme, with the bytes of its codes and scales."""
+    entries = scheme.storage((torch.bfloat16,)).entries("", *weight.shape[-2:])
+    size = sum(entry.bytes for entry in entries if not entry.name.endswith("weight_shape"))
+    return Choice(weight.name, scheme.name, prod(weight.shape[:-2]) * size, reason, kl)
+
+
+def kept_choice(weight: Weight) -> Choice:
+    """A weight as the checkpoint has it."""
+    dtype = kept_dtype(weight)
+    return Choice(weight.name, dtype, weight.numel * (4 if dtype == "F32" else 2), "as in the checkpoint")
 
 
 def kept_dtype(weight: Weight) -> str:
@@ -79,15 +128,14 @@ def kept_dtype(weight: Weight) -> str:
     return origin.dtype if origin.stored[0].codec.name == "plain" else "BF16"
 
 
-def block_formats(checkpoint: Checkpoint, plan: Plan, fmt: GroupFormat) -> dict[str, str]:
-    """What `formats.get` calls the format of every weight: what rounding packs it in."""
-    rows = {weight.name: weight.n_in for weight in checkpoint.weights}
-    return {
-        choice.weight: fmt.of_rows(rows[choice.weight]).name
-        if choice.format == plan.preset
-        else choice.format
-        for choice in plan.choices
+def stores(checkpoint: Checkpoint, plan: Plan, layout: LayoutName) -> dict[str, Storage]:
+    """How every weight that is rounded is stored, by its name, in the plan's order."""
+    by_scheme = {
+        name: storage(checkpoint, schemes.find(name), layout)
+        for name in dict.fromkeys(choice.format for choice in plan.choices)
+        if name not in KEPT
     }
+    return {choice.weight: by_scheme[choice.format] for choice in plan.choices if choice.format in by_scheme}
 
 
 def stored_names(weight: Weight) -> tuple[str, ...]:
@@ -110,15 +158,24 @@ def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     formats = {choice.weight: choice.format for choice in plan.choices}
     names = {"lm_head"}
     for weight in checkpoint.weights:
+        if not weight.runs:
+            names |= {*modules(weight)} if len(weight.shape) > 1 else set()
+            continue
         is_linear = len(weight.shape) == 2 and weight.role is not Role.EMBEDDING
-        if is_linear and formats[weight.name] != plan.preset:
+        if is_linear and formats[weight.name] in KEPT:
             names |= {*modules(weight), weight.place.param.removesuffix(".weight")}
     return tuple(sorted(names))
 
 
-def _is_quantized(
-    checkpoint: Checkpoint, weight: Weight, settings: FolderSettings, shared: frozenset[str]
-) -> bool:
+def quantizable(checkpoint: Checkpoint, attention: bool) -> list[Weight]:
+    """The weights that may have a scheme; `attention` adds the dense linears but router and head."""
+    shared = _shared_tensors(checkpoint)
+    return [weight for weight in checkpoint.weights if _is_quantized(checkpoint, weight, attention, shared)]
+
+
+def _is_quantized(checkpoint: Checkpoint, weight: Weight, attention: bool, shared: frozenset[str]) -> bool:
+    if not weight.runs:
+        return False
     if weight.is_expert:
         return len(weight.shape) == 3
     if len(weight.shape) != 2 or weight.role.keeps_precision or weight.role in (Role.EMBEDDING, Role.OUTPUT):
@@ -127,7 +184,7 @@ def _is_quantized(
         return False
     if weight.role in DENSE and checkpoint.n_experts == 0:
         return True
-    return settings.quantize_attention
+    return attention
 
 
 def _shared_tensors(checkpoint: Checkpoint) -> frozenset[str]:
@@ -141,27 +198,71 @@ def _shared_tensors(checkpoint: Checkpoint) -> frozenset[str]:
     return frozenset(twice)
 
 
-def _check_sizes(chosen: list[Weight], fmt: GroupFormat, settings: FolderSettings) -> None:
-    """PlanError for the first weight that groups, words or GPUs do not divide."""
-    if settings.tp < 1:
-        raise PlanError(f"--tp {settings.tp}: at least one GPU is needed")
+def check_tp(chosen: Iterable[Weight], tp: int) -> None:
+    """PlanError for the first weight that so many GPUs cannot share."""
+    if tp < 1:
+        raise PlanError(f"--tp {tp}: at least one GPU is needed")
     for weight in chosen:
-        n_out, n_in = weight.shape[-2:]
-        by_rows = weight.role in (Role.DOWN, Role.DENSE_DOWN, Role.ATTN_OUT)
-        cut = n_in if by_rows else n_out
-        if cut % settings.tp:
-            raise PlanError(f"{weight.name}: --tp {settings.tp} does not divide its {cut} channels")
-        part = n_in // settings.tp if by_rows else n_in
-        if not _fits(part, fmt.group, fmt):
-            works = [str(group) for group in GROUPS if _fits(part, group, fmt)]
-            shared = f" ({n_in} / --tp {settings.tp})" if part != n_in else ""
+        cut = weight.shape[-1] if _by_rows(weight) else weight.shape[-2]
+        if cut % tp:
+            raise PlanError(f"{weight.name}: --tp {tp} does not divide its {cut} channels")
+
+
+def refusal(weight: Weight, scheme: Scheme, settings: FolderSettings) -> str | None:
+    """Why a weight cannot be in a scheme as the GPUs will share it, None when it can."""
+    n_out, n_in = weight.shape[-2:]
+    by_rows, tp = _by_rows(weight), settings.tp
+    part = n_in // tp if by_rows else n_in
+    cut = f" ({n_in} / --tp {tp})" if part != n_in else ""
+    if scheme.kind == "integers":
+        if not _fits(part, scheme.group, scheme.bits):
+            works = [str(group) for group in GROUPS if _fits(part, group, scheme.bits)]
             advice = f"--group-size {' or '.join(works)} would work" if works else "write GGUF instead"
-            raise PlanError(
-                f"{weight.name}: --group-size {fmt.group} does not divide rows of {part}{shared}; {advice}"
-            )
-        if settings.layout == "gptq" and n_out % fmt.per_word:
-            raise PlanError(f"{weight.name}: GPTQ packs {fmt.per_word} rows at a time, not {n_out}")
+            return f"{weight.name}: --group-size {scheme.group} does not divide rows of {part}{cut}; {advice}"
+        if settings.layout == "gptq" and n_out * scheme.bits % 32:
+            return f"{weight.name}: GPTQ packs {32 // scheme.bits} rows at a time, not {n_out}"
+        return None
+    if scheme.group > 0 and part % scheme.group:
+        return (
+            f"{weight.name}: {scheme.name} has a scale for {scheme.group} weights, which does not divide "
+            f"rows of {part}{cut}; take another scheme, such as FP8_DYNAMIC"
+        )
+    rows = n_out if by_rows else n_out // tp
+    if rows % scheme.rows:
+        return (
+            f"{weight.name}: {scheme.name} has a scale for {scheme.rows} rows, which does not divide {rows}; "
+            "take another scheme, such as FP8_DYNAMIC"
+        )
+    return None
 
 
-def _fits(part: int, group: int, fmt: GroupFormat) -> bool:
-    return part % (fmt.per_word if group == -1 else group) == 0
+def _by_rows(weight: Weight) -> bool:
+    """Whether GPUs share the inputs of a weight, and not its outputs."""
+    return weight.role in (Role.DOWN, Role.DENSE_DOWN, Role.SHARED_DOWN, Role.ATTN_OUT)
+
+
+def _fits(part: int, group: int, bits: int) -> bool:
+    return part % group == 0 if group != -1 else part * bits % 32 == 0
+
+
+def scheme_groups(plan: Plan) -> Mapping[str, list[str]]:
+    """By scheme, the weights that have it, in the plan's order."""
+    found: dict[str, list[str]] = {}
+    for choice in plan.choices:
+        if choice.format not in KEPT:
+            found.setdefault(choice.format, []).append(choice.weight)
+    return found
+
+
+def targets(weights: Iterable[Weight]) -> list[str]:
+    """What stands for these weights in a config: a pattern for the experts of a layer, else modules' names.
+
+    vLLM asks for experts under names of its own ("model.layers.0.block_sparse_moe.experts.0.gate_proj").
+    """
+    found: list[str] = []
+    for weight in weights:
+        if weight.is_expert:
+            found.append(rf"re:.*layers\.{weight.layer}\..*\bexperts\.\d+\..*")
+        else:
+            found += [*modules(weight), weight.place.param.removesuffix(".weight")]
+    return list(dict.fromkeys(found))

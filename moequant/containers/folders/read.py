@@ -19,17 +19,21 @@ from moequant.families.config import make_config
 from moequant.values import Weight
 from moequant.values.ops import apply
 
-Decode = Callable[[Mapping[str, Any], Mapping[str, Tensor]], Tensor]
-"""(quantization_config, one module's tensors by suffix) -> weight [out, in]."""
+Decode = Callable[[str, Mapping[str, Tensor]], Tensor]
+"""(module, its tensors by suffix) -> weight [out, in]."""
+
+_CODES = ("weight_packed", "qweight", "weight_scale")
+"""Suffixes of which a quantized module has one."""
+
+_OTHERS = ("bias", "input_global_scale", "input_scale")
+"""Suffixes of a module's tensors that say nothing of its weight."""
 
 
 class FolderWeights:
     """A quantized folder's weights; a tensor is read when it is asked for, and not kept."""
 
-    def __init__(self, path: Path, layout: str, suffixes: tuple[str, ...], decode: Decode) -> None:
+    def __init__(self, path: Path, layout: str, decoder: Callable[[Mapping[str, Any]], Decode]) -> None:
         self.path = path
-        self.suffixes = suffixes
-        self._decode = decode
         self._opened: tuple[str, Any] = ("", None)
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -40,6 +44,11 @@ class FolderWeights:
         method = self.quantization.get("quant_method", "not quantized")
         if method != layout:
             raise VerifyError(f"{path}: is {method}, expected {layout}")
+        self._decode = decoder(self.quantization)
+        self.suffixes: dict[str, list[str]] = {}
+        for name in self.files:
+            module, _, suffix = name.rpartition(".")
+            self.suffixes.setdefault(module, []).append(suffix)
         self.family = families.find(config)
         self.config = make_config(self.family, config)
 
@@ -62,24 +71,29 @@ class FolderWeights:
         return stored
 
     def is_quantized(self, weight: Weight) -> bool:
-        """Whether the folder holds integers for it."""
-        return f"{modules(weight)[0]}.{self.suffixes[0]}" in self.files
+        """Whether the folder holds codes for it."""
+        return any(suffix in _CODES for suffix in self.suffixes.get(modules(weight)[0], ()))
 
     def stored(self, weight: Weight, expert: int = 0) -> dict[str, Tensor]:
         """The tensors of one expert of a quantized weight, by suffix."""
         module = modules(weight)[expert]
-        return {suffix: self.tensor(f"{module}.{suffix}") for suffix in self.suffixes}
+        there = [suffix for suffix in self.suffixes.get(module, ()) if suffix not in _OTHERS]
+        return {suffix: self.tensor(f"{module}.{suffix}") for suffix in there}
 
     def decode(self, weight: Weight, expert: int = 0) -> Tensor:
         """One expert of a quantized weight [out, in], rows as stored."""
-        return self._decode(self.quantization, self.stored(weight, expert))
+        module = modules(weight)[expert]
+        try:
+            return self._decode(module, self.stored(weight, expert))
+        except KeyError as error:
+            raise VerifyError(f"{self.path}: tensor {module}.{error.args[0]} is missing") from error
 
     def load(self, weight: Weight) -> Tensor:
         """Decoded values, shape `weight.shape`, in the file's precision.
 
         VerifyError when a tensor is missing or another shape comes out.
         """
-        if not self.is_quantized(weight):
+        if len(weight.shape) < 2 or not self.is_quantized(weight):
             return self._kept(weight)
         out: Tensor | None = None
         for expert in range(weight.matrices):

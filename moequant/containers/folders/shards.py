@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 
 Bytes = bytes | memoryview
 
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True, slots=True)

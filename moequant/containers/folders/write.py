@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +23,32 @@ from moequant import __version__
 from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Written
 from moequant.containers.folders import compressed_tensors, gptq, shards, side_files
-from moequant.containers.folders.plan import FolderSettings, group_format, kept_dtype, kept_linears, modules
-from moequant.containers.folders.read import FolderWeights
+from moequant.containers.folders.plan import (
+    FolderSettings,
+    kept_dtype,
+    kept_linears,
+    modules,
+    scheme_groups,
+    stores,
+    targets,
+)
+from moequant.containers.folders.schemes import find
 from moequant.containers.folders.shards import Bytes, Entry, Shard, ShardWriter
+from moequant.containers.folders.storage import Storage, decode
 from moequant.errors import CheckpointError, OutputError, VerifyError
-from moequant.files import RECORD, check_space
-from moequant.formats import groups
-from moequant.formats.groups import GroupFormat
+from moequant.files import RECORD, check_kept, check_space
 from moequant.values import Packed, Plan, Stored, Weight
 
 _CHUNK = 1 << 24
 
+_GPTQ_CONFIG = "quantize_config.json"
+"""Where loaders of GPTQ look beside config.json."""
+
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a loader wants integer weights: names and shapes, values, config, and the way back."""
-
-    entries: Callable[[str, GroupFormat, int, int], tuple[Entry, ...]]
-    tensors: Callable[[GroupFormat, Tensor, Tensor], tuple[Tensor, ...]]
-    integers: Callable[[GroupFormat, Mapping[str, Tensor], int], tuple[Tensor, Tensor]]
-    config: Callable[[GroupFormat, Sequence[str]], dict[str, Any]]
-    open: Callable[[Path], FolderWeights]
-
-
-LAYOUTS = {
-    "compressed-tensors": Layout(
-        compressed_tensors.entries,
-        compressed_tensors.tensors,
-        compressed_tensors.integers,
-        compressed_tensors.quantization_config,
-        compressed_tensors.open_folder,
-    ),
-    "gptq": Layout(gptq.entries, gptq.tensors, gptq.integers, gptq.quantization_config, gptq.open_folder),
-}
+OPENERS = {"compressed-tensors": compressed_tensors.open_folder, "gptq": gptq.open_folder}
+"""Readers of folders by their layout, each with somebody else's rules."""
 
 
 def folder_bytes(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> int:
@@ -65,9 +56,16 @@ def folder_bytes(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -
     return sum(shard.bytes for shard in _shards(checkpoint, plan, settings))
 
 
-def check_target(path: Path, size: int) -> None:
-    """OutputError when there is no room for `size` bytes: said before any work is done."""
-    check_space(path.absolute().parent, size)
+def check_target(path: Path, checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> None:
+    """OutputError, before any work is done, when there is no room, or a file of somebody else's in the place
+    of one that `write` will make."""
+    files = _shards(checkpoint, plan, settings)
+    check_space(path.absolute().parent, sum(shard.bytes for shard in files))
+    copied = (file.relative_to(checkpoint.path).as_posix() for file in side_files.side_files(checkpoint.path))
+    made = {"config.json", "README.md", RECORD, *(shard.name for shard in files), *copied}
+    made |= {shards.INDEX} if len(files) > 1 else set()
+    made |= {_GPTQ_CONFIG} if settings.layout == "gptq" else set()
+    check_kept(path, made)
 
 
 def write(
@@ -76,40 +74,57 @@ def write(
     """Write a plan into the empty `folder`: weights, config, tokenizer and all side files; the card comes
     later.
 
-    `packed` must yield the plan's integer weights, in their `block_formats` and the plan's order; each is
-    written as it comes and not kept. Raises OutputError when the disk refuses.
+    `packed` must yield the plan's rounded weights, in the formats of their `Storage` and the plan's order;
+    each is written as it comes and not kept. Raises OutputError when the disk refuses.
     """
-    fmt, layout = group_format(checkpoint, settings), LAYOUTS[settings.layout]
+    kinds = stores(checkpoint, plan, settings.layout)
     files = _shards(checkpoint, plan, settings)
     by_name = {weight.name: weight for weight in checkpoint.weights}
     stream = iter(packed)
     with ShardWriter(folder, files) as writer:
         for choice in plan.choices:
-            if choice.format == plan.preset:
+            if choice.weight in kinds:
                 item = next(stream)
                 if item.weight.name != choice.weight:
                     raise VerifyError(f"{item.weight.name}: came where {choice.weight} was planned")
-                _put(writer, layout, fmt, item, modules(item.weight))
+                _put(writer, kinds[choice.weight], item)
                 del item
                 continue
             entry, stored = _kept(by_name[choice.weight])
             if entry.name not in writer.checksums:
                 writer.put(entry.name, _chunks(stored))
-    config = layout.config(fmt, kept_linears(checkpoint, plan))
-    record = {"made_by": f"moequant {__version__}", "settings": asdict(settings), "crc32": writer.checksums}
+    config = quantization(checkpoint, plan, settings)
+    record = {
+        "made_by": f"moequant {__version__}",
+        "settings": asdict(settings),
+        "quantization_config": config,
+        "crc32": writer.checksums,
+    }
     _write_side_files(folder, checkpoint, files, config, record)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Written(folder, size, writer.checksums)
 
 
+def quantization(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> dict[str, Any]:
+    """The `quantization_config` of config.json."""
+    kept, named = kept_linears(checkpoint, plan), scheme_groups(plan)
+    if settings.layout == "gptq":
+        return gptq.quantization_config(find(next(iter(named))), kept)
+    if len(named) == 1:
+        groups = [(find(name), [compressed_tensors.LINEAR]) for name in named]
+    else:
+        by_name = {weight.name: weight for weight in checkpoint.weights}
+        groups = [(find(name), targets([by_name[w] for w in weights])) for name, weights in named.items()]
+    return compressed_tensors.quantization_config(groups, kept)
+
+
 def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> int:
-    """Read the folder again: every byte as written, and of each integer weight one expert decoded twice.
+    """Read the folder again: every byte as written, and of each rounded weight one expert decoded twice.
 
     The second decoder is the loader's: compressed-tensors. Returns how many weights both decoded;
     VerifyError names the tensor that is missing, differs, or decodes to something else.
     """
-    fmt, layout = group_format(checkpoint, settings), LAYOUTS[settings.layout]
-    on_disk = layout.open(written.path)
+    on_disk = OPENERS[settings.layout](written.path)
     if differing := set(on_disk.tensors) ^ written.checksums.keys():
         raise VerifyError(f"{written.path}: tensor {min(differing)} is in only one of plan and folder")
     for name, expected in tqdm(written.checksums.items(), desc="verify", disable=None, leave=False):
@@ -118,13 +133,13 @@ def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: Folde
                 f"{written.path}: bytes of {name} are not those that were written; is the disk healthy?"
             )
     by_name = {weight.name: weight for weight in checkpoint.weights}
-    chosen = [by_name[choice.weight] for choice in plan.choices if choice.format == plan.preset]
     decoded = 0
-    for number, weight in enumerate(chosen):
+    for number, (name, storage) in enumerate(stores(checkpoint, plan, settings.layout).items()):
+        weight = by_name[name]
         expert = number % weight.matrices
-        theirs = on_disk.decode(weight, expert)
-        codes, scales = layout.integers(fmt, on_disk.stored(weight, expert), weight.n_in)
-        if not torch.equal(groups.decode(fmt, codes, scales), theirs) or not torch.isfinite(theirs).all():
+        theirs = on_disk.decode(weight, expert).float()
+        ours = decode(storage, on_disk.stored(weight, expert), weight.n_in)
+        if not torch.equal(ours, theirs) or not torch.isfinite(theirs).all():
             module = modules(weight)[expert]
             raise VerifyError(f"{written.path}: {module} decodes to other values than meant")
         decoded += theirs.numel()
@@ -133,14 +148,14 @@ def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: Folde
 
 def _shards(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> tuple[Shard, ...]:
     """Every tensor of the folder in the plan's order, cut into files."""
-    fmt, layout = group_format(checkpoint, settings), LAYOUTS[settings.layout]
+    kinds = stores(checkpoint, plan, settings.layout)
     by_name = {weight.name: weight for weight in checkpoint.weights}
     entries: dict[str, Entry] = {}
     for choice in plan.choices:
         weight = by_name[choice.weight]
-        if choice.format == plan.preset:
+        if weight.name in kinds:
             for module in modules(weight):
-                made = layout.entries(module, fmt, weight.shape[-2], weight.n_in)
+                made = kinds[weight.name].entries(module, weight.shape[-2], weight.n_in)
                 entries |= {entry.name: entry for entry in made}
         else:
             entry, _ = _kept(weight)
@@ -157,13 +172,13 @@ def _kept(weight: Weight) -> tuple[Entry, Stored]:
     return Entry(name, kept_dtype(weight), stored.shape), stored
 
 
-def _put(writer: ShardWriter, layout: Layout, fmt: GroupFormat, item: Packed, names: Sequence[str]) -> None:
+def _put(writer: ShardWriter, storage: Storage, item: Packed) -> None:
     """All tensors of all experts of one weight."""
-    n_out, n_in = item.weight.shape[-2:]
+    (n_out, n_in), names = item.weight.shape[-2:], modules(item.weight)
     data = item.data.reshape(len(names), n_out, -1)
     for module, rows in zip(names, data, strict=True):
-        values = layout.tensors(fmt, *groups.split(fmt, rows, n_in))
-        for entry, tensor in zip(layout.entries(module, fmt, n_out, n_in), values, strict=True):
+        values = storage.tensors(rows, n_in)
+        for entry, tensor in zip(storage.entries(module, n_out, n_in), values, strict=True):
             writer.put(entry.name, [_bytes(tensor)])
 
 
@@ -180,7 +195,7 @@ def _chunks(stored: Stored) -> Iterator[Bytes]:
             yield _finite(stored, _bytes(stored.read(index).to(torch.bfloat16)), "BF16")
         return
     (ref,) = stored.parts.values()
-    with ref.file.open("rb") as file:
+    with ref.file.open() as file:
         file.seek(ref.begin)
         for at in range(ref.begin, ref.end, _CHUNK):
             yield _finite(stored, file.read(min(_CHUNK, ref.end - at)), stored.dtype)
@@ -209,7 +224,7 @@ def _write_side_files(
     if len(files) > 1:
         texts[shards.INDEX] = shards.index(files)
     if quantization["quant_method"] == "gptq":
-        texts["quantize_config.json"] = json.dumps(quantization, indent=2) + "\n"
+        texts[_GPTQ_CONFIG] = json.dumps(quantization, indent=2) + "\n"
     try:
         side_files.copy(checkpoint.path, folder)
         for name, text in texts.items():

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moequant.checkpoint import open_checkpoint
-from moequant.containers.base import Made
-from moequant.containers.folders import compressed_tensors
+from moequant.containers.folders import compressed_tensors, schemes
+from moequant.containers.folders import storage as storages
 from moequant.containers.folders.container import FolderContainer
 from moequant.containers.folders.plan import FolderSettings
-from moequant.containers.folders.read import FolderWeights
+from moequant.containers.folders.read import Decode, FolderWeights
 from moequant.files import atomic_folder, claim
-from moequant.formats import groups
-from moequant.formats.groups import GroupFormat
+from moequant.report import Conversion, How, Report, card
 from moequant.rounding.diagonal import Quantizer, pack_all
 from moequant.values import Calibration, ExpertLoss, Packed
 
@@ -45,7 +46,10 @@ def convert(
         with atomic_folder(out) as partial:
             written = folder.write(partial, folder.plan, packed(folder, losses, calibration))
             folder.verify(written, folder.plan)
-            folder.describe(partial, Made(folder.plan, calibration))
+            files = Report(
+                folder.checkpoint.path, out, written.bytes, folder.checkpoint, folder.plan, calibration
+            )
+            card.write(Conversion((replace(files, how=How(folder=folder.settings)),)), partial / "README.md")
     return losses
 
 
@@ -59,11 +63,19 @@ def quantized(
 
 def own_decoder(folder: Path) -> FolderWeights:
     """A compressed-tensors folder, decoded by moequant."""
-    return FolderWeights(folder, "compressed-tensors", compressed_tensors.SUFFIXES, _decode)
+    return FolderWeights(folder, "compressed-tensors", _decoder)
 
 
-def _decode(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Tensor:
-    args = config["config_groups"]["group_0"]["weights"]
-    fmt = GroupFormat(args["num_bits"], args["group_size"] or -1, (stored["weight_scale"].dtype,))
-    n_in = int(stored["weight_shape"][1])
-    return groups.decode(fmt, *compressed_tensors.integers(fmt, stored, n_in))
+def _decoder(config: Mapping[str, Any]) -> Decode:
+    def decode(module: str, stored: Mapping[str, Tensor]) -> Tensor:
+        group = compressed_tensors.group_of(config, module)
+        dtype = stored["weight_scale"].dtype
+        dtype = dtype if dtype.is_floating_point and dtype.itemsize == 2 else torch.bfloat16
+        storage = schemes.of_config(group, group["format"]).storage((dtype,))
+        codes = stored.get("weight_packed", stored.get("weight"))
+        assert codes is not None
+        per_byte = 1 if "weight" in stored else 2
+        n_in = int(stored["weight_shape"][1]) if "weight_shape" in stored else codes.shape[1] * per_byte
+        return storages.decode(storage, stored, n_in).to(dtype)
+
+    return decode

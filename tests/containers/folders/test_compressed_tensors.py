@@ -107,7 +107,7 @@ def test_the_reader_decodes_every_weight_as_we_do(tiny, tmp_path: Path, family: 
         assert torch.equal(decoded, ours.load(weight)) and decoded.shape == weight.shape
         exact = load(weight)
         if theirs.is_quantized(weight):
-            assert formats[weight.name] == "INT4_G128"
+            assert formats[weight.name] == "W4A16"
             off = (decoded.float() - exact.float()).square().sum((-1, -2)) / exact.float().square().sum(
                 (-1, -2)
             )

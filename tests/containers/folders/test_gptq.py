@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from moequant.containers.folders import compressed_tensors, gptq
-from moequant.containers.folders.plan import group_format, modules
+from moequant.containers.folders.plan import modules, storage
+from moequant.containers.folders.storage import GptqIntegers, PackedIntegers
 from moequant.errors import PlanError, VerifyError
 from tests import models
 from tests.containers.folders.cases import quantized
@@ -33,7 +34,10 @@ def test_layout_and_values(tiny, tmp_path: Path, family: str, bits: int, group: 
     made, _ = quantized(tiny(family), tmp_path / "g", layout="gptq", bits=bits, group_size=group)
     quantized(tiny(family), tmp_path / "c", bits=bits, group_size=group)
     theirs, other = gptq.open_folder(tmp_path / "g"), compressed_tensors.open_folder(tmp_path / "c")
-    fmt = group_format(made.checkpoint, made.settings)
+    kind = storage(made.checkpoint, made.settings.wanted, "gptq")
+    packed = storage(made.checkpoint, made.settings.wanted, "compressed-tensors")
+    assert isinstance(kind, GptqIntegers) and isinstance(packed, PackedIntegers)
+    fmt = kind.fmt
     for weight in made.checkpoint.weights:
         if not theirs.is_quantized(weight):
             assert torch.equal(theirs.load(weight), other.load(weight))
@@ -48,7 +52,7 @@ def test_layout_and_values(tiny, tmp_path: Path, family: str, bits: int, group: 
             rows = stored["g_idx"]
             values = (codes - (zeros[rows] + 1)).astype(np.float16) * stored["scales"][rows]
             assert np.array_equal(values.T, decoded[expert].numpy())
-            ours, scales = compressed_tensors.integers(fmt, other.stored(weight, expert), weight.n_in)
+            ours, scales = packed.integers(other.stored(weight, expert), weight.n_in)
             assert np.array_equal(ours.numpy().astype(int) + (1 << bits - 1), codes.T), "the same codes"
             assert np.array_equal(scales.float().numpy().T, stored["scales"].astype(np.float32))
 
@@ -69,7 +73,7 @@ def test_what_stays_is_named_so_that_loaders_skip_it(tiny, tmp_path: Path, atten
     for weight in made.checkpoint.weights:
         if len(weight.shape) > 1 and weight.role != "embedding":
             for module in modules(weight):
-                assert skipped(module) == (formats[weight.name] != "INT4_G128"), module
+                assert skipped(module) == (formats[weight.name] != "W4A16"), module
     # vLLM asks for q, k and v by one name.
     assert skipped("model.layers.1.self_attn.qkv_proj") != attention
     assert not skipped("model.layers.1.mlp.experts")
