@@ -25,7 +25,7 @@ class Shape:
     inner: int
     vocab: int
     tokens: int
-    used: int = 2
+    top_k: int = 2
     heads: int = 4
     kv_heads: int = 2
     head: int = 64
@@ -55,7 +55,7 @@ def build(folder: Path, shape: Shape) -> Path:
         intermediate_size=shape.inner,
         moe_intermediate_size=shape.inner,
         num_experts=shape.experts,
-        num_experts_per_tok=shape.used,
+        num_experts_per_tok=shape.top_k,
         norm_topk_prob=True,
         max_position_embeddings=1024,
         sliding_window=None,

@@ -13,7 +13,7 @@ from benchmarks.harness import Rows, case
 from benchmarks.synthetic import Shape, build
 from moequant import Settings, convert
 
-QWEN3_30B = Shape(2, 2048, 128, 768, 151_936, 16_384, used=8, heads=32, kv_heads=4, head=128, correlated=True)
+QWEN3_30B = Shape(2, 2048, 128, 768, 151_936, 16_384, 8, 32, 4, 128, True)
 TINY = Shape(1, 256, 8, 256, 512, 2_048, correlated=True)
 SHAPES = {"Qwen3-30B-A3B": QWEN3_30B, "tiny": TINY}
 

@@ -19,9 +19,9 @@ from moequant.checkpoint.folder import Folder, folder_of
 from moequant.checkpoint.headers import read_headers, read_json
 from moequant.checkpoint.predictions import Predictions
 from moequant.checkpoint.slots import weight_of
-from moequant.errors import CheckpointError, FamilyError
+from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.escape import of_cache
-from moequant.families import Config, Family
+from moequant.families import Config, Family, Slot
 from moequant.families.base import PREDICTION
 from moequant.families.config import check_experts, make_config
 from moequant.values import ModelShape, Role, Stored, Weight
@@ -220,7 +220,7 @@ def _assemble(
     """Every slot filled, every stored tensor claimed or skipped on purpose."""
     claimed: set[str] = set()
     found: list[Weight] = []
-    numbered = [(None, family.ends(config)), *((n, family.layer(config, n)) for n in range(shape.layers))]
+    numbered = [(None, family.ends(config)), *((n, slots_of(family, config, n)) for n in range(shape.layers))]
     for number, slots in numbered:
         for slot in slots:
             weight = weight_of(slot, number, shape, stored)
@@ -230,6 +230,12 @@ def _assemble(
     skipped = _left_out(family, config, (name for name in stored if name not in claimed), stored)
     # The head comes last: what it is fed is known when everything before it has been rounded.
     return tuple(sorted(found, key=lambda weight: weight.role is Role.OUTPUT)), skipped
+
+
+def slots_of(family: Family, config: Config, layer: int) -> tuple[Slot, ...]:
+    """The slots of a decoder layer; FamilyError when the config's lists do not get that far."""
+    with foreign(FamilyError, f"{family.name}: config.json does not say what layer {layer} is"):
+        return family.layer(config, layer)
 
 
 def _left_out(

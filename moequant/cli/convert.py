@@ -136,6 +136,14 @@ def convert(
         int | None,
         typer.Option(min=1, max=1024, help="GPUs that will share each weight of a folder (default 1)."),
     ] = None,
+    split_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Cut the output into files of at most so many bytes of weights, such as 40G; "
+            "NAME.gguf becomes NAME-00001-of-00003.gguf and so on.",
+        ),
+    ] = None,
     self_check: Annotated[
         bool,
         typer.Option(help="Hold the reading of the folder against transformers' own, where it fits memory."),
@@ -157,8 +165,11 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what it cost."""
-    from moequant.commands.convert import Settings, convert_all  # torch is imported only when there is work
-    from moequant.commands.convert import open_jobs as opened
+    from moequant.commands.convert import (  # torch is imported only when there is work
+        Settings,
+        convert_all,
+        planned,
+    )
     from moequant.report.conversion import next_steps
     from moequant.report.dry_run import dry_run_table
     from moequant.report.machine import conversion_json, dry_run_json
@@ -188,6 +199,7 @@ def convert(
             scheme=scheme,
             bits=bits,
             group_size=group_size,
+            split_size=split_size,
             quantize_attention=quantize_attention,
             tp=tp,
             self_check=self_check,
@@ -196,22 +208,24 @@ def convert(
     )
     source = place(model, cache_dir)
     if dry_run:
-        shown = [
-            (job.container.checkpoint, job.plan, guarded(lambda: job.size), job.limit)  # noqa: B023  called at once
-            for job in guarded(lambda: opened(source, settings))
+        files = [
+            (job.container.checkpoint, job.plan, guarded(lambda: job.parts(path)), job.limit)  # noqa: B023  called at once
+            for job, path in guarded(lambda: planned(source, out, settings))
         ]
         if as_json:
-            emit("convert", dry_run_json(shown))
+            emit("convert", dry_run_json(files))
         else:
-            for each in shown:
+            for each in files:
                 console().print(dry_run_table(*each))
         return
     guarded(lambda: _announce(source, settings))
     made = guarded(lambda: convert_all(source, out, settings))
     if as_json:
         emit("convert", conversion_json(made.reports))
-    else:
-        console().print(made.renderable(details), next_steps(made, model), sep="\n")
+        return
+    shown = console()
+    shown.print(made.renderable(details))
+    shown.print(next_steps(made, model), soft_wrap=True)  # a command is copied whole
 
 
 def _announce(model: Path | HubModel, settings: Settings) -> None:

@@ -6,6 +6,7 @@ Several sizes of a model go along it together: what does not depend on the size 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from moequant.errors import PlanError
 from moequant.evaluate import Comparison
 from moequant.evaluate.self_check import Output, SelfCheck, self_check
 from moequant.evaluate.side_by_side import Version, compare
-from moequant.files import atomic, atomic_folder
+from moequant.files import atomic, atomic_folder, atomic_parts, part_names
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
 from moequant.hub import Model
@@ -40,7 +41,7 @@ from moequant.statistics.fisher import check_memory as fits
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, ExpertLoss, Packed
 
-__all__ = ["Job", "Settings", "convert", "convert_all", "gradients", "open_job", "open_jobs"]
+__all__ = ["Job", "Settings", "convert", "convert_all", "gradients", "open_job", "open_jobs", "planned"]
 
 DEFAULT = Settings()
 
@@ -58,6 +59,7 @@ class Finished:
     """An output that lies under its name."""
 
     job: Job
+    out: Path
     written: Written
     losses: tuple[ExpertLoss, ...]
     checked: SelfCheck | None
@@ -72,7 +74,7 @@ def convert(model: Model, out: str | Path, settings: Settings = DEFAULT) -> Repo
     before.
     """
     if len(settings.each) > 1:
-        raise PlanError(f"{len(settings.each)} sizes are named; convert_all writes several files")
+        raise PlanError(f"{len(settings.each)} sizes are named, one is made here; convert_all writes several")
     return convert_all(model, out, settings).reports[0]
 
 
@@ -86,6 +88,12 @@ def convert_all(model: Model, out: str | Path, settings: Settings = DEFAULT) -> 
     outs = names(source.path, Path(out), settings)
     with claimed(source.path, outs, settings):
         return _convert(source, outs, settings)
+
+
+def planned(model: Model, out: Path, settings: Settings = DEFAULT) -> tuple[tuple[Job, Path], ...]:
+    """What a conversion would write and where, by headers alone."""
+    source = headers(model)
+    return tuple(zip(open_jobs(source, settings), names(source.path, out, settings), strict=True))
 
 
 def _convert(source: Folder, outs: Sequence[Path], settings: Settings) -> Conversion:
@@ -165,7 +173,7 @@ def _made(job: Job, out: Path, known: Known, meter: Meter) -> Finished:
     losses: list[ExpertLoss] = []
     checked: SelfCheck | None = None
     container = job.container
-    with atomic_folder(out) if container.is_folder else atomic(out) as partial:
+    with _place(job, out) as partial:
         with meter.stage(job.stage("quantize")):
             written = container.write(partial, job.plan, _rounded(job, known, losses))
         with meter.stage(job.stage("verify")):
@@ -173,7 +181,15 @@ def _made(job: Job, out: Path, known: Known, meter: Meter) -> Finished:
         if job.settings.self_check:
             with meter.stage(job.stage("self-check")):
                 checked = self_check(job.model, _output(job, written), job.settings.ram)
-    return Finished(job, replace(written, path=out), tuple(losses), checked)
+    first = part_names(out, len(container.parts(job.plan)))[0]
+    return Finished(job, out, replace(written, path=first), tuple(losses), checked)
+
+
+def _place(job: Job, out: Path) -> AbstractContextManager[Path]:
+    """Where the container writes, and what puts it in its place."""
+    if job.container.is_folder:
+        return atomic_folder(out)
+    return atomic(out) if job.settings.split is None else atomic_parts(out)
 
 
 def _rounded(job: Job, known: Known, losses: list[ExpertLoss]) -> Iterator[Packed]:
@@ -231,6 +247,7 @@ def _report(finished: Finished, known: Known, comparison: Comparison | None, met
         stages=tuple(meter.costs),
         notes=_notes(job),
         checked=None if finished.checked is None else finished.checked.note,
+        parts=job.parts(finished.out),
         how=How(rounded_on, job.settings.coupled, job.settings.folder if is_folder else None),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from moequant import plan
 from moequant.checkpoint import Checkpoint, Folder, open_checkpoint
@@ -12,6 +13,7 @@ from moequant.containers.base import Container
 from moequant.containers.folders.container import FolderContainer
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.presets import facts
+from moequant.files import part_names
 from moequant.hub import Model
 from moequant.hub.fetch import headers
 from moequant.plan.measure import Probing, measure
@@ -49,6 +51,11 @@ class Job:
     def size(self) -> int:
         """Bytes of what comes out, with the types of `plan`."""
         return self.container.size(self.plan)
+
+    def parts(self, out: Path) -> dict[Path, int]:
+        """The files of `out` and their bytes, with the types of `plan`; one folder counts as one."""
+        sizes = self.container.parts(self.plan)
+        return dict(zip(part_names(out, len(sizes)), sizes, strict=True))
 
     @property
     def quantizes(self) -> bool:
@@ -91,7 +98,7 @@ def open_jobs(model: Model | Folder, settings: Settings) -> tuple[Job, ...]:
     if settings.format != "gguf":
         folder = FolderContainer(checkpoint, settings.folder)
         return (Job(checkpoint, folder, folder.plan, settings),)
-    file = GgufContainer(checkpoint)
+    file = GgufContainer(checkpoint, settings.split)
     if settings.plan is not None:
         given = plan.read(settings.plan, file.checkpoint.weights, file.exported.own_names)
         return (Job(checkpoint, file, given, settings),)

@@ -41,7 +41,7 @@ LIMIT = 1e-3
 QUANTILE = 0.75
 """Of the tokens, so many must be within the limit: a router near a tie sends a few elsewhere."""
 
-RUNTIME_LIMIT = 0.1
+RUNTIME_LIMIT = 0.25
 """Largest difference of a token's logits in llama.cpp, in units of their own spread, for the median token:
 llama.cpp rounds what it multiplies weights of few bits with to 8 bits."""
 

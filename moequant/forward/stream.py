@@ -32,6 +32,9 @@ from moequant.values import Role, Site, Weight
 BATCH_TOKENS = 4096
 """Tokens per forward pass: enough for efficient products, few enough to bound the activations."""
 
+ENDS = frozenset({Role.NORM, Role.BIAS, Role.STREAMS})
+"""Roles of the weights behind the last layer and in front of the head."""
+
 R = TypeVar("R", bound=Recorder)
 T = TypeVar("T")
 
@@ -57,12 +60,16 @@ class Resources:
             asked = torch.device(self.device)
         except RuntimeError:
             raise PlanError(f"--device {self.device}: cpu, cuda or cuda:1 was expected") from None
-        if asked.type not in ("cpu", "cuda") or (asked.type == "cpu" and asked.index):
+        # The one kind that torch knows beside the CPU here: cuda, also of ROCm, or whatever is registered.
+        other = torch.accelerator.current_accelerator()
+        kinds = {"cpu", "cuda"} | ({other.type} if other is not None else set())
+        if asked.type not in kinds or (asked.type == "cpu" and asked.index):
             raise PlanError(f"--device {self.device}: cpu, cuda or cuda:1 was expected")
-        there = torch.cuda.device_count() if asked.type == "cuda" else 1
+        there = torch.get_device_module(asked).device_count()
         if (asked.index or 0) >= there:
             raise PlanError(
-                f"--device {self.device}: torch finds {there} CUDA devices; leave it out to run on the CPU"
+                f"--device {self.device}: torch finds {there} devices of that kind; leave it out to run on "
+                "the CPU"
             )
 
     @property
@@ -168,8 +175,10 @@ class LayerStream:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes [rows, n, h] of every batch's hidden states."""
-        return [(*batch.shape, self.checkpoint.shape.hidden) for batch in self.batches]
+        """Shapes [rows, n, h] of every batch's hidden states; [rows, n, streams, h] where those are more."""
+        shape = self.checkpoint.shape
+        ends = (shape.hidden,) if shape.streams == 1 else (shape.streams, shape.hidden)
+        return [(*batch.shape, *ends) for batch in self.batches]
 
     def __enter__(self) -> LayerStream:
         return self
@@ -285,7 +294,7 @@ class LayerStream:
     @contextmanager
     def ends(self, provider: Provider | None = None) -> Iterator[None]:
         """Inside the block the weights behind the layers are in memory, and `end` can be called."""
-        roles = {Role.NORM, Role.BIAS} | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
+        roles = ENDS | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
         ends = self._outside(*roles)
         self._fill(ends, provider)
         self.tie()

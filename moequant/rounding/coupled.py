@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moequant import formats
 from moequant.forward.hidden import Hidden
 from moequant.forward.model import fill, held, release, replace_memory
-from moequant.forward.stream import LayerStream
+from moequant.forward.stream import ENDS, LayerStream
 from moequant.forward.taps import recorder
 from moequant.rounding.feedback import round_to_hessian
 from moequant.rounding.paired import Capture, Grams, Pair, Seen
@@ -335,22 +335,23 @@ class Coupled:
         return grams
 
     def _head(self, weight: Weight, streams: Streams) -> Result:
-        """The output head, fed by the final norm."""
+        """The output head, fed by what the decoder makes of its last layer's states."""
         stream, name = self.stream, self.formats[weight.name]
         if name in UNROUNDED or weight.site is None:
             return self.plain(weight, name)
-        norms = [each for each in stream.weights(None) if each.role in (Role.NORM, Role.BIAS)]
-        fill(stream.model, norms, device=stream.resources.device)
-        norm = stream.model.get_submodule(weight.site.module)
+        ends = [each for each in stream.weights(None) if each.role in ENDS]
+        fill(stream.model, ends, device=stream.resources.device)
         grams = Grams.empty(1, weight, stream.resources.device)
         with torch.inference_mode():
             for batch in range(len(stream.batches)):
-                both = [
-                    norm(hidden.get(stream.n_layers, batch).to(stream.resources.device)).flatten(0, -2)
+                made = (
+                    stream.skeleton.finish(
+                        batch, hidden.get(stream.n_layers, batch).to(stream.resources.device)
+                    )
                     for hidden in (streams.rounded, streams.exact)
-                ]
-                grams.add(0, batch % 2, Seen(*both))
-        release(stream.model, norms)
+                )
+                grams.add(0, batch % 2, Seen(*(each.last_hidden_state.flatten(0, -2) for each in made)))
+        release(stream.model, ends)
         return self._round([weight], grams)[weight.name]
 
     def _round(self, group: list[Weight], grams: Grams) -> dict[str, Result]:

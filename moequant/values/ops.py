@@ -268,6 +268,23 @@ class NegativeExp(Op):
         into.copy_((-x).log())
 
 
+@dataclass(frozen=True, slots=True)
+class Exp(Op):
+    """exp(x): decay rates of either sign are stored as logarithms."""
+
+    def shape(self, shape: Shape) -> Shape:
+        """See `Op`."""
+        return shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        """See `Op`."""
+        return x.float().exp()
+
+    def put(self, into: Tensor, x: Tensor) -> None:
+        """See `Op`."""
+        into.copy_(x.log())
+
+
 Ops = tuple[Op, ...]
 
 

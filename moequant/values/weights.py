@@ -32,6 +32,7 @@ class Role(StrEnum):
     K_B = "k_b"
     V_B = "v_b"
     SINKS = "sinks"
+    STREAMS = "streams"
     INDEXER = "indexer"
     INDEXER_WEIGHTS = "indexer_weights"
     ROUTER = "router"
@@ -74,6 +75,7 @@ _PRECISE = frozenset(
         Role.BIAS,
         Role.SCALE,
         Role.SINKS,
+        Role.STREAMS,
         Role.ROUTER,
         Role.INDEXER_WEIGHTS,
         Role.CORRECTION,
@@ -221,7 +223,7 @@ class ModelShape:
     """How large a model is, typed: what its config says, absent keys filled by its class.
 
     `kv_heads` and `head_dim` are those of most layers. `experts` is 0 for a dense model; `context` is the
-    longest row that it takes.
+    longest row that it takes. Layers pass on `streams` hidden states for every token.
     """
 
     layers: int
@@ -234,3 +236,4 @@ class ModelShape:
     experts: int = 0
     experts_used: int = 0
     tied: bool = False
+    streams: int = 1

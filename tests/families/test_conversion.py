@@ -15,6 +15,7 @@ from moequant.containers.gguf.header import Header
 from moequant.containers.gguf.read import read_header
 from moequant.forward.model import Provider, build_model
 from moequant.forward.stream import LayerStream, Resources
+from moequant.hub.fetch import headers
 from moequant.inspection.presets import preset_files
 from moequant.report import Report
 from moequant.rounding.coupled import Coupled, Streams
@@ -23,7 +24,7 @@ from moequant.rounding.feedback import Options
 from moequant.rounding.results import decoded
 from moequant.rounding.rounder import Rounding
 from moequant.rounding.shrinkage import DIAGONAL, Trial
-from moequant.runtimes.llama_cpp.kv_cache import Load, compute_bytes, kv_bytes
+from moequant.runtimes.llama_cpp.kv_cache import UNMODELLED, Load, compute_bytes, kv_bytes
 from moequant.values import Role, Weight
 from tests import models
 from tests.clients.llama import Llama
@@ -88,8 +89,9 @@ def test_a_quantized_file_is_compared_and_generates(tmp_path: Path, text: Path, 
     with Llama(out, threads=1) as llama:
         produced = llama.generate([5, 6, 7], 4)
         assert produced and np.isfinite(llama.logits(produced)).all()
-    (planned,) = [made.header for made in preset_files(folder) if made.name == "Q4_K_M"]
-    assert memory(planned) == memory(read_header(out)), "fit answers for the folder as for its file"
+    if (header := read_header(out)).arch not in UNMODELLED:
+        (planned,) = [made.header for made in preset_files(headers(folder)) if made.name == "Q4_K_M"]
+        assert memory(planned) == memory(header), "fit answers for the folder as for its file"
 
 
 def memory(header: Header) -> tuple[object, ...]:

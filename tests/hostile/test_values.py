@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -147,6 +148,23 @@ def test_layers_without_end_are_refused_before_any_is_looked_at(tmp_path: Path, 
     with pytest.raises(FamilyError, match=r"num_hidden_layers = .*more than any model has"):
         open_checkpoint(folder)
     assert any("more than any model has" in line for line in inspect_folder(folder_of(folder)).missing)
+
+
+def test_groups_of_a_recurrent_layer_that_are_none(tmp_path: Path) -> None:
+    folder = models.build(tmp_path / "model", "nemotron_h")
+    models.edit_config(folder, n_groups=-4, mamba_n_groups=-4)
+    assert any("does not fit config.json" in line for line in inspect_folder(folder).missing)
+
+
+@pytest.mark.parametrize("key", ["mlp_layer_types", "layer_types"])
+def test_a_list_of_fewer_layers_than_there_are(tmp_path: Path, key: str) -> None:
+    folder = models.build(tmp_path / "model", "glm4_moe_lite")
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps({**raw, key: list(raw["mlp_layer_types"])[:1]}))
+    with pytest.raises(MoequantError):
+        open_checkpoint(folder)
+    assert inspect_folder(folder).missing
 
 
 def test_a_plan_that_is_a_pipe(tmp_path: Path) -> None:

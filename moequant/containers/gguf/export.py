@@ -83,7 +83,11 @@ def export(checkpoint: Checkpoint) -> Exported:
         weights.append(weight)
         names[weight.name] = prefix + tensor.name
         shapes[weight.name] = tensor.shape or weight.shape
-        assert prod(shapes[weight.name]) == weight.numel
+        if min(shapes[weight.name]) < 1 or prod(shapes[weight.name]) != weight.numel:
+            raise CheckpointError(
+                f"{weight.name}: shape {list(weight.shape)} does not fit config.json, which makes it "
+                f"{list(shapes[weight.name])}"
+            )
     return Exported(
         checkpoint.with_weights(tuple(weights)),
         way.arch,
