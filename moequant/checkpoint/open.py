@@ -184,12 +184,8 @@ def _same(one: Stored, two: Stored, rows: int = 1024) -> bool:
 
 def _shape(family: Family, config: Config) -> ModelShape:
     """The typed shape, its numbers within reason. FamilyError names a key that is none."""
-    try:
+    with foreign(FamilyError, f"{family.name}: config.json does not say how large the model is"):
         shape = family.shape(config)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise FamilyError(
-            f"{family.name}: config.json does not say how large the model is ({error})"
-        ) from None
     sizes = {
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,

@@ -62,8 +62,8 @@ def _greedy(model: torch.nn.Module, ids: Sequence[int], tokens: int, ends: set[i
     made: list[int] = []
     feed, cache = list(ids), None
     for _ in range(tokens):
-        answer = model(torch.tensor([feed]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = answer.past_key_values
+        answer = model(torch.tensor([feed]), cache=cache, use_cache=True, logits_to_keep=1)
+        cache = answer.cache
         feed = [int(answer.logits[0, -1].argmax())]
         made += feed
         if feed[0] in ends:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from moequant.families.base import Config, Family, Get, Slot
+from moequant.families.base import PREDICTION, Config, Family, Get, Slot
 from moequant.families.blocks import (
     SHAPE_KEYS,
     Experts,
@@ -100,7 +100,7 @@ def ends(config: Config) -> tuple[Slot, ...]:
 
 def prediction_layers(config: Config) -> Mapping[str, str]:
     """What releases may hold beside the layers that transformers runs."""
-    return {r"model\.mtp_layers\..*": "multi-token prediction"}
+    return {r"model\.mtp_layers\..*": PREDICTION}
 
 
 HY_V4 = Family(

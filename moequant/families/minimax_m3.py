@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moequant.families.base import Config, Family, Get, Slot
+from moequant.families.base import PREDICTION, Config, Family, Get, Slot
 from moequant.families.blocks import (
     SHAPE_KEYS,
     Experts,
@@ -95,7 +95,7 @@ def dialect(raw: dict[str, Any]) -> dict[str, Any]:
 def vision(config: Config) -> Mapping[str, str]:
     """What only images cross."""
     eye = r"(model\.)?(vision_tower|multi_modal_projector|patch_merge_mlp)\..*"
-    return {eye: "vision: only text is converted", r"model\.mtp\..*": "multi-token prediction"}
+    return {eye: "vision: only text is converted", r"model\.mtp\..*": PREDICTION}
 
 
 MINIMAX_M3 = Family(

@@ -68,7 +68,10 @@ def _headed(text: type[PreTrainedModel]) -> type[PreTrainedModel]:
             self.post_init()
 
         def forward(self, input_ids: Tensor | None = None, **arguments: Any) -> CausalLMOutputWithPast:
-            hidden = self.model(input_ids=input_ids, **arguments).last_hidden_state
-            return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+            kept = slice(-arguments.pop("logits_to_keep", 0), None)  # of 0: everything
+            made = self.model(input_ids=input_ids, **arguments)
+            return CausalLMOutputWithPast(
+                logits=self.lm_head(made.last_hidden_state[:, kept]), cache=getattr(made, "cache", None)
+            )
 
     return Headed

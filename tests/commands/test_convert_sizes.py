@@ -37,7 +37,7 @@ def alone(model: Path, folder: Path, wanted: Sequence[Settings]) -> list[bytes]:
 def test_every_file_is_what_it_is_alone_and_shared_stages_run_once(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = settings(text, ",".join(TYPES), effort="default", calib_tokens=1024, eval_tokens=512)
+    wanted = settings(text, ",".join(TYPES), effort="default", calib_tokens=1024, eval_tokens=1024)
     baseline = Reader()
     monkeypatch.setattr(line, "load", baseline)
     found = convert_all(model, tmp_path / "out", wanted)

@@ -23,6 +23,9 @@ _aten = torch.ops.aten
 CROSSING = {_aten.copy_.default, _aten._to_copy.default, _aten._copy_from.default}
 """What moves numbers from one device to another."""
 
+INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
+"""What takes indices of the CPU for a tensor of any device, as on CUDA."""
+
 FACTORIES = (
     _aten.empty.memory_format,
     _aten.empty_strided.default,
@@ -118,7 +121,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if made_of_others is not NotImplemented:
         return made_of_others
     tensors = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
-    _check(func, tensors)
+    indices = args[1] if func in INDEXED and isinstance(args[0], Pretend) else ()
+    _check(func, [each for each in tensors if not any(each is index for index in indices)])
     asked = kwargs.get("device")
     here = any(isinstance(each, Pretend) for each in tensors) if asked is None else asked.type == NAME
     out = func(*pytree.tree_map(_raw, args), **pytree.tree_map(_raw, kwargs))

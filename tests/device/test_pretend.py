@@ -41,7 +41,8 @@ def test_devices_do_not_mix() -> None:
         lambda: here @ there,
         lambda: there.addmm_(here, there),
         lambda: torch.cat([here, there]),
-        lambda: there[torch.tensor([0, 1])],
+        lambda: here[torch.tensor([0, 1], device=DEVICE)],
+        lambda: there.index_put_((torch.tensor([0]),), here[:1]),
         lambda: here.index_add_(0, torch.tensor([0, 1], device=DEVICE), here),
         lambda: torch.where(there > 0, here, there),
     ):
@@ -51,6 +52,7 @@ def test_devices_do_not_mix() -> None:
         there.numpy()
     with pytest.raises((TypeError, RuntimeError)):
         np.asarray(there)
+    assert there[torch.tensor([1])].tolist() == [[1, 1]], "CUDA takes indices of the CPU"
     assert (there * torch.tensor(2.0)).tolist() == [[2, 2], [2, 2]], "single numbers may come from the CPU"
     here.copy_(there * 3)
     assert here.tolist() == [[3, 3], [3, 3]]

@@ -30,7 +30,9 @@ def test_any_number_of_experts_converts(tmp_path: Path, text: Path, count: int, 
         tensors["model.layers.1.mlp.gate.weight"][5] = 0  # its logit is that of a middling expert
         save_file(tensors, file, {"format": "pt"})
     out = tmp_path / "out.gguf"
-    report = convert(folder, out, Settings("Q8_0", text, 512, text, eval_tokens=0, self_check=False))
+    report = convert(
+        folder, out, Settings("Q8_0", text, 512, text, effort="fast", eval_tokens=0, self_check=False)
+    )
     assert report.calibration is not None
     seen = report.calibration.routes[1].tokens
     assert len(seen) == count and (seen[5] == 0) == (used < count)

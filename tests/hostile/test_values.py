@@ -13,6 +13,7 @@ from moequant.checkpoint import open_checkpoint
 from moequant.checkpoint.codecs.declared import read_config
 from moequant.checkpoint.folder import Folder, belongs, folder_of
 from moequant.commands.route import RouteSettings
+from moequant.containers.gguf.export import export
 from moequant.containers.gguf.families.base import Key
 from moequant.containers.gguf.sizes import Budget, parse_size
 from moequant.errors import (
@@ -148,6 +149,15 @@ def test_layers_without_end_are_refused_before_any_is_looked_at(tmp_path: Path, 
     with pytest.raises(FamilyError, match=r"num_hidden_layers = .*more than any model has"):
         open_checkpoint(folder)
     assert any("more than any model has" in line for line in inspect_folder(folder_of(folder)).missing)
+
+
+@pytest.mark.parametrize("value", [float("-inf"), float("nan"), -1, 10**40])
+def test_numbers_that_no_rotation_has(tmp_path: Path, value: float) -> None:
+    folder = models.build(tmp_path / "model", "deepseek_v3", num_hidden_layers=1)
+    rope = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "rope_theta": 1e4}
+    models.edit_config(folder, rope_parameters={**rope, "original_max_position_embeddings": value})
+    with pytest.raises(MoequantError):
+        export(open_checkpoint(folder))
 
 
 def test_groups_of_a_recurrent_layer_that_are_none(tmp_path: Path) -> None:
