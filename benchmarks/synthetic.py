@@ -16,7 +16,8 @@ from tests.models import VOCAB, tokenizer
 
 @dataclass(frozen=True)
 class Shape:
-    """What the synthetic model looks like, and how much text crosses it."""
+    """What the synthetic model looks like, and how much text crosses it. Where inputs are `correlated`, the
+    embeddings of tokens share an eighth of the directions, as in trained models."""
 
     layers: int
     hidden: int
@@ -28,6 +29,7 @@ class Shape:
     heads: int = 4
     kv_heads: int = 2
     head: int = 64
+    correlated: bool = False
 
     @property
     def layer_bytes(self) -> int:
@@ -87,9 +89,17 @@ def build(folder: Path, shape: Shape) -> Path:
         "model.embed_tokens.weight": (shape.vocab, shape.hidden),
         "lm_head.weight": (shape.vocab, shape.hidden),
     }
-    shard(
-        shape.layers, {name: some(*size) for name, size in ends.items()} | {"model.norm.weight": one.clone()}
-    )
+    outside = {name: some(*size) for name, size in ends.items()} | {"model.norm.weight": one.clone()}
+    if shape.correlated:
+        rank = shape.hidden // 8
+        shared = torch.randn(shape.vocab, rank, generator=generator) @ torch.randn(
+            rank, shape.hidden, generator=generator
+        )
+        scale = torch.exp(0.5 * torch.randn(shape.hidden, generator=generator))
+        noise = torch.randn(shape.vocab, shape.hidden, generator=generator)
+        mixed = (0.8 * shared / rank**0.5 + 0.6 * noise) * scale
+        outside["model.embed_tokens.weight"] = mixed.to(torch.bfloat16)
+    shard(shape.layers, outside)
     for layer in range(shape.layers):
         shard(layer, layer_tensors(f"model.layers.{layer}.", shape, some, one))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

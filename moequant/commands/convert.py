@@ -33,9 +33,9 @@ from moequant.hub.fetch import complete, headers, is_here
 from moequant.hub.stream import announce, shelf_of, streamed
 from moequant.progress import Meter
 from moequant.report import Conversion, How, Report, card
-from moequant.rounding.coupled import Rounding
 from moequant.rounding.diagonal import Quantizer, pack_all, progress
 from moequant.rounding.layerwise import round_checkpoint
+from moequant.rounding.rounder import Rounding
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.fisher import Needs, needs
 from moequant.statistics.fisher import check_memory as fits
@@ -184,7 +184,7 @@ def _made(job: Job, out: Path, known: Known, meter: Meter) -> Finished:
             container.verify(written, job.plan)
         if job.settings.self_check and shelf_of(job.model) is None:  # transformers reads a whole folder
             with meter.stage(job.stage("self-check")):
-                checked = self_check(job.model, _output(job, written))
+                checked = self_check(job.model, _output(job, written), job.settings.ram)
     first = part_names(out, len(container.parts(job.plan)))[0]
     return Finished(job, out, replace(written, path=first), tuple(losses), checked)
 

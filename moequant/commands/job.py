@@ -16,8 +16,8 @@ from moequant.containers.gguf.presets import facts
 from moequant.files import part_names
 from moequant.hub import Model
 from moequant.hub.fetch import headers
-from moequant.plan.measure import Probing, measure, wants_probes
-from moequant.rounding.coupled import UNROUNDED
+from moequant.plan.measure import Probing, measure
+from moequant.rounding.rounder import UNROUNDED
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, Plan
 
@@ -114,8 +114,8 @@ def measured(jobs: Sequence[Job], calibration: Calibration, probes: Rows) -> tup
     """The same with types chosen by what each would cost this model, measured once for all."""
     file, settings = jobs[0].container, jobs[0].settings
     assert isinstance(file, GgufContainer)
-    ids = probes.ids if wants_probes(file.checkpoint) else None
-    found = measure(file.checkpoint, calibration, ids, Probing(gating=settings.gating), _pins(file, settings))
+    probing, pins = Probing(gating=settings.gating), _pins(file, settings)
+    found = measure(file.checkpoint, calibration, probes.ids, probing, pins, settings.resources)
     left = LEFT_COUPLED if settings.coupled else LEFT_BY_HESSIANS
     found = found.after({name: left for row in found.table.values() for name in row})
     return tuple(

@@ -14,19 +14,16 @@ from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.errors import CorpusError
 from moequant.forward.experts import EXPERTS
+from moequant.forward.memory import resident_bytes, usable_bytes
 from moequant.forward.model import Provider, build_model
-from moequant.progress import available_bytes
 from moequant.runtimes.llama_cpp.serving import CONTEXT, Prompt, Sample
 from moequant.text.rows import load_encoder
-
-ROOM = 1.25
-"""Memory that sampling takes, as a multiple of the weights in float32: logits and one decoded tensor."""
 
 
 def fits(checkpoint: Checkpoint) -> bool:
     """Whether the whole model can be sampled in the memory that is free."""
-    free = available_bytes()
-    return free is None or ROOM * 4 * sum(weight.numel for weight in checkpoint.weights) < free
+    free = usable_bytes(None)
+    return free is None or resident_bytes(checkpoint) < free
 
 
 def sample(

@@ -27,8 +27,8 @@ from moequant.errors import VerifyError, one_line
 from moequant.evaluate.activations import by_32
 from moequant.families.config import LAYERS
 from moequant.forward.causal import whole_class
+from moequant.forward.memory import usable_bytes
 from moequant.forward.model import Provider, build_model
-from moequant.progress import available_bytes
 from moequant.runtimes.llama_cpp import logits as llama_cpp
 
 TOKENS = 96
@@ -101,9 +101,9 @@ def self_check(checkpoint: Checkpoint, output: Output | None, available: int | N
     """Compare logits of random tokens: transformers on the folder, our reading of it, what was written, and
     llama.cpp on the file.
 
-    `available` bytes of memory are what is free when None. VerifyError when the logits differ.
+    `available` bytes of memory may be used, None: all that are free. VerifyError when the logits differ.
     """
-    free = available_bytes() if available is None else available
+    free = usable_bytes(available)
     layers = checkpoint.n_layers if free is None else _layers_within(checkpoint, free)
     if layers < checkpoint.n_layers:
         if not layers:

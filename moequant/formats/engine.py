@@ -110,7 +110,9 @@ def encode_blocks(fmt: Format, blocks: Blocks, effort: Effort, magnitude: float,
     device = blocks.x.device.type
     step = _blocks_at_once(fmt, device) if compiled else max(1, tile(device) // 4 // fmt.block)
     plain = replace(fmt, gain=1.0)
-    blocks = replace(blocks, x=blocks.x.clamp(-fmt.limit, fmt.limit))
+    # Views with strides of their own would be summed in another order, and each compiled anew.
+    x, importance = blocks.x.contiguous().clamp(-fmt.limit, fmt.limit), blocks.importance.contiguous()
+    blocks = replace(blocks, x=x, importance=importance)
     fill = step if compiled else None
     parts = [slice(i, i + step) for i in range(0, len(blocks.x), step)]
     return torch.cat([_encode(plain, blocks.cut(part), effort, magnitude, fill) for part in parts])

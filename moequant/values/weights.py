@@ -124,12 +124,13 @@ class Origin:
     """Where a weight's values come from: each of `stored`, or each matrix of the one stack, through `ops`.
 
     Several stored tensors are stacked, one expert behind the other. `holds` is the ggml type that has the
-    very numbers of all of them.
+    very numbers of all of them. Of one stored stack, `matrices` are those of the weight (None: all).
     """
 
     stored: tuple[Stored, ...]
     ops: Ops = ()
     holds: str | None = None
+    matrices: range | None = None
 
     @property
     def shipped(self) -> str | None:
@@ -192,6 +193,15 @@ class Weight:
     def n_in(self) -> int:
         """Row length: the dimension that a format cuts into blocks."""
         return self.shape[-1]
+
+    def of(self, experts: range) -> Weight:
+        """The same weight with some of its experts only."""
+        stored, origin = self.origin.stored, self.origin
+        if len(stored) > 1:
+            origin = replace(origin, stored=stored[experts.start : experts.stop])
+        else:
+            origin = replace(origin, matrices=experts)
+        return replace(self, shape=(len(experts), *self.shape[1:]), origin=origin)
 
     def refined(self, ops: Ops, stack: Stack | None = None, **changes: object) -> Weight:
         """What a container makes of this weight: the same through `ops`, here and in the model.

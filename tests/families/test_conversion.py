@@ -18,9 +18,11 @@ from moequant.forward.stream import LayerStream, Resources
 from moequant.hub.fetch import headers
 from moequant.inspection.presets import preset_files
 from moequant.report import Report
-from moequant.rounding.coupled import Coupled, Rounding, Streams, decoded
+from moequant.rounding.coupled import Coupled, Streams
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.feedback import Options
+from moequant.rounding.results import decoded
+from moequant.rounding.rounder import Rounding
 from moequant.rounding.shrinkage import DIAGONAL, Trial
 from moequant.runtimes.llama_cpp.kv_cache import UNMODELLED, Load, compute_bytes, kv_bytes
 from moequant.values import Role, Weight
