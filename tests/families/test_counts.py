@@ -31,7 +31,7 @@ def test_any_number_of_experts_converts(tmp_path: Path, text: Path, count: int, 
         save_file(tensors, file, {"format": "pt"})
     out = tmp_path / "out.gguf"
     report = convert(
-        folder, out, Settings("Q8_0", text, 512, text, effort="fast", eval_tokens=0, self_check=False)
+        folder, out, Settings("Q8_0", text, 1024, text, effort="fast", eval_tokens=0, self_check=False)
     )
     assert report.calibration is not None
     seen = report.calibration.routes[1].tokens
