@@ -41,7 +41,8 @@ def test_any_number_of_experts_converts(tmp_path: Path, text: Path, count: int, 
         found = llama.logits(ids.tolist())
     with torch.inference_mode():
         expected = models.reference(folder)(ids[None]).logits[0].numpy()
-    assert np.quantile(np.abs(found - expected).max(1), 0.5) < 0.05
+    # At Q8_0; of models that have nothing in common it is above 3.
+    assert np.quantile(np.abs(found - expected).max(1), 0.5) < 0.5
 
 
 def test_mistrals_own_format_is_refused_by_name(tmp_path: Path) -> None:
