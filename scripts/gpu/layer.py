@@ -29,7 +29,7 @@ from moequant.evaluate.environment import libraries
 from moequant.report import Report
 
 QWEN3 = Shape(1, 2048, 128, 768, 4096, 0, top_k=8, heads=32, kv_heads=4, head=128)
-TINY = Shape(1, 256, 8, 256, 512, 0)
+TINY = Shape(1, 256, 8, 256, 1024, 0)
 
 
 def converted(folder: Path, out: Path, device: str, effort: str, tokens: int, scored: int) -> Report:
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--seconds", type=float, default=220.0, help="nothing is started after so long")
     parser.add_argument("--efforts", nargs="+", default=["fast", "default"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=None, help="[16384 131072; tiny: 512]")
+    parser.add_argument("--tokens", nargs="+", type=int, default=None, help="[16384 131072; tiny: 1024]")
     args = parser.parse_args()
     begin, large = time.monotonic(), args.device == "cuda"
     told = {"on": torch.cuda.get_device_name() if large else "CPU"}
@@ -94,7 +94,7 @@ def main() -> None:
             (folder / each).mkdir()
             build(folder / each, shape)
         print(json.dumps(both(folder, args.device)), flush=True)
-        for tokens in args.tokens or ([16_384, 131_072] if large else [512]):
+        for tokens in args.tokens or ([16_384, 131_072] if large else [1024]):
             for effort in args.efforts:
                 if time.monotonic() - begin < args.seconds:
                     for row in stages(folder, args.device, effort, tokens):
