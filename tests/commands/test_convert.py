@@ -70,7 +70,7 @@ def test_fused_and_tied_checkpoints_give_the_same_logits(tiny, tmp_path: Path, t
 @pytest.mark.parametrize("family", MOE)
 def test_every_type_loads_and_generates(tiny, tmp_path: Path, text: Path, family: str, type_: str) -> None:
     out = tmp_path / "model.gguf"
-    report = convert(tiny(family), out, settings(text, type_, eval_tokens=0))
+    report = convert(tiny(family), out, settings(text, type_, eval_tokens=0, self_check=False))
     assert report.file_bytes == out.stat().st_size
     with Llama(out, threads=1) as llama:
         produced = llama.generate([5, 6, 7], 8)

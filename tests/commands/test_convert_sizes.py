@@ -92,7 +92,7 @@ def test_names_are_those_that_a_person_expects(tmp_path: Path) -> None:
     assert named("there", type="Q4_K_M") == ["there/Tiny-MoE-Q4_K_M.gguf"]
     assert named("new", size="10G, 12.5GiB") == ["new/Tiny-MoE-10G.gguf", "new/Tiny-MoE-12.5GiB.gguf"]
     assert named("m-{type}.gguf", bpw="3,4.50") == ["m-3bpw.gguf", "m-4.5bpw.gguf"]
-    cached = Path("models--Org--Tiny-MoE") / "snapshots" / "0123456789abcdef"
+    cached = Path("models--Org--Tiny-MoE") / "snapshots" / ("0123456789abcdef" * 3)[:40]
     assert names(cached, tmp_path, Settings())[0].name == "Tiny-MoE-Q4_K_M.gguf"
     with pytest.raises(OutputError, match=r"one name for 2 files; give a folder, or m-{type}\.gguf"):
         named("m.gguf", type="Q4_K_M,Q2_K")
