@@ -76,7 +76,7 @@ def test_however_it_is_saved_the_file_is_the_same(tmp_path: Path, text: Path, fa
         folders.append(models.build(tmp_path / f"{fused}" / "model", family, save=save))
     files = [tmp_path / f"{number}.gguf" for number in range(len(folders))]
     for folder, file in zip(folders, files, strict=True):
-        converted(folder, file, text, "F32", self_check=False)
+        converted(folder, file, text, "F32", self_check=False, mtp=False)  # transformers saves no MTP
     assert len({file.read_bytes() for file in files}) == 1
 
 
