@@ -163,7 +163,7 @@ def test_numbers_that_no_rotation_has(tmp_path: Path, value: float) -> None:
 def test_groups_of_a_recurrent_layer_that_are_none(tmp_path: Path) -> None:
     folder = models.build(tmp_path / "model", "nemotron_h")
     models.edit_config(folder, n_groups=-4, mamba_n_groups=-4)
-    assert any("does not fit config.json" in line for line in inspect_folder(folder).missing)
+    assert any("does not fit config.json" in line for line in inspect_folder(folder_of(folder)).missing)
 
 
 @pytest.mark.parametrize("key", ["mlp_layer_types", "layer_types"])
@@ -174,7 +174,7 @@ def test_a_list_of_fewer_layers_than_there_are(tmp_path: Path, key: str) -> None
     (folder / "config.json").write_text(json.dumps({**raw, key: list(raw["mlp_layer_types"])[:1]}))
     with pytest.raises(MoequantError):
         open_checkpoint(folder)
-    assert inspect_folder(folder).missing
+    assert inspect_folder(folder_of(folder)).missing
 
 
 def test_a_plan_that_is_a_pipe(tmp_path: Path) -> None:

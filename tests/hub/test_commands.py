@@ -44,7 +44,7 @@ def test_from_a_name_to_a_file(hub: Hub, online: Path, tiny, text: Path, tmp_pat
     assert f"{REPOSITORY} → tiny.gguf" in made.stdout and FIRST in made.stdout
     assert len(weights_sent(hub)) == 3
     header = read_header(out)
-    assert header.text("general.name") == "Tiny-MoE" and header.text("moequant.source.revision") == FIRST
+    assert header.text("general.name") == "Tiny MoE" and header.text("moequant.source.revision") == FIRST
     assert f"{out.stat().st_size:,} bytes" in dry.stdout
     assert gguf.GGUFReader(out).get_field("general.source.huggingface.repository").contents() == REPOSITORY
     shown = run("compare", REPOSITORY, out, "--eval", text, "--eval-tokens", 1024, "--json")
