@@ -133,7 +133,7 @@ def takeovers(random: Random, ground: Ground, folder: Path) -> Attempt:
         (theirs / "moequant.json").write_text(json.dumps(record))
     if random.random() < 0.3:
         shutil.rmtree(theirs)
-        theirs.symlink_to(random.choice([ground.bait, own, folder, folder / "nowhere"]))
+        theirs.symlink_to(random.choice([ground.bait / "secret.txt", own, folder, folder / "nowhere"]))
     path = random.choice([own, own / "out", own.parent, own / "config.json", own / "tokenizer.json", theirs,
                           theirs / "sub", theirs / "sub" / "notes", own / "..", Path("/"), Path("/tmp"),
                           Path("/proc/self/cwd")])  # fmt: skip
