@@ -44,9 +44,9 @@ def test_encoders_see_one_layout(experts: int, monkeypatch: pytest.MonkeyPatch) 
     """Compiled kernels are compiled anew for other strides: at the eighth, torch warns and gives up."""
     seen = set()
 
-    def spy(fmt: Format, x: torch.Tensor, w: torch.Tensor, *rest: object) -> torch.Tensor:
-        seen.update((each.stride(), each.is_contiguous()) for each in (x, w))
-        return encode(fmt, x, w, *rest)
+    def spy(fmt: Format, blocks: engine.Blocks, *rest: object) -> torch.Tensor:
+        seen.update((each.stride(), each.is_contiguous()) for each in (blocks.x, blocks.importance))
+        return encode(fmt, blocks, *rest)
 
     encode = engine._encode
     monkeypatch.setattr(engine, "_encode", spy)
