@@ -29,6 +29,10 @@ from moequant.values import Role, Weight
 from tests import models
 from tests.clients.llama import Llama
 
+MOST = {"jamba": 0.8}
+"""KL divergence at Q4_K_M, 0.5 where no other is said. Rounding the inputs of this random model to 8 bits moves
+its logits by 0.24 of their spread, ten times as much as others, and at Q8_0 its KL divergence is 0.10."""
+
 TIES = 0.99
 """The share of positions at which logits agree: at others the router's choice may have been a tie."""
 
@@ -84,8 +88,7 @@ def test_however_it_is_saved_the_file_is_the_same(tmp_path: Path, text: Path, fa
 def test_a_quantized_file_is_compared_and_generates(tmp_path: Path, text: Path, family: str) -> None:
     folder, out = models.build(tmp_path / "model", family), tmp_path / "q.gguf"
     report = converted(folder, out, text, "Q4_K_M", eval_tokens=1024)
-    # Random states of Mamba amplify every error: 0.1 at Q8_0, 0.6 here; unlike models are several apart.
-    assert report.comparison is not None and 0 < report.comparison.kl_mean.value < 1.0
+    assert report.comparison is not None and 0 < report.comparison.kl_mean.value < MOST.get(family, 0.5)
     with Llama(out, threads=1) as llama:
         produced = llama.generate([5, 6, 7], 4)
         assert produced and np.isfinite(llama.logits(produced)).all()

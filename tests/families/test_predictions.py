@@ -21,6 +21,7 @@ from moequant.evaluate.open_source import open_source
 from moequant.forward.stream import LayerStream, Resources
 from moequant.inspection.fit import Hardware, place
 from moequant.inspection.gguf_file import inspect_gguf
+from moequant.plan import candidates
 from moequant.rounding.coupled import Coupled, Rounding, Streams
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.feedback import Options
@@ -74,9 +75,11 @@ def test_a_quantized_one_is_a_step_safer(tmp_path: Path, text: Path) -> None:
     given = Settings("Q4_K_M", text, 1024, text, effort="fast", eval_tokens=0, self_check=False)
     report = convert(folder, file, given)
     types = {choice.weight: choice for choice in report.plan.choices}
+    weights = {weight.name: weight for weight in report.checkpoint.weights}
     for name in ("attn_q", "attn_out", "experts.gate", "experts.down", "shared.up"):
         own, twin = types[f"layers.4.{name}"], types[f"layers.3.{name}"]
-        assert bits(own.format) > bits(twin.format) or own.format == "Q8_0", name
+        allowed = sorted(candidates(weights[f"layers.4.{name}"]), key=bits)
+        assert own.format == [*allowed, allowed[-1]][allowed.index(twin.format) + 1], name
         assert "safer" in own.reason
     lost = {loss.weight: loss for loss in report.losses}
     seen = [lost[f"layers.{layer}.experts.down"].tokens for layer in (3, 4)]

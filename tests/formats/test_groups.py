@@ -93,8 +93,8 @@ def test_every_code_times_any_scale_decodes_as_compressed_tensors_does(
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 def test_scales_are_near_the_best_of_many(fmt: GroupFormat) -> None:
-    """Within 4 % at 4 bits, 25 % at others (7 bits in groups of 32 are the worst), of the error of 800 scales
-    tried for each group, well below absmax."""
+    """Within 4 % at 4 bits, 15 % at others, of the error of 800 scales tried for each group, and well below
+    absmax."""
     x, w = weights(2, 24, 256), importances(2, 256)
     blocks = x.float().view(2, 24, -1, fmt.size(256))
     per_block = w.view(2, 1, -1, fmt.size(256))
@@ -109,7 +109,7 @@ def test_scales_are_near_the_best_of_many(fmt: GroupFormat) -> None:
     best = torch.stack(errors).argmin(0)
     best_scales = torch.stack(tried).gather(0, best[None])[0].to(fmt.scale_dtype)
     found = error(fmt, x, packed(fmt, x, w), w)
-    assert (found < error(fmt, x, nearest(fmt, x, best_scales), w) * (1.04 if fmt.bits == 4 else 1.25)).all()
+    assert (found < error(fmt, x, nearest(fmt, x, best_scales), w) * (1.04 if fmt.bits == 4 else 1.15)).all()
     plain = error(fmt, x, nearest(fmt, x, fmt.storable(top / fmt.high).to(fmt.scale_dtype)), w)
     assert (found < plain * (0.8 if fmt.bits == 4 else 0.97)).all()
 
