@@ -30,8 +30,8 @@ from tests import models
 from tests.clients.llama import Llama
 
 MOST = {"jamba": 0.8}
-"""KL divergence at Q4_K_M, 0.5 where no other is said. Rounding the inputs of this random model to 8 bits moves
-its logits by 0.24 of their spread, ten times as much as others, and at Q8_0 its KL divergence is 0.10."""
+"""KL divergence at Q4_K_M, 0.5 where no other is said. Rounding its inputs to 8 bits moves the logits of this
+random model by 0.24 of their spread, ten times as much as others, and at Q8_0 its KL divergence is 0.10."""
 
 TIES = 0.99
 """The share of positions at which logits agree: at others the router's choice may have been a tie."""
