@@ -25,7 +25,6 @@ from moequant.values.ops import (
     Stacked,
     Taken,
     Transposed,
-    Unsqueezed,
     View,
     apply,
     numel,
@@ -95,9 +94,6 @@ class Fitting:
     def squeezed(self, shape: Shape) -> Op:
         return Squeezed(self.data.draw(st.sampled_from(axes(shape, lambda size: size == 1))))
 
-    def unsqueezed(self, shape: Shape) -> Op:
-        return Unsqueezed(self.data.draw(st.integers(-len(shape) - 1, -1)))
-
     def joined(self, shape: Shape) -> Op:
         return Joined(self.data.draw(st.integers(1 - len(shape), -1)))
 
@@ -130,7 +126,6 @@ MOVES = (
     Transposed,
     Stacked,
     Squeezed,
-    Unsqueezed,
     Joined,
     Grouped,
     Interleaved,
