@@ -74,17 +74,13 @@ class Fed:
 
 @dataclass(frozen=True, slots=True)
 class Inner:
-    """What the second product of one expert is fed in one batch and stream, [m, f], for which tokens i64 [m]
-    and with which weights [m]."""
+    """What the second product of one expert is fed in one batch of the rounded stream, [m, f], for which
+    tokens i64 [m] and with which weights [m]. It waits until that product is rounded."""
 
     expert: int
     values: Tensor
     tokens: Tensor
     gates: Tensor
-
-
-Both = tuple[list[Inner], list[Inner]]
-"""The experts of one batch in the exact and in the rounded stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +111,12 @@ class Experts:
             if inputs is not None:
                 found = self._round(first, exact, experts, self.input_grams(first[0], experts), inputs)
                 rounded = self._packed(rounded, found, parts)
-            kept, grams = self.inner_grams(last[0] if last else None, experts, exact, rounded)
+            kept, grams = self.inner_grams(last[0] if last else None, experts, (exact, rounded), sums[0])
             if inner is not None and grams is not None:
                 found = self._round(last, exact, experts, grams, inner)
                 rounded = self._packed(rounded, found, parts)
             del grams
-            self._add(kept, experts, (exact, rounded), sums)
+            self._add(kept, experts, rounded, sums[1])
         return {weight.name: joined(weight, parts[weight.name]) for weight in (*first, *last)}
 
     def input_grams(self, weight: Weight, experts: range) -> Grams:
@@ -141,28 +137,43 @@ class Experts:
         return grams
 
     def inner_grams(
-        self, weight: Weight | None, experts: range, exact: nn.Module, rounded: nn.Module
-    ) -> tuple[list[Both], Grams | None]:
-        """What the second products are fed, batch by batch, and Grams of it for `weight`."""
+        self,
+        weight: Weight | None,
+        experts: range,
+        modules: tuple[nn.Module, nn.Module],
+        exact_sum: Hidden | None = None,
+    ) -> tuple[list[list[Inner]], Grams | None]:
+        """What second products of the rounded stream are fed, batch by batch, and Grams of it for `weight`.
+
+        `modules` are the experts as they are and as they are rounded so far. What the exact ones give is
+        added to `exact_sum`.
+        """
         device = self.stream.resources.device
         grams = None if weight is None else Grams.empty(len(experts), weight, device)
         kept = []
-        for batch, (both, seen) in enumerate(self._each(lambda at: self._inner(at, experts, exact, rounded))):
-            kept.append(both)
+        for batch, (inner, seen) in enumerate(
+            self._each(lambda at: self._inner(at, experts, modules, exact_sum))
+        ):
+            kept.append(inner)
             for expert, each in seen if grams is not None else ():
                 assert grams is not None
                 grams.add(expert - experts.start, batch % 2, each)
         return kept, grams
 
     def _inner(
-        self, batch: int, experts: range, exact: nn.Module, rounded: nn.Module
-    ) -> tuple[Both, list[tuple[int, Seen]]]:
+        self,
+        batch: int,
+        experts: range,
+        modules: tuple[nn.Module, nn.Module],
+        exact_sum: Hidden | None = None,
+    ) -> tuple[list[Inner], list[tuple[int, Seen]]]:
         """One batch: an expert multiplies in full precision what either stream sends it, once."""
+        exact, rounded = modules
         inputs, routes = self._inputs(batch), [route.to(experts) for route in self.fed.routes[batch]]
         residual = None if self.fed.residual is None else self._get(self.fed.residual, batch)
         mass = self.fed.routes[batch][1].gates.sum(1, keepdim=True)
-        both: Both = [], []
-        seen = []
+        total = None if exact_sum is None else self._get(exact_sum, batch)
+        inner, seen = list[Inner](), list[tuple[int, Seen]]()
         for expert in sorted(routes[0].keys() | routes[1].keys()):
             at = expert - experts.start
             sent = [route[expert][0] for route in routes if expert in route]
@@ -170,34 +181,29 @@ class Experts:
             rows = sent[0] if same else torch.unique(torch.cat(sent))
             made = between(exact, first_product(exact, at, inputs[0][rows]))
             own = [made if same else made[torch.searchsorted(rows, tokens)] for tokens in sent]
-            if expert in routes[0]:
+            if expert in routes[0] and total is not None:
                 tokens, gates = routes[0][expert]
-                both[0].append(Inner(expert, own[0], tokens, gates))
+                add_output(total, tokens, last_product(exact, at, own[0]), gates)
             if expert in routes[1]:
                 tokens, gates = routes[1][expert]
                 fed = between(rounded, first_product(rounded, at, inputs[1][tokens]))
-                both[1].append(Inner(expert, fed, tokens, gates))
+                inner.append(Inner(expert, fed, tokens, gates))
                 # Of a token's residual error each of its experts takes the share that its weight has.
                 share = None if residual is None else residual[tokens] / mass[tokens]
                 seen.append((expert, Seen(fed, own[-1], gates.square(), share)))
-        return both, seen
+        if exact_sum is not None and total is not None:
+            exact_sum.put(self.fed.layer, batch, total)
+        return inner, seen
 
-    def _add(
-        self,
-        kept: list[Both],
-        experts: range,
-        modules: tuple[nn.Module, nn.Module],
-        sums: tuple[Hidden, Hidden],
-    ) -> None:
-        """Add what these experts give to the sums of both streams."""
+    def _add(self, kept: list[list[Inner]], experts: range, rounded: nn.Module, into: Hidden) -> None:
+        """Add what these experts give, rounded, to the sum of their stream."""
 
         def add(batch: int) -> None:
-            for inner, module, each in zip(kept[batch], modules, sums, strict=True):
-                total = self._get(each, batch)
-                for one in inner:
-                    result = last_product(module, one.expert - experts.start, one.values)
-                    add_output(total, one.tokens, result, one.gates)
-                each.put(self.fed.layer, batch, total)
+            total = self._get(into, batch)
+            for one in kept[batch]:
+                result = last_product(rounded, one.expert - experts.start, one.values)
+                add_output(total, one.tokens, result, one.gates)
+            into.put(self.fed.layer, batch, total)
 
         for _ in self._each(add):
             pass
@@ -242,7 +248,7 @@ class Experts:
         errors = {}
         for one in wanted:
             exact = self.read(one)
-            _, grams = self.inner_grams(weight, one, exact, exact)
+            _, grams = self.inner_grams(weight, one, (exact, exact))
             assert grams is not None
             errors[one.start] = self._tried(weight, exact, grams, layer)
         return Shrinking(layer, choose(every, errors))
@@ -268,7 +274,7 @@ class Experts:
         total, count = torch.zeros((), dtype=torch.float64), 0
         for one in wanted:
             exact = self.read(one, self._side("experts"))
-            for _, seen in self._each(lambda at, one=one, exact=exact: self._inner(at, one, exact, exact)):  # type: ignore[misc]
+            for _, seen in self._each(lambda at, one=one, both=(exact, exact): self._inner(at, one, both)):  # type: ignore[misc]
                 for _, each in seen:
                     assert each.weight is not None
                     total += (each.rounded.square().sum(1) * each.weight).sum().double().cpu()

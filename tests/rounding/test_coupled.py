@@ -94,7 +94,7 @@ def test_grams_are_the_sums_that_the_definition_says(tiny, tmp_path: Path) -> No
         fed = run.cross(layer, weights, streams)
         routed = Experts(run.rounder, stream, layer.part("model.layers.0.mlp.experts"), weights, fed)
         one = routed.read(range(8))
-        grams = routed.inner_grams(weights[-1], range(8), one, one)[1]
+        grams = routed.inner_grams(weights[-1], range(8), (one, one))[1]
         assert grams is not None
     experts = block.experts
     for expert in range(8):
