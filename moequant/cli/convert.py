@@ -47,7 +47,7 @@ def convert(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Largest file, such as 14G, instead of a type."),
+        typer.Option(metavar="SIZE", help="Largest file or folder, such as 14G, instead of a type."),
     ] = None,
     bpw: Annotated[
         float | None, typer.Option(metavar="BITS", help="Bits per weight at most, instead of a type.")
@@ -105,6 +105,18 @@ def convert(
         int | None,
         typer.Option(min=1, max=1024, help="GPUs that will share each weight of a folder (default 1)."),
     ] = None,
+    schemes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="With --size: schemes that a folder's weights may have, by commas."
+        ),
+    ] = None,
+    gpu: Annotated[
+        float | None,
+        typer.Option(
+            min=5, max=20, help="With --size: compute capability of the GPU that serves the folder."
+        ),
+    ] = None,
     self_check: Annotated[
         bool,
         typer.Option(help="Hold the reading of the folder against transformers' own, where it fits memory."),
@@ -149,6 +161,8 @@ def convert(
             group_size=group_size,
             quantize_attention=quantize_attention,
             tp=tp,
+            schemes=schemes,
+            gpu=gpu,
             self_check=self_check,
         )
     )

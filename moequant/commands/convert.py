@@ -23,7 +23,9 @@ from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder, claim
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
+from moequant.plan.folders import FolderMenu, budget_plan
 from moequant.plan.measure import Probing, measure, wants_probes
+from moequant.plan.menu import GGUF
 from moequant.progress import Meter
 from moequant.report import Report
 from moequant.rounding.coupled import UNROUNDED, Rounding
@@ -78,14 +80,19 @@ class Job:
     @property
     def measures(self) -> bool:
         """Whether types are still to be measured."""
-        is_open = isinstance(self.container, GgufContainer) and self.settings.plan is None
+        if isinstance(self.container, GgufContainer):
+            is_open = self.settings.plan is None
+        else:
+            is_open = self.settings.size is not None
         return is_open and self.quantizes and self.settings.effort != "fast"
 
     @property
     def limit(self) -> int | None:
         """The largest file that may come out when types are still to be measured, None when they stay."""
-        if not self.measures or not isinstance(self.container, GgufContainer):
+        if not self.measures:
             return None
+        if not isinstance(self.container, GgufContainer):
+            return self.plan.budget
         return self.container.overhead(self.plan) + self.plan.budget
 
 
@@ -95,7 +102,7 @@ def open_job(model: Path, settings: Settings) -> Job:
     checkpoint = open_checkpoint(model)
     if settings.format != "gguf":
         folder = FolderContainer(checkpoint, settings.folder)
-        return Job(checkpoint, folder, folder.plan, settings)
+        return Job(checkpoint, folder, _schemes(folder, settings), settings)
     file = GgufContainer(checkpoint)
     if settings.plan is not None:
         return Job(
@@ -192,7 +199,7 @@ def gradients(checkpoint: Checkpoint, settings: Settings) -> Needs | None:
 def _needs_statistics(job: Job) -> bool:
     """Whether something is made of statistics: integers of a folder are rounded under Hessians alone."""
     is_file = isinstance(job.container, GgufContainer)
-    return is_file or job.settings.effort == "fast" or job.settings.imatrix_out is not None
+    return is_file or job.measures or job.settings.effort == "fast" or job.settings.imatrix_out is not None
 
 
 def _chosen(file: GgufContainer, settings: Settings, sensitivities: plan.Sensitivities | None = None) -> Plan:
@@ -203,15 +210,28 @@ def _chosen(file: GgufContainer, settings: Settings, sensitivities: plan.Sensiti
     return plan.make_plan(weights, settings.budget, facts(file.exported), sensitivities, overhead)
 
 
+def _schemes(
+    folder: FolderContainer, settings: Settings, sensitivities: plan.Sensitivities | None = None
+) -> Plan:
+    """The one scheme of a folder, or the best schemes of the size that was asked for."""
+    if settings.size is None:
+        return folder.plan
+    menu = FolderMenu.of(folder.checkpoint, folder.settings)
+    return budget_plan(menu, settings.budget, folder.size, sensitivities)
+
+
 def _measured(job: Job, calibration: Calibration, probes: Rows) -> Job:
     """The same with types chosen by what each would cost this model, measured."""
-    assert isinstance(job.container, GgufContainer)
-    checkpoint, settings = job.container.checkpoint, job.settings
+    checkpoint, settings, container = job.container.checkpoint, job.settings, job.container
     ids = probes.ids if wants_probes(checkpoint) else None
-    sensitivities = measure(checkpoint, calibration, ids, Probing(gating=settings.gating))
+    menu = FolderMenu.of(checkpoint, settings.folder) if isinstance(container, FolderContainer) else GGUF
+    sensitivities = measure(checkpoint, calibration, ids, Probing(gating=settings.gating), menu)
     left = LEFT_COUPLED if settings.coupled else LEFT_BY_HESSIANS
     sensitivities = sensitivities.after({name: left for row in sensitivities.table.values() for name in row})
-    return replace(job, plan=_chosen(job.container, settings, sensitivities))
+    if isinstance(container, FolderContainer):
+        return replace(job, plan=_schemes(container, settings, sensitivities))
+    assert isinstance(container, GgufContainer)
+    return replace(job, plan=_chosen(container, settings, sensitivities))
 
 
 def _rounded(

@@ -19,7 +19,9 @@ PRESET = "Q4_K_M"
 """The size of a GGUF file when nobody says."""
 
 _OF_FILES = ("type", "size", "bpw", "plan")
-_OF_FOLDERS = ("scheme", "bits", "group_size", "quantize_attention", "tp")
+_OF_FOLDERS = ("scheme", "bits", "group_size", "quantize_attention", "tp", "schemes", "gpu")
+_OF_ONE_SCHEME = ("scheme", "bits", "group_size", "quantize_attention")
+_OF_BUDGETS = ("schemes", "gpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +63,28 @@ class Settings:
     group_size: int | None = None
     quantize_attention: bool | None = None
     tp: int | None = None
+    schemes: str | None = None
+    gpu: float | None = None
     self_check: bool = True
 
     def __post_init__(self) -> None:
         """See the class."""
-        foreign = _OF_FOLDERS if self.format == "gguf" else _OF_FILES
+        # A folder may have a size as well: schemes are then chosen.
+        in_folders = ("size",) if self.format == "safetensors" else ()
+        foreign = _OF_FOLDERS if self.format == "gguf" else set(_OF_FILES) - set(in_folders)
         if given := [name for name in foreign if getattr(self, name) is not None]:
-            own = _OF_FILES if self.format == "gguf" else _OF_FOLDERS
+            own = _OF_FILES if self.format == "gguf" else (*in_folders, *_OF_FOLDERS)
             raise PlanError(
                 f"{_option(given[0])} does not go with --format {self.format}; how large it is, "
                 f"{', '.join(map(_option, own))} say"
+            )
+        apart = _OF_ONE_SCHEME if self.size is not None else _OF_BUDGETS
+        if self.format != "gguf" and (given := [name for name in apart if getattr(self, name) is not None]):
+            said = "chooses schemes itself" if self.size is not None else "is for a folder with --size"
+            raise PlanError(
+                f"{_option(given[0])}: --size {said}; leave one of them out"
+                if self.size is not None
+                else f"{_option(given[0])} {said}; add it, or name one with --scheme"
             )
         _ = self.resources
         if self.format == "gguf":
@@ -86,7 +100,7 @@ class Settings:
 
     @property
     def budget(self) -> Budget:
-        """The size of a GGUF file that was asked for; PlanError for what is none."""
+        """The size of a file or folder that was asked for; PlanError for what is none."""
         if self.size is not None:
             return Budget.of_size(self.size)
         return Budget.of_bpw(self.bpw) if self.bpw is not None else Budget.of_preset(self.type or PRESET)

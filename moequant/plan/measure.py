@@ -24,19 +24,12 @@ from moequant.formats import Effort
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
 from moequant.forward.resume import Resumable
-from moequant.plan import Sensitivities, allocate, candidates, groups, make_units, prior_sensitivities
-from moequant.plan.sensitivity import as_stored
+from moequant.plan import Sensitivities, Unit, allocate
+from moequant.plan.menu import GGUF, Menu
 from moequant.progress import available_bytes
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, InputStats, Weight
 from moequant.values.ops import put
-
-PROBE = ("Q2_K", "IQ4_NL")
-"""What a probed weight is quantized to, with rows of 256s and of 32s: coarse, so that the KL divergence is
-that of the error itself and not of the few tokens that a tiny error already sends to other experts."""
-
-CHECKS = (2.5, 5.25)
-"""Bits per weight of the two whole plans, a coarse one and a fine one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +54,18 @@ def measure(
     calibration: Calibration,
     ids: Tensor | None,
     probing: Probing = Probing(),  # frozen
+    menu: Menu = GGUF,
 ) -> Sensitivities:
-    """Sensitivities of all candidates for all weights.
+    """Sensitivities of all candidates of the menu for all weights.
 
     `ids` i64 [rows, n] is text for the probes, better not the text of `calibration`; of
     a model that does not fit into memory as float32 pass None: relative errors are then
     measured, and sensitivities come from tables. Raises CheckpointError for a weight that
     cannot be read.
     """
-    found = prior_sensitivities(checkpoint.weights, checkpoint.n_layers)
+    found = menu.prior(checkpoint.weights, checkpoint.n_layers)
     errors = {
-        weight.name: sample_errors(weight, _stats(weight, calibration), probing)
+        weight.name: sample_errors(weight, _stats(weight, calibration), probing, menu)
         for weight in tqdm(checkpoint.weights, desc="errors", unit="tensor", disable=None, leave=False)
     }
     if ids is None:
@@ -81,7 +75,7 @@ def measure(
         }
         return replace(found, table=table, source="relative errors measured, sensitivities from tables")
     with torch.no_grad():
-        return _Prober(checkpoint, calibration, ids, probing).sensitivities(errors)
+        return _Prober(checkpoint, calibration, ids, probing, menu).sensitivities(errors)
 
 
 def wants_probes(checkpoint: Checkpoint, asked: bool | None = None) -> bool:
@@ -92,16 +86,19 @@ def wants_probes(checkpoint: Checkpoint, asked: bool | None = None) -> bool:
     return free is None or 4.5 * sum(weight.numel for weight in checkpoint.weights) < free
 
 
-def sample_errors(weight: Weight, stats: InputStats | None, probing: Probing) -> dict[str, float]:
+def sample_errors(
+    weight: Weight, stats: InputStats | None, probing: Probing, menu: Menu = GGUF
+) -> dict[str, float]:
     """Format -> relative squared error that it makes in the output of `weight`, over all of its experts.
 
     Errors of columns count by the mean square of what they multiply, errors of experts by
     the sum of the squared router weights of their tokens. Experts are sampled evenly in
     order of that mass, each standing for its neighbours; rows are sampled evenly.
     """
-    names = candidates(weight)
+    names = menu.candidates(weight)
     if len(names) == 1:
         return {names[0]: 0.0}
+    names = tuple(dict.fromkeys((*names, menu.probe(weight))))
     values = load(weight)
     stack = values if values.ndim == 3 else values[None]
     chosen, mass = _sample_experts(stats if len(stack) > 1 else None, len(stack), probing.experts)
@@ -114,10 +111,10 @@ def sample_errors(weight: Weight, stats: InputStats | None, probing: Probing) ->
     total = (sample.double().square().sum(1) * share).sum()
     errors = {}
     for name in names:
-        if name == as_stored(weight):
+        if name == menu.exact(weight):
             errors[name] = 0.0
             continue
-        fmt = formats.get(name)
+        fmt = formats.get(menu.block_format(name, weight))
         decoded = formats.dequantize(fmt, formats.quantize(fmt, sample, columns, probing.effort))
         error = ((sample - decoded).double().square().sum(1) * share).sum()
         errors[name] = float(error / total.clamp(min=torch.finfo(torch.float64).tiny))
@@ -143,12 +140,13 @@ class _Prober:
     """The whole model in memory, its logits on the probe's rows, and weights swapped in and out."""
 
     def __init__(
-        self, checkpoint: Checkpoint, calibration: Calibration, ids: Tensor, probing: Probing
+        self, checkpoint: Checkpoint, calibration: Calibration, ids: Tensor, probing: Probing, menu: Menu
     ) -> None:
-        self.weights, self.calibration, self.probing = checkpoint.weights, calibration, probing
+        self.weights, self.calibration = checkpoint.weights, calibration
+        self.probing, self.menu = probing, menu
         model = build_model(checkpoint, EXPERTS)
         self.params = dict(model.named_parameters(remove_duplicate=False))
-        self.groups = [group for group in groups(checkpoint.weights) if len(candidates(group[0])) > 1]
+        self.groups = [g for g in menu.groups(checkpoint.weights) if len(menu.candidates(g[0])) > 1]
         wanted = probing.tokens // (len(self.groups) * ids.shape[1])
         count = max(1, min(wanted, probing.rows, len(ids)))
         self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]
@@ -161,7 +159,7 @@ class _Prober:
             table[weight.name] = dict(errors[weight.name])
         per_error = dict.fromkeys(table, 0.0)
         for group in tqdm(self.groups, desc="probe", unit="probe", disable=None, leave=False):
-            probed = {weight.name: _at(PROBE, weight) for weight in group}
+            probed = {weight.name: self.menu.probe(weight) for weight in group}
             error = sum(errors[name][fmt] for name, fmt in probed.items())
             kl = self._kl_with(group, probed)
             per_error.update(dict.fromkeys(probed, max(kl, 0.0) / error if error else 0.0))
@@ -169,16 +167,17 @@ class _Prober:
             name: {fmt: error * per_error[name] for fmt, error in row.items()} for name, row in table.items()
         }
         found = Sensitivities(table, per_error, "")
-        linear, root = fit([self._check(found, bits) for bits in CHECKS])
+        units = self.menu.units(self.weights, found)
+        linear, root = fit(
+            [self._check(found, units, size) for size in self.menu.checks(self.weights, units)]
+        )
         tokens = self.ids.shape[0] * (self.ids.shape[1] // 2 - 1)
         source = f"{len(self.groups)} probes of {tokens:,} tokens each"
         return replace(found, source=source, linear=linear, root=root)
 
-    def _check(self, sensitivities: Sensitivities, bits: float) -> tuple[float, float]:
-        """(sum of sensitivities, KL divergence) of the best plan with so many bits per weight."""
-        units = make_units(self.weights, sensitivities)
+    def _check(self, sensitivities: Sensitivities, units: list[Unit], limit: int) -> tuple[float, float]:
+        """(sum of sensitivities, KL divergence) of the best plan of so many bytes."""
         smallest = sum(min(option.bytes for option in unit.options) for unit in units)
-        limit = round(bits * sum(weight.numel for weight in self.weights) / 8)
         types = {}
         for unit, option in zip(units, allocate(units, max(smallest, limit)), strict=True):
             types.update(dict.fromkeys((weight.name for weight in unit.weights), option.format))
@@ -203,9 +202,11 @@ class _Prober:
         stats = _stats(weight, self.calibration)
         columns = None if stats is None else importance(stats, self.probing.gating)
         values = load(weight)
+        if name == self.menu.exact(weight):
+            return values
         if columns is not None and values.ndim == 2:
             columns = columns[0]
-        fmt = formats.get(name)
+        fmt = formats.get(self.menu.block_format(name, weight))
         return formats.dequantize(fmt, formats.quantize(fmt, values, columns, self.probing.effort))
 
     def _put(self, weight: Weight, values: Tensor) -> None:
@@ -228,8 +229,3 @@ def fit(checks: Iterable[tuple[float, float]]) -> tuple[float, float]:
         if linear >= 0 and root >= 0:
             return linear, root
     return sqrt(y1 / x1 * y2 / x2), 0.0
-
-
-def _at(pair: tuple[str, str], weight: Weight) -> str:
-    """The first of the pair when 256 divides the rows, else the second."""
-    return pair[0] if weight.n_in % 256 == 0 else pair[1]
