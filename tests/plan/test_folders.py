@@ -96,5 +96,7 @@ def test_more_bytes_expect_less_divergence(tiny) -> None:
     checkpoint = open_checkpoint(tiny("qwen3_moe"))
     folder = FolderContainer(checkpoint, FolderSettings())
     menu = FolderMenu.of(checkpoint, FolderSettings())
-    found = [budget_plan(menu, Budget.of_size(f"{size}K"), folder.size).kl for size in (900, 1100, 1500, 3000)]
+    found = [
+        budget_plan(menu, Budget.of_size(f"{size}K"), folder.size).kl for size in (900, 1100, 1500, 3000)
+    ]
     assert None not in found and sorted(found, reverse=True) == found and found[0] > found[-1]
