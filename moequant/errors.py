@@ -2,6 +2,7 @@
 
 MoequantError
 ├── CheckpointError    a model folder that cannot be read: missing, truncated, NaN, …
+├── HubError           a model of the Hub that cannot be had: no such name, gated, offline, …
 ├── FamilyError        an architecture, tensor or config key nobody has described
 ├── TokenizerError     a tokenizer that cannot be written faithfully
 ├── CorpusError        calibration text that cannot be used
@@ -16,7 +17,7 @@ command line prints it and exits with 1; anything else is a bug in moequant.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 LONGEST = 1000
@@ -29,6 +30,12 @@ def one_line(error: object, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[3 - limit + limit * 2 // 3 :]}"
 
 
+def few(names: Iterable[object], most: int = 10) -> str:
+    """Names for a message: of a long list the first, and how many more there are."""
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+
+
 class MoequantError(Exception):
     """Base of every error that moequant raises on purpose. Its text is one line of LONGEST characters at
     most."""
@@ -39,6 +46,10 @@ class MoequantError(Exception):
 
 class CheckpointError(MoequantError):
     """A model folder that cannot be read as it should."""
+
+
+class HubError(MoequantError):
+    """A model of the Hugging Face Hub that cannot be had."""
 
 
 class FamilyError(MoequantError):

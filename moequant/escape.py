@@ -16,6 +16,8 @@ from pathlib import Path
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 """Unicode's categories of what is no visible character: controls, formats, surrogates, line ends."""
 
+_CACHED = re.compile(r"/models--([^/]+--[^/]+|[^/]+)/snapshots/([0-9a-f]{40})(?:/(.+))?$")
+
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|~&]|^[#+-]|(?<!\w)_|_(?!\w))")
 
 _YAML_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]+)*")
@@ -49,8 +51,28 @@ def _visible(character: str) -> bool:
 
 
 def shown(path: Path) -> str:
-    """What reports and pages call a file: not where it lies on this machine."""
-    return path.name or path.resolve().name
+    """What reports and pages call a file: not where it lies on this machine. In Hugging Face's cache it is
+    what the Hub calls it."""
+    cached = of_cache(path)
+    if cached is None:
+        return path.name or path.resolve().name
+    repository, _, file = cached
+    return f"{repository}:{file}" if file else repository
+
+
+def of_cache(path: Path) -> tuple[str, str, str] | None:
+    """Model, commit and file of a path in Hugging Face's cache; None for any other.
+
+    A file of the cache is a link to another place: its own name tells first.
+    """
+    found = _CACHED.search(path.absolute().as_posix()) or _CACHED.search(path.resolve().as_posix())
+    return (found[1].replace("--", "/", 1), found[2], found[3] or "") if found else None
+
+
+def described(path: Path) -> dict[str, str | None]:
+    """A model for a machine: its name and commit where it lies in Hugging Face's cache, else its path."""
+    cached = of_cache(path)
+    return {"path": shown(path) if cached else str(path), "revision": cached[1] if cached else None}
 
 
 def mathtext(text: str) -> str:
@@ -72,6 +94,16 @@ def yaml(text: str) -> str:
 
 def _bare(character: str) -> bool:
     return " " <= character <= "~" and character not in '"\\'
+
+
+def text_names(source: str) -> str:
+    """Sources of text, such as `calib/a.txt, org/name`, for others to read: files by their names alone."""
+    return ", ".join(Path(each).name if _is_local(each) else each for each in source.split(", "))
+
+
+def _is_local(source: str) -> bool:
+    """Whether a source of text is a place on this machine, and not the name of a data set."""
+    return "/" in source and (source.startswith(("/", "~", ".")) or _is_path(source))
 
 
 def command(arguments: Sequence[str]) -> str:

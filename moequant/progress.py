@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+_LOG = logging.getLogger(__name__)
 
 _MEMORY = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
@@ -44,6 +47,9 @@ class Meter:
         after = _read_bytes()
         read = None if before is None or after is None else after - before
         self.costs.append(StageCost(name, time.perf_counter() - start, peak_bytes(), read))
+        _LOG.debug(
+            "%s: %.1f s, %.0f MB at most", name, self.costs[-1].seconds, self.costs[-1].peak_bytes / 1e6
+        )
 
 
 def available_bytes() -> int | None:

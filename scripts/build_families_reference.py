@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING
 
 from moequant.containers.gguf.families import EXPORTS
 from moequant.families import FAMILIES, Config, Family
+from moequant.families.base import PREDICTION, nothing_predicted
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
@@ -78,6 +79,10 @@ All of them are read in bf16, f16 and f32, and as FP8 (DeepSeek's blocks, compre
 int2 to int8 (compressed-tensors, GPTQ, AWQ). What a codec decodes is described in
 `moequant/checkpoint/codecs/`.
 
+Layers that predict the token after the next (multi-token prediction) are kept as llama.cpp's NextN blocks,
+for drafting, unless the table has them among what is left out; folders hold copies of them. `--no-mtp` leaves
+them out of both.
+
 This page is written by `scripts/build_families_reference.py`.
 
 | models | class | llama.cpp | folder | left out | llama.cpp differs |
@@ -96,7 +101,9 @@ def row(family: Family) -> str:
     layers = [slot for number in range(config.num_hidden_layers) for slot in family.layer(config, number)]
     experts = [slot for slot in layers if slot.stack.name == "EXPERTS"]
     folder = all(any("{e}" in way.name for way in slot.ways) for slot in experts)
-    left = dict.fromkeys(why for why in family.skipped(config).values() if why != "computed from the config")
+    drafts = way is not None and way.predictions is not None and family.predictions is not nothing_predicted
+    kept = {"computed from the config", *([PREDICTION] if drafts else [])}
+    left = dict.fromkeys(why for why in family.skipped(config).values() if why not in kept)
     warned = " ".join(way.warnings(config)) if way is not None else ""
     cells = (
         MODELS[family.name],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -840,35 +841,81 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
 }
 """Keys of the text's config as releases have them, where transformers 5 saves others; None: none."""
 
-PREDICTION = {
-    "eh_proj.weight": (256, 512),
-    "enorm.weight": (256,),
-    "hnorm.weight": (256,),
-    "shared_head.norm.weight": (256,),
-    "shared_head.head.weight": (VOCAB, 256),
-    "embed_tokens.weight": (VOCAB, 256),
-    "self_attn.o_proj.weight": (256, 256),
+_APPENDED = {
+    "{at}.eh_proj": (256, 512),
+    "{at}.enorm": (256,),
+    "{at}.hnorm": (256,),
+    "{at}.shared_head.norm": (256,),
+    "{at}.shared_head.head": (VOCAB, 256),
+    "{at}.embed_tokens": (VOCAB, 256),
 }
-_MTP = {"mtp.fc.weight": (256, 512), "mtp.layers.0.input_layernorm.weight": (256,), "mtp.norm.weight": (256,)}
+_UNDER_MTP = {
+    "mtp.fc": (256, 512),
+    "mtp.pre_fc_norm_embedding": (256,),
+    "mtp.pre_fc_norm_hidden": (256,),
+    "mtp.norm": (256,),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How a release stores a layer that predicts: which layers of the model it is like, under which prefixes,
+    and what is around it."""
+
+    like: Mapping[int, str]
+    around: Mapping[str, tuple[int, ...]]
+
+
+def _appended(like: int, number: int, around: Mapping[str, tuple[int, ...]] = _APPENDED) -> Prediction:
+    at = f"model.layers.{number}"
+    return Prediction({like: f"{at}."}, {name.format(at=at): shape for name, shape in around.items()})
+
+
+PREDICTIONS: Mapping[str, Prediction] = {
+    "deepseek_v3": _appended(2, 3),
+    "deepseek_v32": _appended(2, 3),
+    "glm4_moe": _appended(2, 3),
+    "glm4_moe_lite": _appended(2, 3),
+    "glm_moe_dsa": _appended(2, 3),
+    "hy_v3": _appended(
+        2,
+        3,
+        {
+            "{at}.eh_proj": (256, 512),
+            "{at}.enorm": (256,),
+            "{at}.hnorm": (256,),
+            "{at}.final_layernorm": (256,),
+        },
+    ),
+    "qwen3_next": Prediction({3: "mtp.layers.0."}, _UNDER_MTP),
+    "qwen3_5_moe": Prediction({3: "mtp.layers.0."}, _UNDER_MTP),
+    "nemotron_h": Prediction(
+        {2: "mtp.layers.0.", 3: "mtp.layers.1."},
+        {
+            "mtp.layers.0.eh_proj": (256, 512),
+            "mtp.layers.0.enorm": (256,),
+            "mtp.layers.0.hnorm": (256,),
+            "mtp.layers.1.final_layernorm": (256,),
+        },
+    ),
+}
+"""Families whose layers that predict llama.cpp drafts with."""
+
 WITHIN: Mapping[str, float] = {"gemma4": 2e-2}
 """How far logits of llama.cpp may be off, where it does not compute with float32 alone: GELU is looked up in
 a table of half precision."""
 
+_UNFIT = {
+    "mtp.fc.weight": (256, 512),
+    "mtp.layers.0.input_layernorm.weight": (256,),
+    "mtp.norm.weight": (256,),
+}
+
 BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
-    **{
-        family: {
-            f"model.layers.{CONFIGS[family]['num_hidden_layers']}.{name}": shape
-            for name, shape in PREDICTION.items()
-        }
-        for family in ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3")
-    },
-    "qwen3_next": _MTP,
-    "qwen3_5_moe": _MTP,
     "ernie4_5_moe": {"model.mtp_emb_norm.0.weight": (256,), "model.mtp_linear_proj.0.weight": (256, 512)},
-    "exaone_moe": _MTP,
-    "mellum": _MTP,
+    "exaone_moe": _UNFIT,
+    "mellum": _UNFIT,
     "mimo_v2_flash": {"model.mtp.layers.0.eh_proj.weight": (256, 512)},
-    "nemotron_h": {"mtp.layers.0.mixer.o_proj.weight": (256, 192)},
 }
 """Tensors of releases that transformers neither runs nor saves."""
 
@@ -1004,9 +1051,26 @@ def as_released(folder: Path, family: str) -> Path:
         }
         save_file(stacks, file, {"format": "pt"})
     extra = {name: torch.randn(shape).bfloat16() for name, shape in BESIDE.get(family, {}).items()}
+    extra |= predicting(folder, family)
     if extra:
         save_file(extra, folder / "model-mtp.safetensors", {"format": "pt"})
     return folder
+
+
+def predicting(folder: Path, family: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The tensors of a layer that predicts, with values of its own; none where llama.cpp has no such."""
+    told, made = PREDICTIONS.get(family), dict[str, torch.Tensor]()
+    if told is None:
+        return made
+    chance = torch.Generator().manual_seed(seed)
+    shapes = {f"{name}.weight": shape for name, shape in told.around.items()}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        for number, prefix in told.like.items():
+            if (parts := name.partition(f"layers.{number}."))[2] and "visual" not in name:
+                shapes[prefix + parts[2]] = tuple(tensor.shape)
+    for name, shape in shapes.items():
+        made[name] = (torch.randn(shape, generator=chance) * 0.1).bfloat16()
+    return made
 
 
 def reference(folder: Path) -> PreTrainedModel:

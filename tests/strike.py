@@ -35,11 +35,26 @@ def _run(action: Callable[[], object], step: int) -> None:
     """In the child: never returns."""
     left = step
 
-    def count(*args: object) -> None:
+    def count() -> None:
         nonlocal left
         left -= 1
         if not left:
             os._exit(DEAD)
+
+    try:
+        watch(count)
+        action()
+        left = 0
+        os._exit(0)
+    except BaseException as error:
+        left = 0
+        print(repr(error), file=sys.stderr, flush=True)
+    finally:
+        os._exit(1)
+
+
+def watch(count: Callable[[], object]) -> None:
+    """Call `count` before every file operation of this process from now on."""
 
     def audited(event: str, args: object) -> None:
         if event.startswith(COUNTED):
@@ -55,13 +70,4 @@ def _run(action: Callable[[], object], step: int) -> None:
     # Python's own audit events know neither of these.
     os.fsync = counted(os.fsync)  # type: ignore[assignment]
     rename.renameat2 = counted(rename.renameat2)  # type: ignore[assignment]
-    try:
-        sys.addaudithook(audited)
-        action()
-        left = 0
-        os._exit(0)
-    except BaseException as error:
-        left = 0
-        print(repr(error), file=sys.stderr, flush=True)
-    finally:
-        os._exit(1)
+    sys.addaudithook(audited)

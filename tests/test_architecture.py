@@ -22,6 +22,7 @@ ORDER = [
     {"statistics"},
     {"rounding"},
     {"containers"},
+    {"hub"},
     {"runtimes"},
     {"evaluate"},
     {"plan"},

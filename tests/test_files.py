@@ -166,6 +166,20 @@ def test_nothing_is_replaced_unasked(tmp_path: Path, kernel: str) -> None:
     assert names(tmp_path) == {"old", "nowhere", "absent", "link"}
 
 
+def test_a_link_to_another_folder_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "thesis").write_bytes(OLD)
+    for name, leads in (("link", "far/thesis"), ("nowhere", "far/absent")):
+        (tmp_path / name).symlink_to(leads)
+        for overwrite in (False, True):
+            refused(
+                lambda name=name, how=overwrite: put(tmp_path / name, overwrite=how), f"link to .*{leads}"
+            )
+    (tmp_path / "near").symlink_to("far")
+    put(tmp_path / "near" / "new")
+    assert names(tmp_path / "far") == {"thesis", "new"} and (tmp_path / "far" / "thesis").read_bytes() == OLD
+
+
 @pytest.mark.parametrize("what", ["file", "folder", "symlink", "empty folder"])
 def test_what_appears_meanwhile_is_kept(tmp_path: Path, kernel: str, what: str) -> None:
     out = tmp_path / "out"

@@ -1,5 +1,23 @@
 """Model folders: stored tensors, and the model weights that they hold."""
 
-from moequant.checkpoint.open import Checkpoint, load, load_packed, not_finite, open_checkpoint
+from moequant.checkpoint.folder import Folder, LocalFile, folder_of
+from moequant.checkpoint.open import (
+    Checkpoint,
+    load,
+    load_packed,
+    not_finite,
+    open_checkpoint,
+    repository,
+)
 
-__all__ = ["Checkpoint", "load", "load_packed", "not_finite", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Folder",
+    "LocalFile",
+    "folder_of",
+    "load",
+    "load_packed",
+    "not_finite",
+    "open_checkpoint",
+    "repository",
+]

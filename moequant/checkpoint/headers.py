@@ -12,9 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from moequant.checkpoint.folder import Folder
 from moequant.errors import CheckpointError
-from moequant.files.read import check_regular, read_text
-from moequant.values import TensorRef
+from moequant.files.read import read_text
+from moequant.values import File, TensorRef
 
 MAX_HEADER = 100_000_000
 """The format's own limit on its JSON header, in bytes."""
@@ -43,45 +44,36 @@ def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
     return value
 
 
-def belongs(file: Path, source: Path) -> bool:
-    """Whether `file` is a regular file of the model.
-
-    A symlink must stay inside the model folder, or lead to where Hugging Face's cache keeps the files of
-    this model; any other could make a stranger's folder publish something of this machine.
-    """
-    root, real = source.resolve(), file.resolve()
-    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
-    return real.is_file() and (real.is_relative_to(root) or real.parent == cache)
-
-
-def read_headers(folder: Path) -> dict[str, TensorRef]:
+def read_headers(folder: Folder) -> dict[str, TensorRef]:
     """All tensors of a folder by name, the index checked against the shards."""
-    weight_map = _weight_map(folder)
-    shards = sorted(set(weight_map.values()))
-    if not weight_map:
-        shards = sorted(path.name for path in folder.glob("*.safetensors"))
-        if not shards:
-            raise CheckpointError(f"{folder}: no *.safetensors file; other weight formats are not read")
-    if missing := [name for name in shards if not (folder / name).is_file()]:
+    weight_map = read_index(folder.path)
+    shards = sorted(set(weight_map.values())) or sorted(folder.weights)
+    if not shards:
+        raise CheckpointError(f"{folder.path}: no *.safetensors file; other weight formats are not read")
+    if missing := [name for name in shards if name not in folder.weights]:
         raise CheckpointError(
-            f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(shards)} named in "
+            f"{folder.path}: shard {missing[0]} is missing ({len(missing)} of {len(shards)} named in "
             f"{INDEX}); is the download complete?"
         )
     refs: dict[str, TensorRef] = {}
     for name in shards:
-        for ref in read_header(folder / name):
+        for ref in read_header(folder.weights[name]):
             if ref.name in refs:
                 raise CheckpointError(
-                    f"{folder}: tensor {ref.name} is in two shards, {name} and {refs[ref.name].file.name}"
+                    f"{folder.path}: tensor {ref.name} is in two shards, {name} and "
+                    f"{refs[ref.name].file.name}"
                 )
             refs[ref.name] = ref
     if absent := sorted(weight_map.keys() - refs.keys()):
-        raise CheckpointError(f"{folder}: {absent[0]} is in the index but not in {weight_map[absent[0]]}")
+        raise CheckpointError(
+            f"{folder.path}: {absent[0]} is in the index but not in {weight_map[absent[0]]}"
+        )
     return refs
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """The index of a sharded folder, checked: shards lie in the folder itself; empty when there is none."""
+def read_index(folder: Path) -> dict[str, str]:
+    """The file of every tensor as the index says, checked: files lie in the folder itself. Empty without an
+    index."""
     if not (folder / INDEX).is_file():
         return {}
     found = read_json(folder / INDEX).get("weight_map")
@@ -96,13 +88,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return found
 
 
-def read_header(path: Path) -> tuple[TensorRef, ...]:
+def read_header(path: File) -> tuple[TensorRef, ...]:
     """The tensors of one safetensors file, in the order of their bytes. CheckpointError for what breaks a
     rule of the format."""
-    check_regular(path)
-    size = path.stat().st_size
+    size = path.bytes
     try:
-        with path.open("rb") as file:
+        with path.open() as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):
                 raise CheckpointError(
@@ -139,7 +130,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _ref(path: Path, name: str, entry: Any, start: int) -> TensorRef:
+def _ref(path: File, name: str, entry: Any, start: int) -> TensorRef:
     """One entry of a header, its types and its size checked."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -15,22 +15,24 @@ import torch
 from torch import Tensor
 
 from moequant import families
-from moequant.checkpoint.codecs import as_shipped, recognise, repack
+from moequant.checkpoint.codecs import recognise, repack
+from moequant.checkpoint.folder import Folder, folder_of
 from moequant.checkpoint.headers import read_headers, read_json
+from moequant.checkpoint.predictions import Predictions
+from moequant.checkpoint.slots import FLOATS, weight_of
 from moequant.errors import CheckpointError, FamilyError
-from moequant.families import Config, Family, Get, Slot
+from moequant.escape import of_cache
+from moequant.families import Config, Family
+from moequant.families.base import PREDICTION
 from moequant.families.config import check_experts, make_config
-from moequant.values import ModelShape, Origin, Place, Role, Stack, Stored, Weight
+from moequant.values import ModelShape, Origin, Role, Stack, Stored, Weight
 from moequant.values.ops import Part, apply, shape_after
-
-FLOATS = ("BF16", "F16", "F32")
-"""Types that a stored tensor may decode to."""
 
 MODELOPT = "hf_quant_config.json"
 """Where ModelOpt says how it quantized."""
 
-MOST = 1 << 20
-"""More layers or experts than this are a slip of the config, and would be looped over."""
+MOST_EXPERTS = 1 << 20
+"""More experts than this are a slip of the config, and would be looped over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,9 @@ class Checkpoint:
     """An opened model: only headers are in memory.
 
     `raw` is config.json as it is, `config` what its class in transformers makes of it. `weights` are those of
-    the model in the order in which they compute, the head last. `skipped` counts the stored tensors that
-    are left out on purpose, by the reason.
+    the model in the order in which they compute, the head last. `predictions` are layers behind the last,
+    which transformers does not run. `skipped` counts the stored tensors that are left out on purpose, by the
+    reason.
     """
 
     path: Path
@@ -49,15 +52,18 @@ class Checkpoint:
     shape: ModelShape
     weights: tuple[Weight, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
+    predictions: Predictions = field(default_factory=Predictions)
 
     @property
     def repository(self) -> str:
-        """What the Hub calls the model, ORG/NAME, if it lies in Hugging Face's cache; else the folder's
-        name."""
-        folder = self.path.resolve()
-        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-            return folder.parents[1].name.removeprefix("models--").replace("--", "/")
-        return folder.name
+        """See `repository`."""
+        return repository(self.path)
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model of the Hub, None of a folder that does not tell."""
+        cached = of_cache(self.path)
+        return cached[1] if cached else None
 
     @property
     def name(self) -> str:
@@ -89,35 +95,49 @@ class Checkpoint:
         """The same model cut into other weights: as a container refines them."""
         return replace(self, weights=weights)
 
+    def without_predictions(self) -> Checkpoint:
+        """The same model without the layers behind the last: they are left out."""
+        if not self.predictions.stored:
+            return self
+        skipped = {**self.skipped, PREDICTION: len(self.predictions.stored)}
+        return replace(self, skipped=skipped, predictions=Predictions())
 
-def open_checkpoint(path: Path) -> Checkpoint:
+
+def repository(path: Path) -> str:
+    """What the Hub calls the model of a folder, ORG/NAME, if it lies in Hugging Face's cache; else the
+    folder's name."""
+    cached = of_cache(path)
+    return cached[0] if cached else path.resolve().name
+
+
+def open_checkpoint(model: Path | Folder) -> Checkpoint:
     """Read config and headers of a model folder.
 
     Raises CheckpointError for a missing, truncated or unreadable file and FamilyError for
     an architecture, a config key or a tensor that no family describes.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such folder; give a Hugging Face model folder")
-    if not path.is_dir() or not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path}: not a Hugging Face model folder (config.json and *.safetensors expected)"
-        )
+    folder = folder_of(model)
+    path = folder.path
     raw = read_json(path / "config.json")
     family = families.find(raw)
     quantization = _quantization(path, raw)
-    found = recognise(read_headers(path), quantization)
+    found = recognise(read_headers(folder), quantization)
     stored = {renamed(family, name): each for name, each in found.items()}
     tied = _tied(path, bool(make_config(family, raw).tie_word_embeddings), stored)
     config = make_config(family, raw, tied)
     shape = _shape(family, config)
     weights, skipped = _assemble(family, config, shape, stored)
+    predictions = Predictions.of(
+        family, config, shape, weights, {n: stored[n] for n in skipped.pop(PREDICTION, ())}
+    )
     embedding = next(weight for weight in weights if weight.role is Role.EMBEDDING)
     if embedding.shape != (shape.vocab, shape.hidden):
         raise CheckpointError(
             f"{path}: the embedding is {list(embedding.shape)}, config.json says "
             f"{[shape.vocab, shape.hidden]} (vocab_size, hidden_size)"
         )
-    return Checkpoint(path, raw, config, family, shape, weights, skipped)
+    counted = {reason: len(names) for reason, names in skipped.items()}
+    return Checkpoint(path, raw, config, family, shape, weights, counted, predictions)
 
 
 def _quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -252,9 +272,8 @@ def _shape(family: Family, config: Config) -> ModelShape:
     for key, size in sizes.items():
         if size < 1:
             raise FamilyError(f"{family.name}: config key {key} = {size}: a size above 0 was expected")
-    for key, size in (("num_hidden_layers", shape.layers), ("number of experts", shape.experts)):
-        if size > MOST:
-            raise FamilyError(f"{family.name}: config key {key} = {size}: more than any model has")
+    if shape.experts > MOST_EXPERTS:
+        raise FamilyError(f"{family.name}: number of experts = {shape.experts}: more than any model has")
     for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
         epsilon = getattr(config, key, None)
         if epsilon is not None and not 0 <= epsilon < 1:
@@ -267,14 +286,14 @@ def _shape(family: Family, config: Config) -> ModelShape:
 
 def _assemble(
     family: Family, config: Config, shape: ModelShape, stored: Mapping[str, Stored]
-) -> tuple[tuple[Weight, ...], dict[str, int]]:
+) -> tuple[tuple[Weight, ...], dict[str, list[str]]]:
     """Every slot filled, every stored tensor claimed or skipped on purpose."""
     claimed: set[str] = set()
     found: list[Weight] = []
     numbered = [(None, family.ends(config)), *((n, family.layer(config, n)) for n in range(shape.layers))]
     for number, slots in numbered:
         for slot in slots:
-            weight = _weight(slot, number, shape, stored)
+            weight = weight_of(slot, number, shape, stored)
             if weight is not None:
                 claimed |= {renamed(family, each.name) for each in weight.origin.stored}
                 found.append(weight)
@@ -285,10 +304,10 @@ def _assemble(
 
 def _left_out(
     family: Family, config: Config, names: Iterable[str], stored: Mapping[str, Stored]
-) -> dict[str, int]:
-    """Tensors that no slot names, counted by the reason. FamilyError for one without any."""
+) -> dict[str, list[str]]:
+    """Tensors that no slot names, by the reason. FamilyError for one without any."""
     reasons = [(re.compile(pattern), reason) for pattern, reason in family.skipped(config).items()]
-    skipped: dict[str, int] = {}
+    skipped: dict[str, list[str]] = {}
     for name in names:
         reason = next((reason for pattern, reason in reasons if pattern.fullmatch(name)), None)
         if reason is None:
@@ -302,98 +321,5 @@ def _left_out(
                 f"{family.name}: tensor {name} {list(stored[name].shape)} is unknown; nothing is dropped "
                 "silently"
             )
-        skipped[reason] = skipped.get(reason, 0) + 1
+        skipped.setdefault(reason, []).append(name)
     return skipped
-
-
-def _weight(slot: Slot, layer: int | None, shape: ModelShape, stored: Mapping[str, Stored]) -> Weight | None:
-    """What the checkpoint has for a slot; None for an optional one that is absent."""
-    where = slot.role.value if layer is None else f"layer {layer} {slot.role.value}"
-    there = {way: names for way in slot.ways if (names := _there(way, shape.experts, stored))}
-    # Where none has the rows that it should, the first says what is wrong.
-    fit = [way for way, names in there.items() if way.rows in (None, *stored[names[0]].shape[-2:-1])]
-    ways = {way: there[way] for way in fit or list(there)[:1]}
-    if not ways:
-        if slot.optional:
-            return None
-        name = slot.ways[0].name
-        raise CheckpointError(f"{where} is missing ({name}); is the download complete?")
-    if len(ways) > 1:
-        one, two = (names[0] for names in list(ways.values())[:2])
-        raise CheckpointError(f"{where}: stored twice, as {one} and as {two}")
-    ((way, names),) = ways.items()
-    tensors = tuple(stored[name] for name in names)
-    _check_tensors(where, way, tensors, shape.experts)
-    try:
-        whole = _shape_of(slot, way, tensors, shape.experts)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {names[0]} is {list(tensors[0].shape)}; {error} do not go") from None
-    return Weight(
-        name=slot.name,
-        role=slot.role,
-        layer=layer,
-        shape=whole,
-        stack=slot.stack,
-        origin=Origin(tensors, way.ops, _holds(tensors)),
-        place=Place(slot.param, slot.ops),
-        site=slot.site,
-        names=_release_names(slot, shape.experts),
-        adds=slot.adds,
-    )
-
-
-def _holds(tensors: tuple[Stored, ...]) -> str | None:
-    """The ggml type that holds exactly what all of the tensors do."""
-    kinds = {as_shipped(each) for each in tensors}
-    return kinds.pop() if len(kinds) == 1 else None
-
-
-def _there(way: Get, experts: int, stored: Mapping[str, Stored]) -> tuple[str, ...]:
-    """The stored tensors of a way that are there, in the order of the experts."""
-    if "{e}" not in way.name:
-        return (way.name,) if way.name in stored else ()
-    names = (way.name.replace("{e}", str(expert)) for expert in range(experts))
-    return tuple(name for name in names if name in stored)
-
-
-def _check_tensors(where: str, way: Get, tensors: tuple[Stored, ...], experts: int) -> None:
-    """CheckpointError for experts that are missing or unlike each other, and for types that are no floats."""
-    for each in tensors:
-        if each.dtype not in FLOATS:
-            raise CheckpointError(
-                f"tensor {each.name} is stored as {each.dtype}; expected "
-                f"{', '.join(FLOATS)} (convert the checkpoint first)"
-            )
-    if "{e}" not in way.name:
-        return
-    if len(tensors) < experts:
-        there = {each.name for each in tensors}
-        gone = [e for e in range(experts) if way.name.replace("{e}", str(e)) not in there]
-        shown = ", ".join(map(str, gone[:10])) + (", …" if len(gone) > 10 else "")
-        raise CheckpointError(f"{where}: experts [{shown}] of {experts} missing; is the download complete?")
-    if len({(each.shape, each.dtype) for each in tensors}) != 1:
-        odd = next(
-            each for each in tensors if (each.shape, each.dtype) != (tensors[0].shape, tensors[0].dtype)
-        )
-        raise CheckpointError(f"{where}: {odd.name} has another shape or dtype than expert 0; experts differ")
-
-
-def _shape_of(slot: Slot, way: Get, tensors: tuple[Stored, ...], experts: int) -> tuple[int, ...]:
-    """The weight's shape; ValueError, with what does not go, when the stored ones are not what the slot
-    says."""
-    shape = tensors[0].shape
-    if slot.stack is not Stack.EXPERTS:
-        return shape_after(way.ops, shape)
-    if "{e}" in way.name:
-        return (experts, *shape_after(way.ops, shape))
-    if len(shape) == 2:
-        return shape_after(way.ops, shape)
-    if len(shape) != 3 or shape[0] != experts:
-        raise ValueError(f"{experts} experts of config.json")
-    return (experts, *shape_after(way.ops, shape[1:]))
-
-
-def _release_names(slot: Slot, experts: int) -> tuple[str, ...]:
-    """What checkpoints with a tensor of its own for every expert call the matrices of a slot."""
-    name = slot.ways[0].name
-    return tuple(name.replace("{e}", str(e)) for e in range(experts)) if "{e}" in name else (name,)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated
 
 import typer
@@ -15,6 +14,8 @@ from moequant.cli.convert import convert
 from moequant.cli.demo import demo
 from moequant.cli.fit import fit
 from moequant.cli.inspect import inspect
+from moequant.cli.output import command as with_output
+from moequant.cli.output import start_logging
 from moequant.cli.plan import plan
 from moequant.cli.route import route
 
@@ -23,12 +24,11 @@ app = typer.Typer(
     cls=Commands,
     help="Quantize mixture-of-experts models: every expert measured, packed and checked.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 for command in (check, compare, convert, demo, fit, inspect, plan, route):
-    app.command()(command)
+    app.command()(with_output(command))
 
 
 @app.callback(invoke_without_command=True)
@@ -36,7 +36,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Quantize mixture-of-experts models: every expert measured, packed and checked."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    start_logging()
     if version:
         typer.echo(f"moequant {moequant.__version__}")
         raise typer.Exit

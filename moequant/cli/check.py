@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moequant.cli.common import Overwrite, console, guarded
+from moequant.cli.common import MOST, CacheDir, Overwrite, console, guarded, local, place
+from moequant.cli.output import document
 
 
 class CheckDevice(StrEnum):
@@ -21,9 +21,15 @@ class CheckDevice(StrEnum):
 
 
 def check(
-    out: Annotated[Path, typer.Argument(help="GGUF file, or folder of int4/int8 safetensors.")],
+    out: Annotated[
+        str,
+        typer.Argument(
+            help="GGUF file, folder of int4/int8 safetensors, or a name of the Hub: OWNER/NAME[:FILE.gguf]."
+        ),
+    ],
     baseline: Annotated[
-        Path | None, typer.Option(help="Model folder that it was made from: errors per expert, routing.")
+        str | None,
+        typer.Option(help="Model that it was made from, folder or name: errors per expert, routing."),
     ] = None,
     device: Annotated[
         CheckDevice | None,
@@ -36,11 +42,12 @@ def check(
         str | None,
         typer.Option(help="Text for real activations: file, folder, .jsonl or dataset (default: bundled)."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=512, help="Tokens of that text.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=512, max=MOST, help="Tokens of that text.")] = 2048,
     speed: Annotated[bool, typer.Option("--speed", help="Time the kernels too (needs a GPU).")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything found as JSON.")
     ] = None,
+    cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Check the packed bytes: decoders, GPU products, every expert against the model. Exits 1 if not."""
@@ -49,14 +56,15 @@ def check(
     from moequant.files import atomic, claim
     from moequant.report.check import check_json, check_report
 
-    settings = CheckSettings(baseline, device.value if device else None, sample, calib, tokens, speed)
+    what, base = place(out, cache_dir), None if baseline is None else place(baseline, cache_dir)
+    settings = CheckSettings(base, device.value if device else None, sample, calib, tokens, speed)
 
     def work() -> bool:
-        with claim(json_file, overwrite=overwrite, inputs=(out, baseline, calib)):
-            report = run(out, settings)
+        with claim(json_file, overwrite=overwrite, inputs=(local(what), local(base), calib)):
+            report = run(what, settings)
             if json_file is not None:
                 with atomic(json_file) as partial:
-                    text = json.dumps(check_json(report), indent=1, ensure_ascii=False)
+                    text = document("check", check_json(report))
                     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
             console().print(check_report(report))
             return report.holds

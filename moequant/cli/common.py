@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from moequant import escape
+from moequant.cli.output import AsJson, console, emit, guarded
 from moequant.containers.gguf.presets import BASE_TYPES
-from moequant.errors import LONGEST, MoequantError, one_line
 from moequant.files import Interrupted, interruptible
+from moequant.hub import HubModel, located
+
+__all__ = ["AsJson", "Commands", "console", "emit", "guarded"]
 
 
 class Effort(StrEnum):
@@ -26,15 +28,18 @@ class Effort(StrEnum):
     best = "best"
 
 
-T = TypeVar("T")
-
-PIPE_WIDTH = 120
-
 MOST = 1 << 40
 """No number of tokens is larger: sums of them must not leave 64 bits."""
 
 PRESETS = ", ".join(BASE_TYPES)
 Type = Annotated[str, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset: {PRESETS}.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Hugging Face model folder (config, safetensors, tokenizer), or a name of the Hub: "
+        "OWNER/NAME or OWNER/NAME@REVISION."
+    ),
+]
 Calib = Annotated[
     str | None,
     typer.Option(
@@ -55,6 +60,24 @@ Ram = Annotated[
     typer.Option(metavar="SIZE", help="Memory to use, such as 8G: past half of it hidden states go to disk."),
 ]
 Device = Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1 …")]
+Details = Annotated[
+    bool,
+    typer.Option("--details", help="Also show types, what each layer's experts saw and lost, and the costs."),
+]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type",
+        metavar="REGEX=TYPE",
+        help="Pin the type of all weights whose name, ours or the file's, has the pattern in it, such as "
+        "experts.down=Q6_K; may be repeated, the first that matches counts. The rest of the budget is spent "
+        "around it.",
+    ),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder for downloads from the Hub (default: huggingface_hub's, HF_HOME)."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output file that exists.")]
 
 
@@ -74,24 +97,14 @@ class Commands(TyperGroup):
                 raise typer.Exit(signal.exit_code) from None
 
 
-def console() -> Console:
-    """As wide as the terminal; wide enough for every table when the output goes to a file or a pipe."""
-    made = Console()
-    return made if made.is_terminal else Console(width=PIPE_WIDTH)
+def place(model: str, cache: Path | None = None) -> Path | HubModel:
+    """What was typed for a model: a path, or a name of the Hub that keeps its files in `cache`."""
+    return guarded(lambda: located(model, cache))
 
 
-def guarded(action: Callable[[], T]) -> T:
-    """The action's result; one line on stderr and exit code 1 for an error raised on purpose, and for one of
-    the operating system that nobody expected there."""
-    try:
-        return action()
-    except MoequantError as error:
-        typer.echo(f"moequant: {one_line(escape.plain(str(error)), LONGEST)}", err=True)
-        raise typer.Exit(1) from None
-    except OSError as error:  # a name that no file can have, a file that vanished, a disk that fails
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        typer.echo(f"moequant: {one_line(escape.plain(what), LONGEST)}", err=True)
-        raise typer.Exit(1) from None
+def local(place: Path | HubModel | None) -> Path | None:
+    """A path that a run reads; None for what lies on the Hub."""
+    return place if isinstance(place, Path) else None
 
 
 def ram_bytes(size: str | None) -> int | None:

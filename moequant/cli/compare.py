@@ -10,7 +10,21 @@ from typing import Annotated
 import typer
 
 from moequant import escape
-from moequant.cli.common import MOST, Device, Overwrite, Ram, Seed, console, guarded, ram_bytes
+from moequant.cli.common import (
+    MOST,
+    AsJson,
+    CacheDir,
+    Device,
+    Overwrite,
+    Ram,
+    Seed,
+    console,
+    emit,
+    guarded,
+    local,
+    place,
+    ram_bytes,
+)
 
 
 class Engine(StrEnum):
@@ -21,9 +35,16 @@ class Engine(StrEnum):
 
 
 def compare(
-    base: Annotated[Path, typer.Argument(help="The baseline: model folder or GGUF file.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="The baseline: model folder, GGUF file, or a name of the Hub: "
+            "OWNER/NAME[@REVISION][:FILE.gguf]."
+        ),
+    ],
     candidates: Annotated[
-        list[Path], typer.Argument(help="What is held against it: GGUF files and folders, in any mix.")
+        list[str],
+        typer.Argument(help="What is held against it: GGUF files, folders and names of the Hub, in any mix."),
     ],
     eval_: Annotated[
         str | None,
@@ -39,8 +60,8 @@ def compare(
         Engine, typer.Option(help="Who computes; llama.cpp takes GGUF files and needs xllamacpp.")
     ] = Engine.moequant,
     model: Annotated[
-        Path | None,
-        typer.Option(help="The model's unquantized folder, when it is not among what is compared."),
+        str | None,
+        typer.Option(help="The unquantized model, folder or name, when it is not among what is compared."),
     ] = None,
     exact: Annotated[
         bool,
@@ -54,31 +75,37 @@ def compare(
         int | None,
         typer.Option(
             min=0,
+            max=MOST,
             help="Tokens that each prompt is continued by; 0 for none. GGUF files run in llama.cpp and are "
             "timed (default: 32 with --engine llama.cpp or --prompt, else 0).",
         ),
     ] = None,
     ram: Ram = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: one a core).")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads (default: one a core).")
+    ] = None,
     device: Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
     html: Annotated[Path | None, typer.Option(help="Page to write: one file, no network needed.")] = None,
+    cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Score CANDIDATES against BASE: perplexity, KL divergence, routing, and every expert's error."""
     from moequant.commands.compare import CompareSettings, run  # torch is imported only when there is work
     from moequant.files import claim
     from moequant.forward.stream import Resources
-    from moequant.report.compare import compare_json, compare_tables
+    from moequant.report.compare import compare_tables, compare_value
     from moequant.report.html import write
 
     resources = guarded(lambda: Resources(ram_bytes(ram), device, threads))
+    sources = [place(each, cache_dir) for each in (base, *candidates)]
+    shape = None if model is None else place(model, cache_dir)
     settings = CompareSettings(
         eval=eval_,
         eval_tokens=eval_tokens,
         seed=seed,
         engine=engine.value,
-        model=model,
+        model=shape,
         exact=exact,
         prompts=tuple(prompt or ()),
         sample_tokens=sample_tokens,
@@ -87,10 +114,10 @@ def compare(
     )
 
     def work() -> None:
-        with claim(html, overwrite=overwrite, inputs=(base, *candidates, model, eval_)):
-            found = run(base, candidates, settings)
+        with claim(html, overwrite=overwrite, inputs=(*map(local, sources), local(shape), eval_)):
+            found = run(sources[0], sources[1:], settings)
             if as_json:
-                typer.echo(compare_json(found))
+                emit("compare", compare_value(found))
             else:
                 console().print(compare_tables(found))
             if html is not None:

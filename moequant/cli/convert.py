@@ -11,21 +11,29 @@ import typer
 from moequant.cli.common import (
     MOST,
     PRESETS,
+    AsJson,
+    CacheDir,
     Calib,
     CalibTokens,
+    Details,
     Device,
     Effort,
     EffortOption,
+    Model,
     Overwrite,
     Ram,
     Seed,
+    TensorType,
     console,
+    emit,
     guarded,
+    place,
     ram_bytes,
 )
 
 if TYPE_CHECKING:
     from moequant.commands.convert import Settings
+    from moequant.hub import HubModel
 
 
 SCHEMES = "W2A16 to W8A16, W8A8, FP8_BLOCK, FP8_DYNAMIC, MXFP4A16, NVFP4A16"
@@ -40,21 +48,39 @@ class Format(StrEnum):
 
 
 def convert(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="GGUF file to write, or folder.")],
+    model: Model,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="GGUF file to write, or folder. For several sizes a folder (its files are named "
+            "MODEL-SIZE.gguf), or a name with {type} in it, such as out-{type}.gguf.",
+        ),
+    ],
     type_: Annotated[
-        str | None, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset of a file: {PRESETS}.")
+        str | None,
+        typer.Option(
+            "--type",
+            "-t",
+            metavar="TYPE,…",
+            help=f"Preset of a file, or several, a file for each: {PRESETS}.",
+        ),
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Largest file or folder, such as 14G, instead of a type."),
+        typer.Option(
+            metavar="SIZE,…", help="Largest file or folder, such as 14G or 10G,12G,14G, instead of a type."
+        ),
     ] = None,
     bpw: Annotated[
-        float | None, typer.Option(metavar="BITS", help="Bits per weight at most, instead of a type.")
+        str | None, typer.Option(metavar="BITS,…", help="Bits per weight at most, instead of a type.")
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Types from a JSON file that `moequant plan -o` wrote, maybe edited.")
     ] = None,
+    tensor_type: TensorType = None,
     calib: Calib = None,
     calib_tokens: CalibTokens = 131_072,
     eval_: Annotated[
@@ -82,6 +108,13 @@ def convert(
     ] = None,
     imatrix_out: Annotated[
         Path | None, typer.Option(help="Also write the statistics as an imatrix for llama-quantize.")
+    ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|FOLDER",
+            help="Also write a README.md for the Hugging Face Hub: files, what they lost, how to run them.",
+        ),
     ] = None,
     format_: Annotated[
         Format,
@@ -121,8 +154,13 @@ def convert(
         bool,
         typer.Option(help="Hold the reading of the folder against transformers' own, where it fits memory."),
     ] = True,
+    mtp: Annotated[
+        bool, typer.Option(help="Keep layers that predict the token after the next, for drafting.")
+    ] = True,
     ram: Ram = None,
     device: Device = "cpu",
+    details: Details = False,
+    cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
         bool,
@@ -130,11 +168,14 @@ def convert(
             "--dry-run", help="Print every tensor's type and the file size, or its bound; read only headers."
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what it cost."""
-    from moequant.commands.convert import Settings, open_job  # torch is imported only when there is work
-    from moequant.commands.convert import convert as run
+    from moequant.commands.convert import Settings, convert_all  # torch is imported only when there is work
+    from moequant.commands.convert import open_jobs as opened
+    from moequant.report.conversion import next_steps
     from moequant.report.dry_run import dry_run_table
+    from moequant.report.machine import conversion_json, dry_run_json
 
     settings = guarded(
         lambda: Settings(
@@ -148,10 +189,12 @@ def convert(
             size=size,
             bpw=bpw,
             plan=plan,
+            tensor_type=tuple(tensor_type or ()),
             coupled=coupled,
             stats=stats,
             imatrix=imatrix,
             imatrix_out=imatrix_out,
+            card=card,
             ram=ram_bytes(ram),
             device=device,
             overwrite=overwrite,
@@ -164,23 +207,35 @@ def convert(
             schemes=schemes,
             gpu=gpu,
             self_check=self_check,
+            mtp=mtp,
         )
     )
+    source = place(model, cache_dir)
     if dry_run:
-        job = guarded(lambda: open_job(model, settings))
-        total = guarded(lambda: job.size)
-        console().print(dry_run_table(job.container.checkpoint, job.plan, total, job.limit))
+        shown = [
+            (job.container.checkpoint, job.plan, guarded(lambda: job.size), job.limit)  # noqa: B023  called at once
+            for job in guarded(lambda: opened(source, settings))
+        ]
+        if as_json:
+            emit("convert", dry_run_json(shown))
+        else:
+            for each in shown:
+                console().print(dry_run_table(*each))
         return
-    guarded(lambda: _announce(model, settings))
-    guarded(lambda: console().print(run(model, out, settings).renderable()))
+    guarded(lambda: _announce(source, settings))
+    made = guarded(lambda: convert_all(source, out, settings))
+    if as_json:
+        emit("convert", conversion_json(made.reports))
+    else:
+        console().print(made.renderable(details), next_steps(made, model), sep="\n")
 
 
-def _announce(model: Path, settings: Settings) -> None:
+def _announce(model: Path | HubModel, settings: Settings) -> None:
     """Says what effort best will take, before it starts."""
-    from moequant.commands.convert import gradients, open_job
+    from moequant.commands.convert import gradients, open_jobs
 
     if settings.effort != "best":
         return
-    job = open_job(model, settings)
-    if job.quantizes:
+    job, *others = open_jobs(model, settings)
+    if any(each.quantizes for each in (job, *others)):
         typer.echo(f"moequant: {gradients(job.container.checkpoint, settings)}", err=True)

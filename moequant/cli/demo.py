@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import Effort, EffortOption, Overwrite, Type, console, guarded
+from moequant.cli.common import AsJson, Details, Effort, EffortOption, Overwrite, Type, console, emit, guarded
 
 
 def demo(
@@ -16,12 +16,15 @@ def demo(
     ] = None,
     type_: Type = "Q4_K_M",
     effort: EffortOption = Effort.default,
+    details: Details = False,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Convert the tiny trained MoE that ships with moequant and print the report."""
     from moequant.commands.convert import Settings
     from moequant.commands.convert import convert as run
     from moequant.files import scratch
+    from moequant.report.machine import conversion_json
     from moequant.text import bundled
 
     # A model this small has nothing more to learn from the rest of the bundled text.
@@ -30,8 +33,12 @@ def demo(
     def work() -> None:
         with scratch() as folder:
             target = out or folder / f"demo-{type_}.gguf"
-            console().print(run(bundled.path("demo"), target, settings).renderable())
+            report = run(bundled.path("demo"), target, settings)
+            if as_json:
+                emit("demo", conversion_json((report,)))
+            else:
+                console().print(report.renderable(details))
 
     guarded(work)
-    if out is None:
+    if out is None and not as_json:
         typer.echo("The file was made in a temporary folder and is gone; -o FILE keeps it.")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moequant.cli.common import MOST, console, guarded
+from moequant.cli.common import MOST, AsJson, CacheDir, console, emit, guarded, place
 from moequant.escape import plain
 
 
@@ -35,7 +33,11 @@ def memory(text: str) -> int:
 
 def fit(
     path: Annotated[
-        Path, typer.Argument(help="Hugging Face model folder (all types are tried) or GGUF file.")
+        str,
+        typer.Argument(
+            help="Hugging Face model folder (all types are tried), GGUF file, or a name of the Hub: "
+            "OWNER/NAME, OWNER/NAME@REVISION, OWNER/NAME:FILE.gguf."
+        ),
     ],
     vram: Annotated[
         int, typer.Option(parser=memory, metavar="SIZE", help="GPU memory: 24G, or 0 without a GPU.")
@@ -52,7 +54,8 @@ def fit(
         float | None, typer.Option(min=0.01, help="GB/s of the disk; given, experts may stay on it.")
     ] = None,
     min_speed: Annotated[float, typer.Option(min=0, help="Tokens per second that the bound must allow.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what fits on a machine, where its experts go, how fast it can be, and how to start llama-server."""
     from moequant.inspection.fit import Hardware
@@ -63,9 +66,9 @@ def fit(
     disk = disk_bandwidth * 1e9 if disk_bandwidth else None
     hardware = Hardware(vram, ram, vram_bandwidth * 1e9, ram_bandwidth * 1e9, disk)
     load = Load(ctx, parallel, cache_type.value)
-    found = guarded(lambda: run(path, hardware, load, min_speed))
+    found = guarded(lambda: run(place(path, cache_dir), hardware, load, min_speed))
     if as_json:
-        typer.echo(json.dumps(fit_json(found), indent=1, ensure_ascii=False))
+        emit("fit", fit_json(found))
     else:
         console().print(fit_report(found), crop=False)
     if found.best is None:

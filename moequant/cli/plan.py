@@ -7,22 +7,39 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import Calib, CalibTokens, Effort, EffortOption, Overwrite, Seed, console, guarded
+from moequant.cli.common import (
+    AsJson,
+    CacheDir,
+    Calib,
+    CalibTokens,
+    Effort,
+    EffortOption,
+    Model,
+    Overwrite,
+    Seed,
+    TensorType,
+    console,
+    emit,
+    guarded,
+    local,
+    place,
+)
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
+    model: Model,
     sizes: Annotated[
         str | None,
         typer.Option(metavar="SIZE,…", help="File sizes to plan for, such as 10G,12G,14GiB."),
     ] = None,
     bpw: Annotated[
-        float | None, typer.Option(metavar="BITS", help="Plan for so many bits per weight.")
+        str | None, typer.Option(metavar="BITS,…", help="Plan for so many bits per weight.")
     ] = None,
     type_: Annotated[
         str | None,
-        typer.Option("--type", "-t", metavar="TYPE", help="Plan for the size of llama.cpp's preset."),
+        typer.Option("--type", "-t", metavar="TYPE,…", help="Plan for the size of llama.cpp's preset."),
     ] = None,
+    tensor_type: TensorType = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Write the plan as JSON, to read, edit and give to convert --plan."),
@@ -45,7 +62,9 @@ def plan(
     ] = None,
     effort: EffortOption = Effort.default,
     seed: Seed = 0,
+    cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what MODEL costs at every file size, and write the best plan for one."""
     from moequant.commands.plan import (  # torch only when there is work
@@ -57,15 +76,21 @@ def plan(
     )
     from moequant.commands.plan import budgets as budgets_of
     from moequant.report.curve import curve_tables
+    from moequant.report.machine import survey_json
 
-    settings = PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed)
+    settings = PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed, tuple(tensor_type or ()))
     outputs = Outputs(out, curve, overwrite)
     wanted = guarded(lambda: budgets_of(sizes, bpw, type_))
 
+    source = place(model, cache_dir)
+
     def work() -> None:
-        with claimed(outputs, model, calib, stats):
-            found = survey(model, settings, wanted, outputs)
-            console().print(curve_tables(found.curve))
+        with claimed(outputs, local(source), calib, stats):
+            found = survey(source, settings, wanted, outputs)
+            if as_json:
+                emit("plan", survey_json(found.curve))
+            else:
+                console().print(curve_tables(found.curve))
             write(found, outputs)
 
     guarded(work)

@@ -9,20 +9,25 @@ import typer
 
 from moequant.cli.common import (
     MOST,
+    AsJson,
+    CacheDir,
     Calib,
     CalibTokens,
     Device,
+    Model,
     Overwrite,
     Ram,
     Seed,
     console,
+    emit,
     guarded,
+    place,
     ram_bytes,
 )
 
 
 def route(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model folder: config, safetensors, tokenizer.")],
+    model: Model,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Statistics to write, a .safetensors file.")
     ] = None,
@@ -60,9 +65,10 @@ def route(
     picture: Annotated[
         Path | None, typer.Option(help="Heatmap of tokens per expert to draw: .png, .svg or .pdf.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
     ram: Ram = None,
     device: Device = "cpu",
+    cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Route text through MODEL and show what every expert saw.
@@ -82,10 +88,10 @@ def route(
         )
     )
     outputs = Outputs(out, imatrix_out, picture, overwrite)
-    routed = guarded(lambda: run(model, settings, outputs))
+    routed = guarded(lambda: run(place(model, cache_dir), settings, outputs))
     calibration = routed.stored.calibration
     found = health(calibration)
     if as_json:
-        typer.echo(routing_json(found, calibration, routed.coverage))
+        emit("route", routing_json(found, calibration, routed.coverage))
     else:
         console().print(routing_tables(found, routed.coverage))

@@ -24,8 +24,10 @@ from moequant.errors import VerifyError
 from moequant.escape import shown
 from moequant.forward.hidden import Hidden, InMemory
 from moequant.forward.stream import LayerStream, Resources
+from moequant.hub import Model, named
+from moequant.hub.fetch import whole
 from moequant.kernels import KERNEL_FORMATS
-from moequant.values import Role
+from moequant.values import Role, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class CheckSettings:
     bundled text) are run through both models.
     """
 
-    baseline: Path | None = None
+    baseline: Model | None = None
     device: Device | None = None
     sample: int | None = None
     calib: str | Path | None = None
@@ -54,17 +56,17 @@ class _Found:
     notes: list[str]
 
 
-def check(out: str | Path, settings: CheckSettings = CheckSettings()) -> CheckReport:  # frozen
-    """Check the GGUF file or quantized folder `out`.
+def check(out: Model, settings: CheckSettings = CheckSettings()) -> CheckReport:  # frozen
+    """Check `out`, a GGUF file or a quantized folder, here or on the Hub.
 
     What is wrong is in the report's `damages`; VerifyError for a file that cannot be read at all, a
     baseline that does not fit, or a device that is not there.
     """
-    path = Path(out)
+    path = whole(out)
     if not path.exists():
         raise VerifyError(f"{path}: no such file or folder")
     product, notes = choose(settings.device)
-    baseline = None if settings.baseline is None else open_checkpoint(settings.baseline)
+    baseline = None if settings.baseline is None else open_checkpoint(whole(settings.baseline))
     source = open_source(path, baseline)
     entries = _sample(source.entries, settings.sample)
     found = _Found([], [], [], list(notes))
@@ -85,7 +87,7 @@ def check(out: str | Path, settings: CheckSettings = CheckSettings()) -> CheckRe
     else:
         _against(source, entries, product, baseline, settings, found)
     speed = _speed(source, entries, product, baseline, found) if settings.speed else ()
-    base = None if settings.baseline is None else shown(settings.baseline)
+    base = None if settings.baseline is None else named(settings.baseline)
     return CheckReport(
         shown(path),
         base,
@@ -158,7 +160,7 @@ def _against(
     ):
         for layer, seen in _layers(base, other):
             before = len(found.damages)
-            for entry in [entry for entry in entries if by_name[entry.name].layer == layer]:
+            for entry in [entry for entry in entries if _crossed(by_name[entry.name]) == layer]:
                 _tensor(source, entry, product, Against(by_name[entry.name], seen[0]), found)
                 bar.update()
             up = next((w for w in model.weights if w.layer == layer and w.role is Role.UP), None)
@@ -169,6 +171,11 @@ def _against(
                 figures, damages = check_block(up.site, models, seen, layer, expected, vouched)
                 found.blocks.append(figures)
                 found.damages += damages
+
+
+def _crossed(weight: Weight) -> int | None:
+    """The layer with which a weight is checked; None for what is outside of those that run."""
+    return weight.layer if weight.runs else None
 
 
 def _layers(

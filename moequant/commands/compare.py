@@ -10,17 +10,19 @@ from typing import Literal
 
 import torch
 
-from moequant.checkpoint import Checkpoint
+from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.commands.text import leading
-from moequant.escape import shown
+from moequant.escape import of_cache
 from moequant.evaluate import Measured, Ran, difference, runtime, samples
 from moequant.evaluate import environment as record
 from moequant.evaluate.activations import Rounded
+from moequant.evaluate.compared import Compared
 from moequant.evaluate.open_source import Source, open_files, open_model, open_source
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.forward.stream import Resources
+from moequant.hub import Model, named
+from moequant.hub.fetch import headers, whole
 from moequant.progress import Meter
-from moequant.report.compare import Compared
 from moequant.runtimes.llama_cpp.serving import BATCH, Prompt, serve
 from moequant.text import bundled, corpus
 from moequant.text.corpus import Rows
@@ -49,7 +51,7 @@ class CompareSettings:
     eval_tokens: int = 16_384
     seed: int = 0
     engine: Engine = "moequant"
-    model: Path | None = None
+    model: Model | None = None
     exact: bool = False
     prompts: tuple[str, ...] = ()
     sample_tokens: int | None = None
@@ -70,14 +72,15 @@ class CompareSettings:
 
 
 def run(
-    base: Path,
-    candidates: Sequence[Path],
+    base: Model,
+    candidates: Sequence[Model],
     settings: CompareSettings = CompareSettings(),  # frozen
 ) -> Compared:
-    """Score every candidate against `base`; a MoequantError with one clear line when something is wrong."""
+    """Score every candidate against `base`: folders, files and names of the Hub. A MoequantError with one
+    clear line when something is wrong."""
     meter = Meter()
     with meter.stage("compare"):
-        opened = _opened(base, candidates, settings)
+        opened = _opened(whole(base), [whole(each) for each in candidates], settings)
         measured = _scored(opened, settings)
     pairs = combinations([(one.name, one.scores) for one in measured], 2)
     return Compared(
@@ -107,13 +110,14 @@ class _Opened:
 
 def _opened(base: Path, candidates: Sequence[Path], settings: CompareSettings) -> _Opened:
     paths = [base, *candidates]
+    model = None if settings.model is None else headers(settings.model)
     if settings.engine == "moequant":
-        checkpoint = open_model(paths, settings.model)
+        checkpoint = open_model(paths, model)
         sources = tuple(open_source(path, checkpoint) for path in paths)
         return _Opened(sources, _rows(checkpoint, settings), checkpoint)
     sources = open_files(paths)
-    if settings.model is not None:
-        return _Opened(sources, _rows(open_model([], settings.model), settings), None)
+    if model is not None:
+        return _Opened(sources, _rows(open_checkpoint(model), settings), None)
     # Without its folder the baseline's own tokenizer has to do.
     encoder = runtime.LlamaEncoder(base)
     documents = corpus.read(settings.eval, "evaluation")
@@ -146,8 +150,13 @@ def _rounded(checkpoint: Checkpoint, source: Source, settings: CompareSettings) 
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """The last parts of the paths, as many as tell the sources apart; numbered names where none do."""
-    parts = [source.path.absolute().parts for source in sources]
+    """The last parts of the paths, as many as tell the sources apart; numbered names where none do. Sources
+    of the Hub are called as there."""
+    cached = [of_cache(source.path) is not None for source in sources]
+    parts = [
+        (source.name,) if known else source.path.absolute().parts
+        for source, known in zip(sources, cached, strict=True)
+    ]
     for count in (1, 2, 3):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(names):
@@ -191,7 +200,7 @@ def _settings(rows: Rows, settings: CompareSettings) -> dict[str, record.Setting
         "seed": settings.seed,
     }
     if settings.model is not None:
-        found["model"] = shown(settings.model)
+        found["model"] = named(settings.model)
     if settings.tokens_sampled:
         prompts = bundled.prompts()
         found |= {

@@ -15,9 +15,13 @@ from moequant.errors import PlanError
 from moequant.escape import shown
 from moequant.files import atomic, claim
 from moequant.formats import Effort
+from moequant.hub import Model
+from moequant.hub.fetch import complete, headers, is_here
 from moequant.plan import Budget, Sensitivities, curve, points, preset_points, prior_sensitivities
+from moequant.plan.curve import Curve
 from moequant.plan.measure import Probing, measure, wants_probes
-from moequant.report.curve import Curve, draw
+from moequant.plan.menu import GgufMenu
+from moequant.report.curve import draw
 from moequant.report.routing import check_picture
 from moequant.statistics.calibrate import calibrate
 from moequant.text import corpus
@@ -31,7 +35,7 @@ class PlanSettings:
 
     `calib` is text as `corpus.read` takes it, None the bundled one; `stats` are statistics
     that `moequant route` saved, which replace the calibration pass. `probes` None probes
-    when the model fits into memory.
+    when the model fits into memory. `tensor_type` pins types, see `plan.pinned`.
     """
 
     calib: str | Path | None = None
@@ -40,6 +44,7 @@ class PlanSettings:
     probes: bool | None = None
     effort: Effort = "default"
     seed: int = 0
+    tensor_type: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,46 +69,52 @@ class Survey:
     curve: Curve
 
 
-def budgets(sizes: str | None, bpw: float | None, preset: str | None) -> tuple[Budget, ...]:
-    """What a person asked for; sizes are separated by commas. PlanError for what is no budget."""
-    named = [Budget.of_size(part) for part in sizes.split(",")] if sizes is not None else []
-    named += [Budget.of_bpw(bpw)] if bpw is not None else []
-    named += [Budget.of_preset(preset)] if preset is not None else []
-    return tuple(named)
+def budgets(sizes: str | None, bpw: str | None, preset: str | None) -> tuple[Budget, ...]:
+    """What a person asked for, of each kind several with commas between them. PlanError for what is no
+    budget."""
+    kinds = ((sizes, Budget.of_size), (bpw, Budget.of_bpw), (preset, Budget.of_preset))
+    return tuple(make(part.strip()) for text, make in kinds if text is not None for part in text.split(","))
 
 
 def survey(
-    model: str | Path,
+    model: Model,
     settings: PlanSettings = PlanSettings(),  # frozen
     budgets: tuple[Budget, ...] = (),
     outputs: Outputs = Outputs(),
 ) -> Survey:
-    """Measure the folder `model` and plan it for every budget and along the whole curve.
+    """Measure `model`, a folder or a model of the Hub, and plan it for every budget and the whole curve.
 
     Raises a MoequantError with one clear line when something is wrong; outputs and budgets
     that no file can meet are refused before anything is measured.
     """
-    file = GgufContainer(opened := open_checkpoint(Path(model)))
+    source = headers(model)
+    file = GgufContainer(opened := open_checkpoint(source))
     checkpoint, known = file.checkpoint, facts(file.exported)
     bare = plan.plan_from_types(checkpoint.weights, {weight.name: "F32" for weight in checkpoint.weights})
     extra = file.overhead(bare)
     _check(outputs, budgets)
-    with claimed(outputs, model, settings.calib, settings.stats):
+    with claimed(outputs, source.path, settings.calib, settings.stats):
         pass  # refused now, not when all is measured
-    points(checkpoint.weights, known, prior_sensitivities(checkpoint.weights, known.layers), extra, budgets)
+    weights = checkpoint.weights
+    pins = plan.pinned(settings.tensor_type, weights, file.exported.names)
+    points(weights, known, prior_sensitivities(weights, known.layers), extra, budgets, pins)
+    if not is_here(source):
+        file = GgufContainer(opened := open_checkpoint(complete(source)))
+        checkpoint = file.checkpoint
+        weights = checkpoint.weights
     calib_rows, probe_rows = _texts(checkpoint, file.tokenizer.leading, settings)
     if settings.stats is not None:
         calibration = load_statistics(opened, checkpoint, settings.stats).calibration
     else:
         calibration = calibrate(checkpoint, calib_rows)
     ids = probe_rows.ids if wants_probes(checkpoint, settings.probes) else None
-    found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort))
+    found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort), GgufMenu(pins))
     drawn = Curve(
-        shown(Path(model)),
-        curve(checkpoint.weights, known, found, extra),
-        points(checkpoint.weights, known, found, extra, budgets),
-        preset_points(checkpoint.weights, known, found, extra),
-        sum(weight.numel for weight in checkpoint.weights),
+        shown(source.path),
+        curve(weights, known, found, extra, pins=pins),
+        points(weights, known, found, extra, budgets, pins),
+        preset_points(weights, known, found, extra, pins),
+        sum(weight.numel for weight in weights),
         found.source,
     )
     return Survey(checkpoint, extra, found, drawn)

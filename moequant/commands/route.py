@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.checkpoint import Checkpoint, Folder, open_checkpoint
 from moequant.commands.statistics import all_sites, load_statistics, with_all
 from moequant.commands.text import leading
 from moequant.containers.gguf import imatrix
@@ -15,6 +15,8 @@ from moequant.errors import CorpusError, OutputError, PlanError
 from moequant.files import claim
 from moequant.forward.memory import check_memory
 from moequant.forward.stream import Resources
+from moequant.hub import Model
+from moequant.hub.fetch import complete, headers, is_here
 from moequant.report.routing import check_picture, heatmap
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
@@ -78,22 +80,23 @@ class Routed:
 
 
 def route(
-    model: str | Path,
+    model: Model,
     settings: RouteSettings = RouteSettings(),  # frozen
     outputs: Outputs = Outputs(),
 ) -> Routed:
-    """Route text through the folder `model`, add `settings.merge`, and write what `outputs` asks for.
+    """Route text through `model`, a folder or a model of the Hub, and write what `outputs` asks for.
 
-    Finished layers are kept in a folder beside `outputs.stats` until the end: the same call goes on
-    from there after it was killed. Raises a MoequantError with one clear line when something is
-    wrong; the text, the statistics to merge and the outputs are looked at before any work is done.
+    `settings.merge` is added. Finished layers are kept in a folder beside `outputs.stats` until the end: the
+    same call goes on from there after it was killed. Raises a MoequantError with one clear line when
+    something is wrong; the text, the statistics to merge and the outputs are looked at before any work.
     """
-    with claimed(outputs, model, settings.calib, *settings.merge):
-        return _route(Path(model), settings, outputs)
+    source = headers(model)
+    with claimed(outputs, source.path, settings.calib, *settings.merge):
+        return _route(source, settings, outputs)
 
 
-def _route(model: Path, settings: RouteSettings, outputs: Outputs) -> Routed:
-    checkpoint = open_checkpoint(model)
+def _route(source: Folder, settings: RouteSettings, outputs: Outputs) -> Routed:
+    checkpoint = open_checkpoint(source)
     _check(checkpoint, outputs)
     parts = _load(checkpoint, settings.merge)
     coverage = None
@@ -101,6 +104,7 @@ def _route(model: Path, settings: RouteSettings, outputs: Outputs) -> Routed:
     if settings.calib is not None or not parts:
         pool = calibration_pool(checkpoint, settings)
         check_memory(checkpoint, models=1)
+        checkpoint = checkpoint if is_here(source) else open_checkpoint(complete(source))
         if settings.ratio > 0:
             budget = settings.max_tokens or BUDGET * settings.calib_tokens
             coverage = cover(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,12 @@ FormatName = Literal["gguf", "safetensors", "gptq"]
 PRESET = "Q4_K_M"
 """The size of a GGUF file when nobody says."""
 
-_OF_FILES = ("type", "size", "bpw", "plan")
+SIZES = ("type", "size", "bpw")
+"""Each may name several sizes, separated by commas: a file for each."""
+
+_OF_FILES = (*SIZES, "plan")
+
+_ONLY_OF_FILES = (*_OF_FILES, "tensor_type", "card")
 _OF_FOLDERS = ("scheme", "bits", "group_size", "quantize_attention", "tp", "schemes", "gpu")
 _OF_ONE_SCHEME = ("scheme", "bits", "group_size", "quantize_attention")
 _OF_BUDGETS = ("schemes", "gpu")
@@ -29,12 +34,15 @@ class Settings:
     """What a conversion may be told; the defaults are the recommendation.
 
     `format` says what is written: a GGUF file, or a folder. How large a file is, one of these says: `size`
-    (bytes, as people write them), `bpw`, `plan` (a plan's JSON) or `type`, a preset. How large a folder is:
-    `scheme` (or `bits`) and `group_size`; `tp` GPUs will share each weight. `calib` and `eval` are texts as
-    `corpus.read` takes them, None the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of
-    `moequant route`) or `imatrix` (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is
-    written beside the file. `self_check` holds our reading of the folder against transformers'. `coupled`
-    rounds each layer towards what full precision would have made of what the layers before it lost.
+    (bytes, as people write them), `bpw`, `plan` (a plan's JSON) or `type`, a preset. All but `plan` may name
+    several, with commas between them, which `convert_all` writes. `tensor_type` pins types as `plan.pinned`
+    reads them. How large a folder is: `scheme` (or `bits`) and `group_size`; `tp` GPUs will share each
+    weight. `calib` and `eval` are texts as `corpus.read` takes them, None the bundled ones; `eval_tokens` 0
+    leaves the comparison out. `stats` (of `moequant route`) or `imatrix` (of llama-imatrix) stand in for the
+    statistics pass; `imatrix_out` is written beside the file, and `card`, a README.md or a folder to put it
+    in. `self_check` holds our reading of the folder against transformers'. `coupled` rounds each layer
+    towards what full precision would have made of what the layers before it lost. `mtp` keeps the layers that
+    predict the token after the next.
 
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
@@ -48,12 +56,14 @@ class Settings:
     gating: Gating = "gate2"
     seed: int = 0
     size: str | None = None
-    bpw: float | None = None
+    bpw: float | str | None = None
     plan: Path | None = None
+    tensor_type: tuple[str, ...] = ()
     coupled: bool = True
     stats: Path | None = None
     imatrix: Path | None = None
     imatrix_out: Path | None = None
+    card: Path | None = None
     ram: int | None = None
     device: str = "cpu"
     overwrite: bool = False
@@ -66,14 +76,18 @@ class Settings:
     schemes: str | None = None
     gpu: float | None = None
     self_check: bool = True
+    mtp: bool = True
 
     def __post_init__(self) -> None:
         """See the class."""
         # A folder may have a size as well: schemes are then chosen.
         in_folders = ("size",) if self.format == "safetensors" else ()
-        foreign = _OF_FOLDERS if self.format == "gguf" else set(_OF_FILES) - set(in_folders)
-        if given := [name for name in foreign if getattr(self, name) is not None]:
+        only_files = [name for name in _ONLY_OF_FILES if name not in in_folders]
+        foreign = _OF_FOLDERS if self.format == "gguf" else only_files
+        if given := [name for name in foreign if getattr(self, name) not in (None, ())]:
             own = _OF_FILES if self.format == "gguf" else (*in_folders, *_OF_FOLDERS)
+            if given[0] == "card":
+                raise PlanError("--card does not go with a folder, which has its README.md in any case")
             raise PlanError(
                 f"{_option(given[0])} does not go with --format {self.format}; how large it is, "
                 f"{', '.join(map(_option, own))} say"
@@ -94,16 +108,39 @@ class Settings:
                     f"{' and '.join(map(_option, sizes))} each say how large the file is; give one of them"
                 )
             if self.plan is None:
-                _ = self.budget
+                labels = [each.budget.label for each in self.each]
+                if twice := [label for label in labels if labels.count(label) > 1]:
+                    raise PlanError(f"{twice[0]}: is named twice; name every size once")
+        if self.plan is not None and self.tensor_type:
+            raise PlanError(f"--tensor-type does not go with --plan; write the types into {self.plan}")
         if self.stats is not None and self.imatrix is not None:
             raise PlanError(f"{self.stats}, {self.imatrix}: two sources of statistics; name one")
 
     @property
+    def each(self) -> tuple[Settings, ...]:
+        """The same for every size that is named, in the order of their names."""
+        for name in SIZES:
+            value = getattr(self, name)
+            if isinstance(value, str) and "," in value:
+                parts: list[dict[str, Any]] = [{name: part.strip()} for part in value.split(",")]
+                return tuple(replace(self, **part) for part in parts)
+        return (self,)
+
+    @property
+    def label(self) -> str:
+        """What the size is called in a file's name."""
+        return self.budget.label if self.plan is None else self.plan.stem
+
+    @property
     def budget(self) -> Budget:
-        """The size of a file or folder that was asked for; PlanError for what is none."""
+        """The one size of a file or folder that was asked for; PlanError for what is none."""
         if self.size is not None:
             return Budget.of_size(self.size)
-        return Budget.of_bpw(self.bpw) if self.bpw is not None else Budget.of_preset(self.type or PRESET)
+        return (
+            Budget.of_bpw(self.bpw)
+            if self.bpw is not None
+            else Budget.of_preset(PRESET if self.type is None else self.type)
+        )
 
     @property
     def folder(self) -> FolderSettings:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moequant.checkpoint import Checkpoint
-from moequant.text.corpus import Rows
-from moequant.values import Calibration, Packed, Plan, Weight
+from moequant.values import Packed, Plan, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,21 +22,6 @@ class Written:
     path: Path
     bytes: int
     checksums: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """How an output was made.
-
-    `rounded_on` is the text under whose Hessians weights were rounded, None for the diagonal search;
-    `coupled` says whether layers correct those before them. `measured` are lines of (what, value).
-    """
-
-    plan: Plan
-    calibration: Calibration | None = None
-    rounded_on: Rows | None = None
-    coupled: bool = False
-    measured: Sequence[tuple[str, str]] = ()
 
 
 class Opened(Protocol):
@@ -73,9 +57,6 @@ class Container(Protocol):
 
     def verify(self, written: Written, plan: Plan) -> None:
         """Read it again. VerifyError names what is not as it was meant."""
-
-    def describe(self, path: Path, made: Made) -> None:
-        """Add what the container says about itself: a folder its card. OutputError when the disk refuses."""
 
     def open(self, path: Path) -> Opened:
         """What was written, for a comparison."""

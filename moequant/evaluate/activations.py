@@ -85,7 +85,7 @@ class Rounded:
         found: dict[str, set[Rounding | None]] = {}
         names: dict[str, str] = {}
         for weight in checkpoint.weights:
-            if weight.site is None:
+            if weight.site is None or not weight.runs:
                 continue  # norms, routers and look-ups are exact
             place = weight.site.name if weight.is_expert else weight.place.param.removesuffix(".weight")
             if weight.role is Role.EMBEDDING:
@@ -116,7 +116,8 @@ def current() -> Rounded | None:
 
 def listen(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Make every linear module of the model round its input when the current recorder asks for it."""
-    for place in sorted({weight.place.param.removesuffix(".weight") for weight in checkpoint.weights}):
+    running = (weight for weight in checkpoint.weights if weight.runs)
+    for place in sorted({weight.place.param.removesuffix(".weight") for weight in running}):
         owner, _, last = place.rpartition(".")  # of fused experts the last part is a parameter
         module = getattr(model.get_submodule(owner), last, None)
         if isinstance(module, nn.Linear):

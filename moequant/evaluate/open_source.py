@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moequant.checkpoint import Checkpoint, load, open_checkpoint
+from moequant.checkpoint import Checkpoint, Folder, load, open_checkpoint
 from moequant.checkpoint.headers import read_json
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.header import plain
@@ -87,7 +87,7 @@ class Source:
         return shown(self.path)
 
 
-def open_model(paths: Sequence[Path], model: Path | None) -> Checkpoint:
+def open_model(paths: Sequence[Path], model: Folder | None) -> Checkpoint:
     """How the compared models compute: `model`, or the first path that is an unquantized folder.
 
     CheckpointError when there is none: GGUF files alone do not say what transformers needs.
@@ -135,7 +135,7 @@ def open_files(paths: Sequence[Path]) -> tuple[Source, ...]:
     headers = [read_header(path) for path in paths]
     first, vocabulary = headers[0], headers[0].array(TOKENS)
     for header in headers[1:]:
-        _same_metadata(header.path, header.metadata, first.path, first.metadata)
+        _same_metadata(header.path, _that_runs(header.metadata), first.path, _that_runs(first.metadata))
         _same_texts(header.path, header.array(TOKENS), first.path, vocabulary)
     return tuple(
         Source(one.path, "GGUF", None, one.file_bytes, {each.name: each.type for each in one.tensors})
@@ -220,20 +220,39 @@ def _gguf(path: Path, checkpoint: Checkpoint) -> Source:
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     vocabulary = shapes.get(names["embedding"], (None,))[0]
     mine = {**exported.metadata, "general.architecture": exported.arch, "vocab_size": checkpoint.shape.vocab}
-    _same_metadata(path, {**header.metadata, "vocab_size": vocabulary}, checkpoint.path, mine)
+    theirs_too = {**header.metadata, "vocab_size": vocabulary}
+    _same_metadata(path, _that_runs(theirs_too), checkpoint.path, _that_runs(mine))
     _same_vocabulary(path, header.array(TOKENS), checkpoint)
     for weight in exported.weights:
         theirs = names[weight.name]
+        if theirs not in shapes and weight.layer is not None and not weight.runs:
+            continue
         if theirs not in shapes:
             raise VerifyError(f"{path}: tensor {theirs} is missing")
         if shapes[theirs] != exported.shapes[weight.name]:
             expected = list(exported.shapes[weight.name])
             raise VerifyError(f"{path}: {theirs} is {list(shapes[theirs])}, expected {expected}")
-    if extra := sorted(shapes.keys() - set(names.values())):
+    running = {each.name for each in header.tensors if (each.layer or 0) < checkpoint.n_layers}
+    if extra := sorted(running - set(names.values())):
         raise VerifyError(f"{path}: tensor {extra[0]} is unknown to {checkpoint.path}; is it the same model?")
     by_name = {tensor.name: tensor.type for tensor in header.tensors}
-    types = {weight: by_name[names[parts[-1][0]]] for weight, parts in exported.parts.items()}
+    types = {each.name: by_name[names[exported.parts[each.name][-1][0]]] for each in checkpoint.weights}
     return Source(path, "GGUF", GgufWeights(path, exported, file).load, header.file_bytes, types)
+
+
+def _that_runs(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys as they are without layers that predict the token after the next: tools may leave those
+    out."""
+    arch = metadata.get("general.architecture")
+    more, layers = (metadata.get(f"{arch}.{key}") for key in ("nextn_predict_layers", "block_count"))
+    if not isinstance(more, int) or not isinstance(layers, int) or not 0 < more < layers:
+        return metadata
+    lists = {
+        key: value[: layers - more]
+        for key, value in metadata.items()
+        if isinstance(value, list | tuple) and len(value) == layers
+    }
+    return {**metadata, **lists, f"{arch}.block_count": layers - more}
 
 
 def _same_metadata(path: Path, theirs: Mapping[str, Any], base: Path, mine: Mapping[str, Any]) -> None:
@@ -257,6 +276,8 @@ def _equal(one: Any, two: Any) -> bool:
     numbers = isinstance(one, int | float) and isinstance(two, int | float)
     if numbers and (isinstance(one, float) or isinstance(two, float)):
         return math.isclose(float(one), float(two), rel_tol=1e-5)
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(map(_equal, one, two))
     return bool(one == two)
 
 

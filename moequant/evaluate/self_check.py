@@ -1,28 +1,34 @@
 """The config is proven, not believed: what transformers makes of the untouched folder, beside what we make
-of it.
+of it, and what llama.cpp makes of the file.
 
 moequant reads config.json, names and layouts with code of its own, and its comparison before and after runs
 both sides under that one reading. So a misread rotary base would cancel out. Here the other side is
-transformers' `from_pretrained` on the folder as it is. Logits of a few tokens must be equal.
+transformers' `from_pretrained` on the folder as it is. Logits of a few tokens must be equal. A file has keys
+of its own, which our engine never reads: where llama.cpp is installed, it computes them from the file.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint, load
+from moequant.checkpoint.headers import read_json
 from moequant.errors import VerifyError, one_line
+from moequant.families.config import LAYERS
 from moequant.forward.causal import whole_class
 from moequant.forward.model import Provider, build_model
 from moequant.progress import available_bytes
+from moequant.runtimes.llama_cpp import logits as llama_cpp
 
 TOKENS = 96
 """Tokens of a row: past most windows of tiny models, and a second's work for large ones."""
@@ -35,70 +41,191 @@ LIMIT = 1e-3
 QUANTILE = 0.75
 """Of the tokens, so many must be within the limit: a router near a tie sends a few elsewhere."""
 
+RUNTIME_LIMIT = 0.1
+"""Largest difference of a token's logits in llama.cpp, in units of their own spread, for the median token:
+llama.cpp rounds what it multiplies weights of few bits with to 8 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What was written: its decoded weights, whether they are the checkpoint's `exact` numbers, and the
+    `file` that llama.cpp loads, None where it loads none. `plain`: all numbers are F32."""
+
+    load: Provider
+    exact: bool
+    file: Path | None = None
+    plain: bool = False
+
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
     """What was found: the largest difference of a logit over the tokens up to QUANTILE, `source` for our
-    reading of the folder, `decoded` for what was written where that keeps every number. `skipped` says
-    why nothing was."""
+    reading of the folder, `decoded` for what was written where that keeps every number. `runtime` is the
+    median difference of llama.cpp from the decoded weights, in units of the logits' spread. `skipped` says
+    why nothing was; `differs` names what transformers is known to read otherwise; of `layers` (the first so
+    many, of so many) where not all fitted into memory."""
 
     source: float | None = None
     decoded: float | None = None
+    runtime: float | None = None
     skipped: str | None = None
+    differs: str | None = None
+    layers: tuple[int, int] | None = None
 
     @property
     def note(self) -> str:
         """One sentence for the report."""
         if self.skipped is not None:
             return f"not held against transformers: {self.skipped}"
-        return (
-            f"held against transformers on the untouched folder: logits differ by {self.source:.1g} at most"
+        part = "" if self.layers is None else ", {} of {} layers, which fit memory".format(*self.layers)
+        found = (
+            f"held against transformers on the untouched folder{part}: logits differ by {self.source:.1g} at "
+            "most"
         )
+        if self.differs is not None:
+            found += f"; {self.differs}"
+        if self.runtime is not None:
+            found += f"; llama.cpp computes the same from the file, up to {self.runtime:.1%}"
+        return found
 
 
-def self_check(checkpoint: Checkpoint, written: Provider | None, available: int | None = None) -> SelfCheck:
-    """Compare logits of random tokens: transformers on the folder, our reading of it, and what was written.
+def self_check(checkpoint: Checkpoint, output: Output | None, available: int | None = None) -> SelfCheck:
+    """Compare logits of random tokens: transformers on the folder, our reading of it, what was written, and
+    llama.cpp on the file.
 
-    `written` are the decoded weights of an output that keeps every number, None for one that rounds.
     `available` bytes of memory are what is free when None. VerifyError when the logits differ.
     """
-    needed = 4.5 * sum(weight.numel for weight in checkpoint.weights)
     free = available_bytes() if available is None else available
-    if free is not None and needed > free:
-        return SelfCheck(skipped=f"{needed / 1e9:.1f} GB are needed for the whole model in float32")
+    layers = checkpoint.n_layers if free is None else _layers_within(checkpoint, free)
+    if layers < checkpoint.n_layers:
+        if not layers:
+            return SelfCheck(skipped=f"{_bytes(checkpoint, 1) / 1e9:.1f} GB are needed for its first layer")
+        return _first_layers(checkpoint, output, layers)
+    return _checked(checkpoint, output)
+
+
+def _checked(checkpoint: Checkpoint, output: Output | None) -> SelfCheck:
+    """`self_check` of a model that fits."""
     length = min(TOKENS, checkpoint.shape.context)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, checkpoint.shape.vocab, (ROWS, length), generator=generator)
     try:
-        with _quiet():
-            theirs = _reference(checkpoint, ids)
+        theirs = _reference(checkpoint, ids, dict(checkpoint.raw))
     except Exception as error:  # transformers and its quantizers raise what they like
         return SelfCheck(skipped=f"transformers does not run it here ({one_line(error, 160)})")
-    source = _distance(theirs, _ours(checkpoint, load, ids))
+    ours, differs = _ours(checkpoint, load, ids), None
+    source = _distance(theirs, ours)
+    if not source <= LIMIT:
+        differs, source = _known(checkpoint, ids, ours, source)
     if not source <= LIMIT:
         raise VerifyError(
             f"{checkpoint.path}: transformers computes something else of this folder than moequant (logits "
             f"differ by {source:.2g}, at most {LIMIT:g} was expected); nothing was written, please report it "
             "(--no-self-check writes it all the same)"
         )
-    decoded = None if written is None else _distance(theirs, _ours(checkpoint, written, ids))
-    if decoded is not None and not decoded <= LIMIT:
+    if output is None:
+        return SelfCheck(source, differs=differs)
+    written = _ours(checkpoint, output.load, ids)
+    decoded = _distance(ours, written) if output.exact else None
+    if not torch.isfinite(written).all() or (decoded is not None and not decoded <= LIMIT):
+        off = "are no numbers" if decoded is None else f"differ by {decoded:.2g}, at most {LIMIT:g} expected"
         raise VerifyError(
-            f"{checkpoint.path}: what was written computes something else (logits differ by {decoded:.2g}, "
-            f"at most {LIMIT:g} was expected); nothing was kept, please report it"
+            f"{checkpoint.path}: what was written computes something else (logits {off}); nothing was kept, "
+            "please report it"
         )
-    return SelfCheck(source, decoded)
+    return SelfCheck(source, decoded, _in_llama_cpp(output, ids, written), differs=differs)
 
 
-def _reference(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
-    """Logits [rows, n, vocab] of transformers' own loading of the folder."""
-    config = transformers.AutoConfig.from_pretrained(
-        checkpoint.path, trust_remote_code=False, local_files_only=True
-    )
-    model = whole_class(config).from_pretrained(
-        checkpoint.path, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-    )
-    return _logits(model, ids)
+def _bytes(checkpoint: Checkpoint, layers: int) -> float:
+    """What the first layers of a model take in float32, and computing with them."""
+    return 4.5 * sum(weight.numel for weight in checkpoint.weights if (weight.layer or 0) < layers)
+
+
+def _layers_within(checkpoint: Checkpoint, free: int) -> int:
+    """How many layers, from the first, fit into so many bytes beside embedding and head."""
+    return max((n for n in range(1, checkpoint.n_layers + 1) if _bytes(checkpoint, n) <= free), default=0)
+
+
+def _first_layers(checkpoint: Checkpoint, output: Output | None, layers: int) -> SelfCheck:
+    """The check of a model as if it had only its first layers; llama.cpp is not asked, whose file has all."""
+    whole = checkpoint.n_layers
+    try:
+        short = replace(
+            checkpoint,
+            raw=_shortened(checkpoint.raw, whole, layers),
+            config=type(checkpoint.config).from_dict(_shortened(checkpoint.config.to_dict(), whole, layers)),
+            shape=replace(checkpoint.shape, layers=layers),
+            weights=tuple(weight for weight in checkpoint.weights if (weight.layer or 0) < layers),
+        )
+    except Exception as error:  # classes of configs raise what they like
+        return SelfCheck(skipped=f"its first {layers} layers make no model ({one_line(error, 160)})")
+    found = _checked(short, None if output is None else replace(output, file=None))
+    return replace(found, layers=None if found.source is None else (layers, whole))
+
+
+def _shortened(raw: Mapping[str, Any], whole: int, layers: int) -> dict[str, Any]:
+    """A config.json of fewer layers: their number, and every list that has an entry for each."""
+    found: dict[str, Any] = {}
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            found[key] = _shortened(value, whole, layers)
+        elif isinstance(value, list) and len(value) == whole:
+            found[key] = value[:layers]
+        else:
+            found[key] = layers if key in LAYERS and value == whole else value
+    return found
+
+
+def _known(checkpoint: Checkpoint, ids: Tensor, ours: Tensor, off: float) -> tuple[str | None, float]:
+    """A difference that the family's dialect explains, in words, and what is left; else None, and all."""
+    raw = dict(checkpoint.raw)
+    given = checkpoint.family.dialect(raw)
+    changed = sorted(key for key in given if given[key] != raw.get(key))
+    if not changed:
+        return None, off
+    left = _distance(_reference(checkpoint, ids, given), ours)
+    words = f"transformers takes no account of the release's {', '.join(changed)}, which alone is {off:.1g}"
+    return (words, left) if left <= LIMIT else (None, off)
+
+
+def _in_llama_cpp(output: Output, ids: Tensor, written: Tensor) -> float | None:
+    """How far llama.cpp is off with the file; None where it is not asked. VerifyError where it is too far."""
+    if output.file is None or not llama_cpp.available():
+        return None
+    found = torch.from_numpy(llama_cpp.logits(output.file, ids.numpy(), torch.get_num_threads()).copy())
+    if found.shape != written.shape:
+        raise VerifyError(
+            f"{output.file.name}: llama.cpp gives logits {list(found.shape)}, {list(written.shape)} were "
+            "expected; nothing was kept, please report it"
+        )
+    spread = (written - written.mean(-1, keepdim=True)).norm(dim=-1)
+    off = ((found - written).norm(dim=-1) / spread.clamp(min=1e-30)).nan_to_num(nan=torch.inf)
+    median, limit = float(off.median()), LIMIT if output.plain else RUNTIME_LIMIT
+    if not median <= limit:
+        raise VerifyError(
+            f"{output.file.name}: llama.cpp computes something else with the file than moequant with its "
+            f"weights (logits differ by {median:.2g} of their spread, at most {limit:g} was expected); "
+            "nothing was kept, please report it (--no-self-check keeps it all the same)"
+        )
+    return median
+
+
+def _reference(checkpoint: Checkpoint, ids: Tensor, raw: dict[str, Any]) -> Tensor:
+    """Logits [rows, n, vocab] of transformers' own loading of the folder, under the config.json `raw`."""
+    with _quiet():
+        config = transformers.AutoConfig.from_pretrained(
+            checkpoint.path, trust_remote_code=False, local_files_only=True
+        )
+        if raw != read_json(checkpoint.path / "config.json"):
+            config = type(config).from_dict(raw)
+        model = whole_class(config).from_pretrained(
+            checkpoint.path,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        return _logits(model, ids)
 
 
 def _ours(checkpoint: Checkpoint, provider: Provider, ids: Tensor) -> Tensor:

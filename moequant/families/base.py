@@ -58,6 +58,16 @@ def as_it_is(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
+PREDICTION = "multi-token prediction"
+"""Why a stored tensor is skipped that belongs to layers behind the last: they predict the token after the
+next, and transformers does not run them."""
+
+
+def nothing_predicted(config: Config) -> tuple[tuple[Slot, ...], ...]:
+    """No layers behind the last that containers know."""
+    return ()
+
+
 def nothing_skipped(config: Config) -> Mapping[str, str]:
     """Every stored tensor is used."""
     return {}
@@ -72,9 +82,10 @@ class Family:
     `layer` lists the slots of a decoder layer in the order in which they compute, `ends` those outside.
     `known` are the config keys that these functions, or every container, take account of. `says` has keys
     that the class ignores, with the values that say what it computes anyway. `skipped` gives regular
-    expressions of stored names that are left out on purpose, with the reason. `renamed` turns prefixes of
-    stored names into those that `get` uses. `hoisted` are paths of keys outside `text_config` that belong to
-    the text's config as well. `layers_at` is where the decoder layers are. `chosen` is for
+    expressions of stored names that are left out on purpose, with the reason. `predictions` lists the slots
+    of layers behind the last, among what `skipped` calls PREDICTION: they have no `param`. `renamed` turns
+    prefixes of stored names into those that `get` uses. `hoisted` are paths of keys outside `text_config`
+    that belong to the text's config as well. `layers_at` is where the decoder layers are. `chosen` is for
     models whose layers also give, and are given, which tokens attention looks at: how many those are at
     most; their attention gives them too.
     """
@@ -88,6 +99,7 @@ class Family:
     known: frozenset[str] = frozenset()
     says: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     skipped: Callable[[Config], Mapping[str, str]] = nothing_skipped
+    predictions: Callable[[Config], tuple[tuple[Slot, ...], ...]] = nothing_predicted
     renamed: tuple[tuple[str, str], ...] = ()
     hoisted: tuple[tuple[str, str], ...] = ()
     layers_at: str = "model.layers"

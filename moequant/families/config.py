@@ -40,6 +40,7 @@ HARMLESS = frozenset(
         "router_jitter_noise",
         "router_z_loss_coef",
         "sep_token_id",
+        "tokenizer_class",
         "torch_dtype",
         "transformers_version",
         "unk_token_id",
@@ -51,6 +52,12 @@ HARMLESS = frozenset(
 
 BOOKKEEPING = ("_", "unsloth")
 """Saving tools keep books under such names: `_attn_implementation_autoset`, `unsloth_version`."""
+
+MOST_LAYERS = 10_000
+"""Layers of a model, at most: more are a slip of the config, and would be listed and looped over."""
+
+LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+"""What the classes in transformers call the number of layers."""
 
 _NOT_GIVEN = ("auto_map", "quantization_config", "model_type", "use_return_dict")
 """Keys that the class does not get: how the checkpoint is stored, and another name for the class."""
@@ -87,6 +94,9 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
             f"{family.model_type!r}"
         )
     given = {key: _floats(value) for key, value in text.items() if key not in _NOT_GIVEN}
+    for key in LAYERS:  # before the class makes lists of that length
+        if isinstance(given.get(key), int | float) and not given[key] <= MOST_LAYERS:
+            raise FamilyError(f"{family.name}: config key {key} = {given[key]}: more than any model has")
     given = family.dialect(given)
     if tied is not None:
         given["tie_word_embeddings"] = tied

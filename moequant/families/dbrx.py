@@ -4,15 +4,44 @@ from __future__ import annotations
 
 from typing import Any
 
+from moequant.errors import FamilyError
 from moequant.families.base import Config, Family, Get, Slot
 from moequant.families.blocks import shape as llama_shape
+from moequant.families.config import HARMLESS
 from moequant.values import ModelShape, Role, Site, Stack
 from moequant.values.ops import Ops, Part, Stacked, Transposed
+
+PARTS = {
+    "attn_config": {"attn_pdrop", "clip_qkv", "kv_n_heads", "rope_theta"},
+    "ffn_config": {
+        "ffn_act_fn",
+        "ffn_hidden_size",
+        "hidden_size",
+        "moe_jitter_eps",
+        "moe_loss_weight",
+        "moe_normalize_expert_weights",
+        "moe_num_experts",
+        "moe_top_k",
+        "uniform_expert_assignment",  # of benchmarks
+    },
+}
+"""Config keys one level down."""
+
+BOOKKEEPING = frozenset({"chunk_size_feed_forward", "is_encoder_decoder", "name_or_path", "tokenizer_class"})
+"""What transformers 5 saves there besides."""
 
 
 def dialect(raw: dict[str, Any]) -> dict[str, Any]:
     """Releases say the base of the rotation beside the other numbers of attention, where transformers 5
-    does not look for it: it would rotate with 10,000."""
+    does not look for it: it would rotate with 10,000. FamilyError for unknown keys one level down."""
+    for name, known in PARTS.items():
+        inner = raw.get(name)
+        for key, value in inner.items() if isinstance(inner, dict) else ():
+            if key not in known and value and key not in HARMLESS | BOOKKEEPING:
+                raise FamilyError(
+                    f"dbrx: config key {name}.{key} = {value!r:.80}: unknown, and it may change what the "
+                    "model computes"
+                )
     attention = raw.get("attn_config")
     told = raw.keys() & {"rope_parameters", "rope_theta"}
     if told or not isinstance(attention, dict) or "rope_theta" not in attention:

@@ -4,10 +4,12 @@ shared experts."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
-from moequant.families.base import Config, Family, Slot
+from moequant.families.base import PREDICTION, Config, Family, Slot
 from moequant.families.blocks import SHAPE_KEYS, Experts, correction, ends, gated_ffn, moe_shape, router
 from moequant.families.mla import LATENT_KEYS, latent_attention
+from moequant.families.predictions import appended, count
 
 
 def layer(config: Config, number: int) -> tuple[Slot, ...]:
@@ -27,13 +29,10 @@ def sparse_ffn(config: Config, number: int) -> tuple[Slot, ...]:
 
 
 def prediction_layers(config: Config) -> Mapping[str, str]:
-    """Layers behind the last: they predict the token after the next, and transformers does not run them."""
+    """Stored tensors of layers behind the last."""
     first = config.num_hidden_layers
-    count = int(
-        getattr(config, "num_nextn_predict_layers", None) or getattr(config, "num_mtp_layers", 0) or 0
-    )
-    numbers = "|".join(str(first + i) for i in range(count))
-    return {rf"model\.layers\.({numbers})\..*": "multi-token prediction"} if numbers else {}
+    numbers = "|".join(str(first + i) for i in range(count(config)))
+    return {rf"model\.layers\.({numbers})\..*": PREDICTION} if numbers else {}
 
 
 ROUTING_KEYS = frozenset(
@@ -69,4 +68,5 @@ DEEPSEEK_V3 = Family(
     known=SHAPE_KEYS | LATENT_KEYS | ROUTING_KEYS | {"first_k_dense_replace"},
     says=ROUTER_SAYS,
     skipped=prediction_layers,
+    predictions=partial(appended, layer=layer),
 )

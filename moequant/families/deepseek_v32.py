@@ -7,6 +7,7 @@ from moequant.families.base import Config, Family, Slot
 from moequant.families.blocks import SHAPE_KEYS, bias, ends, gated_ffn, linear, moe_shape, norm, seen, value
 from moequant.families.deepseek_v3 import ROUTER_SAYS, ROUTING_KEYS, prediction_layers, sparse_ffn
 from moequant.families.mla import LATENT_KEYS, latent_attention
+from moequant.families.predictions import appended
 from moequant.values import Role
 
 
@@ -34,6 +35,13 @@ def _indexer(number: int) -> tuple[Slot, ...]:
         bias(f"{own}.k_norm", f"model.layers.{number}.{at}.k_norm"),
         Slot(f"{own}.weights", Role.INDEXER_WEIGHTS, weights),
     )
+
+
+def predictions(config: Config) -> tuple[tuple[Slot, ...], ...]:
+    """Layers behind the last, each with an indexer of its own."""
+    kinds = value(config, "indexer_types") or ["full"]
+    last = max(number for number, kind in enumerate(kinds) if kind == "full")
+    return appended(config, layer, twin=last if len(kinds) > 1 else None)
 
 
 def chosen(config: Config) -> int:
@@ -66,6 +74,7 @@ DEEPSEEK_V32 = Family(
     known=KNOWN,
     says={**ROUTER_SAYS, "rope_interleave": (True,), "indexer_rope_interleave": (False,)},
     skipped=prediction_layers,
+    predictions=predictions,
 )
 
 GLM_MOE_DSA = Family(
@@ -85,5 +94,6 @@ GLM_MOE_DSA = Family(
     },
     says={**ROUTER_SAYS, "rope_interleave": (True,), "indexer_rope_interleave": (True,)},
     skipped=prediction_layers,
+    predictions=predictions,
     chosen=chosen,
 )

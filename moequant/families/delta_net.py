@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from moequant.families.base import Config, Get, Slot
+from moequant.families.base import PREDICTION, Config, Get, Slot
 from moequant.families.blocks import linear, norm, seen
+from moequant.families.predictions import Layer, beside
 from moequant.values import Role
 from moequant.values.ops import Squeezed
 
@@ -31,11 +32,19 @@ DELTA_KEYS = frozenset(
 DELTA_SAYS = {"attn_output_gate": (True,), "output_gate_type": ("swish", "silu")}
 """What those classes compute whatever the config says."""
 
-MTP = {r"(model\.)?mtp\..*": "multi-token prediction"}
+MTP = {r"(model\.)?mtp\..*": PREDICTION}
 """Their layers behind the last, which transformers does not run."""
 
 LINEAR = "linear_attention"
 """What `layer_types` calls a layer with a delta net."""
+
+
+def full_attention_beside(config: Config, layer: Layer) -> tuple[tuple[Slot, ...], ...]:
+    """The layer under `mtp.`, which has gated attention."""
+    kinds = list(config.layer_types)
+    if set(kinds) == {LINEAR}:
+        return ()
+    return beside(config, layer, max(number for number, kind in enumerate(kinds) if kind != LINEAR))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moequant.families.base import Config, Family, Slot
+from moequant.families.base import PREDICTION, Config, Family, Slot
 from moequant.families.blocks import (
     SHAPE_KEYS,
     Experts,
@@ -41,7 +41,7 @@ def layer(config: Config, number: int) -> tuple[Slot, ...]:
 
 def prediction_layers(config: Config) -> Mapping[str, str]:
     """What releases may hold beside the layers that transformers runs."""
-    return {r"model\.mtp_.*": "multi-token prediction"}
+    return {r"model\.mtp_.*": PREDICTION}
 
 
 ERNIE4_5_MOE = Family(

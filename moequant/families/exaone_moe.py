@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moequant.families.base import Config, Family, Slot
+from moequant.families.base import PREDICTION, Config, Family, Slot
 from moequant.families.blocks import (
     SHAPE_KEYS,
     Experts,
@@ -35,12 +35,12 @@ def layer(config: Config, number: int) -> tuple[Slot, ...]:
 
 def prediction_layers(config: Config) -> Mapping[str, str]:
     """What releases may hold beside the layers that transformers runs."""
-    return {r"mtp\..*": "multi-token prediction"}
+    return {r"mtp\..*": PREDICTION}
 
 
 EXAONE_MOE = Family(
     name="exaone_moe",
-    classes=("ExaoneMoeForCausalLM",),
+    classes=("ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM"),
     model_type="exaone_moe",
     shape=moe_shape,
     layer=layer,
@@ -55,6 +55,6 @@ EXAONE_MOE = Family(
         "is_moe_layer",
         "sliding_window_pattern",
     },
-    says=ROUTER_SAYS,
+    says={**ROUTER_SAYS, "first_last_k_dense_replace": (1,)},
     skipped=prediction_layers,
 )

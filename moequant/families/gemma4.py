@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from moequant.errors import FamilyError
 from moequant.families.base import Config, Family, Slot
 from moequant.families.blocks import SHAPE_KEYS, Experts, ends, gated_ffn, linear, norm, seen
 from moequant.values import ModelShape, Role
 
 
 def shape(config: Config) -> ModelShape:
-    """The shape of the model; heads are those of the first layer, which most are like."""
+    """The shape of the model; heads are those of the first layer, which most are like. FamilyError for those
+    with per-layer embeddings."""
+    if width := int(config.hidden_size_per_layer_input or 0):
+        raise FamilyError(
+            f"gemma4: config key hidden_size_per_layer_input = {width}: models with an embedding for every "
+            "layer (E2B, E4B) are not supported yet"
+        )
     first = config.per_layer_config[0]
     experts = bool(config.enable_moe_block)
     return ModelShape(
@@ -104,9 +111,9 @@ GEMMA4 = Family(
         "moe_intermediate_size",
         "final_logit_softcapping",
         "use_bidirectional_attention",
+        "hidden_size_per_layer_input",
         "vocab_size_per_layer_input",
     },
-    says={"hidden_size_per_layer_input": (0,)},
     skipped=towers,
     renamed=(("model.language_model.", "model."),),
 )

@@ -3,9 +3,12 @@ then DeepSeek-V3's router and shared experts. Solar-Open is the same without den
 
 from __future__ import annotations
 
+from functools import partial
+
 from moequant.families.base import Config, Family, Slot
 from moequant.families.blocks import SHAPE_KEYS, attention, ends, gated_ffn, moe_shape, value
 from moequant.families.deepseek_v3 import ROUTER_SAYS, ROUTING_KEYS, prediction_layers, sparse_ffn
+from moequant.families.predictions import appended
 
 
 def layer(config: Config, number: int) -> tuple[Slot, ...]:
@@ -26,6 +29,7 @@ GLM4_MOE = Family(
     known=SHAPE_KEYS | ROUTING_KEYS | {"use_qk_norm", "first_k_dense_replace", "partial_rotary_factor"},
     says=ROUTER_SAYS,
     skipped=prediction_layers,
+    predictions=partial(appended, layer=layer),
 )
 
 SOLAR_OPEN = Family(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from moequant.families.base import Config, Family, Slot
 from moequant.families.blocks import SHAPE_KEYS, ends, gated_ffn, moe_shape
 from moequant.families.deepseek_v3 import ROUTER_SAYS, ROUTING_KEYS, prediction_layers, sparse_ffn
 from moequant.families.mla import LATENT_KEYS, latent_attention
+from moequant.families.predictions import appended
 
 
 def layer(config: Config, number: int) -> tuple[Slot, ...]:
@@ -28,4 +31,5 @@ GLM4_MOE_LITE = Family(
     # The class reads mlp_layer_types, and without it takes one dense layer.
     says={**ROUTER_SAYS, "first_k_dense_replace": (1,)},
     skipped=prediction_layers,
+    predictions=partial(appended, layer=layer),
 )

@@ -1,6 +1,8 @@
 """Hy3: q/k norms in every head, a dense layer first, a sigmoid router whose correction only chooses, shared
 experts."""
 
+from functools import partial
+
 from moequant.families.base import Config, Family, Slot
 from moequant.families.blocks import (
     SHAPE_KEYS,
@@ -14,6 +16,10 @@ from moequant.families.blocks import (
     router,
 )
 from moequant.families.deepseek_v3 import prediction_layers
+from moequant.families.predictions import APPENDED, appended
+
+PARTS = {**APPENDED, "norm": "final_layernorm"}
+"""What is around the layer that predicts."""
 
 
 def layer(config: Config, number: int) -> tuple[Slot, ...]:
@@ -62,4 +68,5 @@ HY_V3 = Family(
         "moe_router_enable_expert_bias": (True,),
     },
     skipped=prediction_layers,
+    predictions=partial(appended, layer=layer, names=PARTS),
 )

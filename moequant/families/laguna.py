@@ -56,7 +56,13 @@ LAGUNA = Family(
         "moe_routed_scaling_factor",
         "mlp_layer_types",
         "gating",
+        "partial_rotary_factor",  # Where rope_parameters leave it out.
         "gating_types",  # The width of the stored tensor says it.
     },
-    says={"norm_topk_prob": (True,), "moe_router_use_sigmoid": (True,)},
+    says={
+        "norm_topk_prob": (True,),
+        "moe_router_use_sigmoid": (True,),
+        "moe_apply_router_weight_on_input": (False,),
+        "use_bidirectional_attention": (False,),
+    },
 )

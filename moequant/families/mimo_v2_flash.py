@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moequant.families.base import Config, Family, Get, Slot
+from moequant.families.base import PREDICTION, Config, Family, Get, Slot
 from moequant.families.blocks import (
     SHAPE_KEYS,
     Experts,
@@ -40,7 +40,7 @@ def layer(config: Config, number: int) -> tuple[Slot, ...]:
 
 def prediction_layers(config: Config) -> Mapping[str, str]:
     """What releases may hold beside the layers that transformers runs."""
-    return {r"model\.mtp\..*": "multi-token prediction"}
+    return {r"model\.mtp\..*": PREDICTION}
 
 
 MIMO_V2_FLASH = Family(

@@ -4,8 +4,9 @@ experts without gates, which may work on a narrower latent."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from moequant.families.base import Config, Family, Slot
+from moequant.families.base import PREDICTION, Config, Family, Slot
 from moequant.families.blocks import (
     SHAPE_KEYS,
     Experts,
@@ -20,6 +21,7 @@ from moequant.families.blocks import (
 )
 from moequant.families.blocks import ends as named_ends
 from moequant.families.mamba import mamba2
+from moequant.families.predictions import count, like, parts
 from moequant.values import Role
 
 MAMBA, ATTENTION, EXPERTS = "linear_attention", "full_attention", "moe"
@@ -81,7 +83,33 @@ def ends(config: Config) -> tuple[Slot, ...]:
 
 def prediction_layers(config: Config) -> Mapping[str, str]:
     """What releases may hold beside the layers that transformers runs."""
-    return {r"mtp\..*": "multi-token prediction"}
+    return {r"mtp\..*": PREDICTION}
+
+
+PARTS = {
+    "join": "mtp.layers.0.eh_proj",
+    "embedding_norm": "mtp.layers.0.enorm",
+    "hidden_norm": "mtp.layers.0.hnorm",
+    "norm": "mtp.layers.1.final_layernorm",
+}
+"""What is around the two blocks that predict."""
+
+
+def predictions(config: Config) -> tuple[tuple[Slot, ...], ...]:
+    """Attention and then experts, one layer in files; other patterns are not known there."""
+    kinds = list(config.layers_block_type)
+    told = list(getattr(config, "mtp_layers_block_type", None) or (ATTENTION, EXPERTS))
+    if count(config) != 1 or told != [ATTENTION, EXPERTS] or not {*told} <= {*kinds}:
+        return ()
+    last = int(config.num_hidden_layers)
+    attention, experts = (
+        like(layer(config, twin), twin, last, f"mtp.layers.{part}.")
+        for part, kind in enumerate(told)
+        for twin in (len(kinds) - 1 - kinds[::-1].index(kind),)
+    )
+    between = {f"layers.{last}.ffn_norm": f"layers.{last}.attn_post_norm"}
+    renamed = (replace(slot, name=between.get(slot.name, slot.name)) for slot in experts)
+    return ((*attention, *renamed, *parts(last, PARTS)),)
 
 
 NEMOTRON_H = Family(
@@ -148,4 +176,5 @@ NEMOTRON_H = Family(
         "use_mamba_kernels",
     },
     skipped=prediction_layers,
+    predictions=predictions,
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from moequant.families.base import Config, Family, Slot
 from moequant.families.blocks import SHAPE_KEYS, Experts, attention, ends, moe_shape, router, shared_expert
-from moequant.families.delta_net import DELTA_KEYS, DELTA_SAYS, LINEAR, MTP, delta_net
+from moequant.families.delta_net import DELTA_KEYS, DELTA_SAYS, LINEAR, MTP, delta_net, full_attention_beside
 from moequant.families.qwen3_vl_moe import VISION
 from moequant.values import Role
 
@@ -47,5 +48,6 @@ QWEN3_5_MOE = Family(
         "use_sliding_window": (False,),
     },
     skipped=skipped,
-    renamed=(("model.language_model.", "model."),),
+    predictions=partial(full_attention_beside, layer=layer),
+    renamed=(("model.language_model.", "model."), ("model.mtp.", "mtp.")),
 )

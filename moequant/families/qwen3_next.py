@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from moequant.families.base import Config, Family, Slot
 from moequant.families.blocks import (
@@ -15,7 +16,7 @@ from moequant.families.blocks import (
     router,
     shared_expert,
 )
-from moequant.families.delta_net import DELTA_KEYS, DELTA_SAYS, LINEAR, MTP, delta_net
+from moequant.families.delta_net import DELTA_KEYS, DELTA_SAYS, LINEAR, MTP, delta_net, full_attention_beside
 from moequant.families.qwen3_moe import ROUTING_KEYS, is_sparse
 from moequant.values import Role
 
@@ -48,4 +49,6 @@ QWEN3_NEXT = Family(
     known=SHAPE_KEYS | ROUTING_KEYS | DELTA_KEYS,
     says=DELTA_SAYS | {"use_sliding_window": (False,)},
     skipped=skipped,
+    predictions=partial(full_attention_beside, layer=layer),
+    renamed=(("model.mtp.", "mtp."),),
 )

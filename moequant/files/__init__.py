@@ -5,7 +5,7 @@ beside the target to write to, and put the result in its place when it is comple
 leaves at most temporaries and a lock file, which the next run to the same target removes.
 """
 
-from moequant.files.folder import RECORD
+from moequant.files.folder import RECORD, check_kept
 from moequant.files.scratch import scratch
 from moequant.files.signals import Interrupted, interruptible
 from moequant.files.targets import check_space
@@ -16,6 +16,7 @@ __all__ = [
     "Interrupted",
     "atomic",
     "atomic_folder",
+    "check_kept",
     "check_output",
     "check_space",
     "claim",

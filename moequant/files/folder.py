@@ -32,6 +32,25 @@ def recorded(folder: Path) -> frozenset[str] | None:
         return None
 
 
+def check_kept(folder: Path, names: Set[str]) -> None:
+    """OutputError when the folder has a file, not written by moequant, in the place of one of `names`.
+
+    For names of files that a new folder will have: said before any work is done, rather than by `carry_over`.
+    """
+    ours = recorded(folder) or frozenset()
+    folders = {parent.as_posix() for name in names for parent in Path(name).parents}
+    for name, empty in _entries(folder) if folder.is_dir() else ():
+        above = {part.as_posix() for part in (name, *name.parents)}
+        if name.as_posix() not in ours and (above & names or (not empty and name.as_posix() in folders)):
+            raise _in_place(folder / name)
+
+
+def _in_place(path: Path) -> OutputError:
+    return OutputError(
+        f"{path}: was not written by moequant, and the new folder has a file of that name; move it away"
+    )
+
+
 def carry_over(old: Path, new: Path, ours: Set[str]) -> None:
     """Bring everything in the folder `old` that is not among `ours` into `new`, by links where possible.
 
@@ -45,10 +64,7 @@ def carry_over(old: Path, new: Path, ours: Set[str]) -> None:
         if empty:
             continue
         if os.path.lexists(target):
-            raise OutputError(
-                f"{old / name}: was not written by moequant, and the new folder has a file of that name; "
-                "move it away"
-            )
+            raise _in_place(old / name)
         try:
             os.link(old / name, target, follow_symlinks=False)
         except OSError as error:

@@ -54,6 +54,11 @@ class Target:
         """Whether something has that name. A symlink is something, wherever it leads."""
         return os.path.lexists(self.path) or self.given.is_symlink()
 
+    def check_link(self) -> None:
+        """OutputError for a link to a file elsewhere: nobody who names an output must know where it leads."""
+        if not self.folder and self.given.is_symlink() and self.path.parent != self.given.parent.resolve():
+            raise OutputError(f"{self.given}: is a link to {self.path}; give that name, or remove the link")
+
     def check_free(self) -> None:
         """OutputError when something is there that this run may not replace."""
         if not self.present or (self.folder and self.path.is_dir() and not any(self.path.iterdir())):

@@ -37,6 +37,8 @@ def claim(
     wanted += [(folder, True)] if folder is not None else []
     targets = [_claimed(*each) or Target.of(*each, overwrite) for each in wanted]
     check_apart(targets, _paths(inputs))
+    for target in targets:
+        target.check_link()
     with ExitStack() as stack:
         for target in targets:
             if _claimed(target.given, target.folder) is None:

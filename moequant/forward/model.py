@@ -112,7 +112,7 @@ def replace_memory(model: nn.Module, name: str, keep: bool) -> None:
 
 def _placed(weights: Iterable[Weight]) -> list[Weight]:
     """Those that live in the model; a file may hold tensors that the model computes."""
-    return [weight for weight in weights if weight.place.param]
+    return [weight for weight in weights if weight.runs]
 
 
 def _target(model: nn.Module, name: str) -> Tensor:

@@ -17,6 +17,8 @@ from moequant.containers.gguf.header import Header
 from moequant.containers.gguf.read import read_header
 from moequant.containers.gguf.roles import is_embedding, is_tied
 from moequant.errors import CheckpointError, PlanError
+from moequant.escape import of_cache, shown
+from moequant.hub import HubModel, Model, located
 from moequant.inspection.presets import PresetFile, preset_files
 from moequant.runtimes.llama_cpp.kv_cache import (
     Load,
@@ -120,20 +122,36 @@ class Fit:
     is_checkpoint: bool
 
 
-def fit(path: Path, hardware: Hardware, load: Load, min_speed: float = 0.0) -> Fit:
-    """Place a GGUF file, or every preset of a Hugging Face folder, on the hardware.
+def fit(model: Model, hardware: Hardware, load: Load, min_speed: float = 0.0) -> Fit:
+    """Place a GGUF file, or every preset of a Hugging Face folder or model of the Hub, on the hardware.
 
     `best` is the file of least expected KL divergence among those that fit and whose bound of the
     decode speed is at least `min_speed` tokens per second; `fastest` the same among those that the GPU
     holds alone. Raises what reading the model raises, and PlanError for a context that the model lacks.
     """
-    folder = path.is_dir()
-    files = preset_files(path) if folder else iter([PresetFile(path.name, read_header(path), None)])
-    found = [_candidate(path, file, hardware, load) for file in files]
+    place, name = located(model), ""
+    if isinstance(place, HubModel) and place.file:
+        from moequant.hub.fetch import gguf_header
+
+        header = gguf_header(place)
+        place = header.path
+        files = iter([PresetFile(place.name, header, None)])
+    elif isinstance(place, HubModel) or place.is_dir():
+        from moequant.hub.fetch import headers  # torch
+
+        folder = headers(place)
+        place = folder.path
+        name = shown(place if of_cache(place) else place.resolve()).rpartition("/")[2]
+        files = preset_files(folder)
+    else:
+        files = iter([PresetFile(place.name, read_header(place), None)])
+    found = [
+        _candidate(f"{name}-{file.name}.gguf" if name else str(place), file, hardware, load) for file in files
+    ]
     found.sort(key=lambda candidate: -candidate.file_bytes)
     good = [c for c in found if c.placement.fits and c.placement.speed >= min_speed]
     alone = [c for c in good if c.placement.all_on_gpu]
-    return Fit(path, hardware, load, tuple(found), _least_kl(good), _least_kl(alone), folder)
+    return Fit(place, hardware, load, tuple(found), _least_kl(good), _least_kl(alone), bool(name))
 
 
 def _least_kl(candidates: list[Candidate]) -> Candidate | None:
@@ -185,8 +203,11 @@ class _Model:
         dense, experts, active = [0] * layers, [0] * layers, [0.0] * layers
         embedding = head = largest = 0
         tied = is_tied(header.tensors)
+        running = layers - header.count("nextn_predict_layers")
         for tensor in header.tensors:
             layer = tensor.layer
+            if layer is not None and layer >= running:
+                continue  # read for drafting alone
             if layer is None:
                 first = "embd" in tensor.name
                 embedding += tensor.bytes if first else 0
@@ -259,10 +280,9 @@ class _Model:
         )
 
 
-def _candidate(path: Path, made: PresetFile, hardware: Hardware, load: Load) -> Candidate:
+def _candidate(file: str, made: PresetFile, hardware: Hardware, load: Load) -> Candidate:
     header = made.header
     placement = place(header, hardware, load)
-    file = f"{path.resolve().name}-{made.name}.gguf" if path.is_dir() else str(path)
     return Candidate(
         name=made.name,
         file=file,

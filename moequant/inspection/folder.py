@@ -6,16 +6,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from moequant import families
-from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.checkpoint import Checkpoint, Folder, open_checkpoint
 from moequant.checkpoint.headers import read_header, read_json
 from moequant.checkpoint.open import renamed
 from moequant.containers.gguf.export import check, export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
-from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError
+from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError, few
 from moequant.families.config import HARMLESS, make_config, text_config
 from moequant.inspection import presets
 from moequant.inspection.runtimes import checkpoint_runtimes
@@ -60,10 +59,11 @@ class _Tensor:
     bytes: int
 
 
-def inspect_folder(path: Path) -> Inspection:
-    """Describe a model folder. Raises CheckpointError without config.json or readable safetensors files."""
-    config = _config(path)
-    tensors = _headers(path)
+def inspect_folder(folder: Folder) -> Inspection:
+    """Describe a model folder. Raises CheckpointError without readable config and safetensors files."""
+    path = folder.path
+    config = read_json(path / "config.json")
+    tensors = _headers(folder)
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     facts = {name: _first(keys, config, text or {}) for name, keys in _KEYS.items()}
     experts, used = facts["experts"] or _seen_experts(tensors), facts["used"]
@@ -71,7 +71,7 @@ def inspect_folder(path: Path) -> Inspection:
     tied = not any(role_of(tensor.name) == "output" for tensor in tensors)
     stored = [_stored(tensor, share, tied, facts["layers"]) for tensor in tensors]
     architecture = (families.architectures(config) or ["(none in config.json)"])[0]
-    support = _support(path, config, tensors)
+    support = _support(folder, config, tensors)
     shared = facts["shared"] or (1 if any("shared_expert." in tensor.name for tensor in tensors) else None)
     return Inspection(
         path=path,
@@ -87,7 +87,7 @@ def inspect_folder(path: Path) -> Inspection:
         active=round(sum(tensor.parameters * tensor.share for tensor in stored)),
         bytes=sum(tensor.bytes for tensor in stored),
         active_bytes=round(sum(tensor.bytes * tensor.share for tensor in stored if tensor.read)),
-        file_bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        file_bytes=sum(file.bytes for file in folder.weights.values()),
         types=by_type(stored),
         roles=by_role(stored, ORDER),
         tokenizer=support.tokenizer,
@@ -110,18 +110,11 @@ def role_of(name: str) -> str:
     return next((role for role, pattern in _ROLES if re.match(pattern, name)), "other")
 
 
-def _config(path: Path) -> dict[str, Any]:
-    if not (path / "config.json").exists():
-        raise CheckpointError(f"{path}: no config.json; give a Hugging Face model folder or a GGUF file")
-    return read_json(path / "config.json")
-
-
-def _headers(path: Path) -> list[_Tensor]:
+def _headers(folder: Folder) -> list[_Tensor]:
     """Every tensor of every safetensors file, whether an index names it or not."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path}: no *.safetensors file; other weight formats are not read")
-    refs = (ref for file in files for ref in read_header(file))
+    if not folder.weights:
+        raise CheckpointError(f"{folder.path}: no *.safetensors file; other weight formats are not read")
+    refs = (ref for _, file in sorted(folder.weights.items()) for ref in read_header(file))
     return [_Tensor(ref.name, ref.shape, ref.dtype, ref.end - ref.begin) for ref in refs]
 
 
@@ -180,7 +173,7 @@ class _Support:
     notes: tuple[str, ...]
 
 
-def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _Support:
+def _support(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) -> _Support:
     """Everything that keeps `moequant convert` from this folder; its sizes when nothing does."""
     missing: list[str] = []
     family: families.Family | None = None
@@ -191,7 +184,7 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
         family = families.find(config)
         text = make_config(family, config)
         if unknown := _unknown(family, text, tensors):
-            missing.append(f"{family.name}: unknown tensors: {', '.join(unknown)}")
+            missing.append(f"{family.name}: unknown tensors: {few(unknown)}")
         check(family, text)
     except FamilyError as error:
         missing.append(str(error))
@@ -200,11 +193,11 @@ def _support(path: Path, config: Mapping[str, Any], tensors: list[_Tensor]) -> _
             missing += _differences(near, config, tensors)
     if not missing:
         try:
-            checkpoint = open_checkpoint(path)
+            checkpoint = open_checkpoint(folder)
         except MoequantError as error:
             missing.append(str(error))
     try:
-        tokenizer = read_tokenizer(path)
+        tokenizer = read_tokenizer(folder.path)
     except TokenizerError as error:
         missing.append(str(error))
     if checkpoint is not None:
@@ -243,19 +236,16 @@ def _differences(near: families.Family, config: Mapping[str, Any], tensors: list
     text = text_config(config)
     known = near.known | HARMLESS | near.says.keys()
     if keys := sorted(key for key in text if key not in known and text[key] is not None):
-        found.append(f"config keys that {near.name} has not: {_few(keys)}")
+        found.append(f"config keys that {near.name} has not: {few(keys)}")
     try:
-        unknown = _unknown(near, make_config(near, {**text, "model_type": near.model_type}), tensors)
+        understood = {key: text[key] for key in text if key in near.known or key in near.says}
+        unknown = _unknown(near, make_config(near, {**understood, "model_type": near.model_type}), tensors)
     except (FamilyError, AttributeError, TypeError, ValueError):
         kinds = sorted({_kind(tensor.name) for tensor in tensors})
-        return [*found, f"its tensors: {_few(kinds)}"]
+        return [*found, f"its tensors: {few(kinds)}"]
     if unknown:
-        found.append(f"tensors that {near.name} has not: {_few(unknown)}")
+        found.append(f"tensors that {near.name} has not: {few(unknown)}")
     return found
-
-
-def _few(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _kind(name: str) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from moequant.containers.gguf.header import Header, TensorInfo
-from moequant.containers.gguf.read import read_header
 from moequant.containers.gguf.roles import ROLES, is_embedding, is_tied, role_of
 from moequant.errors import CheckpointError
 from moequant.inspection.runtimes import gguf_runtimes
@@ -15,9 +12,9 @@ from moequant.runtimes.llama_cpp.kv_cache import experts_used
 ORDER = (*(role for role, _ in ROLES), "other")
 
 
-def inspect_gguf(path: Path) -> Inspection:
+def inspect_gguf(header: Header) -> Inspection:
     """Describe a GGUF file, all shards of it. Raises CheckpointError for what is not a whole GGUF model."""
-    header = read_header(path)
+    path = header.path
     kind = header.text("general.type") or "model"
     if not header.arch or kind != "model":
         raise CheckpointError(f"{path}: a GGUF file of type {kind!r}, not a model; give the model's own file")

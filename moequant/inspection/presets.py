@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from moequant.checkpoint import open_checkpoint
+from moequant.checkpoint import Folder, open_checkpoint
 from moequant.containers.gguf import write as gguf
+from moequant.containers.gguf.container import provenance
 from moequant.containers.gguf.export import Exported, export
 from moequant.containers.gguf.header import Header, TensorInfo
 from moequant.containers.gguf.presets import BASE_TYPES, facts
@@ -27,9 +27,9 @@ class PresetFile:
     kl: float | None
 
 
-def preset_files(folder: Path) -> Iterator[PresetFile]:
+def preset_files(folder: Folder) -> Iterator[PresetFile]:
     """The file of every preset of a folder that moequant converts. Raises what opening the folder raises."""
-    return files_of(export(open_checkpoint(folder)), read_tokenizer(folder))
+    return files_of(export(open_checkpoint(folder)), read_tokenizer(folder.path))
 
 
 def files_of(exported: Exported, tokenizer: TokenizerSpec) -> Iterator[PresetFile]:
@@ -38,7 +38,7 @@ def files_of(exported: Exported, tokenizer: TokenizerSpec) -> Iterator[PresetFil
     The keys of the file are as long for one preset as for another, so its header is laid out once.
     """
     metadata = {"general.architecture": exported.arch, **exported.metadata}
-    own = source_type(exported)
+    own, made = source_type(exported), provenance(exported.checkpoint)
     fixed: int | None = None
     for preset in BASE_TYPES:
         if _FLOATS.get(preset, own) != own:
@@ -46,7 +46,7 @@ def files_of(exported: Exported, tokenizer: TokenizerSpec) -> Iterator[PresetFil
         plan = preset_plan(exported.weights, preset, facts(exported))
         data = _aligned_bytes(plan)
         if fixed is None:
-            fixed = gguf.file_bytes(exported, tokenizer, plan, gguf_provenance()) - data
+            fixed = gguf.file_bytes(exported, tokenizer, plan, made) - data
         tensors = tuple(
             TensorInfo(exported.names[c.weight], c.format, exported.shapes[c.weight], c.bytes)
             for c in plan.choices
@@ -61,13 +61,6 @@ def source_type(exported: Exported) -> str:
     for weight in exported.weights:
         sizes[weight.origin.dtype] = sizes.get(weight.origin.dtype, 0) + weight.origin.bytes
     return max(sizes, key=lambda name: sizes[name])
-
-
-def gguf_provenance() -> dict[str, str]:
-    """The keys that `convert` adds about itself."""
-    from moequant import __version__
-
-    return {"general.quantized_by": f"moequant {__version__}"}
 
 
 def _aligned_bytes(plan: Plan) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gguf
 
+from moequant.errors import few
 from moequant.inspection.values import Runtime
 
 _NEWER = frozenset(
@@ -22,6 +23,7 @@ GGUF_ARCH = {
     "DeepseekV4ForCausalLM": "deepseek4",
     "Dots1ForCausalLM": "dots1",
     "Ernie4_5_MoeForCausalLM": "ernie4_5-moe",
+    "ExaoneMoEForCausalLM": "exaone-moe",
     "ExaoneMoeForCausalLM": "exaone-moe",
     "Gemma4ForConditionalGeneration": "gemma4",
     "Glm4MoeForCausalLM": "glm4moe",
@@ -89,7 +91,7 @@ def gguf_runtimes(arch: str, types: tuple[str, ...]) -> tuple[Runtime, ...]:
     ok, note = arch_known(arch)
     foreign = [name for name in types if name.startswith("type ")]
     if foreign:
-        ok, note = False, f"{note}; {', '.join(foreign)} is no type of llama.cpp's: the file is from a fork"
+        ok, note = False, f"{note}; {few(foreign)} is no type of llama.cpp's: the file is from a fork"
     return (
         Runtime("llama.cpp", ok, note),
         Runtime("transformers", None, "reads some GGUF files by dequantizing them; not checked here"),

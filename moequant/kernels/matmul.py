@@ -16,7 +16,7 @@ import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
-from moequant.errors import FormatError
+from moequant.errors import FormatError, few
 from moequant.formats.grids import points
 from moequant.kernels.activations import round_activations
 from moequant.kernels.decoders import DECODERS, Decoder
@@ -106,7 +106,7 @@ def grouped_matmul(
     FormatError when shapes do not fit or the format has no kernel.
     """
     if matrix.format not in DECODERS:
-        raise FormatError(f"{matrix.format} has no kernel; there are {', '.join(DECODERS)}")
+        raise FormatError(f"{matrix.format} has no kernel; there are {few(DECODERS)}")
     n_experts, n_out, n_in = matrix.shape
     if x.ndim != 2 or x.shape[1] != n_in or experts.shape[:1] != x.shape[:1] or experts.ndim != 2:
         raise FormatError(

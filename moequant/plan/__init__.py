@@ -10,6 +10,7 @@ from moequant.plan.allocate import Option, Unit, allocate
 from moequant.plan.choose import groups, make_plan, make_units, preset_plan
 from moequant.plan.curve import Point, curve, points, preset_points
 from moequant.plan.document import from_json, plan_from_types, read, to_json
+from moequant.plan.pins import pinned
 from moequant.plan.sensitivity import Sensitivities, candidates, prior_sensitivities
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "make_units",
     "packed_bytes",
     "parse_size",
+    "pinned",
     "plan_from_types",
     "points",
     "preset_plan",

@@ -11,12 +11,19 @@ from moequant.containers.gguf.sizes import (
     bits_of,
     check_preset,
     checksum_bytes,
+    data_bytes,
     packed_bytes,
 )
 from moequant.errors import PlanError
 from moequant.plan.allocate import Option, Unit, allocate
+from moequant.plan.pins import REASON
 from moequant.plan.sensitivity import Sensitivities, as_stored, candidates, prior_sensitivities
 from moequant.values import Choice, Plan, Weight
+
+NO_PINS: Mapping[str, str] = {}
+
+_ENDS = {"nextn.embedding": "embedding", "nextn.head": "embedding"}
+"""What layers that predict have in the place of the model's own: no head comes before them in a file."""
 
 NEAR = 0.5
 """Bits per weight around the file's own that a reason calls average."""
@@ -35,41 +42,117 @@ def make_plan(
     facts: ModelFacts,
     sensitivities: Sensitivities | None = None,
     overhead: int = 0,
+    pins: Mapping[str, str] = NO_PINS,
 ) -> Plan:
     """The plan of least KL divergence within the budget; `overhead` bytes are header and tokenizer.
 
-    Without measured sensitivities the tables of other models decide, and then no weight goes
-    below what llama.cpp's preset would give its lowest. PlanError says the smallest
+    Weights in `pins` have the types that it says, and the others share the rest of the budget. Without
+    measured sensitivities the tables of other models decide, and then no weight goes below what
+    llama.cpp's preset would give its lowest, where pins leave so much. PlanError says the smallest
     possible size when the budget is below it.
     """
     sensitivities = sensitivities or prior_sensitivities(weights, facts.layers)
     if budget.preset is not None:
         check_preset(budget.preset)
         if budget.preset in LEGACY | UNQUANTIZED:
-            return _as_llama_cpp(weights, budget.preset, facts, sensitivities)
-    units = make_units(weights, sensitivities, _floor_bits(weights, budget, facts, sensitivities))
+            return _as_llama_cpp(weights, budget.preset, facts, sensitivities, pins)
+    followed = [(one, twin) for one, twin in twins(weights) if one.name not in pins]
+    units = make_units(weights, sensitivities, _floor_bits(weights, budget, facts, sensitivities), pins)
     limit = budget.weight_bytes(weights, facts, overhead)
-    smallest = sum(min(option.bytes for option in unit.options) for unit in units)
+    if pins and _smallest(units) > limit:
+        _check_pins(weights, pins, budget, limit)
+        units = make_units(weights, sensitivities, pins=pins)
+    smallest = _smallest(units)
     if budget.preset is not None:  # the whole file is no larger than llama.cpp's, where anything can give way
         limit = max(limit - checksum_bytes(weights), min(smallest, limit))
     if smallest > limit:
-        raise PlanError(_too_small(weights, budget, smallest, overhead))
+        raise PlanError(_too_small(weights, budget, smallest, overhead) + (f" ({REASON})" if pins else ""))
     chosen = allocate(units, limit)
     types = {
         weight.name: option.format
         for unit, option in zip(units, chosen, strict=True)
         for weight in unit.weights
     }
-    reasons = _reasons(weights, types, sensitivities)
+    types |= {one.name: safer(types[twin.name], one) for one, twin in followed}
+    reasons = _reasons(weights, types, sensitivities) | dict.fromkeys(pins, REASON)
     preset = budget.preset or mostly((types[weight.name], weight.numel) for weight in weights)
     return _plan(weights, types, reasons, sensitivities, Plan(preset, (), limit, budget.text))
 
 
 def make_units(
-    weights: tuple[Weight, ...], sensitivities: Sensitivities, floor_bits: float = 0.0
+    weights: tuple[Weight, ...],
+    sensitivities: Sensitivities,
+    floor_bits: float = 0.0,
+    pins: Mapping[str, str] = NO_PINS,
 ) -> list[Unit]:
-    """Groups of weights that share a format, each with its formats of at least `floor_bits` per weight."""
-    return [Unit(group, _options(group, sensitivities, floor_bits)) for group in groups(weights)]
+    """Groups of weights that share a format, each with its formats of at least `floor_bits` per weight.
+
+    A weight in `pins` stands alone and has no choice. Those that follow one of a group (`twins`) are not
+    in it, but their bytes are counted.
+    """
+    after: dict[str, list[Weight]] = {}
+    for follower, twin in twins(weights):
+        if follower.name not in pins:
+            after.setdefault(twin.name, []).append(follower)
+    following = {one.name for each in after.values() for one in each}
+    free = groups(tuple(w for w in weights if w.name not in pins and w.name not in following))
+    alone = [weight for weight in weights if weight.name in pins]
+
+    def behind(group: Iterable[Weight]) -> list[Weight]:
+        return [follower for weight in group for follower in after.get(weight.name, ())]
+
+    return [
+        *(Unit(group, _options(group, sensitivities, floor_bits, behind(group))) for group in free),
+        *(Unit((w,), (_pinned(w, pins[w.name], sensitivities, behind((w,))),)) for w in alone),
+    ]
+
+
+def _pinned(weight: Weight, name: str, sensitivities: Sensitivities, followers: Iterable[Weight]) -> Option:
+    """The one format of a pinned weight; what it costs is as good as any number where nobody measured it."""
+    size = _bytes(name, (weight,), followers)
+    return Option(name, size, _kl(sensitivities, weight, name) or 0.0)
+
+
+def _bytes(name: str, group: Iterable[Weight], followers: Iterable[Weight]) -> int:
+    """What a group takes in a format, with what follows it."""
+    own = sum(aligned(packed_bytes(name, weight)) for weight in group)
+    return own + sum(aligned(packed_bytes(safer(name, one), one)) for one in followers)
+
+
+def _smallest(units: Iterable[Unit]) -> int:
+    """Bytes of the smallest formats."""
+    return sum(min(option.bytes for option in unit.options) for unit in units)
+
+
+def _check_pins(weights: tuple[Weight, ...], pins: Mapping[str, str], budget: Budget, limit: int) -> None:
+    """PlanError when the pinned weights alone are too large."""
+    alone = [weight for weight in weights if weight.name in pins]
+    taken = data_bytes(alone, dict(pins))
+    if taken > limit:
+        raise PlanError(
+            f"{budget.text}: the weights {REASON} take {taken:,} bytes alone, {max(limit, 0):,} are left for "
+            "all; pin fewer weights, smaller types, or ask for more"
+        )
+
+
+def twins(weights: Iterable[Weight]) -> list[tuple[Weight, Weight]]:
+    """Weights of layers that predict the token after the next, each with the last one of the model that is
+    of its kind: the text says nothing of what their rounding costs."""
+    last: dict[str, Weight] = {}
+    found = []
+    for weight in weights:
+        own = weight.name.removeprefix(f"layers.{weight.layer}.")
+        if weight.runs:
+            last[own] = weight
+        elif (twin := last.get(_ENDS.get(own, own))) and len(weight.shape) > 1 and weight.n_in == twin.n_in:
+            found.append((weight, twin))
+    return found
+
+
+def safer(name: str, weight: Weight) -> str:
+    """The next larger of the formats that a weight may have."""
+    names = [each for each in candidates(weight) if bits_of(each) > bits_of(name)]
+    return names[0] if names else candidates(weight)[-1]
 
 
 def groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
@@ -83,9 +166,12 @@ def groups(weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
 
 
 def _options(
-    group: tuple[Weight, ...], sensitivities: Sensitivities, floor_bits: float
+    group: tuple[Weight, ...],
+    sensitivities: Sensitivities,
+    floor_bits: float,
+    followers: Iterable[Weight] = (),
 ) -> tuple[Option, ...]:
-    """The formats that every weight of a group may have, with what they cost together.
+    """The formats that every weight of a group may have, with what they and their followers cost together.
 
     One that holds the checkpoint's own numbers loses nothing, however few its bits are.
     """
@@ -95,11 +181,13 @@ def _options(
         if all(name in sensitivities.table[weight.name] for weight in group)
     ]
     exact = as_stored(group[0])
+    if not group[0].runs:
+        names = names[-1:]
     allowed = [name for name in names if bits_of(name) >= floor_bits or name == exact] or names[-1:]
     return tuple(
         Option(
             name,
-            sum(aligned(packed_bytes(name, weight)) for weight in group),
+            _bytes(name, group, followers),
             sum(sensitivities.table[weight.name][name] for weight in group),
         )
         for name in allowed
@@ -126,15 +214,20 @@ def _too_small(weights: tuple[Weight, ...], budget: Budget, smallest: int, overh
 
 
 def _as_llama_cpp(
-    weights: tuple[Weight, ...], preset: str, facts: ModelFacts, sensitivities: Sensitivities
+    weights: tuple[Weight, ...],
+    preset: str,
+    facts: ModelFacts,
+    sensitivities: Sensitivities,
+    pins: Mapping[str, str],
 ) -> Plan:
-    """llama.cpp's own types: for presets that are asked for because of their kernels, or not quantized."""
-    types = llama_cpp_types(preset, weights, facts)
+    """llama.cpp's own types, but for pins: for presets that are asked for because of their kernels, or not
+    quantized. Nothing gives way to a pin there."""
+    types = {**llama_cpp_types(preset, weights, facts), **pins}
     reasons = {
         weight.name: _fixed(weight) or ("llama.cpp's rule" if preset in LEGACY else "not quantized")
         for weight in weights
-    }
-    limit = sum(aligned(packed_bytes(types[weight.name], weight)) for weight in weights)
+    } | dict.fromkeys(pins, REASON)
+    limit = data_bytes(weights, types)
     return _plan(weights, types, reasons, sensitivities, Plan(preset, (), limit, preset))
 
 
@@ -188,6 +281,8 @@ def _fixed(weight: Weight) -> str | None:
     """Why a weight has little or no choice of formats; None when it has all."""
     if weight.role.keeps_precision or len(weight.shape) < 2:
         return f"{weight.role} stays F32"
+    if not weight.runs:
+        return "drafts: a step safer than the layer it is like"
     if weight.n_in % 32:
         return f"fallback: 32 does not divide rows of {weight.n_in}"
     if weight.n_in % 256:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moequant.containers.gguf.presets import BASE_TYPES, UNQUANTIZED, ModelFacts, llama_cpp_types
 from moequant.containers.gguf.sizes import Budget, data_bytes
-from moequant.plan.choose import make_plan, make_units
+from moequant.errors import PlanError
+from moequant.plan.choose import NO_PINS, make_plan, make_units
 from moequant.plan.sensitivity import Sensitivities
 from moequant.values import Plan, Weight
 
@@ -22,22 +23,36 @@ class Point:
     plan: Plan | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What is drawn: our plans from the smallest to the largest file, those that somebody asked for, and
+    llama.cpp's presets, each with our plan of that size. `source` says where predictions come from,
+    `weights` how many the model has."""
+
+    title: str
+    plans: Sequence[Point]
+    wanted: Sequence[Point]
+    presets: Sequence[tuple[Point, Point]]
+    weights: int
+    source: str
+
+
 def curve(
     weights: tuple[Weight, ...],
     facts: ModelFacts,
     sensitivities: Sensitivities,
     overhead: int,
     steps: int = 32,
+    pins: Mapping[str, str] = NO_PINS,
 ) -> list[Point]:
     """Plans at `steps` sizes from the smallest possible file to the largest useful one, evenly by ratio."""
-    units = make_units(weights, sensitivities)
+    units = make_units(weights, sensitivities, pins=pins)
     low = overhead + sum(min(option.bytes for option in unit.options) for unit in units)
     high = overhead + sum(max(option.bytes for option in unit.options) for unit in units)
     ratio = (high / low) ** (1 / max(1, steps - 1))
     sizes = sorted({min(high, round(low * ratio**step)) for step in range(steps)} | {low, high})
-    return points(
-        weights, facts, sensitivities, overhead, (Budget(f"{size:,}", file_bytes=size) for size in sizes)
-    )
+    budgets = (Budget(f"{size:,}", file_bytes=size) for size in sizes)
+    return points(weights, facts, sensitivities, overhead, budgets, pins)
 
 
 def points(
@@ -46,22 +61,27 @@ def points(
     sensitivities: Sensitivities,
     overhead: int,
     budgets: Iterable[Budget],
+    pins: Mapping[str, str] = NO_PINS,
 ) -> list[Point]:
     """The best plan for each budget, in their order. PlanError for one that is too small."""
     made = []
     for budget in budgets:
-        plan = make_plan(weights, budget, facts, sensitivities, overhead)
+        plan = make_plan(weights, budget, facts, sensitivities, overhead, pins)
         types = {choice.weight: choice.format for choice in plan.choices}
         made.append(Point(overhead + data_bytes(weights, types), plan.kl or 0.0, budget.text, plan))
     return made
 
 
 def preset_points(
-    weights: tuple[Weight, ...], facts: ModelFacts, sensitivities: Sensitivities, overhead: int
+    weights: tuple[Weight, ...],
+    facts: ModelFacts,
+    sensitivities: Sensitivities,
+    overhead: int,
+    pins: Mapping[str, str] = NO_PINS,
 ) -> list[tuple[Point, Point]]:
     """llama.cpp's files, smallest first: its types with our rounding, and our plan of that size.
 
-    Presets with a type that was not measured are left out.
+    Presets with a type that was not measured are left out, and those smaller than what is pinned.
     """
     made = []
     for preset in BASE_TYPES:
@@ -72,6 +92,11 @@ def preset_points(
         total = sum(row.get(name, 0.0) for row, name in rows)
         theirs = Point(overhead + data_bytes(weights, types), sensitivities.predict(total), preset)
         budget = Budget(f"the size of {preset}", file_bytes=theirs.file_bytes)
-        (ours,) = points(weights, facts, sensitivities, overhead, [budget])
+        try:
+            (ours,) = points(weights, facts, sensitivities, overhead, [budget], pins)
+        except PlanError:
+            if not pins:
+                raise
+            continue
         made.append((theirs, ours))
     return sorted(made, key=lambda pair: pair[0].file_bytes)

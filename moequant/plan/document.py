@@ -104,14 +104,14 @@ def plan_from_types(weights: tuple[Weight, ...], types: Mapping[str, str], sourc
         if weight.name not in types:
             raise PlanError(f"{source}: {weight.name} is missing; every weight needs a row")
         name = types[weight.name]
-        _check_fit(weight, name, source)
+        check_fit(weight, name, source)
         choices.append(Choice(weight.name, name, packed_bytes(name, weight), f"given by {source}", None))
     taken = sum(aligned(choice.bytes) for choice in choices)
     preset = mostly((choice.format, choice.bytes) for choice in choices)
     return Plan(preset, tuple(choices), taken, source)
 
 
-def _check_fit(weight: Weight, name: str, source: str) -> None:
+def check_fit(weight: Weight, name: str, source: str) -> None:
     """PlanError naming the row whose format does not exist or cannot hold its weight."""
     try:
         packed_bytes(name, weight)

@@ -84,6 +84,11 @@ class FolderMenu:
         fitting = [s for s in self.allowed if refusal(weight, s, self.settings) is None]
         return (*(s.name for s in sorted(fitting, key=lambda s: choice_of(weight, s, "").bytes)), own)
 
+    def measured(self, weight: Weight) -> tuple[str, ...]:
+        """See `Menu`."""
+        names = self.candidates(weight)
+        return names if len(names) == 1 else (*names, self.probe(weight))
+
     def exact(self, weight: Weight) -> str | None:
         """See `Menu`."""
         return kept_dtype(weight)

@@ -56,7 +56,7 @@ def measure(
     probing: Probing = Probing(),  # frozen
     menu: Menu = GGUF,
 ) -> Sensitivities:
-    """Sensitivities of all candidates of the menu for all weights.
+    """Sensitivities of all formats of the menu for all weights.
 
     `ids` i64 [rows, n] is text for the probes, better not the text of `calibration`; of
     a model that does not fit into memory as float32 pass None: relative errors are then
@@ -89,16 +89,16 @@ def wants_probes(checkpoint: Checkpoint, asked: bool | None = None) -> bool:
 def sample_errors(
     weight: Weight, stats: InputStats | None, probing: Probing, menu: Menu = GGUF
 ) -> dict[str, float]:
-    """Format -> relative squared error that it makes in the output of `weight`, over all of its experts.
+    """Format -> relative squared error that it makes in the output of `weight`, over all of its experts: of
+    every one that the menu wants measured.
 
     Errors of columns count by the mean square of what they multiply, errors of experts by
     the sum of the squared router weights of their tokens. Experts are sampled evenly in
     order of that mass, each standing for its neighbours; rows are sampled evenly.
     """
-    names = menu.candidates(weight)
-    if len(names) == 1:
-        return {names[0]: 0.0}
-    names = tuple(dict.fromkeys((*names, menu.probe(weight))))
+    names = menu.measured(weight)
+    if len(names) == 1 or not weight.runs:
+        return dict.fromkeys(names, 0.0)
     values = load(weight)
     stack = values if values.ndim == 3 else values[None]
     chosen, mass = _sample_experts(stats if len(stack) > 1 else None, len(stack), probing.experts)
@@ -146,7 +146,8 @@ class _Prober:
         self.probing, self.menu = probing, menu
         model = build_model(checkpoint, EXPERTS)
         self.params = dict(model.named_parameters(remove_duplicate=False))
-        self.groups = [g for g in menu.groups(checkpoint.weights) if len(menu.candidates(g[0])) > 1]
+        running = tuple(weight for weight in checkpoint.weights if weight.runs)
+        self.groups = [g for g in menu.groups(running) if len(menu.candidates(g[0])) > 1]
         wanted = probing.tokens // (len(self.groups) * ids.shape[1])
         count = max(1, min(wanted, probing.rows, len(ids)))
         self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]

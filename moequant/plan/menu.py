@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from moequant.containers.gguf.presets import UNQUANTIZED
 from moequant.plan.allocate import Unit
 from moequant.plan.choose import groups, make_units
 from moequant.plan.sensitivity import Sensitivities, as_stored, candidates, prior_sensitivities
@@ -23,6 +25,9 @@ class Menu(Protocol):
 
     def candidates(self, weight: Weight) -> tuple[str, ...]:
         """Names of formats, as plans have them; a single one is no choice."""
+
+    def measured(self, weight: Weight) -> tuple[str, ...]:
+        """Every format whose error is measured: candidates, and what else somebody asks for."""
 
     def exact(self, weight: Weight) -> str | None:
         """The candidate that has the very numbers of the checkpoint, None when none does."""
@@ -46,12 +51,20 @@ class Menu(Protocol):
         """Sensitivities where nothing was measured."""
 
 
+@dataclass(frozen=True)
 class GgufMenu:
-    """llama.cpp's types."""
+    """llama.cpp's types; `pins` are those that a person gave to weights."""
+
+    pins: Mapping[str, str] = field(default_factory=dict)
 
     def candidates(self, weight: Weight) -> tuple[str, ...]:
         """See `Menu`."""
         return candidates(weight)
+
+    def measured(self, weight: Weight) -> tuple[str, ...]:
+        """See `Menu`."""
+        names, pin = candidates(weight), self.pins.get(weight.name)
+        return names if pin is None or pin in (*names, *UNQUANTIZED) else (*names, pin)
 
     def exact(self, weight: Weight) -> str | None:
         """See `Menu`."""

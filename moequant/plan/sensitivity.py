@@ -144,7 +144,9 @@ def prior_sensitivities(weights: tuple[Weight, ...], layers: int) -> Sensitiviti
 
 
 def _sensitivity(weight: Weight, layers: int) -> float:
-    """A weight's share of its role's sensitivity."""
+    """A weight's share of its role's sensitivity: nothing of one that the model does not run."""
+    if not weight.runs:
+        return 0.0
     whole = SENSITIVITY.get(weight.role, OTHER_SENSITIVITY)
     if weight.layer is None:
         return whole

@@ -1,5 +1,6 @@
 """What a conversion did, as a value and as text."""
 
-from moequant.report.summary import Report
+from moequant.report.conversion import Conversion
+from moequant.report.summary import How, Report
 
-__all__ = ["Report"]
+__all__ = ["Conversion", "How", "Report"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,11 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moequant.escape import shown
-from moequant.evaluate import Comparison, Difference, Estimate, Measured, Ran, WeightError
+from moequant.evaluate import Comparison, Difference, Estimate, Measured, WeightError
+from moequant.evaluate.compared import Compared
 from moequant.evaluate.divergence import PERCENTILES
-from moequant.evaluate.environment import Record
 from moequant.evaluate.open_source import Source
-from moequant.progress import StageCost
 from moequant.report.compare_running import ran_tables, ran_value, record_table, record_value
 from moequant.report.style import line, size, table
 
@@ -27,28 +25,6 @@ OUTLIER = 4.0
 
 TELLING = 2.0
 """Standard errors that two candidates must be apart to be called different."""
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """Baseline, candidates, what was measured of each, and the candidates' differences pair by pair.
-
-    `engine` computed the scores over `tokens` of `source`, whose rows are of `domains`. `ran` has
-    the baseline and every candidate, or nothing when no prompt was continued.
-    """
-
-    base: Source
-    candidates: tuple[Source, ...]
-    measured: tuple[Measured, ...]
-    differences: tuple[Difference, ...]
-    engine: str
-    rounded: bool
-    tokens: int
-    domains: tuple[str, ...]
-    source: str
-    cost: StageCost
-    ran: tuple[Ran, ...]
-    record: Record
 
 
 def compare_tables(found: Compared) -> RenderableType:
@@ -213,13 +189,8 @@ def _pm(estimate: Estimate, digits: int, sign: str = "") -> str:
     return f"{estimate.value:{sign}.{digits}f} ± {estimate.error:.{digits}f}"
 
 
-def compare_json(found: Compared) -> str:
-    """All figures as one JSON object; KL and Δp percentiles are at `percentiles`."""
-    return json.dumps(compare_value(found), indent=1, ensure_ascii=False)
-
-
 def compare_value(found: Compared) -> dict[str, Any]:
-    """The object of `compare_json`."""
+    """All figures for a machine; KL and Δp percentiles are at `percentiles`."""
     return {
         "baseline": _source(found.base),
         "engine": found.engine,

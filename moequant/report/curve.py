@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from rich.console import Group, RenderableType
 from moequant.escape import mathtext
 from moequant.files import atomic
 from moequant.plan import Point
+from moequant.plan.curve import Curve
 from moequant.report.style import line, size, table
 
 if TYPE_CHECKING:
@@ -19,20 +19,6 @@ if TYPE_CHECKING:
 
 OURS, THEIRS = "#1f5fa8", "#c2571a"
 """Blue and orange: told apart by everybody, and in grey print."""
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """What is drawn: our plans from the smallest to the largest file, those that somebody asked for, and
-    llama.cpp's presets, each with our plan of that size. `source` says where predictions come from,
-    `weights` how many the model has."""
-
-    title: str
-    plans: Sequence[Point]
-    wanted: Sequence[Point]
-    presets: Sequence[tuple[Point, Point]]
-    weights: int
-    source: str
 
 
 def curve_tables(curve: Curve) -> RenderableType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from moequant.escape import plain, shown
+from moequant.escape import described, of_cache, plain, shown
 from moequant.inspection.fit import RESERVE, Candidate, Fit, Placement
 from moequant.report.style import line, table
 
@@ -34,7 +35,7 @@ def fit_report(found: Fit) -> RenderableType:
 def fit_json(found: Fit) -> dict[str, Any]:
     """All of it for a machine, in bytes, bytes per second and tokens per second."""
     return {
-        "path": str(found.path),
+        **described(found.path),
         "hardware": asdict(found.hardware),
         "load": asdict(found.load),
         "best": found.best.name if found.best else None,
@@ -137,7 +138,9 @@ def _chosen(found: Fit, chosen: Candidate, title: str) -> list[RenderableType]:
     bound = f"at most {_speed(place.speed)} tokens/s, {_speed(place.speed_full)} with the context full"
     lines: list[RenderableType] = [made, line(f"{read}; {bound}\n")]
     if found.is_checkpoint:
-        lines.append(_Shell(f"moequant convert {found.path} -o {chosen.file} --type {chosen.name}"))
+        model = shown(found.path) if of_cache(found.path) else str(found.path)
+        words = ["moequant", "convert", model, "-o", chosen.file, "--type", chosen.name]
+        lines.append(_Shell(shlex.join(words)))
     lines.append(_Shell(chosen.command))
     if chosen.override:
         lines += [

@@ -10,10 +10,11 @@ from markupsafe import Markup
 
 from moequant import __version__
 from moequant.escape import plain
+from moequant.evaluate.compared import Compared
 from moequant.evaluate.divergence import PERCENTILES
 from moequant.files import atomic
 from moequant.report import html_figures as figures
-from moequant.report.compare import OUTLIER, TELLING, Compared
+from moequant.report.compare import OUTLIER, TELLING
 from moequant.report.compare_running import QUOTED, as_base, record_rows, speeds
 from moequant.report.style import size
 

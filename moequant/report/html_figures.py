@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from moequant.escape import mathtext
 from moequant.evaluate import Measured, WeightError
-from moequant.report.compare import Compared
+from moequant.evaluate.compared import Compared
 
 INK = "#010203"
 """Drawn for whatever is text or line, and replaced by the page's colour: pages are light or dark."""

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moequant.escape import shown
+from moequant.escape import described, of_cache, shown
 from moequant.inspection import Inspection
 from moequant.report.style import line, size, table
 
@@ -26,7 +26,7 @@ def inspection_report(found: Inspection) -> RenderableType:
 
 def inspection_json(found: Inspection) -> dict[str, Any]:
     """All of it for a machine: numbers are exact, sizes in bytes."""
-    plain = asdict(found) | {"path": str(found.path), "bits": found.bits}
+    plain: dict[str, Any] = asdict(found) | {"bits": found.bits, **described(found.path)}
     plain["types"] = dict(found.types)
     for role in plain["roles"]:
         role["types"] = dict(role["types"])
@@ -48,6 +48,7 @@ def _facts(found: Inspection) -> Table:
     made.columns[1].justify = "left"
     made.columns[1].overflow = "fold"
     rows: list[tuple[str, str]] = [
+        ("commit", (of_cache(found.path) or ("", "", ""))[1]),
         ("architecture", found.architecture),
         ("family", f"{found.family} (moequant has a table for it)" if found.family else ""),
         ("layers", _say(found.layers)),

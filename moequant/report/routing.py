@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -145,8 +144,8 @@ def _named(names: Iterable[str]) -> str:
     return ", ".join(every[:NAMED]) + rest
 
 
-def routing_json(found: Health, calibration: Calibration, coverage: Coverage | None = None) -> str:
-    """All figures, and every expert's tokens by layer and by domain, as one JSON object."""
+def routing_json(found: Health, calibration: Calibration, coverage: Coverage | None = None) -> dict[str, Any]:
+    """All figures, and every expert's tokens by layer and by domain, for a machine."""
     value: dict[str, Any] = asdict(found)
     value["domain_names"] = list(calibration.domains)
     for layer, route in zip(value["layers"], calibration.routes, strict=True):
@@ -161,7 +160,7 @@ def routing_json(found: Health, calibration: Calibration, coverage: Coverage | N
             "stopped": coverage.stopped,
             "starved": [asdict(one) for one in coverage.starved],
         }
-    return json.dumps(value, indent=1, ensure_ascii=False)
+    return value
 
 
 def check_picture(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The table at the end of `convert`: what changed, what each expert saw and lost, what it cost."""
+"""The end of `convert`: a verdict, what changed, and on request what each expert saw and lost, and costs."""
 
 from __future__ import annotations
 
@@ -14,61 +14,124 @@ from rich.text import Text
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
+from moequant.containers.folders.plan import FolderSettings, scheme_groups
 from moequant.escape import shown
 from moequant.evaluate import Comparison, Estimate
 from moequant.progress import StageCost
 from moequant.report.style import line, size, table
+from moequant.text.corpus import Rows
 from moequant.values import Calibration, ExpertLoss, Plan, Role
+
+OUTLIER = 10.0
+"""An expert that lost so many times as much as its weight's middle one is counted in the verdict."""
 
 WORST = 5
 """Experts listed as hit worst."""
 
 
 @dataclass(frozen=True, slots=True)
+class How:
+    """How an output was made.
+
+    `rounded_on` is the text under whose Hessians weights were rounded, None for the plain search; `coupled`
+    says whether layers correct those before them. `folder` has the settings of a folder, None for a file.
+    """
+
+    rounded_on: Rows | None = None
+    coupled: bool = False
+    folder: FolderSettings | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """Everything a conversion knows at its end; `summary` is what the command line prints."""
+    """Everything a conversion knows of one output at its end.
+
+    `notes` are what a person should know of it, `checked` what holding it against transformers found.
+    """
 
     model: Path
     out: Path
     file_bytes: int
     checkpoint: Checkpoint
     plan: Plan
-    calibration: Calibration | None
-    losses: tuple[ExpertLoss, ...]
-    comparison: Comparison | None
-    stages: tuple[StageCost, ...]
-    notes: tuple[str, ...]
+    calibration: Calibration | None = None
+    losses: tuple[ExpertLoss, ...] = ()
+    comparison: Comparison | None = None
+    stages: tuple[StageCost, ...] = ()
+    notes: tuple[str, ...] = ()
+    checked: str | None = None
+    how: How = How()
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of weight data per weight of the model."""
         return 8 * self.plan.bytes / sum(weight.numel for weight in self.checkpoint.weights)
 
-    def renderable(self) -> RenderableType:
-        """The report for a rich console."""
+    def renderable(self, details: bool = True) -> RenderableType:
+        """The report for a rich console: the verdict, what changed, notes, and the tables of `details`."""
         heading = line(f"{shown(self.model)} → {shown(self.out)}", style="bold")
-        parts: list[RenderableType] = [heading, _before_after(self)]
+        parts: list[RenderableType] = [heading, line(f"{verdict(self)}\n"), _before_after(self)]
         if self.comparison is not None:
             parts.append(line(f"{self.comparison.tokens:,} tokens scored of: {self.comparison.source}\n"))
-        parts.append(_types(self))
-        if self.calibration is not None:
-            parts.append(
-                line(f"calibrated on {self.calibration.tokens:,} tokens of: {self.calibration.source}\n")
-            )
-        if seen := _seen(self):
-            parts += [_routing(seen), *_unseen(seen), _worst(self.losses)]
-        parts += [line(note) for note in _fallbacks(self.losses)]
-        parts += [line(f"note: {note}") for note in self.notes]
-        parts.append(_stages(self.stages))
+        parts += [_types(self)] if details else []
+        parts += made_how(self, details, worst=True)
+        parts += [stages(self.stages)] if details else []
         return Group(*parts)
 
-    def summary(self, width: int = 100) -> str:
+    def summary(self, width: int = 100, details: bool = True) -> str:
         """The report as plain text."""
         console = Console(file=io.StringIO(), width=width, color_system=None)
-        console.print(self.renderable())
+        console.print(self.renderable(details))
         file = console.file
         assert isinstance(file, io.StringIO)
         return file.getvalue().rstrip() + "\n"
+
+
+def verdict(report: Report) -> str:
+    """One sentence: what it is, what it lost, and whether an expert was left behind."""
+    told = []
+    if (found := report.comparison) is not None:
+        change = found.perplexity.value / found.base_perplexity.value - 1
+        told.append(f"perplexity {change:+.1%}, {found.same_top:.1%} of top tokens kept")
+    if seen := _seen(report):
+        count = sum(int((tokens == 0).sum()) for tokens in seen.values())
+        told.append(f"{count or 'no'} {'expert' if count < 2 else 'experts'} unseen")
+        hurt = len(_hurt(report.losses))
+        told.append(f"{hurt or 'none'} hurt over {OUTLIER:g} times the median")
+    size_of_it = f"{kind(report)}, {report.bits_per_weight:.2f} bits"
+    return f"{size_of_it}: {'; '.join(told)}." if told else f"{size_of_it}."
+
+
+def kind(report: Report) -> str:
+    """What the output is called: a file its preset, a folder its scheme."""
+    if report.how.folder is None:
+        return report.plan.preset
+    named = list(scheme_groups(report.plan))
+    return "mixed precision" if len(named) > 1 else report.plan.preset
+
+
+def _hurt(losses: tuple[ExpertLoss, ...]) -> set[tuple[int | None, int]]:
+    """Layer and number of the experts that lost far more than the others in one of their weights."""
+    return {
+        (loss.layer, expert)
+        for loss in losses
+        if loss.role.is_expert
+        for expert in (loss.error > OUTLIER * loss.error.median()).nonzero()[:, 0].tolist()
+    }
+
+
+def made_how(report: Report, details: bool, worst: bool = False) -> list[RenderableType]:
+    """What text the experts saw, which of them it hit worst if that is asked for, and notes."""
+    parts: list[RenderableType] = []
+    if (found := report.calibration) is not None:
+        parts.append(line(f"calibrated on {found.tokens:,} tokens of: {found.source}\n"))
+    if seen := _seen(report):
+        parts += [_routing(seen)] if details else []
+        parts += _unseen(seen)
+        parts += [_worst(report.losses)] if details and worst else []
+    parts += [line(note) for note in _fallbacks(report.losses)]
+    notes = (*report.notes, *([] if report.checked is None else [report.checked]))
+    return parts + [line(f"note: {note}") for note in notes]
 
 
 def _before_after(report: Report) -> Table:
@@ -80,8 +143,8 @@ def _before_after(report: Report) -> Table:
     found = report.comparison
     if found is not None:
         base, now = found.base_perplexity, found.perplexity
-        made.add_row("perplexity", _pm(base, 3), _pm(now, 3), f"{now.value / base.value - 1:+.2%}")
-        made.add_row("KL divergence, mean", "", _pm(found.kl_mean, 5), "")
+        made.add_row("perplexity", estimate(base, 3), estimate(now, 3), f"{now.value / base.value - 1:+.2%}")
+        made.add_row("KL divergence, mean", "", estimate(found.kl_mean, 5), "")
         if report.plan.kl is not None:
             made.add_row("  expected by the plan", "", f"{report.plan.kl:.5f}", "")
         made.add_row("KL divergence, median / 99 %", "", f"{found.kl_median:.5f} / {found.kl_99:.4f}", "")
@@ -89,8 +152,9 @@ def _before_after(report: Report) -> Table:
     return made
 
 
-def _pm(estimate: Estimate, digits: int) -> str:
-    return f"{estimate.value:.{digits}f} ± {estimate.error:.{digits}f}"
+def estimate(found: Estimate, digits: int) -> str:
+    """A figure with its error."""
+    return f"{found.value:.{digits}f} ± {found.error:.{digits}f}"
 
 
 def _types(report: Report) -> Table:
@@ -168,9 +232,10 @@ def _fallbacks(losses: tuple[ExpertLoss, ...]) -> list[str]:
     return [f"rounded by the plain search, {count} times: {reason}" for reason, count in reasons.items()]
 
 
-def _stages(stages: tuple[StageCost, ...]) -> Table:
+def stages(costs: tuple[StageCost, ...]) -> Table:
+    """What every stage took."""
     made = table("cost", "stage", "seconds", "peak memory", "read")
-    for cost in stages:
+    for cost in costs:
         read = "" if cost.read_bytes is None else size(cost.read_bytes)
         made.add_row(cost.name, f"{cost.seconds:.1f}", size(cost.peak_bytes), read)
     return made

@@ -177,6 +177,9 @@ class Coupled:
             layer = Layer(index, copies[index], self._middle(index), self._kept(index))
             yield from self._layer(layer, streams)
             copies[index] = nn.Identity()
+        for weight in stream.checkpoint.weights:  # what is behind the layers, and not run
+            if weight.layer is not None and not weight.runs and weight.name in self.formats:
+                yield self.plain(weight, self.formats[weight.name])
         for weight in outside:
             if weight.role is Role.OUTPUT and weight.name in self.formats:
                 yield self._head(weight, streams)

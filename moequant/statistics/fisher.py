@@ -209,6 +209,7 @@ def _wanted(checkpoint: Checkpoint) -> tuple[Weight, ...]:
         weight
         for weight in checkpoint.weights
         if weight.layer is not None
+        and weight.runs
         and weight.site is not None
         and not weight.site.heads
         and len(weight.shape) > 1

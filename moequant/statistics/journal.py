@@ -129,9 +129,8 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     refs = [ref for each in stored.values() for ref in each.parts.values()]
     for ref in sorted(refs, key=lambda ref: ref.name):
         digest.update(f"{ref.name} {ref.shape} {ref.dtype} {ref.begin}".encode())
-    for file in sorted({ref.file for ref in refs}):
-        status = file.stat()
-        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    for name, stamp in sorted({(ref.file.name, ref.file.stamp) for ref in refs}):
+        digest.update(f"{name} {stamp}".encode())
     return digest.hexdigest()
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
+from moequant.checkpoint.folder import LocalFile
 from moequant.checkpoint.headers import read_header
 from moequant.errors import CheckpointError, CorpusError
 from moequant.families import Config, Family
@@ -97,7 +98,7 @@ def save(path: Path, what: Stored) -> None:
 def load(path: Path) -> Stored:
     """Read what `save` wrote; CorpusError for a file that is damaged, or something else."""
     try:
-        read_header(path)  # the format's rules, before the library sees a byte
+        read_header(LocalFile(path))  # the format's rules, before the library sees a byte
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get(METADATA, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}

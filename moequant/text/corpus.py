@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from moequant.errors import CorpusError
+from moequant.errors import CorpusError, few
 from moequant.escape import shown
 from moequant.text import bundled
 from moequant.text.bundled import Split
@@ -173,7 +173,7 @@ def _record(record: dict[str, Any], where: str, blank: Document, render: Render 
         except Exception as error:  # a template is code of the model's author: anything may come out of it
             raise CorpusError(f'{where}: the chat template refuses these "messages" ({error})') from None
     if not isinstance(text, str):
-        fields = ", ".join(sorted(record)) or "none"
+        fields = few(sorted(record)) or "none"
         raise CorpusError(f'{where}: no string "text" (fields: {fields}); each line or row needs one')
     if not isinstance(domain, str | None):
         raise CorpusError(f'{where}: "domain" is {domain!r}; expected a string')
@@ -200,9 +200,7 @@ def _dataset(name: str, split: Split, render: Render | None) -> Iterator[Documen
         preferred = ("train",) if split == "calibration" else ("test", "validation")
         chosen = wanted or next((candidate for candidate in preferred if candidate in splits), "")
         if chosen not in splits:
-            raise CorpusError(
-                f"{name}: no split {chosen or ' or '.join(preferred)}; it has {', '.join(splits)}"
-            )
+            raise CorpusError(f"{name}: no split {chosen or ' or '.join(preferred)}; it has {few(splits)}")
         rows = datasets.load_dataset(path, config or None, split=chosen, streaming=True)
         yield from _dataset_rows(rows, name, render)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -2,7 +2,7 @@
 
 from moequant.values.plans import Choice, ExpertLoss, Packed, Plan
 from moequant.values.statistics import Calibration, InputStats, RouteStats
-from moequant.values.stored import Codec, Stored, TensorRef
+from moequant.values.stored import Codec, File, Stored, TensorRef
 from moequant.values.weights import ModelShape, Origin, Place, Role, Site, Stack, Weight
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Choice",
     "Codec",
     "ExpertLoss",
+    "File",
     "InputStats",
     "ModelShape",
     "Origin",

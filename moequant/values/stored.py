@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class File(Protocol):
+    """A file of weights, on this disk or at the other end of a network. Its text is what errors call it."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the model folder."""
+
+    @property
+    def bytes(self) -> int:
+        """Its length."""
+
+    @property
+    def stamp(self) -> str:
+        """What changes when the file does."""
+
+    def open(self) -> BinaryIO:
+        """The file from its first byte, to read and to seek in; whoever opens it closes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +36,7 @@ class TensorRef:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    file: Path
+    file: File
     begin: int
     end: int
 

@@ -55,6 +55,7 @@ class Role(StrEnum):
     SSM_X = "ssm_x"
     SSM_DT = "ssm_dt"
     SSM_OUT = "ssm_out"
+    NEXTN = "nextn"
 
     @property
     def is_expert(self) -> bool:
@@ -169,6 +170,11 @@ class Weight:
     def numel(self) -> int:
         """How many numbers it holds."""
         return prod(self.shape)
+
+    @property
+    def runs(self) -> bool:
+        """Whether transformers' model has it: files also hold what that computes, or does not run."""
+        return bool(self.place.param)
 
     @property
     def is_expert(self) -> bool:

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moequant.checkpoint import load, open_checkpoint
-from moequant.containers.base import Made
-from moequant.containers.folders.card import Card
 from moequant.containers.folders.plan import FolderSettings
 from moequant.containers.gguf.export import export
 from moequant.errors import CheckpointError, FamilyError
 from moequant.forward.model import empty_model
+from moequant.report import Conversion, How, Report
+from moequant.report.card import Card
 from moequant.values import Plan, Role, Weight
 from moequant.values.ops import apply
 from tests import models
@@ -316,8 +316,10 @@ def test_the_name_of_a_model_in_the_cache_is_its_repositorys(tiny, tmp_path: Pat
     found, plain = open_checkpoint(snapshot), open_checkpoint(tiny("qwen3_moe"))
     assert (found.name, found.repository) == ("Tiny-MoE", "acme/Tiny-MoE")
     assert plain.name == plain.repository == tiny("qwen3_moe").name
-    card = Card(found, FolderSettings(), Made(Plan("INT4", (), 0))).text()
-    assert "base_model: acme/Tiny-MoE\n" in card.replace('"', "") and "# Tiny-MoE, int4" in card
+    how = How(folder=FolderSettings())
+    report = Report(snapshot, tmp_path / "out", 1, found, Plan("INT4", (), 0), how=how)
+    card = Card(Conversion((report,))).text()
+    assert "base_model: acme/Tiny-MoE\n" in card.replace('"', "") and "# Tiny-MoE, INT4" in card
     assert commit not in card
 
 

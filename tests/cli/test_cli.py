@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_convert_and_its_dry_run_agree_to_the_byte(model: Path, text: Path, tmp_
     dry = run(*fast, "--dry-run")
     assert dry.returncode == 0 and not out.exists()
     assert "layers.1.experts.down" in dry.stdout
-    done = run(*fast, "--calib", text, "--eval", text)
+    done = run(*fast, "--calib", text, "--eval", text, "--details")
     assert done.returncode == 0, done.stderr
     assert f"{out.stat().st_size:,} bytes" in dry.stdout
     assert "perplexity" in done.stdout and "worst-hit experts" in done.stdout
@@ -113,6 +114,19 @@ def test_an_existing_output_is_kept(model: Path, text: Path, tmp_path: Path) -> 
     fast = "--effort", "fast", "--eval-tokens", 0
     done = run("convert", model, "-o", out, "--calib", text, *fast, "--overwrite")
     assert done.returncode == 0 and out.read_bytes()[:4] == b"GGUF"
+    second, *_ = (line for line in done.stdout.splitlines()[1:] if line.strip())
+    assert re.match(r"Q4_K_M, \d\.\d\d bits: (no|\d+) experts? unseen; (none|\d+) hurt", second), second
+    assert "worst-hit" not in done.stdout and "peak memory" not in done.stdout, "for --details"
+    start, compare = [line.strip() for line in done.stdout.rstrip().splitlines()[-2:]]
+    assert start == f"llama-server -m {out} -c 1024"
+    assert shlex.split(compare) == [
+        "moequant",
+        "compare",
+        str(model),
+        str(out),
+        "--html",
+        "compare.html",
+    ], "one line each, however long"
 
 
 def test_a_failed_overwrite_keeps_the_old_file(model: Path, text: Path, tmp_path: Path) -> None:
@@ -241,3 +255,19 @@ def _drain(terminal: int, seen: list[bytes]) -> None:
             seen.append(chunk)
     except OSError:  # how Linux says that the other end is closed
         os.close(terminal)
+
+
+def test_modules_of_the_current_folder_are_not_imported(model: Path, tmp_path: Path) -> None:
+    """`python -m` looks there first."""
+    for name in ("json", "logging", "numpy", "torch", "typer", "rich", "safetensors", "tokenizers", "gguf"):
+        (model / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
+    ran = subprocess.run(
+        [sys.executable, "-m", "moequant", "inspect", str(model)],
+        cwd=model,
+        env=os.environ | {"PYTHONPATH": str(models.ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()

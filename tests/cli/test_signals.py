@@ -24,6 +24,8 @@ def forever(*args):
         os.kill(os.getpid(), signal.SIGINT)  # a second one must not cut the cleaning short
 
 file.write = folder.write = forever
+for each in (signal.SIGINT, signal.SIGHUP):  # tests that run in the background inherit them as ignored
+    signal.signal(each, signal.SIG_DFL)
 from moequant.cli import app
 app(sys.argv[1:])
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moequant.runtimes.llama_cpp.engine import Library, Llama, LlamaError, ModelParams, library
 
-__all__ = ["Llama", "LlamaError", "MemoryReport", "memory_report", "model_bytes"]
+__all__ = ["Llama", "LlamaError", "MemoryReport", "drafting", "memory_report", "model_bytes"]
 
 
 class _FitModelParams(C.Structure):
@@ -30,6 +30,34 @@ class _FitContextParams(C.Structure):
         ("flags", C.c_bool * 6),
         ("rest", C.c_uint8 * 226),
     )
+
+
+class _DraftingModelParams(C.Structure):
+    """The same structure with the field that decides whether layers that predict are loaded."""
+
+    _fields_ = (
+        ("unused", C.c_uint8 * 72),
+        ("flags", C.c_bool * 6),
+        ("rest", C.c_uint8 * 194),
+    )
+
+
+def drafting(path: str | Path) -> list[str]:
+    """Loads a file with its layers that predict: the tensors in it that nobody uses. LlamaError when one is
+    missing, or of another shape."""
+    lib = library()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = 0
+    flags = C.cast(C.pointer(params), C.POINTER(_DraftingModelParams)).contents.flags
+    if list(flags) != [False, False, True, False, False, False]:
+        raise LlamaError(f"xllamacpp: structure layout changed (flags read as {list(flags)})")
+    flags[5] = True
+    lib.lines.clear()
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise LlamaError(f"llama.cpp cannot load {path}:\n{lib.log(2000)}")
+    lib.llama_model_free(model)
+    return [line for line in lib.lines if "unused tensor" in line]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
+from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.presets import BASE_TYPES
 from moequant.containers.gguf.weights import GgufWeights
@@ -168,7 +169,14 @@ def test_the_report_has_what_it_promises(tiny, tmp_path: Path, text: Path) -> No
         "peak memory",
     ):
         assert words in summary
-    assert [cost.name for cost in report.stages] == ["open", "route", "quantize", "verify", "compare"]
+    assert [cost.name for cost in report.stages] == [
+        "open",
+        "route",
+        "quantize",
+        "verify",
+        "self-check",
+        "compare",
+    ]
     assert report.comparison is not None and report.comparison.kl_mean.value > 0
     assert {loss.weight for loss in report.losses} == {weight.name for weight in report.checkpoint.weights}
 
@@ -189,3 +197,14 @@ def test_the_same_input_gives_the_same_bytes(tiny, tmp_path: Path, text: Path) -
     for name in ("one", "two"):
         convert(tiny("olmoe"), tmp_path / f"{name}.gguf", settings(text, "Q3_K_M", eval_tokens=0))
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_an_imatrix_comes_with_a_file_that_rounds_nothing(tiny, tmp_path: Path, text: Path, effort) -> None:
+    out, matrix = tmp_path / "f32.gguf", tmp_path / "imatrix.gguf"
+    wanted = settings(text, "F32", eval_tokens=0, effort=effort, imatrix_out=matrix)
+    report = convert(tiny("mixtral"), out, wanted)
+    assert "blk.1.ffn_down_exps.weight" in imatrix.parse(matrix).entries
+    assert report.calibration is not None and not any(loss.fallbacks for loss in report.losses)
+    convert(tiny("mixtral"), tmp_path / "plain.gguf", settings(text, "F32", eval_tokens=0))
+    assert out.read_bytes() == (tmp_path / "plain.gguf").read_bytes()

@@ -231,7 +231,7 @@ def test_mxfp4_is_taken_over_bit_for_bit(shipped, text: Path, tmp_path: Path, ef
     experts = [weight.name for weight in report.checkpoint.weights if weight.is_expert]
     types = {choice.weight: choice for choice in report.plan.choices}
     assert {types[name].format for name in experts} == {"MXFP4"} and len(experts) == 6
-    assert all(types[name].damage == 0 for name in experts)
+    assert all(types[name].kl == 0 for name in experts)
     assert all(not loss.error.any() for loss in report.losses if loss.weight in experts)
     stored = load_file(folder / "model.safetensors")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}

@@ -13,7 +13,7 @@ from moequant.plan import read
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
 from tests.cli.test_cli import run
-from tests.plan.test_sensitivity import rows
+from tests.plan.test_measure import rows
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def test_one_run_measures_writes_and_draws(model: Path, text: Path, tmp_path: Pa
     assert "at most 1M" in done.stdout and "probes of" in done.stdout and "IQ3_XXS" in done.stdout
     assert picture.read_text().lstrip().startswith("<?xml")
     plan = read(out, export(open_checkpoint(model)).weights)
-    assert plan.target == "at most 1M" and plan.damage is not None
-    assert json.loads(out.read_text())["predicted_kl"] == plan.damage
+    assert plan.target == "at most 1M" and plan.kl is not None
+    assert json.loads(out.read_text())["predicted_kl"] == plan.kl
 
 
 def test_statistics_replace_the_calibration_pass(model: Path, text: Path, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +15,11 @@ import torch
 
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.commands.convert import Settings, convert
-from moequant.errors import VerifyError
-from moequant.evaluate.self_check import LIMIT, self_check
+from moequant.containers.gguf.container import GgufContainer
+from moequant.errors import MoequantError, VerifyError
+from moequant.evaluate.self_check import LIMIT, Output, self_check
 from moequant.values import Role
+from tests import models
 
 
 def misread(checkpoint: Checkpoint, **values: object) -> Checkpoint:
@@ -54,8 +59,8 @@ def test_a_planted_error_is_caught(tiny, error: str) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_a_folder_that_is_read_right_passes(tiny, family: str) -> None:
     checkpoint = open_checkpoint(tiny(family))
-    found = self_check(checkpoint, load)
-    assert found.source is not None and found.source < LIMIT and found.decoded == found.source
+    found = self_check(checkpoint, Output(load, exact=True))
+    assert found.source is not None and found.source < LIMIT and found.decoded == 0
 
 
 def test_weights_that_are_written_wrong_are_caught(tiny) -> None:
@@ -64,12 +69,25 @@ def test_weights_that_are_written_wrong_are_caught(tiny) -> None:
         return values * 2 if weight.name == "layers.1.experts.down" else values
 
     with pytest.raises(VerifyError, match="what was written computes something else"):
-        self_check(open_checkpoint(tiny("mixtral")), doubled)
+        self_check(open_checkpoint(tiny("mixtral")), Output(doubled, exact=True))
 
 
 def test_too_little_memory_is_said_and_no_error(tiny) -> None:
     found = self_check(open_checkpoint(tiny("mixtral")), None, available=1000)
     assert found.source is None and "GB are needed" in found.note
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_next", "lfm2_moe"])
+def test_of_a_model_larger_than_memory_the_first_layers_are_checked(tiny, family: str) -> None:
+    checkpoint = open_checkpoint(tiny(family))
+    first = [weight for weight in checkpoint.weights if not weight.layer]
+    room = int(4.5 * sum(weight.numel for weight in first))
+    found = self_check(checkpoint, Output(load, exact=True), available=room)
+    assert found.source is not None and found.source <= LIMIT and found.decoded == 0
+    assert f"1 of {checkpoint.n_layers} layers, which fit" in found.note
+    with pytest.raises(VerifyError, match="transformers computes something else"):
+        eps = next(key for key in ("rms_norm_eps", "norm_eps") if hasattr(checkpoint.config, key))
+        self_check(misread(checkpoint, **{eps: 1e-2}), None, available=room)
 
 
 def test_the_report_says_it_and_the_option_leaves_it_out(tiny, tmp_path: Path, text: Path) -> None:
@@ -79,3 +97,97 @@ def test_the_report_says_it_and_the_option_leaves_it_out(tiny, tmp_path: Path, t
     assert any("held against transformers" in note for note in with_it.notes)
     assert not any("held against transformers" in note for note in without.notes)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("error", PLANTED)
+def test_a_planted_error_keeps_a_quantized_file_from_its_name(
+    tiny, tmp_path: Path, monkeypatch, text: Path, error: str
+) -> None:
+    monkeypatch.setattr(
+        "moequant.commands.convert.open_checkpoint", lambda p: PLANTED[error](open_checkpoint(p))
+    )
+    given = {"calib": text, "calib_tokens": 1024, "eval_tokens": 0, "effort": "fast"}
+    for out, more in (("q.gguf", {"type": "Q4_0"}), ("f", {"format": "safetensors", "group_size": 64})):
+        with pytest.raises(VerifyError, match="transformers computes something else"):
+            convert(tiny("qwen3_moe"), tmp_path / out, Settings(**given, **more))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def dbrx(tmp_path: Path) -> Path:
+    """As the release says it: the base of the rotation lies where transformers does not look."""
+    folder = models.build(tmp_path / "dbrx", "dbrx")
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    raw = {key: value for key, value in raw.items() if key not in ("rope_theta", "rope_parameters")}
+    raw["attn_config"]["rope_theta"] = 500_000
+    path.write_text(json.dumps(raw))
+    return folder
+
+
+def test_what_transformers_is_known_to_misread_is_named_with_its_size(dbrx: Path) -> None:
+    checkpoint = open_checkpoint(dbrx)
+    assert checkpoint.config.rope_parameters["rope_theta"] == 500_000
+    found = self_check(checkpoint, Output(load, exact=True))
+    assert found.source is not None and found.source <= LIMIT
+    assert re.search(r"no account of the release's rope_theta, which alone is [0-9.e-]+", found.note)
+
+
+def test_a_known_difference_excuses_no_other(dbrx: Path) -> None:
+    for base in (10_000.0, 400_000.0):
+        checkpoint = rope(base)(open_checkpoint(dbrx))
+        if base == 10_000.0:  # then both misread it alike: that the release is read right, its own test says
+            assert self_check(checkpoint, None).differs is None
+            continue
+        with pytest.raises(VerifyError, match="transformers computes something else"):
+            self_check(checkpoint, None)
+
+
+KEYS = {
+    ("qwen3_moe", "qwen3moe.rope.freq_base"): 500.0,
+    ("qwen3_moe", "qwen3moe.attention.layer_norm_rms_epsilon"): 1e-2,
+    ("deepseek_v3", "deepseek2.expert_weights_scale"): 0.5,
+}
+"""Keys of a file and wrong values for them."""
+
+
+@pytest.fixture(scope="module")
+def files(tiny, tmp_path_factory: pytest.TempPathFactory, text: Path):
+    """`files("qwen3_moe", "Q4_0")`: the model and a file of it, made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(family: str, type_: str) -> tuple[Checkpoint, Path]:
+        if (family, type_) not in made:
+            out = tmp_path_factory.mktemp("files") / f"{family}-{type_}.gguf"
+            convert(tiny(family), out, Settings(type_, text, 1024, effort="fast", eval_tokens=0))
+            made[family, type_] = out
+        return open_checkpoint(tiny(family)), made[family, type_]
+
+    return get
+
+
+@pytest.mark.parametrize("type_", ["F32", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize(("family", "key"), KEYS)
+def test_a_wrong_key_of_a_file_is_caught_by_llama_cpp(
+    files, tmp_path: Path, family: str, key: str, type_: str
+) -> None:
+    checkpoint, file = files(family, type_)
+    raw = bytearray(file.read_bytes())
+    at = raw.index(key.encode()) + len(key) + 4
+    raw[at : at + 4] = struct.pack("<f", KEYS[family, key])
+    (tmp_path / "wrong.gguf").write_bytes(raw)
+
+    def output(path: Path) -> Output:
+        return Output(GgufContainer(checkpoint).open(path).load, type_ == "F32", path, type_ == "F32")
+
+    assert self_check(checkpoint, output(file)).runtime is not None
+    with pytest.raises(VerifyError, match=r"llama\.cpp computes something else"):
+        self_check(checkpoint, output(tmp_path / "wrong.gguf"))
+
+
+def test_a_file_that_llama_cpp_refuses_does_not_get_its_name(files, tmp_path: Path) -> None:
+    checkpoint, file = files("qwen3_moe", "F32")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1.attn_z.weight"))
+    with pytest.raises(MoequantError, match=r"llama\.cpp does not run it"):
+        self_check(checkpoint, Output(load, False, cut))

@@ -11,13 +11,17 @@ import torch
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.container import GgufContainer
+from moequant.containers.gguf.header import Header
+from moequant.containers.gguf.read import read_header
 from moequant.forward.model import Provider, build_model
 from moequant.forward.stream import LayerStream, Resources
+from moequant.inspection.presets import preset_files
 from moequant.report import Report
 from moequant.rounding.coupled import Coupled, Rounding, Streams, decoded
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.feedback import Options
 from moequant.rounding.shrinkage import DIAGONAL, Trial
+from moequant.runtimes.llama_cpp.kv_cache import Load, compute_bytes, kv_bytes
 from moequant.values import Role, Weight
 from tests import models
 from tests.clients.llama import Llama
@@ -77,10 +81,19 @@ def test_however_it_is_saved_the_file_is_the_same(tmp_path: Path, text: Path, fa
 def test_a_quantized_file_is_compared_and_generates(tmp_path: Path, text: Path, family: str) -> None:
     folder, out = models.build(tmp_path / "model", family), tmp_path / "q.gguf"
     report = converted(folder, out, text, "Q4_K_M", eval_tokens=1024)
-    assert report.comparison is not None and 0 < report.comparison.kl_mean.value < 0.5
+    # Random states of Mamba amplify every error: 0.1 at Q8_0, 0.6 here; unlike models are several apart.
+    assert report.comparison is not None and 0 < report.comparison.kl_mean.value < 1.0
     with Llama(out, threads=1) as llama:
         produced = llama.generate([5, 6, 7], 4)
         assert produced and np.isfinite(llama.logits(produced)).all()
+    (planned,) = [made.header for made in preset_files(folder) if made.name == "Q4_K_M"]
+    assert memory(planned) == memory(read_header(out)), "fit answers for the folder as for its file"
+
+
+def memory(header: Header) -> tuple[object, ...]:
+    """What a server needs beside the weights."""
+    load = Load(256)
+    return kv_bytes(header, load), compute_bytes(header, load)
 
 
 @pytest.mark.parametrize("family", models.CONFIGS)

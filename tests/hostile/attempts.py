@@ -12,11 +12,13 @@ from tests.hostile.ground import Ground
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The arguments of `moequant`; `refused` where success would be wrong; `what` says what was done."""
+    """The arguments of `moequant`; `refused` where success would be wrong; `what` says what was done; no file
+    may grow beyond `room` bytes."""
 
     arguments: list[str]
     what: str
     refused: bool = False
+    room: int | None = None
 
 
 Maker = Callable[[Random, Ground, Path], Attempt]

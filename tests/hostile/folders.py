@@ -102,6 +102,28 @@ def configs(random: Random, ground: Ground, folder: Path) -> Attempt:
     return on_model(random, model, what)
 
 
+def families(random: Random, ground: Ground, folder: Path) -> Attempt:
+    """Configs of families of other kinds: latent attention, recurrent layers, flat experts, vision towers."""
+    name = random.choice(sorted(ground.others))
+    model = ground.copy(name, folder / "model")
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    text = config.get("text_config", config)
+    if random.random() < 0.6:
+        key = random.choice(sorted(_family(config).known | text.keys()))
+        text[key] = damage.odd(random, text.get(key))
+        what = f"{key} = {text[key]!r:.80}"
+    else:
+        under = random.choice([(), ("text_config",), ("rope_parameters",), ("ffn_config",), ("attn_config",),
+                               ("layer_types",), ("layers_block_type",), ("vision_config",)])  # fmt: skip
+        config = damage.change(random, config, random.randrange(1, 4), under)
+        what = f"changed under {under}"
+    path.write_text(json.dumps(config))
+    if random.random() < 0.6:
+        return Attempt(["inspect", str(model), *random.choice([[], ["--json"]])], f"{name}: {what}")
+    return on_model(random, model, f"{name}: {what}")
+
+
 def _family(config: dict[str, Any]) -> Family:
     from moequant import families
 

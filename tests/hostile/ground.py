@@ -30,20 +30,25 @@ SHAPES = {
 }
 """The models: what they have beside one layer of 64 columns."""
 
+OTHERS = ("deepseek_v2", "qwen3_next", "jamba", "nemotron_h", "lfm2_moe", "dbrx", "llama4", "gemma4")
+"""Models of other kinds, as the tests have them: latent attention, recurrent layers, flat experts, towers."""
+
 SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "max_position_embeddings": 512}
 
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """`models` by family; `files` made of qwen3_moe, by what they are; nobody may touch `bait`."""
+    """`models` and `others` by family; `files` made of qwen3_moe, by what they are; nobody may touch
+    `bait`."""
 
     models: dict[str, Path]
+    others: dict[str, Path]
     files: dict[str, Path]
     bait: Path
 
     def copy(self, family: str, folder: Path) -> Path:
         """A model folder of one's own to damage."""
-        shutil.copytree(self.models[family], folder)
+        shutil.copytree({**self.models, **self.others}[family], folder)
         return folder
 
     def bait_state(self) -> str:
@@ -67,6 +72,7 @@ def make(folder: Path) -> Ground:
     for family, shape in SHAPES.items():
         sharded = {"max_shard_size": "100KB"} if family == "mixtral" else {}
         built[family] = models.build(folder / family, family, save=sharded, **(SMALL | shape))
+    others = {family: models.build(folder / family, family) for family in OTHERS}
     bait = folder / "bait"
     bait.mkdir()
     shutil.copy(built["qwen3_moe"] / "config.json", bait)
@@ -92,7 +98,8 @@ def make(folder: Path) -> Ground:
         ["convert", model, "-o", str(files["gguf"]), "--type", "Q4_0", "--stats", str(files["stats"]),
          "--effort", "fast", "--eval-tokens", "0", "--no-self-check"],
         ["check", str(files["gguf"]), "--sample", "1", "--device", "cpu"],
+        ["compare", model, str(files["gguf"]), "--eval", str(files["text"]), "--eval-tokens", "1024"],
     ):  # fmt: skip
         ran = CliRunner().invoke(app, command)
         assert ran.exit_code == 0, f"{command}: {ran.output} {ran.exception!r}"
-    return Ground(built, files, bait)
+    return Ground(built, others, files, bait)

@@ -11,12 +11,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import IO, Any
 
-from tests.hostile import files, folders, options, special
+from tests.hostile import crafted, every_option, files, folders, options, quantized, special
 from tests.hostile.attempts import Attempt, Maker
 from tests.hostile.ground import MARK, Ground
 
@@ -32,9 +33,15 @@ KINDS: dict[str, Maker] = {
     "texts": files.texts,
     "options": options.options,
     "special": special.special,
+    "quantized": quantized.quantized,
+    "families": folders.families,
+    "crafted": crafted.crafted,
+    "every option": every_option.every_option,
+    "rooms": every_option.rooms,
+    "takeovers": every_option.takeovers,
 }
 
-SHARES = {"configs": 3, "options": 2, "tokenizers": 2, "special": 2}
+SHARES = {"configs": 2, "tokenizers": 2, "special": 2, "quantized": 2, "every option": 2}
 """How many more of some kinds are tried than of others."""
 
 HANG = 30
@@ -164,7 +171,8 @@ def judge(ground: Ground, attempt: Attempt, folder: Path) -> str | None:
     from moequant.cli import app
 
     outside, before = ground.bait_state(), _listed(folder)
-    ran = CliRunner().invoke(app, attempt.arguments)
+    with _room(attempt.room):
+        ran = CliRunner().invoke(app, attempt.arguments)
     if ran.exception is not None and not isinstance(ran.exception, SystemExit):
         return f"traceback: {_where(ran.exc_info)}"
     if ground.bait_state() != outside:
@@ -185,6 +193,17 @@ def judge(ground: Ground, attempt: Attempt, folder: Path) -> str | None:
     if odd := next((one for line in told for one in line if one < " " or one == "\x7f"), None):
         return f"a control code {odd!r}"
     return _litter(before, folder)
+
+
+@contextmanager
+def _room(size: int | None) -> Iterator[None]:
+    """No file of this process grows beyond so many bytes, as on a disk that is full then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _listed(folder: Path) -> set[str]:

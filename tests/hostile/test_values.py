@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from moequant.checkpoint import open_checkpoint
-from moequant.checkpoint.headers import belongs
+from moequant.checkpoint.codecs.declared import read_config
+from moequant.checkpoint.folder import Folder, belongs, folder_of
 from moequant.commands.route import RouteSettings
 from moequant.containers.gguf.families.base import Key
 from moequant.containers.gguf.sizes import Budget, parse_size
@@ -20,17 +21,64 @@ from moequant.errors import (
     MoequantError,
     PlanError,
     VerifyError,
+    few,
     foreign,
 )
 from moequant.evaluate.divergence import score_tokens
 from moequant.forward.stream import Resources
+from moequant.inspection.folder import inspect_folder
 from moequant.plan import document
 from tests import models
+from tests.checkpoint.codecs.files import one
 
 
 def test_messages_are_one_line_of_bounded_length() -> None:
     told = str(MoequantError("a\nb" * 5000))
     assert len(told) <= LONGEST and "\n" not in told
+
+
+def test_of_a_long_list_of_names_ten_are_shown() -> None:
+    assert few(range(10)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    assert few(range(12)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+    for asked in (lambda: Budget.of_preset("none"), lambda: read_config({"quant_method": "none"})):
+        with pytest.raises(MoequantError, match=r"and \d+ more"):
+            asked()
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", "(a|ab|b)*c", ".*.*.*.*.*.*.*z", "((x{2,}){2,})+"])
+def test_a_pattern_that_may_take_for_ever(pattern: str) -> None:
+    for key, entry in (("ignore", f"re:{pattern}"), ("modules_to_not_convert", pattern)):
+        with pytest.raises(CheckpointError, match="may take for ever"):
+            read_config({"quant_method": "fp8", key: [entry]})
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"re:.*mlp\.gate$",
+        "re:model.layers.*.mlp.experts.*.(gate|up)_proj",
+        "re:^(?!.*(mlp|experts)).*$",
+        "re:(",
+        "*",
+    ],
+)
+def test_patterns_as_releases_have_them(pattern: str) -> None:
+    assert (
+        read_config({"quant_method": "fp8", "ignore": [pattern]}).left_out.find("model.layers.0.mlp.x")
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"config_groups": [1]}, {"config_groups": {"a": 3}}, {"config_groups": {"a": {"targets": 7}}},
+     {"ignore": 5}, {"sparsity_config": [1]}, {"transform_config": "x"},
+     {"config_groups": {"a": {"targets": ["Linear"], "weights": {"group_size": "x", "strategy": "group"}}}}],
+)  # fmt: skip
+def test_a_quantization_config_of_odd_values(tmp_path: Path, change: dict[str, object]) -> None:
+    parts = {"a.weight": torch.zeros(4, 4, dtype=torch.int8), "a.weight_scale": torch.ones(4, 1)}
+    with pytest.raises(CheckpointError, match="quantization_config"):
+        one(tmp_path, parts, {"quant_method": "compressed-tensors", **change})
 
 
 def test_what_others_raise_is_ours_and_our_own_passes() -> None:
@@ -92,6 +140,15 @@ def test_an_infinite_epsilon(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("layers", [10_001, 1 << 31, 1 << 62, 1e18, float("inf"), float("nan")])
+def test_layers_without_end_are_refused_before_any_is_looked_at(tmp_path: Path, layers: float) -> None:
+    folder = models.build(tmp_path / "model", "qwen3", num_hidden_layers=1, hidden_size=64)
+    models.edit_config(folder, num_hidden_layers=layers)
+    with pytest.raises(FamilyError, match=r"num_hidden_layers = .*more than any model has"):
+        open_checkpoint(folder)
+    assert any("more than any model has" in line for line in inspect_folder(folder_of(folder)).missing)
+
+
 def test_a_plan_that_is_a_pipe(tmp_path: Path) -> None:
 
     os.mkfifo(tmp_path / "plan.json")
@@ -117,4 +174,4 @@ def test_a_shard_of_a_name_that_no_file_has(tmp_path: Path) -> None:
     for name in ("x" * 300 + ".safetensors", "\\ud800.safetensors"):
         (tmp_path / INDEX).write_text(f'{{"weight_map": {{"a": "{name}"}}}}')
         with pytest.raises(CheckpointError, match="was expected"):
-            read_headers(tmp_path)
+            read_headers(Folder(tmp_path, {}))

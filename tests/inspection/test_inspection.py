@@ -255,6 +255,21 @@ def test_everything_that_is_missing_is_named(tiny, tmp_path: Path) -> None:
     assert "tokenizer.json" in missing
 
 
+def test_an_unknown_architecture_says_how_it_differs_from_the_nearest(tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
+    told = {"architectures": ["Qwen4MoeForCausalLM"], "model_type": "qwen4_moe", "memory_slots": 3}
+    models.edit_config(folder, **told)
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.memory.slots"] = torch.zeros(2)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    missing = inspect(folder).missing
+    assert len(missing) <= 10
+    assert "Qwen4MoeForCausalLM" in missing[0] and "qwen3_moe (Qwen3MoeForCausalLM)" in missing[0]
+    said = "\n".join(missing)
+    assert "memory_slots" in said and "model.layers.*.memory.slots" in said and "self_attn" not in said
+
+
 def test_a_quantized_checkpoint_says_so(tiny, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
     models.edit_config(folder, quantization_config={"quant_method": "strange"})

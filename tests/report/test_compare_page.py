@@ -12,12 +12,12 @@ import torch
 
 from moequant.errors import OutputError
 from moequant.evaluate import Ran, Scores, WeightError, difference
+from moequant.evaluate.compared import Compared
 from moequant.evaluate.environment import Origin, Record
 from moequant.evaluate.open_source import Source
 from moequant.evaluate.results import RoutingChange
 from moequant.evaluate.side_by_side import measured
 from moequant.progress import StageCost
-from moequant.report.compare import Compared
 from moequant.report.html import page, write
 from moequant.report.html_figures import INK
 from moequant.runtimes.llama_cpp.serving import Sample, Serving

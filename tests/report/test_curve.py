@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from moequant.plan import Budget, curve, points, preset_points, prior_sensitivities
-from moequant.report.curve import Curve, curve_tables, draw
+from moequant.plan.curve import Curve
+from moequant.report.curve import curve_tables, draw
 from tests.plan.test_choose import FACTS, layers
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moequant
-from moequant.runtimes.llama_cpp import serving
+from moequant.runtimes.llama_cpp import isolated, serving
 from moequant.runtimes.llama_cpp.engine import LlamaError
 
 HOSTILE = "import pathlib; pathlib.Path(__file__).with_name('ran').touch(); raise SystemExit('owned')"
@@ -35,9 +35,10 @@ def test_nothing_in_the_current_folder_runs(hostile: Path) -> None:
 
 def test_modules_come_from_where_they_come_from_here(hostile: Path) -> None:
     """Also where moequant is a checkout that only PYTHONPATH leads to."""
-    *python, start, package = serving._command()[:5]
+    *python, start, package = isolated.command("moequant.errors")[:5]
     asked = "import json, numpy, moequant\nfor m in (moequant, json, numpy): print(m.__file__)\n"
-    command = [*python, start.replace("main()\n", asked), package, *serving._command()[5:]]
+    start = start.replace("importlib.import_module(sys.argv[2]).main()\n", asked)
+    command = [*python, start, package, *isolated.command("moequant.errors")[5:]]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     here = subprocess.run(
         [sys.executable, "-I", "-c", "import json, numpy; print(json.__file__, numpy.__file__)"],

@@ -53,10 +53,10 @@ def damaged(tensor: str, found: str) -> CheckpointError:
 
 def _read_into(ref: TensorRef, begin: int, out: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
     view = out.data
-    with ref.file.open("rb", buffering=0) as file:
+    with ref.file.open() as file:
         file.seek(begin)
         while view:
-            count = file.readinto(view)
+            count = file.readinto(view)  # type: ignore[attr-defined]  # every binary file has it
             if not count:
                 raise CheckpointError(f"{ref.file}: ends inside tensor {ref.name}; is the download complete?")
             view = view[count:]

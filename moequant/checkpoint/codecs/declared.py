@@ -6,13 +6,14 @@ Tensors decide how they are read. A config that contradicts them makes one of bo
 from __future__ import annotations
 
 import re
+import re._parser as _parser  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import cache
 from typing import Any
 
-from moequant.errors import CheckpointError
+from moequant.errors import CheckpointError, few
 
 Config = Mapping[str, Any]
 
@@ -157,7 +158,7 @@ def read_config(quantization: Config | None) -> Declared:
     if method not in METHODS:
         raise CheckpointError(
             f"quantization_config.quant_method is {method or 'missing'}, expected one of "
-            f"{', '.join(METHODS)}; give the unquantized checkpoint"
+            f"{few(METHODS)}; give the unquantized checkpoint"
         )
     _refuse_parts(raw)
     if method == "auto-round":
@@ -262,7 +263,7 @@ def _from_algorithm(raw: Config, module: str) -> Scheme:
         return Scheme()
     if str(name).upper() not in _ALGORITHMS:
         raise CheckpointError(
-            f"quantization_config.quant_algo is {name}, expected one of {', '.join(_ALGORITHMS)}; give the "
+            f"quantization_config.quant_algo is {name}, expected one of {few(_ALGORITHMS)}; give the "
             "unquantized checkpoint"
         )
     bits, group = _ALGORITHMS[str(name).upper()]
@@ -276,8 +277,41 @@ def _matches(pattern: str, module: str) -> bool:
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """A regular expression; one that is none ("*", for example) is taken as a plain name."""
+    """A regular expression; one that is none ("*", for example) is taken as a plain name.
+
+    CheckpointError for one that may take for ever on a name, such as (a+)+$.
+    """
     try:
-        return re.compile(pattern)
-    except re.error:
+        tree = _parser.parse(pattern)
+        compiled = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
         return re.compile(re.escape(pattern))
+    if _repeats(tree) > _MOST_REPEATS:
+        raise CheckpointError(
+            f"quantization_config: the pattern {pattern[:100]!r} repeats what repeats, or more than "
+            f"{_MOST_REPEATS} times; matching it may take for ever; write it simpler"
+        )
+    return compiled
+
+
+_MOST_REPEATS = 5
+"""Of n characters, so many `.*` in a row may take n**5 / 120 steps."""
+
+
+def _repeats(tree: Any, repeated: bool = False) -> float:
+    """How many repeats a parsed expression has; infinite when in one there is another, or a choice."""
+    found = 0.0
+    for operator, content in tree:
+        repeats = operator in (_parser.MAX_REPEAT, _parser.MIN_REPEAT) and content[1] > 1
+        if repeated and (repeats or operator is _parser.BRANCH):
+            return float("inf")
+        if operator is not _parser.ATOMIC_GROUP:  # what it has matched is never tried again
+            found += repeats + sum(_repeats(each, repeated or repeats) for each in _inside(content))
+    return found
+
+
+def _inside(content: Any) -> list[Any]:
+    """The expressions inside a part of one."""
+    if isinstance(content, _parser.SubPattern):
+        return [content]
+    return [found for each in content for found in _inside(each)] if isinstance(content, list | tuple) else []

@@ -10,7 +10,7 @@ from typing import Any
 from moequant.checkpoint.codecs import forms
 from moequant.checkpoint.codecs.base import plain
 from moequant.checkpoint.codecs.declared import Declared, disagrees, read_config
-from moequant.errors import CheckpointError
+from moequant.errors import CheckpointError, foreign
 from moequant.values import Stored, TensorRef
 
 Refs = Mapping[str, TensorRef]
@@ -63,7 +63,8 @@ def recognise(refs: Refs, quantization: Mapping[str, Any] | None) -> dict[str, S
     CheckpointError, one line, for a method that is not read, parts that are missing, left over or of
     another shape, and weights that are not as the config says.
     """
-    declared = read_config(quantization)
+    with foreign(CheckpointError, "quantization_config cannot be read"):
+        declared = read_config(quantization)
     dropped = set(activation_scales(refs, quantization))
     left = {name: ref for name, ref in refs.items() if name not in dropped}
     found: dict[str, Stored] = {}
@@ -72,7 +73,8 @@ def recognise(refs: Refs, quantization: Mapping[str, Any] | None) -> dict[str, S
         if (group := _group(name, ref, left)) is None:
             continue
         logical, parts = group
-        found[name] = _stored(logical, parts, declared)
+        with foreign(CheckpointError, f"tensor {name} is not as quantization_config says"):
+            found[name] = _stored(logical, parts, declared)
         claimed |= {part.name for part in parts.values()}
     out: dict[str, Stored] = {}
     for name, ref in left.items():

@@ -7,12 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint
-from moequant.containers.base import Made, Written
+from moequant.containers.base import Written
 from moequant.containers.folders import write as folder
-from moequant.containers.folders.card import Card
-from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores
+from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores, with_copies
 from moequant.containers.folders.read import FolderWeights
-from moequant.errors import OutputError
+from moequant.families.base import PREDICTION
 from moequant.values import Packed, Plan
 
 
@@ -22,8 +21,13 @@ class FolderContainer:
     is_folder = True
 
     def __init__(self, checkpoint: Checkpoint, settings: FolderSettings) -> None:
-        self.checkpoint, self.settings = checkpoint, settings
-        self.notes: tuple[str, ...] = ()
+        self.checkpoint, self.settings = with_copies(checkpoint), settings
+        copied = len(checkpoint.predictions.stored)
+        self.notes: tuple[str, ...] = (
+            (f"{PREDICTION} kept: {copied:,} tensors copied as they are, for vLLM to draft with",)
+            if copied
+            else ()
+        )
 
     @cached_property
     def plan(self) -> Plan:
@@ -36,7 +40,7 @@ class FolderContainer:
 
     def check_target(self, path: Path, plan: Plan) -> None:
         """See `Container`."""
-        folder.check_target(path, self.size(plan))
+        folder.check_target(path, self.checkpoint, plan, self.settings)
 
     def formats(self, plan: Plan) -> dict[str, str]:
         """See `Container`: what has a scheme; all else is copied as bytes."""
@@ -51,14 +55,6 @@ class FolderContainer:
     def verify(self, written: Written, plan: Plan) -> None:
         """See `Container`."""
         folder.verify(written, self.checkpoint, plan, self.settings)
-
-    def describe(self, path: Path, made: Made) -> None:
-        """See `Container`."""
-        card = Card(self.checkpoint, self.settings, made)
-        try:
-            (path / "README.md").write_text(card.text(), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
     def open(self, path: Path) -> FolderWeights:
         """See `Container`."""

@@ -15,7 +15,7 @@ from moequant.containers.folders.schemes import Scheme
 from moequant.containers.folders.storage import GptqIntegers, Storage
 from moequant.errors import FamilyError, PlanError
 from moequant.formats.groups import GROUPS, GroupFormat
-from moequant.values import Choice, Plan, Role, Weight
+from moequant.values import Choice, Origin, Place, Plan, Role, Stack, Weight
 
 LayoutName = Literal["compressed-tensors", "gptq"]
 
@@ -70,6 +70,25 @@ def storage(checkpoint: Checkpoint, scheme: Scheme, layout: LayoutName) -> Stora
     # GPTQ files hold f16 scales; rounded like the other layout's first, they give the same codes.
     also = (torch.float16,) if own != torch.float16 else ()
     return GptqIntegers(GroupFormat(scheme.bits, scheme.group, (own, *also)))
+
+
+def with_copies(checkpoint: Checkpoint) -> Checkpoint:
+    """The model with every tensor of its layers that predict, each a weight that nothing runs."""
+    copies = (
+        Weight(
+            each.name,
+            Role.NEXTN,
+            None,
+            each.shape,
+            Stack.NONE,
+            Origin((each,)),
+            Place(""),
+            None,
+            (each.name,),
+        )
+        for each in checkpoint.predictions.stored
+    )
+    return checkpoint.with_weights((*checkpoint.weights, *copies))
 
 
 def scheme_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
@@ -142,6 +161,9 @@ def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     formats = {choice.weight: choice.format for choice in plan.choices}
     names = {"lm_head"}
     for weight in checkpoint.weights:
+        if not weight.runs:
+            names |= {*modules(weight)} if len(weight.shape) > 1 else set()
+            continue
         is_linear = len(weight.shape) == 2 and weight.role is not Role.EMBEDDING
         if is_linear and formats[weight.name] in KEPT:
             names |= {*modules(weight), weight.place.param.removesuffix(".weight")}
@@ -155,6 +177,8 @@ def quantizable(checkpoint: Checkpoint, attention: bool) -> list[Weight]:
 
 
 def _is_quantized(checkpoint: Checkpoint, weight: Weight, attention: bool, shared: frozenset[str]) -> bool:
+    if not weight.runs:
+        return False
     if weight.is_expert:
         return len(weight.shape) == 3
     if len(weight.shape) != 2 or weight.role.keeps_precision or weight.role in (Role.EMBEDDING, Role.OUTPUT):

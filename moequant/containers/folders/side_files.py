@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from moequant.checkpoint.headers import belongs
+from moequant.checkpoint.folder import belongs
 
 COPIED = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",

@@ -36,10 +36,13 @@ from moequant.containers.folders.schemes import find
 from moequant.containers.folders.shards import Bytes, Entry, Shard, ShardWriter
 from moequant.containers.folders.storage import Storage, decode
 from moequant.errors import CheckpointError, OutputError, VerifyError
-from moequant.files import RECORD, check_space
+from moequant.files import RECORD, check_kept, check_space
 from moequant.values import Packed, Plan, Stored, Weight
 
 _CHUNK = 1 << 24
+
+_GPTQ_CONFIG = "quantize_config.json"
+"""Where loaders of GPTQ look beside config.json."""
 
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -53,9 +56,16 @@ def folder_bytes(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -
     return sum(shard.bytes for shard in _shards(checkpoint, plan, settings))
 
 
-def check_target(path: Path, size: int) -> None:
-    """OutputError when there is no room for `size` bytes: said before any work is done."""
-    check_space(path.absolute().parent, size)
+def check_target(path: Path, checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> None:
+    """OutputError, before any work is done, when there is no room, or a file of somebody else's in the place
+    of one that `write` will make."""
+    files = _shards(checkpoint, plan, settings)
+    check_space(path.absolute().parent, sum(shard.bytes for shard in files))
+    copied = (file.relative_to(checkpoint.path).as_posix() for file in side_files.side_files(checkpoint.path))
+    made = {"config.json", "README.md", RECORD, *(shard.name for shard in files), *copied}
+    made |= {shards.INDEX} if len(files) > 1 else set()
+    made |= {_GPTQ_CONFIG} if settings.layout == "gptq" else set()
+    check_kept(path, made)
 
 
 def write(
@@ -185,7 +195,7 @@ def _chunks(stored: Stored) -> Iterator[Bytes]:
             yield _finite(stored, _bytes(stored.read(index).to(torch.bfloat16)), "BF16")
         return
     (ref,) = stored.parts.values()
-    with ref.file.open("rb") as file:
+    with ref.file.open() as file:
         file.seek(ref.begin)
         for at in range(ref.begin, ref.end, _CHUNK):
             yield _finite(stored, file.read(min(_CHUNK, ref.end - at)), stored.dtype)
@@ -214,7 +224,7 @@ def _write_side_files(
     if len(files) > 1:
         texts[shards.INDEX] = shards.index(files)
     if quantization["quant_method"] == "gptq":
-        texts["quantize_config.json"] = json.dumps(quantization, indent=2) + "\n"
+        texts[_GPTQ_CONFIG] = json.dumps(quantization, indent=2) + "\n"
     try:
         side_files.copy(checkpoint.path, folder)
         for name, text in texts.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
-from moequant.containers.base import Made, Written
+from moequant.containers.base import Written
 from moequant.containers.gguf import write as file
 from moequant.containers.gguf.export import Exported, export
 from moequant.containers.gguf.sizes import data_bytes
@@ -15,6 +15,15 @@ from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.containers.gguf.verify import verify
 from moequant.containers.gguf.weights import GgufWeights
 from moequant.values import Packed, Plan
+
+
+def provenance(checkpoint: Checkpoint) -> dict[str, str]:
+    """Keys of a file about how it was made, and of which commit of which model of the Hub."""
+    made = {"general.quantized_by": f"moequant {__version__}"}
+    if checkpoint.revision is not None:
+        made["general.source.huggingface.repository"] = checkpoint.repository
+        made["moequant.source.revision"] = checkpoint.revision
+    return made
 
 
 class GgufContainer:
@@ -27,7 +36,7 @@ class GgufContainer:
         self.exported: Exported = export(checkpoint)
         self.tokenizer = read_tokenizer(checkpoint.path)
         self.checkpoint = self.exported.checkpoint
-        self.provenance = {"general.quantized_by": f"moequant {__version__}"}
+        self.provenance = provenance(checkpoint)
         self.notes = (*self.tokenizer.notes, *self.exported.warnings)
 
     def size(self, plan: Plan) -> int:
@@ -54,9 +63,6 @@ class GgufContainer:
     def verify(self, written: Written, plan: Plan) -> None:
         """See `Container`."""
         verify(written, plan, self.exported)
-
-    def describe(self, path: Path, made: Made) -> None:
-        """See `Container`: a file's keys were written with it."""
 
     def open(self, path: Path) -> GgufWeights:
         """See `Container`."""

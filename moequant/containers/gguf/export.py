@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
+from moequant.containers.gguf import nextn
 from moequant.containers.gguf.families import COMMON, EXPORTS, OTHERS, Computed, Export, FileTensor, Key
 from moequant.errors import CheckpointError, FamilyError
 from moequant.families import Config, Family
@@ -48,8 +49,11 @@ class Exported:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The keys by their full names."""
-        return {f"{self.arch}.{key.name}": key.value for key in self.keys}
+        """The keys by their full names; arrays as tuples, as a header of a file has them."""
+        return {
+            f"{self.arch}.{key.name}": tuple(key.value) if isinstance(key.value, list) else key.value
+            for key in self.keys
+        }
 
 
 def export(checkpoint: Checkpoint) -> Exported:
@@ -58,10 +62,13 @@ def export(checkpoint: Checkpoint) -> Exported:
     FamilyError, with every reason, when llama.cpp has no such architecture or computes something else.
     """
     way = check(checkpoint.family, checkpoint.config)
+    kept, told = nextn.kept(checkpoint, way)
     weights: list[Weight] = []
     names: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    cut = {each.name: _pieces(checkpoint, way, each) for each in checkpoint.weights}
+    ends = [each for each in checkpoint.weights if each.role is Role.OUTPUT]
+    layers = [each for each in checkpoint.weights if each.role is not Role.OUTPUT]
+    cut = {each.name: _pieces(checkpoint, way, each) for each in (*layers, *kept, *ends)}
     parts = {
         name: tuple((weight.name, tensor.ops) for weight, tensor in pairs) for name, pairs in cut.items()
     }
@@ -82,9 +89,9 @@ def export(checkpoint: Checkpoint) -> Exported:
         way.arch,
         names,
         shapes,
-        way.keys(checkpoint.config),
+        nextn.counted(way, checkpoint.config, way.keys(checkpoint.config), kept),
         parts,
-        way.warnings(checkpoint.config),
+        (*way.warnings(checkpoint.config), *told),
     )
 
 

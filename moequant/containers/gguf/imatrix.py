@@ -133,7 +133,7 @@ def read(path: Path, exported: Exported) -> Calibration:
     routes = tuple(
         _route(weight, inputs[weight.site.name].tokens)
         for weight in exported.weights
-        if weight.role is Role.UP and weight.site is not None
+        if weight.role is Role.UP and weight.site is not None and weight.runs
     )
     source = f"{path.name} ({', '.join(found.datasets) or 'text not named'})"
     return Calibration(routes, inputs, found.chunks, found.chunks * found.chunk_size, source, ())
@@ -142,7 +142,7 @@ def read(path: Path, exported: Exported) -> Calibration:
 def _stats(found: Imatrix, weight: Weight, exported: Exported) -> InputStats | None:
     """The moments of a weight's input, under the name of any weight that multiplies the same activations;
     None when there is no entry."""
-    same = [other for other in exported.weights if other.site == weight.site]
+    same = [other for other in exported.weights if other.site == weight.site and other.runs]
     names = [exported.names[other.name] for other in same]
     names += [name.replace(one, fused) for name in names for one, fused in _FUSED.items() if one in name]
     entries = [(name, found.entries[name]) for name in dict.fromkeys(names) if name in found.entries]

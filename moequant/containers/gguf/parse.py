@@ -19,6 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from moequant.containers.gguf.header import SCALARS, Array, TensorInfo, unreadable
 from moequant.errors import CheckpointError
+from moequant.values import File
 
 KEPT: Final = 4096
 """Arrays of up to so many numbers are kept as tuples: no per-layer array is longer."""
@@ -68,11 +69,15 @@ class Part:
     bytes: int
 
 
-def parse(path: Path) -> Part:
+def parse(path: Path, away: File | None = None) -> Part:
     """Read and check the header of one file; of its data only the size is looked at.
 
-    Raises CheckpointError, one line, for what cannot be read or breaks a rule of the format.
+    A file that is not on this disk is read as `away`, and called `path`. Raises CheckpointError, one line,
+    for what cannot be read or breaks a rule of the format.
     """
+    if away is not None:
+        with away.open() as file:
+            return _Cursor(path, file, away.bytes).part()
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):

@@ -135,7 +135,8 @@ def facts(exported: Exported) -> ModelFacts:
         if isinstance(heads, int) and isinstance(of_keys, int)
         else shape.heads // shape.kv_heads
     )
-    return ModelFacts(shape.layers, shape.experts, gqa, shape.tied)
+    layers = int(told[f"{exported.arch}.block_count"])
+    return ModelFacts(layers, shape.experts, gqa, shape.tied)
 
 
 def llama_cpp_types(preset: str, weights: Iterable[Weight], facts: ModelFacts) -> dict[str, str]:

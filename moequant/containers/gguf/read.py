@@ -7,6 +7,7 @@ not mapped: it can be let go, and a file that shrinks is an error and no SIGBUS.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import numpy as np
 from moequant.containers.gguf.header import Header, TensorInfo, unreadable
 from moequant.containers.gguf.parse import Part, parse
 from moequant.errors import CheckpointError, VerifyError
+from moequant.values import File
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +35,8 @@ class GgufFile:
     Raises CheckpointError, one line, for what is not a complete and healthy GGUF file.
     """
 
-    def __init__(self, path: Path) -> None:
-        parts = [parse(part) for part in shards(path)]
+    def __init__(self, path: Path, away: Mapping[str, File] | None = None) -> None:
+        parts = [parse(part, (away or {}).get(part.name)) for part in shards(path)]
         _check_shards(path, parts)
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
@@ -93,12 +95,13 @@ class GgufFile:
         return torch.from_numpy(out)
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, away: Mapping[str, File] | None = None) -> Header:
     """Keys and tensor descriptions of a GGUF file, of all shards when it is the first of several.
 
-    Raises CheckpointError as `GgufFile` does.
+    `away` has those files, by their names, that are not on this disk. Raises CheckpointError as `GgufFile`
+    does.
     """
-    return GgufFile(path).header
+    return GgufFile(path, away).header
 
 
 def decode(data: Bytes, type_name: str, name: str) -> Floats:

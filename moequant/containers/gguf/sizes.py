@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from moequant.containers.gguf.presets import BASE_TYPES, ModelFacts, llama_cpp_types
-from moequant.errors import PlanError
+from moequant.errors import PlanError, few
 from moequant.values import Weight
 
 ALIGNMENT = 32
@@ -24,7 +24,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([KMGT]?)(I?)B?\s*", re.IGNORECA
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a file may cost, named in one of three ways; `text` is what the person wrote.
+    """What a file may cost, named in one of three ways; `text` says it in words, `label` in a file's name.
 
     `file_bytes` is the whole file, header and tokenizer included; `bpw` bits of weight
     data per weight of the model; `preset` llama.cpp's file of that name.
@@ -34,26 +34,31 @@ class Budget:
     file_bytes: int | None = None
     bpw: float | None = None
     preset: str | None = None
+    label: str = ""
 
     @classmethod
     def of_size(cls, text: str) -> Budget:
         """`14G`, `14GB`, `13.5GiB`, `800M`, `3300000`; PlanError for anything else."""
-        return cls(f"at most {text.strip()}", file_bytes=parse_size(text))
+        return cls(f"at most {text.strip()}", file_bytes=parse_size(text), label="".join(text.split()))
 
     @classmethod
-    def of_bpw(cls, bpw: float) -> Budget:
-        """So many bits a weight, F32 routers and norms counted in."""
+    def of_bpw(cls, bits: float | str) -> Budget:
+        """So many bits a weight, F32 routers and norms counted in; PlanError for what no weight can have."""
+        try:
+            bpw = float(bits)
+        except ValueError:
+            bpw = 0.0
         if not 0 < bpw <= MOST_BITS:
             raise PlanError(
-                f"{bpw} bits per weight: give a number above 0 and of at most {MOST_BITS}, such as 3.6"
+                f"{bits} bits per weight: give a number above 0 and of at most {MOST_BITS}, such as 3.6"
             )
-        return cls(f"at most {bpw:g} bits per weight", bpw=bpw)
+        return cls(f"at most {bpw:g} bits per weight", bpw=bpw, label=f"{bpw:g}bpw")
 
     @classmethod
     def of_preset(cls, preset: str) -> Budget:
         """No larger than llama.cpp's file; PlanError lists the presets that exist."""
         check_preset(preset)
-        return cls(preset, preset=preset)
+        return cls(preset, preset=preset, label=preset)
 
     def weight_bytes(self, weights: tuple[Weight, ...], facts: ModelFacts, overhead: int = 0) -> int:
         """Bytes that the aligned weight data may take in a file with `overhead` bytes of everything else."""
@@ -82,7 +87,7 @@ def parse_size(text: str) -> int:
 def check_preset(preset: str) -> None:
     """PlanError, with the presets that exist, when this is none of them."""
     if preset not in BASE_TYPES:
-        raise PlanError(f"unknown type {preset!r}; known: {', '.join(BASE_TYPES)}")
+        raise PlanError(f"unknown type {preset!r}; known: {few(BASE_TYPES)}")
 
 
 def aligned(size: int) -> int:

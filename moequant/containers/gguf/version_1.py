@@ -15,7 +15,7 @@ _SIDES = {"input": "", "output": ":out", "experts": ":up", "inner": ":down"}
 
 def renamed(found: Stored, checkpoint: Checkpoint) -> Stored:
     """The same statistics under today's names. CorpusError when they are of another model."""
-    exported = export(checkpoint)
+    exported = export(checkpoint.without_predictions())
     mine = {
         "general.architecture": exported.arch,
         "vocab_size": checkpoint.shape.vocab,

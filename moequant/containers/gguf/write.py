@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, size_label
 from gguf.gguf_writer import WriterState
 
+from moequant.checkpoint import Checkpoint
+from moequant.containers.about import metadata
 from moequant.containers.base import Written
 from moequant.containers.gguf import checksums
 from moequant.containers.gguf.export import Exported
@@ -85,7 +87,6 @@ def _lay_out(
     """All keys and tensor descriptions of the file, nothing written yet."""
     writer = GGUFWriter(None, exported.arch)
     writer.add_type("model")
-    writer.add_name(exported.checkpoint.name)
     writer.add_quantization_version(2)
     writer.add_file_type(FILE_TYPES[plan.preset])
     for key in exported.keys:
@@ -102,7 +103,16 @@ def _lay_out(
             choice.bytes,
             raw_dtype=GGMLQuantizationType[choice.format],
         )
+    _describe(writer, exported.checkpoint)
     return writer
+
+
+def _describe(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+    """What the model is called and whose it is, as llama.cpp's converter says it of these tensors."""
+    counts = writer.get_total_parameter_count()
+    told = metadata(checkpoint, counts[0])
+    told.size_label = told.size_label or size_label(*counts)
+    told.set_gguf_meta_model(writer)
 
 
 _SCALARS = {

@@ -89,7 +89,9 @@ def kv_bytes(header: Header, load: Load) -> tuple[int, ...]:
     own = layers - header.count("attention.shared_kv_layers")
     found = []
     for layer in range(layers):
-        if layer in recurrent:
+        if layer >= layers - header.count("nextn_predict_layers"):
+            found.append(0)  # made for drafting alone
+        elif layer in recurrent:
             found.append(_state_bytes(header, layer) * load.parallel)
         elif layer < own:
             cells = _window_cells(header, load) if windowed[layer] else load.cells

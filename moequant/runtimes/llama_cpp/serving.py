@@ -15,29 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import moequant
 from moequant.errors import MoequantError
 from moequant.progress import peak_bytes, resident_bytes
 from moequant.runtimes.llama_cpp.engine import Llama, LlamaError
+from moequant.runtimes.llama_cpp.isolated import command
 
 CONTEXT = 4096
 """Positions at most; fewer where the model was made for fewer."""
 
 BATCH = 512
 """Prompt tokens that llama.cpp computes at a time: its default for a micro-batch."""
-
-
-_START = """
-import importlib.util, pathlib, sys
-package = pathlib.Path(sys.argv[1])
-sys.path += sys.argv[2:]
-spec = importlib.util.spec_from_file_location("moequant", package / "__init__.py")
-sys.modules["moequant"] = module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-from moequant.runtimes.llama_cpp.serving import main
-main()
-"""
-"""Imports this very moequant by its place: the folder it lies in is not searched for anything else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +101,9 @@ def serve(path: Path, prompts: Sequence[Prompt], tokens: int, threads: int) -> S
         "threads": threads,
         "prompts": [asdict(prompt) for prompt in prompts],
     }
-    done = subprocess.run(_command(), input=json.dumps(job), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command(__name__), input=json.dumps(job), capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         reason = " ".join(done.stderr.split())[-300:] or f"it ended with {done.returncode}"
         raise LlamaError(f"{path}: llama.cpp did not get through the prompts: {reason}")
@@ -124,16 +113,6 @@ def serve(path: Path, prompts: Sequence[Prompt], tokens: int, threads: int) -> S
         for one in found.pop("samples")
     ]
     return Serving(**found, samples=tuple(samples))
-
-
-def _command() -> list[str]:
-    """The interpreter without the current folder on its path: that may be a stranger's, with a json.py.
-
-    -I leaves out PYTHONPATH and the user's packages too; those that are in use here are searched last.
-    """
-    here = Path.cwd()
-    used = [entry for entry in sys.path if Path(entry).is_absolute() and Path(entry).resolve() != here]
-    return [sys.executable, "-I", "-c", _START, str(Path(moequant.__file__).parent), *used]
 
 
 def _child(job: dict[str, Any]) -> Serving:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moequant.checkpoint import LocalFile
 from moequant.checkpoint.codecs import Stored, recognise
 from moequant.values import TensorRef
 
@@ -27,7 +28,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorRef]:
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
             refs[name] = TensorRef(
-                name, tuple(entry["shape"]), entry["dtype"], path, start + begin, start + end
+                name, tuple(entry["shape"]), entry["dtype"], LocalFile(path), start + begin, start + end
             )
     return refs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint import open_checkpoint
-from moequant.containers.base import Made
 from moequant.containers.folders import compressed_tensors, schemes
 from moequant.containers.folders import storage as storages
 from moequant.containers.folders.container import FolderContainer
 from moequant.containers.folders.plan import FolderSettings
 from moequant.containers.folders.read import Decode, FolderWeights
 from moequant.files import atomic_folder, claim
+from moequant.report import Conversion, How, Report, card
 from moequant.rounding.diagonal import Quantizer, pack_all
 from moequant.values import Calibration, ExpertLoss, Packed
 
@@ -45,7 +46,10 @@ def convert(
         with atomic_folder(out) as partial:
             written = folder.write(partial, folder.plan, packed(folder, losses, calibration))
             folder.verify(written, folder.plan)
-            folder.describe(partial, Made(folder.plan, calibration))
+            files = Report(
+                folder.checkpoint.path, out, written.bytes, folder.checkpoint, folder.plan, calibration
+            )
+            card.write(Conversion((replace(files, how=How(folder=folder.settings)),)), partial / "README.md")
     return losses
 
 

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import zlib
+from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,14 @@ import torch
 from safetensors import safe_open
 
 from moequant.checkpoint import open_checkpoint
-from moequant.containers.base import Made
 from moequant.containers.folders import write as container
-from moequant.containers.folders.card import Card
 from moequant.containers.folders.shards import INDEX, Entry, ShardWriter, cut
 from moequant.errors import CheckpointError, OutputError, PlanError, VerifyError
+from moequant.evaluate import Comparison, Estimate
+from moequant.evaluate.divergence import PERCENTILES
+from moequant.files import RECORD
+from moequant.report import Conversion, How, Report
+from moequant.report.card import Card
 from tests import models
 from tests.containers.folders.cases import convert, folder_of, own_decoder, packed, quantized
 
@@ -96,10 +101,18 @@ def test_side_files_and_card(tiny, tmp_path: Path) -> None:
 
 def test_the_card_tells_what_was_measured(tiny) -> None:
     made = folder_of(tiny("qwen3_moe"), bits=8, group_size=-1, quantize_attention=True)
-    card = Card(made.checkpoint, made.settings, Made(made.plan))
-    measured = Card(made.checkpoint, made.settings, Made(made.plan, measured=[("KL divergence", "0.0123")]))
-    assert "Measured" not in card.text() and "a whole row" in card.text() and "and attention" in card.text()
-    assert "| KL divergence | 0.0123 |" in measured.text()
+    how = How(folder=made.settings)
+    plain = Report(made.checkpoint.path, Path("out"), 1000, made.checkpoint, made.plan, how=how)
+    found = Estimate(12.3456, 0.1)
+    spread = (0.5,) * len(PERCENTILES)
+    comparison = Comparison(
+        100, found, found, found, found, 1.0, spread, found, spread, 0.5, 0.1, None, "/data/my text"
+    )
+    card = Card(Conversion((plain,))).text()
+    measured = Card(Conversion((replace(plain, comparison=comparison),))).text()
+    assert "Measured" not in card and "a whole row" in card and "and attention" in card
+    assert "| 12.346 ± 0.100 | 12.34560 ± 0.10000 |" in measured
+    assert "Measured on 100 tokens of: my text." in measured
 
 
 def test_nothing_but_the_model_is_copied(tiny, tmp_path: Path) -> None:
@@ -224,8 +237,26 @@ def test_targets_are_checked_before_work_begins(tiny, tmp_path: Path) -> None:
     convert(made, tmp_path / "empty", overwrite=True)
     assert (tmp_path / "empty" / "notes.txt").read_text() == "mine"
     assert not leftovers(tmp_path)
+
+
+def test_what_is_in_the_way_is_said_before_any_work(tiny, tmp_path: Path, monkeypatch) -> None:
+    made, out = folder_of(tiny("mixtral")), tmp_path / "out"
+    convert(made, out)
+    record = json.loads((out / RECORD).read_text())
+    for name in ("LICENSE", "tokenizer_config.json", "model.safetensors"):
+        files = [each for each in record["files"] if each != name]
+        (out / RECORD).write_text(json.dumps(record | {"files": files}))
+        if name == "LICENSE":  # not in the new folder either
+            (out / name).write_text("mine")
+            made.check_target(out, made.plan)
+            continue
+        with pytest.raises(OutputError, match=rf"{name}: was not written by moequant.*move it away"):
+            made.check_target(out, made.plan)
+    made.check_target(tmp_path / "new", made.plan)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1))
     with pytest.raises(OutputError, match="bytes are needed"):
-        container.check_target(tmp_path / "new", 1 << 60)
+        made.check_target(tmp_path / "new", made.plan)
 
 
 def test_nothing_is_left_when_it_fails(tiny, tmp_path: Path) -> None:

@@ -79,6 +79,11 @@ def nothing(config: Config) -> tuple[()]:
     return ()
 
 
+def no_lists(config: Config) -> Mapping[str, Any]:
+    """No key has an entry for every block."""
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Computed:
     """A tensor that the file has and the model computes: name, and its values in F32."""
@@ -107,7 +112,8 @@ class Export:
     `arch` is llama.cpp's name of the architecture. `names` are the tensors that are called otherwise than
     in `names.COMMON`, by our name within the layer. `complaints` yields one sentence for each thing in the
     config that llama.cpp's graph does not compute; `warnings` one for each that it computes a little
-    differently.
+    differently. `predictions` says what keys with one entry a block have for a layer that predicts; None:
+    files hold none of those.
     """
 
     arch: str
@@ -117,6 +123,7 @@ class Export:
     cut: Cut = whole
     computed: Callable[[Config], tuple[Computed, ...]] = nothing
     warnings: Callable[[Config], tuple[str, ...]] = yarn_bounds
+    predictions: Callable[[Config], Mapping[str, Any]] | None = None
 
 
 def only(config: Config, arch: str, key: str, *allowed: Any) -> Iterator[str]:

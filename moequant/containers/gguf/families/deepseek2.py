@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, dense_in_front, only, yarn_bounds
+from moequant.containers.gguf.families.base import (
+    Export,
+    FileTensor,
+    Key,
+    dense_in_front,
+    no_lists,
+    only,
+    yarn_bounds,
+)
 from moequant.containers.gguf.families.keys import (
     SIGMOID,
     SOFTMAX,
@@ -34,11 +42,12 @@ def split_latent(config: Config, weight: Weight) -> tuple[FileTensor, ...] | Non
     fed by the latent."""
     if weight.role is not Role.KV_B:
         return None
+    assert weight.site is not None
     heads, nope, v = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     rank = config.kv_lora_rank
     queries = Site(
-        f"layers.{weight.layer}.attn.q_nope",
-        f"model.layers.{weight.layer}.{query_module(config)}",
+        weight.site.name.replace("attn.latent", "attn.q_nope"),
+        weight.site.module.replace("self_attn.kv_b_proj", query_module(config)),
         "output",
         (Stacked(heads, axis=-1), Part(0, nope, axis=-1)),
         heads=True,
@@ -180,6 +189,6 @@ def v2_warnings(config: Config) -> tuple[str, ...]:
 
 
 DEEPSEEK_V2 = Export(ARCH, v2_keys, complaints, cut=split_latent, warnings=v2_warnings)
-DEEPSEEK_V3 = Export(ARCH, v3_keys, complaints, cut=split_latent, warnings=warnings)
-GLM4_MOE_LITE = Export(ARCH, glm_keys, complaints, cut=split_latent, warnings=warnings)
+DEEPSEEK_V3 = Export(ARCH, v3_keys, complaints, cut=split_latent, warnings=warnings, predictions=no_lists)
+GLM4_MOE_LITE = Export(ARCH, glm_keys, complaints, cut=split_latent, warnings=warnings, predictions=no_lists)
 MISTRAL4 = Export("mistral4", mistral_keys, mistral_complaints, cut=split_latent, warnings=warnings)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from moequant.containers.gguf.families.base import Export, Key
+from moequant.containers.gguf.families.base import Export, Key, no_lists
 from moequant.containers.gguf.families.deepseek2 import (
     latent_complaints,
     latent_keys,
@@ -34,6 +35,11 @@ def glm_keys(config: Config) -> tuple[Key, ...]:
     return (*keys(config), Key("attention.indexer.types", "bools", own))
 
 
+def own_choice(config: Config) -> Mapping[str, Any]:
+    """A layer that predicts has an indexer."""
+    return {"attention.indexer.types": True}
+
+
 def complaints(config: Config) -> Iterator[str]:
     """What `deepseek32` takes for granted."""
     yield from latent_complaints(config, "deepseek32")
@@ -44,5 +50,9 @@ def glm_complaints(config: Config) -> Iterator[str]:
     yield from latent_complaints(config, "glm-dsa")
 
 
-DEEPSEEK_V32 = Export("deepseek32", keys, complaints, cut=split_latent, warnings=warnings)
-GLM_MOE_DSA = Export("glm-dsa", glm_keys, glm_complaints, cut=split_latent, warnings=warnings)
+DEEPSEEK_V32 = Export(
+    "deepseek32", keys, complaints, cut=split_latent, warnings=warnings, predictions=no_lists
+)
+GLM_MOE_DSA = Export(
+    "glm-dsa", glm_keys, glm_complaints, cut=split_latent, warnings=warnings, predictions=own_choice
+)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moequant.containers.gguf.families.base import Computed, Key
-from moequant.errors import FamilyError
+from moequant.errors import FamilyError, few
 from moequant.families import Config
 
 _SCALING = frozenset(
@@ -164,7 +164,7 @@ def not_turned(sections: Key, rotated: int) -> tuple[str, ...]:
     if not left:
         return ()
     return (
-        f"llama.cpp does not turn rotary frequencies {', '.join(map(str, left))} of {rotated // 2}, which "
+        f"llama.cpp does not turn rotary frequencies {few(left)} of {rotated // 2}, which "
         f"mrope_section leaves to none of its parts: far into a long context logits differ a little",
     )
 

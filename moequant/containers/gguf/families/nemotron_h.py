@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from moequant.containers.gguf.families.base import Export, FileTensor, Key, only
 from moequant.containers.gguf.families.keys import (
@@ -90,6 +91,20 @@ def warnings(config: Config) -> tuple[str, ...]:
     )
 
 
+def both_blocks(config: Config) -> Mapping[str, Any]:
+    """A layer that predicts has attention and experts."""
+    return {
+        "feed_forward_length": int(config.moe_intermediate_size),
+        "attention.head_count_kv": int(config.num_key_value_heads),
+    }
+
+
 NEMOTRON_H = Export(
-    ARCH, keys, complaints, {"ffn_norm": "attn_norm.weight"}, mamba2_tensors, warnings=warnings
+    ARCH,
+    keys,
+    complaints,
+    {"ffn_norm": "attn_norm.weight"},
+    mamba2_tensors,
+    warnings=warnings,
+    predictions=both_blocks,
 )

@@ -6,9 +6,10 @@ tensor and its gates in another; `qwen35moe` has value heads in the order [of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from moequant.containers.gguf.families.base import Export, FileTensor, Key, only
 from moequant.containers.gguf.families.keys import (
@@ -149,5 +150,18 @@ def tiled_warnings(config: Config) -> tuple[str, ...]:
     return not_turned(rope_sections(config, SECTIONS), int(head_dim(config) * rotated_part(config)))
 
 
-QWEN3_NEXT = Export("qwen3next", next_keys, next_complaints, NAMES, next_parts)
-QWEN3_5_MOE = Export("qwen35moe", tiled_keys, tiled_complaints, NAMES, tiled_parts, warnings=tiled_warnings)
+def not_recurrent(config: Config) -> Mapping[str, Any]:
+    """A layer that predicts has full attention."""
+    return {"attention.recurrent_layers": False}
+
+
+QWEN3_NEXT = Export("qwen3next", next_keys, next_complaints, NAMES, next_parts, predictions=not_recurrent)
+QWEN3_5_MOE = Export(
+    "qwen35moe",
+    tiled_keys,
+    tiled_complaints,
+    NAMES,
+    tiled_parts,
+    warnings=tiled_warnings,
+    predictions=not_recurrent,
+)

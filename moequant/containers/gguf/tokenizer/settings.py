@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from moequant.checkpoint.headers import belongs
+from moequant.checkpoint.folder import belongs
 from moequant.errors import TokenizerError
 
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")

@@ -1,0 +1,112 @@
+"""One slot of a family, filled with what a checkpoint stores for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moequant.checkpoint.codecs import as_shipped
+from moequant.errors import CheckpointError
+from moequant.families import Get, Slot
+from moequant.values import ModelShape, Origin, Place, Stack, Stored, Weight
+from moequant.values.ops import shape_after
+
+FLOATS = ("BF16", "F16", "F32")
+"""Types that a stored tensor may decode to."""
+
+
+def weight_of(
+    slot: Slot, layer: int | None, shape: ModelShape, stored: Mapping[str, Stored]
+) -> Weight | None:
+    """What the checkpoint has for a slot; None for an optional one that is absent.
+
+    CheckpointError for one that is missing, stored twice, or of another shape than the slot's.
+    """
+    where = slot.role.value if layer is None else f"layer {layer} {slot.role.value}"
+    there = {way: names for way in slot.ways if (names := _there(way, shape.experts, stored))}
+    # Where none has the rows that it should, the first says what is wrong.
+    fit = [way for way, names in there.items() if way.rows in (None, *stored[names[0]].shape[-2:-1])]
+    ways = {way: there[way] for way in fit or list(there)[:1]}
+    if not ways:
+        if slot.optional:
+            return None
+        name = slot.ways[0].name
+        raise CheckpointError(f"{where} is missing ({name}); is the download complete?")
+    if len(ways) > 1:
+        one, two = (names[0] for names in list(ways.values())[:2])
+        raise CheckpointError(f"{where}: stored twice, as {one} and as {two}")
+    ((way, names),) = ways.items()
+    tensors = tuple(stored[name] for name in names)
+    _check_tensors(where, way, tensors, shape.experts)
+    try:
+        whole = _shape_of(slot, way, tensors, shape.experts)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {names[0]} is {list(tensors[0].shape)}; {error} do not go") from None
+    return Weight(
+        name=slot.name,
+        role=slot.role,
+        layer=layer,
+        shape=whole,
+        stack=slot.stack,
+        origin=Origin(tensors, way.ops, _holds(tensors)),
+        place=Place(slot.param, slot.ops),
+        site=slot.site,
+        names=_release_names(slot, shape.experts),
+        adds=slot.adds,
+    )
+
+
+def _holds(tensors: tuple[Stored, ...]) -> str | None:
+    """The ggml type that holds exactly what all of the tensors do."""
+    kinds = {as_shipped(each) for each in tensors}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _there(way: Get, experts: int, stored: Mapping[str, Stored]) -> tuple[str, ...]:
+    """The stored tensors of a way that are there, in the order of the experts."""
+    if "{e}" not in way.name:
+        return (way.name,) if way.name in stored else ()
+    names = (way.name.replace("{e}", str(expert)) for expert in range(experts))
+    return tuple(name for name in names if name in stored)
+
+
+def _check_tensors(where: str, way: Get, tensors: tuple[Stored, ...], experts: int) -> None:
+    """CheckpointError for experts that are missing or unlike each other, and for types that are no floats."""
+    for each in tensors:
+        if each.dtype not in FLOATS:
+            raise CheckpointError(
+                f"tensor {each.name} is stored as {each.dtype}; expected "
+                f"{', '.join(FLOATS)} (convert the checkpoint first)"
+            )
+    if "{e}" not in way.name:
+        return
+    if len(tensors) < experts:
+        there = {each.name for each in tensors}
+        gone = [e for e in range(experts) if way.name.replace("{e}", str(e)) not in there]
+        shown = ", ".join(map(str, gone[:10])) + (", …" if len(gone) > 10 else "")
+        raise CheckpointError(f"{where}: experts [{shown}] of {experts} missing; is the download complete?")
+    if len({(each.shape, each.dtype) for each in tensors}) != 1:
+        odd = next(
+            each for each in tensors if (each.shape, each.dtype) != (tensors[0].shape, tensors[0].dtype)
+        )
+        raise CheckpointError(f"{where}: {odd.name} has another shape or dtype than expert 0; experts differ")
+
+
+def _shape_of(slot: Slot, way: Get, tensors: tuple[Stored, ...], experts: int) -> tuple[int, ...]:
+    """The weight's shape; ValueError, with what does not go, when the stored ones are not what the slot
+    says."""
+    shape = tensors[0].shape
+    if slot.stack is not Stack.EXPERTS:
+        return shape_after(way.ops, shape)
+    if "{e}" in way.name:
+        return (experts, *shape_after(way.ops, shape))
+    if len(shape) == 2:
+        return shape_after(way.ops, shape)
+    if len(shape) != 3 or shape[0] != experts:
+        raise ValueError(f"{experts} experts of config.json")
+    return (experts, *shape_after(way.ops, shape[1:]))
+
+
+def _release_names(slot: Slot, experts: int) -> tuple[str, ...]:
+    """What checkpoints with a tensor of its own for every expert call the matrices of a slot."""
+    name = slot.ways[0].name
+    return tuple(name.replace("{e}", str(e)) for e in range(experts)) if "{e}" in name else (name,)

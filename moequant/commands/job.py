@@ -1,0 +1,161 @@
+"""What is known of a conversion before any weight is read, and the types that measuring then chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from moequant import plan
+from moequant.checkpoint import Checkpoint, Folder, open_checkpoint
+from moequant.commands.settings import Settings
+from moequant.containers.base import Container
+from moequant.containers.folders.container import FolderContainer
+from moequant.containers.gguf.container import GgufContainer
+from moequant.containers.gguf.presets import facts
+from moequant.hub import Model
+from moequant.hub.fetch import headers
+from moequant.plan.folders import FolderMenu, budget_plan
+from moequant.plan.measure import Probing, measure, wants_probes
+from moequant.plan.menu import GgufMenu, Menu
+from moequant.rounding.coupled import UNROUNDED
+from moequant.text.corpus import Rows
+from moequant.values import Calibration, Plan
+
+LEFT_BY_HESSIANS = 0.78
+"""Share of the plain search's KL divergence that rounding under Hessians leaves: seen on held-out
+calibration text of a trained model, at llama.cpp's types for Q2_K_S."""
+
+LEFT_COUPLED = 0.55
+"""The same with coupled streams: 0.62 seen there, 0.48 on the demo model at Q4_K_M; between the two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One output, and all that is known of it before any weight is read: headers, tokenizer, types, size.
+
+    The jobs of a run share `model` and `container`; the `settings` of each name one size, and `label` tells
+    them apart ("" of the only one).
+    """
+
+    model: Checkpoint
+    container: Container
+    plan: Plan
+    settings: Settings
+    label: str = ""
+
+    def stage(self, name: str) -> str:
+        """What a stage of this job alone is called."""
+        return f"{name} {self.label}".rstrip()
+
+    @property
+    def size(self) -> int:
+        """Bytes of what comes out, with the types of `plan`."""
+        return self.container.size(self.plan)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any weight is rounded, so that calibration has something to say."""
+        return any(name not in UNROUNDED for name in self.container.formats(self.plan).values())
+
+    @property
+    def keeps(self) -> bool:
+        """Whether every number of the checkpoint is kept."""
+        own = {weight.name: weight.origin.dtype for weight in self.container.checkpoint.weights}
+        types = self.container.formats(self.plan)
+        return all(name in ("F32", own[weight]) for weight, name in types.items())
+
+    @property
+    def measures(self) -> bool:
+        """Whether types are still to be measured."""
+        is_file, asked = isinstance(self.container, GgufContainer), self.settings
+        is_open = asked.plan is None if is_file else asked.size is not None
+        return is_open and self.quantizes and self.settings.effort != "fast"
+
+    @property
+    def limit(self) -> int | None:
+        """The largest file that may come out when types are still to be measured, None when they stay."""
+        if not self.measures:
+            return None
+        if not isinstance(self.container, GgufContainer):
+            return self.plan.budget
+        return self.container.overhead(self.plan) + self.plan.budget
+
+
+def open_job(model: Model | Folder, settings: Settings) -> Job:
+    """The only job of `settings`; see `open_jobs`."""
+    (job,) = open_jobs(model, settings)
+    return job
+
+
+def open_jobs(model: Model | Folder, settings: Settings) -> tuple[Job, ...]:
+    """Read headers and tokenizer, choose every type that is known before measuring, for every size that
+    `settings` name. Raises what those raise."""
+    checkpoint = open_checkpoint(model if isinstance(model, Folder) else headers(model))
+    if not settings.mtp:
+        checkpoint = checkpoint.without_predictions()
+    if settings.format != "gguf":
+        folder = FolderContainer(checkpoint, settings.folder)
+        return (Job(checkpoint, folder, _schemes(folder, settings), settings),)
+    file = GgufContainer(checkpoint)
+    if settings.plan is not None:
+        given = plan.read(settings.plan, file.checkpoint.weights, file.exported.own_names)
+        return (Job(checkpoint, file, given, settings),)
+    wanted = settings.each
+    labels = [each.label for each in wanted] if len(wanted) > 1 else [""]
+    return tuple(
+        Job(checkpoint, file, _chosen(file, each), each, label)
+        for each, label in zip(wanted, labels, strict=True)
+    )
+
+
+def measured(jobs: Sequence[Job], calibration: Calibration, probes: Rows) -> tuple[Job, ...]:
+    """The same with types chosen by what each would cost this model, measured once for all."""
+    output, settings = jobs[0].container, jobs[0].settings
+    ids = probes.ids if wants_probes(output.checkpoint) else None
+    menu = _menu(output, settings)
+    found = measure(output.checkpoint, calibration, ids, Probing(gating=settings.gating), menu)
+    left = LEFT_COUPLED if settings.coupled else LEFT_BY_HESSIANS
+    found = found.after({name: left for row in found.table.values() for name in row})
+    return tuple(
+        replace(job, plan=_planned(output, job.settings, found)) if job.measures else job for job in jobs
+    )
+
+
+def _menu(output: Container, settings: Settings) -> Menu:
+    """What a plan of this output chooses from."""
+    if isinstance(output, FolderContainer):
+        return FolderMenu.of(output.checkpoint, output.settings)
+    assert isinstance(output, GgufContainer)
+    return GgufMenu(_pins(output, settings))
+
+
+def _planned(output: Container, settings: Settings, found: plan.Sensitivities) -> Plan:
+    """The best plan of the size that was asked for, by what was measured."""
+    if isinstance(output, FolderContainer):
+        return _schemes(output, settings, found)
+    assert isinstance(output, GgufContainer)
+    return _chosen(output, settings, found)
+
+
+def _schemes(
+    folder: FolderContainer, settings: Settings, sensitivities: plan.Sensitivities | None = None
+) -> Plan:
+    """The one scheme of a folder, or the best schemes of the size that was asked for."""
+    if settings.size is None:
+        return folder.plan
+    menu = FolderMenu.of(folder.checkpoint, folder.settings)
+    return budget_plan(menu, settings.budget, folder.size, sensitivities)
+
+
+def _chosen(file: GgufContainer, settings: Settings, sensitivities: plan.Sensitivities | None = None) -> Plan:
+    """The best plan of the size that was asked for."""
+    weights = file.checkpoint.weights
+    bare = plan.plan_from_types(weights, {weight.name: "F32" for weight in weights})
+    overhead = file.overhead(bare)
+    pins = _pins(file, settings)
+    return plan.make_plan(weights, settings.budget, facts(file.exported), sensitivities, overhead, pins)
+
+
+def _pins(file: GgufContainer, settings: Settings) -> dict[str, str]:
+    """The types that a person pinned."""
+    return plan.pinned(settings.tensor_type, file.checkpoint.weights, file.exported.names)

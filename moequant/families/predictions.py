@@ -1,0 +1,112 @@
+"""Layers behind the last, which predict the token after the next (DeepSeek-V3, 2024): transformers leaves
+them out, llama.cpp drafts with them.
+
+Each joins the embedding of a token with the hidden state in front of the head, and is then a decoder layer
+like another one of the model, its twin. Nobody sees what it is fed: its weights have their twin's sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from moequant.families.base import Config, Get, Slot
+from moequant.values import Role
+
+PARTS = {
+    "join": Role.NEXTN,
+    "embedding_norm": Role.NORM,
+    "hidden_norm": Role.NORM,
+    "embedding": Role.NEXTN,
+    "norm": Role.NORM,
+    "head": Role.NEXTN,
+}
+"""What is around the decoder layer, by our names: what joins its two inputs [h, 2h], their norms, and what
+stands in for the model's own embedding, final norm and head."""
+
+REQUIRED = ("join", "embedding_norm", "hidden_norm")
+
+APPENDED = {
+    "join": "eh_proj",
+    "embedding_norm": "enorm",
+    "hidden_norm": "hnorm",
+    "embedding": "embed_tokens",
+    "norm": "shared_head.norm",
+    "head": "shared_head.head",
+}
+"""What DeepSeek, and those after it, call them within the layer."""
+
+BESIDE = {
+    "join": "fc",
+    "embedding_norm": "pre_fc_norm_embedding",
+    "hidden_norm": "pre_fc_norm_hidden",
+    "norm": "norm",
+}
+"""What Qwen calls them under `mtp.`."""
+
+
+def like(slots: tuple[Slot, ...], twin: int, number: int, stored: str) -> tuple[Slot, ...]:
+    """The slots of layer `twin` as those of layer `number`, stored under the prefix `stored`."""
+    own = f"layers.{twin}."
+    return tuple(
+        replace(
+            slot,
+            name=slot.name.replace(own, f"layers.{number}.", 1),
+            param="",
+            ops=(),
+            adds=False,
+            get=tuple(
+                replace(way, name=stored + way.name.partition(own)[2]) for way in slot.ways if own in way.name
+            ),
+        )
+        for slot in slots
+    )
+
+
+def parts(number: int, stored: Mapping[str, str]) -> tuple[Slot, ...]:
+    """What is around the layer; `stored` are full names without `.weight`, by ours."""
+    return tuple(
+        Slot(
+            f"layers.{number}.nextn.{ours}",
+            PARTS[ours],
+            "",
+            (Get(f"{theirs}.weight"),),
+            optional=ours not in REQUIRED,
+        )
+        for ours, theirs in stored.items()
+    )
+
+
+MOST = 16
+"""More such layers than this are a slip of the config, and would be looped over."""
+
+Layer = Callable[[Config, int], tuple[Slot, ...]]
+
+
+def count(config: Config) -> int:
+    """How many such layers a config tells of."""
+    told = getattr(config, "num_nextn_predict_layers", None) or getattr(config, "num_mtp_layers", None)
+    return min(int(told or 0), MOST)
+
+
+def appended(
+    config: Config, layer: Layer, names: Mapping[str, str] = APPENDED, twin: int | None = None
+) -> tuple[tuple[Slot, ...], ...]:
+    """Layers that are numbered on behind the last one; `twin` is the last unless it is given."""
+    last = int(config.num_hidden_layers)
+    twin = last - 1 if twin is None else twin
+    found = []
+    for number in range(last, last + count(config)):
+        at = f"model.layers.{number}."
+        whole = {ours: at + theirs for ours, theirs in names.items()}
+        found.append((*like(layer(config, twin), twin, number, at), *parts(number, whole)))
+    return tuple(found)
+
+
+def beside(config: Config, layer: Layer, twin: int) -> tuple[tuple[Slot, ...], ...]:
+    """One layer under `mtp.`; of several, nobody knows how llama.cpp would run them."""
+    if int(getattr(config, "mtp_num_hidden_layers", None) or 1) != 1:
+        return ()
+    number = int(config.num_hidden_layers)
+    whole = {ours: f"mtp.{theirs}" for ours, theirs in BESIDE.items()}
+    return ((*like(layer(config, twin), twin, number, "mtp.layers.0."), *parts(number, whole)),)

@@ -1,0 +1,189 @@
+"""README.md for the Hugging Face Hub: what the files are, what they lost, how they were made and are run.
+
+One generator for GGUF files and for folders. Nothing in it says where anything lies on this machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moequant import __version__
+from moequant.containers.about import front_matter, licenses
+from moequant.containers.folders.plan import KEPT, FolderSettings, scheme_groups
+from moequant.containers.folders.schemes import find
+from moequant.escape import markdown, text_names, yaml
+from moequant.files import atomic
+from moequant.report.conversion import Conversion
+from moequant.report.style import size
+from moequant.report.summary import Report, estimate, kind
+
+PICTURES = ("curve.png", "curve.svg")
+"""Names under which a picture of the size/quality curve is looked for beside the card."""
+
+REPOSITORY = "YOUR_NAME/REPOSITORY"
+"""Stands for where somebody will upload the files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What the card tells. `imatrix` and `picture` are names of files beside it, if there are any."""
+
+    made: Conversion
+    imatrix: str | None = None
+    picture: str | None = None
+
+    @property
+    def first(self) -> Report:
+        """What all files share can be read from this one."""
+        return self.made.reports[0]
+
+    def text(self) -> str:
+        """README.md with the front matter that the Hub reads."""
+        parts = [self._front(), self._what(), self._files(), self._how(), self._running(), self._known()]
+        return "\n".join(part for part in parts if part)
+
+    def _front(self) -> str:
+        checkpoint, folder = self.first.checkpoint, self.first.how.folder
+        language = front_matter(checkpoint.path).get("language", [])
+        languages = [language] if isinstance(language, str) else language
+        tags = ["moequant", folder.layout if folder else "gguf", *(["moe"] if checkpoint.n_experts else [])]
+        front = [
+            f"base_model: {yaml(checkpoint.repository)}",
+            "base_model_relation: quantized",
+            *(f"{key}: {yaml(value)}" for key, value in licenses(checkpoint).items()),
+            *(["language:", *(f"- {yaml(each)}" for each in languages)] if languages else []),
+            f"library_name: {'transformers' if folder else 'gguf'}",
+            "pipeline_tag: text-generation",
+        ]
+        return "\n".join(["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---\n"])
+
+    def _what(self) -> str:
+        checkpoint, folder = self.first.checkpoint, self.first.how.folder
+        name = markdown(checkpoint.name)
+        if folder is not None:
+            return f"# {name}, {kind(self.first)}\n\n{_schemes(self.first, folder)}"
+        every = "Every expert is rounded under its own statistics. " if checkpoint.n_experts else ""
+        return (
+            f"# {name}, GGUF\n\nFor llama.cpp and what is built on it, made by moequant {__version__} from "
+            f"{markdown(checkpoint.repository)}. {every}Router and norms stay F32.\n"
+        )
+
+    def _files(self) -> str:
+        """A row a file, with what it lost where that was measured."""
+        reports = self.made.reports
+        found = self.first.comparison
+        columns = ["file", "size", "bits per weight"]
+        columns += ["perplexity", "KL divergence, mean", "99 %", "same top token"] if found else []
+        rows = [columns, ["---"] * len(columns)]
+        if found is not None:
+            numel = sum(weight.numel for weight in self.first.checkpoint.weights)
+            source = self.first.checkpoint.source_bytes
+            before = estimate(found.base_perplexity, 3)
+            rows.append(["the original", size(source), f"{8 * source / numel:.2f}", before, "", "", ""])
+        for report in reports:
+            name = "this folder" if report.how.folder else markdown(report.out.name)
+            row = [name, size(report.file_bytes), f"{report.bits_per_weight:.2f}"]
+            if (one := report.comparison) is not None:
+                row += [estimate(one.perplexity, 3), estimate(one.kl_mean, 5), f"{one.kl_99:.4f}"]
+                row += [f"{one.same_top:.2%}"]
+            rows.append(row)
+        text = "## Files\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        if found is not None:
+            text += (
+                f"\nMeasured on {found.tokens:,} tokens of: {_named(found.source)}. Perplexity and KL "
+                "divergence are defined as in llama-perplexity, and ± is the error of the mean.\n"
+            )
+        if self.picture is not None:
+            text += f"\n![KL divergence by file size]({self.picture})\n"
+        return text
+
+    def _how(self) -> str:
+        report = self.first
+        text = f"## How it was made\n\nmoequant {__version__}. "
+        calibration, rounded_on = report.calibration, report.how.rounded_on
+        if rounded_on is not None:
+            undoing = ", each layer towards undoing what the layers before it lost"
+            towards = undoing if report.how.coupled else ""
+            text += (
+                f"Every expert was rounded under the Hessian of its own inputs{towards}. Calibration: "
+                f"{rounded_on.tokens:,} tokens of: {_named(rounded_on.source)}.\n"
+            )
+        else:
+            text += "One scale search for every expert, every weight to its nearest code. "
+            text += (
+                "No calibration text: all input channels count the same.\n"
+                if calibration is None
+                else "Errors are weighted by the inputs that each expert saw in "
+                f"{calibration.tokens:,} tokens of: {_named(calibration.source)}.\n"
+            )
+        if self.imatrix is not None:
+            text += f"\nThe statistics are in `{self.imatrix}`, an imatrix for llama-quantize.\n"
+        return text
+
+    def _running(self) -> str:
+        """How each of the usual programs starts it; whoever uploads the files knows the name."""
+        head = f"## How to run it\n\n`{REPOSITORY}` stands for where you found this page.\n\n"
+        if (folder := self.first.how.folder) is not None:
+            text = head + f"```sh\nvllm serve {REPOSITORY}\n```\n"
+            loads = "\ntransformers loads it too, with `pip install compressed-tensors`; it decodes the "
+            whole = "experts to their original precision in memory.\n"
+            return text if folder.layout == "gptq" else text + loads + whole
+        name = self.first.out.name
+        return head + (
+            "llama.cpp:\n\n"
+            f"```sh\nllama-server --hf-repo {REPOSITORY} --hf-file {name}\n"
+            f"llama-server -m {name}    # a file that is here already\n```\n\n"
+            f"ollama:\n\n```sh\nollama run hf.co/{REPOSITORY}:{name}\n```\n\n"
+            f"LM Studio:\n\n```sh\nlms get https://huggingface.co/{REPOSITORY}\n```\n"
+        )
+
+    def _known(self) -> str:
+        """What was skipped, and where the runtime or the tokenizer differs from the original."""
+        notes = dict.fromkeys(note for report in self.made.reports for note in report.notes)
+        return "## Good to know\n\n" + "".join(f"- {markdown(note)}\n" for note in notes) if notes else ""
+
+
+def write(made: Conversion, path: Path, imatrix: Path | None = None) -> None:
+    """The card into a file. OutputError when the disk refuses."""
+    folder = path.parent
+    picture = next((name for name in PICTURES if (folder / name).is_file()), None)
+    beside = imatrix is not None and imatrix.parent.resolve() == folder.resolve()
+    text = Card(made, imatrix.name if imatrix is not None and beside else None, picture).text()
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _schemes(report: Report, folder: FolderSettings) -> str:
+    """Which weights of a folder are in which scheme, and which stay."""
+    plan, numel = report.plan, {weight.name: weight.numel for weight in report.checkpoint.weights}
+    kept = [choice for choice in plan.choices if choice.format in KEPT]
+    named = list(scheme_groups(plan))
+    rows = [(_words(name), [each for each in plan.choices if each.format == name]) for name in named]
+    rows.append((f"{'/'.join(sorted({choice.format for choice in kept}))}, as in the original", kept))
+    table = "".join(
+        f"| {name} | {sum(numel[choice.weight] for choice in part):,} | "
+        f"{size(sum(choice.bytes for choice in part))} |\n"
+        for name, part in rows
+    )
+    experts = "Every expert" if report.checkpoint.n_experts else "The feed-forward blocks"
+    also = " and attention" if folder.quantize_attention else ""
+    return (
+        f"{experts}{also} in {', '.join(named)}; router, norms, embedding and head in their original "
+        f"precision. {report.bits_per_weight:.2f} bits a weight in all.\n\n"
+        f"| stored as | weights | size |\n|---|---|---|\n{table}"
+    )
+
+
+def _words(name: str) -> str:
+    """What a scheme stores, in words."""
+    scheme = find(name)
+    if scheme.kind != "integers":
+        return f"{name}: {scheme.words}"
+    group = "a whole row" if scheme.group == -1 else f"{scheme.group} weights"
+    return f"{name}: {scheme.words}, one scale for {group}"
+
+
+def _named(source: str) -> str:
+    """A text by its name, not by where it lies."""
+    return markdown(text_names(source))

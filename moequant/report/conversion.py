@@ -1,0 +1,83 @@
+"""The end of a conversion to several sizes: a row a file, then what the files share."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moequant.escape import plain, shown
+from moequant.report.style import line, size, table
+from moequant.report.summary import Report, estimate, made_how, stages, verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a run made of one model: a report for every file, in the order in which their sizes were named."""
+
+    reports: tuple[Report, ...]
+
+    def renderable(self, details: bool = True) -> RenderableType:
+        """The report for a rich console."""
+        first = self.reports[0]
+        if len(self.reports) == 1:
+            return first.renderable(details)
+        parts: list[RenderableType] = [
+            line(f"{shown(first.model)} → {len(self.reports)} files", style="bold"),
+            *(line(f"{shown(report.out)} is {verdict(report)}") for report in self.reports),
+            _files(self.reports),
+        ]
+        if (found := first.comparison) is not None:
+            parts.append(line(f"{found.tokens:,} tokens scored of: {found.source}"))
+            parts.append(line(f"perplexity of the original: {estimate(found.base_perplexity, 3)}\n"))
+        parts += made_how(first, details)
+        return Group(*parts, *([stages(first.stages)] if details else []))
+
+    def summary(self, width: int = 100, details: bool = True) -> str:
+        """The report as plain text."""
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        console.print(self.renderable(details))
+        file = console.file
+        assert isinstance(file, io.StringIO)
+        return file.getvalue().rstrip() + "\n"
+
+
+def next_steps(made: Conversion, model: str) -> RenderableType:
+    """What a person types next, `model` as before: the commands that start a file and compare all of them."""
+    first, outs = made.reports[0], [str(report.out) for report in made.reports]
+    if first.how.folder is not None:
+        start = f"vllm serve {shlex.quote(outs[0])}"
+    else:
+        context = min(first.checkpoint.shape.context, 8192)
+        start = f"llama-server -m {shlex.quote(outs[0])} -c {context}"
+    compared = shlex.join(["moequant", "compare", model, *outs, "--html", "compare.html"])
+    commands = (
+        Text(f"  {plain(each)}", style="cyan", overflow="ignore", no_wrap=True) for each in (start, compared)
+    )
+    return Group(line("next", style="bold"), *commands)
+
+
+def _files(reports: tuple[Report, ...]) -> Table:
+    """Every file with its size and what it lost."""
+    figures = ("perplexity", "change", "KL divergence", "expected", "same top")
+    found = [report.comparison for report in reports]
+    columns = figures if all(found) else figures[3:4]
+    made = table("", "file", "size", "bits", *columns)
+    for report, comparison in zip(reports, found, strict=True):
+        expected = "" if report.plan.kl is None else f"{report.plan.kl:.5f}"
+        row = [expected]
+        if comparison is not None:
+            base, now = comparison.base_perplexity, comparison.perplexity
+            row = [
+                f"{now.value:.3f}",
+                f"{now.value / base.value - 1:+.2%}",
+                estimate(comparison.kl_mean, 5),
+                expected,
+                f"{comparison.same_top:.2%}",
+            ]
+        made.add_row(shown(report.out), size(report.file_bytes), f"{report.bits_per_weight:.2f}", *row)
+    return made

@@ -1,0 +1,150 @@
+"""--json: what docs/json.md says of each command, errors too; and how much is said beside it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tqdm import tqdm
+from typer.testing import CliRunner
+
+from moequant.cli import app
+from moequant.cli.output import SCHEMA, command, document
+from tests.cli.test_cli import run
+from tests.models import ROOT
+
+FAST = ("--type", "Q4_K_M", "--effort", "fast")
+
+
+def documented() -> dict[str, set[str]]:
+    """The keys of each command in docs/json.md."""
+    rows = re.findall(
+        r"^\| (`[a-z][^|]*`) \| (`.*) \|$", (ROOT / "docs/json.md").read_text(encoding="utf-8"), re.M
+    )
+    found = {
+        name: set(re.findall(r"`([a-z_]+)`", keys))
+        for names, keys in rows
+        for name in re.findall(r"`([^`]+)`", names)
+    }
+    return {name: keys for name, keys in found.items() if name not in ("schema", "command", "error")}
+
+
+def printed(name: str, *arguments: object) -> dict[str, Any]:
+    """What a command prints with --json: the keys that the page says, no others."""
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return checked(name, json.loads(done.stdout))
+
+
+def checked(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    assert value.pop("schema") == SCHEMA == 1 and value.pop("command") == name.split()[0]
+    assert value.keys() == documented()[name] - ({"coverage"} if name == "route" else set())
+    return value
+
+
+def test_every_command_is_on_the_page() -> None:
+    names = {info.callback.__name__ for info in app.registered_commands if info.callback}
+    assert {name.split()[0] for name in documented()} == names
+
+
+def test_what_every_command_prints(tiny, text: Path, tmp_path: Path) -> None:
+    """One line through all of them, each on what the one before it made."""
+    model, out, stats = tiny("qwen3_moe"), tmp_path / "q.gguf", tmp_path / "s.safetensors"
+    some = ("--calib", text, "--calib-tokens", 1024)
+    assert printed("inspect", "inspect", model)["experts"] == 8
+    assert printed("fit", "fit", model, "--vram", "1G", "--ram", "4G", "--ctx", 512)["candidates"]
+    dry = printed("convert --dry-run", "convert", model, "-o", out, *FAST, "--dry-run")
+    assert dry["revision"] is None and not out.exists()
+    routed = printed("route", "route", model, *some, "-o", stats)
+    assert len(routed["layers"][0]["expert_tokens"]) == 8
+    made = printed(
+        "convert", "convert", model, "-o", out, *FAST, "--stats", stats, "--eval", text, "--eval-tokens", 1024
+    )
+    (file,) = made["files"]
+    assert file["bytes"] == out.stat().st_size == dry["bytes"] and file["comparison"]["kl_mean"]["value"] > 0
+    assert file["types"] == dry["types"] and len(file["losses"][-1]["relative_error"]) >= 1
+    compared = printed("compare", "compare", model, out, "--eval", text, "--eval-tokens", 1024)
+    assert compared["candidates"][0]["name"] == "q.gguf"
+    planned = printed(
+        "plan", "plan", model, "--stats", stats, "--no-probes", "--effort", "fast", "--type", "Q4_K_M"
+    )
+    assert planned["wanted"][0]["types"] and planned["curve"][0]["bytes"] < planned["curve"][-1]["bytes"]
+    result = tmp_path / "check.json"
+    assert run("check", out, "--device", "cpu", "--sample", 2, "--json", result).returncode == 0
+    assert checked("check", json.loads(result.read_text()))["holds"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (("inspect", "/none/here/x"), "CheckpointError"),
+        (("convert", "/none/here/x", "-o", "x.gguf"), "CheckpointError"),
+        (("plan", "/none/here/x", "--sizes", "many"), "PlanError"),
+        (("route", "/none/here/x", "--ram", "much"), "PlanError"),
+    ],
+)
+def test_errors_are_json_too(arguments: tuple[str, ...], kind: str) -> None:
+    done = run(*arguments, "--json")
+    value = json.loads(done.stdout)
+    assert done.returncode == 1 and (value["schema"], value["command"]) == (SCHEMA, arguments[0])
+    assert value["error"]["kind"] == kind and done.stderr == f"moequant: {value['error']['message']}\n"
+    assert not run(*arguments).stdout, "without --json nothing is said on stdout"
+
+
+def test_numbers_that_json_has_not() -> None:
+    value = json.loads(document("x", {"a": [float("nan"), 1.5, (float("inf"), 2)], 3: {"b": -float("inf")}}))
+    assert value["a"] == [None, 1.5, [None, 2]] and value["3"] == {"b": None}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("quiet", "drawn"), [(True, False), (False, True)])
+def test_quiet_draws_no_bars(quiet: bool, drawn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    def work() -> None:
+        for _ in tqdm(range(3), disable=None):
+            pass
+        print("an error", file=sys.stderr)
+
+    command(work)(quiet=quiet, verbose=False)
+    assert ("3/3" in terminal.getvalue()) == drawn and "an error" in terminal.getvalue()
+
+
+def test_verbose_says_what_stages_take_and_quiet_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    assert run("inspect", "/none/here/x", "--verbose").returncode == 1
+    assert "where it was raised" in caplog.text and "Traceback" in caplog.text
+    caplog.clear()
+    done = run("inspect", "/none/here/x", "--quiet")
+    assert not caplog.text and done.stderr.count("\n") == 1
+
+
+def test_shells_are_taught() -> None:
+    assert (
+        "complete -o default -F _moequant_completion moequant"
+        in CliRunner().invoke(app, ["--show-completion", "bash"]).output
+    )
+
+
+def test_no_colour_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moequant.cli.output import console
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = console()
+    coloured.print("x", style="red")
+    assert "\x1b[31m" in sys.stdout.getvalue()  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    console().print("x", style="red")
+    assert "\x1b[31m" not in sys.stdout.getvalue()  # type: ignore[attr-defined]

@@ -1,0 +1,131 @@
+"""Several sizes in one run: the bytes that each has alone, for the price of what they share once."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from moequant.checkpoint import load
+from moequant.commands import convert as line
+from moequant.commands.convert import Settings, convert, convert_all
+from moequant.commands.outputs import names
+from moequant.errors import OutputError, PlanError
+from moequant.forward.stream import Reader
+from tests.cli.test_cli import run
+from tests.commands.test_convert import settings
+
+TYPES = "Q4_K_M", "Q2_K"
+
+
+@pytest.fixture(scope="module")
+def model(tiny) -> Path:
+    return tiny("qwen3_moe", num_hidden_layers=1)
+
+
+def alone(model: Path, folder: Path, wanted: Sequence[Settings]) -> list[bytes]:
+    """The bytes of every file when nothing else is made with it."""
+    files = []
+    for number, each in enumerate(wanted):
+        convert(model, folder / f"alone-{number}.gguf", each)
+        files.append((folder / f"alone-{number}.gguf").read_bytes())
+    return files
+
+
+def test_every_file_is_what_it_is_alone_and_shared_stages_run_once(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = settings(text, ",".join(TYPES), effort="default", calib_tokens=1024)
+    baseline = Reader()
+    monkeypatch.setattr(line, "load", baseline)
+    found = convert_all(model, tmp_path / "out", wanted)
+    own = [f"{stage} {type_}" for type_ in TYPES for stage in ("quantize", "verify", "self-check")]
+    assert [cost.name for cost in found.reports[0].stages] == ["open", "route", "plan", *own, "compare"]
+    assert baseline.reads and set(baseline.reads.values()) == {1}, "the original crosses once for all"
+    monkeypatch.setattr(line, "load", load)
+    outs = [tmp_path / "out" / f"{model.name}-{type_}.gguf" for type_ in TYPES]
+    assert [report.out for report in found.reports] == outs
+    assert [out.read_bytes() for out in outs] == alone(model, tmp_path, wanted.each)
+    summary = found.summary(120)
+    assert all(out.name in summary for out in outs)
+    for report in found.reports:
+        assert report.comparison is not None and f"{report.comparison.same_top:.2%}" in summary
+        assert report.file_bytes == report.out.stat().st_size
+
+
+def test_sizes_that_need_different_things(model: Path, text: Path, tmp_path: Path) -> None:
+    """One file that keeps every number beside one that rounds."""
+    wanted = settings(text, "F32,Q2_K", eval_tokens=0)
+    found = convert_all(model, tmp_path / "a-{type}.gguf", wanted)
+    files = [report.out.read_bytes() for report in found.reports]
+    assert [report.out.name for report in found.reports] == ["a-F32.gguf", "a-Q2_K.gguf"]
+    assert files == alone(model, tmp_path, wanted.each)
+
+
+def test_one_that_fails_leaves_those_before_it(model: Path, text: Path, tmp_path: Path) -> None:
+    """The kernel refuses to let files grow past a limit, as a full disk would."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (800_000, limit[1]))
+    try:
+        options = "--calib", text, "--effort", "fast", "--eval-tokens", 0
+        done = run("convert", model, "-o", tmp_path / "out", "--type", "IQ2_XXS,Q8_0,IQ2_S", *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    kept = f"{model.name}-IQ2_XXS.gguf"
+    assert "cannot be written" in done.stderr and f"(finished before it, and kept: {kept})" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [kept]
+    convert(model, tmp_path / "alone.gguf", settings(text, "IQ2_XXS", eval_tokens=0, calib_tokens=131_072))
+    assert (tmp_path / "out" / kept).read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+
+
+def test_names_are_those_that_a_person_expects(tmp_path: Path) -> None:
+    def named(out: str, **sizes: str) -> list[str]:
+        found = names(Path("models/Tiny-MoE"), tmp_path / out, Settings(**sizes))
+        return [str(path.relative_to(tmp_path)) for path in found]
+
+    (tmp_path / "there").mkdir()
+    assert named("m.gguf", type="Q4_K_M") == ["m.gguf"]
+    assert named("there", type="Q4_K_M") == ["there/Tiny-MoE-Q4_K_M.gguf"]
+    assert named("new", size="10G, 12.5GiB") == ["new/Tiny-MoE-10G.gguf", "new/Tiny-MoE-12.5GiB.gguf"]
+    assert named("m-{type}.gguf", bpw="3,4.50") == ["m-3bpw.gguf", "m-4.5bpw.gguf"]
+    cached = Path("models--Org--Tiny-MoE") / "snapshots" / "0123456789abcdef"
+    assert names(cached, tmp_path, Settings())[0].name == "Tiny-MoE-Q4_K_M.gguf"
+    with pytest.raises(OutputError, match=r"one name for 2 files; give a folder, or m-{type}\.gguf"):
+        named("m.gguf", type="Q4_K_M,Q2_K")
+    with pytest.raises(OutputError, match="stands for the size of a GGUF file"):
+        named("m-{type}", format="safetensors")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"type": "Q4_K_M,Q4_K_M"}, "Q4_K_M: is named twice"),
+        ({"type": "Q4_K_M,"}, "unknown type ''"),
+        ({"type": "Q4_K_M,Q9"}, "unknown type 'Q9'"),
+        ({"size": "1G,lots"}, "size 'lots'"),
+        ({"bpw": "4,four"}, "four bits per weight"),
+        ({"type": "Q4_K_M", "bpw": "3,4"}, "each say how large"),
+    ],
+)
+def test_sizes_that_are_none(sizes: dict[str, str], says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        Settings(**sizes)
+
+
+def test_what_cannot_be_is_refused_before_any_work(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{model.name}-2M.gguf").write_text("precious")
+    for sizes, says in (("1M,2M", "2M.gguf: exists already"), ("1k,3M", "smallest possible file")):
+        done = run("convert", model, "-o", tmp_path / "out", "--size", sizes, "--calib", text)
+        assert done.returncode == 1 and says in done.stderr and len(done.stderr.splitlines()) == 1
+    assert len(list((tmp_path / "out").iterdir())) == 1
+    done = run("convert", model, "-o", tmp_path / "new", "--size", "1k,3M", "--calib", text)
+    assert done.returncode == 1 and not (tmp_path / "new").exists()
+    with pytest.raises(PlanError, match="convert_all writes several"):
+        convert(model, tmp_path / "m.gguf", Settings("Q4_K_M,Q2_K"))
+    dry = run("convert", model, "-o", tmp_path / "new", "--type", "Q2_K,Q4_K_M", "--dry-run")
+    assert dry.returncode == 0 and "as Q2_K:" in dry.stdout and "as Q4_K_M:" in dry.stdout
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,48 @@
+"""Numbers of experts that nobody chose for their divisors: of pruned models, and where all are chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moequant.checkpoint import open_checkpoint
+from moequant.commands.convert import Settings, convert
+from moequant.errors import CheckpointError
+from tests import models
+from tests.clients.llama import Llama
+
+NARROW = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(("count", "used"), [(103, 8), (154, 8), (6, 6)])
+def test_any_number_of_experts_converts(tmp_path: Path, text: Path, count: int, used: int) -> None:
+    """Also where one of them is never chosen: what it is fed is then taken to be its layer's."""
+    folder = models.build(
+        tmp_path / "model", "qwen3_moe", **NARROW, num_experts=count, num_experts_per_tok=used
+    )
+    if used < count:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.gate.weight"][5] = 0  # its logit is that of a middling expert
+        save_file(tensors, file, {"format": "pt"})
+    out = tmp_path / "out.gguf"
+    report = convert(folder, out, Settings("Q8_0", text, 512, text, eval_tokens=0, self_check=False))
+    assert report.calibration is not None
+    seen = report.calibration.routes[1].tokens
+    assert len(seen) == count and (seen[5] == 0) == (used < count)
+    with Llama(out, threads=1) as llama:
+        ids = torch.randint(1, llama.n_vocab, (48,), generator=torch.Generator().manual_seed(0))
+        found = llama.logits(ids.tolist())
+    with torch.inference_mode():
+        expected = models.reference(folder)(ids[None]).logits[0].numpy()
+    assert np.quantile(np.abs(found - expected).max(1), 0.5) < 0.05
+
+
+def test_mistrals_own_format_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"params\.json and no config\.json.*as transformers saves"):
+        open_checkpoint(tmp_path)

@@ -1,0 +1,118 @@
+"""Layers that predict the token after the next: kept beside the model, which does not run them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moequant.checkpoint import load, open_checkpoint
+from moequant.commands.convert import Settings, convert, open_job
+from moequant.containers.gguf.export import export
+from moequant.containers.gguf.read import read_header
+from moequant.containers.gguf.weights import GgufWeights
+from moequant.evaluate.open_source import open_source
+from moequant.inspection.fit import Hardware, place
+from moequant.inspection.gguf_file import inspect_gguf
+from moequant.runtimes.llama_cpp.kv_cache import Load
+from tests import models
+from tests.clients.llama import Llama, drafting
+
+
+def released(folder: Path, family: str) -> Path:
+    """A tiny checkpoint as people release it."""
+    return models.as_released(models.build(folder / "model", family), family)
+
+
+@pytest.mark.parametrize("family", models.PREDICTIONS)
+def test_a_file_with_them_computes_as_one_without(tmp_path: Path, text: Path, family: str) -> None:
+    """And its last block holds the checkpoint's values, under the names and in the shapes that llama.cpp
+    drafts with."""
+    folder, files = released(tmp_path, family), (tmp_path / "with.gguf", tmp_path / "without.gguf")
+    for file, mtp in zip(files, (True, False), strict=True):
+        given = Settings("F32", text, 2048, text, effort="fast", eval_tokens=0, self_check=False, mtp=mtp)
+        said = " ".join(convert(folder, file, given).notes)
+        assert ("kept: llama.cpp drafts with it" if mtp else "left out") in said and "multi-token" in said
+    logits = []
+    for file in files:
+        with Llama(file, threads=1) as llama:
+            ids = torch.randint(1, llama.n_vocab, (64,), generator=torch.Generator().manual_seed(0))
+            logits.append(llama.logits(ids.tolist()))
+    assert np.array_equal(*logits)
+    assert not drafting(files[0])
+    checkpoint = open_checkpoint(folder)
+    weights = checkpoint.predictions.weights
+    assert {each.name for weight in weights for each in weight.origin.stored} == {
+        each.name for each in checkpoint.predictions.stored
+    }
+    assert models.predicting(folder, family).keys() == {each.name for each in checkpoint.predictions.stored}
+    opened = GgufWeights(files[0], export(checkpoint))
+    for weight in weights:
+        assert torch.allclose(opened.load(weight), load(weight).float(), rtol=1e-6, atol=1e-7), weight.name
+
+
+def test_a_quantized_one_is_a_step_safer(tmp_path: Path, text: Path) -> None:
+    """Its weights are rounded under the statistics of the layer that they are like."""
+    folder, file = released(tmp_path, "qwen3_5_moe"), tmp_path / "small.gguf"
+    report = convert(folder, file, Settings("Q4_K_M", text, 2048, text, eval_tokens=1024, self_check=False))
+    types = {choice.weight: choice for choice in report.plan.choices}
+    bits = {"Q3_K": 3, "IQ4_XS": 4, "Q4_K": 5, "Q5_K": 6, "Q6_K": 7, "Q8_0": 8}
+    for name in ("attn_q", "attn_out", "experts.gate", "experts.down", "shared.up"):
+        own, twin = types[f"layers.4.{name}"], types[f"layers.3.{name}"]
+        assert bits[own.format] == min(bits[twin.format] + 1, 8), name
+        assert "safer" in own.reason
+    lost = {loss.weight: loss for loss in report.losses}
+    seen = [lost[f"layers.{layer}.experts.down"].tokens for layer in (3, 4)]
+    assert torch.equal(*seen) and types["layers.4.nextn.join"].format == "Q8_0"
+    assert report.comparison is not None and "multi-token prediction kept" in report.summary()
+
+
+def test_what_nobody_describes_is_left_out_of_files_with_the_reason(tmp_path: Path, text: Path) -> None:
+    folder = released(tmp_path, "exaone_moe")
+    assert any(
+        "not kept for llama.cpp's 'exaone-moe'" in note for note in export(open_checkpoint(folder)).warnings
+    )
+    folder = released(tmp_path / "other", "glm4_moe")
+    file = folder / "model-mtp.safetensors"
+    tensors = models.load_file(file)
+    del tensors["model.layers.3.eh_proj.weight"]
+    models.save_file(tensors, file, {"format": "pt"})
+    (note,) = export(open_checkpoint(folder)).warnings
+    assert re.search(r"left out: \d+ tensors.*layer 3 nextn is missing", note)
+
+
+def test_folders_hold_copies(tmp_path: Path, text: Path) -> None:
+    """In the checkpoint's precision, and named among what is not rounded."""
+    folder, out = released(tmp_path, "glm4_moe"), tmp_path / "folder"
+    given = {"format": "safetensors", "effort": "fast", "eval_tokens": 0, "self_check": False}
+    report = convert(folder, out, Settings(None, text, 1024, text, **given))
+    assert any("copied as they are" in note for note in report.notes)
+    stored = models.load_file(out / "model.safetensors")
+    told = models.predicting(folder, "glm4_moe")
+    assert all(torch.equal(stored[name], values) for name, values in told.items())
+    kept = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {"model.layers.3.eh_proj", "model.layers.3.mlp.experts.7.down_proj"} <= {*kept}
+    assert "multi-token prediction are copied" in (out / "README.md").read_text()
+    without = open_job(folder, Settings(None, text, 1024, text, **given, mtp=False))
+    assert not told.keys() & {each.weight for each in without.plan.choices}
+
+
+def test_files_with_and_without_them_are_versions_of_one_model(tmp_path: Path, text: Path) -> None:
+    """And need the same memory, since nothing drafts unless it is asked to."""
+    folder, files = released(tmp_path, "nemotron_h"), (tmp_path / "with.gguf", tmp_path / "without.gguf")
+    for file, mtp in zip(files, (True, False), strict=True):
+        convert(folder, file, Settings("Q8_0", text, 1024, text, effort="fast", eval_tokens=0, mtp=mtp))
+    checkpoint = open_checkpoint(folder)
+    for file in files:
+        source = open_source(file, checkpoint)
+        assert source.provider is not None
+        for weight in checkpoint.weights[:20]:
+            assert source.provider(weight).shape == weight.shape
+    memory = [place(read_header(file), Hardware(1 << 32, 1 << 32), Load(256)) for file in files]
+    assert memory[0].ram.total + memory[0].gpu.total == memory[1].ram.total + memory[1].gpu.total
+    inspected = [inspect_gguf(file) for file in files]
+    assert inspected[0].active == inspected[1].active and inspected[0].parameters > inspected[1].parameters
