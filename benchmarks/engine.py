@@ -12,8 +12,8 @@ from moequant.checkpoint import Checkpoint, load
 from moequant.evaluate import score_row
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import Provider, build_model
-from moequant.rounding.coupled import decoded
 from moequant.rounding.diagonal import Quantizer
+from moequant.rounding.results import decoded
 from moequant.values import Weight
 
 

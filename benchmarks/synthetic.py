@@ -16,7 +16,8 @@ from tests.models import VOCAB, tokenizer
 
 @dataclass(frozen=True)
 class Shape:
-    """What the synthetic model looks like, and how much text crosses it."""
+    """What the synthetic model looks like, and how much text crosses it. Where inputs are `correlated`, the
+    embeddings of tokens share an eighth of the directions, as in trained models."""
 
     layers: int
     hidden: int
@@ -24,6 +25,11 @@ class Shape:
     inner: int
     vocab: int
     tokens: int
+    top_k: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    head: int = 64
+    correlated: bool = False
 
     @property
     def layer_bytes(self) -> int:
@@ -33,7 +39,6 @@ class Shape:
 
 FULL = Shape(layers=16, hidden=1024, experts=240, inner=256, vocab=32_768, tokens=65_536)
 SMALL = Shape(layers=32, hidden=256, experts=32, inner=256, vocab=512, tokens=2_048)
-HEADS, KV_HEADS, HEAD = 4, 2, 64
 
 
 def build(folder: Path, shape: Shape) -> Path:
@@ -44,13 +49,13 @@ def build(folder: Path, shape: Shape) -> Path:
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head,
         intermediate_size=shape.inner,
         moe_intermediate_size=shape.inner,
         num_experts=shape.experts,
-        num_experts_per_tok=2,
+        num_experts_per_tok=shape.top_k,
         norm_topk_prob=True,
         max_position_embeddings=1024,
         sliding_window=None,
@@ -84,9 +89,17 @@ def build(folder: Path, shape: Shape) -> Path:
         "model.embed_tokens.weight": (shape.vocab, shape.hidden),
         "lm_head.weight": (shape.vocab, shape.hidden),
     }
-    shard(
-        shape.layers, {name: some(*size) for name, size in ends.items()} | {"model.norm.weight": one.clone()}
-    )
+    outside = {name: some(*size) for name, size in ends.items()} | {"model.norm.weight": one.clone()}
+    if shape.correlated:
+        rank = shape.hidden // 8
+        shared = torch.randn(shape.vocab, rank, generator=generator) @ torch.randn(
+            rank, shape.hidden, generator=generator
+        )
+        scale = torch.exp(0.5 * torch.randn(shape.hidden, generator=generator))
+        noise = torch.randn(shape.vocab, shape.hidden, generator=generator)
+        mixed = (0.8 * shared / rank**0.5 + 0.6 * noise) * scale
+        outside["model.embed_tokens.weight"] = mixed.to(torch.bfloat16)
+    shard(shape.layers, outside)
     for layer in range(shape.layers):
         shard(layer, layer_tensors(f"model.layers.{layer}.", shape, some, one))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -100,12 +113,12 @@ def layer_tensors(
     tensors = {
         "input_layernorm.weight": one.clone(),
         "post_attention_layernorm.weight": one.clone(),
-        "self_attn.q_norm.weight": one[:HEAD].clone(),
-        "self_attn.k_norm.weight": one[:HEAD].clone(),
-        "self_attn.q_proj.weight": some(HEADS * HEAD, shape.hidden),
-        "self_attn.k_proj.weight": some(KV_HEADS * HEAD, shape.hidden),
-        "self_attn.v_proj.weight": some(KV_HEADS * HEAD, shape.hidden),
-        "self_attn.o_proj.weight": some(shape.hidden, HEADS * HEAD),
+        "self_attn.q_norm.weight": one[: shape.head].clone(),
+        "self_attn.k_norm.weight": one[: shape.head].clone(),
+        "self_attn.q_proj.weight": some(shape.heads * shape.head, shape.hidden),
+        "self_attn.k_proj.weight": some(shape.kv_heads * shape.head, shape.hidden),
+        "self_attn.v_proj.weight": some(shape.kv_heads * shape.head, shape.hidden),
+        "self_attn.o_proj.weight": some(shape.hidden, shape.heads * shape.head),
         "mlp.gate.weight": some(shape.experts, shape.hidden),
     }
     for expert in range(shape.experts):

@@ -22,6 +22,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
 MODELS = {
     "afmoe": "Trinity",
+    "bailing_hybrid": "Ling 3.0 tiny, flash",
     "cohere2_moe": "North-Mini-Code",
     "dbrx": "DBRX 132B",
     "deepseek_v2": "DeepSeek-V2, V2.5, V2-Lite, Coder-V2",
@@ -33,6 +34,7 @@ MODELS = {
     "gemma4": "Gemma 4 26B-A4B",
     "glm4_moe": "GLM-4.5, 4.6, 4.7, Air",
     "glm4_moe_lite": "GLM-4.7-Flash",
+    "glm5_next": "GLM-5.3-Flash (text)",
     "glm_moe_dsa": "GLM-5, 5.1, 5.2",
     "gpt_oss": "gpt-oss 20b, 120b",
     "granitemoe": "Granite 3 MoE",
@@ -41,8 +43,10 @@ MODELS = {
     "granitemoeshared": "Granite 3 MoE with shared experts",
     "hunyuan_v1_moe": "Hunyuan-A13B",
     "hy_v3": "Hy3",
+    "hy_v4": "Hy4",
     "jamba": "Jamba 1.5, 1.6, 1.7",
     "kimi_k25": "Kimi K2.5, K2.6",
+    "kimi_linear": "Kimi-Linear 48B-A3B",
     "laguna": "Laguna",
     "lfm2_moe": "LFM2-8B-A1B, LFM2.5",
     "llama": "Llama 2, 3 (dense)",
@@ -50,6 +54,7 @@ MODELS = {
     "mellum": "Mellum 2",
     "mimo_v2_flash": "MiMo-V2-Flash",
     "minimax_m2": "MiniMax M2, M2.5",
+    "minimax_m3": "MiniMax M3 (text)",
     "mistral": "Mistral 7B, Nemo (dense)",
     "mistral4": "Mistral Small 4",
     "mixtral": "Mixtral 8x7B, 8x22B",
@@ -63,6 +68,7 @@ MODELS = {
     "qwen3_next": "Qwen3-Next 80B-A3B",
     "qwen3_vl_moe": "Qwen3-VL 30B-A3B, 235B-A22B (text)",
     "solar_open": "Solar-Open",
+    "step3p7": "Step-3.5-Flash, 3.7-Flash (text)",
 }
 """What people call the models of a family, by its name in the code."""
 

@@ -588,6 +588,112 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"intermediate_size": 512},
     "mistral": {"num_hidden_layers": 2, "intermediate_size": 320, "sliding_window": None},
     "qwen3": {"head_dim": 64, "intermediate_size": 512, "sliding_window": None},
+    "step3p7": {
+        "num_hidden_layers": 5,
+        "head_dim": 48,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "share_expert_dim": 160,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_router_scaling_factor": 1.5,
+        "sliding_window": 48,
+        "num_sliding_attention_heads": 6,
+        "layer_types": ["full_attention", *["sliding_attention"] * 3, "full_attention"],
+        "mlp_layer_types": ["dense", *["sparse"] * 4],
+        "pad_token_id": 0,
+        "swiglu_limits": [0, 0, 0, 0.3, 0.3],
+        "swiglu_limits_shared": [0, 0, 0, 0, 0.3],
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 2.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 32.0,
+                "original_max_position_embeddings": 256,
+                "partial_rotary_factor": 0.5,
+            },
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": 5000.0,
+                "partial_rotary_factor": 1.0,
+            },
+        },
+    },
+    "minimax_m3": {
+        "num_hidden_layers": 3,
+        "head_dim": 48,
+        "rotary_dim": 24,
+        "intermediate_size": 96,
+        "dense_intermediate_size": 320,
+        "shared_intermediate_size": 192,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "routed_scaling_factor": 1.5,
+        "index_n_heads": 2,
+        "index_head_dim": 32,
+        "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+    },
+    "kimi_linear": {
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "linear_head_dim": 32,
+        "linear_num_heads": 4,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    },
+    "bailing_hybrid": {
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 96,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "head_dim": 32,
+        "layer_group_size": 2,
+        "kv_lora_rank": 64,
+        "q_lora_rank": 96,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "num_mtp_layers": 0,
+    },
+    "hy_v4": SPARSE
+    | {
+        "first_k_dense_replace": ABSENT,
+        "indexer_types": ["full", "shared", "full"],
+        "hc_mult": 3,
+        "swiglu_limit": 0.5,
+        "routed_scaling_factor": 1.5,
+    },
+    "glm5_next": {
+        **{key: SPARSE[key] for key in SPARSE.keys() - {"first_k_dense_replace", "rope_parameters"}},
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "qk_rope_head_dim": 0,
+        "linear_head_dim": 32,
+        "linear_num_heads": 4,
+        "index_kpool": 8,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 5,
+        "swiglu_limit": 0.5,
+        "routed_scaling_factor": 1.5,
+    },
 }
 """One config a family, of the model type that it is called after, or says; shapes are not square where the
 format allows, so that transposes show."""
@@ -640,10 +746,27 @@ VISION: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 16,
         "position_embedding_size": 16,
     },
+    "step3p7": {"width": 32, "layers": 1, "heads": 2, "image_size": 28, "patch_size": 14},
+    "minimax_m3": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    },
+    "glm5_next": {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "out_hidden_size": 48,
+        "projection_intermediate_size": 48,
+        "image_size": 28,
+    },
 }
 """Vision towers of families whose checkpoints have one: the smallest."""
 
-WHOLE: Mapping[str, str] = {"mistral4": "mistral3"}
+WHOLE: Mapping[str, str] = {"mistral4": "mistral3", "minimax_m3": "minimax_m3_vl"}
 """What the model with its vision tower is called, where that is not the family's name."""
 
 MUP = {"init_method": "mup", "normalization_function": "rmsnorm"}
@@ -838,6 +961,134 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "mamba_inner_layernorms": True,
         "num_logits_to_keep": 1,
     },
+    "step3p7": {
+        **dict.fromkeys(("num_key_value_heads", "n_routed_experts", "num_experts_per_tok")),
+        **dict.fromkeys(("mlp_layer_types", "mtp_layer_types", "mtp_mlp_layer_types", "per_layer_config")),
+        **dict.fromkeys(("num_sliding_attention_heads", "query_pre_attn_scalar", "rope_parameters")),
+        "att_impl_type": "GQA",
+        "attention_other_setting": {
+            "attention_type": "sliding_attention",
+            "num_attention_heads": 6,
+            "num_attention_groups": 2,
+            "head_dim": 48,
+            "true_head_dim": 48,
+        },
+        "layer_types": ["full_attention", *["sliding_attention"] * 3, *["full_attention"] * 2],
+        "max_seq_len": 1024,
+        "moe_every_n_layer": 1,
+        "moe_layer_offset": 0,
+        "moe_layers_enum": "1,2,3,4",
+        "moe_num_experts": 8,
+        "moe_router_activation": "sigmoid",
+        "moe_top_k": 3,
+        "need_fp32_gate": True,
+        "norm_expert_weight": True,
+        "num_attention_groups": 2,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factors": [0.5, 1.0, 1.0, 1.0, 0.5, 0.5],
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 2.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 32.0,
+            "original_max_position_embeddings": 256,
+        },
+        "rope_theta": [10000.0, 5000.0, 5000.0, 5000.0, 10000.0, 10000.0],
+        "swiglu_limits": [0.0, 0.0, 0.0, 0.3, 0.3, 0.0],
+        "swiglu_limits_shared": [0.0, 0.0, 0.0, 0.0, 0.3, 0.0],
+        "use_head_wise_attn_gate": True,
+        "use_moe": True,
+        "use_moe_router_bias": True,
+        "use_qk_norm": False,
+        "yarn_only_types": ["full_attention"],
+        "zero_centered": True,
+    },
+    "minimax_m3": {
+        **dict.fromkeys(("index_n_heads", "index_head_dim", "index_block_size", "index_topk_blocks")),
+        **dict.fromkeys(("index_local_blocks", "layer_types", "mlp_layer_types")),
+        "hidden_act": "swigluoai",
+        "moe_layer_freq": [0, 1, 1],
+        "n_shared_experts": 1,
+        "num_mtp_modules": 1,
+        "qk_norm_type": "per_head",
+        "scoring_func": "sigmoid",
+        "sparse_attention_config": {
+            "use_sparse_attention": True,
+            "sparse_index_dim": 32,
+            "sparse_num_index_heads": 2,
+            "sparse_topk_blocks": 16,
+            "sparse_block_size": 128,
+            "sparse_score_type": "max",
+            "sparse_local_block": 1,
+            "sparse_init_block": 0,
+            "sparse_disable_index_value": [0, 1, 1],
+            "sparse_attention_freq": [0, 1, 1],
+        },
+        "use_gemma_norm": True,
+        "use_qk_norm": True,
+        "use_routing_bias": True,
+    },
+    "kimi_linear": {
+        **dict.fromkeys(("layer_types", "mlp_layer_types", "max_position_embeddings", "n_group")),
+        **dict.fromkeys(("linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim")),
+        "first_k_dense_replace": 1,
+        "head_dim": 72,
+        "linear_attn_config": {
+            "full_attn_layers": [3],
+            "kda_layers": [1, 2, 4],
+            "head_dim": 32,
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+        },
+        "mla_use_nope": True,
+        "model_max_length": 1024,
+        "moe_layer_freq": 1,
+        "moe_renormalize": True,
+        "moe_router_activation_func": "sigmoid",
+        "num_expert_group": 1,
+        "num_nextn_predict_layers": 0,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "use_grouped_topk": True,
+    },
+    "bailing_hybrid": {
+        **dict.fromkeys(("layer_types", "mlp_layer_types")),
+        **dict.fromkeys(("linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim")),
+        "gated_attention_proj_granularity_type": "head_wise",
+        "head_dim": 32,
+        "linear_silu": True,
+        "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": 96,
+        "no_kda_lora": True,
+        "rope_interleave": True,
+        "router_dtype": "fp32",
+        "score_function": "sigmoid",
+        "use_qk_norm": True,
+        "use_qkv_bias": False,
+    },
+    "hy_v4": {
+        "first_k_dense_replace": 1,
+        "layer_types": None,
+        "mlp_layer_types": None,
+        "num_nextn_predict_layers": 1,
+    },
+    "glm5_next": {
+        **dict.fromkeys(("linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim")),
+        **dict.fromkeys(("linear_lower_bound", "indexer_types")),
+        "index_topk_freq": 1,
+        "linear_attn_config": {
+            "head_dim": 32,
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+            "gate_lower_bound": -5.0,
+            "safe_gate": True,
+        },
+        "mhc": True,
+        "mla_use_nope": True,
+        "num_nextn_predict_layers": 1,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    },
 }
 """Keys of the text's config as releases have them, where transformers 5 saves others; None: none."""
 
@@ -912,6 +1163,11 @@ _UNFIT = {
 }
 
 BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "step3p7": {
+        "model.layers.5.eh_proj.weight": (256, 512),
+        "model.layers.5.self_attn.o_proj.weight": (256, 192),
+    },
+    "hy_v4": {"model.mtp_layers.0.eh_proj.weight": (256, 512)},
     "ernie4_5_moe": {"model.mtp_emb_norm.0.weight": (256,), "model.mtp_linear_proj.0.weight": (256, 512)},
     "exaone_moe": _UNFIT,
     "mellum": _UNFIT,
@@ -919,11 +1175,24 @@ BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 }
 """Tensors of releases that transformers neither runs nor saves."""
 
-OURS = {"KimiK25ForConditionalGeneration": "Kimi_K25ForConditionalGeneration"}
+OURS = {
+    "BailingMoeV3ForCausalLM": "BailingHybridForCausalLM",
+    "KimiK25ForConditionalGeneration": "Kimi_K25ForConditionalGeneration",
+}
 """Classes of remote code that transformers has under another name."""
 
-RENAMED: Mapping[str, tuple[str, str]] = {
-    "kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")
+TEXT_ALONE = {"Llama4ForConditionalGeneration": "Llama4ForCausalLM"}
+"""Classes whose forward fails in transformers 5.24, on text too; the text model's does not."""
+
+RENAMED: Mapping[str, Mapping[str, str]] = {
+    "kimi_k25": {"language_model.model.blocks.": "language_model.model.layers."},
+    "hy_v4": {
+        ".hc_pre.hc_attn_layer.": ".hc_attn_layer.hc_pre.",
+        ".hc_pre.hc_mlp_layer.": ".hc_mlp_layer.hc_pre.",
+        ".hc_pre.hc_head.": ".hc_head.",
+        ".mlp.linear_gate.": ".mlp.gate_proj.",
+        ".mlp.shared_experts.linear_gate.": ".mlp.shared_experts.gate_proj.",
+    },
 }
 """What names of tensors contain where transformers 5 saves them, and in releases."""
 
@@ -998,6 +1267,8 @@ def build(
                 parameter.mul_(4.0)
             if "bias" in name or name.endswith("sinks"):
                 parameter.normal_(0, 0.2)
+            if "_hc." in name or "hc_head." in name or "kpool" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
             if name.endswith(("router.scale", "per_expert_scale", ".D", "A_log")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in model.named_buffers():
@@ -1036,12 +1307,12 @@ def as_released(folder: Path, family: str) -> Path:
         text[key] = value
         if value is None:
             del text[key]
-    if family == "kimi_k25":
-        raw["architectures"] = ["KimiK25ForConditionalGeneration"]
+    theirs = {ours: theirs for theirs, ours in OURS.items()}
+    raw["architectures"] = [theirs.get(name, name) for name in raw["architectures"]]
     path.write_text(json.dumps(raw))
-    if old_and_new := RENAMED.get(family):
+    for old, new in RENAMED.get(family, {}).items():
         file = folder / "model.safetensors"
-        tensors = {name.replace(*old_and_new): each for name, each in load_file(file).items()}
+        tensors = {name.replace(old, new): each for name, each in load_file(file).items()}
         save_file(tensors, file, {"format": "pt"})
     if family in TRANSPOSED:
         file = folder / "model.safetensors"
@@ -1076,7 +1347,7 @@ def predicting(folder: Path, family: str, seed: int = 0) -> dict[str, torch.Tens
 def reference(folder: Path) -> PreTrainedModel:
     """The model as transformers loads it, float32, by the class that config.json names."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    cls = getattr(transformers, OURS.get(name, name))
+    cls = getattr(transformers, (OURS | TEXT_ALONE).get(name, name))
     config = cls.config_class.from_pretrained(folder)
     config.model_type = cls.config_class.model_type  # what names of tensors are read by
     return cls.from_pretrained(folder, config=config, dtype=torch.float32, experts_implementation="eager")

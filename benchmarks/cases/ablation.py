@@ -19,10 +19,10 @@ from moequant import Settings, convert
 from moequant.commands.convert import open_job
 from moequant.containers.gguf.weights import GgufWeights
 from moequant.forward.stream import Resources
-from moequant.rounding.coupled import FISHER_TOKENS, Rounding
 from moequant.rounding.diagonal import Quantizer, pack_all
 from moequant.rounding.feedback import Options
 from moequant.rounding.layerwise import round_checkpoint
+from moequant.rounding.rounder import FISHER_TOKENS, Rounding
 from moequant.rounding.shrinkage import Mix, Trial
 from moequant.statistics.calibrate import calibrate
 from moequant.text import corpus

@@ -17,8 +17,8 @@ from benchmarks.llama import as_file, preset_types
 from moequant.containers.gguf.presets import facts
 from moequant.plan import Budget, Sensitivities, data_bytes, make_plan, prior_sensitivities
 from moequant.plan.measure import Probing, measure
-from moequant.rounding.coupled import decoded
 from moequant.rounding.diagonal import Quantizer
+from moequant.rounding.results import decoded
 from moequant.statistics.calibrate import calibrate
 from moequant.text import corpus
 

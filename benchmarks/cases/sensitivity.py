@@ -12,8 +12,8 @@ from benchmarks.engine import Judge
 from benchmarks.harness import Rows, case
 from moequant.checkpoint import load, open_checkpoint
 from moequant.forward.model import Provider
-from moequant.rounding.coupled import decoded
 from moequant.rounding.diagonal import Quantizer
+from moequant.rounding.results import decoded
 from moequant.statistics.calibrate import calibrate
 from moequant.values import Packed, Role
 

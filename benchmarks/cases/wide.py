@@ -18,9 +18,10 @@ from moequant.evaluate import score_row
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
 from moequant.forward.stream import Resources
-from moequant.rounding.coupled import Rounding, decoded
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.layerwise import round_checkpoint
+from moequant.rounding.results import decoded
+from moequant.rounding.rounder import Rounding
 from moequant.statistics.calibrate import calibrate
 from moequant.text import corpus
 from moequant.values import Packed

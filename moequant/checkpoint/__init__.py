@@ -1,14 +1,8 @@
 """Model folders: stored tensors, and the model weights that they hold."""
 
 from moequant.checkpoint.folder import Folder, LocalFile, folder_of
-from moequant.checkpoint.open import (
-    Checkpoint,
-    load,
-    load_packed,
-    not_finite,
-    open_checkpoint,
-    repository,
-)
+from moequant.checkpoint.open import Checkpoint, open_checkpoint, repository
+from moequant.checkpoint.read import load, load_packed, not_finite
 
 __all__ = [
     "Checkpoint",

@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moequant import families
-from moequant.checkpoint.codecs import recognise, repack
+from moequant.checkpoint.codecs import recognise
 from moequant.checkpoint.folder import Folder, folder_of
 from moequant.checkpoint.headers import read_headers, read_json
 from moequant.checkpoint.predictions import Predictions
-from moequant.checkpoint.slots import FLOATS, weight_of
-from moequant.errors import CheckpointError, FamilyError
+from moequant.checkpoint.slots import weight_of
+from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.escape import of_cache
-from moequant.families import Config, Family
+from moequant.families import Config, Family, Slot
 from moequant.families.base import PREDICTION
 from moequant.families.config import check_experts, make_config
-from moequant.values import ModelShape, Origin, Role, Stack, Stored, Weight
-from moequant.values.ops import Part, apply, shape_after
+from moequant.values import ModelShape, Role, Stored, Weight
 
 MODELOPT = "hf_quant_config.json"
 """Where ModelOpt says how it quantized."""
@@ -154,74 +152,6 @@ def _quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
     return found
 
 
-def load(weight: Weight, matrices: range | None = None) -> Tensor:
-    """A weight's values in the checkpoint's precision, shape `weight.shape`; of a stack of experts, those in
-    `matrices` alone."""
-    origin = weight.origin
-    if weight.stack is not Stack.EXPERTS:
-        return apply(origin.ops, origin.stored[0].read()).contiguous()
-    if _is_cut(origin):
-        whole = apply(origin.ops, origin.stored[0].read())
-        return (whole if matrices is None else whole[matrices.start : matrices.stop]).contiguous()
-    wanted = range(weight.matrices) if matrices is None else matrices
-    out: Tensor | None = None
-    for at, number in enumerate(wanted):
-        one = _matrix(origin, number)
-        if out is None:
-            out = torch.empty((len(wanted), *one.shape), dtype=one.dtype)
-        out[at] = one
-    assert out is not None
-    return out
-
-
-def load_packed(weight: Weight) -> Tensor | None:
-    """What is stored, in the bytes of the type that holds it exactly, u8 [.., rows, row_bytes]; None when a
-    look at the values shows that it does not."""
-    origin, kind = weight.origin, weight.origin.shipped
-    if kind is None or kind in FLOATS:
-        return None
-    stacked = len(origin.stored) == 1 and len(origin.stored[0].shape) == 3
-    count = weight.matrices if weight.is_expert else 1
-    parts = []
-    for number in range(count):
-        stored = origin.stored[0] if stacked or count == 1 else origin.stored[number]
-        rows = repack(stored, kind, number if stacked else None, range(stored.shape[-2]))
-        if rows is None:
-            return None
-        parts.append(apply(origin.ops, rows))
-    return torch.stack(parts) if weight.is_expert else parts[0].contiguous()
-
-
-def _is_cut(origin: Origin) -> bool:
-    """Whether one stored matrix is cut into those of all experts."""
-    shape = origin.stored[0].shape
-    return len(origin.stored) == 1 and len(shape) == 2 and len(shape_after(origin.ops, shape)) == 3
-
-
-def _matrix(origin: Origin, number: int) -> Tensor:
-    """One expert's matrix; where the first op takes rows, no others are read."""
-    stacked = len(origin.stored[0].shape) == 3
-    stored, index = (origin.stored[0], number) if stacked else (origin.stored[number], None)
-    first = origin.ops[0] if origin.ops else None
-    if isinstance(first, Part) and first.axis == -2 and first.step == 1:
-        return apply(origin.ops[1:], stored.read(index, range(first.start, first.stop)))
-    return apply(origin.ops, stored.read(index))
-
-
-def not_finite(weight: Weight, values: Tensor) -> str | None:
-    """Which stored tensor of a loaded weight holds NaN or infinity, and how many; None when none does."""
-    if torch.isfinite(values).all():
-        return None
-    stored = weight.origin.stored
-    parts = values if len(stored) > 1 else values[None]
-    bad = (~torch.isfinite(parts)).flatten(1).sum(1)
-    first = int(bad.nonzero()[0])
-    return (
-        f"tensor {stored[first].name} ({weight.name}): {int(bad[first])} of "
-        f"{parts[first].numel()} values are NaN or infinite; the checkpoint is damaged"
-    )
-
-
 def renamed(family: Family, name: str) -> str:
     """A stored name as the family's slots spell it."""
     for old, new in family.renamed:
@@ -254,12 +184,8 @@ def _same(one: Stored, two: Stored, rows: int = 1024) -> bool:
 
 def _shape(family: Family, config: Config) -> ModelShape:
     """The typed shape, its numbers within reason. FamilyError names a key that is none."""
-    try:
+    with foreign(FamilyError, f"{family.name}: config.json does not say how large the model is"):
         shape = family.shape(config)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise FamilyError(
-            f"{family.name}: config.json does not say how large the model is ({error})"
-        ) from None
     sizes = {
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
@@ -290,7 +216,7 @@ def _assemble(
     """Every slot filled, every stored tensor claimed or skipped on purpose."""
     claimed: set[str] = set()
     found: list[Weight] = []
-    numbered = [(None, family.ends(config)), *((n, family.layer(config, n)) for n in range(shape.layers))]
+    numbered = [(None, family.ends(config)), *((n, slots_of(family, config, n)) for n in range(shape.layers))]
     for number, slots in numbered:
         for slot in slots:
             weight = weight_of(slot, number, shape, stored)
@@ -300,6 +226,12 @@ def _assemble(
     skipped = _left_out(family, config, (name for name in stored if name not in claimed), stored)
     # The head comes last: what it is fed is known when everything before it has been rounded.
     return tuple(sorted(found, key=lambda weight: weight.role is Role.OUTPUT)), skipped
+
+
+def slots_of(family: Family, config: Config, layer: int) -> tuple[Slot, ...]:
+    """The slots of a decoder layer; FamilyError when the config's lists do not get that far."""
+    with foreign(FamilyError, f"{family.name}: config.json does not say what layer {layer} is"):
+        return family.layer(config, layer)
 
 
 def _left_out(

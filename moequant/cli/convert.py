@@ -150,6 +150,14 @@ def convert(
             min=5, max=20, help="With --size: compute capability of the GPU that serves the folder."
         ),
     ] = None,
+    split_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Cut the output into files of at most so many bytes of weights, such as 40G; "
+            "NAME.gguf becomes NAME-00001-of-00003.gguf and so on.",
+        ),
+    ] = None,
     self_check: Annotated[
         bool,
         typer.Option(help="Hold the reading of the folder against transformers' own, where it fits memory."),
@@ -161,6 +169,14 @@ def convert(
     device: Device = "cpu",
     details: Details = False,
     cache_dir: CacheDir = None,
+    stream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Keep at most so much of a model of the Hub on disk, such as 200G, and fetch again what a "
+            "later pass reads.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
         bool,
@@ -171,8 +187,11 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what it cost."""
-    from moequant.commands.convert import Settings, convert_all  # torch is imported only when there is work
-    from moequant.commands.convert import open_jobs as opened
+    from moequant.commands.convert import (  # torch is imported only when there is work
+        Settings,
+        convert_all,
+        planned,
+    )
     from moequant.report.conversion import next_steps
     from moequant.report.dry_run import dry_run_table
     from moequant.report.machine import conversion_json, dry_run_json
@@ -196,12 +215,14 @@ def convert(
             imatrix_out=imatrix_out,
             card=card,
             ram=ram_bytes(ram),
+            stream=ram_bytes(stream),
             device=device,
             overwrite=overwrite,
             format=format_.value,
             scheme=scheme,
             bits=bits,
             group_size=group_size,
+            split_size=split_size,
             quantize_attention=quantize_attention,
             tp=tp,
             schemes=schemes,
@@ -212,22 +233,24 @@ def convert(
     )
     source = place(model, cache_dir)
     if dry_run:
-        shown = [
-            (job.container.checkpoint, job.plan, guarded(lambda: job.size), job.limit)  # noqa: B023  called at once
-            for job in guarded(lambda: opened(source, settings))
+        files = [
+            (job.container.checkpoint, job.plan, guarded(lambda: job.parts(path)), job.limit)  # noqa: B023  called at once
+            for job, path in guarded(lambda: planned(source, out, settings))
         ]
         if as_json:
-            emit("convert", dry_run_json(shown))
+            emit("convert", dry_run_json(files))
         else:
-            for each in shown:
+            for each in files:
                 console().print(dry_run_table(*each))
         return
     guarded(lambda: _announce(source, settings))
     made = guarded(lambda: convert_all(source, out, settings))
     if as_json:
         emit("convert", conversion_json(made.reports))
-    else:
-        console().print(made.renderable(details), next_steps(made, model), sep="\n")
+        return
+    shown = console()
+    shown.print(made.renderable(details))
+    shown.print(next_steps(made, model), soft_wrap=True)  # a command is copied whole
 
 
 def _announce(model: Path | HubModel, settings: Settings) -> None:

@@ -54,12 +54,12 @@ def plan(
     calib: Calib = None,
     calib_tokens: CalibTokens = 131_072,
     probes: Annotated[
-        bool | None,
+        bool,
         typer.Option(
             "--probes/--no-probes",
-            help="Measure what each weight costs in KL divergence (default: if the model fits into memory).",
+            help="Measure what each weight costs in KL divergence, or take other models' sensitivities.",
         ),
-    ] = None,
+    ] = True,
     effort: EffortOption = Effort.default,
     seed: Seed = 0,
     cache_dir: CacheDir = None,

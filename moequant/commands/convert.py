@@ -6,6 +6,7 @@ Several sizes of a model go along it together: what does not depend on the size 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,23 +25,24 @@ from moequant.errors import PlanError
 from moequant.evaluate import Comparison
 from moequant.evaluate.self_check import Output, SelfCheck, self_check
 from moequant.evaluate.side_by_side import Version, compare
-from moequant.files import atomic, atomic_folder
+from moequant.files import atomic, atomic_folder, atomic_parts, part_names
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
 from moequant.hub import Model
 from moequant.hub.fetch import complete, headers, is_here
+from moequant.hub.stream import announce, shelf_of, streamed
 from moequant.progress import Meter
 from moequant.report import Conversion, How, Report, card
-from moequant.rounding.coupled import Rounding
 from moequant.rounding.diagonal import Quantizer, pack_all, progress
 from moequant.rounding.layerwise import round_checkpoint
+from moequant.rounding.rounder import Rounding
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.fisher import Needs, needs
 from moequant.statistics.fisher import check_memory as fits
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, ExpertLoss, Packed
 
-__all__ = ["Job", "Settings", "convert", "convert_all", "gradients", "open_job", "open_jobs"]
+__all__ = ["Job", "Settings", "convert", "convert_all", "gradients", "open_job", "open_jobs", "planned"]
 
 DEFAULT = Settings()
 
@@ -58,6 +60,7 @@ class Finished:
     """An output that lies under its name."""
 
     job: Job
+    out: Path
     written: Written
     losses: tuple[ExpertLoss, ...]
     checked: SelfCheck | None
@@ -72,7 +75,7 @@ def convert(model: Model, out: str | Path, settings: Settings = DEFAULT) -> Repo
     before.
     """
     if len(settings.each) > 1:
-        raise PlanError(f"{len(settings.each)} sizes are named; convert_all writes several files")
+        raise PlanError(f"{len(settings.each)} sizes are named, one is made here; convert_all writes several")
     return convert_all(model, out, settings).reports[0]
 
 
@@ -84,8 +87,14 @@ def convert_all(model: Model, out: str | Path, settings: Settings = DEFAULT) -> 
     """
     source = headers(model)
     outs = names(source.path, Path(out), settings)
-    with claimed(source.path, outs, settings):
+    with claimed(source.path, outs, settings), streamed(source, settings.stream) as source:
         return _convert(source, outs, settings)
+
+
+def planned(model: Model, out: Path, settings: Settings = DEFAULT) -> tuple[tuple[Job, Path], ...]:
+    """What a conversion would write and where, by headers alone."""
+    source = headers(model)
+    return tuple(zip(open_jobs(source, settings), names(source.path, out, settings), strict=True))
 
 
 def _convert(source: Folder, outs: Sequence[Path], settings: Settings) -> Conversion:
@@ -107,7 +116,10 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings) -> Conver
             jobs = open_jobs(complete(source), settings)
         first = jobs[0]
         checkpoint = first.container.checkpoint
-    if read.calibration is not None and calibration is None and _needs_statistics(first):
+    routes = read.calibration is not None and calibration is None and _needs_statistics(first)
+    measures = any(job.measures for job in jobs)
+    announce(first.model, routes + measures + len(jobs) + (read.evaluation is not None))
+    if routes and read.calibration is not None:
         with meter.stage("route"):
             watched = None if matrices is None else all_sites(first.model)
             calibration = calibrate(checkpoint, read.calibration, settings.resources, watched=watched)
@@ -165,15 +177,23 @@ def _made(job: Job, out: Path, known: Known, meter: Meter) -> Finished:
     losses: list[ExpertLoss] = []
     checked: SelfCheck | None = None
     container = job.container
-    with atomic_folder(out) if container.is_folder else atomic(out) as partial:
+    with _place(job, out) as partial:
         with meter.stage(job.stage("quantize")):
             written = container.write(partial, job.plan, _rounded(job, known, losses))
         with meter.stage(job.stage("verify")):
             container.verify(written, job.plan)
-        if job.settings.self_check:
+        if job.settings.self_check and shelf_of(job.model) is None:  # transformers reads a whole folder
             with meter.stage(job.stage("self-check")):
-                checked = self_check(job.model, _output(job, written))
-    return Finished(job, replace(written, path=out), tuple(losses), checked)
+                checked = self_check(job.model, _output(job, written), job.settings.ram)
+    first = part_names(out, len(container.parts(job.plan)))[0]
+    return Finished(job, out, replace(written, path=first), tuple(losses), checked)
+
+
+def _place(job: Job, out: Path) -> AbstractContextManager[Path]:
+    """Where the container writes, and what puts it in its place."""
+    if job.container.is_folder:
+        return atomic_folder(out)
+    return atomic(out) if job.settings.split is None else atomic_parts(out)
 
 
 def _rounded(job: Job, known: Known, losses: list[ExpertLoss]) -> Iterator[Packed]:
@@ -199,7 +219,9 @@ def _output(job: Job, written: Written) -> Output:
     load = job.container.open(written.path).load
     if job.container.is_folder:
         return Output(load, job.keeps)
-    plain = set(job.container.formats(job.plan).values()) == {"F32"}
+    acts = [str(getattr(job.model.config, key, "")) for key in ("hidden_act", "hidden_activation")]
+    # llama.cpp looks GELU up in a table of half precision.
+    plain = set(job.container.formats(job.plan).values()) == {"F32"} and "gelu" not in "".join(acts)
     return Output(load, job.keeps, written.path, plain)
 
 
@@ -231,6 +253,7 @@ def _report(finished: Finished, known: Known, comparison: Comparison | None, met
         stages=tuple(meter.costs),
         notes=_notes(job),
         checked=None if finished.checked is None else finished.checked.note,
+        parts=job.parts(finished.out),
         how=How(rounded_on, job.settings.coupled, job.settings.folder if is_folder else None),
     )
 
@@ -241,4 +264,6 @@ def _notes(job: Job) -> tuple[str, ...]:
     skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in job.model.skipped.items()]
     at = job.model.revision
     source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
-    return (*job.container.notes, *dense, *skipped, *source)
+    shelf = shelf_of(job.model)
+    away = f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not held against transformers" if shelf else None
+    return (*job.container.notes, *dense, *skipped, *source, *([away] if away else []))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from moequant import plan
 from moequant.checkpoint import Checkpoint, Folder, open_checkpoint
@@ -12,12 +13,13 @@ from moequant.containers.base import Container
 from moequant.containers.folders.container import FolderContainer
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.presets import facts
+from moequant.files import part_names
 from moequant.hub import Model
 from moequant.hub.fetch import headers
 from moequant.plan.folders import FolderMenu, budget_plan
-from moequant.plan.measure import Probing, measure, wants_probes
+from moequant.plan.measure import Probing, measure
 from moequant.plan.menu import GgufMenu, Menu
-from moequant.rounding.coupled import UNROUNDED
+from moequant.rounding.rounder import UNROUNDED
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, Plan
 
@@ -51,6 +53,11 @@ class Job:
     def size(self) -> int:
         """Bytes of what comes out, with the types of `plan`."""
         return self.container.size(self.plan)
+
+    def parts(self, out: Path) -> dict[Path, int]:
+        """The files of `out` and their bytes, with the types of `plan`; one folder counts as one."""
+        sizes = self.container.parts(self.plan)
+        return dict(zip(part_names(out, len(sizes)), sizes, strict=True))
 
     @property
     def quantizes(self) -> bool:
@@ -96,7 +103,7 @@ def open_jobs(model: Model | Folder, settings: Settings) -> tuple[Job, ...]:
     if settings.format != "gguf":
         folder = FolderContainer(checkpoint, settings.folder)
         return (Job(checkpoint, folder, _schemes(folder, settings), settings),)
-    file = GgufContainer(checkpoint)
+    file = GgufContainer(checkpoint, settings.split)
     if settings.plan is not None:
         given = plan.read(settings.plan, file.checkpoint.weights, file.exported.own_names)
         return (Job(checkpoint, file, given, settings),)
@@ -111,9 +118,8 @@ def open_jobs(model: Model | Folder, settings: Settings) -> tuple[Job, ...]:
 def measured(jobs: Sequence[Job], calibration: Calibration, probes: Rows) -> tuple[Job, ...]:
     """The same with types chosen by what each would cost this model, measured once for all."""
     output, settings = jobs[0].container, jobs[0].settings
-    ids = probes.ids if wants_probes(output.checkpoint) else None
-    menu = _menu(output, settings)
-    found = measure(output.checkpoint, calibration, ids, Probing(gating=settings.gating), menu)
+    menu, probing = _menu(output, settings), Probing(gating=settings.gating)
+    found = measure(output.checkpoint, calibration, probes.ids, probing, menu, settings.resources)
     left = LEFT_COUPLED if settings.coupled else LEFT_BY_HESSIANS
     found = found.after({name: left for row in found.table.values() for name in row})
     return tuple(

@@ -47,11 +47,22 @@ def claimed(model: Path, outs: Sequence[Path], settings: Settings) -> Iterator[N
     A folder for several files is made here, and is gone again if nothing came to lie in it.
     """
     is_file = settings.format == "gguf"
-    files = (*(outs if is_file else ()), settings.imatrix_out, card_path(outs, settings) if is_file else None)
+    whole, parts = ((), outs) if settings.split is not None else (outs, ())
+    files = (
+        *(whole if is_file else ()),
+        settings.imatrix_out,
+        card_path(outs, settings) if is_file else None,
+    )
     inputs = (model, *settings.inputs)
     with (
         _made(outs[0].parent) if len(outs) > 1 else nullcontext(),
-        claim(*files, folder=None if is_file else outs[0], overwrite=settings.overwrite, inputs=inputs),
+        claim(
+            *files,
+            folder=None if is_file else outs[0],
+            parts=parts if is_file else (),
+            overwrite=settings.overwrite,
+            inputs=inputs,
+        ),
     ):
         yield
 

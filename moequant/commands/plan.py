@@ -19,7 +19,7 @@ from moequant.hub import Model
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.plan import Budget, Sensitivities, curve, points, preset_points, prior_sensitivities
 from moequant.plan.curve import Curve
-from moequant.plan.measure import Probing, measure, wants_probes
+from moequant.plan.measure import Probing, measure
 from moequant.plan.menu import GgufMenu
 from moequant.report.curve import draw
 from moequant.report.routing import check_picture
@@ -34,14 +34,14 @@ class PlanSettings:
     """What measuring may be told.
 
     `calib` is text as `corpus.read` takes it, None the bundled one; `stats` are statistics
-    that `moequant route` saved, which replace the calibration pass. `probes` None probes
-    when the model fits into memory. `tensor_type` pins types, see `plan.pinned`.
+    that `moequant route` saved, which replace the calibration pass. Without `probes`
+    sensitivities are those of other models. `tensor_type` pins types, see `plan.pinned`.
     """
 
     calib: str | Path | None = None
     calib_tokens: int = 131_072
     stats: Path | None = None
-    probes: bool | None = None
+    probes: bool = True
     effort: Effort = "default"
     seed: int = 0
     tensor_type: tuple[str, ...] = ()
@@ -107,7 +107,7 @@ def survey(
         calibration = load_statistics(opened, checkpoint, settings.stats).calibration
     else:
         calibration = calibrate(checkpoint, calib_rows)
-    ids = probe_rows.ids if wants_probes(checkpoint, settings.probes) else None
+    ids = probe_rows.ids if settings.probes else None
     found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort), GgufMenu(pins))
     drawn = Curve(
         shown(source.path),

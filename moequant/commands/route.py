@@ -134,16 +134,29 @@ class _Passes:
         """Statistics of `rows`, from where a killed run stopped."""
         if self._stats is None:
             return calibrate(checkpoint, rows, self._resources, watched=all_sites(checkpoint))
-        journal = Journal(journals(self._stats) / digest(rows)[:16], checkpoint, rows)
-        self._journals.append(journal)
-        return calibrate(checkpoint, rows, self._resources, journal=journal, watched=all_sites(checkpoint))
+        try:
+            journal = Journal(journals(self._stats) / digest(rows)[:16], checkpoint, rows)
+            self._journals.append(journal)
+            return calibrate(
+                checkpoint, rows, self._resources, journal=journal, watched=all_sites(checkpoint)
+            )
+        except BaseException:
+            for journal in self._journals:
+                journal.leave()
+            self._tidy()
+            raise
 
     def forget(self) -> None:
         """Remove what this run kept. What a run on another text has kept stays, for it to go on from."""
         for journal in self._journals:
             journal.remove()
-        if self._journals and self._stats is not None and not any(journals(self._stats).iterdir()):
-            journals(self._stats).rmdir()
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove the folder of the journals when there is none."""
+        around = None if self._stats is None else journals(self._stats)
+        if around is not None and around.is_dir() and not any(around.iterdir()):
+            around.rmdir()
 
 
 def write(routed: Routed, outputs: Outputs) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moequant.containers.folders.plan import FolderSettings
-from moequant.containers.gguf.sizes import Budget
+from moequant.containers.gguf.sizes import Budget, parse_size
 from moequant.errors import PlanError
 from moequant.formats import Effort
 from moequant.forward.stream import Resources
@@ -34,15 +34,18 @@ class Settings:
     """What a conversion may be told; the defaults are the recommendation.
 
     `format` says what is written: a GGUF file, or a folder. How large a file is, one of these says: `size`
-    (bytes, as people write them), `bpw`, `plan` (a plan's JSON) or `type`, a preset. All but `plan` may name
-    several, with commas between them, which `convert_all` writes. `tensor_type` pins types as `plan.pinned`
-    reads them. How large a folder is: `scheme` (or `bits`) and `group_size`; `tp` GPUs will share each
-    weight. `calib` and `eval` are texts as `corpus.read` takes them, None the bundled ones; `eval_tokens` 0
-    leaves the comparison out. `stats` (of `moequant route`) or `imatrix` (of llama-imatrix) stand in for the
-    statistics pass; `imatrix_out` is written beside the file, and `card`, a README.md or a folder to put it
-    in. `self_check` holds our reading of the folder against transformers'. `coupled` rounds each layer
-    towards what full precision would have made of what the layers before it lost. `mtp` keeps the layers that
-    predict the token after the next.
+    (bytes, as people write them), `bpw`, `plan` (a plan's JSON) or `type`, a preset. All but `plan` may
+    name several, with commas between them, which `convert_all` writes. `tensor_type` pins types as
+    `plan.pinned` reads them. How large a folder is: `scheme` (or `bits`) and `group_size`; `tp` GPUs will
+    share each weight. `calib` and `eval` are texts as `corpus.read` takes them, None the bundled ones;
+    `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant route`) or `imatrix` (of llama-imatrix)
+    stand in for the statistics pass; `imatrix_out` is written beside the file, and `card`, a README.md or a
+    folder to put it in. `split_size` is the most bytes of weights in one file of the output. `self_check`
+    holds our reading of the folder against transformers'. `coupled` rounds each layer towards what full
+    precision would have made of what the layers before it lost. `mtp` keeps the layers that predict the
+    token after the next.
+
+    `stream` are the bytes of a model of the Hub that may be on disk at a time; None downloads it whole.
 
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
@@ -65,12 +68,14 @@ class Settings:
     imatrix_out: Path | None = None
     card: Path | None = None
     ram: int | None = None
+    stream: int | None = None
     device: str = "cpu"
     overwrite: bool = False
     format: FormatName = "gguf"
     scheme: str | None = None
     bits: int | None = None
     group_size: int | None = None
+    split_size: str | None = None
     quantize_attention: bool | None = None
     tp: int | None = None
     schemes: str | None = None
@@ -100,7 +105,7 @@ class Settings:
                 if self.size is not None
                 else f"{_option(given[0])} {said}; add it, or name one with --scheme"
             )
-        _ = self.resources
+        _ = self.resources, self.split
         if self.format == "gguf":
             sizes = [name for name in _OF_FILES if getattr(self, name) is not None]
             if len(sizes) > 1:
@@ -146,8 +151,14 @@ class Settings:
     def folder(self) -> FolderSettings:
         """What was asked for of a folder."""
         given: dict[str, Any] = {name: getattr(self, name) for name in _OF_FOLDERS}
+        given["shard_bytes"] = self.split
         known = {name: value for name, value in given.items() if value is not None}
         return FolderSettings("gptq" if self.format == "gptq" else "compressed-tensors", **known)
+
+    @property
+    def split(self) -> int | None:
+        """Bytes of `split_size`; PlanError for what is no size."""
+        return None if self.split_size is None else parse_size(self.split_size)
 
     @property
     def inputs(self) -> tuple[str | Path | None, ...]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Written:
     """A finished file or folder: its size in bytes and the CRC-32 of every tensor's data, by its name
-    there."""
+    there. Of a file in several parts `path` is the first."""
 
     path: Path
     bytes: int
@@ -44,6 +44,9 @@ class Container(Protocol):
 
     def size(self, plan: Plan) -> int:
         """The exact bytes of what `write` will make."""
+
+    def parts(self, plan: Plan) -> tuple[int, ...]:
+        """The exact bytes of each part, of an output in several of them; else those of the whole."""
 
     def check_target(self, path: Path, plan: Plan) -> None:
         """OutputError when it cannot be put there."""

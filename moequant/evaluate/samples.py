@@ -14,19 +14,16 @@ from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.errors import CorpusError
 from moequant.forward.experts import EXPERTS
+from moequant.forward.memory import resident_bytes, usable_bytes
 from moequant.forward.model import Provider, build_model
-from moequant.progress import available_bytes
 from moequant.runtimes.llama_cpp.serving import CONTEXT, Prompt, Sample
 from moequant.text.rows import load_encoder
-
-ROOM = 1.25
-"""Memory that sampling takes, as a multiple of the weights in float32: logits and one decoded tensor."""
 
 
 def fits(checkpoint: Checkpoint) -> bool:
     """Whether the whole model can be sampled in the memory that is free."""
-    free = available_bytes()
-    return free is None or ROOM * 4 * sum(weight.numel for weight in checkpoint.weights) < free
+    free = usable_bytes(None)
+    return free is None or resident_bytes(checkpoint) < free
 
 
 def sample(
@@ -65,8 +62,8 @@ def _greedy(model: torch.nn.Module, ids: Sequence[int], tokens: int, ends: set[i
     made: list[int] = []
     feed, cache = list(ids), None
     for _ in range(tokens):
-        answer = model(torch.tensor([feed]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = answer.past_key_values
+        answer = model(torch.tensor([feed]), cache=cache, use_cache=True, logits_to_keep=1)
+        cache = answer.cache
         feed = [int(answer.logits[0, -1].argmax())]
         made += feed
         if feed[0] in ends:

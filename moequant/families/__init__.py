@@ -8,6 +8,7 @@ from typing import Any
 
 from moequant.errors import FamilyError, one_line
 from moequant.families.afmoe import AFMOE
+from moequant.families.bailing_hybrid import BAILING_HYBRID
 from moequant.families.base import Config, Family, Get, Slot
 from moequant.families.cohere2_moe import COHERE2_MOE
 from moequant.families.config import text_config
@@ -21,6 +22,7 @@ from moequant.families.exaone_moe import EXAONE_MOE
 from moequant.families.gemma4 import GEMMA4
 from moequant.families.glm4_moe import GLM4_MOE, SOLAR_OPEN
 from moequant.families.glm4_moe_lite import GLM4_MOE_LITE
+from moequant.families.glm5_next import GLM5_NEXT
 from moequant.families.gpt_oss import GPT_OSS
 from moequant.families.granite import (
     GRANITE_MOE,
@@ -30,8 +32,10 @@ from moequant.families.granite import (
 )
 from moequant.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from moequant.families.hy_v3 import HY_V3
+from moequant.families.hy_v4 import HY_V4
 from moequant.families.jamba import JAMBA
 from moequant.families.kimi_k25 import KIMI_K25
+from moequant.families.kimi_linear import KIMI_LINEAR
 from moequant.families.laguna import LAGUNA
 from moequant.families.lfm2_moe import LFM2_MOE
 from moequant.families.llama import LLAMA, MISTRAL
@@ -39,6 +43,7 @@ from moequant.families.llama4 import LLAMA4
 from moequant.families.mellum import MELLUM
 from moequant.families.mimo_v2_flash import MIMO_V2_FLASH
 from moequant.families.minimax_m2 import MINIMAX_M2
+from moequant.families.minimax_m3 import MINIMAX_M3
 from moequant.families.mistral4 import MISTRAL4
 from moequant.families.mixtral import MIXTRAL
 from moequant.families.nemotron_h import NEMOTRON_H
@@ -50,6 +55,7 @@ from moequant.families.qwen3_5_moe import QWEN3_5_MOE
 from moequant.families.qwen3_moe import QWEN3_MOE
 from moequant.families.qwen3_next import QWEN3_NEXT
 from moequant.families.qwen3_vl_moe import QWEN3_VL_MOE
+from moequant.families.step3p7 import STEP3P7
 
 __all__ = ["FAMILIES", "Config", "Family", "Get", "Slot", "architectures", "find", "nearest"]
 
@@ -96,6 +102,12 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_VL_MOE,
     QWEN3_NEXT,
     QWEN3_5_MOE,
+    STEP3P7,
+    MINIMAX_M3,
+    KIMI_LINEAR,
+    BAILING_HYBRID,
+    HY_V4,
+    GLM5_NEXT,
 )
 
 

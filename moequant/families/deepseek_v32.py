@@ -17,12 +17,12 @@ def layer(config: Config, number: int) -> tuple[Slot, ...]:
     dense = config.mlp_layer_types[number] != "sparse"
     return (
         *latent_attention(config, number),
-        *(_indexer(number) if kinds[number] == "full" else ()),
+        *(indexer(number) if kinds[number] == "full" else ()),
         *(gated_ffn(number) if dense else sparse_ffn(config, number)),
     )
 
 
-def _indexer(number: int) -> tuple[Slot, ...]:
+def indexer(number: int) -> tuple[Slot, ...]:
     """What chooses tokens: it is fed what attention is fed, and the queries' latent."""
     at = "self_attn.indexer"
     into = seen(number, "attn.input", "self_attn.kv_a_proj_with_mqa")

@@ -6,20 +6,23 @@ leaves at most temporaries and a lock file, which the next run to the same targe
 """
 
 from moequant.files.folder import RECORD, check_kept
+from moequant.files.parts import part_names
 from moequant.files.scratch import scratch
 from moequant.files.signals import Interrupted, interruptible
 from moequant.files.targets import check_space
-from moequant.files.write import atomic, atomic_folder, check_output, claim
+from moequant.files.write import atomic, atomic_folder, atomic_parts, check_output, claim
 
 __all__ = [
     "RECORD",
     "Interrupted",
     "atomic",
     "atomic_folder",
+    "atomic_parts",
     "check_kept",
     "check_output",
     "check_space",
     "claim",
     "interruptible",
+    "part_names",
     "scratch",
 ]

@@ -1,4 +1,4 @@
-"""A folder under TMPDIR for what a run does not keep in memory."""
+"""A folder, under TMPDIR unless somebody names another place, for what a run does not keep in memory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NAME = re.compile(re.escape(_PREFIX) + "[a-z0-9_]{8}")
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
-    """A new folder; gone with the run, or with the next one when the run is killed.
+def scratch(place: Path | None = None) -> Iterator[Path]:
+    """A new folder in `place`, None for TMPDIR; gone with the run, or with the next one when it is killed.
 
-    OutputError when TMPDIR has no place for it.
+    OutputError when there is no place for it.
     """
     try:
-        root = Path(tempfile.gettempdir())
+        root = place or Path(tempfile.gettempdir())
         _sweep(root)
         folder, handle = _create(root)
     except OSError as error:

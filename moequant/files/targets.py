@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import shutil
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Literal
 
 from moequant.errors import OutputError
 from moequant.files.folder import recorded
+from moequant.files.parts import PART, members
 
 NAME_BYTES = 230
 """Names may have 255 bytes; the rest is for the marks of temporary names."""
@@ -21,7 +22,8 @@ NAME_BYTES = 230
 _OPEN_FILES = ("/dev/fd/", "/dev/std", "/proc/")
 """Names of what a process has open. What they lead to is not a place that a file can be put at."""
 
-_PART = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
+Kind = Literal["file", "folder", "parts"]
+"""What stands at a target; `parts` is a file in as many parts as it takes, known when it is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,29 +32,41 @@ class Target:
 
     given: Path
     path: Path
-    folder: bool
+    kind: Kind
     overwrite: bool
 
     @classmethod
-    def of(cls, given: Path, folder: bool, overwrite: bool) -> Target:
+    def of(cls, given: Path, kind: Kind, overwrite: bool) -> Target:
         """The target that `given` names, symlinks followed here and never again.
 
         OutputError when neither file nor folder can be put there.
         """
         try:
-            path = _resolved(given, folder)
+            path = _resolved(given, kind == "folder")
         except (OSError, ValueError, RuntimeError) as error:
             raise unwritable(given, error) from None
         if not path.parent.is_dir():
             raise OutputError(f"{given.parent}: no such folder; create it first")
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{given.parent}: not writable; give a name in another folder")
-        return cls(given, path, folder, overwrite)
+        return cls(given, path, kind, overwrite)
+
+    @property
+    def folder(self) -> bool:
+        """Whether it is a folder."""
+        return self.kind == "folder"
+
+    @property
+    def there(self) -> list[Path]:
+        """What is in its place: of a file in parts, each of them."""
+        if self.kind == "parts":
+            return members(self.path)
+        return [self.path] if os.path.lexists(self.path) else []
 
     @property
     def present(self) -> bool:
         """Whether something has that name. A symlink is something, wherever it leads."""
-        return os.path.lexists(self.path) or self.given.is_symlink()
+        return bool(self.there) or self.given.is_symlink()
 
     def check_link(self) -> None:
         """OutputError for a link to a file elsewhere: nobody who names an output must know where it leads."""
@@ -64,9 +78,13 @@ class Target:
         if not self.present or (self.folder and self.path.is_dir() and not any(self.path.iterdir())):
             return
         if not self.overwrite:
-            raise OutputError(f"{self.given}: exists already; give another name or --overwrite")
+            shown = next((each for each in self.there if each != self.path), self.given)
+            raise OutputError(f"{shown}: exists already; give another name or --overwrite")
         if self.folder:
             self.ours()
+        for part in self.there if self.kind == "parts" else ():
+            if part.is_symlink() or not part.is_file():
+                raise OutputError(f"{part}: is in the place of a part of {self.given}; move it away")
 
     def ours(self) -> frozenset[str]:
         """The files in the folder that moequant wrote. OutputError when the folder may not be replaced."""
@@ -125,14 +143,21 @@ def _check_name(given: Path, name: str) -> None:
 def check_apart(targets: Sequence[Target], inputs: Iterable[Path]) -> None:
     """OutputError when two outputs are one file, or an output would replace what the run reads."""
     for one, two in combinations(targets, 2):
-        if one.path == two.path or _same(one.path, two.path):
+        if _overlap(one, two) or _overlap(two, one):
             raise OutputError(f"{two.given}: one name for two outputs; give each its own")
     for source in inputs:
         for target in targets:
             if target.folder:
                 _check_folder_apart(target, source.resolve())
-            elif target.path.exists() and any(_same(target.path, file) for file in _files(source)):
+            elif any(_same(there, file) for there in target.there for file in _files(source)):
                 raise OutputError(f"{target.given}: is read by this run; give another name")
+
+
+def _overlap(one: Target, two: Target) -> bool:
+    """Whether the name of `two` is that of `one`, or of a part of it."""
+    part = PART.fullmatch(two.path.name) if one.kind == "parts" else None
+    whole = two.path.with_name(f"{part[1]}.gguf") if part else two.path
+    return one.path == whole or _same(one.path, two.path)
 
 
 def _check_folder_apart(target: Target, source: Path) -> None:
@@ -144,7 +169,7 @@ def _files(source: Path) -> Iterable[Path]:
     """All files of an input: of a folder, and of a GGUF file in several parts."""
     if source.is_dir():
         return source.rglob("*")
-    part = _PART.fullmatch(source.name)
+    part = PART.fullmatch(source.name)
     return source.parent.glob(f"{glob.escape(part[1])}-*.gguf") if part else (source,)
 
 

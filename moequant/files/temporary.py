@@ -15,7 +15,7 @@ from pathlib import Path
 
 def create(path: Path, folder: bool) -> Path:
     """A new empty file or folder beside `path`, under a name that nobody can know before."""
-    partial = path.with_name(f"{_prefix(path)}{secrets.token_hex(4)}")
+    partial = path.with_name(f"{prefix(path)}{secrets.token_hex(4)}")
     if folder:
         partial.mkdir()
     else:
@@ -26,7 +26,7 @@ def create(path: Path, folder: bool) -> Path:
 def sweep(path: Path) -> None:
     """Remove the temporaries of dead runs, and finish or undo a swap in which one died."""
     repair(path)
-    name = re.compile(re.escape(_prefix(path)) + "[0-9a-f]{8}")
+    name = re.compile(re.escape(prefix(path)) + "[0-9a-f]{8}")
     for entry in path.parent.iterdir():
         if name.fullmatch(entry.name):
             remove(entry)
@@ -34,7 +34,7 @@ def sweep(path: Path) -> None:
 
 def aside(path: Path) -> Path:
     """Where the old folder waits while a new one takes its place in two steps."""
-    return path.with_name(f"{_prefix(path)}old")
+    return path.with_name(f"{prefix(path)}old")
 
 
 def repair(path: Path) -> None:
@@ -73,5 +73,6 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def _prefix(path: Path) -> str:
+def prefix(path: Path) -> str:
+    """How the names of everything beside the target `path` begin."""
     return f".{path.name}.moequant-"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
 from moequant.errors import OutputError
+from moequant.files import parts as set_of_parts
 from moequant.files.folder import carry_over
 from moequant.files.lock import locked
 from moequant.files.rename import exchange, move
-from moequant.files.targets import Target, check_apart, unwritable
+from moequant.files.targets import Kind, Target, check_apart, unwritable
 from moequant.files.temporary import aside, create, remove, repair, sweep, sync, sync_tree
 
 _CLAIMED: ContextVar[Mapping[Path, Target]] = ContextVar("claimed", default={})  # noqa: B039  never changed
@@ -23,25 +24,27 @@ _CLAIMED: ContextVar[Mapping[Path, Target]] = ContextVar("claimed", default={}) 
 def claim(
     *files: Path | None,
     folder: Path | None = None,
+    parts: Iterable[Path] = (),
     overwrite: bool = False,
     inputs: Iterable[str | Path | None] = (),
 ) -> Iterator[None]:
     """All outputs of a run are checked, and locked while the block runs. None is an output not wanted.
 
-    Inside, `atomic` and `atomic_folder` know whether the targets may be replaced. `inputs` are
-    what the run reads; those that are no paths are passed over. OutputError when a target cannot be
-    written, is there already and may not be replaced, is another target or an input, or when
+    Inside, `atomic`, `atomic_folder` and `atomic_parts` know whether the targets may be replaced.
+    `inputs` are what the run reads; those that are no paths are passed over. OutputError when a target
+    cannot be written, is there already and may not be replaced, is another target or an input, or when
     another run is writing it.
     """
-    wanted = [(path, False) for path in files if path is not None]
-    wanted += [(folder, True)] if folder is not None else []
+    named: list[tuple[Path | None, Kind]] = [(path, "file") for path in files]
+    named += [(folder, "folder"), *((path, "parts") for path in parts)]
+    wanted = [(path, kind) for path, kind in named if path is not None]
     targets = [_claimed(*each) or Target.of(*each, overwrite) for each in wanted]
     check_apart(targets, _paths(inputs))
     for target in targets:
         target.check_link()
     with ExitStack() as stack:
         for target in targets:
-            if _claimed(target.given, target.folder) is None:
+            if _claimed(target.given, target.kind) is None:
                 stack.enter_context(_locked(target))
         mine = {target.given.absolute(): target for target in targets}
         token = _CLAIMED.set({**_CLAIMED.get(), **mine})
@@ -62,7 +65,7 @@ def atomic(path: Path, overwrite: bool = False) -> Iterator[Path]:
     What the claim on `path` said counts for `overwrite`. Without one it is claimed here. OutputError
     when the disk refuses, or when a file has appeared at `path` that may not be replaced.
     """
-    with _target(path, False, overwrite) as target, _partial(target) as partial:
+    with _target(path, "file", overwrite) as target, _partial(target) as partial:
         yield partial
         sync(partial)
         if target.overwrite:
@@ -80,7 +83,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     The block writes the names of its files into RECORD. With `overwrite` those files of the folder
     before are replaced by the new ones, and everything else in it is kept. Claims count as in `atomic`.
     """
-    with _target(path, True, overwrite) as target:
+    with _target(path, "folder", overwrite) as target:
         waiting = target.path.is_dir() and not any(target.path.iterdir())
         with _partial(target) as partial:
             yield partial
@@ -95,18 +98,38 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _target(path: Path, folder: bool, overwrite: bool) -> Iterator[Target]:
+def atomic_parts(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """The file `path` in one or more `part_names`: its name in a new folder to write them to.
+
+    They take the place of all parts of the file before when the block ends well, else they are removed.
+    Claims count as in `atomic`.
+    """
+    with _target(path, "parts", overwrite) as target, _partial(target) as partial:
+        yield partial / target.path.name
+        sync_tree(partial)
+        if target.present and not target.overwrite:
+            raise _appeared(target)
+        set_of_parts.commit(partial, target.path, target.overwrite)
+        try:
+            set_of_parts.settle(target.path)
+        except FileExistsError:
+            raise _appeared(target) from None
+
+
+@contextmanager
+def _target(path: Path, kind: Kind, overwrite: bool) -> Iterator[Target]:
     """The target at that path, claimed for the block unless this run has it already."""
-    with claim(*[] if folder else [path], folder=path if folder else None, overwrite=overwrite):
-        target = _claimed(path, folder)
+    folder, parts = path if kind == "folder" else None, [path] if kind == "parts" else []
+    with claim(*[path] if kind == "file" else [], folder=folder, parts=parts, overwrite=overwrite):
+        target = _claimed(path, kind)
         assert target is not None
         yield target
 
 
-def _claimed(path: Path, folder: bool) -> Target | None:
+def _claimed(path: Path, kind: Kind) -> Target | None:
     """The target that this run holds under that path."""
     target = _CLAIMED.get().get(path.absolute())
-    return target if target is not None and target.folder == folder else None
+    return target if target is not None and target.kind == kind else None
 
 
 @contextmanager
@@ -115,6 +138,8 @@ def _locked(target: Target) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             if stack.enter_context(locked(target.path)):
+                with suppress(FileExistsError):
+                    set_of_parts.settle(target.path)
                 sweep(target.path)
             target.check_free()
         except OSError as error:
@@ -126,7 +151,7 @@ def _locked(target: Target) -> Iterator[None]:
 def _partial(target: Target) -> Iterator[Path]:
     """A temporary beside the target, gone afterwards whatever happens; the disk's errors as OutputError."""
     try:
-        partial = create(target.path, target.folder)
+        partial = create(target.path, target.kind != "file")
     except OSError as error:
         raise unwritable(target.given, error) from error
     try:
@@ -139,6 +164,9 @@ def _partial(target: Target) -> Iterator[Path]:
     finally:
         if target.folder:
             repair(target.path)
+        if target.kind == "parts":
+            with suppress(FileExistsError):
+                set_of_parts.settle(target.path)
         remove(partial)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moequant.errors import FormatError
 from moequant.formats.base import Effort, Format
-from moequant.formats.kernel import TILE, kernel
+from moequant.formats.kernel import TILE, kernel, tile
 
 # Importance below this share of its expert's median (of the channels that were excited at all) is raised to
 # it: what calibration never excited must still be stored as what it is, not sacrificed for its neighbours.
@@ -59,7 +59,7 @@ def quantize(
     exponent = fmt.magnitude if magnitude is None else magnitude
     device = weights.device.type
     large = compiles(fmt, weights.numel(), exponent, effort, weights.device)
-    step = _blocks_at_once(fmt, device) if large else max(1, TILE[device] // 4 // fmt.block)
+    step = _blocks_at_once(fmt, device) if large else max(1, tile(device) // 4 // fmt.block)
     if shared is None and fmt.shared is not None:
         shared = fmt.shared.find(stack.float(), per_expert, effort)
     given = None if shared is None else shared.reshape(-1, 1)
@@ -108,9 +108,11 @@ def encode_blocks(fmt: Format, blocks: Blocks, effort: Effort, magnitude: float,
     and the format's gain is left out. `compiled` says that `compiles` agreed.
     """
     device = blocks.x.device.type
-    step = _blocks_at_once(fmt, device) if compiled else max(1, TILE[device] // 4 // fmt.block)
+    step = _blocks_at_once(fmt, device) if compiled else max(1, tile(device) // 4 // fmt.block)
     plain = replace(fmt, gain=1.0)
-    blocks = replace(blocks, x=blocks.x.clamp(-fmt.limit, fmt.limit))
+    # Views with strides of their own would be summed in another order, and each compiled anew.
+    x, importance = blocks.x.contiguous().clamp(-fmt.limit, fmt.limit), blocks.importance.contiguous()
+    blocks = replace(blocks, x=x, importance=importance)
     fill = step if compiled else None
     parts = [slice(i, i + step) for i in range(0, len(blocks.x), step)]
     return torch.cat([_encode(plain, blocks.cut(part), effort, magnitude, fill) for part in parts])
@@ -118,7 +120,7 @@ def encode_blocks(fmt: Format, blocks: Blocks, effort: Effort, magnitude: float,
 
 def compiles(fmt: Format, weights: int, magnitude: float, effort: Effort, device: torch.device) -> bool:
     """Whether compiled kernels are worth it for so many weights, and to be had; compiles them if so."""
-    return weights >= COMPILE_FROM and _compiles(fmt, magnitude, effort, device.type)
+    return weights >= COMPILE_FROM and device.type in TILE and _compiles(fmt, magnitude, effort, device.type)
 
 
 def _encode(fmt: Format, blocks: Blocks, effort: Effort, exponent: float, fill: int | None) -> Tensor:
@@ -147,7 +149,7 @@ def dequantize(fmt: Format, packed: Tensor, *, threads: int | None = None) -> Te
     def work(first: int, last: int) -> None:
         out[first:last] = fmt.decode(blocks[first:last])
 
-    step = TILE[packed.device.type] // fmt.block
+    step = tile(packed.device.type) // fmt.block
     _for_each_tile(work, len(blocks), step, threads, packed.device)
     return out.view(*packed.shape[:-1], packed.shape[-1] // fmt.block_bytes * fmt.block)
 
@@ -188,7 +190,7 @@ def _compiles(fmt: Format, exponent: float, effort: Effort, device_type: str) ->
 
 
 def _blocks_at_once(fmt: Format, device_type: str) -> int:
-    return max(1, TILE[device_type] * fmt.tiles // fmt.block)
+    return max(1, tile(device_type) * fmt.tiles // fmt.block)
 
 
 def _encode_a_tile(fmt: Format, exponent: float, effort: Effort, device_type: str) -> None:

@@ -117,9 +117,10 @@ def named(name: str) -> Format | None:
 # Mostly on the side that has one code more, so scales are of both signs: 10 % less error at 4 bits.
 _LANDINGS: dict[int, tuple[float, ...]] = {
     4: (-8.6, -10.4, -8.0, -9.2, -14.0, 7.2, 9.0, -11.3, -8.3, -9.8, -17.9, 10.2, -7.6, -24.0, 7.6, 12.0),
+    7: (-64.0, -63.0, -62.0, -61.0, -60.0, -75.0, -59.0, -65.0, -58.0, -57.0, -56.0, -95.0),  # as of 8 bits
     8: (-128.0, -127.0, -126.0, -125.0, -124.0, -150.0, -123.0, -129.0, -122.0, -121.0, -120.0, -190.0),
 }
-# Other widths: the same, as multiples of the longer side of the range.
+# Other widths: those of 4 bits, as multiples of the longer side of the range.
 _SIDES = (
     *(-1.06, -1.3, -1.0, -1.15, -1.75, 0.9, 1.12, -1.41, -1.04, -1.22),
     *(-2.24, 1.27, -0.95, -3.0, 0.95, 1.5),

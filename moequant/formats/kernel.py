@@ -23,6 +23,12 @@ R = TypeVar("R")
 # Weights in a tile, by device: on a CPU a tile and its weights stay in the second-level cache.
 TILE = {"cpu": 1 << 18, "cuda": 1 << 24}
 
+
+def tile(device: str) -> int:
+    """Weights in a tile on a device of that type; on those that nothing is compiled for as on a GPU."""
+    return TILE.get(device, TILE["cuda"])
+
+
 _OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {
     "emulate_precision_casts": True,  # or a scale rounded to f16 and back would stay unrounded
 }

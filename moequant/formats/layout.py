@@ -36,11 +36,6 @@ def half_at(packed: Tensor, at: int) -> Tensor:
     return packed[:, at : at + 2].clone().view(torch.float16)  # a copy is aligned
 
 
-def read_half(packed: Tensor, at: int) -> Tensor:
-    """f32 [n, 1]: the little-endian f16 at byte `at` of each block."""
-    return half_at(packed, at).to(torch.float32)
-
-
 def half_bytes(x: Tensor) -> Tensor:
     """f32 or f16 [n] or [n, 1] -> uint8 [n, 2]: the bytes of f16."""
     return x.to(torch.float16).flatten().contiguous().view(-1, 1).view(torch.uint8)

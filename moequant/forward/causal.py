@@ -6,6 +6,7 @@ Models that also see or hear are sometimes there only as a whole; their text mod
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,12 +25,26 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if _is_text(config):
         known: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
         return known
-    return _headed(AutoModel._model_mapping[type(config)])
+    text: Any = _text_class(type(config))
+    return _headed(text)
 
 
 def whole_class(config: PreTrainedConfig) -> Any:
     """The automatic class that loads a folder with that config: as text where it can, else whole."""
     return AutoModelForCausalLM if _is_text(config) else AutoModelForImageTextToText
+
+
+def _text_class(config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The text model of a config's class; transformers lists not every one beside the whole models."""
+    if config in AutoModel._model_mapping:
+        known: type[PreTrainedModel] = AutoModel._model_mapping[config]
+        return known
+    models = import_module(config.__module__.replace(".configuration_", ".modeling_"))
+    classes: list[Any] = [each for each in vars(models).values() if isinstance(each, type)]
+    found: type[PreTrainedModel] = next(
+        each for each in classes if issubclass(each, PreTrainedModel) and each.config_class is config
+    )
+    return found
 
 
 def _is_text(config: PreTrainedConfig) -> bool:
@@ -53,7 +68,10 @@ def _headed(text: type[PreTrainedModel]) -> type[PreTrainedModel]:
             self.post_init()
 
         def forward(self, input_ids: Tensor | None = None, **arguments: Any) -> CausalLMOutputWithPast:
-            hidden = self.model(input_ids=input_ids, **arguments).last_hidden_state
-            return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+            kept = slice(-arguments.pop("logits_to_keep", 0), None)  # of 0: everything
+            made = self.model(input_ids=input_ids, **arguments)
+            return CausalLMOutputWithPast(
+                logits=self.lm_head(made.last_hidden_state[:, kept]), cache=getattr(made, "cache", None)
+            )
 
     return Headed

@@ -1,8 +1,9 @@
 """Experts that transformers runs by itself, brought to the function that runs all others.
 
 transformers dispatches most experts to a registered function (`experts`), but not those of DBRX, whose
-matrices are flat, nor those of Llama 4, where every expert multiplies every token, most of them zeros. On a
-model of our own such modules give way to `Experts`; nothing of transformers' is changed.
+matrices are flat, nor those of Llama 4, where every expert multiplies every token, most of them zeros, nor
+those of Step 3.7, whose activations are clamped. On a model of our own such modules give way to `Experts`;
+nothing of transformers' is changed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,18 @@ class Experts(nn.Module):
         """What `experts.between` asks of every module of experts."""
         gate, up = product.chunk(2, dim=-1)
         gated: Tensor = self.act_fn(gate) * up
+        return gated
+
+
+class OwnGate(Experts):
+    """The same, gated as the module is in whose place they stand."""
+
+    def __init__(self, old: Any) -> None:
+        super().__init__(old.num_experts, old.intermediate_dim, old.hidden_dim, old.act_fn)
+        self._gated = old._apply_gate
+
+    def _apply_gate(self, product: Tensor) -> Tensor:
+        gated: Tensor = self._gated(product)
         return gated
 
 
@@ -68,6 +81,8 @@ def dispatch_all(model: nn.Module) -> None:
                 new = Experts(*sizes, old.mlp.activation_fn)
             case "Llama4TextMoe":
                 new = ScaledInputs(module)
+            case "Step3p7Experts":
+                new = OwnGate(module)
             case _:
                 continue
         model.set_submodule(name, new)

@@ -3,11 +3,13 @@
 transformers dispatches each block's experts to a registered function (`ALL_EXPERTS_FUNCTIONS`) and says on
 the module how they are kept: transposed, with biases, without a gate, with a norm behind. Ours sorts the
 tokens by expert, multiplies each expert once, and tells the current recorder what every expert sees. A
-recorder may also change what the products are fed (`Rounding`), or see what they give (`Told`).
+recorder may also change what the products are fed (`Rounding`), see what they give (`Told`), or know what all
+of them together give (`Known`). `part` is a module with some of the experts, for those who run them in turn.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -35,6 +37,14 @@ class Told(Protocol):
 
     def gave(self, site: str, expert: int, outputs: Tensor) -> None:
         """Outputs [m, out] of the product whose inputs are seen at `site`."""
+
+
+@runtime_checkable
+class Known(Protocol):
+    """A recorder that knows what a token's experts give together, so that nothing is multiplied."""
+
+    def given(self, hidden: Tensor) -> Tensor:
+        """The weighted sum [n, h] for the tokens hidden [n, h]."""
 
 
 def by_expert(index: Tensor, experts: int) -> list[tuple[int, Tensor]]:
@@ -67,6 +77,22 @@ def last_product(module: nn.Module, expert: int, inner: Tensor) -> Tensor:
     return out
 
 
+def part(module: nn.Module, experts: range) -> nn.Module:
+    """A module of experts with these alone, numbered from 0; it shares the memory of what is in memory."""
+    made, these = copy.copy(module), slice(experts.start, experts.stop)
+    made._parameters = {
+        name: None if whole is None else nn.Parameter(whole[these], requires_grad=False)
+        for name, whole in module._parameters.items()
+    }
+    made.num_experts = len(experts)  # type: ignore[assignment]
+    return made
+
+
+def add_output(total: Tensor, tokens: Tensor, result: Tensor, gates: Tensor) -> None:
+    """Add what an expert gives its tokens, result [m, h] times the router's weights [m], to f32 [n, h]."""
+    total.index_add_(0, tokens, result.float() * gates[:, None].float())
+
+
 def experts_forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -82,12 +108,14 @@ def experts_forward(
     fed = hidden_states
     if told is not None and sites is not None:
         told.routed(sites.before, hidden_states, top_k_index, top_k_weights)
+        if isinstance(told, Known):
+            return told.given(hidden_states)
         fed = told.fed(sites.before, fed) if isinstance(told, Rounding) else fed
     out = torch.zeros(n, hidden_states.shape[-1], dtype=torch.float32, device=hidden_states.device)
     for expert, chosen in by_expert(top_k_index, int(module.num_experts)):  # type: ignore[arg-type]
         tokens = torch.div(chosen, k, rounding_mode="floor")
         result = _one(module, expert, fed[tokens], gates[chosen], sites)
-        out.index_add_(0, tokens, result.float() * gates[chosen, None].float())
+        add_output(out, tokens, result, gates[chosen])
     return out.to(dtype)
 
 

@@ -1,10 +1,33 @@
-"""What a pass over a model needs in memory at once."""
+"""What passes over a model need in memory at once, and how what may be used is shared out.
+
+Budgets decide where numbers lie and how much is done at a time, never what comes out.
+"""
 
 from __future__ import annotations
 
 from moequant.checkpoint import Checkpoint
 from moequant.errors import CheckpointError
 from moequant.progress import available_bytes
+
+WORK = 1 << 30
+"""The most that rounding works with beside what it rounds: more serves nothing on a CPU."""
+
+
+def usable_bytes(ram: int | None) -> int | None:
+    """What may be used, `ram` bytes or what the machine has free; None: nobody knows."""
+    free = available_bytes()
+    return min((each for each in (ram, free) if each is not None), default=None)
+
+
+def resident_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of a whole model in float32, with room for what it computes and for a weight that is decoded."""
+    return 5 * sum(weight.numel for weight in checkpoint.weights)
+
+
+def rounding_work(ram: int | None) -> int:
+    """Bytes for what is rounded together, and as many again to work with: an eighth of what may be used."""
+    usable = usable_bytes(ram)
+    return WORK if usable is None else min(WORK, usable // 8)
 
 
 def check_memory(checkpoint: Checkpoint, models: int, available: int | None = None) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,25 @@ def replace_memory(model: nn.Module, name: str, keep: bool) -> None:
     """Give a parameter memory of its own in float32, its values copied with `keep`: modules that share the
     old one keep that."""
     old = _target(model, name)
-    _assign(model, name, old.float().clone() if keep else torch.empty_like(old, dtype=torch.float32))
+    new = old.to(torch.float32, copy=True) if keep else torch.empty_like(old, dtype=torch.float32)
+    _assign(model, name, new)
+
+
+@contextmanager
+def changed(model: nn.Module, changes: Iterable[tuple[Weight, Tensor]]) -> Iterator[None]:
+    """Inside the block these weights have other values, in float32; parameters of the model hold them."""
+    before: dict[str, Tensor] = {}
+    try:
+        for weight, values in changes:
+            name = weight.place.param
+            if name not in before:
+                before[name] = held(model, name)
+                replace_memory(model, name, keep=True)
+            put(weight.place.ops, held(model, name), values)
+        yield
+    finally:
+        for name, old in before.items():
+            _assign(model, name, old)
 
 
 def _placed(weights: Iterable[Weight]) -> list[Weight]:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,9 @@ from moequant.values import Role, Site, Weight
 
 BATCH_TOKENS = 4096
 """Tokens per forward pass: enough for efficient products, few enough to bound the activations."""
+
+ENDS = frozenset({Role.NORM, Role.BIAS, Role.STREAMS})
+"""Roles of the weights behind the last layer and in front of the head."""
 
 R = TypeVar("R", bound=Recorder)
 T = TypeVar("T")
@@ -56,12 +60,16 @@ class Resources:
             asked = torch.device(self.device)
         except RuntimeError:
             raise PlanError(f"--device {self.device}: cpu, cuda or cuda:1 was expected") from None
-        if asked.type not in ("cpu", "cuda") or (asked.type == "cpu" and asked.index):
+        # The one kind that torch knows beside the CPU here: cuda, also of ROCm, or whatever is registered.
+        other = torch.accelerator.current_accelerator()
+        kinds = {"cpu", "cuda"} | ({other.type} if other is not None else set())
+        if asked.type not in kinds or (asked.type == "cpu" and asked.index):
             raise PlanError(f"--device {self.device}: cpu, cuda or cuda:1 was expected")
-        there = torch.cuda.device_count() if asked.type == "cuda" else 1
+        there = torch.get_device_module(asked).device_count()
         if (asked.index or 0) >= there:
             raise PlanError(
-                f"--device {self.device}: torch finds {there} CUDA devices; leave it out to run on the CPU"
+                f"--device {self.device}: torch finds {there} devices of that kind; leave it out to run on "
+                "the CPU"
             )
 
     @property
@@ -167,8 +175,10 @@ class LayerStream:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes [rows, n, h] of every batch's hidden states."""
-        return [(*batch.shape, self.checkpoint.shape.hidden) for batch in self.batches]
+        """Shapes [rows, n, h] of every batch's hidden states; [rows, n, streams, h] where those are more."""
+        shape = self.checkpoint.shape
+        ends = (shape.hidden,) if shape.streams == 1 else (shape.streams, shape.hidden)
+        return [(*batch.shape, *ends) for batch in self.batches]
 
     def __enter__(self) -> LayerStream:
         return self
@@ -180,12 +190,16 @@ class LayerStream:
         """The weights of a decoder layer, or those outside all layers."""
         return tuple(weight for weight in self.checkpoint.weights if weight.layer == layer)
 
-    def new_hidden(self, folder: Path) -> Hidden:
-        """Room for the hidden states: in memory when half of the limit holds them, else under `folder`."""
-        needed = 4 * sum(math.prod(shape) for shape in self.shapes)
-        if self.resources.ram is None or needed <= self.resources.ram // 2:
+    def new_hidden(self, folder: Path, width: int | None = None, among: int = 1) -> Hidden:
+        """Room for the hidden states, or for so many numbers [n, width] a token: in memory when half of the
+        limit holds them and the others, so many as there are `among` them, else under `folder`."""
+        shapes = self.shapes
+        if width is not None:
+            shapes = [(batch.numel(), width) for batch in self.batches]
+        needed = 4 * sum(math.prod(shape) for shape in shapes)
+        if self.resources.ram is None or among * needed <= self.resources.ram // 2:
             return InMemory(len(self.batches))
-        return OnDisk(folder, self.shapes)
+        return OnDisk(folder, shapes)
 
     def embed(self, hidden: Hidden, provider: Provider | None = None) -> None:
         """Fill `hidden` with what the first layer is fed; `provider` has other weights than the stream's."""
@@ -196,12 +210,17 @@ class LayerStream:
                 hidden.put(0, batch, states)
         release(self.model, embedding)
 
-    def layers(self, first: int = 0) -> Iterator[int]:
-        """Each decoder layer in turn, from `first`, with its weights in memory."""
+    def layers(self, first: int = 0, experts: bool = True) -> Iterator[int]:
+        """Each decoder layer in turn, from `first`, with its weights in memory; without `experts` those of
+        routed experts are left to the caller."""
+
+        def wanted(layer: int) -> tuple[Weight, ...]:
+            return tuple(weight for weight in self.weights(layer) if experts or not weight.is_expert)
+
         for layer in range(first, self.n_layers):
-            self._fill(self.weights(layer))
+            self._fill(wanted(layer))
             if layer + 1 < self.n_layers and self.resources.reads_ahead:
-                self._read_ahead(self.weights(layer + 1))
+                self._read_ahead(wanted(layer + 1))
             yield layer
             release(self.model, self.weights(layer))
 
@@ -245,14 +264,14 @@ class LayerStream:
             except Enough:
                 return None
 
-    def each(self, work: Callable[[int], T]) -> Iterator[T]:
-        """`work(batch)` for every batch, a few at a time; results in the order of the batches."""
+    def each(self, work: Callable[[int], T], count: int | None = None) -> Iterator[T]:
+        """`work(batch)` for every batch, or for so many numbers, a few at a time; results in their order."""
         # More threads than cores would only wait; torch's own threads would wait for each other.
         workers = self.resources.workers
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as running:
             waiting = deque[Future[T]]()
             try:
-                for batch in range(len(self.batches)):
+                for batch in range(len(self.batches) if count is None else count):
                     waiting.append(running.submit(work, batch))
                     if len(waiting) > workers:
                         yield waiting.popleft().result()
@@ -265,22 +284,36 @@ class LayerStream:
         self, hidden: Hidden, make: Callable[[int], R], provider: Provider | None = None
     ) -> Iterator[tuple[R, Any]]:
         """The end of the forward pass, batch by batch: its recorder and what the model returns."""
-        roles = {Role.NORM, Role.BIAS} | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
-        ends = self._outside(*roles)
-        self._fill(ends, provider)
-        if self.whole and self.checkpoint.tied:
-            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
-        try:
+        with self.ends(provider):
             for batch in range(len(self.batches)):
                 told = make(batch)
-                with torch.inference_mode(), recording(told):
-                    states = hidden.get(self.n_layers, batch).to(self.resources.device)
-                    result = self.skeleton.finish(batch, states)
+                with recording(told):
+                    result = self.end(batch, hidden)
                 yield told, result
+
+    @contextmanager
+    def ends(self, provider: Provider | None = None) -> Iterator[None]:
+        """Inside the block the weights behind the layers are in memory, and `end` can be called."""
+        roles = ENDS | ({Role.OUTPUT, Role.EMBEDDING} if self.whole else set())
+        ends = self._outside(*roles)
+        self._fill(ends, provider)
+        self.tie()
+        try:
+            yield
         finally:
             release(self.model, ends)
-            if self.whole and self.checkpoint.tied:
-                self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+            self.tie()
+
+    def end(self, batch: int, hidden: Hidden) -> Any:
+        """What the model returns for a batch that has crossed all layers."""
+        with torch.inference_mode():
+            states = hidden.get(self.n_layers, batch).to(self.resources.device)
+            return self.skeleton.finish(batch, states)
+
+    def tie(self) -> None:
+        """Where one matrix is embedding and head, the head is what the embedding is now."""
+        if self.whole and self.checkpoint.tied:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
     def _outside(self, *roles: Role) -> tuple[Weight, ...]:
         """Weights of these roles outside all layers, the embedding only when something computes with it."""

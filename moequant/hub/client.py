@@ -85,6 +85,21 @@ def download(found: Snapshot, names: Iterable[str]) -> Path:
     return folder
 
 
+def fetch(found: Snapshot, name: str, folder: Path) -> None:
+    """One file of a snapshot into a folder of its own."""
+    from huggingface_hub import hf_hub_download
+
+    with _translated(found.model):
+        hf_hub_download(
+            found.model.repository,
+            name,
+            revision=found.commit,
+            local_dir=folder,
+            tqdm_class=Bar,
+            **_MINE,
+        )
+
+
 def cached(model: HubModel, why: Unreachable) -> Path:
     """The folder of a snapshot that was downloaded before. `why` is raised when there is none."""
     from huggingface_hub import snapshot_download

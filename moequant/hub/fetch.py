@@ -53,7 +53,7 @@ def headers(model: Model) -> Folder:
 
 
 def is_here(folder: Folder) -> bool:
-    """Whether all weights are on this disk."""
+    """Whether all weights are on this disk, or come through a shelf that is."""
     return not _remote(folder)
 
 
@@ -67,7 +67,7 @@ def complete(folder: Folder) -> Folder:
 
 
 def _remote(folder: Folder) -> list[RemoteFile]:
-    return [file for file in folder.weights.values() if isinstance(file, RemoteFile)]
+    return [file for file in folder.weights.values() if isinstance(file, RemoteFile) and not file.shelf]
 
 
 def whole(model: Model) -> Path:

@@ -13,6 +13,9 @@ _NAME = re.compile(
     re.ASCII,
 )
 
+_FILES = (".gguf", ".safetensors", ".json", ".bin", ".git")
+"""What files are called, and models are not."""
+
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
@@ -29,9 +32,12 @@ class HubModel:
 
     @classmethod
     def parse(cls, text: str, cache: Path | None = None) -> HubModel | None:
-        """OWNER/NAME[@REVISION][:FILE.gguf]; None for what no model of the Hub is called."""
+        """OWNER/NAME[@REVISION][:FILE.gguf]; None for what no model of the Hub is called. A file that is
+        not there, models/x.gguf, is not asked for."""
         found = _NAME.fullmatch(text)
         if found is None or ".." in text or "--" in found["repository"]:
+            return None
+        if found["repository"].endswith(_FILES):
             return None
         return cls(found["repository"], found["revision"], found["file"], cache)
 

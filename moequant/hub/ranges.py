@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from moequant.checkpoint.headers import MAX_HEADER
 from moequant.errors import HubError
 from moequant.hub.client import Snapshot, read_range
+
+if TYPE_CHECKING:
+    from moequant.hub.stream import Shelf
 
 FIRST = 1 << 16
 """Bytes of a file that are asked for first: all of most headers."""
@@ -19,11 +22,13 @@ MOST = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a snapshot; see `values.File`. Its first bytes, `head`, were fetched with it."""
+    """A file of a snapshot; see `values.File`. Its first bytes, `head`, were fetched with it; the others come
+    from `shelf`, or by range requests where there is none."""
 
     found: Snapshot
     name: str
     head: bytes = field(repr=False)
+    shelf: Shelf | None = None
 
     def __str__(self) -> str:
         return f"{self.found.model}: {self.name}"
@@ -79,8 +84,15 @@ class _Ranges(io.RawIOBase):
         if self._at >= end:
             return 0
         data = head[self._at : end]
-        if (begin := self._at + len(data)) < end:
-            data += read_range(self._file.found, self._file.name, begin, end)
         buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+        begin = self._at + len(data)
+        if begin < end and self._file.shelf is not None:
+            begin += self._file.shelf.read_into(
+                self._file.name, begin, memoryview(buffer)[len(data) : end - self._at]
+            )
+        elif begin < end:
+            more = read_range(self._file.found, self._file.name, begin, end)
+            buffer[len(data) : len(data) + len(more)] = more
+            begin = end
+        count, self._at = begin - self._at, begin
+        return count

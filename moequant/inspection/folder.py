@@ -11,7 +11,7 @@ from typing import Any
 from moequant import families
 from moequant.checkpoint import Checkpoint, Folder, open_checkpoint
 from moequant.checkpoint.headers import read_header, read_json
-from moequant.checkpoint.open import renamed
+from moequant.checkpoint.open import renamed, slots_of
 from moequant.containers.gguf.export import check, export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError, few
@@ -221,7 +221,7 @@ def _support(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) 
 
 def _unknown(family: families.Family, config: families.Config, tensors: list[_Tensor]) -> list[str]:
     """Kinds of tensors that no slot of the family names, numbers replaced by `*`."""
-    slots = [slot for number in range(config.num_hidden_layers) for slot in family.layer(config, number)]
+    slots = [slot for number in range(config.num_hidden_layers) for slot in slots_of(family, config, number)]
     known = {_kind(way.name) for slot in (*family.ends(config), *slots) for way in slot.ways}
     known.add("lm_head.weight")  # of a tied model it may be there, equal to the embedding
     skipped = [re.compile(pattern) for pattern in family.skipped(config)]

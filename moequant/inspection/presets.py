@@ -46,7 +46,8 @@ def files_of(exported: Exported, tokenizer: TokenizerSpec) -> Iterator[PresetFil
         plan = preset_plan(exported.weights, preset, facts(exported))
         data = _aligned_bytes(plan)
         if fixed is None:
-            fixed = gguf.file_bytes(exported, tokenizer, plan, made) - data
+            (whole,) = gguf.part_bytes(gguf.Content(exported, tokenizer, made), plan)
+            fixed = whole - data
         tensors = tuple(
             TensorInfo(exported.names[c.weight], c.format, exported.shapes[c.weight], c.bytes)
             for c in plan.choices

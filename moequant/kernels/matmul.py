@@ -125,11 +125,6 @@ def grouped_matmul(
     return out
 
 
-def matmul(x: Tensor, matrix: Matrix, *, tile: Tile | None = None) -> Tensor:
-    """x [tokens, in] times one matrix (E = 1) -> f32 [tokens, out]."""
-    return grouped_matmul(x, matrix, x.new_zeros((len(x), 1), dtype=torch.int64), tile=tile)[:, 0]
-
-
 def _launch_vectors(x: Tensor, matrix: Matrix, out: Tensor, tile: Tile, plan: Schedule) -> None:
     decoder = DECODERS[matrix.format]
     n_out, n_in = matrix.shape[1:]

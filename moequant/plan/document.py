@@ -145,5 +145,6 @@ def _restored(choice: Choice, row: dict[str, Any]) -> Choice:
     if row.get("planned") != choice.format:
         return Choice(choice.weight, choice.format, choice.bytes, "edited by hand", None)
     kl = row.get("predicted_kl", row.get("damage"))  # "damage" until version 2
-    known = float(kl) if isinstance(kl, int | float) else None
+    # Whole numbers beyond a double's are nobody's measurement.
+    known = float(kl) if isinstance(kl, float) or (isinstance(kl, int) and kl.bit_length() < 64) else None
     return Choice(choice.weight, choice.format, choice.bytes, str(row.get("reason", "")), known)

@@ -9,7 +9,7 @@ holds predictions against measurements.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 
@@ -19,17 +19,13 @@ from tqdm import tqdm
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint, load
-from moequant.evaluate import score_row
 from moequant.formats import Effort
-from moequant.forward.experts import EXPERTS
-from moequant.forward.model import build_model
-from moequant.forward.resume import Resumable
+from moequant.forward.stream import Resources
 from moequant.plan import Sensitivities, Unit, allocate
 from moequant.plan.menu import GGUF, Menu
-from moequant.progress import available_bytes
+from moequant.plan.probes import FREE, divergences
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, InputStats, Weight
-from moequant.values.ops import put
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +51,13 @@ def measure(
     ids: Tensor | None,
     probing: Probing = Probing(),  # frozen
     menu: Menu = GGUF,
+    resources: Resources = FREE,
 ) -> Sensitivities:
     """Sensitivities of all formats of the menu for all weights.
 
-    `ids` i64 [rows, n] is text for the probes, better not the text of `calibration`; of
-    a model that does not fit into memory as float32 pass None: relative errors are then
-    measured, and sensitivities come from tables. Raises CheckpointError for a weight that
-    cannot be read.
+    `ids` i64 [rows, n] is text for the probes, better not the text of `calibration`; with
+    None only relative errors are measured, and sensitivities come from tables. Raises
+    CheckpointError for a weight that cannot be read.
     """
     found = menu.prior(checkpoint.weights, checkpoint.n_layers)
     errors = {
@@ -74,16 +70,7 @@ def measure(
             for name, row in errors.items()
         }
         return replace(found, table=table, source="relative errors measured, sensitivities from tables")
-    with torch.no_grad():
-        return _Prober(checkpoint, calibration, ids, probing, menu).sensitivities(errors)
-
-
-def wants_probes(checkpoint: Checkpoint, asked: bool | None = None) -> bool:
-    """What was asked for, or else whether the model fits into memory as float32, with room to work."""
-    if asked is not None:
-        return asked
-    free = available_bytes()
-    return free is None or 4.5 * sum(weight.numel for weight in checkpoint.weights) < free
+    return _Prober(checkpoint, calibration, ids, probing, menu, resources).sensitivities(errors)
 
 
 def sample_errors(
@@ -99,12 +86,11 @@ def sample_errors(
     names = menu.measured(weight)
     if len(names) == 1 or not weight.runs:
         return dict.fromkeys(names, 0.0)
-    values = load(weight)
-    stack = values if values.ndim == 3 else values[None]
-    chosen, mass = _sample_experts(stats if len(stack) > 1 else None, len(stack), probing.experts)
-    rows = max(1, min(stack.shape[1], probing.sample // (len(chosen) * stack.shape[2])))
-    at = torch.linspace(0, stack.shape[1] - 1, rows).round().long()
-    sample = stack[chosen][:, at].float()
+    count = weight.matrices
+    chosen, mass = _sample_experts(stats if count > 1 else None, count, probing.experts)
+    rows = max(1, min(weight.shape[-2], probing.sample // (len(chosen) * weight.n_in)))
+    at = torch.linspace(0, weight.shape[-2] - 1, rows).round().long()
+    sample = _sampled(weight, chosen, at)
     columns = None if stats is None else importance(stats, probing.gating)[chosen]
     share = torch.ones_like(sample[:, 0]) if columns is None else columns
     share = share.double() * mass[:, None]
@@ -119,6 +105,15 @@ def sample_errors(
         error = ((sample - decoded).double().square().sum(1) * share).sum()
         errors[name] = float(error / total.clamp(min=torch.finfo(torch.float64).tiny))
     return errors
+
+
+def _sampled(weight: Weight, chosen: Tensor, rows: Tensor) -> Tensor:
+    """These rows of these matrices, f32 [s, rows, in]; of experts, no others are read."""
+    if not weight.is_expert:
+        values = load(weight)
+        return (values if values.ndim == 3 else values[None])[chosen][:, rows].float()
+    parts = (load(weight.of(range(expert, expert + 1))) for expert in chosen.tolist())
+    return torch.cat([part[:, rows] for part in parts]).float()
 
 
 def _sample_experts(stats: InputStats | None, experts: int, limit: int) -> tuple[Tensor, Tensor]:
@@ -137,21 +132,24 @@ def _stats(weight: Weight, calibration: Calibration) -> InputStats | None:
 
 
 class _Prober:
-    """The whole model in memory, its logits on the probe's rows, and weights swapped in and out."""
+    """Versions of the model in which some weights are rounded, and their KL divergences to it."""
 
     def __init__(
-        self, checkpoint: Checkpoint, calibration: Calibration, ids: Tensor, probing: Probing, menu: Menu
+        self,
+        checkpoint: Checkpoint,
+        calibration: Calibration,
+        ids: Tensor,
+        probing: Probing,
+        menu: Menu,
+        resources: Resources,
     ) -> None:
-        self.weights, self.calibration = checkpoint.weights, calibration
-        self.probing, self.menu = probing, menu
-        model = build_model(checkpoint, EXPERTS)
-        self.params = dict(model.named_parameters(remove_duplicate=False))
+        self.checkpoint, self.menu, self.resources = checkpoint, menu, resources
+        self.weights, self.calibration, self.probing = checkpoint.weights, calibration, probing
         running = tuple(weight for weight in checkpoint.weights if weight.runs)
         self.groups = [g for g in menu.groups(running) if len(menu.candidates(g[0])) > 1]
         wanted = probing.tokens // (len(self.groups) * ids.shape[1])
         count = max(1, min(wanted, probing.rows, len(ids)))
         self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]
-        self.model = Resumable(model, checkpoint.family.layers_at, self.ids)
 
     def sensitivities(self, errors: Mapping[str, Mapping[str, float]]) -> Sensitivities:
         """Sensitivities of every group, then how the sensitivities of whole plans add up."""
@@ -159,44 +157,35 @@ class _Prober:
         for weight in self.weights:
             table[weight.name] = dict(errors[weight.name])
         per_error = dict.fromkeys(table, 0.0)
-        for group in tqdm(self.groups, desc="probe", unit="probe", disable=None, leave=False):
-            probed = {weight.name: self.menu.probe(weight) for weight in group}
+        versions = [{weight.name: self.menu.probe(weight) for weight in group} for group in self.groups]
+        for probed, kl in zip(versions, self._divergences(versions), strict=True):
             error = sum(errors[name][fmt] for name, fmt in probed.items())
-            kl = self._kl_with(group, probed)
             per_error.update(dict.fromkeys(probed, max(kl, 0.0) / error if error else 0.0))
         table = {
             name: {fmt: error * per_error[name] for fmt, error in row.items()} for name, row in table.items()
         }
         found = Sensitivities(table, per_error, "")
         units = self.menu.units(self.weights, found)
-        linear, root = fit(
-            [self._check(found, units, size) for size in self.menu.checks(self.weights, units)]
-        )
+        plans = [self._plan(units, size) for size in self.menu.checks(self.weights, units)]
+        sums = [sum(table[name][fmt] for name, fmt in types.items()) for types in plans]
+        linear, root = fit(zip(sums, self._divergences(plans), strict=True))
         tokens = self.ids.shape[0] * (self.ids.shape[1] // 2 - 1)
         source = f"{len(self.groups)} probes of {tokens:,} tokens each"
         return replace(found, source=source, linear=linear, root=root)
 
-    def _check(self, sensitivities: Sensitivities, units: list[Unit], limit: int) -> tuple[float, float]:
-        """(sum of sensitivities, KL divergence) of the best plan of so many bytes."""
+    def _plan(self, units: list[Unit], limit: int) -> dict[str, str]:
+        """The types of the best plan of so many bytes."""
         smallest = sum(min(option.bytes for option in unit.options) for unit in units)
         types = {}
         for unit, option in zip(units, allocate(units, max(smallest, limit)), strict=True):
             types.update(dict.fromkeys((weight.name for weight in unit.weights), option.format))
-        quantized = [weight for group in self.groups for weight in group]
-        total = sum(sensitivities.table[name][fmt] for name, fmt in types.items())
-        return total, self._kl_with(quantized, types)
+        return types
 
-    def _kl_with(self, weights: Iterable[Weight], types: Mapping[str, str]) -> float:
-        """Mean KL divergence with those weights quantized; they are put back afterwards."""
-        weights = tuple(weights)
-        for weight in weights:
-            self._put(weight, self._quantized(weight, types[weight.name]))
-        logits = self.model.logits(min(weight.layer or 0 for weight in weights))
-        pairs = zip(self.model.base, logits, self.ids, strict=True)
-        kl = torch.cat([score_row(*each).kl for each in pairs])
-        for weight in weights:
-            self._put(weight, load(weight))
-        return float(kl.mean())
+    def _divergences(self, versions: Sequence[Mapping[str, str]]) -> list[float]:
+        """Of versions with weights in these formats; those that always stay do so."""
+        open_to = {weight.name for group in self.groups for weight in group}
+        changed = [{name: fmt for name, fmt in each.items() if name in open_to} for each in versions]
+        return divergences(self.checkpoint, self.ids, changed, self._quantized, self.resources)
 
     def _quantized(self, weight: Weight, name: str) -> Tensor:
         """The weight as it decodes from that format."""
@@ -209,9 +198,6 @@ class _Prober:
             columns = columns[0]
         fmt = formats.get(self.menu.block_format(name, weight))
         return formats.dequantize(fmt, formats.quantize(fmt, values, columns, self.probing.effort))
-
-    def _put(self, weight: Weight, values: Tensor) -> None:
-        put(weight.place.ops, self.params[weight.place.param].data, values)
 
 
 def fit(checks: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
-from moequant.escape import plain, shown
+from moequant.escape import shown
 from moequant.report.style import line, size, table
 from moequant.report.summary import Report, estimate, made_how, stages, verdict
 
@@ -55,10 +54,7 @@ def next_steps(made: Conversion, model: str) -> RenderableType:
         context = min(first.checkpoint.shape.context, 8192)
         start = f"llama-server -m {shlex.quote(outs[0])} -c {context}"
     compared = shlex.join(["moequant", "compare", model, *outs, "--html", "compare.html"])
-    commands = (
-        Text(f"  {plain(each)}", style="cyan", overflow="ignore", no_wrap=True) for each in (start, compared)
-    )
-    return Group(line("next", style="bold"), *commands)
+    return Group(line("next", style="bold"), *(line(f"  {each}", style="cyan") for each in (start, compared)))
 
 
 def _files(reports: tuple[Report, ...]) -> Table:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from rich.console import Group
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Group, RenderableType
 
 from moequant.checkpoint import Checkpoint
 from moequant.escape import shown
-from moequant.report.style import line, size, table
+from moequant.report.style import line, parts_table, size, table
 from moequant.values import Choice, Plan
 
 
-def dry_run_table(checkpoint: Checkpoint, plan: Plan, file_bytes: int, limit: int | None = None) -> Group:
-    """One row a tensor, in file order; the last line has the file's size in bytes.
+def dry_run_table(
+    checkpoint: Checkpoint, plan: Plan, parts: Mapping[Path, int], limit: int | None = None
+) -> Group:
+    """One row a tensor, in file order; the last line has the file's size in bytes. `parts` are its files.
 
     `limit` is the largest file that the conversion may make when it will measure and choose again.
     """
@@ -26,11 +31,13 @@ def dry_run_table(checkpoint: Checkpoint, plan: Plan, file_bytes: int, limit: in
         made.add_row(choice.weight, shape, choice.format, size(choice.bytes), *kl, choice.reason)
     total = sum(weight.numel for weight in checkpoint.weights)
     total_line = (
-        f"{shown(checkpoint.path)} as {plan.target or plan.preset}: {file_bytes:,} bytes, "
+        f"{shown(checkpoint.path)} as {plan.target or plan.preset}: {sum(parts.values()):,} bytes, "
         f"{8 * plan.bytes / total:.2f} bits per weight "
         f"(checkpoint: {checkpoint.source_bytes:,} bytes of weights)"
     )
-    lines = [line(total_line)]
+    lines: list[RenderableType] = [line(total_line)]
+    if len(parts) > 1:
+        lines.append(parts_table(parts))
     if limit is not None:
         lines.append(
             line(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from moequant.checkpoint import Checkpoint
@@ -41,6 +42,7 @@ def _file(report: Report) -> dict[str, Any]:
     return {
         "out": str(report.out),
         "bytes": report.file_bytes,
+        "parts": _parts(report.parts),
         "bits_per_weight": report.bits_per_weight,
         **plan_json(report.plan),
         "comparison": None if report.comparison is None else asdict(report.comparison),
@@ -48,10 +50,20 @@ def _file(report: Report) -> dict[str, Any]:
     }
 
 
-def dry_run_json(files: Sequence[tuple[Checkpoint, Plan, int, int | None]]) -> dict[str, Any]:
-    """What a conversion would make, from (model, plan, bytes, limit) of each file; `limit` is its
-    largest size where it measures and chooses again."""
-    made = [{"bytes": size, "limit": limit, **plan_json(plan)} for _, plan, size, limit in files]
+def _parts(parts: Mapping[Path, int]) -> list[dict[str, Any]]:
+    """The files of one output, in order."""
+    return [{"name": path.name, "bytes": size} for path, size in parts.items()]
+
+
+def dry_run_json(
+    files: Sequence[tuple[Checkpoint, Plan, Mapping[Path, int], int | None]],
+) -> dict[str, Any]:
+    """What a conversion would make, from (model, plan, bytes of its parts, limit) of each file; `limit` is
+    its largest size where it measures and chooses again."""
+    made = [
+        {"bytes": sum(parts.values()), "parts": _parts(parts), "limit": limit, **plan_json(plan)}
+        for _, plan, parts, limit in files
+    ]
     return {**model_json(files[0][0]), "files": made}
 
 

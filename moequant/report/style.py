@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -36,6 +38,14 @@ def table(title: str, *columns: str) -> Table:
     )
     for index, column in enumerate(columns):
         made.add_column(line(column), justify="right" if index else "left")
+    return made
+
+
+def parts_table(parts: Mapping[Path, int]) -> Table:
+    """The files of one output, and their sizes."""
+    made = table(f"in {len(parts)} files", "file", "bytes", "size")
+    for path, count in parts.items():
+        made.add_row(path.name, f"{count:,}", size(count))
     return made
 
 

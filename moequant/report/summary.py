@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -18,7 +18,7 @@ from moequant.containers.folders.plan import FolderSettings, scheme_groups
 from moequant.escape import shown
 from moequant.evaluate import Comparison, Estimate
 from moequant.progress import StageCost
-from moequant.report.style import line, size, table
+from moequant.report.style import line, parts_table, size, table
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, ExpertLoss, Plan, Role
 
@@ -46,7 +46,8 @@ class How:
 class Report:
     """Everything a conversion knows of one output at its end.
 
-    `notes` are what a person should know of it, `checked` what holding it against transformers found.
+    `notes` are what a person should know of it, `checked` what holding it against transformers found. `parts`
+    are the files and bytes of an output in several parts; `out` is the first then.
     """
 
     model: Path
@@ -61,6 +62,7 @@ class Report:
     notes: tuple[str, ...] = ()
     checked: str | None = None
     how: How = How()
+    parts: Mapping[Path, int] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -73,6 +75,7 @@ class Report:
         parts: list[RenderableType] = [heading, line(f"{verdict(self)}\n"), _before_after(self)]
         if self.comparison is not None:
             parts.append(line(f"{self.comparison.tokens:,} tokens scored of: {self.comparison.source}\n"))
+        parts += [parts_table(self.parts)] if len(self.parts) > 1 else []
         parts += [_types(self)] if details else []
         parts += made_how(self, details, worst=True)
         parts += [stages(self.stages)] if details else []

@@ -9,9 +9,9 @@ the next layer see the layer as it was rounded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,65 +19,38 @@ import torch
 from torch import Tensor, nn
 
 from moequant import formats
-from moequant.formats import Effort, Format, engine
 from moequant.forward.hidden import Hidden
 from moequant.forward.model import fill, held, release, replace_memory
-from moequant.forward.stream import LayerStream
+from moequant.forward.stream import ENDS, LayerStream
 from moequant.forward.taps import recorder
-from moequant.rounding.feedback import Options, Rounded, outputs_lost, round_to_hessian, usable
+from moequant.rounding.feedback import round_to_hessian
 from moequant.rounding.paired import Capture, Grams, Pair, Seen
 from moequant.rounding.recall import Kept
-from moequant.rounding.shrinkage import Trial, shrink
-from moequant.rounding.target import Coupling
+from moequant.rounding.results import Result, decoded, joined, judged
+from moequant.rounding.rounder import UNROUNDED, Plain, Rounder, Rounding
+from moequant.rounding.routed import Experts, Fed, Route
+from moequant.rounding.shrinkage import shrink
 from moequant.rounding.twosided import even_fisher
 from moequant.statistics.fisher import Fishers, gather
-from moequant.values import ExpertLoss, Packed, Role, Site, Weight
+from moequant.values import Packed, Role, Site, Weight
 from moequant.values.ops import put
 
-UNROUNDED = ("F32", "F16", "BF16")
+ROOMS = 7
+"""What is kept for every token: hidden states of both streams, what experts are fed and give in both, and the
+error of the residual stream."""
 
 MIXED = (Role.ATTN_OUT, Role.SSM_OUT)
 """Roles of the last product of what mixes tokens: attention, or a recurrence."""
 
-FISHER_TOKENS = 49_152
-"""Tokens whose gradients are taken at effort best."""
-
-Result = tuple[Packed, ExpertLoss]
-
-Plain = Callable[[Weight, str], Result]
-"""Packs a weight in a format without any Hessian."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rounding:
-    """How weights are rounded.
-
-    `coupling` None keeps targets as they are; `trial` chooses how Hessians are shrunk; `gram_bytes` bounds
-    the Grams, `kept_bytes` what spares a second computation of attention (`recall`). The gradients of the
-    first `fisher_tokens` say which outputs the loss feels (`fisher`); 0 does without.
-    """
-
-    coupling: Coupling | None = field(default_factory=Coupling)
-    options: Options = field(default_factory=Options)
-    trial: Trial = field(default_factory=Trial)
-    gram_bytes: int = 4 << 30
-    kept_bytes: int = 1 << 30
-    fisher_tokens: int = 0
-
-    @classmethod
-    def of(cls, effort: Effort, coupled: bool = True) -> Rounding:
-        """What an effort means; at `best` codes are searched for longer, under the Fisher as well."""
-        options = Options(effort="best", rounds=6) if effort == "best" else Options(effort=effort)
-        tokens = FISHER_TOKENS if effort == "best" else 0
-        return cls(Coupling() if coupled else None, options, fisher_tokens=tokens)
-
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """Hidden states in full precision, and those of the model as it is rounded so far."""
+    """Hidden states in full precision, and those of the model as it is rounded so far; what is kept within a
+    layer lies under `folder` as well, where memory is limited."""
 
     exact: Hidden
     rounded: Hidden
+    folder: Path
 
     @classmethod
     def under(cls, folder: Path, stream: LayerStream) -> Streams:
@@ -85,13 +58,14 @@ class Streams:
         both = folder / "exact", folder / "rounded"
         for each in both:
             each.mkdir()
-        return cls(*(stream.new_hidden(each) for each in both))
+        exact, rounded = (stream.new_hidden(each, among=ROOMS) for each in both)
+        return cls(exact, rounded, folder)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A layer while it is rounded: its number, a copy with the original weights, the norm in its middle,
-    and what its attention makes of every batch."""
+    and what is known of its attention and its experts."""
 
     index: int
     original: nn.Module
@@ -151,6 +125,11 @@ class Coupled:
     rounding: Rounding
     fishers: Fishers | None = None
 
+    @property
+    def rounder(self) -> Rounder:
+        """How weights are rounded."""
+        return Rounder(self.formats, self.plain, self.rounding, self.fishers)
+
     def run(self, streams: Streams) -> Iterator[Result]:
         """Every weight, packed, in the order of the checkpoint. `streams` are filled on the way.
 
@@ -172,7 +151,7 @@ class Coupled:
             if result is not None:
                 yield result
         copies = [copy.deepcopy(layer) for layer in stream.skeleton.layers]  # empty: on the meta device
-        for index in stream.layers():
+        for index in stream.layers(experts=False):
             share(stream.skeleton.layers[index], copies[index])
             layer = Layer(index, copies[index], self._middle(index), self._kept(index))
             yield from self._layer(layer, streams)
@@ -221,30 +200,81 @@ class Coupled:
         ends = [weight for weight in self.stream.weights(index) if weight.role in MIXED]
         tokens = sum(batch.numel() for batch in self.stream.batches)
         if not ends or 2 * 4 * tokens * ends[0].n_in > self.rounding.kept_bytes:
-            return Kept()
+            return Kept(index)
         last = inside(index, ends[0].place.param).removesuffix(".weight")
         others = 1 if self.stream.checkpoint.family.chosen is None else 2
-        return Kept(last, others=0 if ends[0].role is Role.SSM_OUT else others)
+        return Kept(index, last, others=0 if ends[0].role is Role.SSM_OUT else others)
 
     def _layer(self, layer: Layer, streams: Streams) -> list[Result]:
-        weights = self.stream.weights(layer.index)
+        weights, rounder = self.stream.weights(layer.index), self.rounder
         done: dict[str, Result] = {}
         groups: dict[str, list[Weight]] = {}  # in the order in which their sites are first met
         for weight in weights:
-            if weight.name not in self.formats:
-                continue
-            name = self.formats[weight.name]
-            if weight.site is None or name in UNROUNDED or name == weight.origin.shipped:
-                done[weight.name] = self.plain(weight, self.formats[weight.name])
-            else:
+            if weight.is_expert and weight.runs:
+                groups.setdefault("experts", []).append(weight)
+            elif weight.site is not None and rounder.rounds(weight):
                 groups.setdefault(weight.site.name, []).append(weight)
+            if weight.name in self.formats and not rounder.rounds(weight):
+                done[weight.name] = self.plain(weight, self.formats[weight.name])
         layers = layer.original, self.stream.skeleton.layers[layer.index]
         with reporting(layer, self.stream.model), layer.kept.used_by(*layers):
             for group in groups.values():
-                done |= self._group(layer, group, streams)
-                self._replace([done[weight.name][0] for weight in group])
+                if group[0].is_expert:
+                    done |= self._experts(layer, tuple(group), streams)
+                else:
+                    done |= self._group(layer, group, streams)
+                    self._replace([done[weight.name][0] for weight in group])
             self._leave(layer, streams)
         return [done[weight.name] for weight in weights if weight.name in done]
+
+    def _experts(self, layer: Layer, weights: tuple[Weight, ...], streams: Streams) -> dict[str, Result]:
+        """The routed experts of the layer; the layer is told what they give."""
+        fed = self.cross(layer, weights, streams)
+        module = layer.part(weights[0].place.param.rpartition(".")[0])
+        experts = Experts(self.rounder, self.stream, module, weights, fed)
+        sums = self._room(streams, "exact-sum", fed.width), self._room(streams, "rounded-sum", fed.width)
+        done = experts.run(sums)
+        fed.drop()
+        layer.kept.experts = sums
+        return done
+
+    def cross(self, layer: Layer, weights: tuple[Weight, ...], streams: Streams) -> Fed:
+        """What the experts with these matrices are fed in both streams, which cross the layer up to them."""
+        first = [each for each in weights if each.site is not None and each.site.side == "experts"]
+        (before,) = {each.site.name for each in first if each.site is not None}
+        width = first[0].n_in
+        rooms = [self._room(streams, f"{name}-fed", width) for name in ("exact", "rounded")]
+        error = self._room(streams, "residual", self.stream.checkpoint.shape.hidden)
+        adds = any(weight.adds and self.rounder.rounds(weight) for weight in weights)
+
+        def work(batch: int) -> tuple[tuple[Route, Route], bool]:
+            pair = self._pair(layer, batch, before, streams)
+            routes = []
+            for room, seen in zip(rooms, (pair.exact, pair.rounded), strict=True):
+                assert seen.inputs is not None and seen.index is not None and seen.gates is not None
+                room.put(layer.index, batch, seen.inputs)
+                routes.append(Route(seen.index, seen.gates))
+            if adds and pair.residual is not None:
+                error.put(layer.index, batch, pair.residual)
+            return (routes[0], routes[1]), adds and pair.residual is not None
+
+        found = list(self.stream.each(work))
+        residual = error if all(kept for _, kept in found) else None
+        return Fed(layer.index, width, rooms[0], rooms[1], residual, [routes for routes, _ in found])
+
+    def _room(self, streams: Streams, name: str, width: int) -> Hidden:
+        return self.stream.new_hidden(streams.folder / name, width, ROOMS)
+
+    def _pair(self, layer: Layer, batch: int, wanted: str, streams: Streams) -> Pair:
+        """One batch through both streams up to that site; the error of the residual stream in the middle."""
+        exact, rounded = (Capture(wanted, layer.middle) for _ in range(2))
+        told = layer.kept.recorders(batch, exact, rounded)
+        self.stream.run(layer.index, batch, streams.exact, told[0], layer.original)
+        self.stream.run(layer.index, batch, streams.rounded, told[1])
+        residual = None
+        if exact.residual is not None and rounded.residual is not None:
+            residual = exact.residual - rounded.residual
+        return Pair(exact, rounded, residual)
 
     def _replace(self, packed: list[Packed]) -> None:
         """Let the rounded stream see these weights as they were packed; the copy keeps the original ones."""
@@ -273,163 +303,69 @@ class Coupled:
 
         for _ in self.stream.each(work):
             pass
-        streams.exact.drop(index)
-        streams.rounded.drop(index)
+        for each in (streams.exact, streams.rounded, *(layer.kept.experts or ())):
+            each.drop(index)
 
     def _group(self, layer: Layer, group: list[Weight], streams: Streams) -> dict[str, Result]:
-        """Round weights that share their inputs, as many experts at a time as the Grams' memory allows."""
-        first = group[0]
-        rows = 3 * first.n_in + (first.shape[-2] if first.adds else 0)
-        at_once = max(1, self.rounding.gram_bytes // (4 * rows * first.n_in))
-        parts: dict[str, list[Result]] = {weight.name: [] for weight in group}
-        for begin in range(0, first.matrices, at_once):
-            experts = range(begin, min(begin + at_once, first.matrices))
-            grams = self.collect(layer, first, experts, streams)
-            hessian: Tensor | None = None
-            shared = self._shared(group, experts, grams)
-            for weight in group:
-                result, hessian = self._round(weight, experts, grams, hessian, shared.get(weight.name))
-                parts[weight.name].append(result)
-        return {weight.name: joined(weight, parts[weight.name]) for weight in group}
+        """Round weights that share their inputs, which every token sees."""
+        grams = self.collect(layer, group[0], streams)
+        return self._round(group, grams)
 
-    def collect(self, layer: Layer, weight: Weight, experts: range, streams: Streams) -> Grams:
-        """Grams of these experts of the group of `weight`."""
+    def collect(self, layer: Layer, weight: Weight, streams: Streams) -> Grams:
+        """Grams of a weight that every token sees."""
         assert weight.site is not None
-        site, routed = weight.site, f"layers.{layer.index}.experts.input" if weight.is_expert else ""
-        grams = Grams.empty(len(experts), weight, self.stream.resources.device)
-        block = layer.part(site.module) if weight.is_expert else None
+        site = weight.site
+        grams = Grams.empty(weight.matrices, weight, self.stream.resources.device)
 
         def work(batch: int) -> Pair:
-            exact, rounded = (Capture(site, routed, layer.middle, inner) for inner in (False, True))
-            told = layer.kept.recorders(batch, exact, rounded)
-            self.stream.run(layer.index, batch, streams.exact, told[0], layer.original)
-            self.stream.run(layer.index, batch, streams.rounded, told[1])
-            residual = None
-            if weight.role in MIXED:
-                shape = (*self.stream.batches[batch].shape, -1)
-                both = (as_fed(site, each.inputs).view(shape) for each in (exact, rounded))
-                layer.kept.keep(batch, *both)
-                before = [each.get(layer.index, batch) for each in (streams.exact, streams.rounded)]
-                residual = (before[0] - before[1]).flatten(0, -2).to(self.stream.resources.device)
-            elif weight.adds and exact.residual is not None and rounded.residual is not None:
-                residual = exact.residual - rounded.residual
-            return Pair(exact, rounded, residual)
+            pair = self._pair(layer, batch, site.name, streams)
+            if weight.role not in MIXED:
+                return pair
+            shape = (*self.stream.batches[batch].shape, -1)
+            exact, rounded = (as_fed(site, each.inputs).view(shape) for each in (pair.exact, pair.rounded))
+            layer.kept.keep(batch, exact, rounded)
+            before = [each.get(layer.index, batch) for each in (streams.exact, streams.rounded)]
+            residual = (before[0] - before[1]).flatten(0, -2).to(self.stream.resources.device)
+            return replace(pair, residual=residual)
 
         with torch.inference_mode():
             for batch, pair in enumerate(self.stream.each(work)):
-                for expert, seen in pair.seen(weight, block):
-                    if expert in experts:
-                        grams.add(expert - experts.start, batch % 2, seen)
+                for matrix, seen in pair.seen():
+                    grams.add(matrix, batch % 2, seen)
         return grams
 
     def _head(self, weight: Weight, streams: Streams) -> Result:
-        """The output head, fed by the final norm."""
+        """The output head, fed by what the decoder makes of its last layer's states."""
         stream, name = self.stream, self.formats[weight.name]
         if name in UNROUNDED or weight.site is None:
             return self.plain(weight, name)
-        norms = [each for each in stream.weights(None) if each.role in (Role.NORM, Role.BIAS)]
-        fill(stream.model, norms, device=stream.resources.device)
-        norm = stream.model.get_submodule(weight.site.module)
+        ends = [each for each in stream.weights(None) if each.role in ENDS]
+        fill(stream.model, ends, device=stream.resources.device)
         grams = Grams.empty(1, weight, stream.resources.device)
         with torch.inference_mode():
             for batch in range(len(stream.batches)):
-                both = [
-                    norm(hidden.get(stream.n_layers, batch).to(stream.resources.device)).flatten(0, -2)
+                made = (
+                    stream.skeleton.finish(
+                        batch, hidden.get(stream.n_layers, batch).to(stream.resources.device)
+                    )
                     for hidden in (streams.rounded, streams.exact)
-                ]
-                grams.add(0, batch % 2, Seen(*both))
-        release(stream.model, norms)
-        result, _ = self._round(weight, range(1), grams)
-        return joined(weight, [result])
+                )
+                grams.add(0, batch % 2, Seen(*(each.last_hidden_state.flatten(0, -2) for each in made)))
+        release(stream.model, ends)
+        return self._round([weight], grams)[weight.name]
 
-    def _target(self, weight: Weight, experts: range, grams: Grams) -> Tensor:
-        """What these experts are rounded towards: f32 [E, out, in]."""
-        values = self.stream.provider(weight)
-        stack = values if values.ndim == 3 else values[None]
-        values = stack[experts.start : experts.stop].to(grams.cross.device)
-        coupling = self.rounding.coupling
-        return values.float() if coupling is None else coupling.target(values, grams)
+    def _round(self, group: list[Weight], grams: Grams) -> dict[str, Result]:
+        """Weights that share their inputs, of one matrix or of all heads; the first shrinks the Hessian."""
+        rounder, first = self.rounder, group[0]
 
-    def _shared(self, group: list[Weight], experts: range, grams: Grams) -> dict[str, Tensor]:
-        """By weight, scales that it has in common with others of its group."""
-        found: dict[str, Tensor] = {}
-        for name in {self.formats[weight.name] for weight in group}:
-            fmt, members = formats.get(name), [w for w in group if self.formats[w.name] == name]
-            if fmt.shared is None or not fmt.shared.across or len(members) == 1:
-                continue
-            rows = torch.cat([self._target(weight, experts, grams) for weight in members], 1)
-            first, second = (half.diagonal(dim1=1, dim2=2).double() for half in grams.halves)
-            d = engine.shared_scales(fmt, rows, usable(first + second), self.rounding.options.effort)
-            parts = torch.split(d, [weight.shape[-2] for weight in members], 1)
-            found |= {weight.name: part for weight, part in zip(members, parts, strict=True)}
-        return found
+        def target(weight: Weight) -> Tensor:
+            values = self.stream.provider(weight)
+            return rounder.target(values if values.ndim == 3 else values[None], grams)
 
-    def _round(
-        self,
-        weight: Weight,
-        experts: range,
-        grams: Grams,
-        hessian: Tensor | None = None,
-        shared: Tensor | None = None,
-    ) -> tuple[Result, Tensor]:
-        """These experts of a weight; also the shrunk Hessian, for weights that share inputs."""
-        fmt, options = formats.get(self.formats[weight.name]), self.rounding.options
-        target = self._target(weight, experts, grams)
-        if hessian is None:
-            hessian = shrink(fmt, target, grams.halves, grams.tokens, self.rounding.trial).hessian
-        felt = None if self.fishers is None else self.fishers.outputs.get(weight.name)
-        fisher = None if felt is None else felt[experts.start : experts.stop]
-        found = round_to_hessian(fmt, target, hessian, options, fisher, shared)
-        own = (first + second for first, second in zip(*grams.halves, strict=True))
-        return judged(weight, fmt, target, found, own, grams.tokens), hessian
-
-
-def judged(
-    weight: Weight,
-    fmt: Format,
-    target: Tensor,
-    found: Rounded,
-    hessians: Iterable[Tensor],
-    tokens: Tensor | None = None,
-) -> Result:
-    """Experts target f32 [E, out, in] as they were rounded, and what each lost under its Hessian [in, in]."""
-    each = list(zip(target, found.data, strict=True))
-    both = [
-        (outputs_lost(fmt, values, data, hessian), ((values @ hessian) * values).sum().double().cpu())
-        for (values, data), hessian in zip(each, hessians, strict=True)
-    ]
-    lost, energy = (torch.stack(part) for part in zip(*both, strict=True))
-    loss = ExpertLoss(
-        weight=weight.name,
-        role=weight.role,
-        layer=weight.layer,
-        format=fmt.name,
-        error=(lost / energy.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(),
-        tokens=tokens if weight.is_expert else None,
-        fallbacks=tuple(bad.reason for bad in found.fallbacks),
-    )
-    return Packed(weight, fmt.name, found.data.cpu()), loss
-
-
-def decoded(packed: Packed) -> Tensor:
-    """The values that a runtime will see, f32, shape of the weight."""
-    return formats.dequantize(formats.get(packed.format), packed.data).reshape(packed.weight.shape)
-
-
-def joined(weight: Weight, parts: list[Result]) -> Result:
-    """One weight of parts that hold some experts each."""
-    data = torch.cat([packed.data for packed, _ in parts]).reshape(*weight.shape[:-1], -1)
-    losses = [loss for _, loss in parts]
-    tokens = [loss.tokens for loss in losses if loss.tokens is not None]
-    return Packed(weight, parts[0][0].format, data), ExpertLoss(
-        weight=weight.name,
-        role=weight.role,
-        layer=weight.layer,
-        format=losses[0].format,
-        error=torch.cat([loss.error for loss in losses]),
-        tokens=torch.cat(tokens) if tokens else None,
-        fallbacks=tuple(reason for loss in losses for reason in loss.fallbacks),
-    )
+        trial, fmt, made = self.rounding.trial, rounder.format(first), target(first)
+        hessian = shrink(fmt, made, grams.halves, grams.tokens, trial).hessian
+        found = rounder.round(group, lambda each: made if each is first else target(each), hessian, grams)
+        return {weight.name: joined(weight, [each]) for weight, each in zip(group, found, strict=True)}
 
 
 def share(module: nn.Module, other: nn.Module) -> None:

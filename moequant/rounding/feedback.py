@@ -27,6 +27,8 @@ ROWS_AT_ONCE = 4096
 """Rows (of all experts of a tile) that a thread of a CPU takes at once: what it touches column by column
 stays in the second-level cache, and a call into torch still has something to do."""
 
+AT_ONCE = 1 << 24
+"""Weights whose errors are summed at once: a head has more than a billion."""
 
 PLAIN = "plain search"
 
@@ -39,7 +41,8 @@ class Options:
     effort: of the search for scales. magnitude: exponent of the weights' size in that search, None: the
     format's own below COARSE bits, 0 above. two_sided: rounds under the Fisher of the outputs, where one is
     given, its diagonal counting `own_fisher` more. memory: bytes of working memory. threads: None is one per
-    core.
+    core. of: how many weights there are in all, where some experts are rounded at a time: whether kernels are
+    compiled is decided by all of them.
     """
 
     damping: float = 0.01
@@ -50,6 +53,7 @@ class Options:
     own_fisher: float = 0.1
     memory: int = 1 << 30
     threads: int | None = None
+    of: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +131,13 @@ def outputs_lost(
 
     target [out, in], data u8 [out, row_bytes], hessian [in, in], fisher [out, out].
     """
-    error = target.float() - formats.dequantize(fmt, data)
-    felt = error if fisher is None else fisher.float() @ error
-    return ((felt @ hessian.float()).double() * error.double()).sum().cpu()
+    step = max(1, AT_ONCE // target.shape[1]) if fisher is None else len(target)
+    lost = torch.zeros((), dtype=torch.float64)
+    for rows in (slice(at, at + step) for at in range(0, len(target), step)):
+        error = target[rows].float() - formats.dequantize(fmt, data[rows])
+        felt = error if fisher is None else fisher.float() @ error
+        lost += ((felt @ hessian.float()).double() * error.double()).sum().cpu()
+    return lost
 
 
 def _check(fmt: Format, target: Tensor, hessian: Tensor, fisher: Tensor | None) -> None:
@@ -201,7 +209,8 @@ def _round_chunk(lattice: Lattice, task: Task, factored: Factored, options: Opti
     magnitude = options.magnitude
     if magnitude is None:
         magnitude = fmt.magnitude if fmt.bits < COARSE else 0.0
-    compiled = engine.compiles(fmt, target.numel(), magnitude, options.effort, target.device)
+    size = target.numel() if options.of is None else options.of
+    compiled = engine.compiles(fmt, size, magnitude, options.effort, target.device)
     importance = engine.even_out(factored.damped.diagonal(dim1=1, dim2=2).double())
 
     def work(tile: tuple[slice, slice]) -> None:
@@ -232,16 +241,18 @@ def _round_chunk(lattice: Lattice, task: Task, factored: Factored, options: Opti
 
 
 def _tiles(target: Tensor, threads: int | None, whole: bool) -> Iterator[tuple[slice, slice]]:
-    """Experts and rows that are worked on together: on a GPU all of them, `whole` experts where asked."""
+    """Experts and rows that are worked on together: on a GPU all of them, `whole` experts where asked.
+
+    An expert is cut into the same rows however many there are, so that it is rounded to the same bytes.
+    """
     experts, rows = target.shape[:2]
     if target.device.type != "cpu":
         yield slice(0, experts), slice(0, rows)
         return
-    share = -(-experts * rows // (threads or os.cpu_count() or 1))
-    at_once = min(ROWS_AT_ONCE, share)
-    step = max(1, at_once // rows)
+    workers = threads or os.cpu_count() or 1
+    height = rows if whole else min(ROWS_AT_ONCE, -(-rows // workers))
+    step = max(1, min(ROWS_AT_ONCE, -(-experts * rows // workers)) // height)
     for first in range(0, experts, step):
-        height = rows if whole else min(at_once, rows)
         for row in range(0, rows, height):
             yield slice(first, first + step), slice(row, min(row + height, rows))
 

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
 from moequant.files import scratch
+from moequant.forward.memory import rounding_work
 from moequant.forward.stream import LayerStream, Resources
-from moequant.progress import available_bytes
-from moequant.rounding.coupled import Coupled, Plain, Result, Rounding, Streams
+from moequant.rounding.coupled import Coupled, Streams
+from moequant.rounding.results import Result
+from moequant.rounding.rounder import Plain, Rounding
 
 BATCHES = 8
 """The least number of batches, where there are as many rows."""
@@ -27,12 +29,13 @@ def round_checkpoint(
 ) -> Iterator[Result]:
     """Every weight packed in its format of `formats`, in the checkpoint's order; `ids` i64 [rows, n].
 
-    Hidden states lie in a temporary folder where memory is limited, Grams in a quarter of the memory
-    that there is or may be used, and in not more than 4 GiB.
+    Hidden states lie in a temporary folder where memory is limited; so many experts are rounded together as
+    memory has room for.
     """
-    memory = resources.ram or available_bytes() or 16 << 30
     resources = replace(resources, batch_tokens=min(resources.batch_tokens, ids.numel() // BATCHES))
-    rounding = replace(rounding, gram_bytes=min(4 << 30, memory // 4))
+    work = rounding_work(resources.ram)
+    options = replace(rounding.options, memory=work)
+    rounding = replace(rounding, gram_bytes=work, kept_bytes=work, options=options)
     with (
         scratch() as folder,
         LayerStream(checkpoint, ids, resources) as stream,

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moequant.forward.experts import between, by_expert, first_product
 from moequant.forward.taps import Enough, Recorder
-from moequant.values import Site, Weight
+from moequant.values import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +73,19 @@ class Grams:
 
 
 class Capture(Recorder):
-    """A recorder that keeps what a weight is fed and the residual stream before it, then stops the layer.
+    """A recorder that keeps what a weight, or the experts of a layer, are fed and the residual stream before
+    it, then stops the layer.
 
-    `site` is the weight's; `before` that of the experts' common input, where it is one of theirs. `middle`
-    names the norm between attention and feed-forward block, whose input is the residual stream that the
-    block adds to. `inner` keeps what the experts' second product is fed, with the routing of this stream.
+    `wanted` is the name of the site. `middle` names the norm between attention and feed-forward block, whose
+    input is the residual stream that the block adds to.
     """
 
-    def __init__(self, site: Site, before: str, middle: str, inner: bool) -> None:
-        self.site, self.wanted, self.before = site, site.name, before
-        self.middle, self.keeps_inner = middle, inner
+    def __init__(self, wanted: str, middle: str) -> None:
+        self.wanted, self.middle = wanted, middle
         self.inputs: Tensor | None = None
         self.residual: Tensor | None = None
         self.index: Tensor | None = None
         self.gates: Tensor | None = None
-        self.inner: dict[int, Tensor] = {}
 
     def dense(self, name: str, inputs: Tensor) -> None:
         """See `Recorder`."""
@@ -106,15 +103,9 @@ class Capture(Recorder):
 
     def routed(self, name: str, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
         """See `Recorder`."""
-        if name == self.before:
+        if name == self.wanted:
             self.inputs, self.index, self.gates = hidden, index, gates
-            if self.site.side == "experts" or not self.keeps_inner:
-                raise Enough
-
-    def expert(self, name: str, expert: int, inputs: Tensor, gates: Tensor) -> None:
-        """See `Recorder`."""
-        if name == self.wanted and self.site.side == "inner":
-            self.inner[expert] = inputs
+            raise Enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,30 +116,12 @@ class Pair:
     rounded: Capture
     residual: Tensor | None
 
-    def seen(self, weight: Weight, experts: nn.Module | None) -> Iterator[tuple[int, Seen]]:
-        """What each expert or head of `weight` is fed; `experts` is the original block (None: not routed).
-
-        Of a token's residual error, each of its experts takes the share that its router
-        weight has among them: Σ g·(r/Σg) = r.
-        """
+    def seen(self) -> Iterator[tuple[int, Seen]]:
+        """What a weight, or each matrix of a stack of heads, is fed."""
         exact, rounded = self.exact.inputs, self.rounded.inputs
         assert exact is not None and rounded is not None
-        if experts is None and rounded.ndim == 3:
-            for head in range(rounded.shape[1]):
-                yield head, Seen(rounded[:, head], exact[:, head])
-            return
-        if experts is None:
+        if rounded.ndim == 2:
             yield 0, Seen(rounded, exact, residual=self.residual)
             return
-        index, gates = self.rounded.index, self.rounded.gates
-        assert index is not None and gates is not None
-        mass, flat = gates.sum(1, keepdim=True), gates.reshape(-1)
-        for expert, chosen in by_expert(index, weight.matrices):
-            tokens = torch.div(chosen, index.shape[1], rounding_mode="floor")
-            square = flat[chosen].square()
-            if self.rounded.site.side == "experts":
-                yield expert, Seen(rounded[tokens], exact[tokens], square)
-                continue
-            inner = between(experts, first_product(experts, expert, exact[tokens]))
-            residual = None if self.residual is None else self.residual[tokens] / mass[tokens]
-            yield expert, Seen(self.rounded.inner[expert], inner, square, residual)
+        for head in range(rounded.shape[1]):
+            yield head, Seen(rounded[:, head], exact[:, head])

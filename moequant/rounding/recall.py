@@ -1,7 +1,8 @@
-"""Attention, or a recurrence, computed once a layer and stream: what its last product was fed is kept.
+"""What is computed once a layer and stream: attention, or a recurrence, and the routed experts.
 
-After the weights in front of it are rounded, what the last product is fed no longer changes, however
-often tokens cross the rest of the layer.
+After the weights in front of it are rounded, what the mixer's last product is fed no longer changes, however
+often tokens cross the rest of the layer. Experts are multiplied apart (`routed`); the layer is told what they
+give.
 """
 
 from __future__ import annotations
@@ -11,16 +12,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from moequant.forward.hidden import Hidden
 from moequant.forward.taps import Recorder, recorder
 
 
 class Recalled(Recorder):
-    """A recorder that knows what the attention output of its batch is fed, [rows, n, in]; `to` is told."""
+    """A recorder that knows what the attention output of its batch is fed, [rows, n, in], None: nothing yet,
+    and what routed experts give, [n, h]; `to` is told.
 
-    def __init__(self, attention: Tensor, to: Recorder | None) -> None:
-        self.attention, self._to = attention, to
+    While experts are not rounded yet they give zeros: nothing that is rounded before them depends on them.
+    """
+
+    def __init__(self, attention: Tensor | None, experts: Tensor | None, to: Recorder | None) -> None:
+        self.attention, self._experts, self._to = attention, experts, to
+
+    def given(self, hidden: Tensor) -> Tensor:
+        """See `forward.experts.Known`."""
+        # A copy: models add shared experts to it in place.
+        return torch.zeros_like(hidden) if self._experts is None else self._experts.to(hidden, copy=True)
 
     def dense(self, name: str, inputs: Tensor) -> None:
         """See `Recorder`."""
@@ -37,23 +49,21 @@ class Recalled(Recorder):
         if self._to is not None:
             self._to.routed(name, hidden, index, gates)
 
-    def expert(self, name: str, expert: int, inputs: Tensor, gates: Tensor) -> None:
-        """See `Recorder`."""
-        if self._to is not None:
-            self._to.expert(name, expert, inputs, gates)
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Kept:
-    """What the attention output of one layer is fed, batch by batch: in full precision and as rounded.
+    """What is known of one layer, batch by batch: in full precision and as rounded.
 
-    `last` is that product in the layer, such as `self_attn.o_proj`; "" keeps nothing. Its module gives so
-    many `others`, which nobody needs: attention its weights, a recurrence nothing.
+    `last` is the product at the end of its mixer, such as `self_attn.o_proj`, whose inputs are kept in
+    `batches`; "" keeps nothing. Its module gives so many `others`, which nobody needs: attention its weights,
+    a recurrence nothing. `experts` are the sums that routed experts give, once they are rounded.
     """
 
+    layer: int
     last: str = ""
     others: int = 1
     batches: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    experts: tuple[Hidden, Hidden] | None = None
 
     def keep(self, batch: int, exact: Tensor, rounded: Tensor) -> None:
         """Both [rows, n, in]."""
@@ -62,12 +72,11 @@ class Kept:
 
     def recorders(
         self, batch: int, exact: Recorder | None = None, rounded: Recorder | None = None
-    ) -> tuple[Recorder | None, Recorder | None]:
-        """The two streams' recorders of a batch, with what is known of its attention."""
-        if batch not in self.batches:
-            return exact, rounded
-        known = self.batches[batch]
-        return Recalled(known[0], exact), Recalled(known[1], rounded)
+    ) -> tuple[Recorder, Recorder]:
+        """The two streams' recorders of a batch, with what is known."""
+        attention = self.batches.get(batch, (None, None))
+        known = (None, None) if self.experts is None else [h.get(self.layer, batch) for h in self.experts]
+        return Recalled(attention[0], known[0], exact), Recalled(attention[1], known[1], rounded)
 
     @contextmanager
     def used_by(self, *layers: nn.Module) -> Iterator[None]:
@@ -103,7 +112,7 @@ class _Recalling(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         current = recorder()
-        if isinstance(current, Recalled):
+        if isinstance(current, Recalled) and current.attention is not None:
             out = self._held[0].get_submodule(self._last)(current.attention)
             return (out, *self._others) if self._others else out
         return self._held[0](*args, **kwargs)

@@ -12,7 +12,7 @@ those of the second. "Diagonal only", which is the plain search, is always among
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -85,6 +85,15 @@ class Shrunk:
     choices: tuple[Choice, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Class:
+    """Experts with at least `above` tokens per column, and those of them that are tried."""
+
+    above: float
+    experts: tuple[int, ...]
+    tried: tuple[int, ...]
+
+
 def shrink(
     fmt: Format | str,
     weights: Tensor,
@@ -98,60 +107,81 @@ def shrink(
     weights [E, out, in]; halves: sums of x xᵀ over two halves of the tokens, [E, in, in] each; tokens i64 [E]
     in both together. Non-finite Hessians take no part and stay as they are, for `round_to_hessian` to refuse.
     """
-    choices = choose(fmt, weights, halves, tokens, trial, options)
-    whole = halves[0] + halves[1]
-    layer = Layer.of(whole, tokens)
-    for choice in choices:
-        for expert in choice.experts:
-            whole[expert] = layer.mixed(whole[expert], choice.mix)
-    return Shrunk(whole.float(), choices)
+    usable = _seen(halves[0]) & _seen(halves[1])
+    first = Layer.of(halves[0], tokens // 2)
+    every = classes(tokens, usable, weights.shape[2], trial)
+    errors = {
+        expert: tried(fmt, weights[expert], (halves[0][expert], halves[1][expert]), first, trial, options)
+        for each in every
+        for expert in each.tried
+    }
+    choices = choose(every, errors)
+    layer = Layer.of(halves[0] + halves[1], tokens)
+    return Shrunk(Shrinking(layer, choices).of(halves, range(len(weights))), choices)
 
 
-def choose(
+def classes(tokens: Tensor, usable: Tensor, columns: int, trial: Trial) -> tuple[Class, ...]:
+    """Experts by tokens per column, fewest first: tokens i64 [E]; bool [E], who may be tried."""
+    edges = (0.0, *trial.bounds, float("inf"))
+    share = (tokens.double() / columns).tolist()
+    found = [(low, [e for e, s in enumerate(share) if low <= s < high]) for low, high in pairwise(edges)]
+    return tuple(
+        Class(low, tuple(members), tuple(_spread([e for e in members if usable[e]], trial.experts)))
+        for low, members in found
+        if members
+    )
+
+
+def tried(
     fmt: Format | str,
     weights: Tensor,
     halves: tuple[Tensor, Tensor],
-    tokens: Tensor,
+    layer: Layer,
     trial: Trial,
-    options: Options,
-) -> tuple[Choice, ...]:
-    """The mix of every class that has experts, fewest tokens first; arguments as of `shrink`."""
-    first, second = halves
-    layer = Layer.of(first, tokens // 2)
-    usable = _seen(first) & _seen(second)
-    rows = torch.linspace(0, weights.shape[1] - 1, min(trial.rows, weights.shape[1])).round().long()
+    options: Options = QUICK,
+) -> dict[Mix, float]:
+    """What some rows of an expert [out, in] lose under the Hessian of the second half [in, in], rounded by
+    that of the first, for every mix; over the loss of the diagonal alone. Nothing where it cannot be tried.
+    """
+    if not bool(_seen(torch.stack(halves)).all()):
+        return {}
+    rows = torch.linspace(0, len(weights) - 1, min(trial.rows, len(weights))).round().long()
     mixes = (DIAGONAL, *(mix for mix in trial.mixes if mix != DIAGONAL))
+    mixed = torch.stack([layer.mixed(halves[0], mix) for mix in mixes])
+    sample = weights[rows].expand(len(mixes), -1, -1)
+    lost = _held_out(fmt, sample, mixed, halves[1], options)
+    return dict(zip(mixes, (lost / lost[0]).tolist(), strict=True))
+
+
+def choose(every: Sequence[Class], errors: Mapping[int, Mapping[Mix, float]]) -> tuple[Choice, ...]:
+    """The best mix of every class by what its tried experts lost; `errors` as of `tried`, by expert."""
     choices = []
-    for above, members in _classes(tokens, weights.shape[2], trial.bounds):
-        tried = _spread([e for e in members if usable[e]], trial.experts)
-        errors: dict[Mix, float] = {}
-        if tried:
-            sample = weights[tried][:, rows]
-            lost = [
-                _held_out(fmt, sample, [layer.mixed(first[e], mix) for e in tried], second[tried], options)
-                for mix in mixes
-            ]
-            errors = {mix: float((each / lost[0]).mean()) for mix, each in zip(mixes, lost, strict=True)}
-        best = min(errors, key=errors.__getitem__) if errors else DIAGONAL
-        choices.append(Choice(above, tuple(members), best, errors))
+    for each in every:
+        found = [errors[expert] for expert in each.tried if errors[expert]]
+        mean = {mix: sum(one[mix] for one in found) / len(found) for mix in found[0]} if found else {}
+        best = min(mean, key=mean.__getitem__) if mean else DIAGONAL
+        choices.append(Choice(each.above, each.experts, best, mean))
     return _fill(choices)
 
 
 def _held_out(
-    fmt: Format | str, weights: Tensor, hessians: Sequence[Tensor], judge: Tensor, options: Options
+    fmt: Format | str, weights: Tensor, hessians: Tensor, judge: Tensor, options: Options
 ) -> Tensor:
-    """f64 [E]: tr(E J Eᵀ) of weights rounded by `hessians` under the Hessians `judge`, never 0."""
-    data = round_to_hessian(fmt, weights, torch.stack(list(hessians)), options).data
+    """f64 [n], never 0: tr(E J Eᵀ) of weights [n, out, in] rounded by `hessians`, J being `judge`."""
+    data = round_to_hessian(fmt, weights, hessians, options).data
     kind = formats.get(fmt) if isinstance(fmt, str) else fmt
-    lost = [outputs_lost(kind, *each) for each in zip(weights, data, judge, strict=True)]
+    lost = [outputs_lost(kind, *each, judge) for each in zip(weights, data, strict=True)]
     return torch.stack(lost).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What the experts of a layer have in common: correlation [in, in], mean square of inputs [in]; f64."""
+    """What the experts of a layer have in common: correlation [in, in], mean square of inputs [in]; f64.
 
-    correlation: Tensor
+    Where they have nothing but a scale in common, there is no correlation and the mean square is one number.
+    """
+
+    correlation: Tensor | None
     square: Tensor
 
     @classmethod
@@ -171,24 +201,33 @@ class Layer:
         diagonal = hessian.diagonal().double() + PRIOR_TOKENS * self.square
         root = diagonal.sqrt()
         made = mix.own * hessian.double()
-        if mix.layer:
+        if mix.layer and self.correlation is not None:
             made = made + mix.layer * (root[:, None] * self.correlation * root)
-        made.diagonal().add_(mix.diagonal * diagonal)
+        own = mix.diagonal + (mix.layer if self.correlation is None else 0.0)
+        made.diagonal().add_(own * diagonal)
         return made.float()
+
+
+@dataclass(frozen=True, slots=True)
+class Shrinking:
+    """How the experts of a layer are shrunk, as it was chosen for each class of them."""
+
+    layer: Layer
+    choices: tuple[Choice, ...]
+
+    def of(self, halves: tuple[Tensor, Tensor], experts: range) -> Tensor:
+        """f32 [E, in, in]: the Hessians of these experts, both halves [E, in, in] together, mixed."""
+        mixes = {expert: choice.mix for choice in self.choices for expert in choice.experts}
+        whole = halves[0] + halves[1]
+        for at, expert in enumerate(experts):
+            whole[at] = self.layer.mixed(whole[at], mixes[expert])
+        return whole.float()
 
 
 def _seen(hessian: Tensor) -> Tensor:
     """bool [E]: finite, and not zero."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     return torch.isfinite(hessian).flatten(1).all(1) & (diagonal.sum(1) > 0)
-
-
-def _classes(tokens: Tensor, columns: int, bounds: tuple[float, ...]) -> list[tuple[float, list[int]]]:
-    """(least tokens per column, experts) of every class that has experts."""
-    edges = (0.0, *bounds, float("inf"))
-    share = (tokens.double() / columns).tolist()
-    found = [(low, [e for e, s in enumerate(share) if low <= s < high]) for low, high in pairwise(edges)]
-    return [(low, members) for low, members in found if members]
 
 
 def _spread(experts: list[int], count: int) -> list[int]:

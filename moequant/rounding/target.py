@@ -12,6 +12,9 @@ from moequant.rounding.paired import Grams
 AT_ONCE = 8
 """Experts whose targets are solved together: each takes three more matrices of its Gram's size."""
 
+ROWS = 1 << 14
+"""Rows that are solved for together: a head has more than a hundred thousand."""
+
 
 @dataclass(frozen=True, slots=True)
 class Coupling:
@@ -40,12 +43,18 @@ class Coupling:
         mean = own.diagonal(dim1=-2, dim2=-1).mean(-1)
         tokens = grams.tokens.to(own.device).clamp(min=1)
         ridge = (self.ridge + self.few * n_in / tokens) * mean
-        drift = weights @ (grams.cross - own)
-        if grams.pull is not None:
-            drift += self.pull * grams.pull
+        change, pull = grams.cross - own, grams.pull
         damped = own
         damped.diagonal(dim1=-2, dim2=-1).add_(ridge[:, None])
         factor, failed = torch.linalg.cholesky_ex(damped)
-        correction = torch.cholesky_solve(drift.mT, factor).mT
-        useful = (failed == 0) & (mean > 0) & correction.isfinite().all(-1).all(-1)
-        return torch.where(useful[:, None, None], weights + self.strength * correction, weights)
+        useful = (failed == 0) & (mean > 0)
+        made = torch.empty_like(weights)
+        for rows in (slice(at, at + ROWS) for at in range(0, weights.shape[1], ROWS)):
+            drift = weights[:, rows] @ change
+            if pull is not None:
+                drift += self.pull * pull[:, rows]
+            correction = torch.cholesky_solve(drift.mT, factor).mT
+            useful &= correction.isfinite().all(-1).all(-1)
+            made[:, rows] = weights[:, rows] + self.strength * correction
+        made[~useful] = weights[~useful]
+        return made

@@ -64,6 +64,7 @@ class Journal:
         self.folder, self.checkpoint = folder, checkpoint
         _check(folder)
         self.run = {"moequant": __version__, "model": _fingerprint(checkpoint), "rows": digest(rows)}
+        begun = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             here = folder / "run.json"
@@ -75,7 +76,11 @@ class Journal:
                     f"{folder}: left by a run with another model, text or version, or damaged; "
                     "delete the folder to begin again"
                 )
-        except OSError as error:
+        except (OSError, OutputError) as error:
+            if begun:
+                self.leave()
+            if isinstance(error, OutputError):
+                raise
             raise OutputError(f"{folder}: cannot keep the state of this run ({error})") from None
 
     def finished(self) -> list[Calibration]:
@@ -109,6 +114,12 @@ class Journal:
             for file in self.folder.iterdir():
                 file.unlink()
             self.folder.rmdir()
+
+    def leave(self) -> None:
+        """The run has failed: where no layer is finished there is nothing to go on from, and nothing is
+        left."""
+        if not self._layer(0).exists():
+            self.remove()
 
     def _layer(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:04d}.safetensors"

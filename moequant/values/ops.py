@@ -114,24 +114,6 @@ class Squeezed(View):
 
 
 @dataclass(frozen=True, slots=True)
-class Unsqueezed(View):
-    """A new axis of one entry."""
-
-    axis: int
-
-    def shape(self, shape: Shape) -> Shape:
-        """See `Op`."""
-        at = len(shape) + 1 + self.axis
-        if at < 0:
-            raise ValueError(f"{len(shape)} axes, too few for a new axis {self.axis}")
-        return (*shape[:at], 1, *shape[at:])
-
-    def apply(self, x: Tensor) -> Tensor:
-        """See `Op`."""
-        return x.unsqueeze(self.axis)
-
-
-@dataclass(frozen=True, slots=True)
 class Joined(Op):
     """An axis and the one before it as one: [.., m, n, ..] -> [.., m·n, ..]."""
 
@@ -266,6 +248,23 @@ class NegativeExp(Op):
     def put(self, into: Tensor, x: Tensor) -> None:
         """See `Op`."""
         into.copy_((-x).log())
+
+
+@dataclass(frozen=True, slots=True)
+class Exp(Op):
+    """exp(x): decay rates of either sign are stored as logarithms."""
+
+    def shape(self, shape: Shape) -> Shape:
+        """See `Op`."""
+        return shape
+
+    def apply(self, x: Tensor) -> Tensor:
+        """See `Op`."""
+        return x.float().exp()
+
+    def put(self, into: Tensor, x: Tensor) -> None:
+        """See `Op`."""
+        into.copy_(x.log())
 
 
 Ops = tuple[Op, ...]

@@ -32,6 +32,7 @@ class Role(StrEnum):
     K_B = "k_b"
     V_B = "v_b"
     SINKS = "sinks"
+    STREAMS = "streams"
     INDEXER = "indexer"
     INDEXER_WEIGHTS = "indexer_weights"
     ROUTER = "router"
@@ -74,6 +75,7 @@ _PRECISE = frozenset(
         Role.BIAS,
         Role.SCALE,
         Role.SINKS,
+        Role.STREAMS,
         Role.ROUTER,
         Role.INDEXER_WEIGHTS,
         Role.CORRECTION,
@@ -122,12 +124,13 @@ class Origin:
     """Where a weight's values come from: each of `stored`, or each matrix of the one stack, through `ops`.
 
     Several stored tensors are stacked, one expert behind the other. `holds` is the ggml type that has the
-    very numbers of all of them.
+    very numbers of all of them. Of one stored stack, `matrices` are those of the weight (None: all).
     """
 
     stored: tuple[Stored, ...]
     ops: Ops = ()
     holds: str | None = None
+    matrices: range | None = None
 
     @property
     def shipped(self) -> str | None:
@@ -191,6 +194,15 @@ class Weight:
         """Row length: the dimension that a format cuts into blocks."""
         return self.shape[-1]
 
+    def of(self, experts: range) -> Weight:
+        """The same weight with some of its experts only."""
+        stored, origin = self.origin.stored, self.origin
+        if len(stored) > 1:
+            origin = replace(origin, stored=stored[experts.start : experts.stop])
+        else:
+            origin = replace(origin, matrices=experts)
+        return replace(self, shape=(len(experts), *self.shape[1:]), origin=origin)
+
     def refined(self, ops: Ops, stack: Stack | None = None, **changes: object) -> Weight:
         """What a container makes of this weight: the same through `ops`, here and in the model.
 
@@ -211,7 +223,7 @@ class ModelShape:
     """How large a model is, typed: what its config says, absent keys filled by its class.
 
     `kv_heads` and `head_dim` are those of most layers. `experts` is 0 for a dense model; `context` is the
-    longest row that it takes.
+    longest row that it takes. Layers pass on `streams` hidden states for every token.
     """
 
     layers: int
@@ -224,3 +236,4 @@ class ModelShape:
     experts: int = 0
     experts_used: int = 0
     tied: bool = False
+    streams: int = 1

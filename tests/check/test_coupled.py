@@ -134,7 +134,7 @@ def test_the_record_and_the_config_must_agree(tiny, folder: Path, text: Path, tm
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 128
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(VerifyError, match="says group_size 128, its weights were written with 64"):
+    with pytest.raises(VerifyError, match="group_size is 128, its weights were written with 64"):
         checked(out, tiny("qwen3_moe"), text)
     (out / "moequant.json").write_text("{}")
     with pytest.raises(VerifyError, match=r"moequant.json: cannot be read"):

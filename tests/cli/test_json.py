@@ -66,8 +66,11 @@ def test_what_every_command_prints(tiny, text: Path, tmp_path: Path) -> None:
         "convert", "convert", model, "-o", out, *FAST, "--stats", stats, "--eval", text, "--eval-tokens", 1024
     )
     (file,) = made["files"]
-    assert file["bytes"] == out.stat().st_size == dry["bytes"] and file["comparison"]["kl_mean"]["value"] > 0
-    assert file["types"] == dry["types"] and len(file["losses"][-1]["relative_error"]) >= 1
+    (meant,) = dry["files"]
+    assert (
+        file["bytes"] == out.stat().st_size == meant["bytes"] and file["comparison"]["kl_mean"]["value"] > 0
+    )
+    assert file["types"] == meant["types"] and len(file["losses"][-1]["relative_error"]) >= 1
     compared = printed("compare", "compare", model, out, "--eval", text, "--eval-tokens", 1024)
     assert compared["candidates"][0]["name"] == "q.gguf"
     planned = printed(
@@ -129,10 +132,9 @@ def test_verbose_says_what_stages_take_and_quiet_says_nothing(caplog: pytest.Log
 
 
 def test_shells_are_taught() -> None:
-    assert (
-        "complete -o default -F _moequant_completion moequant"
-        in CliRunner().invoke(app, ["--show-completion", "bash"]).output
-    )
+    asked = {"_MOEQUANT_COMPLETE": "source_bash"}
+    shown = CliRunner().invoke(app, [], env=asked, prog_name="moequant").output
+    assert "complete -o default -F _moequant_completion moequant" in shown
 
 
 def test_no_colour_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

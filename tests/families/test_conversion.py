@@ -15,16 +15,23 @@ from moequant.containers.gguf.header import Header
 from moequant.containers.gguf.read import read_header
 from moequant.forward.model import Provider, build_model
 from moequant.forward.stream import LayerStream, Resources
+from moequant.hub.fetch import headers
 from moequant.inspection.presets import preset_files
 from moequant.report import Report
-from moequant.rounding.coupled import Coupled, Rounding, Streams, decoded
+from moequant.rounding.coupled import Coupled, Streams
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.feedback import Options
+from moequant.rounding.results import decoded
+from moequant.rounding.rounder import Rounding
 from moequant.rounding.shrinkage import DIAGONAL, Trial
-from moequant.runtimes.llama_cpp.kv_cache import Load, compute_bytes, kv_bytes
+from moequant.runtimes.llama_cpp.kv_cache import UNMODELLED, Load, compute_bytes, kv_bytes
 from moequant.values import Role, Weight
 from tests import models
 from tests.clients.llama import Llama
+
+MOST = {"jamba": 0.8}
+"""KL divergence at Q4_K_M, 0.5 where no other is said. Rounding its inputs to 8 bits moves the logits of this
+random model by 0.24 of their spread, ten times as much as others, and at Q8_0 its KL divergence is 0.10."""
 
 TIES = 0.99
 """The share of positions at which logits agree: at others the router's choice may have been a tie."""
@@ -73,7 +80,7 @@ def test_however_it_is_saved_the_file_is_the_same(tmp_path: Path, text: Path, fa
         folders.append(models.build(tmp_path / f"{fused}" / "model", family, save=save))
     files = [tmp_path / f"{number}.gguf" for number in range(len(folders))]
     for folder, file in zip(folders, files, strict=True):
-        converted(folder, file, text, "F32")
+        converted(folder, file, text, "F32", self_check=False, mtp=False)  # transformers saves no MTP
     assert len({file.read_bytes() for file in files}) == 1
 
 
@@ -81,13 +88,13 @@ def test_however_it_is_saved_the_file_is_the_same(tmp_path: Path, text: Path, fa
 def test_a_quantized_file_is_compared_and_generates(tmp_path: Path, text: Path, family: str) -> None:
     folder, out = models.build(tmp_path / "model", family), tmp_path / "q.gguf"
     report = converted(folder, out, text, "Q4_K_M", eval_tokens=1024)
-    # Random states of Mamba amplify every error: 0.1 at Q8_0, 0.6 here; unlike models are several apart.
-    assert report.comparison is not None and 0 < report.comparison.kl_mean.value < 1.0
+    assert report.comparison is not None and 0 < report.comparison.kl_mean.value < MOST.get(family, 0.5)
     with Llama(out, threads=1) as llama:
         produced = llama.generate([5, 6, 7], 4)
         assert produced and np.isfinite(llama.logits(produced)).all()
-    (planned,) = [made.header for made in preset_files(folder) if made.name == "Q4_K_M"]
-    assert memory(planned) == memory(read_header(out)), "fit answers for the folder as for its file"
+    if (header := read_header(out)).arch not in UNMODELLED:
+        (planned,) = [made.header for made in preset_files(headers(folder)) if made.name == "Q4_K_M"]
+        assert memory(planned) == memory(header), "fit answers for the folder as for its file"
 
 
 def memory(header: Header) -> tuple[object, ...]:

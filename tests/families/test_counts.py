@@ -15,6 +15,9 @@ from moequant.errors import CheckpointError
 from tests import models
 from tests.clients.llama import Llama
 
+TIES = 0.95
+"""The share of positions at which logits agree: at others the router's choice may have been a tie."""
+
 NARROW = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64, "moe_intermediate_size": 32}
 
 
@@ -29,17 +32,18 @@ def test_any_number_of_experts_converts(tmp_path: Path, text: Path, count: int, 
         tensors = load_file(file)
         tensors["model.layers.1.mlp.gate.weight"][5] = 0  # its logit is that of a middling expert
         save_file(tensors, file, {"format": "pt"})
-    out = tmp_path / "out.gguf"
-    report = convert(folder, out, Settings("Q8_0", text, 512, text, eval_tokens=0, self_check=False))
+    out, usual = tmp_path / "out.gguf", {"effort": "fast", "eval_tokens": 0, "self_check": False}
+    report = convert(folder, out, Settings("Q8_0", text, 1024, text, **usual))
     assert report.calibration is not None
     seen = report.calibration.routes[1].tokens
     assert len(seen) == count and (seen[5] == 0) == (used < count)
+    convert(folder, out, Settings("F32", text, 1024, text, **usual, overwrite=True))
     with Llama(out, threads=1) as llama:
         ids = torch.randint(1, llama.n_vocab, (48,), generator=torch.Generator().manual_seed(0))
         found = llama.logits(ids.tolist())
     with torch.inference_mode():
         expected = models.reference(folder)(ids[None]).logits[0].numpy()
-    assert np.quantile(np.abs(found - expected).max(1), 0.5) < 0.05
+    assert np.quantile(np.abs(found - expected).max(1), TIES) < 5e-4
 
 
 def test_mistrals_own_format_is_refused_by_name(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_deepseek_v3_keys(tiny) -> None:
 def test_gpt_oss_keys(tiny) -> None:
     keys = {key.removeprefix("gpt-oss."): value for key, value in written(tiny, "gpt_oss").items()}
     assert keys["attention.sliding_window"] == 48 and keys["expert_feed_forward_length"] == 192
-    assert keys["attention.sliding_window_pattern"] == [True, False, True, False]
+    assert keys["attention.sliding_window_pattern"] == (True, False, True, False)
     assert keys["attention.key_length"] == 32 and keys["rope.scaling.type"] == "yarn"
 
 

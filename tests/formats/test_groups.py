@@ -93,7 +93,8 @@ def test_every_code_times_any_scale_decodes_as_compressed_tensors_does(
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
 def test_scales_are_near_the_best_of_many(fmt: GroupFormat) -> None:
-    """Within 4 % (8 bits: 15 %) of the error of 800 scales tried for each group, well below absmax."""
+    """Within 4 % at 4 bits, 15 % at others, of the error of 800 scales tried for each group, and well below
+    absmax."""
     x, w = weights(2, 24, 256), importances(2, 256)
     blocks = x.float().view(2, 24, -1, fmt.size(256))
     per_block = w.view(2, 1, -1, fmt.size(256))
@@ -196,7 +197,7 @@ def test_blocks_are_what_files_hold(fmt: GroupFormat, dtypes: tuple[torch.dtype,
     assert torch.equal(rows.view.pack(parts), data.view(-1, rows.block_bytes))
 
 
-@pytest.mark.parametrize("name", ["INT4_G128", "INT3_G128_BF16", "INT4_G0_BF16", "INT4_G128_F32"])
+@pytest.mark.parametrize("name", ["INT4_G128", "INT9_G128_BF16", "INT4_G0_BF16", "INT4_G128_F32"])
 def test_other_names_are_no_format(name: str) -> None:
     with pytest.raises(FormatError, match="no format is called"):
         formats.get(name)

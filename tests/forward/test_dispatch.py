@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moequant.checkpoint import open_checkpoint
 from moequant.forward.dispatch import Experts, ScaledInputs
@@ -28,9 +27,9 @@ class Told(Recorder):
             self.gates.append(gates)
 
 
-@pytest.mark.parametrize("family", ["dbrx", "llama4"])
+@pytest.mark.parametrize("family", ["dbrx", "llama4", "step3p7"])
 def test_a_replaced_block_gives_what_transformers_does(tiny, family: str) -> None:
-    theirs = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32)
+    theirs = models.reference(tiny(family))
     ours = build_model(open_checkpoint(tiny(family)))
     assert any(isinstance(module, Experts) for module in ours.modules())
     assert not any(isinstance(module, Experts | ScaledInputs) for module in theirs.modules())

@@ -93,13 +93,13 @@ def rooms(random: Random, ground: Ground, folder: Path) -> Attempt:
             ["convert", model, "-o", str(out / "a.gguf"), "--type", "F32", *QUICK],
             ["convert", model, "-o", str(out / "f"), "--format", "safetensors", "--group-size", "32", *QUICK,
              "--stats", stats],
-            ["route", model, "--merge", stats, "-o", str(out / "s.safetensors"), "--imatrix-out",
-             str(out / "i.gguf")],
+            ["route", model, "--merge", stats, *random.choice([["-o", str(out / "s.safetensors")],
+                                                               ["--imatrix-out", str(out / "i.gguf")]])],
             ["route", model, "--calib", str(ground.files["text"]), "--calib-tokens", "1024", "-o",
              str(out / "s.safetensors")],
             ["route", model, "--merge", stats, "--picture", str(out / "p.png")],
-            ["plan", model, "--bpw", "9", "--stats", stats, "--no-probes", "--effort", "fast", "-o",
-             str(out / "p.json"), "--curve", str(out / "c.png")],
+            ["plan", model, "--bpw", "9", "--stats", stats, "--no-probes", "--effort", "fast",
+             *random.choice([["-o", str(out / "p.json")], ["--curve", str(out / "c.png")]])],
             ["check", str(ground.files["gguf"]), "--sample", "1", "--device", "cpu", "--json",
              str(out / "c.json")],
             ["compare", model, str(ground.files["gguf"]), "--eval", str(ground.files["text"]),
@@ -133,7 +133,7 @@ def takeovers(random: Random, ground: Ground, folder: Path) -> Attempt:
         (theirs / "moequant.json").write_text(json.dumps(record))
     if random.random() < 0.3:
         shutil.rmtree(theirs)
-        theirs.symlink_to(random.choice([ground.bait, own, folder, folder / "nowhere"]))
+        theirs.symlink_to(random.choice([ground.bait / "secret.txt", own, folder, folder / "nowhere"]))
     path = random.choice([own, own / "out", own.parent, own / "config.json", own / "tokenizer.json", theirs,
                           theirs / "sub", theirs / "sub" / "notes", own / "..", Path("/"), Path("/tmp"),
                           Path("/proc/self/cwd")])  # fmt: skip

@@ -45,7 +45,11 @@ SHARES = {"configs": 2, "tokenizers": 2, "special": 2, "quantized": 2, "every op
 """How many more of some kinds are tried than of others."""
 
 HANG = 30
-"""Seconds of its own processor time that an attempt may take, and four times as many of the clock's."""
+"""Seconds of its own processor time that an attempt may take."""
+
+ASLEEP = 300
+"""Seconds of the clock: what waits for a pipe takes no processor time, nor does what a busy machine keeps
+waiting."""
 
 LINE = len("moequant: ") + 1000
 """Characters that a message may have."""
@@ -110,7 +114,7 @@ def _child(ground: Ground, todo: list[Case], work: Path) -> Iterator[Broken | No
     os.close(writing)
     done, begun = 0, Attempt([], "?")
     with os.fdopen(reading, "rb", buffering=0) as answers:
-        for line in _lines(answers, 4 * HANG):
+        for line in _lines(answers, ASLEEP):
             found = json.loads(line)
             if isinstance(found, dict):
                 begun = Attempt(**found)

@@ -48,19 +48,19 @@ def commands(ground: Ground) -> list[Command]:
     model, stats, text = (str(each) for each in (ground.models["qwen3_moe"], ground.files["stats"],
                                                  ground.files["text"]))  # fmt: skip
     calib = ("--calib", text, "--calib-tokens", "1024")
-    integers = ("--group-size", "32", "--eval-tokens", "0", *calib)
+    integers = ("--group-size", "32", *QUICK, "--stats", stats)
     return [
         Command("file", ("convert", model, "-o", "{out}/a.gguf", "--type", "Q4_0", *QUICK, "--stats", stats)),
-        Command("file, rounded", ("convert", model, "-o", "{out}/a.gguf", "--type", "Q4_0", "--eval-tokens",
-                                  "0", *calib, "--imatrix-out", "{out}/i.gguf")),
         Command("folder", ("convert", model, "-o", "{out}/f", "--format", "safetensors", *integers)),
-        Command("folder, gptq", ("convert", model, "-o", "{out}/f", "--format", "gptq", *integers)),
+        Command("gptq", ("convert", model, "-o", "{out}/f", "--format", "gptq", *integers)),
         Command("route", ("route", model, *calib, "-o", "{out}/s.safetensors", "--imatrix-out",
                           "{out}/i.gguf", "--picture", "{out}/p.svg"), ("p.svg",)),
         Command("plan", ("plan", model, "--bpw", "9", "--stats", stats, "--no-probes", "--effort", "fast",
                          "-o", "{out}/p.json")),
         Command("check", ("check", str(ground.files["gguf"]), "--sample", "1", "--device", "cpu", "--json",
                           "{out}/c.json"), ("c.json",)),
+        Command("rounded", ("convert", model, "-o", "{out}/a.gguf", "--type", "Q4_0", "--eval-tokens", "0",
+                            *calib, "--imatrix-out", "{out}/i.gguf")),
         Command("compare", ("compare", model, str(ground.files["gguf"]), "--eval", text, "--eval-tokens",
                             "1024", "--html", "{out}/c.html"), ("c.html",)),
     ]  # fmt: skip
@@ -218,17 +218,20 @@ def _parents(made: State) -> set[str]:
     return {parent for parent in parents if parent != "."}
 
 
-def main(kills: int, seed: int, work: Path) -> int:
+def main(kills: int, seed: int, only: str | None, work: Path) -> int:
     """Kill so many times, commands in turn; print and count what is wrong."""
     ground = make(work)
-    todo = commands(ground)
+    todo = [one for one in commands(ground) if only is None or one.name in only.split(",")]
     temporary = work / "tmp"
     temporary.mkdir()
     tempfile.tempdir = str(temporary)
     wholes = [run_whole(command, work / f"whole-{number}") for number, command in enumerate(todo)]
     shutil.rmtree(temporary)
     temporary.mkdir()
-    print(", ".join(f"{c.name} {w.seconds:.1f} s {w.steps}" for c, w in zip(todo, wholes, strict=True)))
+    print(
+        ", ".join(f"{c.name} {w.seconds:.1f} s {w.steps}" for c, w in zip(todo, wholes, strict=True)),
+        flush=True,
+    )
     wrong = 0
     for number in range(kills):
         command, whole = todo[number % len(todo)], wholes[number % len(todo)]
@@ -250,7 +253,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="tests.hostile.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=334, help="a tenth of them are races")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", help="names of commands, by commas")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as made:
-        sys.exit(main(asked.kills, asked.seed, Path(made).resolve()) > 0)
+        sys.exit(main(asked.kills, asked.seed, asked.only, Path(made).resolve()) > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from moequant.checkpoint import open_checkpoint
 from moequant.checkpoint.codecs.declared import read_config
 from moequant.checkpoint.folder import Folder, belongs, folder_of
 from moequant.commands.route import RouteSettings
+from moequant.containers.gguf.export import export
 from moequant.containers.gguf.families.base import Key
 from moequant.containers.gguf.sizes import Budget, parse_size
 from moequant.errors import (
@@ -147,6 +149,32 @@ def test_layers_without_end_are_refused_before_any_is_looked_at(tmp_path: Path, 
     with pytest.raises(FamilyError, match=r"num_hidden_layers = .*more than any model has"):
         open_checkpoint(folder)
     assert any("more than any model has" in line for line in inspect_folder(folder_of(folder)).missing)
+
+
+@pytest.mark.parametrize("value", [float("-inf"), float("nan"), -1, 10**40])
+def test_numbers_that_no_rotation_has(tmp_path: Path, value: float) -> None:
+    folder = models.build(tmp_path / "model", "deepseek_v3", num_hidden_layers=1)
+    rope = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "rope_theta": 1e4}
+    models.edit_config(folder, rope_parameters={**rope, "original_max_position_embeddings": value})
+    with pytest.raises(MoequantError):
+        export(open_checkpoint(folder))
+
+
+def test_groups_of_a_recurrent_layer_that_are_none(tmp_path: Path) -> None:
+    folder = models.build(tmp_path / "model", "nemotron_h")
+    models.edit_config(folder, n_groups=-4, mamba_n_groups=-4)
+    assert any("does not fit config.json" in line for line in inspect_folder(folder_of(folder)).missing)
+
+
+@pytest.mark.parametrize("key", ["mlp_layer_types", "layer_types"])
+def test_a_list_of_fewer_layers_than_there_are(tmp_path: Path, key: str) -> None:
+    folder = models.build(tmp_path / "model", "glm4_moe_lite")
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps({**raw, key: list(raw["mlp_layer_types"])[:1]}))
+    with pytest.raises(MoequantError):
+        open_checkpoint(folder)
+    assert inspect_folder(folder_of(folder)).missing
 
 
 def test_a_plan_that_is_a_pipe(tmp_path: Path) -> None:

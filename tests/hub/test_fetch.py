@@ -33,7 +33,7 @@ def test_names(text: str, repository: str, revision: str | None, file: str | Non
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "./a/b", "/a/b", "a/b/c", "a//b", "a/..", "a/b--c", "a/b:c.bin", "~/b"]
+    "text", ["a", "./a/b", "/a/b", "a/b/c", "a//b", "a/..", "a/b--c", "a/b:c.bin", "~/b", "models/x.gguf"]
 )
 def test_what_no_model_is_called_is_a_path(text: str) -> None:
     assert located(text) == Path(text)

@@ -35,6 +35,20 @@ def test_correct() -> None:
     assert end["not run"] == 0
 
 
+def test_encode() -> None:
+    rows = lines_of("encode.py", "--types", "Q4_K", "IQ2_XS", "MXFP4")[1:]
+    assert [row["product"] for row in rows[:2]] == ["bfloat16", "float32"]
+    assert [row["type"] for row in rows[2:]] == 3 * ["Q4_K"] + 3 * ["IQ2_XS"] + 3 * ["MXFP4"]
+    assert all(row["same"] == 1 and row["Mw/s"] > 0 for row in rows[2:])
+
+
+def test_layer() -> None:
+    versions, tiny, *rows = lines_of("layer.py", "--efforts", "fast")
+    assert {"torch", "transformers", "on"} <= versions.keys()
+    assert tiny["bytes as on the CPU"] == tiny["KL over the CPU's"] == 1
+    assert [row["stage"] for row in rows] == ["open", "route", "quantize", "verify", "all"]
+
+
 def test_bandwidth() -> None:
     types = ["Q4_K", "INT4", "IQ1_S"]
     options = ("--models", "gpt-oss", "--tokens", "1", "16", "--types", *types)

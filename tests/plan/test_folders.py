@@ -96,7 +96,7 @@ def test_more_bytes_expect_less_divergence(tiny) -> None:
     checkpoint = open_checkpoint(tiny("qwen3_moe"))
     folder = FolderContainer(checkpoint, FolderSettings())
     menu = FolderMenu.of(checkpoint, FolderSettings())
-    found = [
-        budget_plan(menu, Budget.of_size(f"{size}K"), folder.size).kl for size in (900, 1100, 1500, 3000)
-    ]
+    low, high = folder.size(folder.plan), checkpoint.source_bytes
+    sizes = [round(low + share * (high - low)) for share in (0.0, 0.2, 0.5, 1.0)]
+    found = [budget_plan(menu, Budget.of_size(str(size)), folder.size).kl for size in sizes]
     assert None not in found and sorted(found, reverse=True) == found and found[0] > found[-1]

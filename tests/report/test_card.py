@@ -76,7 +76,7 @@ def test_a_card_has_what_its_readers_look_for(cached: Path, text: Path, tmp_path
         "(curve.png)",
     ):
         assert words in card, words
-    assert "Praise" not in card and "0000" not in card
+    assert "Praise" not in card and f"commit {cached.name}" in card
     for place in (str(tmp_path), str(cached), str(text.parent), "/tmp"):
         assert place not in card, place
     for report in found.reports:

@@ -7,7 +7,7 @@ import torch
 
 from moequant import formats
 from moequant.errors import FormatError
-from moequant.formats import FORMATS, Format
+from moequant.formats import FORMATS, Format, engine
 from moequant.rounding import Options, round_to_hessian
 from tests.rounding.data import BLOCK_FORMATS, correlated, lost
 
@@ -27,6 +27,33 @@ def test_loses_less_than_the_plain_search(fmt: Format) -> None:
     assert rounded.damping.tolist() == [0.01, 0.01]
     torch.testing.assert_close(rounded.error, lost(fmt, weights, rounded.data, hessian), rtol=1e-4, atol=0)
     assert (rounded.error / lost(fmt, weights, plain(fmt, weights, hessian), hessian)).max() < 0.65
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_0", "IQ2_S"])
+def test_an_expert_is_rounded_to_the_same_bytes_whoever_is_with_it(name: str) -> None:
+    weights, hessian = correlated(3, 40, 256, 300)
+    options = Options(threads=2, of=1)
+    together = round_to_hessian(name, weights, hessian, options)
+    alone = [round_to_hessian(name, weights[e : e + 1], hessian[e : e + 1], options) for e in range(3)]
+    assert torch.equal(together.data, torch.cat([each.data for each in alone]))
+    assert torch.equal(together.error, torch.cat([each.error for each in alone]))
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_encoders_see_one_layout(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels are compiled anew for other strides: at the eighth, torch warns and gives up."""
+    seen = set()
+
+    def spy(fmt: Format, blocks: engine.Blocks, *rest: object) -> torch.Tensor:
+        seen.update((each.stride(), each.is_contiguous()) for each in (blocks.x, blocks.importance))
+        return encode(fmt, blocks, *rest)
+
+    encode = engine._encode
+    monkeypatch.setattr(engine, "_encode", spy)
+    for rows in (24, 40):
+        weights, hessian = correlated(experts, rows, 256, 300)
+        round_to_hessian("Q3_K", weights, hessian, Options(effort="fast", rounds=0, threads=1))
+    assert seen == {((256, 1), True)}
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q3_K", "IQ2_S", "IQ3_XXS", "Q8_0", "NVFP4"])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moequant.values.ops import (
+    Exp,
     Grouped,
     Interleaved,
     Joined,
@@ -24,7 +25,6 @@ from moequant.values.ops import (
     Stacked,
     Taken,
     Transposed,
-    Unsqueezed,
     View,
     apply,
     numel,
@@ -37,7 +37,7 @@ Shape = tuple[int, ...]
 
 SIZES = st.integers(1, 4).map(lambda n: 2 * n) | st.integers(1, 7)
 SHAPES = st.lists(SIZES, min_size=1, max_size=4).map(tuple)
-ELEMENTWISE = (Plus, NegativeExp)
+ELEMENTWISE = (Plus, NegativeExp, Exp)
 
 
 def divisors(number: int) -> list[int]:
@@ -94,9 +94,6 @@ class Fitting:
     def squeezed(self, shape: Shape) -> Op:
         return Squeezed(self.data.draw(st.sampled_from(axes(shape, lambda size: size == 1))))
 
-    def unsqueezed(self, shape: Shape) -> Op:
-        return Unsqueezed(self.data.draw(st.integers(-len(shape) - 1, -1)))
-
     def joined(self, shape: Shape) -> Op:
         return Joined(self.data.draw(st.integers(1 - len(shape), -1)))
 
@@ -120,13 +117,15 @@ class Fitting:
     def negativeexp(self, shape: Shape) -> Op:
         return NegativeExp()
 
+    def exp(self, shape: Shape) -> Op:
+        return Exp()
+
 
 MOVES = (
     Part,
     Transposed,
     Stacked,
     Squeezed,
-    Unsqueezed,
     Joined,
     Grouped,
     Interleaved,
@@ -258,7 +257,8 @@ def test_rows_are_moved_in_the_bytes_of_a_format_too() -> None:
     """`on_rows` is said of exactly those ops that do to a row's bytes what they do to its numbers."""
     rows = [Part(0, 2), Interleaved(1), Grouped(2, 1), Taken((1, 0))]
     columns = [Part(0, 2, axis=-1), Interleaved(1, axis=-1), Grouped(2, 1, axis=-1), Taken((0,), axis=-1)]
+    others = (Plus(1.0), NegativeExp(), Exp())
     assert all(map(on_rows, rows))
-    assert not any(map(on_rows, (*columns, Transposed(), Stacked(2), Joined(), Plus(1.0), NegativeExp())))
+    assert not any(map(on_rows, (*columns, Transposed(), Stacked(2), Joined(), *others)))
     for op in rows:  # 4 rows of 6 numbers, or of 20 bytes
         assert op.shape((4, 6))[0] == op.shape((4, 20))[0]

@@ -38,6 +38,10 @@ class FolderContainer:
         """See `Container`."""
         return folder.folder_bytes(self.checkpoint, plan, self.settings)
 
+    def parts(self, plan: Plan) -> tuple[int, ...]:
+        """See `Container`: a folder is one thing, whatever is in it."""
+        return (self.size(plan),)
+
     def check_target(self, path: Path, plan: Plan) -> None:
         """See `Container`."""
         folder.check_target(path, self.checkpoint, plan, self.settings)

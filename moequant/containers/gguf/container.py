@@ -31,22 +31,36 @@ class GgufContainer:
 
     is_folder = False
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """FamilyError when llama.cpp cannot run the model, TokenizerError for its tokenizer."""
+    def __init__(self, checkpoint: Checkpoint, split: int | None = None) -> None:
+        """FamilyError when llama.cpp cannot run the model, TokenizerError for its tokenizer. `split` cuts the
+        file into parts of at most so many bytes of weights."""
+        self.split = split
         self.exported: Exported = export(checkpoint)
         self.tokenizer = read_tokenizer(checkpoint.path)
         self.checkpoint = self.exported.checkpoint
-        self.provenance = provenance(checkpoint)
+        self._content = file.Content(self.exported, self.tokenizer, provenance(checkpoint))
         self.notes = (*self.tokenizer.notes, *self.exported.warnings)
 
     def size(self, plan: Plan) -> int:
         """See `Container`."""
-        return file.file_bytes(self.exported, self.tokenizer, plan, self.provenance)
+        return sum(self.parts(plan))
+
+    def parts(self, plan: Plan) -> tuple[int, ...]:
+        """See `Container`."""
+        return file.part_bytes(self._content, plan, self.split)
 
     def overhead(self, plan: Plan) -> int:
-        """Bytes of the file that are not weights: the same for every plan."""
+        """Bytes of the file that are not weights, of one in parts at most: the same for every plan."""
         types = {choice.weight: choice.format for choice in plan.choices}
-        return self.size(plan) - data_bytes(self.checkpoint.weights, types)
+        (whole,) = file.part_bytes(self._content, plan)
+        return whole + file.PART_HEADER * self._most_parts() - data_bytes(self.checkpoint.weights, types)
+
+    def _most_parts(self) -> int:
+        """More parts than any plan gives: two that follow each other hold more than `split` together."""
+        if self.split is None:
+            return 0
+        largest = 4 * sum(weight.numel for weight in self.checkpoint.weights)
+        return min(len(self.checkpoint.weights), 1 + 2 * largest // self.split)
 
     def check_target(self, path: Path, plan: Plan) -> None:
         """See `Container`."""
@@ -58,7 +72,7 @@ class GgufContainer:
 
     def write(self, path: Path, plan: Plan, packed: Iterable[Packed]) -> Written:
         """See `Container`."""
-        return file.write(path, self.exported, self.tokenizer, plan, packed, self.provenance)
+        return file.write(path, self._content, plan, packed, self.split)
 
     def verify(self, written: Written, plan: Plan) -> None:
         """See `Container`."""

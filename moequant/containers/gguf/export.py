@@ -13,7 +13,7 @@ from torch import Tensor
 from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf import nextn
 from moequant.containers.gguf.families import COMMON, EXPORTS, OTHERS, Computed, Export, FileTensor, Key
-from moequant.errors import CheckpointError, FamilyError
+from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.families import Config, Family
 from moequant.values import Origin, Place, Role, Stack, Stored, Weight
 from moequant.values.ops import Ops
@@ -61,6 +61,12 @@ def export(checkpoint: Checkpoint) -> Exported:
 
     FamilyError, with every reason, when llama.cpp has no such architecture or computes something else.
     """
+    with foreign(FamilyError, f"{checkpoint.family.name}: config.json has numbers that make no model"):
+        return _export(checkpoint)
+
+
+def _export(checkpoint: Checkpoint) -> Exported:
+    """See `export`; raises anything for numbers of a config that nobody would write."""
     way = check(checkpoint.family, checkpoint.config)
     kept, told = nextn.kept(checkpoint, way)
     weights: list[Weight] = []
@@ -83,7 +89,11 @@ def export(checkpoint: Checkpoint) -> Exported:
         weights.append(weight)
         names[weight.name] = prefix + tensor.name
         shapes[weight.name] = tensor.shape or weight.shape
-        assert prod(shapes[weight.name]) == weight.numel
+        if min(shapes[weight.name], default=1) < 1 or prod(shapes[weight.name]) != weight.numel:
+            raise CheckpointError(
+                f"{weight.name}: shape {list(weight.shape)} does not fit config.json, which makes it "
+                f"{list(shapes[weight.name])}"
+            )
     return Exported(
         checkpoint.with_weights(tuple(weights)),
         way.arch,
@@ -101,7 +111,9 @@ def check(family: Family, config: Config) -> Export:
     if way is None:
         why = OTHERS.get(family.name, "llama.cpp has no such architecture")
         raise FamilyError(f"{family.name}: {why}; --format safetensors writes a folder")
-    if reasons := list(way.complaints(config)):
+    with foreign(FamilyError, f"{family.name}: config.json has values that make no model"):
+        reasons = list(way.complaints(config))
+    if reasons:
         more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
         raise FamilyError(f"{family.name}: {reasons[0]}{more}")
     return way

@@ -1,13 +1,14 @@
 """GGUF: the file llama.cpp loads, written once, front to back, and never half-finished under its own name.
 
-gguf-py lays out the header; the packed bytes are ours.
+gguf-py lays out the header, of several parts as of one; the packed bytes are ours.
 """
 
 from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,46 +24,63 @@ from moequant.containers.gguf.families import Key
 from moequant.containers.gguf.presets import FILE_TYPES
 from moequant.containers.gguf.sizes import ALIGNMENT
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, add_tokenizer
-from moequant.errors import OutputError, VerifyError
-from moequant.files import check_space
+from moequant.errors import CheckpointError, OutputError, VerifyError
+from moequant.files import check_space, part_names
+from moequant.files.parts import MOST, PART
 from moequant.values import Packed, Plan
 
+PART_HEADER = 192
+"""Bytes that a part adds to a file, at most: its magic and counts, three keys, and padding."""
 
-def file_bytes(exported: Exported, tokenizer: TokenizerSpec, plan: Plan, provenance: dict[str, str]) -> int:
-    """The exact size that `write` will produce: header laid out for real, weights added up."""
-    writer, header = _lay_out(exported, tokenizer, plan, provenance), io.BytesIO()
-    # As if it had opened its file: a header in memory needs no disk that may be full.
-    writer.fout, writer.state = [header], WriterState.EMPTY
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a file holds beside its weights; `provenance` are keys that say what made it."""
+
+    exported: Exported
+    tokenizer: TokenizerSpec
+    provenance: Mapping[str, str]
+
+
+def part_bytes(content: Content, plan: Plan, split: int | None = None) -> tuple[int, ...]:
+    """The exact sizes of the files that `write` will produce: headers laid out for real, weights added up."""
+    writer = _lay_out(content, plan, split)
+    headers = [io.BytesIO() for _ in writer.tensors]
+    # As if it had opened its files: headers in memory need no disk that may be full.
+    writer.fout, writer.state = headers, WriterState.EMPTY
     _write_header(writer, None)
-    return _aligned(header.tell()) + sum(_aligned(choice.bytes) for choice in plan.choices)
+    return tuple(
+        _aligned(header.tell()) + sum(_aligned(tensor.nbytes) for tensor in tensors.values())
+        for header, tensors in zip(headers, writer.tensors, strict=True)
+    )
 
 
 def check_target(path: Path, size: int) -> None:
     """OutputError when a file of `size` bytes cannot be put at `path`: said before any work is done."""
     if path.suffix != ".gguf":
         raise OutputError(f"{path}: the output must be named *.gguf")
+    if part := PART.fullmatch(path.name):
+        raise OutputError(
+            f"{path}: is the name of a part; give {part[1]}.gguf, and --split-size for a file in parts"
+        )
     check_space(path.absolute().parent, size)
 
 
 def write(
-    path: Path,
-    exported: Exported,
-    tokenizer: TokenizerSpec,
-    plan: Plan,
-    packed: Iterable[Packed],
-    provenance: dict[str, str],
+    path: Path, content: Content, plan: Plan, packed: Iterable[Packed], split: int | None = None
 ) -> Written:
-    """Write the plan's weights in order to `path`.
+    """Write the plan's weights in order to `path`, or to its `part_names` of up to `split` bytes of weights.
 
     `packed` must yield the plan's weights in the plan's order; each is written as it
     comes and not kept. Raises OutputError when the disk refuses.
     """
     sums: dict[str, int] = {}
     slices: dict[str, tuple[int, ...]] = {}
-    writer = _lay_out(exported, tokenizer, plan, provenance)
+    exported, writer = content.exported, _lay_out(content, plan, split)
+    files = part_names(path, len(writer.tensors))
     try:
         _write_header(writer, path)
-        for item, choice in zip(packed, plan.choices, strict=True):
+        for item, choice in zip(_named(packed, exported.names), plan.choices, strict=True):
             if item.weight.name != choice.weight or item.data.numel() != choice.bytes:
                 raise VerifyError(
                     f"{item.weight.name}: packed as {item.data.numel()} bytes, planned {choice}"
@@ -77,23 +95,34 @@ def write(
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         writer.close()
-    checksums.record(path, slices)
-    return Written(path, path.stat().st_size, sums)
+    checksums.record(files[0], slices)
+    return Written(files[0], sum(file.stat().st_size for file in files), sums)
 
 
-def _lay_out(
-    exported: Exported, tokenizer: TokenizerSpec, plan: Plan, provenance: dict[str, str]
-) -> GGUFWriter:
-    """All keys and tensor descriptions of the file, nothing written yet."""
-    writer = GGUFWriter(None, exported.arch)
+def _named(packed: Iterable[Packed], names: Mapping[str, str]) -> Iterator[Packed]:
+    """The same; an error about a weight also says what the tensor is called in the file."""
+    try:
+        yield from packed
+    except CheckpointError as error:
+        weight, colon, rest = str(error).partition(": ")
+        if weight not in names or not colon:
+            raise
+        raise CheckpointError(f"{weight} ({names[weight]}): {rest}") from error
+
+
+def _lay_out(content: Content, plan: Plan, split: int | None) -> GGUFWriter:
+    """All keys and tensor descriptions of the file, nothing written yet. OutputError for more parts than
+    llama.cpp counts."""
+    exported = content.exported
+    writer = GGUFWriter(None, exported.arch, split_max_size=split or 0)
     writer.add_type("model")
     writer.add_quantization_version(2)
     writer.add_file_type(FILE_TYPES[plan.preset])
     for key in exported.keys:
         _add(writer, f"{exported.arch}.{key.name}", key)
-    for name, value in provenance.items():
+    for name, value in content.provenance.items():
         writer.add_string(name, value)
-    add_tokenizer(writer, tokenizer, exported.checkpoint.shape.vocab)
+    add_tokenizer(writer, content.tokenizer, exported.checkpoint.shape.vocab)
     checksums.reserve(writer, sum(_slices(shape) for shape in exported.shapes.values()))
     for choice in plan.choices:
         writer.add_tensor_info(
@@ -103,6 +132,10 @@ def _lay_out(
             choice.bytes,
             raw_dtype=GGMLQuantizationType[choice.format],
         )
+    if len(writer.tensors) > MOST:
+        raise OutputError(f"{len(writer.tensors):,} parts are more than llama.cpp reads; give a larger size")
+    if len(writer.tensors) == 1:
+        writer.split_max_size = 0  # gguf-py would warn that one part is enough
     _describe(writer, exported.checkpoint)
     return writer
 

@@ -15,10 +15,13 @@ from moequant.containers.gguf.families.ernie4_5_moe import ERNIE4_5_MOE
 from moequant.containers.gguf.families.exaone_moe import EXAONE_MOE
 from moequant.containers.gguf.families.gemma4 import GEMMA4
 from moequant.containers.gguf.families.glm4_moe import GLM4_MOE
+from moequant.containers.gguf.families.glm5_next import GLM5_NEXT
 from moequant.containers.gguf.families.gpt_oss import GPT_OSS
 from moequant.containers.gguf.families.granite import GRANITE_MOE, GRANITE_MOE_HYBRID, GRANITE_MOE_SWA
 from moequant.containers.gguf.families.hunyuan import HUNYUAN_V1_MOE, HY_V3
+from moequant.containers.gguf.families.hy_v4 import HY_V4
 from moequant.containers.gguf.families.jamba import JAMBA
+from moequant.containers.gguf.families.kimi_linear import BAILING_HYBRID, KIMI_LINEAR
 from moequant.containers.gguf.families.laguna import LAGUNA
 from moequant.containers.gguf.families.lfm2moe import LFM2_MOE
 from moequant.containers.gguf.families.llama import LLAMA, MIXTRAL
@@ -26,6 +29,7 @@ from moequant.containers.gguf.families.llama4 import LLAMA4
 from moequant.containers.gguf.families.mellum import MELLUM
 from moequant.containers.gguf.families.mimo2 import MIMO_V2_FLASH
 from moequant.containers.gguf.families.minimax_m2 import MINIMAX_M2
+from moequant.containers.gguf.families.minimax_m3 import MINIMAX_M3
 from moequant.containers.gguf.families.names import COMMON
 from moequant.containers.gguf.families.nemotron_h import NEMOTRON_H
 from moequant.containers.gguf.families.olmoe import OLMOE
@@ -33,6 +37,7 @@ from moequant.containers.gguf.families.qwen2moe import QWEN2_MOE
 from moequant.containers.gguf.families.qwen3 import QWEN3, QWEN3_MOE
 from moequant.containers.gguf.families.qwen3next import QWEN3_5_MOE, QWEN3_NEXT
 from moequant.containers.gguf.families.qwen3vlmoe import QWEN3_VL_MOE
+from moequant.containers.gguf.families.step35 import STEP3P7
 
 __all__ = ["COMMON", "EXPORTS", "OTHERS", "Computed", "Export", "FileTensor", "Key"]
 
@@ -78,6 +83,12 @@ EXPORTS: Mapping[str, Export] = {
     "lfm2_moe": LFM2_MOE,
     "nemotron_h": NEMOTRON_H,
     "jamba": JAMBA,
+    "step3p7": STEP3P7,
+    "minimax_m3": MINIMAX_M3,
+    "kimi_linear": KIMI_LINEAR,
+    "bailing_hybrid": BAILING_HYBRID,
+    "hy_v4": HY_V4,
+    "glm5_next": GLM5_NEXT,
 }
 """By the family's name."""
 

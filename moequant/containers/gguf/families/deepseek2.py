@@ -61,6 +61,11 @@ def split_latent(config: Config, weight: Weight) -> tuple[FileTensor, ...] | Non
 
 
 def latent_keys(config: Config) -> tuple[Key, ...]:
+    """Sizes of latent attention, and its rotation."""
+    return (*latent_sizes(config), *rope(config), *_yarn(config))
+
+
+def latent_sizes(config: Config) -> tuple[Key, ...]:
     """Sizes of latent attention. llama.cpp sees one key head, as wide as the latent and the rotated part."""
     rank, rotated = int(config.kv_lora_rank), int(config.qk_rope_head_dim)
     queries = (
@@ -74,8 +79,6 @@ def latent_keys(config: Config) -> tuple[Key, ...]:
         Key("attention.key_length_mla", "u32", int(config.qk_nope_head_dim) + rotated),
         Key("attention.value_length_mla", "u32", int(config.v_head_dim)),
         Key("rope.dimension_count", "u32", rotated),
-        *rope(config),
-        *_yarn(config),
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from moequant.containers.gguf.families.base import Export, Key, no_lists
 from moequant.containers.gguf.families.deepseek2 import (
@@ -35,11 +34,6 @@ def glm_keys(config: Config) -> tuple[Key, ...]:
     return (*keys(config), Key("attention.indexer.types", "bools", own))
 
 
-def own_choice(config: Config) -> Mapping[str, Any]:
-    """A layer that predicts has an indexer."""
-    return {"attention.indexer.types": True}
-
-
 def complaints(config: Config) -> Iterator[str]:
     """What `deepseek32` takes for granted."""
     yield from latent_complaints(config, "deepseek32")
@@ -54,5 +48,5 @@ DEEPSEEK_V32 = Export(
     "deepseek32", keys, complaints, cut=split_latent, warnings=warnings, predictions=no_lists
 )
 GLM_MOE_DSA = Export(
-    "glm-dsa", glm_keys, glm_complaints, cut=split_latent, warnings=warnings, predictions=own_choice
+    "glm-dsa", glm_keys, glm_complaints, cut=split_latent, warnings=warnings, predictions=no_lists
 )

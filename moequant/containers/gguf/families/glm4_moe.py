@@ -12,10 +12,11 @@ ARCH = "glm4moe"
 
 
 def keys(config: Config) -> tuple[Key, ...]:
-    """Keys of the file."""
+    """Keys of the file. Solar-Open has no dense layers; some of its configs say how wide they would be."""
     dense = int(getattr(config, "first_k_dense_replace", 0))
+    own = (key for key in sizes(config) if dense or key.name != "feed_forward_length")
     return (
-        *sizes(config),
+        *own,
         *routing(config, SIGMOID, dense),
         *head_sizes(config, rotated_part(config)),
     )

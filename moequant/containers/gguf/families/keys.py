@@ -192,9 +192,18 @@ def rope(
     return (*keys, *(_yarn(config, found, factor) if kind == "yarn" else ()))
 
 
-def rope_factors(config: Config) -> tuple[Computed, ...]:
-    """What divides each frequency, for a scaling that llama.cpp has no keys for: Llama 3.1's."""
-    found = dict(config.rope_parameters or {})
+def rope_factors(
+    config: Config,
+    parameters: Mapping[str, Any] | None = None,
+    rotated: int | None = None,
+    length: int | None = None,
+) -> tuple[Computed, ...]:
+    """What divides each frequency, for a scaling that llama.cpp has no keys for: Llama 3.1's.
+
+    By the config's `rope_parameters` and all of each head, unless others and `rotated` dimensions are given;
+    up to `length`, nothing is divided.
+    """
+    found = dict((config.rope_parameters if parameters is None else parameters) or {})
     if found.get("rope_type") != "llama3":
         return ()
     names = (
@@ -205,12 +214,13 @@ def rope_factors(config: Config) -> tuple[Computed, ...]:
         "original_max_position_embeddings",
     )
     base, factor, low, high, context = (_number(found, name, "llama3") for name in names)
-    width = head_dim(config)
+    width = head_dim(config) if rotated is None else rotated
     factors = []
     for at in range(0, width, 2):
         turns = context / (2 * math.pi * base ** (at / width))  # in the context of the training
         smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
         factors.append(1 / ((1 - smooth) / factor + smooth))
+    factors += [1.0] * ((length or 0) - len(factors))
     return (Computed("rope_freqs.weight", tuple(factors)),)
 
 

@@ -1,0 +1,93 @@
+"""A weight's values, read from the files: all of them, or those of some experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moequant.checkpoint.codecs import repack
+from moequant.checkpoint.slots import FLOATS
+from moequant.values import Origin, Stack, Weight
+from moequant.values.ops import Part, Stacked, apply, shape_after
+
+
+def load(weight: Weight) -> Tensor:
+    """A weight's values in the checkpoint's precision, shape `weight.shape`; of some experts (`Weight.of`) no
+    others are read."""
+    origin = weight.origin
+    if weight.stack is not Stack.EXPERTS:
+        return apply(origin.ops, origin.stored[0].read()).contiguous()
+    wanted = _numbers(weight)
+    if _is_cut(origin):
+        return _cut_out(origin, wanted).contiguous()
+    out: Tensor | None = None
+    for at, number in enumerate(wanted):
+        one = _matrix(origin, number)
+        if out is None:
+            out = torch.empty((len(wanted), *one.shape), dtype=one.dtype)
+        out[at] = one
+    assert out is not None
+    return out
+
+
+def load_packed(weight: Weight) -> Tensor | None:
+    """What is stored, in the bytes of the type that holds it exactly, u8 [.., rows, row_bytes]; None when a
+    look at the values shows that it does not."""
+    origin, kind = weight.origin, weight.origin.shipped
+    if kind is None or kind in FLOATS:
+        return None
+    stacked = len(origin.stored) == 1 and len(origin.stored[0].shape) == 3
+    count = weight.matrices if weight.is_expert else 1
+    parts = []
+    for number in _numbers(weight) if weight.is_expert else range(1):
+        stored = origin.stored[0] if stacked or count == 1 else origin.stored[number]
+        rows = repack(stored, kind, number if stacked else None, range(stored.shape[-2]))
+        if rows is None:
+            return None
+        parts.append(apply(origin.ops, rows))
+    return torch.stack(parts) if weight.is_expert else parts[0].contiguous()
+
+
+def _is_cut(origin: Origin) -> bool:
+    """Whether one stored matrix is cut into those of all experts."""
+    shape = origin.stored[0].shape
+    return len(origin.stored) == 1 and len(shape) == 2 and len(shape_after(origin.ops, shape)) == 3
+
+
+def _numbers(weight: Weight) -> range:
+    """Which matrices of what is stored are those of a stack of experts."""
+    return range(weight.matrices) if weight.origin.matrices is None else weight.origin.matrices
+
+
+def _cut_out(origin: Origin, wanted: range) -> Tensor:
+    """These matrices of one that holds all of them, one below the other: of no others is anything read."""
+    stored, first = origin.stored[0], origin.ops[0]
+    if not isinstance(first, Stacked) or first.axis != -2:
+        return apply(origin.ops, stored.read())[wanted.start : wanted.stop]
+    rows = stored.shape[-2] // first.count
+    read = stored.read(rows=range(wanted.start * rows, wanted.stop * rows))
+    return apply((Stacked(len(wanted)), *origin.ops[1:]), read)
+
+
+def _matrix(origin: Origin, number: int) -> Tensor:
+    """One expert's matrix; where the first op takes rows, no others are read."""
+    stacked = len(origin.stored[0].shape) == 3
+    stored, index = (origin.stored[0], number) if stacked else (origin.stored[number], None)
+    first = origin.ops[0] if origin.ops else None
+    if isinstance(first, Part) and first.axis == -2 and first.step == 1:
+        return apply(origin.ops[1:], stored.read(index, range(first.start, first.stop)))
+    return apply(origin.ops, stored.read(index))
+
+
+def not_finite(weight: Weight, values: Tensor) -> str | None:
+    """Which stored tensor of a loaded weight holds NaN or infinity, and how many; None when none does."""
+    if torch.isfinite(values).all():
+        return None
+    stored = weight.origin.stored
+    parts = values if len(stored) > 1 else values[None]
+    bad = (~torch.isfinite(parts)).flatten(1).sum(1)
+    first = int(bad.nonzero()[0])
+    return (
+        f"tensor {stored[first].name} ({weight.name}): {int(bad[first])} of "
+        f"{parts[first].numel()} values are NaN or infinite; the checkpoint is damaged"
+    )

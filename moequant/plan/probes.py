@@ -1,0 +1,133 @@
+"""What errors in weights do to what a model says: changed versions of it cross the layers side by side.
+
+A version is the model with some weights changed. It is the unchanged model up to the first of them, and
+starts there from the unchanged hidden states. Layers are in memory one at a time, so a model of any size is
+probed, and memory decides nothing but where hidden states lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moequant.checkpoint import Checkpoint
+from moequant.evaluate import score_row
+from moequant.files import scratch
+from moequant.forward.hidden import Hidden
+from moequant.forward.model import changed
+from moequant.forward.stream import LayerStream, Resources
+from moequant.values import Role, Weight
+
+Version = Mapping[str, str]
+"""The formats that weights of a version are rounded to; weights that are not named stay."""
+
+FREE = Resources()
+
+Rounded = Callable[[Weight, str], Tensor]
+"""A weight as it decodes from a format."""
+
+
+def divergences(
+    checkpoint: Checkpoint,
+    ids: Tensor,
+    versions: Sequence[Version],
+    rounded: Rounded,
+    resources: Resources = FREE,
+) -> list[float]:
+    """The mean KL divergence of every version to the model, over rows of tokens ids i64 [rows, n]."""
+    one_row = replace(resources, batch_tokens=ids.shape[1])
+    with scratch() as folder, LayerStream(checkpoint, ids, one_row, whole=True) as stream:
+
+        def room(name: str, width: int | None = None) -> Hidden:
+            (folder / name).mkdir()
+            return stream.new_hidden(folder / name, width, among=len(versions) + 2)
+
+        states = [room(str(number)) for number in range(len(versions))]
+        probes = _Probes(stream, versions, rounded, room("model"), states)
+        return probes.run(room("logits", checkpoint.shape.vocab))
+
+
+@dataclass(frozen=True, slots=True)
+class _Probes:
+    """Versions on their way through the layers: hidden states of the model, and `states` of each version."""
+
+    stream: LayerStream
+    versions: Sequence[Version]
+    rounded: Rounded
+    model: Hidden
+    states: Sequence[Hidden]
+
+    def run(self, logits: Hidden) -> list[float]:
+        """The divergence of each version; there is room for the model's `logits`."""
+        stream = self.stream
+        stream.embed(self.model)
+        every = range(len(self.versions))
+        started = {number for number in every if self._named(number, None, Role.EMBEDDING)}
+        for number in started:
+            stream.embed(self.states[number], lambda weight, of=number: self._values(of, weight))  # type: ignore[misc]
+        with tqdm(total=stream.n_layers, desc="probe", unit="layer", disable=None, leave=False) as bar:
+            for layer in stream.layers():
+                self._cross(layer, started)
+                bar.update()
+        return self._divergences(logits, started)
+
+    def _cross(self, layer: int, started: set[int]) -> None:
+        """All versions across one layer, the model last: versions start from what that is fed."""
+        unchanged = [self.states[number] for number in started if not self._named(number, layer)]
+        for number, states in enumerate(self.states):
+            if named := self._named(number, layer):
+                with changed(self.stream.model, self._changes(number, named)):
+                    self._over(layer, [(states if number in started else self.model, states)])
+                started.add(number)
+        self._over(layer, [(each, each) for each in (*unchanged, self.model)])
+        for each in (self.model, *(self.states[number] for number in started)):
+            each.drop(layer)
+
+    def _over(self, layer: int, pairs: Sequence[tuple[Hidden, Hidden]]) -> None:
+        """Hidden states of several versions across the layer as it is, all their rows side by side."""
+        rows = len(self.stream.batches)
+
+        def work(task: int) -> None:
+            (fed, into), row = pairs[task // rows], task % rows
+            out = self.stream.run(layer, row, fed, None)
+            assert out is not None  # nobody stops it
+            into.put(layer + 1, row, out)
+
+        for _ in self.stream.each(work, len(pairs) * rows):
+            pass
+
+    def _divergences(self, logits: Hidden, started: set[int]) -> list[float]:
+        """What the ends of the versions say, held against what the model says."""
+        stream, found = self.stream, list[float]()
+        with stream.ends():
+            for row in range(len(stream.batches)):
+                logits.put(0, row, stream.end(row, self.model).logits[0])
+            for number, states in enumerate(self.states):
+                named = self._named(number, None, *self._at_the_end)
+                with changed(stream.model, self._changes(number, named)):
+                    stream.tie()
+                    given = states if number in started else self.model
+                    said = (stream.end(row, given).logits[0].cpu() for row in range(len(stream.batches)))
+                    rows = enumerate(zip(said, stream.batches, strict=True))
+                    kl = [score_row(logits.get(0, row), each, ids[0]).kl for row, (each, ids) in rows]
+                found.append(float(torch.cat(kl).mean()))
+        return found
+
+    @property
+    def _at_the_end(self) -> tuple[Role, ...]:
+        return (Role.OUTPUT, Role.EMBEDDING) if self.stream.checkpoint.tied else (Role.OUTPUT,)
+
+    def _named(self, number: int, layer: int | None, *roles: Role) -> list[Weight]:
+        """The weights of a layer, or those of the roles outside, that a version changes."""
+        named = [each for each in self.stream.weights(layer) if each.name in self.versions[number]]
+        return [each for each in named if not roles or each.role in roles]
+
+    def _changes(self, number: int, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+        return ((weight, self._values(number, weight)) for weight in weights)
+
+    def _values(self, number: int, weight: Weight) -> Tensor:
+        return self.rounded(weight, self.versions[number][weight.name])

@@ -1,0 +1,117 @@
+"""How weights are rounded under their Hessians, whichever weights they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from moequant import formats
+from moequant.formats import Effort, Format, engine
+from moequant.rounding.feedback import Options, round_to_hessian, usable
+from moequant.rounding.paired import Grams
+from moequant.rounding.results import Result, judged
+from moequant.rounding.shrinkage import Trial
+from moequant.rounding.target import Coupling
+from moequant.statistics.fisher import Fishers
+from moequant.values import Weight
+
+UNROUNDED = ("F32", "F16", "BF16")
+
+FISHER_TOKENS = 49_152
+"""Tokens whose gradients are taken at effort best."""
+
+Plain = Callable[[Weight, str], Result]
+"""Packs a weight in a format without any Hessian."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How weights are rounded.
+
+    `coupling` None keeps targets as they are; `trial` chooses how Hessians are shrunk; `gram_bytes` bounds
+    what the experts that are rounded together take, which decides nothing else; `kept_bytes` what spares a
+    second computation of attention (`recall`). The gradients of the first `fisher_tokens` say which outputs
+    the loss feels (`fisher`); 0 does without.
+    """
+
+    coupling: Coupling | None = field(default_factory=Coupling)
+    options: Options = field(default_factory=Options)
+    trial: Trial = field(default_factory=Trial)
+    gram_bytes: int = 1 << 30
+    kept_bytes: int = 1 << 30
+    fisher_tokens: int = 0
+
+    @classmethod
+    def of(cls, effort: Effort, coupled: bool = True) -> Rounding:
+        """What an effort means; at `best` codes are searched for longer, under the Fisher as well."""
+        options = Options(effort="best", rounds=6) if effort == "best" else Options(effort=effort)
+        tokens = FISHER_TOKENS if effort == "best" else 0
+        return cls(Coupling() if coupled else None, options, fisher_tokens=tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Rounder:
+    """Rounds weights to their `formats`; `plain` packs those that no Hessian rounds."""
+
+    formats: Mapping[str, str]
+    plain: Plain
+    rounding: Rounding
+    fishers: Fishers | None = None
+
+    def rounds(self, weight: Weight) -> bool:
+        """Whether a weight is rounded under a Hessian."""
+        name = self.formats.get(weight.name)
+        kept = name is None or name in UNROUNDED or name == weight.origin.shipped
+        return not kept and weight.site is not None
+
+    def format(self, weight: Weight) -> Format:
+        """The format of a weight that is packed."""
+        return formats.get(self.formats[weight.name])
+
+    def target(self, values: Tensor, grams: Grams) -> Tensor:
+        """What values [E, out, in] are rounded towards, f32."""
+        coupling = self.rounding.coupling
+        values = values.to(grams.cross.device)
+        return values.float() if coupling is None else coupling.target(values, grams)
+
+    def round(
+        self,
+        weights: Sequence[Weight],
+        target: Callable[[Weight], Tensor],
+        hessian: Tensor,
+        grams: Grams,
+        experts: range | None = None,
+    ) -> list[Result]:
+        """Weights that share their inputs, or these experts of them: each towards its target f32 [E, out, in]
+        under shrunk Hessians [E, in, in], judged under those of `grams`."""
+        shared, found = self._shared(weights, target, grams), []
+        for weight in weights:
+            fmt, options = self.format(weight), replace(self.rounding.options, of=weight.numel)
+            part = weight if experts is None else weight.of(experts)
+            felt = None if self.fishers is None else self.fishers.outputs.get(weight.name)
+            if felt is not None and experts is not None:
+                felt = felt[experts.start : experts.stop]
+            wanted = target(weight)
+            rounded = round_to_hessian(fmt, wanted, hessian, options, felt, shared.get(weight.name))
+            own = (first + second for first, second in zip(*grams.halves, strict=True))
+            found.append(judged(part, fmt, wanted, rounded, own, grams.tokens))
+        return found
+
+    def _shared(
+        self, weights: Sequence[Weight], target: Callable[[Weight], Tensor], grams: Grams
+    ) -> dict[str, Tensor]:
+        """By weight, scales that it has in common with others of its group."""
+        found: dict[str, Tensor] = {}
+        for name in {self.formats[weight.name] for weight in weights}:
+            fmt, members = formats.get(name), [w for w in weights if self.formats[w.name] == name]
+            if fmt.shared is None or not fmt.shared.across or len(members) == 1:
+                continue
+            rows = torch.cat([target(weight) for weight in members], 1)
+            first, second = (half.diagonal(dim1=1, dim2=2).double() for half in grams.halves)
+            d = engine.shared_scales(fmt, rows, usable(first + second), self.rounding.options.effort)
+            parts = torch.split(d, [weight.shape[-2] for weight in members], 1)
+            found |= {weight.name: part for weight, part in zip(members, parts, strict=True)}
+        return found

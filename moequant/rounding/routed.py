@@ -1,0 +1,357 @@
+"""Routed experts in both streams: the router is crossed once a layer, an expert multiplied once a stream.
+
+What experts are fed does not depend on how they are rounded, so it is kept (`cross`). Then some experts at a
+time are read, rounded and multiplied, and forgotten: gate and up under the Hessians of their inputs, down
+under those of what the rounded gate and up make of them. What they give is added to both streams' sums in the
+order of the experts, as the model does it. How many are taken at a time decides nothing: what a layer's
+experts have in common, and how far their own Hessians are trusted, is known before the first is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moequant.forward.experts import add_output, between, by_expert, first_product, last_product, part
+from moequant.forward.hidden import Hidden
+from moequant.forward.stream import LayerStream
+from moequant.rounding.paired import Grams, Seen
+from moequant.rounding.results import Result, decoded, joined
+from moequant.rounding.rounder import Rounder
+from moequant.rounding.shrinkage import Layer, Mix, Shrinking, choose, classes, tried
+from moequant.values import Weight
+from moequant.values.ops import apply, put
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where one stream sends the tokens of a batch: index i64 [n, k] and the router's weights [n, k]."""
+
+    index: Tensor
+    gates: Tensor
+
+    def to(self, experts: range) -> dict[int, tuple[Tensor, Tensor]]:
+        """Tokens i64 [m] and weights [m] of each of these experts that has any."""
+        flat, k = self.gates.reshape(-1), self.index.shape[1]
+        return {
+            expert: (torch.div(chosen, k, rounding_mode="floor"), flat[chosen])
+            for expert, chosen in by_expert(self.index, experts.stop)
+            if expert in experts
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What the experts of a layer are fed, batch by batch: [n, width] in both streams; both routes; and in
+    `residual` the error [n, h] that the residual stream carries, where it is used."""
+
+    layer: int
+    width: int
+    exact: Hidden
+    rounded: Hidden
+    residual: Hidden | None
+    routes: Sequence[tuple[Route, Route]]
+
+    def counts(self, experts: int) -> Tensor:
+        """Tokens of every expert of the rounded stream, in even and odd batches: i64 [2, E]."""
+        found = torch.zeros(2, experts, dtype=torch.int64)
+        for batch, (_, route) in enumerate(self.routes):
+            found[batch % 2] += torch.bincount(route.index.reshape(-1), minlength=experts).cpu()
+        return found
+
+    def drop(self) -> None:
+        """Forget the inputs."""
+        for each in (self.exact, self.rounded, self.residual):
+            if each is not None:
+                each.drop(self.layer)
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    """What the second product of one expert is fed in one batch of the rounded stream, [m, f], for which
+    tokens i64 [m] and with which weights [m]. It waits until that product is rounded."""
+
+    expert: int
+    values: Tensor
+    tokens: Tensor
+    gates: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The routed experts of one layer.
+
+    `module` is theirs, with everything but the matrices in memory; `weights` are the matrices, those that
+    multiply the block's input first.
+    """
+
+    rounder: Rounder
+    stream: LayerStream
+    module: nn.Module
+    weights: tuple[Weight, ...]
+    fed: Fed
+
+    def run(self, sums: tuple[Hidden, Hidden]) -> dict[str, Result]:
+        """Every matrix that is rounded under Hessians; what experts give together [n, h] goes to `sums`."""
+        first, last = (self._rounded(side) for side in ("experts", "inner"))
+        parts: dict[str, list[Result]] = {weight.name: [] for weight in (*first, *last)}
+        for batch, (route, _) in enumerate(self.fed.routes):
+            for each in sums:
+                each.put(self.fed.layer, batch, torch.zeros(len(route.index), self.fed.width))
+        inputs = self._inputs_shrunk(first[0]) if first else None
+        inner = self._inner_shrunk(last[0]) if last else None
+        for experts in self._chunks():
+            exact = rounded = self.read(experts)
+            if inputs is not None:
+                found = self._round(first, exact, experts, self.input_grams(first[0], experts), inputs)
+                rounded = self._packed(rounded, found, parts)
+            kept, grams = self.inner_grams(last[0] if last else None, experts, (exact, rounded), sums[0])
+            if inner is not None and grams is not None:
+                found = self._round(last, exact, experts, grams, inner)
+                rounded = self._packed(rounded, found, parts)
+            del grams
+            self._add(kept, experts, rounded, sums[1])
+        return {weight.name: joined(weight, parts[weight.name]) for weight in (*first, *last)}
+
+    def input_grams(self, weight: Weight, experts: range) -> Grams:
+        """Grams of what these experts' first products are fed."""
+
+        def seen(batch: int) -> list[tuple[int, Seen]]:
+            exact, rounded = self._inputs(batch)
+            route = self.fed.routes[batch][1].to(experts)
+            return [
+                (expert, Seen(rounded[tokens], exact[tokens], gates.square()))
+                for expert, (tokens, gates) in route.items()
+            ]
+
+        grams = Grams.empty(len(experts), weight, self.stream.resources.device)
+        for batch, found in enumerate(self._each(seen)):
+            for expert, each in found:
+                grams.add(expert - experts.start, batch % 2, each)
+        return grams
+
+    def inner_grams(
+        self,
+        weight: Weight | None,
+        experts: range,
+        modules: tuple[nn.Module, nn.Module],
+        exact_sum: Hidden | None = None,
+    ) -> tuple[list[list[Inner]], Grams | None]:
+        """What second products of the rounded stream are fed, batch by batch, and Grams of it for `weight`.
+
+        `modules` are the experts as they are and as they are rounded so far. What the exact ones give is
+        added to `exact_sum`.
+        """
+        device = self.stream.resources.device
+        grams = None if weight is None else Grams.empty(len(experts), weight, device)
+        kept = []
+        for batch, (inner, seen) in enumerate(
+            self._each(lambda at: self._inner(at, experts, modules, exact_sum))
+        ):
+            kept.append(inner)
+            for expert, each in seen if grams is not None else ():
+                assert grams is not None
+                grams.add(expert - experts.start, batch % 2, each)
+        return kept, grams
+
+    def _inner(
+        self,
+        batch: int,
+        experts: range,
+        modules: tuple[nn.Module, nn.Module],
+        exact_sum: Hidden | None = None,
+    ) -> tuple[list[Inner], list[tuple[int, Seen]]]:
+        """One batch: an expert multiplies in full precision what either stream sends it, once."""
+        exact, rounded = modules
+        inputs, routes = self._inputs(batch), [route.to(experts) for route in self.fed.routes[batch]]
+        residual = None if self.fed.residual is None else self._get(self.fed.residual, batch)
+        mass = self.fed.routes[batch][1].gates.sum(1, keepdim=True)
+        total = None if exact_sum is None else self._get(exact_sum, batch)
+        inner, seen = list[Inner](), list[tuple[int, Seen]]()
+        for expert in sorted(routes[0].keys() | routes[1].keys()):
+            at = expert - experts.start
+            sent = [route[expert][0] for route in routes if expert in route]
+            same = all(torch.equal(sent[0], each) for each in sent)
+            rows = sent[0] if same else torch.unique(torch.cat(sent))
+            made = between(exact, first_product(exact, at, inputs[0][rows]))
+            own = [made if same else made[torch.searchsorted(rows, tokens)] for tokens in sent]
+            if expert in routes[0] and total is not None:
+                tokens, gates = routes[0][expert]
+                add_output(total, tokens, last_product(exact, at, own[0]), gates)
+            if expert in routes[1]:
+                tokens, gates = routes[1][expert]
+                fed = between(rounded, first_product(rounded, at, inputs[1][tokens]))
+                inner.append(Inner(expert, fed, tokens, gates))
+                # Of a token's residual error each of its experts takes the share that its weight has.
+                share = None if residual is None else residual[tokens] / mass[tokens]
+                seen.append((expert, Seen(fed, own[-1], gates.square(), share)))
+        if exact_sum is not None and total is not None:
+            exact_sum.put(self.fed.layer, batch, total)
+        return inner, seen
+
+    def _add(self, kept: list[list[Inner]], experts: range, rounded: nn.Module, into: Hidden) -> None:
+        """Add what these experts give, rounded, to the sum of their stream."""
+
+        def add(batch: int) -> None:
+            total = self._get(into, batch)
+            for one in kept[batch]:
+                result = last_product(rounded, one.expert - experts.start, one.values)
+                add_output(total, one.tokens, result, one.gates)
+            into.put(self.fed.layer, batch, total)
+
+        for _ in self._each(add):
+            pass
+
+    def _round(
+        self,
+        weights: Sequence[Weight],
+        exact: nn.Module,
+        experts: range,
+        grams: Grams,
+        shrinking: Shrinking,
+    ) -> list[Result]:
+        """These experts of weights that share their inputs."""
+        hessian, rounder = shrinking.of(grams.halves, experts), self.rounder
+
+        def target(weight: Weight) -> Tensor:
+            return rounder.target(_values(exact, weight), grams)
+
+        return rounder.round(weights, target, hessian, grams, experts)
+
+    def _inputs_shrunk(self, weight: Weight) -> Shrinking:
+        """How far the Hessians of the block's inputs are trusted."""
+        half, whole = self._common(weight.n_in)
+        counts, trial = self.fed.counts(weight.matrices), self.rounder.rounding.trial
+        every = classes(counts.sum(0), (counts > 0).all(0), weight.n_in, trial)
+        errors = {}
+        for expert in (expert for each in every for expert in each.tried):
+            one = range(expert, expert + 1)
+            grams = self.input_grams(weight, one)
+            errors[expert] = self._tried(weight, self.read(one, (weight,)), grams, half)
+        return Shrinking(whole, choose(every, errors))
+
+    def _inner_shrunk(self, weight: Weight) -> Shrinking:
+        """The same of what second products are fed, tried with gate and up as they are.
+
+        Columns of different experts are different neurons: they have a scale in common, and nothing else.
+        """
+        counts, trial = self.fed.counts(weight.matrices), self.rounder.rounding.trial
+        every = classes(counts.sum(0), (counts > 0).all(0), weight.n_in, trial)
+        wanted = [range(expert, expert + 1) for each in every for expert in each.tried]
+        layer = Layer(None, self._scale(wanted))
+        errors = {}
+        for one in wanted:
+            exact = self.read(one)
+            _, grams = self.inner_grams(weight, one, (exact, exact))
+            assert grams is not None
+            errors[one.start] = self._tried(weight, exact, grams, layer)
+        return Shrinking(layer, choose(every, errors))
+
+    def _tried(self, weight: Weight, exact: nn.Module, grams: Grams, layer: Layer) -> dict[Mix, float]:
+        target = self.rounder.target(_values(exact, weight), grams)
+        halves = grams.halves[0][0], grams.halves[1][0]
+        return tried(self.rounder.format(weight), target[0], halves, layer, self.rounder.rounding.trial)
+
+    def _common(self, width: int) -> tuple[Layer, Layer]:
+        """What the inputs of all experts have in common: of even batches, and of all."""
+        halves = torch.zeros(2, width, width, device=self.stream.resources.device)
+        tokens = torch.zeros(2, dtype=torch.int64)
+        for batch, (_, route) in enumerate(self.fed.routes):
+            fed = self._get(self.fed.rounded, batch)
+            fed = torch.where(fed.isfinite().all(1, keepdim=True), fed, 0.0)
+            halves[batch % 2].addmm_((fed * route.gates.square().sum(1, keepdim=True)).T, fed)
+            tokens[batch % 2] += route.index.numel()
+        return Layer.of(halves[:1], tokens[:1]), Layer.of(halves, tokens)
+
+    def _scale(self, wanted: list[range]) -> Tensor:
+        """The mean square of what second products are fed, f64 []: of these experts."""
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for one in wanted:
+            exact = self.read(one, self._side("experts"))
+            for _, seen in self._each(lambda at, one=one, both=(exact, exact): self._inner(at, one, both)):  # type: ignore[misc]
+                for _, each in seen:
+                    assert each.weight is not None
+                    total += (each.rounded.square().sum(1) * each.weight).sum().double().cpu()
+                    count += each.rounded.numel()
+        return total / max(count, 1)
+
+    def _side(self, side: str) -> tuple[Weight, ...]:
+        """The matrices that are fed there: the block's "experts" input, or "inner"."""
+        return tuple(
+            weight for weight in self.weights if weight.site is not None and weight.site.side == side
+        )
+
+    def _rounded(self, side: str) -> tuple[Weight, ...]:
+        """Those that are rounded under Hessians."""
+        return tuple(weight for weight in self._side(side) if self.rounder.rounds(weight))
+
+    def _chunks(self) -> Iterator[range]:
+        """Experts that are taken at a time: as many as `gram_bytes` has room for."""
+        each = 0
+        for weight in self.weights:
+            rows, columns = weight.shape[-2:]
+            each = max(each, columns * (5 * columns + rows))
+        each += 3 * sum(weight.numel // weight.matrices for weight in self.weights)
+        step, total = max(1, self.rounder.rounding.gram_bytes // (4 * each)), self.weights[0].matrices
+        yield from (range(at, min(at + step, total)) for at in range(0, total, step))
+
+    def read(self, experts: range, weights: tuple[Weight, ...] | None = None) -> nn.Module:
+        """The module with these experts' values; of `weights` alone where given."""
+        made = part(self.module, experts)
+        for weight in weights or self.weights:
+            leaf = weight.place.param.rpartition(".")[2]
+            values = self.stream.provider(weight.of(experts))
+            whole = getattr(made, leaf)
+            if whole.is_meta:
+                empty = torch.empty_like(whole, dtype=values.dtype, device=self.stream.resources.device)
+                whole = nn.Parameter(empty, requires_grad=False)
+                setattr(made, leaf, whole)
+            put(weight.place.ops, whole.data, values)
+        return made
+
+    def _packed(self, module: nn.Module, found: list[Result], parts: dict[str, list[Result]]) -> nn.Module:
+        """The module with these experts as they were packed; they are put to the other `parts`."""
+        made = part(module, range(int(module.num_experts)))  # type: ignore[arg-type]
+        sizes: dict[str, int] = {}
+        for packed, loss in found:
+            parts[loss.weight].append((packed, loss))
+            leaf = packed.weight.place.param.rpartition(".")[2]
+            sizes[leaf] = sizes.get(leaf, 0) + packed.weight.numel
+        for leaf, size in sizes.items():
+            old = getattr(made, leaf).data
+            new = (
+                torch.empty_like(old, dtype=torch.float32)
+                if size == old.numel()
+                else old.to(torch.float32, copy=True)
+            )
+            setattr(made, leaf, nn.Parameter(new, requires_grad=False))
+        for packed, _ in found:
+            leaf = packed.weight.place.param.rpartition(".")[2]
+            put(packed.weight.place.ops, getattr(made, leaf).data, decoded(packed))
+        return made
+
+    def _inputs(self, batch: int) -> tuple[Tensor, Tensor]:
+        return self._get(self.fed.exact, batch), self._get(self.fed.rounded, batch)
+
+    def _get(self, hidden: Hidden, batch: int) -> Tensor:
+        return hidden.get(self.fed.layer, batch).to(self.stream.resources.device)
+
+    def _each(self, work: Callable[[int], T]) -> Iterator[T]:
+        """See `LayerStream.each`; without gradients in its threads as well."""
+
+        def alone(batch: int) -> T:
+            with torch.inference_mode():
+                return work(batch)
+
+        return self.stream.each(alone)
+
+
+def _values(module: nn.Module, weight: Weight) -> Tensor:
+    """The experts [E, out, in] of a weight in a module that holds some."""
+    return apply(weight.place.ops, getattr(module, weight.place.param.rpartition(".")[2]).data)

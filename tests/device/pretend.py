@@ -1,0 +1,150 @@
+"""A device in the CPU's memory that mixes with the CPU no more than a GPU does.
+
+It is torch's own PrivateUse1 device under another name. A tensor on it is a wrapper: torch sees its device,
+its numbers are in a CPU tensor that only `_run` touches. So whatever forgets `.to(device)`, or reads a tensor
+of a device as if it were the CPU's, fails here as it would on CUDA, with the CPU's results everywhere else.
+What it cannot find: kernels that CUDA lacks, and order: everything here happens at once.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "pretend"
+
+_aten = torch.ops.aten
+
+CROSSING = {_aten.copy_.default, _aten._to_copy.default, _aten._copy_from.default}
+"""What moves numbers from one device to another."""
+
+INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
+"""What takes indices of the CPU for a tensor of any device, as on CUDA."""
+
+FACTORIES = (
+    _aten.empty.memory_format,
+    _aten.empty_strided.default,
+    # torch makes these of an empty tensor that it resizes, which a wrapper cannot follow.
+    _aten.arange.default,
+    _aten.arange.start,
+    _aten.arange.start_step,
+    _aten.eye.default,
+    _aten.eye.m,
+    _aten.linspace.default,
+    _aten.tril_indices.default,
+    _aten.triu_indices.default,
+)
+"""What makes tensors of nothing; torch makes all others of these."""
+
+
+class Mixed(RuntimeError):
+    """Tensors of two devices met."""
+
+
+class Pretend(Tensor):
+    """A tensor on the device."""
+
+    raw: Tensor
+
+    @staticmethod
+    def __new__(cls, raw: Tensor) -> Pretend:
+        made: Pretend = Tensor._make_wrapper_subclass(
+            cls,
+            raw.shape,
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            device=torch.device(NAME, 0),
+        )
+        made.raw = raw
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        """torch gives no lists of subclasses, but those of a device."""
+        return self.raw.tolist()
+
+    def __repr__(self, **options: Any) -> str:
+        return f"Pretend({self.raw!r})"
+
+
+@cache
+def register() -> str:
+    """Make the device known to torch, for the life of the process; returns its name."""
+    _setup_privateuseone_for_python_backend(NAME)
+    library = torch.library.Library("aten", "IMPL")
+    for op in FACTORIES:
+        library.impl(op, _factory(op), "PrivateUse1")
+    library.impl(_aten._copy_from.default, _copy_from, "PrivateUse1")
+    _registered.append(library)  # it lasts as long as this object
+    return NAME
+
+
+_registered: list[torch.library.Library] = []
+
+
+def _factory(op: Any) -> Any:
+    def make(*args: Any, device: object = None, pin_memory: object = None, **kwargs: Any) -> Pretend:
+        return Pretend(op(*args, device="cpu", **kwargs))
+
+    return make
+
+
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    _raw(target).copy_(_raw(source))
+    return target
+
+
+def _raw(value: Any) -> Any:
+    if isinstance(value, Pretend):
+        return value.raw
+    if isinstance(value, torch.device) and value.type == NAME:
+        return torch.device("cpu")
+    return value
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The operation on CPU tensors, its results on the device that torch would put them on."""
+    made_of_others = func.decompose(*args, **kwargs)  # in inference mode torch leaves that to us
+    if made_of_others is not NotImplemented:
+        return made_of_others
+    tensors = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
+    indices = args[1] if func in INDEXED and isinstance(args[0], Pretend) else ()
+    _check(func, [each for each in tensors if not any(each is index for index in indices)])
+    asked = kwargs.get("device")
+    here = any(isinstance(each, Pretend) for each in tensors) if asked is None else asked.type == NAME
+    out = func(*pytree.tree_map(_raw, args), **pytree.tree_map(_raw, kwargs))
+    given = {id(_raw(each)): each for each in tensors}
+    # A view of what was made outside of inference mode is none of its tensors.
+    inside = torch.is_inference_mode_enabled() and not (func.is_view and not tensors[0].is_inference())
+
+    def wrap(made: Tensor) -> Tensor:
+        found = given.get(id(made))
+        if found is None:
+            with torch.inference_mode(inside):
+                return Pretend(made) if here else made
+        assert found.shape == made.shape, f"{func} changed a shape in place"
+        return found
+
+    return pytree.tree_map_only(Tensor, wrap, out)
+
+
+def _check(func: Any, tensors: list[Tensor]) -> None:
+    """Mixed, where CUDA would refuse; single numbers of the CPU may meet tensors of any device."""
+    theirs = [each for each in tensors if not isinstance(each, Pretend) and each.dim()]
+    ours = [each for each in tensors if isinstance(each, Pretend)]
+    if theirs and ours and func not in CROSSING:
+        shapes = ", ".join(f"{each.device}{list(each.shape)}" for each in (*ours, *theirs))
+        raise Mixed(f"{func}: expected all tensors to be on the same device, found {shapes}")

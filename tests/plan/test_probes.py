@@ -1,0 +1,49 @@
+"""Probes that cross the layers side by side score what the changed models, built whole, score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moequant import formats
+from moequant.checkpoint import Checkpoint, load, open_checkpoint
+from moequant.evaluate import score_row
+from moequant.forward.experts import EXPERTS
+from moequant.forward.model import build_model
+from moequant.forward.stream import Resources
+from moequant.plan.probes import divergences
+from moequant.values import Weight
+from tests import models
+
+
+def rounded(weight: Weight, name: str) -> Tensor:
+    return formats.dequantize(name, formats.quantize(name, load(weight), None, "fast"))
+
+
+def whole(checkpoint: Checkpoint, ids: Tensor, version: Mapping[str, str]) -> float:
+    def provider(weight: Weight) -> Tensor:
+        return rounded(weight, version[weight.name]) if weight.name in version else load(weight)
+
+    base, changed = build_model(checkpoint, EXPERTS), build_model(checkpoint, EXPERTS, provider)
+    with torch.inference_mode():
+        logits = [(base(row[None]).logits[0], changed(row[None]).logits[0], row) for row in ids]
+    return float(torch.cat([score_row(*each).kl for each in logits]).mean())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_versions_score_what_whole_models_do(tmp_path: Path, tied: bool) -> None:
+    folder = models.build(tmp_path / "model", "qwen3_moe", tie_word_embeddings=tied)
+    checkpoint = open_checkpoint(folder)
+    matrices = {weight.name: "Q4_0" for weight in checkpoint.weights if not weight.role.keeps_precision}
+    one = ("embedding", "layers.0.experts.up", "layers.1.attn_q", "layers.1.experts.down")
+    versions = [{name: "Q4_0"} for name in (*one, *(() if tied else ("head",)))]
+    versions += [{"layers.0.attn_out": "Q4_0", "layers.1.experts.gate": "Q4_0"}, matrices]
+    ids = torch.randint(5, models.VOCAB, (2, 32), generator=torch.Generator().manual_seed(0))
+    found = divergences(checkpoint, ids, versions, rounded, Resources(threads=2))
+    assert found == pytest.approx([whole(checkpoint, ids, each) for each in versions], rel=1e-3)
+    assert min(found) > 0
+    assert divergences(checkpoint, ids, versions, rounded, Resources(ram=0, threads=1)) == found
