@@ -29,7 +29,7 @@ def test_a_scheme_says_what_becomes_of_its_inputs(scheme: str) -> None:
 @pytest.mark.parametrize("word", WORDS.values())
 def test_rounding_is_that_of_compressed_tensors(word: str) -> None:
     kind, group = word.split("/")
-    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)) * 3
+    x = torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(0)) * 3  # a scale a token of a row
     strategy = {"strategy": "group", "group_size": int(group)} if int(group) else {"strategy": "token"}
     type_ = "float" if kind == "float8" else "int"
     args = QuantizationArgs(num_bits=8, type=type_, symmetric=True, dynamic=True, **strategy)
