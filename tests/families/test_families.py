@@ -116,6 +116,7 @@ def test_an_absent_key_is_refused_as_its_default_is(tiny) -> None:
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act"),
         ("mixtral", {"sliding_window": 128}, "sliding_window"),
         ("mixtral", {"brand_new_behaviour": 3}, "brand_new_behaviour"),
+        ("mixtral", {"is_causal": False}, "is_causal"),
         ("mixtral", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope|long_factor"),
         ("mixtral", {"rope_scaling": {"type": "linear", "factor": 2.0, "odd": 1}}, "odd"),
         (
