@@ -124,6 +124,11 @@ def test_an_absent_key_is_refused_as_its_default_is(tiny) -> None:
             {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 256}},
             "factor",
         ),
+        (
+            "qwen3_moe",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}},
+            "truncate",
+        ),
         ("mixtral", {"rms_norm_eps": None}, "rms_norm_eps"),
         ("mixtral", {"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
