@@ -93,7 +93,7 @@ class Commands(TyperGroup):
             try:
                 return super().invoke(ctx)
             except Interrupted as signal:
-                left = getattr(signal, "__notes__", ["what was unfinished is removed"])[-1]
+                left = ["what was unfinished is removed", *getattr(signal, "__notes__", ())][-1]
                 typer.echo(f"moequant: ended by {signal}; {left}", err=True)
                 raise typer.Exit(signal.exit_code) from None
 

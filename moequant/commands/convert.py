@@ -207,13 +207,14 @@ def _write_imatrix(job: Job, calibration: Calibration, path: Path, journal: RunJ
 def _write_card(made: Conversion, path: Path, settings: Settings, journal: RunJournal | None) -> None:
     """The card beside the outputs, or in the folder, unless a run that was killed wrote that very one."""
     text = card.text(made, path.parent, settings.imatrix_out)
-    if path.exists() and not settings.overwrite:
+    ours = settings.overwrite or settings.format != "gguf"  # a folder has no other card
+    if path.exists() and not ours:
         if path.read_bytes() != text.encode():
             raise OutputError(f"{path}: exists already; give another name or --overwrite")
         return
     if journal is not None:
         journal.announce(path)
-    card.write(text, path)
+    card.write(text, path, ours)
 
 
 def gradients(checkpoint: Checkpoint, settings: Settings) -> Needs | None:

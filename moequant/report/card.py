@@ -151,9 +151,9 @@ def text(made: Conversion, folder: Path, imatrix: Path | None = None) -> str:
     return Card(made, imatrix.name if imatrix is not None and beside else None, picture).text()
 
 
-def write(text: str, path: Path) -> None:
+def write(text: str, path: Path, overwrite: bool = False) -> None:
     """The card into a file. OutputError when the disk refuses."""
-    with atomic(path) as partial:
+    with atomic(path, overwrite) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
