@@ -101,7 +101,8 @@ class Journal:
     def add(self, layer: int, statistics: Calibration) -> None:
         """Layer `layer` is finished."""
         kept = store.Stored(self._model(layer), statistics, str(self.checkpoint.path))
-        store.save(self._layer(layer), kept)
+        # One may be there behind those that are missing, of a run that died while it removed them.
+        store.save(self._layer(layer), kept, overwrite=True)
 
     def _model(self, layer: int) -> store.Model:
         """What the statistics of a layer say that they are of."""

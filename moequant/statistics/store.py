@@ -62,7 +62,7 @@ def stored(checkpoint: Checkpoint, calibration: Calibration) -> Stored:
     return Stored(identity(checkpoint), calibration, str(checkpoint.path))
 
 
-def save(path: Path, what: Stored) -> None:
+def save(path: Path, what: Stored, overwrite: bool = False) -> None:
     """Write `what` to `path`: the same statistics give the same bytes. OutputError when the disk refuses."""
     calibration = what.calibration
     tensors = _tensors(calibration)
@@ -75,7 +75,7 @@ def save(path: Path, what: Stored) -> None:
         "domains": list(calibration.domains),
         "gate_entropy": [route.gate_entropy for route in calibration.routes],
     }
-    sealed.write(path, meta, tensors)
+    sealed.write(path, meta, tensors, overwrite)
 
 
 def load(path: Path) -> Stored:
