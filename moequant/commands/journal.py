@@ -28,7 +28,7 @@ from moequant.commands.settings import Settings
 from moequant.commands.text import Texts
 from moequant.containers.base import Written
 from moequant.errors import MoequantError, OutputError, one_line
-from moequant.files import Interrupted, atomic, part_names
+from moequant.files import Interrupted, atomic, discard, part_names
 from moequant.plan import Sensitivities
 from moequant.rounding.parts import Parts, loss_fields, loss_of, loss_tensors
 from moequant.statistics import sealed
@@ -275,13 +275,22 @@ def kept(journal: RunJournal | None) -> Iterator[None]:
         yield
     except BaseException as error:
         if not journal.begun:
-            remove(journal.folder)
+            dismiss(journal.folder)
         elif isinstance(error, MoequantError) and "to begin again" not in str(error):
             raise type(error)(f"{error} ({GOES_ON})") from error
         elif isinstance(error, Interrupted):
             error.add_note(GOES_ON)
         raise
-    remove(journal.folder)
+    dismiss(journal.folder)
+
+
+def dismiss(folder: Path) -> None:
+    """Remove a journal at once, so that none with holes is left; what no run has put there stays."""
+    try:
+        check(folder)
+        discard(folder, folder.with_name(folder.name.removesuffix(".journal")))
+    except (OutputError, OSError):
+        remove(folder)
 
 
 def check(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moequant.checkpoint import repository
 from moequant.commands.job import Job
-from moequant.commands.journal import check, finished_by, journal_of, remove
+from moequant.commands.journal import check, dismiss, finished_by, journal_of
 from moequant.commands.settings import Settings
 from moequant.errors import MoequantError, OutputError
 from moequant.files import check_space, claim
@@ -72,7 +72,7 @@ def claimed(model: Path, outs: Sequence[Path], settings: Settings) -> Iterator[f
     ):
         if settings.fresh:
             check(journal)
-            remove(journal)
+            dismiss(journal)
         elif finished != finished_by(journal, outs):
             raise OutputError(f"{journal}: another run has just ended it; give the same command again")
         yield finished

@@ -58,7 +58,9 @@ class Parts:
             tensors |= {f"{number}/data": packed.data, **loss_tensors(loss, str(number))}
         losses = [loss_fields(loss) for _, loss in results]
         self.folder.mkdir(parents=True, exist_ok=True)
-        sealed.write(self._path(self.count), {"run": self.run, "part": self.count, "losses": losses}, tensors)
+        meta = {"run": self.run, "part": self.count, "losses": losses}
+        # One may be there behind those that are missing, of a run that died while it removed them.
+        sealed.write(self._path(self.count), meta, tensors, overwrite=True)
         self.count += 1
 
     def kept(self, results: Iterable[Result]) -> Iterator[Result]:
