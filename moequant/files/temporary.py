@@ -33,8 +33,8 @@ def sweep(path: Path) -> None:
 
 
 def discard(folder: Path, path: Path) -> None:
-    """Remove `folder`, which lies beside the target `path`: it is gone at once, and its rest with the next run
-    to that target if this one dies."""
+    """Remove `folder`, which lies beside the target `path`: it is gone at once, and its rest with the next
+    run to that target if this one dies."""
     gone = folder.with_name(f"{prefix(path)}{secrets.token_hex(4)}")
     folder.rename(gone)
     sync(folder.parent)
