@@ -208,9 +208,9 @@ def test_a_disk_that_fills_up_half_way_leaves_what_is_finished(
     """The kernel refuses to let files grow past a limit, as a full disk would."""
     limit, out = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "out" / "q.gguf"
     out.parent.mkdir()
-    calib = ("--calib", text, "--calib-tokens", "512", "--eval-tokens", "0")
+    calib = ("--calib", text, "--calib-tokens", "1024", "--eval-tokens", "0")
     arguments = ("convert", model, *calib, "--type", "Q8_0", "--effort", "fast", "-o", out)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (800_000, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_100_000, limit[1]))
     try:
         result = run(*arguments)
     finally:
