@@ -93,7 +93,8 @@ class Commands(TyperGroup):
             try:
                 return super().invoke(ctx)
             except Interrupted as signal:
-                typer.echo(f"moequant: ended by {signal}; what was unfinished is removed", err=True)
+                left = ["what was unfinished is removed", *getattr(signal, "__notes__", ())][-1]
+                typer.echo(f"moequant: ended by {signal}; {left}", err=True)
                 raise typer.Exit(signal.exit_code) from None
 
 

@@ -178,6 +178,13 @@ def convert(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Begin again, instead of going on where the same command was killed or ran out of disk.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -218,6 +225,7 @@ def convert(
             stream=ram_bytes(stream),
             device=device,
             overwrite=overwrite,
+            fresh=fresh,
             format=format_.value,
             scheme=scheme,
             bits=bits,

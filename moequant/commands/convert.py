@@ -5,13 +5,15 @@ Several sizes of a model go along it together: what does not depend on the size 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import filecmp
+from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint, Folder, load
-from moequant.commands.job import Job, measured, open_job, open_jobs
+from moequant.commands.job import Job, chosen, measured, open_job, open_jobs
+from moequant.commands.journal import RunJournal, begun, kept
 from moequant.commands.outputs import card_path, check_targets, claimed, keeping, names
 from moequant.commands.settings import Settings
 from moequant.commands.statistics import all_sites, given_statistics
@@ -21,20 +23,23 @@ from moequant.containers.folders.container import FolderContainer
 from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
-from moequant.errors import PlanError
+from moequant.errors import MoequantError, OutputError, PlanError
 from moequant.evaluate import Comparison
-from moequant.evaluate.self_check import Output, SelfCheck, self_check
+from moequant.evaluate.self_check import Output, self_check
 from moequant.evaluate.side_by_side import Version, compare
-from moequant.files import atomic, atomic_folder, atomic_parts, part_names
+from moequant.files import atomic, atomic_folder, atomic_parts, part_names, scratch
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
 from moequant.hub import Model
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.hub.stream import announce, shelf_of, streamed
+from moequant.plan import Sensitivities
 from moequant.progress import Meter
 from moequant.report import Conversion, How, Report, card
 from moequant.rounding.diagonal import Quantizer, pack_all, progress
 from moequant.rounding.layerwise import round_checkpoint
+from moequant.rounding.parts import Parts
+from moequant.rounding.results import Result
 from moequant.rounding.rounder import Rounding
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.fisher import Needs, needs
@@ -49,10 +54,11 @@ DEFAULT = Settings()
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What all outputs of a run share: the statistics, and the texts."""
+    """What all outputs of a run share: the statistics, the texts, and where it keeps what is finished."""
 
     calibration: Calibration | None
     texts: Texts
+    journal: RunJournal | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,7 @@ class Finished:
     out: Path
     written: Written
     losses: tuple[ExpertLoss, ...]
-    checked: SelfCheck | None
+    checked: str | None
 
 
 def convert(model: Model, out: str | Path, settings: Settings = DEFAULT) -> Report:
@@ -87,8 +93,11 @@ def convert_all(model: Model, out: str | Path, settings: Settings = DEFAULT) -> 
     """
     source = headers(model)
     outs = names(source.path, Path(out), settings)
-    with claimed(source.path, outs, settings), streamed(source, settings.stream) as source:
-        return _convert(source, outs, settings)
+    with (
+        claimed(source.path, outs, settings) as finished,
+        streamed(source, settings.stream) as source,
+    ):
+        return _convert(source, outs, settings, finished)
 
 
 def planned(model: Model, out: Path, settings: Settings = DEFAULT) -> tuple[tuple[Job, Path], ...]:
@@ -97,15 +106,16 @@ def planned(model: Model, out: Path, settings: Settings = DEFAULT) -> tuple[tupl
     return tuple(zip(open_jobs(source, settings), names(source.path, out, settings), strict=True))
 
 
-def _convert(source: Folder, outs: Sequence[Path], settings: Settings) -> Conversion:
+def _convert(source: Folder, outs: Sequence[Path], settings: Settings, finished: Set[Path]) -> Conversion:
     meter = Meter()
     with meter.stage("open"):
         jobs = open_jobs(source, settings)
-        check_targets(jobs, outs)
+        check_targets(jobs, outs, finished)
         first = jobs[0]
         checkpoint = first.container.checkpoint
         empty_model(checkpoint)  # every weight has its place in the model, before any is read
-        matrices = export(first.model) if settings.imatrix_out is not None else None
+        if settings.imatrix_out is not None:
+            export(first.model)  # says why not, where llama.cpp has no such model
         calibration = given_statistics(first.model, checkpoint, settings)
         read = _texts(jobs, settings, calibration is not None)
         check_memory(checkpoint, models=2 if read.evaluation else 1 if read.calibration else 0)
@@ -116,22 +126,29 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings) -> Conver
             jobs = open_jobs(complete(source), settings)
         first = jobs[0]
         checkpoint = first.container.checkpoint
-    routes = read.calibration is not None and calibration is None and _needs_statistics(first)
+    journal = begun(jobs, outs, settings, read)
+    with kept(journal):
+        return _made_all(jobs, outs, Known(calibration, read, journal), meter)
+
+
+def _made_all(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Meter) -> Conversion:
+    """All outputs, their comparison and what is written beside them, from what headers and texts say."""
+    first, settings, read = jobs[0], jobs[0].settings, known.texts
+    routes = read.calibration is not None and known.calibration is None and _needs_statistics(first)
     measures = any(job.measures for job in jobs)
     announce(first.model, routes + measures + len(jobs) + (read.evaluation is not None))
     if routes and read.calibration is not None:
         with meter.stage("route"):
-            watched = None if matrices is None else all_sites(first.model)
-            calibration = calibrate(checkpoint, read.calibration, settings.resources, watched=watched)
-    if calibration is not None and matrices is not None and settings.imatrix_out is not None:
-        imatrix.write(settings.imatrix_out, matrices, calibration, "none")
-    if calibration is not None and read.probes is not None:
+            known = replace(known, calibration=_routed(first, read.calibration, known.journal))
+    if known.calibration is not None and settings.imatrix_out is not None:
+        _write_imatrix(first, known.calibration, settings.imatrix_out, known.journal)
+    if known.calibration is not None and read.probes is not None:
         with meter.stage("plan"):
-            jobs = measured(jobs, calibration, read.probes)
-    known, done = Known(calibration, read), list[Finished]()
-    for job, out in zip(jobs, outs, strict=True):
+            jobs = chosen(jobs, _sensitivities(jobs, known.calibration, read.probes, known.journal))
+    done = list[Finished]()
+    for number, (job, out) in enumerate(zip(jobs, outs, strict=True)):
         with keeping([each.written.path for each in done]):
-            done.append(_made(job, out, known, meter))
+            done.append(_again(job, out, number, known, meter) or _made(job, out, number, known, meter))
     comparisons: Sequence[Comparison | None] = [None] * len(done)
     if read.evaluation is not None:
         with meter.stage("compare"), keeping(outs):
@@ -144,8 +161,60 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings) -> Conver
     )
     if (path := card_path(outs, settings)) is not None:
         with keeping(outs):
-            card.write(made, path, settings.imatrix_out)
+            _write_card(made, path, settings, known.journal)
     return made
+
+
+def _routed(job: Job, rows: Rows, journal: RunJournal | None) -> Calibration:
+    """The statistics pass, from where it stopped."""
+    checkpoint, settings = job.container.checkpoint, job.settings
+    watched = None if settings.imatrix_out is None else all_sites(job.model)
+    if journal is None:
+        return calibrate(checkpoint, rows, settings.resources, watched=watched)
+    layers = journal.statistics(checkpoint, rows)
+    found = calibrate(checkpoint, rows, settings.resources, journal=layers, watched=watched)
+    layers.forget_states()
+    return found
+
+
+def _sensitivities(
+    jobs: Sequence[Job], calibration: Calibration, probes: Rows, journal: RunJournal | None
+) -> Sensitivities:
+    """What types cost, measured once."""
+    if journal is None:
+        return measured(jobs, calibration, probes)
+    if (known := journal.sensitivities()) is not None:
+        return known
+    found = measured(jobs, calibration, probes)
+    journal.keep_sensitivities(found)
+    return found
+
+
+def _write_imatrix(job: Job, calibration: Calibration, path: Path, journal: RunJournal | None) -> None:
+    """The statistics beside the output, unless a run that was killed wrote those very ones."""
+    exported = export(job.model)
+    if path.exists() and not job.settings.overwrite:
+        with scratch() as folder:
+            imatrix.write(folder / "again", exported, calibration, "none")
+            if not filecmp.cmp(folder / "again", path, shallow=False):
+                raise OutputError(f"{path}: exists already; give another name or --overwrite")
+        return
+    if journal is not None:
+        journal.announce(path)
+    imatrix.write(path, exported, calibration, "none")
+
+
+def _write_card(made: Conversion, path: Path, settings: Settings, journal: RunJournal | None) -> None:
+    """The card beside the outputs, or in the folder, unless a run that was killed wrote that very one."""
+    text = card.text(made, path.parent, settings.imatrix_out)
+    ours = settings.overwrite or settings.format != "gguf"  # a folder has no other card
+    if path.exists() and not ours:
+        if path.read_bytes() != text.encode():
+            raise OutputError(f"{path}: exists already; give another name or --overwrite")
+        return
+    if journal is not None:
+        journal.announce(path)
+    card.write(text, path, ours)
 
 
 def gradients(checkpoint: Checkpoint, settings: Settings) -> Needs | None:
@@ -172,19 +241,42 @@ def _needs_statistics(job: Job) -> bool:
     return is_file or job.measures or job.settings.effort == "fast" or job.settings.imatrix_out is not None
 
 
-def _made(job: Job, out: Path, known: Known, meter: Meter) -> Finished:
+def _again(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finished | None:
+    """The output as a run that was killed finished it; None where it did not, or where it may be replaced
+    and is not what that wrote."""
+    done = None if known.journal is None else known.journal.done(number, job, out)
+    if known.journal is None or done is None:
+        return None
+    written, losses, checked = done
+    try:
+        with meter.stage(job.stage("verify")):
+            job.container.verify(written, job.plan)
+    except MoequantError:
+        if not job.settings.overwrite:
+            raise OutputError(f"{out}: exists already; give another name or --overwrite") from None
+        return None
+    known.journal.forget_parts(number)
+    return Finished(job, out, written, losses, checked)
+
+
+def _made(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finished:
     """Quantize, pack and verify one output; it has its name then."""
     losses: list[ExpertLoss] = []
-    checked: SelfCheck | None = None
-    container = job.container
+    checked: str | None = None
+    container, journal = job.container, known.journal
     with _place(job, out) as partial:
         with meter.stage(job.stage("quantize")):
-            written = container.write(partial, job.plan, _rounded(job, known, losses))
+            parts = None if journal is None else journal.parts(number, job)
+            written = container.write(partial, job.plan, _rounded(job, known, parts, losses))
         with meter.stage(job.stage("verify")):
             container.verify(written, job.plan)
         if job.settings.self_check and shelf_of(job.model) is None:  # transformers reads a whole folder
             with meter.stage(job.stage("self-check")):
-                checked = self_check(job.model, _output(job, written), job.settings.ram)
+                checked = self_check(job.model, _output(job, written), job.settings.ram).note
+        if journal is not None:
+            journal.finish(number, written, losses, checked)
+    if journal is not None:
+        journal.forget_parts(number)
     first = part_names(out, len(container.parts(job.plan)))[0]
     return Finished(job, out, replace(written, path=first), tuple(losses), checked)
 
@@ -196,22 +288,37 @@ def _place(job: Job, out: Path) -> AbstractContextManager[Path]:
     return atomic(out) if job.settings.split is None else atomic_parts(out)
 
 
-def _rounded(job: Job, known: Known, losses: list[ExpertLoss]) -> Iterator[Packed]:
-    """Every weight that is packed, in the plan's order: by the plain search at effort fast, else under
-    Hessians."""
+def _rounded(job: Job, known: Known, parts: Parts | None, losses: list[ExpertLoss]) -> Iterator[Packed]:
+    """Every weight that is packed, in the plan's order: what is finished, then the rest."""
+    planned = {choice.weight: choice.format for choice in job.plan.choices}
+    found = _unfinished(job, known, None, frozenset()) if parts is None else _resumed(job, known, parts)
+    for packed, loss in progress(found, job.container.checkpoint):
+        losses.append(replace(loss, format=planned[packed.weight.name]))
+        yield packed
+
+
+def _resumed(job: Job, known: Known, parts: Parts) -> Iterator[Result]:
+    """What is finished, then the rest."""
+    finished = set[str]()
+    for result in parts.results():
+        finished.add(result[0].weight.name)
+        yield result
+    if finished != parts.formats.keys():
+        yield from _unfinished(job, known, parts, finished)
+
+
+def _unfinished(job: Job, known: Known, parts: Parts | None, finished: Set[str]) -> Iterator[Result]:
+    """What is not `finished`: by the plain search at effort fast, else under Hessians. It is kept in
+    `parts`."""
     settings, checkpoint = job.settings, job.container.checkpoint
     types = job.container.formats(job.plan)
-    planned = {choice.weight: choice.format for choice in job.plan.choices}
     quantizer = Quantizer(known.calibration, settings.effort, settings.gating)
     rows = known.texts.calibration
     if rows is None or settings.effort == "fast" or not job.quantizes:
-        found = pack_all(checkpoint, types, quantizer)
-    else:
-        rounding = Rounding.of(settings.effort, settings.coupled)
-        found = round_checkpoint(checkpoint, rows.ids, types, quantizer.pack, rounding, settings.resources)
-    for packed, loss in progress(found, checkpoint):
-        losses.append(replace(loss, format=planned[packed.weight.name]))
-        yield packed
+        found = pack_all(checkpoint, types, quantizer, finished)
+        return found if parts is None else parts.kept(found)
+    rounding = Rounding.of(settings.effort, settings.coupled)
+    return round_checkpoint(checkpoint, rows.ids, types, quantizer.pack, rounding, settings.resources, parts)
 
 
 def _output(job: Job, written: Written) -> Output:
@@ -252,7 +359,7 @@ def _report(finished: Finished, known: Known, comparison: Comparison | None, met
         comparison=comparison,
         stages=tuple(meter.costs),
         notes=_notes(job),
-        checked=None if finished.checked is None else finished.checked.note,
+        checked=finished.checked,
         parts=job.parts(finished.out),
         how=How(rounded_on, job.settings.coupled, job.settings.folder if is_folder else None),
     )

@@ -115,11 +115,16 @@ def open_jobs(model: Model | Folder, settings: Settings) -> tuple[Job, ...]:
     )
 
 
-def measured(jobs: Sequence[Job], calibration: Calibration, probes: Rows) -> tuple[Job, ...]:
-    """The same with types chosen by what each would cost this model, measured once for all."""
+def measured(jobs: Sequence[Job], calibration: Calibration, probes: Rows) -> plan.Sensitivities:
+    """What each type would cost this model, measured once for all jobs."""
     output, settings = jobs[0].container, jobs[0].settings
     menu, probing = _menu(output, settings), Probing(gating=settings.gating)
-    found = measure(output.checkpoint, calibration, probes.ids, probing, menu, settings.resources)
+    return measure(output.checkpoint, calibration, probes.ids, probing, menu, settings.resources)
+
+
+def chosen(jobs: Sequence[Job], found: plan.Sensitivities) -> tuple[Job, ...]:
+    """The same jobs with types chosen by what each costs."""
+    output, settings = jobs[0].container, jobs[0].settings
     left = LEFT_COUPLED if settings.coupled else LEFT_BY_HESSIANS
     found = found.after({name: left for row in found.table.values() for name in row})
     return tuple(

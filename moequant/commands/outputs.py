@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from moequant.checkpoint import repository
 from moequant.commands.job import Job
+from moequant.commands.journal import check, dismiss, finished_by, journal_of
 from moequant.commands.settings import Settings
 from moequant.errors import MoequantError, OutputError
 from moequant.files import check_space, claim
@@ -41,11 +42,15 @@ def names(model: Path, out: Path, settings: Settings) -> tuple[Path, ...]:
 
 
 @contextmanager
-def claimed(model: Path, outs: Sequence[Path], settings: Settings) -> Iterator[None]:
-    """All outputs of a conversion, locked together while the block runs. OutputError as `claim` raises it.
+def claimed(model: Path, outs: Sequence[Path], settings: Settings) -> Iterator[frozenset[Path]]:
+    """All outputs of a conversion, locked together while the block runs, and those of them that the journal
+    has as finished. OutputError as `claim` raises it.
 
-    A folder for several files is made here, and is gone again if nothing came to lie in it.
+    A folder for several files is made here, and is gone again if nothing came to lie in it. With
+    `settings.fresh` the journal goes.
     """
+    journal = journal_of(outs)
+    finished = frozenset() if settings.fresh else finished_by(journal, outs)
     is_file = settings.format == "gguf"
     whole, parts = ((), outs) if settings.split is not None else (outs, ())
     files = (
@@ -62,9 +67,15 @@ def claimed(model: Path, outs: Sequence[Path], settings: Settings) -> Iterator[N
             parts=parts if is_file else (),
             overwrite=settings.overwrite,
             inputs=inputs,
+            finished=finished,
         ),
     ):
-        yield
+        if settings.fresh:
+            check(journal)
+            dismiss(journal)
+        elif finished != finished_by(journal, outs):
+            raise OutputError(f"{journal}: another run has just ended it; give the same command again")
+        yield finished
 
 
 def card_path(outs: Sequence[Path], settings: Settings) -> Path | None:
@@ -92,10 +103,13 @@ def _made(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def check_targets(jobs: Sequence[Job], outs: Sequence[Path]) -> None:
-    """OutputError when one of the outputs cannot be put there, or the disk has no room for all together."""
+def check_targets(jobs: Sequence[Job], outs: Sequence[Path], finished: Set[Path]) -> None:
+    """OutputError when one of the outputs that are not finished cannot be put there, or the disk has no room
+    for all together."""
     needed: dict[Path, int] = {}
     for job, out in zip(jobs, outs, strict=True):
+        if out in finished:
+            continue
         job.container.check_target(out, job.plan)
         folder = out.absolute().parent
         needed[folder] = needed.get(folder, 0) + job.size

@@ -45,7 +45,9 @@ class Settings:
     precision would have made of what the layers before it lost. `mtp` keeps the layers that predict the
     token after the next.
 
-    `stream` are the bytes of a model of the Hub that may be on disk at a time; None downloads it whole.
+    `fresh` forgets what a run to the same output had finished when it was killed; else a conversion with the
+    same settings goes on from there. `stream` are the bytes of a model of the Hub that may be on disk at a
+    time; None downloads it whole.
 
     PlanError for an option that the format does not have, and for two that say the same thing.
     """
@@ -71,6 +73,7 @@ class Settings:
     stream: int | None = None
     device: str = "cpu"
     overwrite: bool = False
+    fresh: bool = False
     format: FormatName = "gguf"
     scheme: str | None = None
     bits: int | None = None

@@ -10,6 +10,7 @@ from moequant.files.parts import part_names
 from moequant.files.scratch import scratch
 from moequant.files.signals import Interrupted, interruptible
 from moequant.files.targets import check_space
+from moequant.files.temporary import discard, sync
 from moequant.files.write import atomic, atomic_folder, atomic_parts, check_output, claim
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "check_output",
     "check_space",
     "claim",
+    "discard",
     "interruptible",
     "part_names",
     "scratch",
+    "sync",
 ]

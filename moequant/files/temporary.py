@@ -32,6 +32,15 @@ def sweep(path: Path) -> None:
             remove(entry)
 
 
+def discard(folder: Path, path: Path) -> None:
+    """Remove `folder`, which lies beside the target `path`: it is gone at once, and its rest with the next
+    run to that target if this one dies."""
+    gone = folder.with_name(f"{prefix(path)}{secrets.token_hex(4)}")
+    folder.rename(gone)
+    sync(folder.parent)
+    remove(gone)
+
+
 def aside(path: Path) -> Path:
     """Where the old folder waits while a new one takes its place in two steps."""
     return path.with_name(f"{prefix(path)}old")

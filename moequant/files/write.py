@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -27,10 +27,12 @@ def claim(
     parts: Iterable[Path] = (),
     overwrite: bool = False,
     inputs: Iterable[str | Path | None] = (),
+    finished: Collection[Path] = (),
 ) -> Iterator[None]:
     """All outputs of a run are checked, and locked while the block runs. None is an output not wanted.
 
-    Inside, `atomic`, `atomic_folder` and `atomic_parts` know whether the targets may be replaced.
+    Inside, `atomic`, `atomic_folder` and `atomic_parts` know whether the targets may be replaced. Those that
+    are `finished` may be there, for the caller to look at; nothing replaces them because of that.
     `inputs` are what the run reads; those that are no paths are passed over. OutputError when a target
     cannot be written, is there already and may not be replaced, is another target or an input, or when
     another run is writing it.
@@ -45,7 +47,7 @@ def claim(
     with ExitStack() as stack:
         for target in targets:
             if _claimed(target.given, target.kind) is None:
-                stack.enter_context(_locked(target))
+                stack.enter_context(_locked(target, target.given in finished))
         mine = {target.given.absolute(): target for target in targets}
         token = _CLAIMED.set({**_CLAIMED.get(), **mine})
         stack.callback(_CLAIMED.reset, token)
@@ -133,15 +135,17 @@ def _claimed(path: Path, kind: Kind) -> Target | None:
 
 
 @contextmanager
-def _locked(target: Target) -> Iterator[None]:
-    """The target's lock is held, nothing of dead runs is left, and what is there may be replaced."""
+def _locked(target: Target, finished: bool) -> Iterator[None]:
+    """The target's lock is held, nothing of dead runs is left, and what is there may be replaced, or stays
+    as it is `finished`."""
     with ExitStack() as stack:
         try:
             if stack.enter_context(locked(target.path)):
                 with suppress(FileExistsError):
                     set_of_parts.settle(target.path)
                 sweep(target.path)
-            target.check_free()
+            if not finished:
+                target.check_free()
         except OSError as error:
             raise unwritable(target.given, error) from None
         yield

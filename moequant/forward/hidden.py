@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moequant.errors import OutputError
+from moequant.files import sync
 
 
 class Hidden(Protocol):
@@ -28,6 +30,9 @@ class Hidden(Protocol):
 
     def drop(self, layer: int) -> None:
         """Forget what was fed to `layer`: all batches have crossed it."""
+
+    def sync(self, layer: int) -> None:
+        """What is fed to `layer` is all there; if it is to outlive the process, it is on the disk now."""
 
 
 class InMemory:
@@ -60,16 +65,21 @@ class InMemory:
     def drop(self, layer: int) -> None:
         """Nothing is left to forget."""
 
+    def sync(self, layer: int) -> None:
+        """Nothing outlives the process."""
+
 
 class OnDisk:
     """Hidden states in one file a layer under `folder`, read and written a batch at a time.
 
     In the file every batch is followed by a checksum of its numbers and of its place. `shapes` are those of
-    the batches. Files of finished layers survive the process, which is what a resumed run starts from.
+    the batches; `again` ends the message about a file that is damaged. Files of finished layers survive the
+    process, which is what a resumed run starts from.
     """
 
-    def __init__(self, folder: Path, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, folder: Path, shapes: Sequence[tuple[int, ...]], again: str = "") -> None:
         self.folder, self.shapes = folder, shapes
+        self.again = again or f"delete {folder} to begin again"
         sizes = [int(np.prod(shape)) + 1 for shape in shapes]  # and the checksum
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
 
@@ -77,15 +87,14 @@ class OnDisk:
         """See `Hidden`."""
         start, stop = self._starts[batch], self._starts[batch + 1]
         try:
-            values = np.fromfile(self.path(layer), np.float32, stop - start, offset=4 * start)
+            with self._open(layer, os.O_RDONLY) as file:
+                values = np.fromfile(file, np.float32, stop - start, offset=4 * start)
         except OSError as error:
             raise OutputError(f"{self.path(layer)}: hidden states cannot be read ({error})") from None
         if len(values) < stop - start or values[-1:].view(np.uint32)[0] != _checksum(
             values[:-1], layer, batch
         ):
-            raise OutputError(
-                f"{self.path(layer)}: hidden states are damaged; delete {self.folder} to begin again"
-            )
+            raise OutputError(f"{self.path(layer)}: hidden states are damaged; {self.again}")
         return torch.from_numpy(values[:-1]).view(self.shapes[batch])
 
     def put(self, layer: int, batch: int, states: Tensor) -> None:
@@ -93,8 +102,7 @@ class OnDisk:
         path = self.path(layer)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            with path.open("r+b") as file:
+            with self._open(layer, os.O_RDWR | os.O_CREAT) as file:
                 file.seek(4 * self._starts[batch])
                 values = states.detach().float().cpu().contiguous().numpy()
                 values.tofile(file)
@@ -109,9 +117,56 @@ class OnDisk:
         """See `Hidden`."""
         self.path(layer).unlink(missing_ok=True)
 
+    def sync(self, layer: int) -> None:
+        """See `Hidden`."""
+        try:
+            with self._open(layer, os.O_RDONLY) as file:
+                os.fsync(file)
+            sync(self.folder)
+        except OSError as error:
+            raise OutputError(f"{self.path(layer)}: hidden states cannot be kept ({error})") from None
+
+    def _open(self, layer: int, flags: int) -> BinaryIO:
+        """The file of a layer itself, never what a link in its place leads to."""
+        handle = os.open(self.path(layer), flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        return os.fdopen(handle, "rb" if flags == os.O_RDONLY else "r+b")
+
     def path(self, layer: int) -> Path:
         """Where the states in front of `layer` lie."""
         return self.folder / f"hidden-{layer:04d}.f32"
+
+
+class Lasting:
+    """Hidden states that outlive the process: on `disk`, and where there is room also in `memory`, which
+    spares reading them."""
+
+    def __init__(self, disk: OnDisk, memory: InMemory | None) -> None:
+        self.disk, self.memory = disk, memory
+
+    def get(self, layer: int, batch: int) -> Tensor:
+        """See `Hidden`."""
+        return (self.memory or self.disk).get(layer, batch)
+
+    def put(self, layer: int, batch: int, states: Tensor) -> None:
+        """See `Hidden`."""
+        self.disk.put(layer, batch, states)
+        if self.memory is not None:
+            self.memory.put(layer, batch, states)
+
+    def drop(self, layer: int) -> None:
+        """See `Hidden`."""
+        self.disk.drop(layer)
+
+    def sync(self, layer: int) -> None:
+        """See `Hidden`."""
+        self.disk.sync(layer)
+
+    def resume(self, layer: int) -> None:
+        """Go on from what an earlier process left in front of `layer`. OutputError when it is damaged."""
+        for batch in range(len(self.disk.shapes)):
+            states = self.disk.get(layer, batch)
+            if self.memory is not None:
+                self.memory.put(layer, batch, states)
 
 
 def _checksum(values: NDArray[np.float32], layer: int, batch: int) -> int:

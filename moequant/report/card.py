@@ -144,13 +144,16 @@ class Card:
         return "## Good to know\n\n" + "".join(f"- {markdown(note)}\n" for note in notes) if notes else ""
 
 
-def write(made: Conversion, path: Path, imatrix: Path | None = None) -> None:
-    """The card into a file. OutputError when the disk refuses."""
-    folder = path.parent
+def text(made: Conversion, folder: Path, imatrix: Path | None = None) -> str:
+    """The card for a place in `folder`."""
     picture = next((name for name in PICTURES if (folder / name).is_file()), None)
     beside = imatrix is not None and imatrix.parent.resolve() == folder.resolve()
-    text = Card(made, imatrix.name if imatrix is not None and beside else None, picture).text()
-    with atomic(path) as partial:
+    return Card(made, imatrix.name if imatrix is not None and beside else None, picture).text()
+
+
+def write(text: str, path: Path, overwrite: bool = False) -> None:
+    """The card into a file. OutputError when the disk refuses."""
+    with atomic(path, overwrite) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

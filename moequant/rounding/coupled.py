@@ -12,7 +12,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,41 +24,20 @@ from moequant.forward.stream import ENDS, LayerStream
 from moequant.forward.taps import recorder
 from moequant.rounding.feedback import round_to_hessian
 from moequant.rounding.paired import Capture, Grams, Pair, Seen
+from moequant.rounding.parts import Parts
 from moequant.rounding.recall import Kept
 from moequant.rounding.results import Result, decoded, joined, judged
 from moequant.rounding.rounder import UNROUNDED, Plain, Rounder, Rounding
 from moequant.rounding.routed import Experts, Fed, Route
 from moequant.rounding.shrinkage import shrink
+from moequant.rounding.streams import ROOMS, Streams
 from moequant.rounding.twosided import even_fisher
 from moequant.statistics.fisher import Fishers, gather
 from moequant.values import Packed, Role, Site, Weight
 from moequant.values.ops import put
 
-ROOMS = 7
-"""What is kept for every token: hidden states of both streams, what experts are fed and give in both, and the
-error of the residual stream."""
-
 MIXED = (Role.ATTN_OUT, Role.SSM_OUT)
 """Roles of the last product of what mixes tokens: attention, or a recurrence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Streams:
-    """Hidden states in full precision, and those of the model as it is rounded so far; what is kept within a
-    layer lies under `folder` as well, where memory is limited."""
-
-    exact: Hidden
-    rounded: Hidden
-    folder: Path
-
-    @classmethod
-    def under(cls, folder: Path, stream: LayerStream) -> Streams:
-        """Room for both, spilled to sub-folders of `folder` where memory is limited."""
-        both = folder / "exact", folder / "rounded"
-        for each in both:
-            each.mkdir()
-        exact, rounded = (stream.new_hidden(each, among=ROOMS) for each in both)
-        return cls(exact, rounded, folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,38 +108,51 @@ class Coupled:
         """How weights are rounded."""
         return Rounder(self.formats, self.plain, self.rounding, self.fishers)
 
-    def run(self, streams: Streams) -> Iterator[Result]:
+    def run(self, streams: Streams, parts: Parts | None = None) -> Iterator[Result]:
         """Every weight, packed, in the order of the checkpoint. `streams` are filled on the way.
 
-        CheckpointError when Fishers are asked for and the model does not fit into memory.
+        With `parts` what is finished is kept there, and nothing comes that was finished before: `streams`
+        hold then what is in front of the next layer. CheckpointError when Fishers are asked for and the
+        model does not fit into memory.
         """
         if self.rounding.fisher_tokens and self.fishers is None:
-            yield from replace(self, fishers=self._gather()).run(streams)
+            yield from replace(self, fishers=self._gather()).run(streams, parts)
             return
-        stream = self.stream
-        outside = stream.weights(None)
-        for weight in outside:
+        stream, count = self.stream, 0 if parts is None else parts.count
+        if not count:
+            yield from streams.finished(self._before(streams), 0, parts)
+        copies = [copy.deepcopy(layer) for layer in stream.skeleton.layers]  # empty: on the meta device
+        for index in stream.layers(max(0, count - 1), experts=False):
+            share(stream.skeleton.layers[index], copies[index])
+            layer = Layer(index, copies[index], self._middle(index), self._kept(index))
+            yield from streams.finished(self._layer(layer, streams), index + 1, parts)
+            copies[index] = nn.Identity()
+        behind = self._behind(streams)
+        if parts is not None:
+            parts.add(behind)
+        yield from behind
+
+    def _before(self, streams: Streams) -> list[Result]:
+        """What is outside of the layers, but for the head; both streams are in front of the first layer."""
+        found = []
+        for weight in self.stream.weights(None):
             if weight.role is Role.EMBEDDING:
                 result = self._embedding(weight)
                 self._embed(result, streams)
+                found += [] if result is None else [result]
             elif weight.role is not Role.OUTPUT and weight.name in self.formats:
-                result = self.plain(weight, self.formats[weight.name])
-            else:
-                continue
-            if result is not None:
-                yield result
-        copies = [copy.deepcopy(layer) for layer in stream.skeleton.layers]  # empty: on the meta device
-        for index in stream.layers(experts=False):
-            share(stream.skeleton.layers[index], copies[index])
-            layer = Layer(index, copies[index], self._middle(index), self._kept(index))
-            yield from self._layer(layer, streams)
-            copies[index] = nn.Identity()
-        for weight in stream.checkpoint.weights:  # what is behind the layers, and not run
-            if weight.layer is not None and not weight.runs and weight.name in self.formats:
-                yield self.plain(weight, self.formats[weight.name])
-        for weight in outside:
-            if weight.role is Role.OUTPUT and weight.name in self.formats:
-                yield self._head(weight, streams)
+                found.append(self.plain(weight, self.formats[weight.name]))
+        return found
+
+    def _behind(self, streams: Streams) -> list[Result]:
+        """What is behind the layers: what is not run, then the head."""
+        wanted = [each for each in self.stream.checkpoint.weights if each.name in self.formats]
+        skipped = [each for each in wanted if each.layer is not None and not each.runs]
+        heads = [each for each in wanted if each.layer is None and each.role is Role.OUTPUT]
+        return [
+            *(self.plain(each, self.formats[each.name]) for each in skipped),
+            *(self._head(each, streams) for each in heads),
+        ]
 
     def _gather(self) -> Fishers:
         stream = self.stream
@@ -305,7 +296,7 @@ class Coupled:
 
         for _ in self.stream.each(work):
             pass
-        for each in (streams.exact, streams.rounded, *(layer.kept.experts or ())):
+        for each in layer.kept.experts or ():
             each.drop(index)
 
     def _group(self, layer: Layer, group: list[Weight], streams: Streams) -> dict[str, Result]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -106,9 +106,12 @@ def relative_error(fmt: formats.Format, values: Tensor, data: Tensor, columns: T
 
 
 def pack_all(
-    checkpoint: Checkpoint, formats: Mapping[str, str], quantizer: Quantizer
+    checkpoint: Checkpoint,
+    formats: Mapping[str, str],
+    quantizer: Quantizer,
+    finished: Set[str] = frozenset(),
 ) -> Iterator[tuple[Packed, ExpertLoss]]:
-    """Every weight of `formats`, in the checkpoint's order, packed when asked for."""
+    """Every weight of `formats` that is not `finished`, in the checkpoint's order, packed when asked for."""
     wanted = [weight for weight in checkpoint.weights if weight.name in formats]
     together: dict[tuple[str, str], list[Weight]] = {}
     for weight in wanted:
@@ -117,7 +120,8 @@ def pack_all(
     for weight in wanted:
         name = formats[weight.name]
         key = ("" if weight.site is None else weight.site.name, name)
-        yield quantizer.pack(weight, name, together.get(key, ()))
+        if weight.name not in finished:
+            yield quantizer.pack(weight, name, together.get(key, ()))
 
 
 def progress(

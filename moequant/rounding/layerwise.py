@@ -11,9 +11,11 @@ from moequant.checkpoint import Checkpoint
 from moequant.files import scratch
 from moequant.forward.memory import rounding_work
 from moequant.forward.stream import LayerStream, Resources
-from moequant.rounding.coupled import Coupled, Streams
+from moequant.rounding.coupled import Coupled
+from moequant.rounding.parts import Parts
 from moequant.rounding.results import Result
 from moequant.rounding.rounder import Plain, Rounding
+from moequant.rounding.streams import Streams
 
 BATCHES = 8
 """The least number of batches, where there are as many rows."""
@@ -26,11 +28,12 @@ def round_checkpoint(
     plain: Plain,
     rounding: Rounding,
     resources: Resources,
+    parts: Parts | None = None,
 ) -> Iterator[Result]:
     """Every weight packed in its format of `formats`, in the checkpoint's order; `ids` i64 [rows, n].
 
     Hidden states lie in a temporary folder where memory is limited; so many experts are rounded together as
-    memory has room for.
+    memory has room for. With `parts` what is finished is kept there, and nothing comes that was before.
     """
     resources = replace(resources, batch_tokens=min(resources.batch_tokens, ids.numel() // BATCHES))
     work = rounding_work(resources.ram)
@@ -40,4 +43,7 @@ def round_checkpoint(
         scratch() as folder,
         LayerStream(checkpoint, ids, resources) as stream,
     ):
-        yield from Coupled(stream, formats, plain, rounding).run(Streams.under(folder, stream))
+        streams = Streams.under(folder, stream)
+        if parts is not None:
+            streams = streams.kept(parts, stream.shapes)
+        yield from Coupled(stream, formats, plain, rounding).run(streams, parts)

@@ -60,6 +60,8 @@ def calibrate(
             if not all(torch.isfinite(stats.moment).all() for stats in found.inputs.values()):
                 _blame(checkpoint)
             if journal:
+                if layer < stream.n_layers:
+                    hidden.sync(layer + 1)
                 journal.add(layer, found)
             return found
 

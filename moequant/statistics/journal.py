@@ -3,8 +3,7 @@
 One folder a run: `run.json` says which run it is, `layer-NNNN.safetensors` holds the
 statistics of a finished layer, `hidden-NNNN.f32` the hidden states in front of a layer, all with
 checksums. A layer counts as finished when its statistics are there under their final name; the hidden
-states that it was fed are deleted only after that. Hidden states are not flushed to the
-disk: a killed process loses nothing, a power failure may.
+states that it was fed are deleted only after that, and those that it gives are on the disk before.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Journal:
         """Open or begin it. OutputError when the folder belongs to another run."""
         self.folder, self.checkpoint = folder, checkpoint
         _check(folder)
-        self.run = {"moequant": __version__, "model": _fingerprint(checkpoint), "rows": digest(rows)}
+        self.run = {"moequant": __version__, "model": fingerprint(checkpoint), "rows": digest(rows)}
         begun = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +101,8 @@ class Journal:
     def add(self, layer: int, statistics: Calibration) -> None:
         """Layer `layer` is finished."""
         kept = store.Stored(self._model(layer), statistics, str(self.checkpoint.path))
-        store.save(self._layer(layer), kept)
+        # One may be there behind those that are missing, of a run that died while it removed them.
+        store.save(self._layer(layer), kept, overwrite=True)
 
     def _model(self, layer: int) -> store.Model:
         """What the statistics of a layer say that they are of."""
@@ -114,6 +114,11 @@ class Journal:
             for file in self.folder.iterdir():
                 file.unlink()
             self.folder.rmdir()
+
+    def forget_states(self) -> None:
+        """All layers are finished: only their statistics are needed from here on."""
+        for file in self.folder.glob("hidden-*.f32"):
+            file.unlink()
 
     def leave(self) -> None:
         """The run has failed: where no layer is finished there is nothing to go on from, and nothing is
@@ -133,7 +138,7 @@ def _read(path: Path) -> object:
         return None
 
 
-def _fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: Checkpoint) -> str:
     """Names, places, sizes and times of all tensors' files: changes when the checkpoint does."""
     digest = hashlib.sha256(json.dumps(checkpoint.raw, sort_keys=True, default=str).encode())
     stored = {each.name: each for weight in checkpoint.weights for each in weight.origin.stored}

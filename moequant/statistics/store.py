@@ -1,38 +1,30 @@
 """What calibration learned, as one safetensors file: saved, loaded, merged.
 
-The header's metadata has a single entry, `moequant`, a JSON object: one entry because the
-library writes several in no fixed order, and the same statistics must be the same bytes.
-Tensors keep their float64, so that merging loses nothing.
+The same statistics are the same bytes (`sealed`). Tensors keep their float64, so that merging loses
+nothing.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
-from moequant.checkpoint.folder import LocalFile
-from moequant.checkpoint.headers import read_header
-from moequant.errors import CheckpointError, CorpusError
+from moequant.errors import CorpusError
 from moequant.families import Config, Family
-from moequant.files import atomic
+from moequant.statistics import sealed
 from moequant.values import Calibration, InputStats, RouteStats, Weight
 
 VERSION = 2
 """Layout of the file: sites and keys of the config have the model's names. Version 1 had those of
 llama.cpp."""
-
-METADATA = "moequant"
 
 _INPUT_FIELDS = tuple(field.name for field in fields(InputStats))
 _ROUTE_FIELDS = ("tokens", "gate_mass", "domain_tokens", "pairs")
@@ -70,7 +62,7 @@ def stored(checkpoint: Checkpoint, calibration: Calibration) -> Stored:
     return Stored(identity(checkpoint), calibration, str(checkpoint.path))
 
 
-def save(path: Path, what: Stored) -> None:
+def save(path: Path, what: Stored, overwrite: bool = False) -> None:
     """Write `what` to `path`: the same statistics give the same bytes. OutputError when the disk refuses."""
     calibration = what.calibration
     tensors = _tensors(calibration)
@@ -83,26 +75,14 @@ def save(path: Path, what: Stored) -> None:
         "domains": list(calibration.domains),
         "gate_entropy": [route.gate_entropy for route in calibration.routes],
     }
-    meta["crc32"] = _checksum(meta, tensors)
-    with atomic(path) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode
-        try:
-            save_file(tensors, partial, {METADATA: json.dumps(meta, sort_keys=True)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        # The library makes files that only their owner can read.
-        partial.chmod(mode)
+    sealed.write(path, meta, tensors, overwrite)
 
 
 def load(path: Path) -> Stored:
     """Read what `save` wrote; CorpusError for a file that is damaged, or something else."""
     try:
-        read_header(LocalFile(path))  # the format's rules, before the library sees a byte
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get(METADATA, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (CheckpointError, OSError, SafetensorError, ValueError, RecursionError) as error:
+        meta, tensors = sealed.read(path)
+    except ValueError as error:
         raise CorpusError(f"{path}: cannot be read as statistics ({error})") from None
     if not isinstance(meta, dict):
         raise CorpusError(f"{path}: a safetensors file, but not statistics from moequant route")
@@ -110,7 +90,7 @@ def load(path: Path) -> Stored:
         raise CorpusError(
             f"{path}: statistics of version {meta.get('version')}, expected {VERSION}; route again"
         )
-    if meta.pop("crc32", None) != _checksum(meta, tensors):
+    if meta.pop("crc32", None) != sealed.checksum(meta, tensors):
         raise CorpusError(f"{path}: statistics are damaged (checksum differs); copy or route again")
     try:
         calibration = _calibration(meta, tensors)
@@ -260,7 +240,7 @@ def _same_model(one: Stored, two: Stored) -> None:
 
 
 def _tensors(calibration: Calibration) -> dict[str, Tensor]:
-    """Every tensor by its name in the file. `save_file` wants each in memory of its own."""
+    """Every tensor by its name in the file."""
     found: dict[str, Tensor] = {}
     for name, stats in calibration.inputs.items():
         for field in _INPUT_FIELDS:
@@ -268,11 +248,6 @@ def _tensors(calibration: Calibration) -> dict[str, Tensor]:
     for route in calibration.routes:
         for field in _ROUTE_FIELDS:
             found[f"route/{route.layer}/{field}"] = getattr(route, field)
-    shared: set[int] = set()
-    for name, tensor in found.items():
-        start = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if start in shared else tensor.contiguous()
-        shared.add(start)
     return found
 
 
@@ -294,12 +269,3 @@ def _calibration(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cali
         source=str(meta["source"]),
         domains=tuple(meta["domains"]),
     )
-
-
-def _checksum(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 of everything that is kept, tensors by name: safetensors itself notices no flipped bit."""
-    crc = zlib.crc32(json.dumps(meta, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
-    return crc

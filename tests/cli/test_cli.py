@@ -202,14 +202,25 @@ def test_a_full_disk_is_refused_before_any_work(model: Path, tmp_path: Path, mon
         gguf.check_target(tmp_path / "q.gguf", 1000)
 
 
-def test_a_disk_that_fills_up_half_way_leaves_nothing(model: Path, text: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_half_way_leaves_what_is_finished(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
     """The kernel refuses to let files grow past a limit, as a full disk would."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limit[1]))
+    limit, out = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "out" / "q.gguf"
+    out.parent.mkdir()
+    calib = ("--calib", text, "--calib-tokens", "1024", "--eval-tokens", "0")
+    arguments = ("convert", model, *calib, "--type", "Q8_0", "--effort", "fast", "-o", out)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_100_000, limit[1]))
     try:
-        refused(tmp_path / "q.gguf", model, "--calib", text, "--effort", "fast", says="cannot be written")
+        result = run(*arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert re.search(r"cannot be written .*\(what is finished is kept: the same command", result.stderr)
+    assert [path.name for path in out.parent.iterdir()] == ["q.gguf.journal"]
+    result = run(*arguments)
+    assert result.returncode == 0 and "goes on after what is finished there" in result.stderr
+    assert [path.name for path in out.parent.iterdir()] == ["q.gguf"]
 
 
 def test_help_and_version() -> None:

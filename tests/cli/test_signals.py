@@ -1,4 +1,4 @@
-"""A run that a signal ends: one line, the exit code that shells expect, and nothing left behind."""
+"""A run that a signal ends: one line, the exit code that shells expect, and nothing but what is finished."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def test_a_conversion_ends_clean(tiny, tmp_path: Path, number: signal.Signals, f
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == "writing\n", process.stderr.read()
-        assert len(list(out.parent.iterdir())) == 2, "a lock and a temporary"
+        assert len(list(out.parent.iterdir())) == 3, "a lock, a temporary and the journal"
         process.send_signal(number)
         stderr = process.stderr.read()
     assert process.returncode == 128 + number
-    assert stderr == f"moequant: ended by {number.name}; what was unfinished is removed\n"
-    assert not list(out.parent.iterdir())
+    kept = "what is finished is kept: the same command goes on from there"
+    assert stderr == f"moequant: ended by {number.name}; {kept}\n"
+    assert [path.name for path in out.parent.iterdir()] == ["q.gguf.journal"]

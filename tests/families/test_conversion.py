@@ -18,12 +18,13 @@ from moequant.forward.stream import LayerStream, Resources
 from moequant.hub.fetch import headers
 from moequant.inspection.presets import preset_files
 from moequant.report import Report
-from moequant.rounding.coupled import Coupled, Streams
+from moequant.rounding.coupled import Coupled
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.feedback import Options
 from moequant.rounding.results import decoded
 from moequant.rounding.rounder import Rounding
 from moequant.rounding.shrinkage import DIAGONAL, Trial
+from moequant.rounding.streams import Streams
 from moequant.runtimes.llama_cpp.kv_cache import UNMODELLED, Load, compute_bytes, kv_bytes
 from moequant.values import Role, Weight
 from tests import models

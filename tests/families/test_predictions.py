@@ -22,10 +22,11 @@ from moequant.forward.stream import LayerStream, Resources
 from moequant.inspection.fit import Hardware, place
 from moequant.inspection.gguf_file import inspect_gguf
 from moequant.plan import candidates
-from moequant.rounding.coupled import Coupled, Rounding, Streams
+from moequant.rounding.coupled import Coupled, Rounding
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.feedback import Options
 from moequant.rounding.shrinkage import DIAGONAL, Trial
+from moequant.rounding.streams import Streams
 from moequant.runtimes.llama_cpp.kv_cache import Load
 from tests import models
 from tests.clients.llama import Llama, drafting

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from moequant.statistics import store
+from moequant.statistics import sealed
 from tests.hostile import damage
 from tests.hostile.attempts import QUICK, Attempt
 from tests.hostile.ground import Ground
@@ -39,7 +39,7 @@ def statistics(random: Random, ground: Ground, folder: Path) -> Attempt:
         path.write_bytes(damage.any_damage(random, ground.files["stats"].read_bytes()))
         return Attempt(use, "bytes")
     with safe_open(ground.files["stats"], framework="pt") as file:
-        meta = json.loads(file.metadata()[store.METADATA])
+        meta = json.loads(file.metadata()[sealed.METADATA])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     name = random.choice(sorted(tensors))
     must = False
@@ -54,8 +54,8 @@ def statistics(random: Random, ground: Ground, folder: Path) -> Attempt:
         meta = damage.change(random, meta, random.randrange(1, 3))
         what = "header"
     meta.pop("crc32", None)
-    meta["crc32"] = store._checksum(meta, tensors)
-    save_file(tensors, path, {store.METADATA: json.dumps(meta, sort_keys=True)})
+    meta["crc32"] = sealed.checksum(meta, tensors)
+    save_file(tensors, path, {sealed.METADATA: json.dumps(meta, sort_keys=True)})
     return Attempt(use, what, must)
 
 

@@ -196,7 +196,7 @@ def judge(ground: Ground, attempt: Attempt, folder: Path) -> str | None:
         return f"a line of {len(long)} characters: {long[:200]}"
     if odd := next((one for line in told for one in line if one < " " or one == "\x7f"), None):
         return f"a control code {odd!r}"
-    return _litter(before, folder)
+    return _litter(before, folder, kept=any("what is finished is kept" in line for line in told))
 
 
 @contextmanager
@@ -214,9 +214,9 @@ def _listed(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def _litter(before: set[str], folder: Path) -> str | None:
-    """What a run without a result has left, or taken away."""
-    after = _listed(folder)
+def _litter(before: set[str], folder: Path, kept: bool = False) -> str | None:
+    """What a run without a result has left, or taken away; a journal that is `kept` may stay."""
+    after = {name for name in _listed(folder) if not kept or ".journal" not in name}
     more, less = sorted(after - before), sorted(before - after)
     return f"left {more[:5]}, took {less[:5]}" if more or less else None
 

@@ -2,8 +2,9 @@
 lost.
 
 Every command runs in a forked child that dies by SIGKILL: after a random part of the time that it takes, or
-before one of its file operations. Then its outputs are as they were or complete, the same command succeeds,
-and nothing is left of the dead run. Every tenth time, two runs of one command meet instead.
+before one of its file operations. Then its outputs are as they were or complete, the same command succeeds
+with the bytes of an undisturbed run, and nothing is left of the dead one. Every tenth time, two runs of one
+command meet instead.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def commands(ground: Ground) -> list[Command]:
                           "{out}/c.json"), ("c.json",)),
         Command("rounded", ("convert", model, "-o", "{out}/a.gguf", "--type", "Q4_0", "--eval-tokens", "0",
                             *calib, "--imatrix-out", "{out}/i.gguf")),
+        Command("integers", ("convert", model, "-o", "{out}/f", "--format", "safetensors", "--group-size",
+                             "32", "--eval-tokens", "0", "--no-self-check", *calib)),
         Command("compare", ("compare", model, str(ground.files["gguf"]), "--eval", text, "--eval-tokens",
                             "1024", "--html", "{out}/c.html"), ("c.html",)),
     ]  # fmt: skip
@@ -167,9 +170,10 @@ def strike(random: Random, command: Command, whole: Whole, out: Path) -> str | N
         code, when = ended(child), f"after {wait:.2f} of {whole.seconds:.2f} s"
     if wrong := _half_written(command, whole, old, state(out)):
         return f"{when}: {wrong}"
-    # What was complete before the kill is in the way of a run that may replace nothing.
+    # What was complete before the kill is in the way of a run that may replace nothing, but where it goes on.
+    goes_on = command.arguments[0] == "convert" and any(out.glob("*.journal"))
     there = [name for name in whole.made if name in state(out)]
-    again = ["--overwrite"] if there and not replaced else []
+    again = ["--overwrite"] if there and not replaced and not goes_on else []
     if code and ended(forked([*arguments, *again])) != 0:
         return f"{when}: running it again fails"
     left, temporary = state(out), sorted(Path(tempfile.gettempdir()).glob("*"))

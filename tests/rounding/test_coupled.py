@@ -19,7 +19,7 @@ from moequant.forward.experts import EXPERTS
 from moequant.forward.hidden import OnDisk
 from moequant.forward.model import build_model
 from moequant.forward.stream import LayerStream, Reader, Resources
-from moequant.rounding.coupled import Coupled, Layer, Streams
+from moequant.rounding.coupled import Coupled, Layer
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.paired import Grams
 from moequant.rounding.recall import Kept
@@ -27,6 +27,7 @@ from moequant.rounding.results import decoded, joined
 from moequant.rounding.rounder import Rounding
 from moequant.rounding.routed import Experts
 from moequant.rounding.shrinkage import Trial
+from moequant.rounding.streams import Streams
 from moequant.rounding.target import Coupling
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.fisher import gather

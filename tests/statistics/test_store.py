@@ -16,7 +16,7 @@ from moequant.checkpoint import open_checkpoint
 from moequant.commands.statistics import load_statistics
 from moequant.errors import CorpusError, OutputError
 from moequant.files import claim
-from moequant.statistics import store
+from moequant.statistics import sealed, store
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.coverage import take
 from moequant.text.corpus import Rows
@@ -168,9 +168,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     refused(path, "cannot be read")
     save_file({"weight": torch.ones(3)}, path)
     refused(path, "not statistics from moequant route")
-    save_file({"weight": torch.ones(3)}, path, {store.METADATA: '{"version": 99}'})
+    save_file({"weight": torch.ones(3)}, path, {sealed.METADATA: '{"version": 99}'})
     refused(path, "version 99, expected 2")
-    save_file({"weight": torch.ones(3)}, path, {store.METADATA: '{"version": 1}'})
+    save_file({"weight": torch.ones(3)}, path, {sealed.METADATA: '{"version": 1}'})
     refused(path, "damaged")
 
 

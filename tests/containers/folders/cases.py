@@ -49,7 +49,8 @@ def convert(
             files = Report(
                 folder.checkpoint.path, out, written.bytes, folder.checkpoint, folder.plan, calibration
             )
-            card.write(Conversion((replace(files, how=How(folder=folder.settings)),)), partial / "README.md")
+            made = Conversion((replace(files, how=How(folder=folder.settings)),))
+            card.write(card.text(made, partial), partial / "README.md")
     return losses
 
 

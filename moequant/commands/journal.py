@@ -1,0 +1,338 @@
+"""What a conversion has finished, in a folder beside its output: the same command goes on from there.
+
+`run.json` says which run it is. `route/` has the statistics of finished layers (`statistics.journal`), `plan`
+what types cost, a folder for each output its finished parts (`rounding.parts`), and `done-N` of a finished
+output what was written. All but `run.json` have checksums. The lock of the first output is the journal's too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+import transformers
+
+from moequant import __version__
+from moequant.checkpoint import Checkpoint
+from moequant.commands.job import Job
+from moequant.commands.settings import Settings
+from moequant.commands.text import Texts
+from moequant.containers.base import Written
+from moequant.errors import MoequantError, OutputError, one_line
+from moequant.files import Interrupted, atomic, discard, part_names
+from moequant.plan import Sensitivities
+from moequant.rounding.parts import Parts, loss_fields, loss_of, loss_tensors
+from moequant.statistics import sealed
+from moequant.statistics.journal import Journal, digest, fingerprint
+from moequant.statistics.store import stacked
+from moequant.text.corpus import Rows
+from moequant.values import ExpertLoss
+
+_LOG = logging.getLogger(__name__)
+
+TOLD = 1_000_000_000
+"""A journal of so many bytes is worth a line at the start."""
+
+LATER = frozenset(
+    {"ram", "stream", "overwrite", "fresh", "self_check", "eval", "eval_tokens", "card", "calib"}
+)
+"""Settings that may change between a run and the one that goes on: they decide no byte of the output, or what
+they name is compared itself."""
+
+_INPUTS = ("stats", "imatrix", "plan")
+"""Settings that name a file, which is compared by what is in it."""
+
+_SEALED = r"(plan|done-\d+|\d+/part-\d{4,}|route/layer-\d{4,})\.safetensors"
+_STATES = r"(route|\d+/(exact|rounded))/hidden-\d{4,}\.f32"
+_FILES = re.compile(rf"run\.json|route/run\.json|beside\.json|{_SEALED}|{_STATES}")
+_FOLDERS = re.compile(r"route|\d+|\d+/(exact|rounded)")
+_TEMPORARY = re.compile(r"\.(.+)\.moequant-(lock|[0-9a-f]{8})")
+
+GOES_ON = "what is finished is kept: the same command goes on from there"
+
+
+def journal_of(outs: Sequence[Path]) -> Path:
+    """Where a conversion to `outs` keeps what it has finished."""
+    first = outs[0] if outs[0].name not in ("", "..") else outs[0].resolve()
+    return first.with_name(f"{first.name}.journal")
+
+
+def finished_by(folder: Path, outs: Sequence[Path]) -> frozenset[Path]:
+    """Outputs that a run which was killed may have put in their places, as the journal in `folder` says."""
+    done = {out for number, out in enumerate(outs) if (folder / f"done-{number}.safetensors").is_file()}
+    return frozenset(done | set(_beside(folder)))
+
+
+def _beside(folder: Path) -> list[Path]:
+    try:
+        return [Path(name) for name in json.loads((folder / "beside.json").read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, RecursionError):
+        return []
+
+
+def identity(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts) -> dict[str, str]:
+    """What decides the bytes of a run, by the name that a person knows it under."""
+    told = {each.name: getattr(settings, each.name) for each in fields(settings) if each.name not in LATER}
+    told |= {name: _digest(told[name]) for name in _INPUTS if told[name] is not None}
+    told["imatrix_out"] = told["imatrix_out"] is not None
+    options = {f"--{name.replace('_', '-')}": _shown(value) for name, value in told.items()}
+    rows = {"text for calibration": read.calibration, "text for the plan": read.probes}
+    return {
+        **options,
+        "names of outputs": json.dumps([out.name for out in outs]),
+        "version of moequant": __version__,
+        "version of torch": torch.__version__,
+        "version of transformers": transformers.__version__,
+        "model": fingerprint(jobs[0].container.checkpoint),
+        **{name: "none" if each is None else digest(each) for name, each in rows.items()},
+    }
+
+
+def _shown(value: object) -> str:
+    return "the default" if value is None or value == () else str(value)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+class RunJournal:
+    """The journal of one conversion; see the module."""
+
+    def __init__(self, folder: Path, run: Mapping[str, str]) -> None:
+        """Open or begin it. OutputError when the folder belongs to another run, or is not a journal."""
+        self.folder, self.run = folder, dict(run)
+        self.name = hashlib.sha256(json.dumps(self.run).encode()).hexdigest()[:16]
+        self.again = f"give --fresh to begin again, or delete {folder}"
+        check(folder)
+        try:
+            if (folder / "run.json").exists():
+                self._check_run()
+                return
+            remove(folder)  # a run that died before it had begun
+            folder.mkdir()
+            with atomic(folder / "run.json") as partial:
+                partial.write_text(json.dumps(self.run, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot keep the state of this run ({error})") from None
+
+    def _check_run(self) -> None:
+        try:
+            was = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            keys = sorted(was.keys() ^ self.run.keys()) or [k for k in self.run if was[k] != self.run[k]]
+        except (ValueError, AttributeError, RecursionError):
+            raise OutputError(f"{self.folder}: is damaged; {self.again}") from None
+        for key in keys[:1]:
+            what = f"another {key}"
+            if key.startswith("--") and key.strip("-").replace("-", "_") not in _INPUTS:
+                what = f"{key} {one_line(was.get(key))}, now {one_line(self.run.get(key))}"
+            raise OutputError(
+                f"{self.folder}: left by a run with {what}; repeat that one to go on, or give --fresh to "
+                "begin again"
+            )
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything is finished, so that there is something to go on from."""
+        finished = ("route/layer-*", "plan.safetensors", "*/part-*", "done-*")
+        return any(True for pattern in finished for _ in self.folder.glob(pattern))
+
+    def statistics(self, checkpoint: Checkpoint, rows: Rows) -> Journal:
+        """The journal of the statistics pass."""
+        return Journal(self.folder / "route", checkpoint, rows)
+
+    def sensitivities(self) -> Sensitivities | None:
+        """What types cost, once it was measured. OutputError when it is damaged."""
+        path = self.folder / "plan.safetensors"
+        if not path.exists():
+            return None
+        try:
+            meta, _ = sealed.opened(path)
+            if meta["run"] != self.name:
+                raise ValueError("of another run")
+            return Sensitivities(**json.loads(meta["sensitivities"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(path, error) from None
+
+    def keep_sensitivities(self, found: Sensitivities) -> None:
+        """They are measured."""
+        # As text: tables keep their order, in which sums are made.
+        meta = {"run": self.name, "sensitivities": json.dumps(asdict(found))}
+        sealed.write(self.folder / "plan.safetensors", meta, {})
+
+    def parts(self, number: int, job: Job) -> Parts:
+        """What is finished of an output."""
+        checkpoint, types = job.container.checkpoint, job.container.formats(job.plan)
+        return Parts(self.folder / str(number), checkpoint.weights, types, self.name, self.again)
+
+    def finish(
+        self, number: int, written: Written, losses: Sequence[ExpertLoss], checked: str | None
+    ) -> None:
+        """An output is written and verified; it gets its name now."""
+        meta = {
+            "run": self.name,
+            "output": number,
+            "bytes": written.bytes,
+            "checksums": dict(written.checksums),
+            "checked": checked,
+            "losses": [loss_fields(loss) for loss in losses],
+        }
+        tensors = [loss_tensors(loss, str(at)) for at, loss in enumerate(losses)]
+        every = {name: value for each in tensors for name, value in each.items()}
+        # A run that died before the output had its name has left one.
+        sealed.write(self._done(number), meta, every, overwrite=True)
+
+    def forget_parts(self, number: int) -> None:
+        """The output has its name: what it was made of is needed no more."""
+        remove(self.folder / str(number), self.folder)
+
+    def done(
+        self, number: int, job: Job, out: Path
+    ) -> tuple[Written, tuple[ExpertLoss, ...], str | None] | None:
+        """What was written of a finished output, what was lost, and what its self-check said; None when it is
+        not finished. OutputError when the record is damaged."""
+        path = self._done(number)
+        first = part_names(out, len(job.container.parts(job.plan)))[0]
+        if not path.exists() or not first.exists():
+            return None
+        weights = {weight.name: weight for weight in job.container.checkpoint.weights}
+        try:
+            meta, tensors = sealed.opened(path)
+            if (meta["run"], meta["output"]) != (self.name, number):
+                raise ValueError("of another output or another run")
+            losses = tuple(
+                loss_of(weights[each["weight"]], each, tensors, str(at))
+                for at, each in enumerate(meta["losses"])
+            )
+            written = Written(first, int(meta["bytes"]), {k: int(v) for k, v in meta["checksums"].items()})
+            return written, losses, meta["checked"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(path, error) from None
+
+    def announce(self, path: Path) -> None:
+        """A file that is written beside the outputs gets its name next."""
+        names = sorted({str(each) for each in (*_beside(self.folder), path)})
+        with atomic(self.folder / "beside.json", overwrite=True) as partial:
+            partial.write_text(json.dumps(names), encoding="utf-8")
+
+    def _done(self, number: int) -> Path:
+        return self.folder / f"done-{number}.safetensors"
+
+    def _damaged(self, path: Path, error: Exception) -> OutputError:
+        return OutputError(f"{path}: cannot be gone on from ({error}); {self.again}")
+
+
+def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts) -> RunJournal | None:
+    """The journal of this run, from what a killed one left or new; None where the disk has no room for one
+    beside the outputs."""
+    folder = journal_of(outs)
+    run = identity(jobs, outs, settings, read)
+    if os.path.lexists(folder):
+        found = RunJournal(folder, run)
+        if found.begun:
+            _LOG.info("%s: goes on after what is finished there", folder)
+        return found
+    needed = _bytes(jobs, read)
+    if shutil.disk_usage(folder.parent).free < sum(job.size for job in jobs) + needed:
+        _LOG.warning(
+            "%s: no room for %.1f GB beside the output; should this run be killed, it has to begin again",
+            folder, needed / 1e9,
+        )  # fmt: skip
+        return None
+    if needed >= TOLD:
+        _LOG.info("%s: up to %.1f GB until the end, so that a killed run goes on", folder, needed / 1e9)
+    return RunJournal(folder, run)
+
+
+def _bytes(jobs: Sequence[Job], read: Texts) -> int:
+    """What a journal takes at most: one output's weights, statistics, and hidden states of two streams in
+    front of two layers."""
+    checkpoint = jobs[0].container.checkpoint
+    tokens = 0 if read.calibration is None else read.calibration.ids.numel()
+    states = 16 * tokens * checkpoint.shape.hidden * checkpoint.shape.streams
+    sites = {weight.site.name: stacked(weight) * weight.n_in for weight in checkpoint.weights if weight.site}
+    return max(job.size for job in jobs) + states + 16 * sum(sites.values())
+
+
+@contextmanager
+def kept(journal: RunJournal | None) -> Iterator[None]:
+    """The journal goes when the block ends well, and when nothing is finished; an error says that it
+    stays."""
+    if journal is None:
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        if not journal.begun:
+            dismiss(journal.folder)
+        elif isinstance(error, MoequantError) and "to begin again" not in str(error):
+            raise type(error)(f"{error} ({GOES_ON})") from error
+        elif isinstance(error, Interrupted):
+            error.add_note(GOES_ON)
+        raise
+    dismiss(journal.folder)
+
+
+def dismiss(folder: Path) -> None:
+    """Remove a journal at once, so that none with holes is left; what no run has put there stays."""
+    try:
+        check(folder)
+        discard(folder, folder.with_name(folder.name.removesuffix(".journal")))
+    except (OutputError, OSError):
+        remove(folder)
+
+
+def check(folder: Path) -> None:
+    """OutputError unless `folder` is absent or a folder in which everything has a name that a run gives."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise _foreign(folder)
+    for path in _entries(folder, folder):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (_FOLDERS if path.is_dir() else _FILES).fullmatch(_meant(name)):
+            raise _foreign(path)
+        if not path.is_dir() and not path.is_file():
+            raise _foreign(path)
+
+
+def _meant(name: str) -> str:
+    """The name that a temporary is to get; other names as they are."""
+    where, slash, last = name.rpartition("/")
+    found = _TEMPORARY.fullmatch(last)
+    return f"{where}{slash}{found[1]}" if found else name
+
+
+def remove(part: Path, folder: Path | None = None) -> None:
+    """Remove a journal, or that part of the journal in `folder`; what no run has put there stays."""
+    around = folder or part
+    for path in _entries(part, around) if part.is_dir() and not part.is_symlink() else ():
+        name = _meant(path.relative_to(around).as_posix())
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):
+                path.rmdir()
+        elif _FILES.fullmatch(name):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        part.rmdir()
+
+
+def _entries(part: Path, folder: Path) -> Iterable[Path]:
+    """Everything in there, folders after what is in them."""
+    for where, folders, files in os.walk(part, topdown=False):
+        yield from (Path(where) / name for name in (*files, *folders))
+
+
+def _foreign(path: Path) -> OutputError:
+    return OutputError(f"{path}: is not a run's state and is kept; move it away, or give another --out")

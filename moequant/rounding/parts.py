@@ -1,0 +1,117 @@
+"""What rounding of one output has finished, on disk, so that a killed run goes on where it stopped.
+
+One sealed file a part, in the order of the output: packed weights, and what their experts lost. A coupled
+pass makes a part of what is in front of the layers, of each layer, and of what is behind them; beside its
+parts lie the hidden states of both streams in front of the first layer that is not finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moequant.errors import OutputError
+from moequant.rounding.results import Result
+from moequant.statistics import sealed
+from moequant.values import ExpertLoss, Packed, Weight
+
+PART_BYTES = 1 << 28
+"""Packed bytes after which a part of the plain search ends, within a layer too."""
+
+
+class Parts:
+    """The finished parts in `folder`, of a run that is called `run`: weights of `formats`, rounded to those.
+
+    `again` ends the message about a part that is no good.
+    """
+
+    def __init__(
+        self, folder: Path, weights: Iterable[Weight], formats: Mapping[str, str], run: str, again: str
+    ) -> None:
+        self.folder, self.formats, self.run, self.again = folder, formats, run, again
+        self._weights = {weight.name: weight for weight in weights}
+        self.count = 0
+        while self._path(self.count).exists():
+            self.count += 1
+
+    def results(self) -> Iterator[Result]:
+        """All weights that are finished, in their order. OutputError for a file that is damaged, or that
+        belongs to another place or run."""
+        for number in range(self.count):
+            path = self._path(number)
+            try:
+                meta, tensors = sealed.opened(path)
+                if (meta["run"], meta["part"]) != (self.run, number):
+                    raise ValueError("of another part or another run")
+                found = [self._result(losses, tensors, at) for at, losses in enumerate(meta["losses"])]
+            except (ValueError, KeyError, TypeError) as error:
+                raise OutputError(f"{path}: cannot be gone on from ({error}); {self.again}") from None
+            yield from found
+
+    def add(self, results: list[Result]) -> None:
+        """One more part is finished. OutputError when the disk refuses."""
+        tensors: dict[str, Tensor] = {}
+        for number, (packed, loss) in enumerate(results):
+            tensors |= {f"{number}/data": packed.data, **loss_tensors(loss, str(number))}
+        losses = [loss_fields(loss) for _, loss in results]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        meta = {"run": self.run, "part": self.count, "losses": losses}
+        # One may be there behind those that are missing, of a run that died while it removed them.
+        sealed.write(self._path(self.count), meta, tensors, overwrite=True)
+        self.count += 1
+
+    def kept(self, results: Iterable[Result]) -> Iterator[Result]:
+        """The same results; every layer's are a part, and of a large layer several."""
+        waiting: list[Result] = []
+        for result in results:
+            if waiting and waiting[0][0].weight.layer != result[0].weight.layer:
+                self.add(waiting)
+                yield from waiting
+                waiting = []
+            waiting.append(result)
+            if sum(packed.data.numel() for packed, _ in waiting) >= PART_BYTES:
+                self.add(waiting)
+                yield from waiting
+                waiting = []
+        if waiting:
+            self.add(waiting)
+            yield from waiting
+
+    def _result(self, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], number: int) -> Result:
+        """ValueError for a type that is not the plan's, KeyError for a weight that is not."""
+        weight, data = self._weights[fields["weight"]], tensors[f"{number}/data"]
+        if fields["format"] != self.formats[weight.name]:
+            raise ValueError(f"{weight.name} is {fields['format']}, not {self.formats[weight.name]}")
+        return Packed(weight, fields["format"], data), loss_of(weight, fields, tensors, str(number))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"part-{number:04d}.safetensors"
+
+
+def loss_fields(loss: ExpertLoss) -> dict[str, Any]:
+    """What JSON holds of a loss; its tensors are `loss_tensors`."""
+    return {"weight": loss.weight, "format": loss.format, "fallbacks": list(loss.fallbacks)}
+
+
+def loss_tensors(loss: ExpertLoss, name: str) -> dict[str, Tensor]:
+    """The tensors of a loss, under names that begin so."""
+    found = {f"{name}/error": loss.error}
+    return found if loss.tokens is None else {**found, f"{name}/tokens": loss.tokens}
+
+
+def loss_of(
+    weight: Weight, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
+) -> ExpertLoss:
+    """The loss that `loss_fields` and `loss_tensors` were made of."""
+    return ExpertLoss(
+        weight.name,
+        weight.role,
+        weight.layer,
+        fields["format"],
+        tensors[f"{name}/error"],
+        tensors.get(f"{name}/tokens"),
+        tuple(fields["fallbacks"]),
+    )

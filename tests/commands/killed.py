@@ -1,0 +1,150 @@
+"""`python -m tests.commands.killed MODEL TEXT WORK KIND SHARE…`: a conversion in forked children, killed.
+
+Each is killed after a share of its file operations and given again; prints what it left and what the second
+run did.
+
+A process of its own, that forks before torch has started a thread. A hook on all modules counts which decoder
+layers are called.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from typer.testing import CliRunner
+
+import moequant.commands.convert  # noqa: F401  before the forks
+from moequant.checkpoint import open_checkpoint
+from moequant.cli import app
+from moequant.containers.gguf.container import GgufContainer
+from moequant.plan.document import plan_from_types, to_json
+from tests.strike import watch
+
+LAYERS = 3
+"""Decoder layers of the model; it is small so that a conversion takes seconds."""
+
+SMALL = {
+    "num_hidden_layers": LAYERS,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+KINDS = {
+    "gguf": ("-o", "{out}/a.gguf", "--plan", "{plan}", "--imatrix-out", "{out}/i.gguf"),
+    "folder": ("-o", "{out}/f", "--format", "safetensors", "--group-size", "32"),
+    "sizes": ("-o", "{out}/a-{type}.gguf", "--type", "Q4_0,Q5_0", "--effort", "fast", "--split-size", "100K",
+              "--card", "{out}/README.md"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How a run ended: its exit code, file operations, and the decoder layers that it called, in order."""
+
+    code: int
+    steps: int
+    layers: list[int]
+    says: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """What was left, parts of the output that was under way counted, and how the second run went."""
+
+    code: int
+    parts: int
+    again: Told
+    same: bool
+    state: list[str]
+
+
+def run(arguments: Sequence[str], log: Path, kill_at: int | None = None) -> Told:
+    """The command in a child; a killed one tells only its code."""
+    log.unlink(missing_ok=True)
+    child = os.fork()
+    if not child:
+        try:
+            _child(arguments, log, kill_at)
+        finally:
+            os._exit(99)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return Told(**json.loads(log.read_text())) if log.exists() else Told(code, 0, [], "")
+
+
+def _child(arguments: Sequence[str], log: Path, kill_at: int | None) -> None:
+    steps, layers = 0, list[int]()
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def called(module: torch.nn.Module, args: object) -> None:
+        if hasattr(module, "layer_idx"):
+            layers.append(int(module.layer_idx))
+
+    torch.nn.modules.module.register_module_forward_pre_hook(called)
+    watch(count)
+    result = CliRunner().invoke(app, arguments)
+    told = Told(result.exit_code, steps, layers, result.stderr)
+    log.write_text(json.dumps(asdict(told)))
+    os._exit(result.exit_code)
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    """What lies in a folder."""
+    files = (path for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def parts(left: Sequence[str]) -> int:
+    """Finished parts of the last output that has some."""
+    every = [name.split("/")[-2] for name in left if "/part-" in name]
+    return every.count(max(every)) if every else 0
+
+
+def main(model: Path, text: str, work: Path, kind: str, shares: Sequence[float]) -> list[Kill]:
+    """Every kill of that kind."""
+    weights = GgufContainer(open_checkpoint(model)).checkpoint.weights
+    kept = {weight.name for weight in weights if weight.role.keeps_precision or len(weight.shape) < 2}
+    types = {weight.name: "F32" if weight.name in kept else "Q4_0" for weight in weights}
+    (work / "plan.json").write_text(to_json(plan_from_types(weights, types)))
+
+    def arguments(out: Path) -> list[str]:
+        out.mkdir(exist_ok=True)
+        own = [
+            each.replace("{out}", str(out)).replace("{plan}", str(work / "plan.json")) for each in KINDS[kind]
+        ]
+        return ["convert", str(model), *own, "--calib", text, "--calib-tokens", "1024", "--eval-tokens", "0",
+                "--no-self-check"]  # fmt: skip
+
+    log = work / "log"
+    whole = run(arguments(work / "whole"), log)
+    assert whole.code == 0, whole.says
+    found = []
+    for number, share in enumerate(shares):
+        out = work / str(number)
+        killed = run(arguments(out), log, max(1, int(whole.steps * share)))
+        left = sorted(state(out))
+        again = run(arguments(out), log)
+        same = state(out) == state(work / "whole")
+        found.append(Kill(killed.code, parts(left), again, same, sorted(state(out))))
+    return found
+
+
+if __name__ == "__main__":
+    model_, text_, work_, kind_, *shares_ = sys.argv[1:]
+    every = main(Path(model_), text_, Path(work_), kind_, [float(each) for each in shares_])
+    print(json.dumps([asdict(each) for each in every]))

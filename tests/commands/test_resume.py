@@ -1,0 +1,189 @@
+"""A conversion that was killed, or ran out of disk, goes on where it stopped and ends with the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moequant.checkpoint import open_checkpoint
+from moequant.commands.convert import Settings, convert
+from moequant.commands.journal import GOES_ON, RunJournal, finished_by, kept
+from moequant.errors import OutputError
+from moequant.files import Interrupted
+from moequant.plan import Sensitivities
+from moequant.rounding.parts import Parts
+from moequant.values import ExpertLoss, Packed
+from tests import models
+from tests.commands.killed import SMALL
+
+RUN = {"--type": "Q4_K_M", "--stats": "0123456789abcdef", "model": "m"}
+
+
+@pytest.fixture
+def small(tiny) -> Path:
+    return tiny("qwen3_moe", **SMALL)
+
+
+def fast(text: Path, type_: str = "Q4_0", **changes: object) -> Settings:
+    usual = {"calib": text, "calib_tokens": 1024, "eval_tokens": 0, "effort": "fast", "self_check": False}
+    return Settings(type_, **(usual | changes))
+
+
+@pytest.mark.parametrize(("kind", "shares"), [("gguf", (0.8,)), ("folder", (0.85,)), ("sizes", (0.4, 0.85))])
+def test_killed_anywhere_it_goes_on_with_the_same_bytes(
+    small: Path, text: Path, tmp_path: Path, kind: str, shares: tuple[float, ...]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.commands.killed", small, text, tmp_path, kind, *map(str, shares)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=models.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kills = json.loads(done.stdout)
+    for kill in kills:
+        assert kill["code"] == -9 and kill["again"]["code"] == 0, kill["again"]["says"]
+        assert kill["same"], kill["state"]
+    if kind != "sizes":  # the first part is what is in front of the layers
+        for kill in kills:
+            called = kill["again"]["layers"]
+            assert all(layer >= kill["parts"] - 1 for layer in called), "finished layers are not run again"
+        assert kills[-1]["parts"] > 1
+    else:
+        assert kills[-1]["parts"] and not kills[-1]["again"]["layers"]
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    small: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, add, left = tmp_path / "a.gguf", Parts.add, 2
+
+    def full(self: Parts, results: list[tuple[Packed, ExpertLoss]]) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(self, results)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Parts, "add", full)
+        with pytest.raises(OutputError, match=f"No space left on device.*{GOES_ON}"):
+            convert(small, out, fast(text))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf.journal"]
+    for settings, says in (
+        (fast(text, "Q5_0"), "--type Q4_0, now Q5_0; repeat that one to go on, or give --fresh"),
+        (fast(text, calib_tokens=1536), "--calib-tokens 1024, now 1536"),
+        (fast(text, calib=None), "another text for calibration"),
+    ):
+        with pytest.raises(OutputError, match=says) as error:
+            convert(small, out, settings)
+        assert "\n" not in str(error.value) and "goes on" not in str(error.value)
+    part = tmp_path / "a.gguf.journal" / "0" / "part-0001.safetensors"
+    sound = part.read_bytes()
+    part.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(OutputError, match=r"part-0001\.safetensors: .* \(checksum differs\)"):
+        convert(small, out, fast(text))
+    part.write_bytes(sound)
+    report = convert(small, out, fast(text, ram=1 << 34, imatrix_out=None))
+    convert(small, tmp_path / "whole.gguf", fast(text))
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert len(report.losses) == len(report.plan.choices), "also of what was finished before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "whole.gguf"]
+
+
+def test_fresh_begins_again_and_what_is_not_a_journal_is_kept(
+    small: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a.gguf.journal"
+    RunJournal(folder, RUN).keep_sensitivities(Sensitivities({}, {}, "nowhere"))
+    with pytest.raises(OutputError, match=r"left by a run with .*--fresh to begin again"):
+        convert(small, tmp_path / "a.gguf", fast(text))
+    (folder / "diary").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(OutputError, match="diary: is not a run's state and is kept"):
+            convert(small, tmp_path / "a.gguf", fast(text, fresh=fresh))
+    (folder / "diary").unlink()
+    (folder / "route").symlink_to(tmp_path)
+    with pytest.raises(OutputError, match="route: is not a run's state and is kept"):
+        convert(small, tmp_path / "a.gguf", fast(text, fresh=True))
+    (folder / "route").unlink()
+    convert(small, tmp_path / "a.gguf", fast(text, fresh=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def test_an_output_of_somebody_else_in_the_place_of_a_finished_one_is_kept(
+    small: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a.gguf"
+
+    def interrupted(*args: object) -> None:
+        raise Interrupted(2)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moequant.commands.convert._write_card", interrupted)
+        with pytest.raises(Interrupted) as ended:
+            convert(small, out, fast(text, card=tmp_path / "README.md"))
+    assert ended.value.__notes__ == [GOES_ON]
+    made = out.read_bytes()
+    assert finished_by(tmp_path / "a.gguf.journal", [out]) == {out}
+    out.write_text("mine")
+    with pytest.raises(OutputError, match=r"a\.gguf: exists already"):
+        convert(small, out, fast(text, card=tmp_path / "README.md"))
+    assert out.read_text() == "mine"
+    out.write_bytes(made)
+    before = out.stat()
+    convert(small, out, fast(text, card=tmp_path / "README.md"))
+    assert (out.stat().st_ino, out.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns), (
+        "it is verified, and not made again"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "a.gguf"]
+
+
+def test_a_journal_of_nothing_is_not_kept(tmp_path: Path) -> None:
+    journal = RunJournal(tmp_path / "a.journal", RUN)
+    with pytest.raises(ValueError, match="boom"), kept(journal):
+        raise ValueError("boom")
+    assert not list(tmp_path.iterdir())
+    journal = RunJournal(tmp_path / "a.journal", RUN)
+    journal.keep_sensitivities(Sensitivities({"b": {"Q4_0": 0.1}, "a": {}}, {"b": 0.5}, "here", 0.3, 0.1))
+    with pytest.raises(OutputError, match=f"boom .{GOES_ON}"), kept(journal):
+        raise OutputError("boom")
+    found = RunJournal(tmp_path / "a.journal", RUN).sensitivities()
+    assert found is not None and list(found.table) == ["b", "a"] and found.linear == 0.3
+    with pytest.raises(OutputError, match=r"left by a run with another --stats; repeat"):
+        RunJournal(tmp_path / "a.journal", {**RUN, "--stats": "another"})
+    (tmp_path / "a.journal" / "run.json").write_text("[")
+    with pytest.raises(OutputError, match=r"a\.journal: is damaged; give --fresh"):
+        RunJournal(tmp_path / "a.journal", RUN)
+
+
+def test_parts_of_another_place_or_run_are_refused(small: Path, tmp_path: Path) -> None:
+    weight = next(each for each in open_checkpoint(small).weights if each.is_expert)
+    data = torch.arange(weight.numel // 32 * 18, dtype=torch.int64).to(torch.uint8)
+    loss = ExpertLoss(weight.name, weight.role, weight.layer, "Q4_0", torch.rand(4).double(), None, ("why",))
+    packed = Packed(weight, "Q4_0", data.view(*weight.shape[:-1], -1))
+
+    def parts(run: str = "run", type_: str = "Q4_0") -> Parts:
+        return Parts(tmp_path / "0", [weight], {weight.name: type_}, run, "again")
+
+    parts().add([(packed, loss)])
+    ((found, lost),) = parts().results()
+    assert torch.equal(found.data, packed.data) and torch.equal(lost.error, loss.error)
+    assert (lost.tokens, lost.fallbacks, lost.format) == (None, ("why",), "Q4_0")
+    for other in (parts("other"), parts(type_="Q5_0")):
+        with pytest.raises(OutputError, match=r"cannot be gone on from .*; again"):
+            list(other.results())
+    parts().add([(packed, loss)])
+    first, second = (tmp_path / "0" / f"part-000{number}.safetensors" for number in (0, 1))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(OutputError, match="of another part or another run"):
+        list(parts().results())
