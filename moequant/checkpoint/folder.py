@@ -84,7 +84,10 @@ def belongs(file: Path, source: Path) -> bool:
     this model, or what models share; any other could make a stranger's folder publish something of this
     machine.
     """
-    root, real = source.resolve(), file.resolve()
+    try:
+        root, real = source.resolve(), file.resolve()
+    except (OSError, RuntimeError):  # links that lead to each other
+        return False
     if not real.is_file():
         return False
     if real.is_relative_to(root):

@@ -23,7 +23,7 @@ from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.escape import of_cache
 from moequant.families import Config, Family, Slot
 from moequant.families.base import PREDICTION
-from moequant.families.config import check_experts, make_config
+from moequant.families.config import check_experts, check_groups, make_config
 from moequant.values import ModelShape, Role, Stored, Weight
 
 MODELOPT = "hf_quant_config.json"
@@ -207,6 +207,7 @@ def _shape(family: Family, config: Config) -> ModelShape:
                 f"{family.name}: config key {key} = {epsilon}: a number from 0 to 1 was expected"
             )
     check_experts(family, shape.experts, shape.experts_used)
+    check_groups(family, config, shape.experts, shape.experts_used)
     return shape
 
 

@@ -187,12 +187,13 @@ def calibration_pool(checkpoint: Checkpoint, settings: RouteSettings) -> Rows:
 
 def _load(checkpoint: Checkpoint, files: tuple[Path, ...]) -> list[store.Stored]:
     """Statistics of this model from files, each once."""
-    known: set[Path] = set()
+    known: dict[Path, store.Stored] = {}
     for file in files:
-        if file.resolve() in known:
+        found = load_statistics(checkpoint, with_all(checkpoint), file)
+        if (real := file.resolve()) in known:
             raise CorpusError(f"{file}: named twice; its text would count twice")
-        known.add(file.resolve())
-    return [load_statistics(checkpoint, with_all(checkpoint), file) for file in files]
+        known[real] = found
+    return list(known.values())
 
 
 def _check(checkpoint: Checkpoint, outputs: Outputs) -> None:

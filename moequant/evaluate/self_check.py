@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.checkpoint.headers import read_json
-from moequant.errors import VerifyError, one_line
+from moequant.errors import VerifyError, foreign, one_line
 from moequant.evaluate.activations import by_32
 from moequant.families.config import LAYERS
 from moequant.forward.causal import whole_class
@@ -70,8 +70,8 @@ class SelfCheck:
     """What was found: the largest difference of a logit over the tokens up to QUANTILE, `source` for our
     reading of the folder, `decoded` for what was written where that keeps every number. `runtime` is the
     median difference of llama.cpp from the decoded weights, in units of the logits' spread. `skipped` says
-    why nothing was; `differs` names what transformers is known to read otherwise; of `layers` (the first so
-    many, of so many) where not all fitted into memory."""
+    why `source` is None; `differs` names what transformers is known to read otherwise; of `layers` (the
+    first so many, of so many) where not all fitted into memory."""
 
     source: float | None = None
     decoded: float | None = None
@@ -83,13 +83,14 @@ class SelfCheck:
     @property
     def note(self) -> str:
         """One sentence for the report."""
-        if self.skipped is not None:
-            return f"not held against transformers: {self.skipped}"
         part = "" if self.layers is None else ", {} of {} layers, which fit memory".format(*self.layers)
-        found = (
-            f"held against transformers on the untouched folder{part}: logits differ by {self.source:.1g} at "
-            "most"
-        )
+        if self.skipped is not None:
+            found = f"not held against transformers: {self.skipped}"
+        else:
+            found = (
+                f"held against transformers on the untouched folder{part}: logits differ by "
+                f"{self.source:.1g} at most"
+            )
         if self.differs is not None:
             found += f"; {self.differs}"
         if self.runtime is not None:
@@ -117,22 +118,17 @@ def _checked(checkpoint: Checkpoint, output: Output | None) -> SelfCheck:
     length = min(TOKENS, checkpoint.shape.context)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, checkpoint.shape.vocab, (ROWS, length), generator=generator)
+    theirs: Tensor | None = None
+    skipped: str | None = None
     try:
         theirs = _reference(checkpoint, ids, dict(checkpoint.raw))
     except Exception as error:  # transformers and its quantizers raise what they like
-        return SelfCheck(skipped=f"transformers does not run it here ({one_line(error, 160)})")
-    ours, differs = _ours(checkpoint, load, ids), None
-    source = _distance(theirs, ours)
-    if not source <= LIMIT:
-        differs, source = _known(checkpoint, ids, ours, source)
-    if not source <= LIMIT:
-        raise VerifyError(
-            f"{checkpoint.path}: transformers computes something else of this folder than moequant (logits "
-            f"differ by {source:.2g}, at most {LIMIT:g} was expected); nothing was written, please report it "
-            "(--no-self-check writes it all the same)"
-        )
+        skipped = f"transformers does not run it here ({one_line(error, 160)})"
+    with foreign(VerifyError, f"{checkpoint.path}: transformers cannot run what config.json describes"):
+        ours = _ours(checkpoint, load, ids)
+    source, differs = (None, None) if theirs is None else _source(checkpoint, ids, theirs, ours)
     if output is None:
-        return SelfCheck(source, differs=differs)
+        return SelfCheck(source, skipped=skipped, differs=differs)
     written = _ours(checkpoint, output.load, ids)
     decoded = _distance(ours, written) if output.exact else None
     if not torch.isfinite(written).all() or (decoded is not None and not decoded <= LIMIT):
@@ -141,7 +137,22 @@ def _checked(checkpoint: Checkpoint, output: Output | None) -> SelfCheck:
             f"{checkpoint.path}: what was written computes something else (logits {off}); nothing was kept, "
             "please report it"
         )
-    return SelfCheck(source, decoded, _in_llama_cpp(checkpoint, output, ids, written), differs=differs)
+    return SelfCheck(source, decoded, _in_llama_cpp(checkpoint, output, ids, written), skipped, differs)
+
+
+def _source(checkpoint: Checkpoint, ids: Tensor, theirs: Tensor, ours: Tensor) -> tuple[float, str | None]:
+    """How far our reading of the folder is off, and what transformers is known to read otherwise. VerifyError
+    where it is too far."""
+    source, differs = _distance(theirs, ours), None
+    if not source <= LIMIT:
+        differs, source = _known(checkpoint, ids, ours, source)
+    if not source <= LIMIT:
+        raise VerifyError(
+            f"{checkpoint.path}: transformers computes something else of this folder than moequant (logits "
+            f"differ by {source:.2g}, at most {LIMIT:g} was expected); nothing was written, please report it "
+            "(--no-self-check writes it all the same)"
+        )
+    return source, differs
 
 
 def _bytes(checkpoint: Checkpoint, layers: int) -> float:

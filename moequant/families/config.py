@@ -199,3 +199,25 @@ def check_experts(family: Family, experts: int, used: int) -> None:
             f"{family.name}: num_experts_per_tok is {used}, but there are {experts} experts; a token "
             f"can be sent to 1 to {experts} of them"
         )
+
+
+def check_groups(family: Family, config: Config, experts: int, used: int) -> None:
+    """CheckpointError when experts are chosen out of groups, and the groups do not hold them.
+
+    For configs that say both how many groups there are and how many are chosen.
+    """
+    groups, chosen = (getattr(config, key, None) for key in ("n_group", "topk_group"))
+    if groups is None or chosen is None or not experts or (groups, chosen) == (1, 1):
+        return
+    if groups < 1 or experts % groups or experts // groups < 2:
+        raise CheckpointError(
+            f"{family.name}: n_group is {groups}, but there are {experts} experts; groups of as many each, "
+            "of 2 or more, were expected"
+        )
+    within = experts // groups
+    least = -(-used // within)
+    if not least <= chosen <= groups:
+        raise CheckpointError(
+            f"{family.name}: topk_group is {chosen}, of {groups} groups of {within} experts; {least} to "
+            f"{groups} were expected, for tokens that are sent to {used} experts"
+        )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint, load
-from moequant.errors import CheckpointError, PlanError
+from moequant.errors import CheckpointError, PlanError, foreign
 from moequant.forward.calls import Beside, Skeleton, alone
 from moequant.forward.experts import EXPERTS
 from moequant.forward.hidden import Hidden, InMemory, OnDisk
@@ -158,13 +158,15 @@ class LayerStream:
         self.model = empty_model(checkpoint, experts, resources.device)
         watch(self.model, sites(checkpoint.weights) if watched is None else watched)
         self.batches = list(torch.split(ids, max(1, resources.batch_tokens // ids.shape[1])))
-        self.skeleton = Skeleton(
-            self.model,
-            self.model if whole else self.model.get_submodule(checkpoint.family.decoder),
-            checkpoint.family.layers_at,
-            [batch.to(resources.device) for batch in self.batches],
-            beside(checkpoint, ids.shape[1]),
-        )
+        self._unfit = f"{checkpoint.path}: transformers cannot run the model that config.json describes"
+        with foreign(CheckpointError, self._unfit):
+            self.skeleton = Skeleton(
+                self.model,
+                self.model if whole else self.model.get_submodule(checkpoint.family.decoder),
+                checkpoint.family.layers_at,
+                [batch.to(resources.device) for batch in self.batches],
+                beside(checkpoint, ids.shape[1]),
+            )
         self._ahead: dict[str, Future[Tensor]] = {}
         self._disk = ThreadPoolExecutor(1)
 
@@ -260,7 +262,7 @@ class LayerStream:
     ) -> Tensor | None:
         """One batch through the layer, or `module` in its place; None when the recorder had enough."""
         states = hidden.get(layer, batch).to(self.resources.device)
-        with torch.inference_mode(), recording(told):
+        with foreign(CheckpointError, self._unfit), torch.inference_mode(), recording(told):
             try:
                 return self.skeleton.call(layer, batch).run(module or self.skeleton.layers[layer], states)
             except Enough:

@@ -17,7 +17,7 @@ import torch
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.container import GgufContainer
-from moequant.errors import MoequantError, VerifyError
+from moequant.errors import CheckpointError, MoequantError, VerifyError
 from moequant.evaluate.self_check import LIMIT, Output, self_check
 from moequant.values import Role
 from tests import models
@@ -80,6 +80,39 @@ def test_what_a_config_says_of_running_it_is_ours_to_say(tiny, tmp_path: Path, t
     assert self_check(checkpoint, Output(load, exact=True)).source is not None
     given = Settings("Q8_0", text, 1024, effort="fast", eval=text, eval_tokens=1024, self_check=False)
     assert convert(folder, tmp_path / "a.gguf", given).summary()
+
+
+@pytest.fixture
+def one_expert(tmp_path: Path) -> Path:
+    """The router of DeepSeek-V3 adds up the two best experts of a group."""
+    lone = {"n_routed_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    return models.build(tmp_path / "model", "deepseek_v3", **lone)
+
+
+def test_what_nobody_can_run_is_not_written(one_expert: Path, tmp_path: Path, text: Path) -> None:
+    with pytest.raises(VerifyError, match=r"transformers cannot run what config\.json describes"):
+        convert(one_expert, tmp_path / "a.gguf", Settings("F32", eval_tokens=0))
+    with pytest.raises(CheckpointError, match=r"transformers cannot run the model"):
+        convert(one_expert, tmp_path / "a.gguf", Settings("Q4_0", text, 1024, effort="fast", eval_tokens=0))
+    assert not list(tmp_path.glob("a.gguf*"))
+
+
+def test_where_transformers_does_not_load_a_folder_llama_cpp_still_counts(
+    files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> None:
+        raise ImportError("no library for it")
+
+    monkeypatch.setattr("moequant.evaluate.self_check._reference", refuse)
+    checkpoint, file = files("qwen3_moe", "F32")
+    output = Output(GgufContainer(checkpoint).open(file).load, True, file, True)
+    found = self_check(checkpoint, output)
+    assert found.source is None and found.runtime is not None and found.runtime <= LIMIT
+    assert re.search(
+        r"not held against transformers: .*no library.*; llama\.cpp computes the same", found.note
+    )
+    with pytest.raises(VerifyError, match=r"llama\.cpp computes something else"):
+        self_check(misread(checkpoint, norm_topk_prob=False), replace(output, exact=False))
 
 
 def test_weights_that_are_written_wrong_are_caught(tiny) -> None:

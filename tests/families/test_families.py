@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from moequant import families
 from moequant.checkpoint import open_checkpoint
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.families import EXPORTS, OTHERS
-from moequant.errors import FamilyError
+from moequant.errors import CheckpointError, FamilyError
 from moequant.families.config import HARMLESS, make_config
 from tests import models
 
@@ -143,6 +144,28 @@ def test_behaviour_that_the_runtime_lacks_is_refused(tiny, family: str, changes:
     with pytest.raises(FamilyError, match=named) as caught:
         written(tiny, family, **changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"n_group": 3}, "n_group is 3"),
+        ({"n_group": 0}, "n_group is 0"),
+        ({"n_group": 8}, "n_group is 8"),
+        ({"topk_group": 0}, "topk_group is 0"),
+        ({"topk_group": 5}, "topk_group is 5"),
+        ({"topk_group": 1}, "topk_group is 1.* 2 to 4 were expected, .* sent to 3 experts"),
+    ],
+)
+def test_groups_that_do_not_hold_the_experts_are_refused(
+    tiny, tmp_path: Path, changes: dict, named: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("deepseek_v3"), folder)
+    open_checkpoint(folder)
+    models.edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=named):
+        open_checkpoint(folder)
 
 
 def test_keys_that_say_what_the_class_does_anyway_are_taken(tiny) -> None:

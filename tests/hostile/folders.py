@@ -51,7 +51,9 @@ def headers(random: Random, ground: Ground, folder: Path) -> Attempt:
     elif draw == 6:
         header = damage.change(random, header, random.randrange(1, 4))
     else:
-        header[damage.odd(random, name) if random.random() < 0.3 else f"{name}\n\x1b[31m"] = header.pop(name)
+        header[str(damage.odd(random, name)) if random.random() < 0.3 else f"{name}\n\x1b[31m"] = header.pop(
+            name
+        )
     raw = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
     return on_model(random, model, f"header entry {name}, way {draw}", must)
