@@ -151,10 +151,12 @@ def _planned(output: Container, settings: Settings, found: plan.Sensitivities) -
 def _schemes(
     folder: FolderContainer, settings: Settings, sensitivities: plan.Sensitivities | None = None
 ) -> Plan:
-    """The one scheme of a folder, or the best schemes of the size that was asked for."""
-    if settings.size is None:
+    """The one scheme of a folder, those of a plan, or the best of the size that was asked for."""
+    if settings.size is None and settings.plan is None:
         return folder.plan
     menu = FolderMenu.of(folder.checkpoint, folder.settings)
+    if settings.plan is not None:
+        return plan.read(settings.plan, folder.checkpoint.weights, made=menu.given)
     return budget_plan(menu, settings.budget, folder.size, sensitivities)
 
 

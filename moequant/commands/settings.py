@@ -36,14 +36,14 @@ class Settings:
     `format` says what is written: a GGUF file, or a folder. How large a file is, one of these says: `size`
     (bytes, as people write them), `bpw`, `plan` (a plan's JSON) or `type`, a preset. All but `plan` may
     name several, with commas between them, which `convert_all` writes. `tensor_type` pins types as
-    `plan.pinned` reads them. How large a folder is: `scheme` (or `bits`) and `group_size`; `tp` GPUs will
-    share each weight. `calib` and `eval` are texts as `corpus.read` takes them, None the bundled ones;
-    `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant route`) or `imatrix` (of llama-imatrix)
-    stand in for the statistics pass; `imatrix_out` is written beside the file, and `card`, a README.md or a
-    folder to put it in. `split_size` is the most bytes of weights in one file of the output. `self_check`
-    holds our reading of the folder against transformers'. `coupled` rounds each layer towards what full
-    precision would have made of what the layers before it lost. `mtp` keeps the layers that predict the
-    token after the next.
+    `plan.pinned` reads them. How large a folder is: `scheme` (or `bits`) and `group_size`, or `size`, or
+    `plan`; `tp` GPUs will share each weight. `calib` and `eval` are texts as `corpus.read` takes them, None
+    the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant route`) or `imatrix`
+    (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is written beside the file, and
+    `card`, a README.md or a folder to put it in. `split_size` is the most bytes of weights in one file of
+    the output. `self_check` holds our reading of the folder against transformers'. `coupled` rounds each
+    layer towards what full precision would have made of what the layers before it lost. `mtp` keeps the
+    layers that predict the token after the next.
 
     `fresh` forgets what a run to the same output had finished when it was killed; else a conversion with the
     same settings goes on from there. `stream` are the bytes of a model of the Hub that may be on disk at a
@@ -89,7 +89,7 @@ class Settings:
     def __post_init__(self) -> None:
         """See the class."""
         # A folder may have a size as well: schemes are then chosen.
-        in_folders = ("size",) if self.format == "safetensors" else ()
+        in_folders = ("size", "plan") if self.format == "safetensors" else ()
         only_files = [name for name in _ONLY_OF_FILES if name not in in_folders]
         foreign = _OF_FOLDERS if self.format == "gguf" else only_files
         if given := [name for name in foreign if getattr(self, name) not in (None, ())]:
@@ -100,14 +100,8 @@ class Settings:
                 f"{_option(given[0])} does not go with --format {self.format}; how large it is, "
                 f"{', '.join(map(_option, own))} say"
             )
-        apart = _OF_ONE_SCHEME if self.size is not None else _OF_BUDGETS
-        if self.format != "gguf" and (given := [name for name in apart if getattr(self, name) is not None]):
-            said = "chooses schemes itself" if self.size is not None else "is for a folder with --size"
-            raise PlanError(
-                f"{_option(given[0])}: --size {said}; leave one of them out"
-                if self.size is not None
-                else f"{_option(given[0])} {said}; add it, or name one with --scheme"
-            )
+        if self.format != "gguf":
+            self._check_folder()
         _ = self.resources, self.split
         if self.format == "gguf":
             sizes = [name for name in _OF_FILES if getattr(self, name) is not None]
@@ -123,6 +117,20 @@ class Settings:
             raise PlanError(f"--tensor-type does not go with --plan; write the types into {self.plan}")
         if self.stats is not None and self.imatrix is not None:
             raise PlanError(f"{self.stats}, {self.imatrix}: two sources of statistics; name one")
+
+    def _check_folder(self) -> None:
+        """PlanError for options of a folder that say the same thing, or nothing together."""
+        by = next((name for name in ("plan", "size") if getattr(self, name) is not None), None)
+        apart = {"plan": ("size", *_OF_ONE_SCHEME, *_OF_BUDGETS), "size": _OF_ONE_SCHEME}.get(
+            str(by), _OF_BUDGETS
+        )
+        given = [name for name in apart if getattr(self, name) is not None]
+        if given and by is None:
+            raise PlanError(
+                f"{_option(given[0])} is for a folder with --size; add it, or name one with --scheme"
+            )
+        if given:
+            raise PlanError(f"{_option(given[0])}: --{by} chooses schemes itself; leave one of them out")
 
     @property
     def each(self) -> tuple[Settings, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,19 @@ def to_json(plan: Plan) -> str:
 Aliases = Mapping[str, str]
 """Other names of weights that documents may use, and ours: plans of version 1 had those of GGUF."""
 
+Made = Callable[[tuple[Weight, ...], Mapping[str, str], str], Plan]
+"""The plan that gives weights the formats listed under their names, for a file or a folder."""
+
 
 def from_json(
-    text: str, weights: tuple[Weight, ...], source: str = "plan", aliases: Aliases | None = None
+    text: str,
+    weights: tuple[Weight, ...],
+    source: str = "plan",
+    aliases: Aliases | None = None,
+    made: Made | None = None,
 ) -> Plan:
-    """The plan of a document for these weights, in their order.
+    """The plan of a document for these weights, in their order; `made` turns formats into a plan, None:
+    `plan_from_types`.
 
     Of each row only `weight` and `format` count; bytes are worked out again, and a row
     whose format is no longer the one that was `planned` has an unknown cost. A plain
@@ -62,16 +70,14 @@ def from_json(
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{source}: not JSON ({error}); write one with `moequant plan -o`") from None
-    names = aliases or {}
+    names, made = aliases or {}, made or plan_from_types
     if isinstance(document, dict) and "moequant_plan" not in document:
-        return plan_from_types(
-            weights, {names.get(key, key): value for key, value in document.items()}, source
-        )
+        return made(weights, {names.get(key, key): value for key, value in document.items()}, source)
     if not isinstance(document, dict) or document["moequant_plan"] not in (1, VERSION):
         raise PlanError(f"{source}: not a plan of version {VERSION}; write one with `moequant plan -o`")
     rows = {names.get(name, name): row for name, row in _rows(document, source).items()}
     types = {name: row["format"] for name, row in rows.items()}
-    plan = plan_from_types(weights, types, source)
+    plan = made(weights, types, source)
     choices = tuple(_restored(choice, rows[choice.weight]) for choice in plan.choices)
     budget = document.get("budget")
     if not isinstance(budget, int) or sum(aligned(choice.bytes) for choice in choices) > budget:
@@ -79,7 +85,9 @@ def from_json(
     return Plan(plan.preset, choices, budget, str(document.get("target") or source))
 
 
-def read(path: Path, weights: tuple[Weight, ...], aliases: Aliases | None = None) -> Plan:
+def read(
+    path: Path, weights: tuple[Weight, ...], aliases: Aliases | None = None, made: Made | None = None
+) -> Plan:
     """`from_json` of a file; PlanError when it cannot be read."""
     try:
         text = read_text(path)
@@ -87,11 +95,24 @@ def read(path: Path, weights: tuple[Weight, ...], aliases: Aliases | None = None
         raise PlanError(
             f"{path}: cannot be read ({error}); give a plan that `moequant plan -o` wrote"
         ) from None
-    return from_json(text, weights, str(path), aliases)
+    return from_json(text, weights, str(path), aliases, made)
 
 
 def plan_from_types(weights: tuple[Weight, ...], types: Mapping[str, str], source: str = "types") -> Plan:
     """The plan that gives every weight the ggml type listed under its name; same errors as `from_json`."""
+    check_rows(weights, types, source)
+    choices = []
+    for weight in weights:
+        name = types[weight.name]
+        check_fit(weight, name, source)
+        choices.append(Choice(weight.name, name, packed_bytes(name, weight), f"given by {source}", None))
+    taken = sum(aligned(choice.bytes) for choice in choices)
+    preset = mostly((choice.format, choice.bytes) for choice in choices)
+    return Plan(preset, tuple(choices), taken, source)
+
+
+def check_rows(weights: tuple[Weight, ...], types: Mapping[str, str], source: str) -> None:
+    """PlanError unless every weight has a row, and nothing else has."""
     names = {weight.name for weight in weights}
     if nested := [name for name, value in types.items() if not isinstance(value, str)]:
         raise PlanError(
@@ -99,16 +120,8 @@ def plan_from_types(weights: tuple[Weight, ...], types: Mapping[str, str], sourc
         )
     if unknown := [name for name in types if name not in names]:
         raise PlanError(f"{source}: {unknown[0]}: the checkpoint has no such weight; remove the row")
-    choices = []
-    for weight in weights:
-        if weight.name not in types:
-            raise PlanError(f"{source}: {weight.name} is missing; every weight needs a row")
-        name = types[weight.name]
-        check_fit(weight, name, source)
-        choices.append(Choice(weight.name, name, packed_bytes(name, weight), f"given by {source}", None))
-    taken = sum(aligned(choice.bytes) for choice in choices)
-    preset = mostly((choice.format, choice.bytes) for choice in choices)
-    return Plan(preset, tuple(choices), taken, source)
+    if missing := [weight.name for weight in weights if weight.name not in types]:
+        raise PlanError(f"{source}: {missing[0]} is missing; every weight needs a row")
 
 
 def check_fit(weight: Weight, name: str, source: str) -> None:

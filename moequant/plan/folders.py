@@ -28,6 +28,7 @@ from moequant.containers.folders.schemes import Scheme
 from moequant.containers.gguf.sizes import Budget
 from moequant.errors import PlanError
 from moequant.plan.allocate import Option, Unit, allocate
+from moequant.plan.document import check_rows
 from moequant.plan.sensitivity import Sensitivities, prior_sensitivities
 from moequant.values import Choice, Plan, Weight
 
@@ -40,6 +41,9 @@ RELATIVE_ERROR: Mapping[str, float] = {
     "NVFP4A16": 6.6e-3,
 }  # fmt: skip
 """Squared error over square of normal weights, for when nothing was measured; groups of 128."""
+
+INPUT_ERROR: Mapping[str, float] = {"W8A8": 1.3e-4, "FP8_DYNAMIC": 6.5e-4, "FP8_BLOCK": 6.5e-4}
+"""What rounding the inputs adds, where a token's largest is five times its root mean square."""
 
 SHARES = (0.0, 0.3)
 """Where the two plans that say how sensitivities add up lie between the smallest and the largest."""
@@ -99,6 +103,10 @@ class FolderMenu:
             return name
         return schemes.find(name).storage((torch.bfloat16,)).block_format(weight.n_in)
 
+    def input_error(self, name: str) -> float:
+        """See `Menu`."""
+        return INPUT_ERROR.get(name, 0.0)
+
     def probe(self, weight: Weight) -> str:
         """See `Menu`: three bits, in groups of 32 where those divide the rows."""
         return f"INT3_G{32 if weight.n_in % 32 == 0 else weight.n_in}_BF16"
@@ -135,6 +143,36 @@ class FolderMenu:
             return replace(kept_choice(weight), kl=kl)
         return choice_of(weight, schemes.find(name), reason, kl)
 
+    def given(self, weights: tuple[Weight, ...], types: Mapping[str, str], source: str) -> Plan:
+        """The plan of these schemes, and of the checkpoint's own type for what has none; see `document.Made`.
+
+        PlanError names the row that is unknown, missing, does not fit, or is unlike one that it shares a
+        scheme with.
+        """
+        check_rows(weights, types, source)
+        kinds = {weight.name: self._given(weight, types[weight.name], source) for weight in weights}
+        for group in self.groups(weights):
+            for other in group[1:]:
+                if kinds[other.name] != kinds[group[0].name]:
+                    raise PlanError(
+                        f"{source}: {group[0].name} is {kinds[group[0].name]}, {other.name} is "
+                        f"{kinds[other.name]}; vLLM reads one scheme for both, write the same"
+                    )
+        choices = tuple(self.choice(weight, kinds[weight.name], f"given by {source}") for weight in weights)
+        return Plan(_preset(choices), choices, sum(choice.bytes for choice in choices), source)
+
+    def _given(self, weight: Weight, name: str, source: str) -> str:
+        """The name of the scheme that a row means; PlanError where the weight cannot have it."""
+        own = kept_dtype(weight)
+        if name.upper() == own:
+            return own
+        if weight.name not in self.choosable or name.upper() in KEPT:
+            raise PlanError(f"{source}: {weight.name}: stays {own}, not {name}; write {own}")
+        found = schemes.find(name, f"{source}: {weight.name}:")
+        if reason := refusal(weight, found, self.settings):
+            raise PlanError(f"{source}: {reason}")
+        return found.name
+
     def checks(self, weights: tuple[Weight, ...], units: Sequence[Unit]) -> tuple[int, ...]:
         """See `Menu`."""
         low = sum(min(option.bytes for option in unit.options) for unit in units)
@@ -156,7 +194,8 @@ class FolderMenu:
 
 def _usual_error(name: str) -> float:
     scheme = schemes.find(name)
-    return RELATIVE_ERROR[scheme.preset] * (0.7 if scheme.kind == "integers" and scheme.group == 32 else 1.0)
+    finer = 0.7 if scheme.kind == "integers" and scheme.group == 32 else 1.0
+    return RELATIVE_ERROR[scheme.preset] * finer + INPUT_ERROR.get(name, 0.0)
 
 
 def budget_plan(
@@ -202,7 +241,11 @@ def _made(
         menu.choice(weight, names[weight.name], f"{reason}: its bytes pay", raw[weight.name] * share)
         for weight in menu.checkpoint.weights
     )
-    used = list(dict.fromkeys(choice.format for choice in choices if choice.format not in KEPT))
-    preset = used[0] if len(used) == 1 else "mixed"
     assert budget.file_bytes is not None
-    return Plan(preset, choices, budget.file_bytes, budget.text)
+    return Plan(_preset(choices), choices, budget.file_bytes, budget.text)
+
+
+def _preset(choices: Sequence[Choice]) -> str:
+    """The one scheme of a plan, or that it has several, or none."""
+    used = list(dict.fromkeys(choice.format for choice in choices if choice.format not in KEPT))
+    return used[0] if len(used) == 1 else "mixed" if used else "kept"

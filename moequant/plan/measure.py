@@ -77,7 +77,7 @@ def sample_errors(
     weight: Weight, stats: InputStats | None, probing: Probing, menu: Menu = GGUF
 ) -> dict[str, float]:
     """Format -> relative squared error that it makes in the output of `weight`, over all of its experts: of
-    every one that the menu wants measured.
+    every one that the menu wants measured, with what the menu adds for rounded inputs.
 
     Errors of columns count by the mean square of what they multiply, errors of experts by
     the sum of the squared router weights of their tokens. Experts are sampled evenly in
@@ -103,7 +103,9 @@ def sample_errors(
         fmt = formats.get(menu.block_format(name, weight))
         decoded = formats.dequantize(fmt, formats.quantize(fmt, sample, columns, probing.effort))
         error = ((sample - decoded).double().square().sum(1) * share).sum()
-        errors[name] = float(error / total.clamp(min=torch.finfo(torch.float64).tiny))
+        errors[name] = float(error / total.clamp(min=torch.finfo(torch.float64).tiny)) + menu.input_error(
+            name
+        )
     return errors
 
 

@@ -35,6 +35,9 @@ class Menu(Protocol):
     def block_format(self, name: str, weight: Weight) -> str:
         """What `formats.get` calls a candidate."""
 
+    def input_error(self, name: str) -> float:
+        """Squared error over square that the runtime's rounding of inputs adds to a candidate's."""
+
     def probe(self, weight: Weight) -> str:
         """The coarse format, a candidate or not, that a probed weight is rounded to."""
 
@@ -73,6 +76,10 @@ class GgufMenu:
     def block_format(self, name: str, weight: Weight) -> str:
         """See `Menu`."""
         return name
+
+    def input_error(self, name: str) -> float:
+        """See `Menu`: the same for all types of a product, and fixed by the file's kind."""
+        return 0.0
 
     def probe(self, weight: Weight) -> str:
         """See `Menu`."""

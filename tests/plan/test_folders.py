@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ from moequant.commands.convert import Settings, convert, open_job
 from moequant.containers.folders import compressed_tensors
 from moequant.containers.folders.container import FolderContainer
 from moequant.containers.folders.plan import KEPT, FolderSettings
+from moequant.containers.folders.schemes import PRESETS
 from moequant.containers.gguf.sizes import Budget
-from moequant.errors import PlanError
+from moequant.errors import CheckpointError, FamilyError, PlanError
+from moequant.plan import from_json, to_json
 from moequant.plan.folders import FolderMenu, budget_plan
 from tests.containers.folders.cases import own_decoder
 
@@ -83,6 +87,9 @@ def test_vllm_finds_experts_by_its_own_names(tiny) -> None:
         ({"size": "1G", "schemes": "FP8_BLOCK", "gpu": 7.5}, "--gpu 7.5: none of FP8_BLOCK runs below"),
         ({"size": "1G", "scheme": "W4A16"}, "--scheme: --size chooses schemes itself"),
         ({"schemes": "W4A16"}, "--schemes is for a folder with --size"),
+        ({"plan": Path("p.json"), "size": "1G"}, "--size: --plan chooses schemes itself"),
+        ({"plan": Path("p.json"), "tp": 2}, "p.json: cannot be read"),
+        ({"size": "1G", "schemes": "NVFP4"}, "--schemes NVFP4: rounds its inputs.* NVFP4A16 has the same"),
         ({"size": "1G", "format": "gptq"}, "--size does not go with --format gptq"),
         ({"size": "1G", "tp": 3}, "--tp 3 does not divide"),
     ],
@@ -100,3 +107,49 @@ def test_more_bytes_expect_less_divergence(tiny) -> None:
     sizes = [round(low + share * (high - low)) for share in (0.0, 0.2, 0.5, 1.0)]
     found = [budget_plan(menu, Budget.of_size(str(size)), folder.size).kl for size in sizes]
     assert None not in found and sorted(found, reverse=True) == found and found[0] > found[-1]
+
+
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_gpt_oss_is_refused_by_the_name_that_it_lacks(tiny, scheme: str) -> None:
+    for asked in ({"scheme": scheme}, {"size": "1G", "schemes": scheme}):
+        with pytest.raises(FamilyError, match="no name for a single expert") as found:
+            open_job(tiny("gpt_oss"), Settings(format="safetensors", **asked))
+        assert "\n" not in str(found.value)
+
+
+def test_an_expert_with_nan_is_named(tiny, tmp_path: Path, text: Path) -> None:
+    model = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
+    weight = next(w for w in open_checkpoint(model).weights if w.name == "layers.1.experts.up")
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(weight.origin.stored[5].parts[""].begin)
+        file.write(b"\xc0\x7f")
+    asked = Settings(format="safetensors", size="3M", calib=text, eval_tokens=0, self_check=False)
+    with pytest.raises(CheckpointError, match="NaN") as found:
+        convert(model, tmp_path / "out", replace(asked, calib_tokens=2048))
+    assert "\n" not in str(found.value) and "experts.5.up" in str(found.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_plan_is_written_and_read(tiny, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny("qwen3_moe"))
+    folder = FolderContainer(checkpoint, FolderSettings())
+    menu = FolderMenu.of(checkpoint, FolderSettings())
+    half = (folder.size(folder.plan) + checkpoint.source_bytes) // 2
+    plan = budget_plan(menu, Budget.of_size(str(half)), folder.size)
+    (tmp_path / "plan.json").write_text(to_json(plan))
+    job = open_job(tiny("qwen3_moe"), Settings(format="safetensors", plan=tmp_path / "plan.json"))
+    assert job.plan == plan and not job.measures
+
+    kinds = {choice.weight: choice.format for choice in plan.choices}
+    whole = dict.fromkeys((w.name for w in checkpoint.weights if w.is_expert), "w3a16")
+    edited = from_json(json.dumps(kinds | whole), checkpoint.weights, "p", made=menu.given)
+    assert {choice.format for choice in edited.choices if choice.weight in whole} == {"W3A16"}
+    for change, message in (
+        ({"layers.1.experts.down": "W8A8"}, r"p: layers.1.experts.gate is .*down is W8A8; vLLM reads one"),
+        ({"layers.0.experts.up": "Q4_K"}, "p: layers.0.experts.up: Q4_K: no such scheme; there are W2A16"),
+        ({"embedding": "W8A16"}, "p: embedding: stays BF16, not W8A16"),
+        ({"layers.0.router": "F32"}, "p: layers.0.router: stays BF16, not F32"),
+        ({"layers.9.experts.up": "W8A16"}, "the checkpoint has no such weight"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            from_json(json.dumps(kinds | change), checkpoint.weights, "p", made=menu.given)

@@ -111,6 +111,14 @@ PRESETS: dict[str, Scheme] = {
 }
 """Every scheme that is written, by the name of its preset."""
 
+UNWRITTEN: Mapping[str, str] = {
+    "NVFP4": "rounds its inputs by a number from calibration; NVFP4A16 has the same weights",
+    "MXFP4": "rounds its inputs to four bits; MXFP4A16 has the same weights",
+    "FP8": "has scales of inputs from calibration; FP8_DYNAMIC makes them on the way",
+    "W4A16_ASYM": "has zero points, which vLLM's experts do not take; W4A16 has none",
+}
+"""Presets that people know and that are not written: why, and what comes closest."""
+
 _GROUPED = re.compile(r"(W[2-8]A16)_(G\d+|CHANNEL)")
 
 
@@ -120,6 +128,8 @@ def find(name: str, option: str = "--scheme") -> Scheme:
     if found := _GROUPED.fullmatch(wanted):
         preset, group = found.groups()
         return with_group(PRESETS[preset], -1 if group == "CHANNEL" else int(group[1:]))
+    if wanted in UNWRITTEN:
+        raise PlanError(f"{option} {name}: {UNWRITTEN[wanted]}")
     if wanted not in PRESETS:
         raise PlanError(f"{option} {name}: no such scheme; there are {', '.join(PRESETS)}")
     return PRESETS[wanted]
