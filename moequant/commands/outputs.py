@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from moequant.checkpoint import repository
+from moequant.checkpoint import Folder, repository
 from moequant.commands.job import Job
 from moequant.commands.settings import Settings
 from moequant.errors import MoequantError, OutputError
@@ -41,7 +41,7 @@ def names(model: Path, out: Path, settings: Settings) -> tuple[Path, ...]:
 
 
 @contextmanager
-def claimed(model: Path, outs: Sequence[Path], settings: Settings) -> Iterator[None]:
+def claimed(model: Folder, outs: Sequence[Path], settings: Settings) -> Iterator[None]:
     """All outputs of a conversion, locked together while the block runs. OutputError as `claim` raises it.
 
     A folder for several files is made here, and is gone again if nothing came to lie in it.
@@ -53,7 +53,7 @@ def claimed(model: Path, outs: Sequence[Path], settings: Settings) -> Iterator[N
         settings.imatrix_out,
         card_path(outs, settings) if is_file else None,
     )
-    inputs = (model, *settings.inputs)
+    inputs = (*model.inputs, *settings.inputs)
     with (
         _made(outs[0].parent) if len(outs) > 1 else nullcontext(),
         claim(
