@@ -37,7 +37,7 @@ def check_same(header: Header, exported: Exported) -> None:
     path, names, checkpoint = header.path, exported.names, exported.checkpoint
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     vocabulary = shapes.get(names["embedding"], (None,))[0]
-    mine = {**exported.metadata, "general.architecture": exported.arch, "vocab_size": checkpoint.shape.vocab}
+    mine = {**_full(exported), "vocab_size": checkpoint.shape.vocab}
     theirs = {**header.metadata, "vocab_size": vocabulary}
     same_metadata(path, that_runs(theirs), checkpoint.path, that_runs(mine))
     same_vocabulary(path, header.array(TOKENS), checkpoint)
@@ -53,6 +53,22 @@ def check_same(header: Header, exported: Exported) -> None:
     running = {each.name for each in header.tensors if (each.layer or 0) < checkpoint.n_layers}
     if extra := sorted(running - set(names.values())):
         raise VerifyError(f"{path}: tensor {extra[0]} is unknown to {checkpoint.path}; is it the same model?")
+
+
+def _full(exported: Exported) -> dict[str, Any]:
+    return {**exported.metadata, "general.architecture": exported.arch}
+
+
+def differences(header: Header, exported: Exported) -> tuple[str, ...]:
+    """A sentence where a GGUF file says otherwise than `exported`, in keys that are not in SAME."""
+    mine, theirs = that_runs(_full(exported)), that_runs(header.metadata)
+    keys = [key for key in mine if key in theirs and not _equal(mine[key], theirs[key])]
+    scaling = f"{exported.arch}.rope.scaling."
+    keys += [key for key in theirs if key.startswith(scaling) and key not in mine]
+    if not keys:
+        return ()
+    said = ", ".join(f"{key} = {plain(str(theirs[key]))[:80]}" for key in keys)
+    return (f"the file says {said}, and config.json something else, which counts",)
 
 
 def that_runs(metadata: Mapping[str, Any]) -> Mapping[str, Any]:

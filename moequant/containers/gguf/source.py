@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moequant.checkpoint import Checkpoint, Folder
 from moequant.checkpoint.codecs import as_shipped, ggml
 from moequant.checkpoint.open import every_slot, head_last, read_config, shape_of
+from moequant.checkpoint.predictions import Predictions, fed, sites_of
 from moequant.checkpoint.slots import filled
-from moequant.containers.gguf.export import Exported, export
+from moequant.containers.gguf.export import Exported, export, local, name_of
+from moequant.containers.gguf.families import EXPORTS
 from moequant.containers.gguf.read import GgufFile
-from moequant.containers.gguf.same import check_same
+from moequant.containers.gguf.same import check_same, differences
 from moequant.errors import CheckpointError
 from moequant.families import Slot
-from moequant.families.base import PREDICTION
 from moequant.families.config import make_config
 from moequant.forward.model import shapes
 from moequant.values import ModelShape, Origin, Stored, Weight
@@ -44,16 +45,12 @@ def open_gguf(folder: Folder) -> Checkpoint:
     weights = (_empty(slot, layer, shape, there) for layer, slot in every_slot(family, config, shape))
     hollow = head_last(weight for weight in weights if weight is not None)
     model = Checkpoint(folder.path, raw, config, family, shape, hollow, gguf=folder.gguf)
+    model = replace(model, predictions=_predictions(model, file))
     exported = export(model)
     check_same(file.header, exported)
     found = tuple(replace(weight, origin=_origin(weight, exported, file)) for weight in hollow)
-    skipped = [each for each in file.header.tensors if (each.layer or 0) >= shape.layers]
-    return replace(
-        model,
-        weights=found,
-        skipped={PREDICTION: len(skipped)} if skipped else {},
-        notes=_notes(file, found),
-    )
+    notes = (*_notes(file, found), *differences(file.header, exported))
+    return replace(model, weights=found, predictions=_filled(model, exported, file), notes=notes)
 
 
 def _empty(
@@ -65,6 +62,65 @@ def _empty(
             return None
         raise CheckpointError(f"{slot.name}: transformers' model of this config.json has no {slot.param}")
     return filled(slot, layer, model, shape_after(slot.ops, there[slot.param]), Origin(()))
+
+
+def _predictions(model: Checkpoint, file: GgufFile) -> Predictions:
+    """The layers behind the last that the family describes, without values."""
+    behind = [each.name for each in file.header.tensors if (each.layer or 0) >= model.n_layers]
+    stored = tuple(ggml.of_type(file.ref(name)) for name in behind)
+    if not stored:
+        return Predictions()
+    shapes_of, sites = _Shapes(model, export(model), file), sites_of(model.weights)
+    found: list[Weight] = []
+    for number, slots in enumerate(model.family.predictions(model.config), model.n_layers):
+        for slot in slots:
+            shape = shapes_of.find(slot, number)
+            if shape is not None:
+                found.append(fed(filled(slot, number, model.shape, shape, Origin(())), sites))
+            elif not slot.optional:
+                return Predictions(stored, unfit=f"{slot.name} is missing, or like none of the model's")
+    return Predictions(stored, tuple(found))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shapes:
+    """The shapes of weights that transformers' model does not have, by those that they are like."""
+
+    model: Checkpoint
+    exported: Exported
+    file: GgufFile
+
+    def find(self, slot: Slot, number: int) -> tuple[int, ...] | None:
+        """That of a weight of block `number`: what the file says of one that is a tensor there; else that of
+        the last layer's whose tensors are like its own. None when the file has no such."""
+        own = slot.name.removeprefix(f"layers.{number}.")
+        alone = name_of(EXPORTS[self.model.family.name], own)
+        if own.startswith("nextn.") and alone is not None:
+            found = self.file.tensors.get(f"blk.{number}.{alone}")
+            return None if found is None else found.shape
+        twins = (weight for weight in reversed(self.model.weights) if local(weight) == own)
+        return next((twin.shape for twin in twins if self._is_like(twin, number)), None)
+
+    def _is_like(self, twin: Weight, number: int) -> bool:
+        there = self.file.tensors
+        names = [self.exported.names[name] for name, _ in self.exported.parts[twin.name]]
+        others = [name.replace(f"blk.{twin.layer}.", f"blk.{number}.", 1) for name in names]
+        return all(
+            one in there and two in there and there[one].shape == there[two].shape
+            for one, two in zip(names, others, strict=True)
+        )
+
+
+def _filled(model: Checkpoint, exported: Exported, file: GgufFile) -> Predictions:
+    """The same with their values, where files hold such layers."""
+    known = model.predictions
+    if not known.weights or known.weights[0].name not in exported.parts:
+        return known
+    there = tuple(replace(weight, origin=_origin(weight, exported, file)) for weight in known.weights)
+    read = {ref.name for weight in there for each in weight.origin.stored for ref in each.parts.values()}
+    if rest := [each.name for each in known.stored if each.name not in read]:
+        return Predictions(known.stored, unfit=f"{rest[0]} is unknown")
+    return replace(known, weights=there)
 
 
 def _origin(weight: Weight, exported: Exported, file: GgufFile) -> Origin:
