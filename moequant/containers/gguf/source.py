@@ -91,15 +91,15 @@ class _Shapes:
     file: GgufFile
 
     def find(self, slot: Slot, number: int) -> tuple[int, ...] | None:
-        """That of a weight of block `number`: what the file says of one that is a tensor there; else that of
-        the last layer's whose tensors are like its own. None when the file has no such."""
+        """That of a weight of block `number`: that of the last layer's whose tensors are like its own; where
+        no layer has such a weight, what the file says. None when the file has none."""
         own = slot.name.removeprefix(f"layers.{number}.")
-        alone = name_of(EXPORTS[self.model.family.name], own)
-        if own.startswith("nextn.") and alone is not None:
-            found = self.file.tensors.get(f"blk.{number}.{alone}")
-            return None if found is None else found.shape
-        twins = (weight for weight in reversed(self.model.weights) if local(weight) == own)
-        return next((twin.shape for twin in twins if self._is_like(twin, number)), None)
+        twins = [weight for weight in reversed(self.model.weights) if local(weight) == own]
+        if twins:
+            return next((twin.shape for twin in twins if self._is_like(twin, number)), None)
+        name = name_of(EXPORTS[self.model.family.name], own)
+        found = self.file.tensors.get(f"blk.{number}.{name}")
+        return None if found is None else found.shape
 
     def _is_like(self, twin: Weight, number: int) -> bool:
         there = self.file.tensors

@@ -94,7 +94,7 @@ def test_config_and_tokenizer_may_lie_beside_the_file(tiny, tmp_path: Path, text
     converted(tiny("mixtral"), beside / "a.gguf", text, "BF16", self_check=False)
     found = run(beside / "a.gguf", [beside / "a.gguf"], CompareSettings(eval=text, eval_tokens=1024))
     assert found.measured[0].comparison.kl_mean.value == 0
-    routed = route(beside / "a.gguf", RouteSettings(text, 512))
+    routed = route(beside / "a.gguf", RouteSettings(text, 1024))
     assert routed.checkpoint.gguf == beside / "a.gguf"
     with pytest.raises(OutputError, match="is read by this run"):
         converted(beside / "a.gguf", beside / "a.gguf", text, "Q4_0")
