@@ -22,7 +22,7 @@ class FolderContainer:
     is_folder = True
 
     def __init__(self, checkpoint: Checkpoint, settings: FolderSettings) -> None:
-        """PlanError for what no loader takes."""
+        """PlanError for a GGUF file as the source."""
         if checkpoint.gguf is not None:
             raise PlanError(
                 f"{checkpoint.gguf}: only GGUF files are made of a GGUF file; folders copy tensors of the "

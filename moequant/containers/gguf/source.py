@@ -42,6 +42,8 @@ def open_gguf(folder: Folder) -> Checkpoint:
     config = make_config(family, raw, wanted and HEAD not in file.tensors)
     shape = shape_of(family, config)
     there = shapes(folder.path, config)
+    if shape.tied:
+        there.pop("lm_head.weight", None)  # it is the embedding
     weights = (_empty(slot, layer, shape, there) for layer, slot in every_slot(family, config, shape))
     hollow = head_last(weight for weight in weights if weight is not None)
     model = Checkpoint(folder.path, raw, config, family, shape, hollow, gguf=folder.gguf)
