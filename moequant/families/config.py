@@ -181,7 +181,9 @@ def _model_source(cls: type) -> str:
     """The source of the model that a config class belongs to, and of the masks that all models share."""
     module = cls.__module__.replace(".configuration_", ".modeling_")
     try:
-        return "".join(inspect.getsource(import_module(name)) for name in (module, "transformers.masking_utils"))
+        return "".join(
+            inspect.getsource(import_module(name)) for name in (module, "transformers.masking_utils")
+        )
     except (ImportError, OSError):
         return ""
 

@@ -209,7 +209,7 @@ def test_sizes_that_no_loader_takes_are_refused(
         assert folder_of(tiny("qwen3_moe", **changes), **settings).plan.bytes > 0
         return
     with pytest.raises(PlanError, match=message):
-        folder_of(tiny("qwen3_moe", **changes), **settings)
+        assert not folder_of(tiny("qwen3_moe", **changes), **settings).plan
 
 
 def test_targets_are_checked_before_work_begins(tiny, tmp_path: Path) -> None:
