@@ -81,9 +81,7 @@ def test_a_quantized_source_is_rounded_from_what_it_decodes_to(tiny, tmp_path: P
     """And the comparison is with the file."""
     first, second = tmp_path / "q8.gguf", tmp_path / "q4.gguf"
     converted(tiny("qwen3_moe"), first, text, "Q8_0", self_check=False)
-    report = converted(
-        GgufModel(first, tiny("qwen3_moe")), second, text, "Q4_K_M", eval_tokens=1024
-    )
+    report = converted(GgufModel(first, tiny("qwen3_moe")), second, text, "Q4_K_M", eval_tokens=1024)
     assert report.comparison is not None and 0 < report.comparison.kl_mean.value < 0.5
     assert report.model == first and "the file that was read" in str(report.checked)
 
