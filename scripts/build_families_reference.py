@@ -82,8 +82,8 @@ table says so. A folder needs releases that store experts one by one. Tiny model
 transformers, are converted in the tests: the logits of the F32 file in llama.cpp equal those of transformers.
 
 All of them are read in bf16, f16 and f32, and as FP8 (DeepSeek's blocks, compressed-tensors), MXFP4, NVFP4,
-int2 to int8 (compressed-tensors, GPTQ, AWQ). What a codec decodes is described in
-`moequant/checkpoint/codecs/`.
+int2 to int8 (compressed-tensors, GPTQ, AWQ); those with a name in the third column from GGUF files, too. What
+a codec decodes is described in `moequant/checkpoint/codecs/`.
 
 Layers that predict the token after the next (multi-token prediction) are kept as llama.cpp's NextN blocks,
 for drafting, unless the table has them among what is left out; folders hold copies of them. `--no-mtp` leaves

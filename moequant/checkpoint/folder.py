@@ -53,10 +53,16 @@ class LocalFile:
 @dataclass(frozen=True, slots=True)
 class Folder:
     """A model folder: `path` has config, tokenizer and whatever else is small; `weights` are the
-    safetensors files by their names."""
+    safetensors files by their names, or the parts of `gguf`, a file that has the weights instead."""
 
     path: Path
     weights: Mapping[str, File]
+    gguf: Path | None = None
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """What must not be written over while the model is read."""
+        return (self.path,) if self.gguf is None else (self.gguf, self.path / "config.json")
 
 
 def folder_of(model: Path | Folder) -> Folder:

@@ -6,7 +6,7 @@ The one place where stored tensors become model weights: the family's slots say 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ class Checkpoint:
     `raw` is config.json as it is, `config` what its class in transformers makes of it. `weights` are those of
     the model in the order in which they compute, the head last. `predictions` are layers behind the last,
     which transformers does not run. `skipped` counts the stored tensors that are left out on purpose, by the
-    reason.
+    reason. `gguf` is the file that has the weights where no safetensors do; `notes` are what a person should
+    know of it.
     """
 
     path: Path
@@ -51,6 +52,13 @@ class Checkpoint:
     weights: tuple[Weight, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
     predictions: Predictions = field(default_factory=Predictions)
+    gguf: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> Path:
+        """What the weights were read from."""
+        return self.path if self.gguf is None else self.gguf
 
     @property
     def repository(self) -> str:
@@ -59,8 +67,8 @@ class Checkpoint:
 
     @property
     def revision(self) -> str | None:
-        """The commit of a model of the Hub, None of a folder that does not tell."""
-        cached = of_cache(self.path)
+        """The commit of a model of the Hub, None of a folder that does not tell, and of a file."""
+        cached = None if self.gguf else of_cache(self.path)
         return cached[1] if cached else None
 
     @property
@@ -116,14 +124,13 @@ def open_checkpoint(model: Path | Folder) -> Checkpoint:
     """
     folder = folder_of(model)
     path = folder.path
-    raw = read_json(path / "config.json")
-    family = families.find(raw)
+    raw, family = read_config(path)
     quantization = _quantization(path, raw)
     found = recognise(read_headers(folder), quantization)
     stored = {renamed(family, name): each for name, each in found.items()}
     tied = _tied(path, bool(make_config(family, raw).tie_word_embeddings), stored)
     config = make_config(family, raw, tied)
-    shape = _shape(family, config)
+    shape = shape_of(family, config)
     weights, skipped = _assemble(family, config, shape, stored)
     predictions = Predictions.of(
         family, config, shape, weights, {n: stored[n] for n in skipped.pop(PREDICTION, ())}
@@ -136,6 +143,12 @@ def open_checkpoint(model: Path | Folder) -> Checkpoint:
         )
     counted = {reason: len(names) for reason, names in skipped.items()}
     return Checkpoint(path, raw, config, family, shape, weights, counted, predictions)
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], Family]:
+    """config.json of a folder, and the family of its model. CheckpointError and FamilyError as above."""
+    raw = read_json(path / "config.json")
+    return raw, families.find(raw)
 
 
 def _quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -182,7 +195,7 @@ def _same(one: Stored, two: Stored, rows: int = 1024) -> bool:
     return all(torch.equal(one.read(rows=part), two.read(rows=part)) for part in parts)
 
 
-def _shape(family: Family, config: Config) -> ModelShape:
+def shape_of(family: Family, config: Config) -> ModelShape:
     """The typed shape, its numbers within reason. FamilyError names a key that is none."""
     with foreign(FamilyError, f"{family.name}: config.json does not say how large the model is"):
         shape = family.shape(config)
@@ -217,16 +230,25 @@ def _assemble(
     """Every slot filled, every stored tensor claimed or skipped on purpose."""
     claimed: set[str] = set()
     found: list[Weight] = []
-    numbered = [(None, family.ends(config)), *((n, slots_of(family, config, n)) for n in range(shape.layers))]
-    for number, slots in numbered:
-        for slot in slots:
-            weight = weight_of(slot, number, shape, stored)
-            if weight is not None:
-                claimed |= {renamed(family, each.name) for each in weight.origin.stored}
-                found.append(weight)
+    for number, slot in every_slot(family, config, shape):
+        weight = weight_of(slot, number, shape, stored)
+        if weight is not None:
+            claimed |= {renamed(family, each.name) for each in weight.origin.stored}
+            found.append(weight)
     skipped = _left_out(family, config, (name for name in stored if name not in claimed), stored)
-    # The head comes last: what it is fed is known when everything before it has been rounded.
-    return tuple(sorted(found, key=lambda weight: weight.role is Role.OUTPUT)), skipped
+    return head_last(found), skipped
+
+
+def head_last(weights: Iterable[Weight]) -> tuple[Weight, ...]:
+    """What the head is fed is known when everything before it has been rounded."""
+    return tuple(sorted(weights, key=lambda weight: weight.role is Role.OUTPUT))
+
+
+def every_slot(family: Family, config: Config, shape: ModelShape) -> Iterator[tuple[int | None, Slot]]:
+    """The slots of a model, each with its layer; those outside of layers first."""
+    yield from ((None, slot) for slot in family.ends(config))
+    for number in range(shape.layers):
+        yield from ((number, slot) for slot in slots_of(family, config, number))
 
 
 def slots_of(family: Family, config: Config, layer: int) -> tuple[Slot, ...]:

@@ -38,7 +38,7 @@ class Predictions:
         if not stored:
             return cls()
         every = tuple(stored.values())
-        sites = {weight.site.name: weight for weight in model if weight.site is not None}
+        sites = sites_of(model)
         found: list[Weight] = []
         claimed: set[str] = set()
         try:
@@ -47,7 +47,7 @@ class Predictions:
                     weight = weight_of(slot, number, shape, stored)
                     if weight is not None:
                         claimed |= {each.name for each in weight.origin.stored}
-                        found.append(_fed(weight, sites))
+                        found.append(fed(weight, sites))
         except CheckpointError as error:
             return cls(every, unfit=str(error))
         if found and (rest := [each.name for each in every if each.name not in claimed]):
@@ -55,7 +55,12 @@ class Predictions:
         return cls(every, tuple(found))
 
 
-def _fed(weight: Weight, sites: Mapping[str, Weight]) -> Weight:
+def sites_of(model: Sequence[Weight]) -> dict[str, Weight]:
+    """A weight of the model for each of its sites."""
+    return {weight.site.name: weight for weight in model if weight.site is not None}
+
+
+def fed(weight: Weight, sites: Mapping[str, Weight]) -> Weight:
     """The weight, without a site where the one that it is like is of another width."""
     twin = None if weight.site is None else sites.get(weight.site.name)
     if twin is None or (twin.matrices, twin.n_in) == (weight.matrices, weight.n_in):

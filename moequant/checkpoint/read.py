@@ -37,15 +37,15 @@ def load_packed(weight: Weight) -> Tensor | None:
     if kind is None or kind in FLOATS:
         return None
     stacked = len(origin.stored) == 1 and len(origin.stored[0].shape) == 3
-    count = weight.matrices if weight.is_expert else 1
+    several = weight.is_expert or stacked
     parts = []
-    for number in _numbers(weight) if weight.is_expert else range(1):
-        stored = origin.stored[0] if stacked or count == 1 else origin.stored[number]
+    for number in _numbers(weight) if several else range(1):
+        stored = origin.stored[0] if stacked else origin.stored[number]
         rows = repack(stored, kind, number if stacked else None, range(stored.shape[-2]))
         if rows is None:
             return None
         parts.append(apply(origin.ops, rows))
-    return torch.stack(parts) if weight.is_expert else parts[0].contiguous()
+    return torch.stack(parts) if several else parts[0].contiguous()
 
 
 def _is_cut(origin: Origin) -> bool:

@@ -41,16 +41,23 @@ def weight_of(
         whole = _shape_of(slot, way, tensors, shape.experts)
     except ValueError as error:
         raise CheckpointError(f"{where}: {names[0]} is {list(tensors[0].shape)}; {error} do not go") from None
+    return filled(slot, layer, shape, whole, Origin(tensors, way.ops, _holds(tensors)))
+
+
+def filled(
+    slot: Slot, layer: int | None, model: ModelShape, shape: tuple[int, ...], origin: Origin
+) -> Weight:
+    """The weight of a slot, of that shape, with values from there."""
     return Weight(
         name=slot.name,
         role=slot.role,
         layer=layer,
-        shape=whole,
+        shape=shape,
         stack=slot.stack,
-        origin=Origin(tensors, way.ops, _holds(tensors)),
+        origin=origin,
         place=Place(slot.param, slot.ops),
         site=slot.site,
-        names=_release_names(slot, shape.experts),
+        names=_release_names(slot, model.experts),
         adds=slot.adds,
     )
 

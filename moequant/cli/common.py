@@ -15,7 +15,7 @@ from moequant import escape
 from moequant.cli.output import AsJson, console, emit, guarded
 from moequant.containers.gguf.presets import BASE_TYPES
 from moequant.files import Interrupted, interruptible
-from moequant.hub import HubModel, located
+from moequant.hub import GgufModel, HubModel, located
 
 __all__ = ["AsJson", "Commands", "console", "emit", "guarded"]
 
@@ -38,6 +38,21 @@ Model = Annotated[
     typer.Argument(
         help="Hugging Face model folder (config, safetensors, tokenizer), or a name of the Hub: "
         "OWNER/NAME or OWNER/NAME@REVISION."
+    ),
+]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="Hugging Face model folder (config, safetensors, tokenizer), a name of the Hub (OWNER/NAME or "
+        "OWNER/NAME@REVISION), or a GGUF file."
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|NAME",
+        help="Of a GGUF file as MODEL, where config.json and tokenizer are: a folder, or a name of the Hub "
+        "(default: beside the file).",
     ),
 ]
 Calib = Annotated[
@@ -103,8 +118,21 @@ def place(model: str, cache: Path | None = None) -> Path | HubModel:
     return guarded(lambda: located(model, cache))
 
 
-def local(place: Path | HubModel | None) -> Path | None:
+def source(model: str, config: str | None, cache: Path | None = None) -> Path | HubModel | GgufModel:
+    """The same for a model whose weights are read: maybe a GGUF file, with what else it needs in `config`."""
+    found = place(model, cache)
+    if config is None:
+        return found
+    if not isinstance(found, Path) or found.is_dir():
+        typer.echo(f"moequant: --config goes with a GGUF file, and {model} is none", err=True)
+        raise typer.Exit(1)
+    return GgufModel(found, place(config, cache))
+
+
+def local(place: Path | HubModel | GgufModel | None) -> Path | None:
     """A path that a run reads; None for what lies on the Hub."""
+    if isinstance(place, GgufModel):
+        return place.path
     return place if isinstance(place, Path) else None
 
 

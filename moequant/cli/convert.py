@@ -15,25 +15,26 @@ from moequant.cli.common import (
     CacheDir,
     Calib,
     CalibTokens,
+    Config,
     Details,
     Device,
     Effort,
     EffortOption,
-    Model,
     Overwrite,
     Ram,
     Seed,
+    Source,
     TensorType,
     console,
     emit,
     guarded,
-    place,
     ram_bytes,
+    source,
 )
 
 if TYPE_CHECKING:
     from moequant.commands.convert import Settings
-    from moequant.hub import HubModel
+    from moequant.hub import GgufModel, HubModel
 
 
 SCHEMES = "W2A16 to W8A16, W8A8, FP8_BLOCK, FP8_DYNAMIC, MXFP4A16, NVFP4A16"
@@ -48,7 +49,7 @@ class Format(StrEnum):
 
 
 def convert(
-    model: Model,
+    model: Source,
     out: Annotated[
         Path,
         typer.Option(
@@ -168,6 +169,7 @@ def convert(
     ram: Ram = None,
     device: Device = "cpu",
     details: Details = False,
+    config: Config = None,
     cache_dir: CacheDir = None,
     stream: Annotated[
         str | None,
@@ -239,11 +241,11 @@ def convert(
             mtp=mtp,
         )
     )
-    source = place(model, cache_dir)
+    given = source(model, config, cache_dir)
     if dry_run:
         files = [
             (job.container.checkpoint, job.plan, guarded(lambda: job.parts(path)), job.limit)  # noqa: B023  called at once
-            for job, path in guarded(lambda: planned(source, out, settings))
+            for job, path in guarded(lambda: planned(given, out, settings))
         ]
         if as_json:
             emit("convert", dry_run_json(files))
@@ -251,8 +253,8 @@ def convert(
             for each in files:
                 console().print(dry_run_table(*each))
         return
-    guarded(lambda: _announce(source, settings))
-    made = guarded(lambda: convert_all(source, out, settings))
+    guarded(lambda: _announce(given, settings))
+    made = guarded(lambda: convert_all(given, out, settings))
     if as_json:
         emit("convert", conversion_json(made.reports))
         return
@@ -261,7 +263,7 @@ def convert(
     shown.print(next_steps(made, model), soft_wrap=True)  # a command is copied whole
 
 
-def _announce(model: Path | HubModel, settings: Settings) -> None:
+def _announce(model: Path | HubModel | GgufModel, settings: Settings) -> None:
     """Says what effort best will take, before it starts."""
     from moequant.commands.convert import gradients, open_jobs
 

@@ -12,22 +12,23 @@ from moequant.cli.common import (
     CacheDir,
     Calib,
     CalibTokens,
+    Config,
     Effort,
     EffortOption,
-    Model,
     Overwrite,
     Seed,
+    Source,
     TensorType,
     console,
     emit,
     guarded,
     local,
-    place,
+    source,
 )
 
 
 def plan(
-    model: Model,
+    model: Source,
     sizes: Annotated[
         str | None,
         typer.Option(metavar="SIZE,…", help="File sizes to plan for, such as 10G,12G,14GiB."),
@@ -62,6 +63,7 @@ def plan(
     ] = True,
     effort: EffortOption = Effort.default,
     seed: Seed = 0,
+    config: Config = None,
     cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -82,11 +84,11 @@ def plan(
     outputs = Outputs(out, curve, overwrite)
     wanted = guarded(lambda: budgets_of(sizes, bpw, type_))
 
-    source = place(model, cache_dir)
+    given = source(model, config, cache_dir)
 
     def work() -> None:
-        with claimed(outputs, local(source), calib, stats):
-            found = survey(source, settings, wanted, outputs)
+        with claimed(outputs, local(given), calib, stats):
+            found = survey(given, settings, wanted, outputs)
             if as_json:
                 emit("plan", survey_json(found.curve))
             else:

@@ -13,21 +13,22 @@ from moequant.cli.common import (
     CacheDir,
     Calib,
     CalibTokens,
+    Config,
     Device,
-    Model,
     Overwrite,
     Ram,
     Seed,
+    Source,
     console,
     emit,
     guarded,
-    place,
     ram_bytes,
+    source,
 )
 
 
 def route(
-    model: Model,
+    model: Source,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Statistics to write, a .safetensors file.")
     ] = None,
@@ -68,6 +69,7 @@ def route(
     as_json: AsJson = False,
     ram: Ram = None,
     device: Device = "cpu",
+    config: Config = None,
     cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -88,7 +90,7 @@ def route(
         )
     )
     outputs = Outputs(out, imatrix_out, picture, overwrite)
-    routed = guarded(lambda: run(place(model, cache_dir), settings, outputs))
+    routed = guarded(lambda: run(source(model, config, cache_dir), settings, outputs))
     calibration = routed.stored.calibration
     found = health(calibration)
     if as_json:

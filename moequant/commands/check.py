@@ -19,13 +19,14 @@ from moequant.check.product import Device, Product, choose
 from moequant.check.speed import measure
 from moequant.check.tensors import Against, check_tensor
 from moequant.check.text import token_rows
-from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.checkpoint import Checkpoint
+from moequant.containers.opened import open_model
 from moequant.errors import VerifyError
 from moequant.escape import shown
 from moequant.forward.hidden import Hidden, InMemory
 from moequant.forward.stream import LayerStream, Resources
 from moequant.hub import Model, named
-from moequant.hub.fetch import whole
+from moequant.hub.fetch import complete, headers, whole
 from moequant.kernels import KERNEL_FORMATS
 from moequant.values import Role, Weight
 
@@ -66,7 +67,7 @@ def check(out: Model, settings: CheckSettings = CheckSettings()) -> CheckReport:
     if not path.exists():
         raise VerifyError(f"{path}: no such file or folder")
     product, notes = choose(settings.device)
-    baseline = None if settings.baseline is None else open_checkpoint(whole(settings.baseline))
+    baseline = None if settings.baseline is None else open_model(complete(headers(settings.baseline)))
     source = open_source(path, baseline)
     entries = _sample(source.entries, settings.sample)
     found = _Found([], [], [], list(notes))

@@ -10,14 +10,15 @@ from typing import Literal
 
 import torch
 
-from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.checkpoint import Checkpoint
 from moequant.commands.text import leading
+from moequant.containers.opened import open_model
 from moequant.escape import of_cache
 from moequant.evaluate import Measured, Ran, difference, runtime, samples
 from moequant.evaluate import environment as record
 from moequant.evaluate.activations import Rounded
 from moequant.evaluate.compared import Compared
-from moequant.evaluate.open_source import Source, open_files, open_model, open_source
+from moequant.evaluate.open_source import Source, model_of, open_files, open_source
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.forward.stream import Resources
 from moequant.hub import Model, named
@@ -112,12 +113,12 @@ def _opened(base: Path, candidates: Sequence[Path], settings: CompareSettings) -
     paths = [base, *candidates]
     model = None if settings.model is None else headers(settings.model)
     if settings.engine == "moequant":
-        checkpoint = open_model(paths, model)
+        checkpoint = model_of(paths, model)
         sources = tuple(open_source(path, checkpoint) for path in paths)
         return _Opened(sources, _rows(checkpoint, settings), checkpoint)
     sources = open_files(paths)
     if model is not None:
-        return _Opened(sources, _rows(open_checkpoint(model), settings), None)
+        return _Opened(sources, _rows(open_model(model), settings), None)
     # Without its folder the baseline's own tokenizer has to do.
     encoder = runtime.LlamaEncoder(base)
     documents = corpus.read(settings.eval, "evaluation")

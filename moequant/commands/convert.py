@@ -25,12 +25,12 @@ from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
 from moequant.errors import MoequantError, OutputError, PlanError
 from moequant.evaluate import Comparison
-from moequant.evaluate.self_check import Output, self_check
+from moequant.evaluate.self_check import Output, computes_plainly, self_check
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder, atomic_parts, part_names, scratch
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
-from moequant.hub import Model
+from moequant.hub import Source
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.hub.stream import announce, shelf_of, streamed
 from moequant.plan import Sensitivities
@@ -72,7 +72,7 @@ class Finished:
     checked: str | None
 
 
-def convert(model: Model, out: str | Path, settings: Settings = DEFAULT) -> Report:
+def convert(model: Source, out: str | Path, settings: Settings = DEFAULT) -> Report:
     """Quantize `model`, a Hugging Face folder or a model of the Hub, into `out`, a GGUF file or a folder, and
     report what it cost.
 
@@ -85,7 +85,7 @@ def convert(model: Model, out: str | Path, settings: Settings = DEFAULT) -> Repo
     return convert_all(model, out, settings).reports[0]
 
 
-def convert_all(model: Model, out: str | Path, settings: Settings = DEFAULT) -> Conversion:
+def convert_all(model: Source, out: str | Path, settings: Settings = DEFAULT) -> Conversion:
     """The same for every size that `settings` name: the model is read, measured and compared once for all.
 
     `out` is a folder, or a name with `{type}` in it, see `outputs.names`. Each file has the bytes that it
@@ -94,13 +94,13 @@ def convert_all(model: Model, out: str | Path, settings: Settings = DEFAULT) -> 
     source = headers(model)
     outs = names(source.path, Path(out), settings)
     with (
-        claimed(source.path, outs, settings) as finished,
+        claimed(source, outs, settings) as finished,
         streamed(source, settings.stream) as source,
     ):
         return _convert(source, outs, settings, finished)
 
 
-def planned(model: Model, out: Path, settings: Settings = DEFAULT) -> tuple[tuple[Job, Path], ...]:
+def planned(model: Source, out: Path, settings: Settings = DEFAULT) -> tuple[tuple[Job, Path], ...]:
     """What a conversion would write and where, by headers alone."""
     source = headers(model)
     return tuple(zip(open_jobs(source, settings), names(source.path, out, settings), strict=True))
@@ -326,9 +326,7 @@ def _output(job: Job, written: Written) -> Output:
     load = job.container.open(written.path).load
     if job.container.is_folder:
         return Output(load, job.keeps)
-    acts = [str(getattr(job.model.config, key, "")) for key in ("hidden_act", "hidden_activation")]
-    # llama.cpp looks GELU up in a table of half precision.
-    plain = set(job.container.formats(job.plan).values()) == {"F32"} and "gelu" not in "".join(acts)
+    plain = computes_plainly(job.model, job.container.formats(job.plan).values())
     return Output(load, job.keeps, written.path, plain)
 
 
@@ -349,7 +347,7 @@ def _report(finished: Finished, known: Known, comparison: Comparison | None, met
     rounded_on = known.texts.calibration if job.settings.effort != "fast" and job.quantizes else None
     is_folder = isinstance(container, FolderContainer)
     return Report(
-        model=job.model.path,
+        model=job.model.source,
         out=finished.written.path,
         file_bytes=finished.written.bytes,
         checkpoint=container.checkpoint,
@@ -373,4 +371,5 @@ def _notes(job: Job) -> tuple[str, ...]:
     source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
     shelf = shelf_of(job.model)
     away = f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not held against transformers" if shelf else None
-    return (*job.container.notes, *dense, *skipped, *source, *([away] if away else []))
+    known = (*job.container.notes, *job.model.notes)
+    return (*known, *dense, *skipped, *source, *([away] if away else []))

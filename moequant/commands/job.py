@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moequant import plan
-from moequant.checkpoint import Checkpoint, Folder, open_checkpoint
+from moequant.checkpoint import Checkpoint, Folder
 from moequant.commands.settings import Settings
 from moequant.containers.base import Container
 from moequant.containers.folders.container import FolderContainer
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.presets import facts
+from moequant.containers.opened import open_model
 from moequant.files import part_names
-from moequant.hub import Model
+from moequant.hub import Source
 from moequant.hub.fetch import headers
 from moequant.plan.folders import FolderMenu, budget_plan
 from moequant.plan.measure import Probing, measure
@@ -88,16 +89,16 @@ class Job:
         return self.container.overhead(self.plan) + self.plan.budget
 
 
-def open_job(model: Model | Folder, settings: Settings) -> Job:
+def open_job(model: Source | Folder, settings: Settings) -> Job:
     """The only job of `settings`; see `open_jobs`."""
     (job,) = open_jobs(model, settings)
     return job
 
 
-def open_jobs(model: Model | Folder, settings: Settings) -> tuple[Job, ...]:
+def open_jobs(model: Source | Folder, settings: Settings) -> tuple[Job, ...]:
     """Read headers and tokenizer, choose every type that is known before measuring, for every size that
     `settings` name. Raises what those raise."""
-    checkpoint = open_checkpoint(model if isinstance(model, Folder) else headers(model))
+    checkpoint = open_model(model if isinstance(model, Folder) else headers(model))
     if not settings.mtp:
         checkpoint = checkpoint.without_predictions()
     if settings.format != "gguf":

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from moequant.checkpoint import repository
+from moequant.checkpoint import Folder, repository
 from moequant.commands.job import Job
 from moequant.commands.journal import check, dismiss, finished_by, journal_of
 from moequant.commands.settings import Settings
@@ -42,7 +42,7 @@ def names(model: Path, out: Path, settings: Settings) -> tuple[Path, ...]:
 
 
 @contextmanager
-def claimed(model: Path, outs: Sequence[Path], settings: Settings) -> Iterator[frozenset[Path]]:
+def claimed(model: Folder, outs: Sequence[Path], settings: Settings) -> Iterator[frozenset[Path]]:
     """All outputs of a conversion, locked together while the block runs, and those of them that the journal
     has as finished. OutputError as `claim` raises it.
 
@@ -58,7 +58,7 @@ def claimed(model: Path, outs: Sequence[Path], settings: Settings) -> Iterator[f
         settings.imatrix_out,
         card_path(outs, settings) if is_file else None,
     )
-    inputs = (model, *settings.inputs)
+    inputs = (*model.inputs, *settings.inputs)
     with (
         _made(outs[0].parent) if len(outs) > 1 else nullcontext(),
         claim(

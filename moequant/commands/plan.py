@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moequant import plan
-from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.checkpoint import Checkpoint
 from moequant.commands.statistics import load_statistics
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.presets import facts
+from moequant.containers.opened import open_model
 from moequant.errors import PlanError
 from moequant.escape import shown
 from moequant.files import atomic, claim
 from moequant.formats import Effort
-from moequant.hub import Model
+from moequant.hub import Source
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.plan import Budget, Sensitivities, curve, points, preset_points, prior_sensitivities
 from moequant.plan.curve import Curve
@@ -77,7 +78,7 @@ def budgets(sizes: str | None, bpw: str | None, preset: str | None) -> tuple[Bud
 
 
 def survey(
-    model: Model,
+    model: Source,
     settings: PlanSettings = PlanSettings(),  # frozen
     budgets: tuple[Budget, ...] = (),
     outputs: Outputs = Outputs(),
@@ -88,18 +89,18 @@ def survey(
     that no file can meet are refused before anything is measured.
     """
     source = headers(model)
-    file = GgufContainer(opened := open_checkpoint(source))
+    file = GgufContainer(opened := open_model(source))
     checkpoint, known = file.checkpoint, facts(file.exported)
     bare = plan.plan_from_types(checkpoint.weights, {weight.name: "F32" for weight in checkpoint.weights})
     extra = file.overhead(bare)
     _check(outputs, budgets)
-    with claimed(outputs, source.path, settings.calib, settings.stats):
+    with claimed(outputs, *source.inputs, settings.calib, settings.stats):
         pass  # refused now, not when all is measured
     weights = checkpoint.weights
     pins = plan.pinned(settings.tensor_type, weights, file.exported.names)
     points(weights, known, prior_sensitivities(weights, known.layers), extra, budgets, pins)
     if not is_here(source):
-        file = GgufContainer(opened := open_checkpoint(complete(source)))
+        file = GgufContainer(opened := open_model(complete(source)))
         checkpoint = file.checkpoint
         weights = checkpoint.weights
     calib_rows, probe_rows = _texts(checkpoint, file.tokenizer.leading, settings)
@@ -110,7 +111,7 @@ def survey(
     ids = probe_rows.ids if settings.probes else None
     found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort), GgufMenu(pins))
     drawn = Curve(
-        shown(source.path),
+        shown(opened.source),
         curve(weights, known, found, extra, pins=pins),
         points(weights, known, found, extra, budgets, pins),
         preset_points(weights, known, found, extra, pins),

@@ -6,16 +6,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moequant.checkpoint import Checkpoint, Folder, open_checkpoint
+from moequant.checkpoint import Checkpoint, Folder
 from moequant.commands.statistics import all_sites, load_statistics, with_all
 from moequant.commands.text import leading
 from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.export import export
+from moequant.containers.opened import open_model
 from moequant.errors import CorpusError, OutputError, PlanError
 from moequant.files import claim
 from moequant.forward.memory import check_memory
 from moequant.forward.stream import Resources
-from moequant.hub import Model
+from moequant.hub import Source
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.report.routing import check_picture, heatmap
 from moequant.statistics import store
@@ -80,7 +81,7 @@ class Routed:
 
 
 def route(
-    model: Model,
+    model: Source,
     settings: RouteSettings = RouteSettings(),  # frozen
     outputs: Outputs = Outputs(),
 ) -> Routed:
@@ -91,12 +92,12 @@ def route(
     something is wrong; the text, the statistics to merge and the outputs are looked at before any work.
     """
     source = headers(model)
-    with claimed(outputs, source.path, settings.calib, *settings.merge):
+    with claimed(outputs, *source.inputs, settings.calib, *settings.merge):
         return _route(source, settings, outputs)
 
 
 def _route(source: Folder, settings: RouteSettings, outputs: Outputs) -> Routed:
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_model(source)
     _check(checkpoint, outputs)
     parts = _load(checkpoint, settings.merge)
     coverage = None
@@ -104,7 +105,7 @@ def _route(source: Folder, settings: RouteSettings, outputs: Outputs) -> Routed:
     if settings.calib is not None or not parts:
         pool = calibration_pool(checkpoint, settings)
         check_memory(checkpoint, models=1)
-        checkpoint = checkpoint if is_here(source) else open_checkpoint(complete(source))
+        checkpoint = checkpoint if is_here(source) else open_model(complete(source))
         if settings.ratio > 0:
             budget = settings.max_tokens or BUDGET * settings.calib_tokens
             coverage = cover(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +71,8 @@ class SelfCheck:
     reading of the folder, `decoded` for what was written where that keeps every number. `runtime` is the
     median difference of llama.cpp from the decoded weights, in units of the logits' spread. `skipped` says
     why `source` is None; `differs` names what transformers is known to read otherwise; of `layers` (the
-    first so many, of so many) where not all fitted into memory."""
+    first so many, of so many) where not all fitted into memory. `read` is what `runtime` is, of a GGUF file
+    that was the source."""
 
     source: float | None = None
     decoded: float | None = None
@@ -79,10 +80,14 @@ class SelfCheck:
     skipped: str | None = None
     differs: str | None = None
     layers: tuple[int, int] | None = None
+    read: float | None = None
 
     @property
     def note(self) -> str:
         """One sentence for the report."""
+        if self.read is not None:
+            wrote = "" if self.runtime is None else f", and from what was written up to {self.runtime:.1%}"
+            return f"llama.cpp computes the same from the file that was read, up to {self.read:.1%}{wrote}"
         part = "" if self.layers is None else ", {} of {} layers, which fit memory".format(*self.layers)
         if self.skipped is not None:
             found = f"not held against transformers: {self.skipped}"
@@ -109,6 +114,8 @@ def self_check(checkpoint: Checkpoint, output: Output | None, available: int | N
     if layers < checkpoint.n_layers:
         if not layers:
             return SelfCheck(skipped=f"{_bytes(checkpoint, 1) / 1e9:.1f} GB are needed for its first layer")
+        if checkpoint.gguf is not None:
+            return SelfCheck(skipped="it does not fit memory, and llama.cpp runs GGUF files as a whole")
         return _first_layers(checkpoint, output, layers)
     return _checked(checkpoint, output)
 
@@ -118,6 +125,8 @@ def _checked(checkpoint: Checkpoint, output: Output | None) -> SelfCheck:
     length = min(TOKENS, checkpoint.shape.context)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, checkpoint.shape.vocab, (ROWS, length), generator=generator)
+    if checkpoint.gguf is not None:
+        return _of_file(checkpoint, output, ids)
     theirs: Tensor | None = None
     skipped: str | None = None
     try:
@@ -127,8 +136,33 @@ def _checked(checkpoint: Checkpoint, output: Output | None) -> SelfCheck:
     with foreign(VerifyError, f"{checkpoint.path}: transformers cannot run what config.json describes"):
         ours = _ours(checkpoint, load, ids)
     source, differs = (None, None) if theirs is None else _source(checkpoint, ids, theirs, ours)
+    return _against(checkpoint, output, ids, ours, SelfCheck(source, skipped=skipped, differs=differs))
+
+
+def _of_file(checkpoint: Checkpoint, output: Output | None, ids: Tensor) -> SelfCheck:
+    """The check of a GGUF file as a source, which transformers does not load: llama.cpp runs it."""
+    if not llama_cpp.available():
+        return SelfCheck(skipped="llama.cpp, which would run the GGUF file that was read, is not here")
+    ours = _ours(checkpoint, load, ids)
+    stored = (each for weight in checkpoint.weights for each in weight.origin.stored)
+    plain = computes_plainly(checkpoint, (ref.dtype for each in stored for ref in each.parts.values()))
+    read = _in_llama_cpp(checkpoint, Output(load, True, checkpoint.gguf, plain), ids, ours)
+    return _against(checkpoint, output, ids, ours, SelfCheck(read=read))
+
+
+def computes_plainly(checkpoint: Checkpoint, types: Iterable[str]) -> bool:
+    """Whether llama.cpp computes with float32 alone, given a file's types."""
+    acts = [str(getattr(checkpoint.config, key, "")) for key in ("hidden_act", "hidden_activation")]
+    # llama.cpp looks GELU up in a table of half precision.
+    return set(types) == {"F32"} and "gelu" not in "".join(acts)
+
+
+def _against(
+    checkpoint: Checkpoint, output: Output | None, ids: Tensor, ours: Tensor, found: SelfCheck
+) -> SelfCheck:
+    """What was found of the source, and what was written held against it."""
     if output is None:
-        return SelfCheck(source, skipped=skipped, differs=differs)
+        return found
     written = _ours(checkpoint, output.load, ids)
     decoded = _distance(ours, written) if output.exact else None
     if not torch.isfinite(written).all() or (decoded is not None and not decoded <= LIMIT):
@@ -137,7 +171,7 @@ def _checked(checkpoint: Checkpoint, output: Output | None) -> SelfCheck:
             f"{checkpoint.path}: what was written computes something else (logits {off}); nothing was kept, "
             "please report it"
         )
-    return SelfCheck(source, decoded, _in_llama_cpp(checkpoint, output, ids, written), skipped, differs)
+    return replace(found, decoded=decoded, runtime=_in_llama_cpp(checkpoint, output, ids, written))
 
 
 def _source(checkpoint: Checkpoint, ids: Tensor, theirs: Tensor, ours: Tensor) -> tuple[float, str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.errors import CheckpointError, foreign
+from moequant.families import Config
 from moequant.forward.causal import causal_class
 from moequant.forward.dispatch import dispatch_all
 from moequant.forward.experts import EXPERTS
@@ -48,20 +50,10 @@ def empty_model(
     Raises CheckpointError for a weight of another shape than the model's, and when a parameter or a buffer
     that checkpoints hold would be filled by nothing.
     """
-    cls = causal_class(checkpoint.config)
-    unfit = f"{checkpoint.path}: transformers cannot build the model that config.json describes"
-    with foreign(CheckpointError, unfit), torch.device("meta"):
-        model: PreTrainedModel = cls._from_config(
-            copy.deepcopy(checkpoint.config),
-            dtype=torch.float32,
-            # torch's attention kernels, unless the class has terms that they do not know, such as sinks.
-            attn_implementation="sdpa" if cls._supports_sdpa else "eager",
-            experts_implementation=experts,
-        )
-        dispatch_all(model)
+    model = _without_memory(checkpoint.path, checkpoint.config, experts)
     _check_filled(checkpoint, model)
     # Buffers are computed from the config by transformers' own initialisation, which meta tensors skipped.
-    with foreign(CheckpointError, unfit):
+    with foreign(CheckpointError, f"{checkpoint.path}: {_UNFIT}"):
         for module in model.modules():
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 for name, buffer in list(module.named_buffers(recurse=False)):
@@ -69,6 +61,35 @@ def empty_model(
                 model._init_weights(module)
     made: PreTrainedModel = model.eval().requires_grad_(False)
     return made
+
+
+_UNFIT = "transformers cannot build the model that config.json describes"
+
+
+def _without_memory(path: Path, config: Config, experts: str = EXPERTS) -> PreTrainedModel:
+    """The model of a config, everything in it on the meta device."""
+    cls = causal_class(config)
+    with foreign(CheckpointError, f"{path}: {_UNFIT}"), torch.device("meta"):
+        model: PreTrainedModel = cls._from_config(
+            copy.deepcopy(config),
+            dtype=torch.float32,
+            # torch's attention kernels, unless the class has terms that they do not know, such as sinks.
+            attn_implementation="sdpa" if cls._supports_sdpa else "eager",
+            experts_implementation=experts,
+        )
+        dispatch_all(model)
+    return model
+
+
+def shapes(path: Path, config: Config) -> dict[str, tuple[int, ...]]:
+    """The shapes of what checkpoints hold for a model, by the names of its parameters and buffers; `path` is
+    what an error calls it. CheckpointError for a config that makes no model."""
+    return _shapes(_without_memory(path, config))
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    found = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
+    return found | {name: tuple(one.shape) for name, one in model.named_buffers() if _is_stored(model, name)}
 
 
 def fill(
@@ -149,8 +170,7 @@ def _assign(model: nn.Module, name: str, values: Tensor) -> Tensor:
 
 def _check_filled(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """Every parameter and stored buffer will have its values, every weight its place and its shape."""
-    there = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
-    there |= {name: tuple(one.shape) for name, one in model.named_buffers() if _is_stored(model, name)}
+    there = _shapes(model)
     for weight in _placed(checkpoint.weights):
         shape = there.get(weight.place.param)
         if shape is None:

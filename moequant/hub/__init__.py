@@ -6,6 +6,6 @@ under that name wins. One request says which commit a name means; everything aft
 `names` loads nothing; `fetch` has the verbs.
 """
 
-from moequant.hub.names import HubModel, Model, located, named
+from moequant.hub.names import GgufModel, HubModel, Model, Source, located, named
 
-__all__ = ["HubModel", "Model", "located", "named"]
+__all__ = ["GgufModel", "HubModel", "Model", "Source", "located", "named"]

@@ -14,10 +14,10 @@ from moequant.checkpoint import Folder, LocalFile, folder_of
 from moequant.checkpoint.headers import INDEX, read_index
 from moequant.containers.folders.side_files import COPIED
 from moequant.containers.gguf.header import Header
-from moequant.containers.gguf.read import read_header
-from moequant.errors import HubError
+from moequant.containers.gguf.read import read_header, shards
+from moequant.errors import CheckpointError, HubError
 from moequant.hub.client import Snapshot, Unreachable, cache_folder, cached, download, look_up
-from moequant.hub.names import HubModel, Model, located
+from moequant.hub.names import GgufModel, HubModel, Model, Source, located
 from moequant.hub.ranges import RemoteFile, with_header
 
 SMALL = ("config.json", "hf_quant_config.json", "tekken.json", "README.md", INDEX, *COPIED)
@@ -26,19 +26,23 @@ SMALL = ("config.json", "hf_quant_config.json", "tekken.json", "README.md", INDE
 WHOLE = "model.safetensors"
 """The weights of a model in one file. Others beside it, such as Mistral's own, are copies."""
 
+GGUF = ".gguf"
+
 _PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")
 
 _LOG = logging.getLogger(__name__)
 
 
-def headers(model: Model) -> Folder:
+def headers(model: Source) -> Folder:
     """A model by its config, tokenizer and headers; weights that are not on this disk are read by ranges.
 
     CheckpointError for what is no model folder, HubError for a model that is not to be had.
     """
+    if isinstance(model, GgufModel):
+        return _of_gguf(model)
     place = located(model)
     if isinstance(place, Path):
-        return folder_of(place)
+        return _of_gguf(GgufModel(place)) if place.suffix == GGUF and place.is_file() else folder_of(place)
     _check_no_file(place)
     try:
         found = look_up(place)
@@ -50,6 +54,35 @@ def headers(model: Model) -> Folder:
     with ThreadPoolExecutor(8) as pool:
         remote = dict(zip(away, pool.map(lambda name: with_header(found, name), away), strict=True))
     return Folder(path, {name: remote.get(name) or LocalFile(path / name) for name in names})
+
+
+def _of_gguf(model: GgufModel) -> Folder:
+    """A GGUF file, with what it does not say from elsewhere: config.json and tokenizer."""
+    file = model.path
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; give a GGUF file, or the first part of one")
+    if isinstance(model.config, HubModel):
+        _check_no_file(model.config)
+        path = _small_files(model.config)
+    else:
+        path = file.parent if model.config is None else model.config
+    if not (path / "config.json").is_file():
+        told = read_header(file).text("general.source.huggingface.repository")
+        where = f"--config {told or 'FOLDER'}" + ("" if told else " or --config OWNER/NAME")
+        raise CheckpointError(
+            f"{file}: a GGUF file does not say all that transformers needs, and {path} has no config.json; "
+            f"{where} names where the original's config.json and tokenizer are"
+        )
+    return Folder(path, {part.name: LocalFile(part) for part in shards(file)}, file)
+
+
+def _small_files(model: HubModel) -> Path:
+    """A folder with what belongs to a model of the Hub beside its weights."""
+    try:
+        found = look_up(model)
+    except Unreachable as why:
+        return cached(model, why)
+    return download(found, _small(found))
 
 
 def is_here(folder: Folder) -> bool:

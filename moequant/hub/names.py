@@ -46,8 +46,23 @@ class HubModel:
         return f"{self.repository}{revision}{f':{self.file}' if self.file else ''}"
 
 
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """A GGUF file as the weights of a model whose config.json and tokenizer are in `config`, a folder or a
+    model of the Hub; None: beside the file."""
+
+    path: Path
+    config: Path | HubModel | None = None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
 Model = str | Path | HubModel
 """What commands take for a model: a folder or file, or a name of the Hub."""
+
+Source = Model | GgufModel
+"""What commands take that read a model's weights."""
 
 
 def located(model: Model, cache: Path | None = None) -> Path | HubModel:

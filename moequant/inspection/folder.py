@@ -9,11 +9,12 @@ from math import prod
 from typing import Any
 
 from moequant import families
-from moequant.checkpoint import Checkpoint, Folder, open_checkpoint
+from moequant.checkpoint import Checkpoint, Folder
 from moequant.checkpoint.headers import read_header, read_json
 from moequant.checkpoint.open import renamed, slots_of
 from moequant.containers.gguf.export import check, export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
+from moequant.containers.opened import open_model
 from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError, few
 from moequant.families.config import HARMLESS, make_config, text_config
 from moequant.inspection import presets
@@ -193,7 +194,7 @@ def _support(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) 
             missing += _differences(near, config, tensors)
     if not missing:
         try:
-            checkpoint = open_checkpoint(folder)
+            checkpoint = open_model(folder)
         except MoequantError as error:
             missing.append(str(error))
     try:

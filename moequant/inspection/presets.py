@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moequant.checkpoint import Folder, open_checkpoint
+from moequant.checkpoint import Folder
 from moequant.containers.gguf import write as gguf
 from moequant.containers.gguf.container import provenance
 from moequant.containers.gguf.export import Exported, export
 from moequant.containers.gguf.header import Header, TensorInfo
 from moequant.containers.gguf.presets import BASE_TYPES, facts
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
+from moequant.containers.opened import open_model
 from moequant.plan import ALIGNMENT, preset_plan
 from moequant.values import Plan
 
@@ -29,7 +30,7 @@ class PresetFile:
 
 def preset_files(folder: Folder) -> Iterator[PresetFile]:
     """The file of every preset of a folder that moequant converts. Raises what opening the folder raises."""
-    return files_of(export(open_checkpoint(folder)), read_tokenizer(folder.path))
+    return files_of(export(open_model(folder)), read_tokenizer(folder.path))
 
 
 def files_of(exported: Exported, tokenizer: TokenizerSpec) -> Iterator[PresetFile]:

@@ -31,7 +31,7 @@ def dry_run_table(
         made.add_row(choice.weight, shape, choice.format, size(choice.bytes), *kl, choice.reason)
     total = sum(weight.numel for weight in checkpoint.weights)
     total_line = (
-        f"{shown(checkpoint.path)} as {plan.target or plan.preset}: {sum(parts.values()):,} bytes, "
+        f"{shown(checkpoint.source)} as {plan.target or plan.preset}: {sum(parts.values()):,} bytes, "
         f"{8 * plan.bytes / total:.2f} bits per weight "
         f"(checkpoint: {checkpoint.source_bytes:,} bytes of weights)"
     )

@@ -18,7 +18,7 @@ from moequant.values import Calibration, ExpertLoss, Plan
 def model_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """Which model it is: its name, the commit where it comes from the Hub, and its bytes of weights."""
     return {
-        "model": shown(checkpoint.path),
+        "model": shown(checkpoint.source),
         "revision": checkpoint.revision,
         "family": checkpoint.family.name,
         "weights": sum(weight.numel for weight in checkpoint.weights),

@@ -125,12 +125,19 @@ class Origin:
 
     Several stored tensors are stacked, one expert behind the other. `holds` is the ggml type that has the
     very numbers of all of them. Of one stored stack, `matrices` are those of the weight (None: all).
+    `pieces` are stored as ops of a container cut the weight: what is cut so again is taken as it is.
     """
 
     stored: tuple[Stored, ...]
     ops: Ops = ()
     holds: str | None = None
     matrices: range | None = None
+    pieces: tuple[tuple[Ops, Origin], ...] = ()
+
+    def through(self, ops: Ops) -> Origin:
+        """Where the values of what ops make of the weight come from."""
+        whole = replace(self, ops=(*self.ops, *ops), pieces=())
+        return next((piece for cut, piece in self.pieces if cut == ops), whole)
 
     @property
     def shipped(self) -> str | None:
@@ -212,7 +219,7 @@ class Weight:
             self,
             shape=shape_after(ops, self.shape),
             stack=self.stack if stack is None else stack,
-            origin=replace(self.origin, ops=(*self.origin.ops, *ops)),
+            origin=self.origin.through(ops),
             place=Place(self.place.param, (*self.place.ops, *ops)),
         )
         return replace(made, **changes)  # type: ignore[arg-type]

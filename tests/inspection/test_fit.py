@@ -63,6 +63,11 @@ def test_memory_of_tiny_models_is_what_llama_cpp_reserves(file, family: str, loa
     close_to_llama_cpp(file(family), load, slack=0.35 if family in ("llama", "qwen3") else 0.12)
 
 
+@pytest.mark.parametrize("load", [Load(512), Load(1000, 3), Load(4096)], ids=str)
+def test_memory_of_delta_attention_among_latent_is_what_llama_cpp_reserves(file, load: Load) -> None:
+    close_to_llama_cpp(file("bailing_hybrid"), load, slack=0.12)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
 def test_weights_are_what_llama_cpp_maps(file, family: str) -> None:
     header = read_header(file(family))

@@ -9,6 +9,7 @@ from moequant.checkpoint.codecs.awq import Awq
 from moequant.checkpoint.codecs.base import read_part
 from moequant.checkpoint.codecs.bits import nibbles
 from moequant.checkpoint.codecs.eight_bit import EightBit
+from moequant.checkpoint.codecs.ggml import Ggml
 from moequant.checkpoint.codecs.gptq import Gptq
 from moequant.checkpoint.codecs.integers import Integers
 from moequant.checkpoint.codecs.mxfp4 import Mxfp4
@@ -30,6 +31,8 @@ def as_shipped(stored: Stored) -> str | None:
     as zero point. `repack`, which sees them, has the last word.
     """
     codec = stored.codec
+    if isinstance(codec, Ggml):
+        return codec.name
     if isinstance(codec, Mxfp4):
         return "MXFP4"
     if isinstance(codec, Nvfp4):
@@ -72,6 +75,8 @@ def repack(stored: Stored, format_name: str, index: int | None, rows: range) -> 
     """
     codec = stored.codec
     n_in = stored.shape[-1]
+    if isinstance(codec, Ggml):
+        return codec.blocks(stored, index, rows) if format_name == codec.name else None
     if isinstance(codec, Mxfp4) and format_name == "MXFP4" and n_in % 32 == 0:
         scale = stored.parts["scale"]
         numbers(scale, index, rows)  # refuses NaN

@@ -11,6 +11,7 @@ from moequant.containers.base import Written
 from moequant.containers.folders import write as folder
 from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores, with_copies
 from moequant.containers.folders.read import FolderWeights
+from moequant.errors import PlanError
 from moequant.families.base import PREDICTION
 from moequant.values import Packed, Plan
 
@@ -21,6 +22,12 @@ class FolderContainer:
     is_folder = True
 
     def __init__(self, checkpoint: Checkpoint, settings: FolderSettings) -> None:
+        """PlanError for a GGUF file as the source."""
+        if checkpoint.gguf is not None:
+            raise PlanError(
+                f"{checkpoint.gguf}: only GGUF files are made of a GGUF file; folders copy tensors of the "
+                "original's safetensors"
+            )
         self.checkpoint, self.settings = with_copies(checkpoint), settings
         copied = len(checkpoint.predictions.stored)
         self.notes: tuple[str, ...] = (

@@ -152,10 +152,15 @@ def _cut(checkpoint: Checkpoint, way: Export, weight: Weight) -> Iterator[tuple[
 
 def _name(checkpoint: Checkpoint, way: Export, weight: Weight) -> str:
     """What the tables call a weight that is one tensor of the file."""
-    name = way.names.get(local(weight)) or COMMON.get(local(weight))
+    name = name_of(way, local(weight))
     if name is None:
         raise FamilyError(f"{checkpoint.family.name}: llama.cpp's {way.arch!r} has no name for {weight.name}")
     return name
+
+
+def name_of(way: Export, local: str) -> str | None:
+    """The file's name, within its block, of a weight that is one tensor, by ours within its layer."""
+    return way.names.get(local) or COMMON.get(local)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import gguf
 import numpy as np
 
+from moequant.checkpoint.folder import LocalFile
 from moequant.containers.gguf.header import Header, TensorInfo, unreadable
 from moequant.containers.gguf.parse import Part, parse
 from moequant.errors import CheckpointError, VerifyError
-from moequant.values import File
+from moequant.values import File, TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,11 @@ class GgufFile:
         if name not in self.tensors:
             raise VerifyError(f"{self.path}: tensor {name} is missing")
         return self.tensors[name]
+
+    def ref(self, name: str) -> TensorRef:
+        """Where a tensor's bytes are; its shape is in weights, its dtype is ggml's. Raises as `info` does."""
+        info, (path, offset) = self.info(name), self._places[name]
+        return TensorRef(name, info.shape, info.type, LocalFile(path), offset, offset + info.bytes)
 
     def data(self, name: str, expert: int | None = None) -> Bytes:
         """The packed bytes of a tensor, or of one expert of a stack [E, out, in]: u8 [rows, row_bytes].

@@ -51,7 +51,6 @@ UNMODELLED = frozenset(
         "hy_v4",
         "qwen4exp",
         "kimi-k3",
-        "bailingmoe3",
         "dots3note",
     }
 )
