@@ -18,11 +18,9 @@ from moequant.cli.common import (
     Overwrite,
     Seed,
     TensorType,
-    console,
-    emit,
     guarded,
-    local,
     place,
+    tell,
 )
 
 
@@ -70,27 +68,12 @@ def plan(
     from moequant.commands.plan import (  # torch only when there is work
         Outputs,
         PlanSettings,
-        claimed,
-        survey,
-        write,
     )
-    from moequant.commands.plan import budgets as budgets_of
-    from moequant.report.curve import curve_tables
-    from moequant.report.machine import survey_json
+    from moequant.library import plan as run
 
-    settings = PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed, tuple(tensor_type or ()))
+    pins = tuple(tensor_type or ())
+    settings = guarded(
+        lambda: PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed, pins, sizes, bpw, type_)
+    )
     outputs = Outputs(out, curve, overwrite)
-    wanted = guarded(lambda: budgets_of(sizes, bpw, type_))
-
-    source = place(model, cache_dir)
-
-    def work() -> None:
-        with claimed(outputs, local(source), calib, stats):
-            found = survey(source, settings, wanted, outputs)
-            if as_json:
-                emit("plan", survey_json(found.curve))
-            else:
-                console().print(curve_tables(found.curve))
-            write(found, outputs)
-
-    guarded(work)
+    tell(guarded(lambda: run(place(model, cache_dir), settings, outputs)), as_json)

@@ -22,7 +22,7 @@ from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
 from moequant.errors import PlanError
-from moequant.evaluate import Comparison
+from moequant.evaluate import Measured
 from moequant.evaluate.self_check import Output, SelfCheck, self_check
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder, atomic_parts, part_names
@@ -32,7 +32,7 @@ from moequant.hub import Model
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.hub.stream import announce, shelf_of, streamed
 from moequant.progress import Meter
-from moequant.report import Conversion, How, Report, card
+from moequant.report import Conversion, How, Report, card, conversion_page
 from moequant.rounding.diagonal import Quantizer, pack_all, progress
 from moequant.rounding.layerwise import round_checkpoint
 from moequant.rounding.rounder import Rounding
@@ -132,7 +132,7 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings) -> Conver
     for job, out in zip(jobs, outs, strict=True):
         with keeping([each.written.path for each in done]):
             done.append(_made(job, out, known, meter))
-    comparisons: Sequence[Comparison | None] = [None] * len(done)
+    comparisons: Sequence[Measured | None] = [None] * len(done)
     if read.evaluation is not None:
         with meter.stage("compare"), keeping(outs):
             comparisons = _compared(done, read.evaluation)
@@ -145,6 +145,9 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings) -> Conver
     if (path := card_path(outs, settings)) is not None:
         with keeping(outs):
             card.write(made, path, settings.imatrix_out)
+    if settings.html is not None:
+        with keeping(outs):
+            conversion_page.write(made, settings.html)
     return made
 
 
@@ -225,18 +228,17 @@ def _output(job: Job, written: Written) -> Output:
     return Output(load, job.keeps, written.path, plain)
 
 
-def _compared(done: Sequence[Finished], rows: Rows) -> list[Comparison]:
+def _compared(done: Sequence[Finished], rows: Rows) -> tuple[Measured, ...]:
     """The checkpoint, and what was made of it decoded by somebody else's decoder, scored on `rows`."""
     job = done[0].job
     base = Version("checkpoint", load)
     candidates = [
         Version(each.written.path.name, each.job.container.open(each.written.path).load) for each in done
     ]
-    found = compare(job.model, base, candidates, rows, job.settings.resources)
-    return [each.comparison for each in found]
+    return compare(job.model, base, candidates, rows, job.settings.resources)
 
 
-def _report(finished: Finished, known: Known, comparison: Comparison | None, meter: Meter) -> Report:
+def _report(finished: Finished, known: Known, found: Measured | None, meter: Meter) -> Report:
     """What is told of an output."""
     job, container = finished.job, finished.job.container
     rounded_on = known.texts.calibration if job.settings.effort != "fast" and job.quantizes else None
@@ -249,7 +251,7 @@ def _report(finished: Finished, known: Known, comparison: Comparison | None, met
         plan=job.plan,
         calibration=known.calibration,
         losses=finished.losses,
-        comparison=comparison,
+        measured=found,
         stages=tuple(meter.costs),
         notes=_notes(job),
         checked=None if finished.checked is None else finished.checked.note,

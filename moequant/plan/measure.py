@@ -15,7 +15,6 @@ from math import sqrt
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint, load
@@ -26,6 +25,7 @@ from moequant.plan import Sensitivities, allocate, candidates, groups, make_unit
 from moequant.plan.choose import NO_PINS
 from moequant.plan.probes import FREE, divergences
 from moequant.plan.sensitivity import as_stored
+from moequant.progress import counted
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, InputStats, Weight
 
@@ -71,7 +71,7 @@ def measure(
     found = prior_sensitivities(checkpoint.weights, checkpoint.n_layers)
     errors = {
         weight.name: sample_errors(weight, _stats(weight, calibration), probing, pins.get(weight.name))
-        for weight in tqdm(checkpoint.weights, desc="errors", unit="tensor", disable=None, leave=False)
+        for weight in counted("errors", checkpoint.weights, "tensor")
     }
     if ids is None:
         table = {

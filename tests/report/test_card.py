@@ -72,6 +72,7 @@ def test_a_card_has_what_its_readers_look_for(cached: Path, text: Path, tmp_path
         "llama-server --hf-repo YOUR_NAME/REPOSITORY --hf-file Tiny-MoE-1B-Q4_K_M.gguf",
         "ollama run hf.co/YOUR_NAME/REPOSITORY:Tiny-MoE-1B-Q4_K_M.gguf",
         "lms get",
+        "moequant convert acme/Tiny-MoE-1B -o FOLDER --format safetensors\nvllm serve FOLDER",
         "`imatrix.gguf`",
         "(curve.png)",
     ):
