@@ -56,6 +56,7 @@ TOOLS: dict[str, Callable[[], bool]] = {
     "llama.cpp": lambda: installed("xllamacpp"),
     "ggml": lambda: installed("libggml-python"),
     "CUDA": torch.cuda.is_available,
+    "triton": lambda: installed("triton"),
     "llama-quantize": lambda: runs("llama-quantize"),
     "llama-imatrix": lambda: runs("llama-imatrix"),
 }

@@ -202,7 +202,7 @@ class FolderSource:
         """In the scale's own precision, as loaders compute it."""
         storage = self._storage[entry.name]
         if matrix.scales is None:
-            return matrix.decode()
+            return matrix.decode() + 0.0  # of the two codes that FP4 has for 0, one may decode to -0
         assert isinstance(storage, PackedIntegers | GptqIntegers)
         codes = groups.unpack(matrix.data.view(torch.int32), storage.fmt.bits, entry.shape[2])
         return groups.decode(storage.fmt, codes, matrix.scales).float()
@@ -210,7 +210,7 @@ class FolderSource:
     def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
         """See `Source`."""
         weight = self.weights[entry.name]
-        return torch.stack([self._folder.decode(weight, e).float() for e in range(entry.shape[0])])
+        return torch.stack([self._folder.decode(weight, e).float() + 0.0 for e in range(entry.shape[0])])
 
     def load(self, weight: Weight) -> Tensor:
         """See `Source`."""

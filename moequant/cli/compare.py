@@ -64,7 +64,7 @@ def compare(
     ] = None,
     exact: Annotated[
         bool,
-        typer.Option("--exact", help="Do not round the inputs of a GGUF file's products as llama.cpp does."),
+        typer.Option("--exact", help="Do not round the inputs of products as llama.cpp or vLLM does."),
     ] = False,
     prompt: Annotated[
         list[str] | None,

@@ -70,7 +70,9 @@ def convert(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE,…", help="Largest file, such as 14G or 10G,12G,14G, instead of a type."),
+        typer.Option(
+            metavar="SIZE,…", help="Largest file or folder, such as 14G or 10G,12G,14G, instead of a type."
+        ),
     ] = None,
     bpw: Annotated[
         str | None, typer.Option(metavar="BITS,…", help="Bits per weight at most, instead of a type.")
@@ -138,6 +140,18 @@ def convert(
     tp: Annotated[
         int | None,
         typer.Option(min=1, max=1024, help="GPUs that will share each weight of a folder (default 1)."),
+    ] = None,
+    schemes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="With --size: schemes that a folder's weights may have, by commas."
+        ),
+    ] = None,
+    gpu: Annotated[
+        float | None,
+        typer.Option(
+            min=5, max=20, help="With --size: compute capability of the GPU that serves the folder."
+        ),
     ] = None,
     split_size: Annotated[
         str | None,
@@ -215,6 +229,8 @@ def convert(
             split_size=split_size,
             quantize_attention=quantize_attention,
             tp=tp,
+            schemes=schemes,
+            gpu=gpu,
             self_check=self_check,
             mtp=mtp,
         )

@@ -181,7 +181,7 @@ def _layers(
     base: LayerStream, other: LayerStream
 ) -> Iterator[tuple[int | None, tuple[Collector, Collector]]]:
     """Each layer while both models hold its weights, with what they were fed; then None for the rest."""
-    hidden: tuple[Hidden, Hidden] = (InMemory(len(base.batches)), InMemory(len(other.batches)))
+    hidden: tuple[Hidden, Hidden] = (InMemory(base.shapes), InMemory(other.shapes))
     base.embed(hidden[0])
     other.embed(hidden[1])
     for layer, _ in zip(base.layers(), other.layers(), strict=True):

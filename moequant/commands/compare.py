@@ -40,7 +40,7 @@ class CompareSettings:
 
     `eval` as `corpus.read` takes it, None the bundled text. `model` is the unquantized folder
     when none is among what is compared. With `exact` the inputs of products are not rounded
-    as llama.cpp rounds them before quantized weights.
+    as llama.cpp or vLLM rounds them before quantized weights.
 
     Every version continues the bundled prompts and those of `prompts` by `sample_tokens`
     tokens, 0 for none; None means SAMPLE_TOKENS with llama.cpp or with prompts, else none.
@@ -141,7 +141,12 @@ def _scored(opened: _Opened, settings: CompareSettings) -> tuple[Measured, ...]:
 
 
 def _rounded(checkpoint: Checkpoint, source: Source, settings: CompareSettings) -> Rounded | None:
-    return Rounded(checkpoint, source.types) if source.kind == "GGUF" and not settings.exact else None
+    if settings.exact:
+        return None
+    if source.inputs is not None:
+        rounds = any(kind != "F32" for kind in source.inputs.values())
+        return Rounded(checkpoint, source.inputs) if rounds else None
+    return Rounded(checkpoint, source.types) if source.kind == "GGUF" else None
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
@@ -184,7 +189,7 @@ def _settings(rows: Rows, settings: CompareSettings) -> dict[str, record.Setting
     ours = settings.engine == "moequant"
     found: dict[str, record.Setting] = {
         "engine": settings.engine,
-        "activations": "rounded as llama.cpp does" if ours and not settings.exact else "the engine's own",
+        "activations": "rounded as the runtime does" if ours and not settings.exact else "the engine's own",
         "text": text_names(rows.source),
         "tokens": rows.ids.numel(),
         "tokens SHA-256": record.digest(rows.ids),

@@ -172,7 +172,7 @@ def _texts(jobs: Sequence[Job], settings: Settings, calibrated: bool) -> Texts:
 def _needs_statistics(job: Job) -> bool:
     """Whether something is made of statistics: integers of a folder are rounded under Hessians alone."""
     is_file = isinstance(job.container, GgufContainer)
-    return is_file or job.settings.effort == "fast" or job.settings.imatrix_out is not None
+    return is_file or job.measures or job.settings.effort == "fast" or job.settings.imatrix_out is not None
 
 
 def _made(job: Job, out: Path, known: Known, meter: Meter) -> Finished:

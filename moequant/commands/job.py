@@ -16,7 +16,9 @@ from moequant.containers.gguf.presets import facts
 from moequant.files import part_names
 from moequant.hub import Model
 from moequant.hub.fetch import headers
+from moequant.plan.folders import FolderMenu, budget_plan
 from moequant.plan.measure import Probing, measure
+from moequant.plan.menu import GgufMenu, Menu
 from moequant.rounding.rounder import UNROUNDED
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, Plan
@@ -72,14 +74,17 @@ class Job:
     @property
     def measures(self) -> bool:
         """Whether types are still to be measured."""
-        is_open = isinstance(self.container, GgufContainer) and self.settings.plan is None
+        is_file, asked = isinstance(self.container, GgufContainer), self.settings
+        is_open = asked.plan is None if is_file else asked.size is not None
         return is_open and self.quantizes and self.settings.effort != "fast"
 
     @property
     def limit(self) -> int | None:
         """The largest file that may come out when types are still to be measured, None when they stay."""
-        if not self.measures or not isinstance(self.container, GgufContainer):
+        if not self.measures:
             return None
+        if not isinstance(self.container, GgufContainer):
+            return self.plan.budget
         return self.container.overhead(self.plan) + self.plan.budget
 
 
@@ -97,7 +102,7 @@ def open_jobs(model: Model | Folder, settings: Settings) -> tuple[Job, ...]:
         checkpoint = checkpoint.without_predictions()
     if settings.format != "gguf":
         folder = FolderContainer(checkpoint, settings.folder)
-        return (Job(checkpoint, folder, folder.plan, settings),)
+        return (Job(checkpoint, folder, _schemes(folder, settings), settings),)
     file = GgufContainer(checkpoint, settings.split)
     if settings.plan is not None:
         given = plan.read(settings.plan, file.checkpoint.weights, file.exported.own_names)
@@ -112,15 +117,40 @@ def open_jobs(model: Model | Folder, settings: Settings) -> tuple[Job, ...]:
 
 def measured(jobs: Sequence[Job], calibration: Calibration, probes: Rows) -> tuple[Job, ...]:
     """The same with types chosen by what each would cost this model, measured once for all."""
-    file, settings = jobs[0].container, jobs[0].settings
-    assert isinstance(file, GgufContainer)
-    probing, pins = Probing(gating=settings.gating), _pins(file, settings)
-    found = measure(file.checkpoint, calibration, probes.ids, probing, pins, settings.resources)
+    output, settings = jobs[0].container, jobs[0].settings
+    menu, probing = _menu(output, settings), Probing(gating=settings.gating)
+    found = measure(output.checkpoint, calibration, probes.ids, probing, menu, settings.resources)
     left = LEFT_COUPLED if settings.coupled else LEFT_BY_HESSIANS
     found = found.after({name: left for row in found.table.values() for name in row})
     return tuple(
-        replace(job, plan=_chosen(file, job.settings, found)) if job.measures else job for job in jobs
+        replace(job, plan=_planned(output, job.settings, found)) if job.measures else job for job in jobs
     )
+
+
+def _menu(output: Container, settings: Settings) -> Menu:
+    """What a plan of this output chooses from."""
+    if isinstance(output, FolderContainer):
+        return FolderMenu.of(output.checkpoint, output.settings)
+    assert isinstance(output, GgufContainer)
+    return GgufMenu(_pins(output, settings))
+
+
+def _planned(output: Container, settings: Settings, found: plan.Sensitivities) -> Plan:
+    """The best plan of the size that was asked for, by what was measured."""
+    if isinstance(output, FolderContainer):
+        return _schemes(output, settings, found)
+    assert isinstance(output, GgufContainer)
+    return _chosen(output, settings, found)
+
+
+def _schemes(
+    folder: FolderContainer, settings: Settings, sensitivities: plan.Sensitivities | None = None
+) -> Plan:
+    """The one scheme of a folder, or the best schemes of the size that was asked for."""
+    if settings.size is None:
+        return folder.plan
+    menu = FolderMenu.of(folder.checkpoint, folder.settings)
+    return budget_plan(menu, settings.budget, folder.size, sensitivities)
 
 
 def _chosen(file: GgufContainer, settings: Settings, sensitivities: plan.Sensitivities | None = None) -> Plan:

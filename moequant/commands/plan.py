@@ -20,6 +20,7 @@ from moequant.hub.fetch import complete, headers, is_here
 from moequant.plan import Budget, Sensitivities, curve, points, preset_points, prior_sensitivities
 from moequant.plan.curve import Curve
 from moequant.plan.measure import Probing, measure
+from moequant.plan.menu import GgufMenu
 from moequant.report.curve import draw
 from moequant.report.routing import check_picture
 from moequant.statistics.calibrate import calibrate
@@ -124,7 +125,7 @@ def _survey(source: Folder, settings: PlanSettings, outputs: Outputs) -> Survey:
     else:
         calibration = calibrate(checkpoint, calib_rows)
     ids = probe_rows.ids if settings.probes else None
-    found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort), pins)
+    found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort), GgufMenu(pins))
     drawn = Curve(
         shown(source.path),
         curve(weights, known, found, extra, pins=pins),

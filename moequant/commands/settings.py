@@ -24,7 +24,9 @@ SIZES = ("type", "size", "bpw")
 _OF_FILES = (*SIZES, "plan")
 
 _ONLY_OF_FILES = (*_OF_FILES, "tensor_type", "card")
-_OF_FOLDERS = ("scheme", "bits", "group_size", "quantize_attention", "tp")
+_OF_FOLDERS = ("scheme", "bits", "group_size", "quantize_attention", "tp", "schemes", "gpu")
+_OF_ONE_SCHEME = ("scheme", "bits", "group_size", "quantize_attention")
+_OF_BUDGETS = ("schemes", "gpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +79,32 @@ class Settings:
     split_size: str | None = None
     quantize_attention: bool | None = None
     tp: int | None = None
+    schemes: str | None = None
+    gpu: float | None = None
     self_check: bool = True
     mtp: bool = True
 
     def __post_init__(self) -> None:
         """See the class."""
-        foreign = _OF_FOLDERS if self.format == "gguf" else _ONLY_OF_FILES
+        # A folder may have a size as well: schemes are then chosen.
+        in_folders = ("size",) if self.format == "safetensors" else ()
+        only_files = [name for name in _ONLY_OF_FILES if name not in in_folders]
+        foreign = _OF_FOLDERS if self.format == "gguf" else only_files
         if given := [name for name in foreign if getattr(self, name) not in (None, ())]:
-            own = _OF_FILES if self.format == "gguf" else _OF_FOLDERS
+            own = _OF_FILES if self.format == "gguf" else (*in_folders, *_OF_FOLDERS)
             if given[0] == "card":
                 raise PlanError("--card does not go with a folder, which has its README.md in any case")
             raise PlanError(
                 f"{_option(given[0])} does not go with --format {self.format}; how large it is, "
                 f"{', '.join(map(_option, own))} say"
+            )
+        apart = _OF_ONE_SCHEME if self.size is not None else _OF_BUDGETS
+        if self.format != "gguf" and (given := [name for name in apart if getattr(self, name) is not None]):
+            said = "chooses schemes itself" if self.size is not None else "is for a folder with --size"
+            raise PlanError(
+                f"{_option(given[0])}: --size {said}; leave one of them out"
+                if self.size is not None
+                else f"{_option(given[0])} {said}; add it, or name one with --scheme"
             )
         _ = self.resources, self.split
         if self.format == "gguf":
@@ -124,7 +139,7 @@ class Settings:
 
     @property
     def budget(self) -> Budget:
-        """The one size of a GGUF file that was asked for; PlanError for what is none."""
+        """The one size of a file or folder that was asked for; PlanError for what is none."""
         if self.size is not None:
             return Budget.of_size(self.size)
         return (

@@ -1,14 +1,19 @@
-"""Activations as llama.cpp's CPU kernels see them: rounded before they meet quantized weights.
+"""Activations as a runtime's kernels see them: rounded before they meet quantized weights.
 
 ggml multiplies packed weights with integers, so it rounds the other side of every product as
 well (type_traits_cpu.vec_dot_type in ggml-cpu): blocks of 256 with a float32 scale for K- and
 I-types, blocks of 32 with a float16 scale for the older ones, and the weights' own precision
 for 16-bit files. With this a file's perplexity here is the one that the runtime will show.
+
+Folders say in their config what their schemes do to activations, and vLLM does it: a scale for each token,
+or for 128 channels of one, that puts the largest at the end of the range.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +45,34 @@ def by_256(inputs: Tensor) -> Tensor:
     return (torch.round(blocks / scale).clamp_max(127) * scale).view_as(inputs)
 
 
+def dynamic(inputs: Tensor, group: int, is_float: bool) -> Tensor:
+    """FP8 (e4m3) or int8 and back: [..., n], a scale for each `group` channels, all of them where it is 0."""
+    blocks = inputs.reshape(*inputs.shape[:-1], -1, group or inputs.shape[-1])
+    top = 448.0 if is_float else 127.0
+    scale = (blocks.abs().amax(-1, keepdim=True) / top).clamp_min(1e-12)
+    codes = (blocks / scale).clamp(-top, top)
+    codes = codes.to(torch.float8_e4m3fn).to(inputs.dtype) if is_float else codes.round()
+    return (codes * scale).view_as(inputs)
+
+
+def of_scheme(told: Mapping[str, Any] | None) -> str:
+    """What `rounding` calls the `input_activations` of compressed-tensors; F32 for none, and for those whose
+    scale is not made on the way (static ones, and NVFP4's)."""
+    if not told or told.get("dynamic") is not True or told.get("num_bits") != 8:
+        return "F32"
+    group = {"token": 0, "group": told.get("group_size")}.get(str(told.get("strategy")))
+    return "F32" if group is None else f"{told['type']}8/{group}"
+
+
+@cache
 def rounding(type_: str) -> Rounding | None:
-    """What ggml does to the activations that meet weights of that type; None when nothing."""
+    """What a runtime does to the activations that meet weights of that type (ggml's, or the word of
+    `of_scheme`); None when nothing."""
     if type_ == "F32":
         return None
+    if "/" in type_:
+        kind, group = type_.split("/")
+        return partial(dynamic, group=int(group), is_float=kind == "float8")
     if type_ in _NARROW:
         return lambda inputs: inputs.to(_NARROW[type_]).float()
     return by_32 if type_ in _BY_32 else by_256

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moequant.checkpoint import Checkpoint, Folder, load, open_checkpoint
 from moequant.checkpoint.headers import read_json
@@ -20,10 +20,14 @@ from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.containers.gguf.weights import GgufWeights
 from moequant.errors import CheckpointError, VerifyError
 from moequant.escape import shown
+from moequant.evaluate.activations import of_scheme
 from moequant.files import RECORD
 from moequant.forward.model import Provider
 from moequant.statistics.store import identity, identity_of
 from moequant.values import Weight
+
+if TYPE_CHECKING:
+    from moequant.containers.folders.read import FolderWeights
 
 SAME_CONFIG = (
     "family",
@@ -66,7 +70,8 @@ FOREIGN_TOKENS = 0.01
 class Source:
     """A version of a model: where and what it is, its bytes, the type of every weight.
 
-    `provider` loads its weights; None when another engine runs it.
+    `provider` loads its weights; None when another engine runs it. `inputs` are what `activations.rounding`
+    calls what happens to the inputs of every weight, None where that follows from types.
     """
 
     path: Path
@@ -74,6 +79,7 @@ class Source:
     provider: Provider | None
     bytes: int
     types: Mapping[str, str]
+    inputs: Mapping[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -161,7 +167,11 @@ def _folder(path: Path, kind: str, checkpoint: Checkpoint) -> Source:
     if extra := sorted(theirs.keys() - {weight.name for weight in checkpoint.weights}):
         raise VerifyError(f"{path}: {extra[0]} is not in {checkpoint.path}; is one tied and the other not?")
     types = {name: weight.origin.dtype for name, weight in theirs.items()}
-    return Source(path, kind, lambda weight: load(theirs[weight.name]), other.source_bytes, types)
+    inputs = (
+        None if kind == "checkpoint" else _inputs(other.raw.get("quantization_config"), checkpoint, other)
+    )
+    provider: Provider = lambda weight: load(theirs[weight.name])  # noqa: E731
+    return Source(path, kind, provider, other.source_bytes, types, inputs)
 
 
 def _quantized(path: Path, layout: str, checkpoint: Checkpoint) -> Source:
@@ -179,7 +189,29 @@ def _quantized(path: Path, layout: str, checkpoint: Checkpoint) -> Source:
         weight.name: layout if found.is_quantized(weight) else weight.origin.dtype
         for weight in checkpoint.weights
     }
-    return Source(path, layout, found.load, size, types)
+    return Source(path, layout, found.load, size, types, _inputs(found.quantization, checkpoint, found))
+
+
+def _inputs(
+    config: Mapping[str, Any] | None, checkpoint: Checkpoint, version: FolderWeights | Checkpoint
+) -> dict[str, str]:
+    """By weight, what its scheme makes of its inputs."""
+    from moequant.containers.folders.compressed_tensors import group_of
+
+    def of(weight: Weight) -> str:
+        if not config or config.get("quant_method") != "compressed-tensors" or len(weight.shape) < 2:
+            return "F32"
+        if not isinstance(version, Checkpoint) and not version.is_quantized(weight):
+            return "F32"
+        module = weight.names[0].removesuffix(".weight") if weight.names else ""
+        if module in config.get("ignore", ()) or weight.role.keeps_precision or not weight.site:
+            return "F32"
+        try:
+            return of_scheme(group_of(config, module).get("input_activations"))
+        except VerifyError:
+            return "F32"
+
+    return {weight.name: of(weight) for weight in checkpoint.weights}
 
 
 def _gguf(path: Path, checkpoint: Checkpoint) -> Source:

@@ -247,6 +247,9 @@ def _reference(checkpoint: Checkpoint, ids: Tensor, raw: dict[str, Any]) -> Tens
         )
         if raw != read_json(checkpoint.path / "config.json"):
             config = type(config).from_dict(raw)
+        # Ours to say, not the config's: it may ask for kernels of the Hub, which are code.
+        config._attn_implementation = config._experts_implementation = None
+        config.return_dict = config.get_text_config().return_dict = True
         model = whole_class(config).from_pretrained(
             checkpoint.path,
             config=config,

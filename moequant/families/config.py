@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from moequant.errors import CheckpointError, FamilyError, foreign
@@ -59,8 +60,17 @@ MOST_LAYERS = 10_000
 LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 """What the classes in transformers call the number of layers."""
 
-_NOT_GIVEN = ("auto_map", "quantization_config", "model_type", "use_return_dict")
-"""Keys that the class does not get: how the checkpoint is stored, and another name for the class."""
+_NOT_GIVEN = (
+    "auto_map",
+    "quantization_config",
+    "model_type",
+    "return_dict",
+    "use_return_dict",
+    "_attn_implementation",
+    "_experts_implementation",
+)
+"""Keys that the class does not get: how the checkpoint is stored, another name for the class, and what is
+ours to say when we run it: in which shape results come, and whose kernels compute them."""
 
 
 def text_config(raw: Mapping[str, Any], hoisted: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
@@ -168,10 +178,12 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 @cache
 def _model_source(cls: type) -> str:
-    """The source of the model that a config class belongs to."""
+    """The source of the model that a config class belongs to, and of the masks that all models share."""
     module = cls.__module__.replace(".configuration_", ".modeling_")
     try:
-        return inspect.getsource(__import__(module, fromlist=["_"]))
+        return "".join(
+            inspect.getsource(import_module(name)) for name in (module, "transformers.masking_utils")
+        )
     except (ImportError, OSError):
         return ""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -28,20 +31,31 @@ class Hidden(Protocol):
 
 
 class InMemory:
-    """Hidden states as tensors; what a batch fed one layer goes when what it feeds the next arrives."""
+    """Hidden states in one block of memory, which is there from the first `put` on.
 
-    def __init__(self, batches: int) -> None:
-        self._states: list[Tensor | None] = [None] * batches
+    What a batch fed one layer goes when what it feeds the next arrives. `shapes` are those of the batches.
+    """
+
+    # One block: as tensors of their own, kept among what threads compute and forget, states held twice
+    # their bytes, because glibc could not give back what lay between them.
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        self.shapes, self._lock = shapes, Lock()
+        self._states: list[Tensor] = []
 
     def get(self, layer: int, batch: int) -> Tensor:
         """See `Hidden`."""
-        states = self._states[batch]
-        assert states is not None
-        return states
+        return self._states[batch]
 
     def put(self, layer: int, batch: int, states: Tensor) -> None:
         """See `Hidden`."""
-        self._states[batch] = states.cpu()
+        with self._lock:
+            if not self._states:
+                sizes = [math.prod(shape) for shape in self.shapes]
+                with torch.inference_mode(False):  # a tensor that is made inside cannot be written outside
+                    parts = torch.split(torch.empty(sum(sizes)), sizes)
+                    self._states = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        self._states[batch].copy_(states)
 
     def drop(self, layer: int) -> None:
         """Nothing is left to forget."""
@@ -54,7 +68,7 @@ class OnDisk:
     the batches. Files of finished layers survive the process, which is what a resumed run starts from.
     """
 
-    def __init__(self, folder: Path, shapes: list[tuple[int, ...]]) -> None:
+    def __init__(self, folder: Path, shapes: Sequence[tuple[int, ...]]) -> None:
         self.folder, self.shapes = folder, shapes
         sizes = [int(np.prod(shape)) + 1 for shape in shapes]  # and the checksum
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()

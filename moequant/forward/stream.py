@@ -10,7 +10,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -191,14 +191,16 @@ class LayerStream:
         return tuple(weight for weight in self.checkpoint.weights if weight.layer == layer)
 
     def new_hidden(self, folder: Path, width: int | None = None, among: int = 1) -> Hidden:
-        """Room for the hidden states, or for so many numbers [n, width] a token: in memory when half of the
-        limit holds them and the others, so many as there are `among` them, else under `folder`."""
-        shapes = self.shapes
-        if width is not None:
-            shapes = [(batch.numel(), width) for batch in self.batches]
+        """Room for the hidden states, or for so many numbers [n, width] a token: see `room`."""
+        flat = [] if width is None else [(batch.numel(), width) for batch in self.batches]
+        return self.room(folder, self.shapes if width is None else flat, among)
+
+    def room(self, folder: Path, shapes: Sequence[tuple[int, ...]], among: int = 1) -> Hidden:
+        """Room for a tensor of its own shape a batch: in memory when half of the limit holds them and the
+        others, so many as there are `among` them, else under `folder`."""
         needed = 4 * sum(math.prod(shape) for shape in shapes)
         if self.resources.ram is None or among * needed <= self.resources.ram // 2:
-            return InMemory(len(self.batches))
+            return InMemory(shapes)
         return OnDisk(folder, shapes)
 
     def embed(self, hidden: Hidden, provider: Provider | None = None) -> None:

@@ -18,23 +18,14 @@ from torch import Tensor
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint, load
-from moequant.containers.gguf.presets import UNQUANTIZED
 from moequant.formats import Effort
 from moequant.forward.stream import Resources
-from moequant.plan import Sensitivities, allocate, candidates, groups, make_units, prior_sensitivities
-from moequant.plan.choose import NO_PINS
+from moequant.plan import Sensitivities, Unit, allocate
+from moequant.plan.menu import GGUF, Menu
 from moequant.plan.probes import FREE, divergences
-from moequant.plan.sensitivity import as_stored
 from moequant.progress import counted
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, InputStats, Weight
-
-PROBE = ("Q2_K", "IQ4_NL")
-"""What a probed weight is quantized to, with rows of 256s and of 32s: coarse, so that the KL divergence is
-that of the error itself and not of the few tokens that a tiny error already sends to other experts."""
-
-CHECKS = (2.5, 5.25)
-"""Bits per weight of the two whole plans, a coarse one and a fine one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +50,18 @@ def measure(
     calibration: Calibration,
     ids: Tensor | None,
     probing: Probing = Probing(),  # frozen
-    pins: Mapping[str, str] = NO_PINS,
+    menu: Menu = GGUF,
     resources: Resources = FREE,
 ) -> Sensitivities:
-    """Sensitivities of all candidates for all weights, and of the types that `pins` has of some.
+    """Sensitivities of all formats of the menu for all weights.
 
     `ids` i64 [rows, n] is text for the probes, better not the text of `calibration`; with
     None only relative errors are measured, and sensitivities come from tables. Raises
     CheckpointError for a weight that cannot be read.
     """
-    found = prior_sensitivities(checkpoint.weights, checkpoint.n_layers)
+    found = menu.prior(checkpoint.weights, checkpoint.n_layers)
     errors = {
-        weight.name: sample_errors(weight, _stats(weight, calibration), probing, pins.get(weight.name))
+        weight.name: sample_errors(weight, _stats(weight, calibration), probing, menu)
         for weight in counted("errors", checkpoint.weights, "tensor")
     }
     if ids is None:
@@ -79,22 +70,20 @@ def measure(
             for name, row in errors.items()
         }
         return replace(found, table=table, source="relative errors measured, sensitivities from tables")
-    return _Prober(checkpoint, calibration, ids, probing, resources).sensitivities(errors)
+    return _Prober(checkpoint, calibration, ids, probing, menu, resources).sensitivities(errors)
 
 
 def sample_errors(
-    weight: Weight, stats: InputStats | None, probing: Probing, pin: str | None = None
+    weight: Weight, stats: InputStats | None, probing: Probing, menu: Menu = GGUF
 ) -> dict[str, float]:
     """Format -> relative squared error that it makes in the output of `weight`, over all of its experts: of
-    every candidate, and of `pin`.
+    every one that the menu wants measured.
 
     Errors of columns count by the mean square of what they multiply, errors of experts by
     the sum of the squared router weights of their tokens. Experts are sampled evenly in
     order of that mass, each standing for its neighbours; rows are sampled evenly.
     """
-    names = candidates(weight)
-    if pin is not None and pin not in (*names, *UNQUANTIZED):
-        names = (*names, pin)
+    names = menu.measured(weight)
     if len(names) == 1 or not weight.runs:
         return dict.fromkeys(names, 0.0)
     count = weight.matrices
@@ -108,10 +97,10 @@ def sample_errors(
     total = (sample.double().square().sum(1) * share).sum()
     errors = {}
     for name in names:
-        if name == as_stored(weight):
+        if name == menu.exact(weight):
             errors[name] = 0.0
             continue
-        fmt = formats.get(name)
+        fmt = formats.get(menu.block_format(name, weight))
         decoded = formats.dequantize(fmt, formats.quantize(fmt, sample, columns, probing.effort))
         error = ((sample - decoded).double().square().sum(1) * share).sum()
         errors[name] = float(error / total.clamp(min=torch.finfo(torch.float64).tiny))
@@ -151,12 +140,13 @@ class _Prober:
         calibration: Calibration,
         ids: Tensor,
         probing: Probing,
+        menu: Menu,
         resources: Resources,
     ) -> None:
-        self.checkpoint, self.resources = checkpoint, resources
+        self.checkpoint, self.menu, self.resources = checkpoint, menu, resources
         self.weights, self.calibration, self.probing = checkpoint.weights, calibration, probing
         running = tuple(weight for weight in checkpoint.weights if weight.runs)
-        self.groups = [group for group in groups(running) if len(candidates(group[0])) > 1]
+        self.groups = [g for g in menu.groups(running) if len(menu.candidates(g[0])) > 1]
         wanted = probing.tokens // (len(self.groups) * ids.shape[1])
         count = max(1, min(wanted, probing.rows, len(ids)))
         self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]
@@ -167,7 +157,7 @@ class _Prober:
         for weight in self.weights:
             table[weight.name] = dict(errors[weight.name])
         per_error = dict.fromkeys(table, 0.0)
-        versions = [{weight.name: _at(PROBE, weight) for weight in group} for group in self.groups]
+        versions = [{weight.name: self.menu.probe(weight) for weight in group} for group in self.groups]
         for probed, kl in zip(versions, self._divergences(versions), strict=True):
             error = sum(errors[name][fmt] for name, fmt in probed.items())
             per_error.update(dict.fromkeys(probed, max(kl, 0.0) / error if error else 0.0))
@@ -175,18 +165,17 @@ class _Prober:
             name: {fmt: error * per_error[name] for fmt, error in row.items()} for name, row in table.items()
         }
         found = Sensitivities(table, per_error, "")
-        plans = [self._plan(found, bits) for bits in CHECKS]
+        units = self.menu.units(self.weights, found)
+        plans = [self._plan(units, size) for size in self.menu.checks(self.weights, units)]
         sums = [sum(table[name][fmt] for name, fmt in types.items()) for types in plans]
         linear, root = fit(zip(sums, self._divergences(plans), strict=True))
         tokens = self.ids.shape[0] * (self.ids.shape[1] // 2 - 1)
         source = f"{len(self.groups)} probes of {tokens:,} tokens each"
         return replace(found, source=source, linear=linear, root=root)
 
-    def _plan(self, sensitivities: Sensitivities, bits: float) -> dict[str, str]:
-        """The types of the best plan with so many bits per weight."""
-        units = make_units(self.weights, sensitivities)
+    def _plan(self, units: list[Unit], limit: int) -> dict[str, str]:
+        """The types of the best plan of so many bytes."""
         smallest = sum(min(option.bytes for option in unit.options) for unit in units)
-        limit = round(bits * sum(weight.numel for weight in self.weights) / 8)
         types = {}
         for unit, option in zip(units, allocate(units, max(smallest, limit)), strict=True):
             types.update(dict.fromkeys((weight.name for weight in unit.weights), option.format))
@@ -203,9 +192,11 @@ class _Prober:
         stats = _stats(weight, self.calibration)
         columns = None if stats is None else importance(stats, self.probing.gating)
         values = load(weight)
+        if name == self.menu.exact(weight):
+            return values
         if columns is not None and values.ndim == 2:
             columns = columns[0]
-        fmt = formats.get(name)
+        fmt = formats.get(self.menu.block_format(name, weight))
         return formats.dequantize(fmt, formats.quantize(fmt, values, columns, self.probing.effort))
 
 
@@ -225,8 +216,3 @@ def fit(checks: Iterable[tuple[float, float]]) -> tuple[float, float]:
         if linear >= 0 and root >= 0:
             return linear, root
     return sqrt(y1 / x1 * y2 / x2), 0.0
-
-
-def _at(pair: tuple[str, str], weight: Weight) -> str:
-    """The first of the pair when 256 divides the rows, else the second."""
-    return pair[0] if weight.n_in % 256 == 0 else pair[1]

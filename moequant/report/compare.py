@@ -45,7 +45,7 @@ def verdict(one: Measured) -> str:
 def compare_tables(found: Compared) -> RenderableType:
     """Everything a person looks at first, the figures that people quote on top."""
     scored = found.measured[0].comparison.tokens
-    rounded = ", inputs of GGUF products rounded as llama.cpp does" if found.rounded else ""
+    rounded = ", inputs of products rounded as their runtime does" if found.rounded else ""
     parts: list[RenderableType] = [
         line(f"{shown(found.base.path)} ({found.base.kind}) is the baseline", style="bold"),
         *(line(f"{one.name}: {verdict(one)}") for one in found.measured),

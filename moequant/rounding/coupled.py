@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moequant import formats
-from moequant.forward.hidden import Hidden
+from moequant.forward.hidden import Hidden, InMemory
 from moequant.forward.model import fill, held, release, replace_memory
 from moequant.forward.stream import ENDS, LayerStream
 from moequant.forward.taps import recorder
@@ -203,7 +203,9 @@ class Coupled:
             return Kept(index)
         last = inside(index, ends[0].place.param).removesuffix(".weight")
         others = 1 if self.stream.checkpoint.family.chosen is None else 2
-        return Kept(index, last, others=0 if ends[0].role is Role.SSM_OUT else others)
+        shapes = [(*batch.shape, ends[0].n_in) for batch in self.stream.batches]
+        mixed = InMemory(shapes), InMemory(shapes)
+        return Kept(index, last, 0 if ends[0].role is Role.SSM_OUT else others, mixed)
 
     def _layer(self, layer: Layer, streams: Streams) -> list[Result]:
         weights, rounder = self.stream.weights(layer.index), self.rounder
@@ -231,7 +233,7 @@ class Coupled:
         """The routed experts of the layer; the layer is told what they give."""
         fed = self.cross(layer, weights, streams)
         module = layer.part(weights[0].place.param.rpartition(".")[0])
-        experts = Experts(self.rounder, self.stream, module, weights, fed)
+        experts = Experts(self.rounder, self.stream, module, weights, fed, streams.folder / "inner")
         sums = self._room(streams, "exact-sum", fed.width), self._room(streams, "rounded-sum", fed.width)
         done = experts.run(sums)
         fed.drop()

@@ -55,28 +55,43 @@ class Kept:
     """What is known of one layer, batch by batch: in full precision and as rounded.
 
     `last` is the product at the end of its mixer, such as `self_attn.o_proj`, whose inputs are kept in
-    `batches`; "" keeps nothing. Its module gives so many `others`, which nobody needs: attention its weights,
-    a recurrence nothing. `experts` are the sums that routed experts give, once they are rounded.
+    `mixed`, so far those of `batches`; "" keeps nothing. Its module gives so many `others`, which nobody
+    needs: attention its weights, a recurrence nothing. `experts` are the sums that routed experts give, once
+    they are rounded.
     """
 
     layer: int
     last: str = ""
     others: int = 1
-    batches: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    mixed: tuple[Hidden, Hidden] | None = None
+    batches: set[int] = field(default_factory=set)
     experts: tuple[Hidden, Hidden] | None = None
 
     def keep(self, batch: int, exact: Tensor, rounded: Tensor) -> None:
         """Both [rows, n, in]."""
-        if self.last:
-            self.batches[batch] = exact, rounded
+        if self.mixed is not None:
+            for room, fed in zip(self.mixed, (exact, rounded), strict=True):
+                room.put(self.layer, batch, fed)
+            self.batches.add(batch)
 
     def recorders(
         self, batch: int, exact: Recorder | None = None, rounded: Recorder | None = None
     ) -> tuple[Recorder, Recorder]:
         """The two streams' recorders of a batch, with what is known."""
-        attention = self.batches.get(batch, (None, None))
-        known = (None, None) if self.experts is None else [h.get(self.layer, batch) for h in self.experts]
-        return Recalled(attention[0], known[0], exact), Recalled(attention[1], known[1], rounded)
+        mixed = self._known(self.mixed if batch in self.batches else None, batch)
+        experts = self._known(self.experts, batch)
+        return Recalled(mixed[0], experts[0], exact), Recalled(mixed[1], experts[1], rounded)
+
+    def _known(self, rooms: tuple[Hidden, Hidden] | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+        """What lies there of the batch, in both streams."""
+        return (
+            (None, None)
+            if rooms is None
+            else (
+                rooms[0].get(self.layer, batch),
+                rooms[1].get(self.layer, batch),
+            )
+        )
 
     @contextmanager
     def used_by(self, *layers: nn.Module) -> Iterator[None]:
@@ -113,6 +128,7 @@ class _Recalling(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         current = recorder()
         if isinstance(current, Recalled) and current.attention is not None:
-            out = self._held[0].get_submodule(self._last)(current.attention)
+            last = self._held[0].get_submodule(self._last)
+            out = last(current.attention.to(next(last.parameters()).device))
             return (out, *self._others) if self._others else out
         return self._held[0](*args, **kwargs)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -27,6 +28,9 @@ from moequant.values import Weight
 from moequant.values.ops import apply, put
 
 T = TypeVar("T")
+
+INNER = 8
+"""What the second products of a chunk are fed stays in memory where so many times as much would find room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +77,13 @@ class Fed:
 
 
 @dataclass(frozen=True, slots=True)
-class Inner:
-    """What the second product of one expert is fed in one batch of the rounded stream, [m, f], for which
-    tokens i64 [m] and with which weights [m]. It waits until that product is rounded."""
+class Given:
+    """Where the experts of one chunk leave what they make: what the exact ones give is added to `exact`, the
+    sum [n, h] of their stream; what the second products of the rounded stream are fed waits in `inner`,
+    [m, f] a batch, expert by expert, until those are rounded."""
 
-    expert: int
-    values: Tensor
-    tokens: Tensor
-    gates: Tensor
+    exact: Hidden
+    inner: Hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,8 @@ class Experts:
     """The routed experts of one layer.
 
     `module` is theirs, with everything but the matrices in memory; `weights` are the matrices, those that
-    multiply the block's input first.
+    multiply the block's input first. What one chunk of experts makes lies under `folder` where memory is
+    limited.
     """
 
     rounder: Rounder
@@ -96,6 +100,7 @@ class Experts:
     module: nn.Module
     weights: tuple[Weight, ...]
     fed: Fed
+    folder: Path
 
     def run(self, sums: tuple[Hidden, Hidden]) -> dict[str, Result]:
         """Every matrix that is rounded under Hessians; what experts give together [n, h] goes to `sums`."""
@@ -111,12 +116,13 @@ class Experts:
             if inputs is not None:
                 found = self._round(first, exact, experts, self.input_grams(first[0], experts), inputs)
                 rounded = self._packed(rounded, found, parts)
-            kept, grams = self.inner_grams(last[0] if last else None, experts, (exact, rounded), sums[0])
+            given = Given(sums[0], self._waiting(experts))
+            grams = self.inner_grams(last[0] if last else None, experts, (exact, rounded), given)
             if inner is not None and grams is not None:
                 found = self._round(last, exact, experts, grams, inner)
                 rounded = self._packed(rounded, found, parts)
             del grams
-            self._add(kept, experts, rounded, sums[1])
+            self._add(given.inner, experts, rounded, sums[1])
         return {weight.name: joined(weight, parts[weight.name]) for weight in (*first, *last)}
 
     def input_grams(self, weight: Weight, experts: range) -> Grams:
@@ -141,39 +147,30 @@ class Experts:
         weight: Weight | None,
         experts: range,
         modules: tuple[nn.Module, nn.Module],
-        exact_sum: Hidden | None = None,
-    ) -> tuple[list[list[Inner]], Grams | None]:
-        """What second products of the rounded stream are fed, batch by batch, and Grams of it for `weight`.
+        given: Given | None = None,
+    ) -> Grams | None:
+        """Grams for `weight` of what second products of the rounded stream are fed.
 
-        `modules` are the experts as they are and as they are rounded so far. What the exact ones give is
-        added to `exact_sum`.
+        `modules` are the experts as they are and as they are rounded so far; `given` None: what they make is
+        forgotten.
         """
-        device = self.stream.resources.device
-        grams = None if weight is None else Grams.empty(len(experts), weight, device)
-        kept = []
-        for batch, (inner, seen) in enumerate(
-            self._each(lambda at: self._inner(at, experts, modules, exact_sum))
-        ):
-            kept.append(inner)
+        grams = None if weight is None else Grams.empty(len(experts), weight, self.stream.resources.device)
+        for batch, seen in enumerate(self._each(lambda at: self._inner(at, experts, modules, given))):
             for expert, each in seen if grams is not None else ():
                 assert grams is not None
                 grams.add(expert - experts.start, batch % 2, each)
-        return kept, grams
+        return grams
 
     def _inner(
-        self,
-        batch: int,
-        experts: range,
-        modules: tuple[nn.Module, nn.Module],
-        exact_sum: Hidden | None = None,
-    ) -> tuple[list[Inner], list[tuple[int, Seen]]]:
+        self, batch: int, experts: range, modules: tuple[nn.Module, nn.Module], given: Given | None = None
+    ) -> list[tuple[int, Seen]]:
         """One batch: an expert multiplies in full precision what either stream sends it, once."""
         exact, rounded = modules
         inputs, routes = self._inputs(batch), [route.to(experts) for route in self.fed.routes[batch]]
         residual = None if self.fed.residual is None else self._get(self.fed.residual, batch)
         mass = self.fed.routes[batch][1].gates.sum(1, keepdim=True)
-        total = None if exact_sum is None else self._get(exact_sum, batch)
-        inner, seen = list[Inner](), list[tuple[int, Seen]]()
+        total = None if given is None else self._get(given.exact, batch)
+        seen = list[tuple[int, Seen]]()
         for expert in sorted(routes[0].keys() | routes[1].keys()):
             at = expert - experts.start
             sent = [route[expert][0] for route in routes if expert in route]
@@ -187,26 +184,38 @@ class Experts:
             if expert in routes[1]:
                 tokens, gates = routes[1][expert]
                 fed = between(rounded, first_product(rounded, at, inputs[1][tokens]))
-                inner.append(Inner(expert, fed, tokens, gates))
                 # Of a token's residual error each of its experts takes the share that its weight has.
                 share = None if residual is None else residual[tokens] / mass[tokens]
                 seen.append((expert, Seen(fed, own[-1], gates.square(), share)))
-        if exact_sum is not None and total is not None:
-            exact_sum.put(self.fed.layer, batch, total)
-        return inner, seen
+        if given is not None and total is not None:
+            given.exact.put(self.fed.layer, batch, total)
+            if seen:
+                given.inner.put(self.fed.layer, batch, torch.cat([each.rounded for _, each in seen]))
+        return seen
 
-    def _add(self, kept: list[list[Inner]], experts: range, rounded: nn.Module, into: Hidden) -> None:
+    def _waiting(self, experts: range) -> Hidden:
+        """Room for what the second products of these experts are fed."""
+        width = self._side("inner")[0].n_in
+        sent = [route.to(experts).values() for _, route in self.fed.routes]
+        shapes = [(sum(len(tokens) for tokens, _ in each), width) for each in sent]
+        return self.stream.room(self.folder, shapes, INNER)
+
+    def _add(self, inner: Hidden, experts: range, rounded: nn.Module, into: Hidden) -> None:
         """Add what these experts give, rounded, to the sum of their stream."""
 
         def add(batch: int) -> None:
-            total = self._get(into, batch)
-            for one in kept[batch]:
-                result = last_product(rounded, one.expert - experts.start, one.values)
-                add_output(total, one.tokens, result, one.gates)
+            route = self.fed.routes[batch][1].to(experts)
+            if not route:
+                return
+            total, values = self._get(into, batch), self._get(inner, batch)
+            parts = torch.split(values, [len(tokens) for tokens, _ in route.values()])
+            for (expert, (tokens, gates)), fed in zip(route.items(), parts, strict=True):
+                add_output(total, tokens, last_product(rounded, expert - experts.start, fed), gates)
             into.put(self.fed.layer, batch, total)
 
         for _ in self._each(add):
             pass
+        inner.drop(self.fed.layer)
 
     def _round(
         self,
@@ -248,7 +257,7 @@ class Experts:
         errors = {}
         for one in wanted:
             exact = self.read(one)
-            _, grams = self.inner_grams(weight, one, (exact, exact))
+            grams = self.inner_grams(weight, one, (exact, exact))
             assert grams is not None
             errors[one.start] = self._tried(weight, exact, grams, layer)
         return Shrinking(layer, choose(every, errors))
@@ -274,7 +283,7 @@ class Experts:
         total, count = torch.zeros((), dtype=torch.float64), 0
         for one in wanted:
             exact = self.read(one, self._side("experts"))
-            for _, seen in self._each(lambda at, one=one, both=(exact, exact): self._inner(at, one, both)):  # type: ignore[misc]
+            for seen in self._each(lambda at, one=one, both=(exact, exact): self._inner(at, one, both)):  # type: ignore[misc]
                 for _, each in seen:
                     assert each.weight is not None
                     total += (each.rounded.square().sum(1) * each.weight).sum().double().cpu()

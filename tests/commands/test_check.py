@@ -157,9 +157,13 @@ def test_without_a_baseline_it_says_what_it_did_not_check(made) -> None:
         ("compressed-tensors", {"bits": 4, "group_size": 64}),
         ("compressed-tensors", {"bits": 8, "group_size": -1, "quantize_attention": True}),
         ("gptq", {"bits": 4, "group_size": 32}),
+        *(
+            ("compressed-tensors", {"scheme": scheme})
+            for scheme in ("FP8_BLOCK", "FP8_DYNAMIC", "NVFP4A16", "MXFP4A16", "W3A16", "W8A8")
+        ),
     ],
 )
-def test_folders(tiny, text: Path, tmp_path: Path, layout: str, settings: dict[str, int]) -> None:
+def test_folders(tiny, text: Path, tmp_path: Path, layout: str, settings: dict[str, object]) -> None:
     model, out = tiny("olmoe"), tmp_path / "folder"
     quantized(model, out, layout=layout, **settings)
     report = check(out, against(model, text))

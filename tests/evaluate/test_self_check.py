@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -61,6 +62,24 @@ def test_a_folder_that_is_read_right_passes(tiny, family: str) -> None:
     checkpoint = open_checkpoint(tiny(family))
     found = self_check(checkpoint, Output(load, exact=True))
     assert found.source is not None and found.source < LIMIT and found.decoded == 0
+
+
+def test_what_a_config_says_of_running_it_is_ours_to_say(tiny, tmp_path: Path, text: Path) -> None:
+    """Kernels of the Hub are code, which nobody fetches; results come in the shape that we read."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("mixtral"), folder)
+    models.edit_config(
+        folder,
+        _attn_implementation="somebody/kernels",
+        _experts_implementation="somebody/experts",
+        return_dict=False,
+    )
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config._attn_implementation is None
+    assert checkpoint.config._experts_implementation is None
+    assert self_check(checkpoint, Output(load, exact=True)).source is not None
+    given = Settings("Q8_0", text, 1024, effort="fast", eval=text, eval_tokens=1024, self_check=False)
+    assert convert(folder, tmp_path / "a.gguf", given).summary()
 
 
 def test_weights_that_are_written_wrong_are_caught(tiny) -> None:

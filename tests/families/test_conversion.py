@@ -71,6 +71,26 @@ def test_an_f32_file_gives_the_logits_of_transformers(tmp_path: Path, text: Path
     assert np.quantile(difference, TIES) < models.WITHIN.get(family, 5e-4)
 
 
+SCALED = {
+    "attention factor": {"attention_factor": 1.5},
+    "two mscales": {"mscale": 0.8, "mscale_all_dim": 0.5},
+    "equal mscales": {"mscale": 1.0, "mscale_all_dim": 1.0},
+    "half an mscale": {"mscale": 0.8},
+}
+"""What configs say of how much YaRN multiplies queries and keys by."""
+
+
+@pytest.mark.parametrize("scale", SCALED)
+def test_yarn_scales_attention_as_in_transformers(tmp_path: Path, text: Path, scale: str) -> None:
+    yarn = models.YARN | SCALED[scale]
+    folder = models.build(tmp_path / "model", "qwen3_moe", rope_parameters=yarn)
+    converted(folder, tmp_path / "f32.gguf", text, "F32", self_check=False)
+    with Llama(tmp_path / "f32.gguf", threads=1) as llama:
+        ids = torch.randint(1, llama.n_vocab, (300,), generator=torch.Generator().manual_seed(0))
+        difference = np.abs(llama.logits(ids.tolist()) - reference(folder, ids)).max(1)
+    assert np.quantile(difference, TIES) < 5e-4
+
+
 @pytest.mark.parametrize("family", models.CONFIGS)
 def test_however_it_is_saved_the_file_is_the_same(tmp_path: Path, text: Path, family: str) -> None:
     """As it is released, as transformers 5 saves it, and with the experts in one tensor."""

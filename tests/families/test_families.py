@@ -116,12 +116,18 @@ def test_an_absent_key_is_refused_as_its_default_is(tiny) -> None:
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act"),
         ("mixtral", {"sliding_window": 128}, "sliding_window"),
         ("mixtral", {"brand_new_behaviour": 3}, "brand_new_behaviour"),
+        ("mixtral", {"is_causal": False}, "is_causal"),
         ("mixtral", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope|long_factor"),
         ("mixtral", {"rope_scaling": {"type": "linear", "factor": 2.0, "odd": 1}}, "odd"),
         (
             "mixtral",
             {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 256}},
             "factor",
+        ),
+        (
+            "qwen3_moe",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}},
+            "truncate",
         ),
         ("mixtral", {"rms_norm_eps": None}, "rms_norm_eps"),
         ("mixtral", {"rms_norm_eps": "1e-6"}, "rms_norm_eps"),

@@ -29,6 +29,9 @@ from tests.hostile.attempts import QUICK
 from tests.hostile.ground import Ground, make
 from tests.strike import watch
 
+FIRST = "a-00001-of-00002.gguf"
+"""The part of a file that readers open."""
+
 State = dict[str, bytes]
 """Files of a folder by their relative names."""
 
@@ -36,11 +39,13 @@ State = dict[str, bytes]
 @dataclass(frozen=True, slots=True)
 class Command:
     """A command line, `{out}` in it for the folder of its outputs; `varies` names outputs with times in
-    them, of which it counts that they are whole."""
+    them, of which it counts that they are whole. While parts are replaced by as many there is a moment
+    without the one `first`."""
 
     name: str
     arguments: tuple[str, ...]
     varies: tuple[str, ...] = ()
+    first: str | None = None
 
 
 def commands(ground: Ground) -> list[Command]:
@@ -55,8 +60,10 @@ def commands(ground: Ground) -> list[Command]:
         Command("gptq", ("convert", model, "-o", "{out}/f", "--format", "gptq", *integers)),
         Command("route", ("route", model, *calib, "-o", "{out}/s.safetensors", "--imatrix-out",
                           "{out}/i.gguf", "--picture", "{out}/p.svg"), ("p.svg",)),
+        Command("parts", ("convert", model, "-o", "{out}/a.gguf", "--type", "Q4_0", *QUICK, "--stats", stats,
+                          "--split-size", "50K", "--card", "{out}/README.md"), first=FIRST),
         Command("plan", ("plan", model, "--bpw", "9", "--stats", stats, "--no-probes", "--effort", "fast",
-                         "-o", "{out}/p.json")),
+                         "-o", "{out}/p.json", "--curve", "{out}/p.svg"), ("p.svg",)),
         Command("page", ("convert", model, "-o", "{out}/a.gguf", "--type", "Q4_0", *QUICK, "--stats", stats,
                          "--html", "{out}/a.html"), ("a.html",)),
         Command("rounded", ("convert", model, "-o", "{out}/a.gguf", "--type", "Q4_0", "--eval-tokens", "0",
@@ -122,7 +129,9 @@ def run_whole(command: Command, out: Path) -> Whole:
     os.close(reading)
     code = ended(child)
     assert code == 0, f"{command.name}: ended with {code} by itself"
-    return Whole(state(out), time.monotonic() - begun, steps)
+    made = state(out)
+    assert command.first in {None, *made}, f"{command.name}: made {sorted(made)}"
+    return Whole(made, time.monotonic() - begun, steps)
 
 
 def before(step: int) -> Callable[[], None]:
@@ -202,6 +211,8 @@ def _half_written(command: Command, whole: Whole, old: State, now: State) -> str
         if told == old.get(name) or told == whole.made[name]:
             continue
         if told is not None and name in command.varies and told.rstrip()[-1:] in b"}>":
+            continue
+        if told is None and name == command.first:
             continue
         return f"{name} is {'gone' if told is None else 'neither old nor new'}"
     versions = {now.get(name) == old.get(name) for name in whole.made if name.startswith("f/")

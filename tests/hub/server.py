@@ -158,9 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         whole = int(headers.get("Content-Length", len(data))) == len(data)
         body = data[: len(data) // 2] if cut else data
-        self.wfile.write(body)
-        with self.hub.lock:
+        with self.hub.lock:  # before it goes out: whoever has read it finds it counted
             self.hub.sent += len(body)
+        self.wfile.write(body)
         if cut or not whole:
             self.wfile.flush()
             self.close_connection = True

@@ -24,6 +24,10 @@ from moequant.kernels import KERNEL_FORMATS, Matrix
 from moequant.kernels.matrix import INTEGERS
 from tests.kernels import reference
 
+VECTOR = "vector"
+"""The end of the names of cases for the vector product."""
+ROUNDED = ", x rounded alike"
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -98,11 +102,9 @@ def experts_of(case: Case) -> Tensor:
     return torch.randint(0, within, (case.tokens, case.k), generator=generator)
 
 
-def run(case: Case, device: str) -> float:
-    """||kernel - reference|| / ||reference|| of the worst token, in f64; infinite where it is not finite.
-
-    Of extreme rows, each row by itself against the size its product usually has, sqrt(sum((x · w)²)).
-    """
+def run(case: Case, device: str) -> dict[str, float]:
+    """The error against the product of x as it is; of the vector product also against that of x as it is
+    rounded there, from which only sums in f32 may differ."""
     from moequant.kernels.matmul import grouped_matmul
 
     packed, weights = matrix(case)
@@ -112,14 +114,43 @@ def run(case: Case, device: str) -> float:
         x = (x * torch.logspace(-3, 3, case.tokens)[:, None]).to(case.dtype)  # rows of very different size
     experts = experts_of(case)
     got = grouped_matmul(x.to(device), packed.to(device), experts.to(device)).cpu().double()
-    want = torch.einsum("ti,tkoi->tko", x.double(), weights[experts])
+    found = {case.name: error(case, got, x.double(), weights[experts])}
+    if case.name.endswith(VECTOR):
+        found[case.name + ROUNDED] = error(case, got, in_pieces(x.float(), case.format), weights[experts])
+    return found
+
+
+def in_pieces(x: Tensor, name: str) -> Tensor:
+    """x f32 [tokens, n_in] as the vector product of a format rounds it, f64: to 1/32512 of the largest of its
+    piece."""
+    from moequant.kernels.decoders import DECODERS
+
+    decoder = DECODERS[name]
+    place = torch.arange(x.shape[1])
+    span = len(decoder.order)
+    source = place // span * span + torch.tensor(decoder.order)[place % span]
+    pieces = x[:, source].view(len(x), -1, decoder.piece)
+    peak = pieces.abs().amax(-1, keepdim=True)
+    code = (pieces * (32512.0 / peak.clamp_min(1e-30)) + 0.5).floor().double()
+    made = torch.empty_like(x, dtype=torch.float64)
+    made[:, source] = (code * peak.double() / 32512.0).view(len(x), -1)
+    return made
+
+
+def error(case: Case, got: Tensor, x: Tensor, weights: Tensor) -> float:
+    """||kernel - reference|| / ||reference|| of the worst token, in f64; infinite where it is not finite.
+
+    x [t, i], weights [t, k, o, i]. Of extreme rows, each row by itself against the size its product usually
+    has, sqrt(sum((x · w)²)).
+    """
+    want = torch.einsum("ti,tkoi->tko", x, weights)
     if case.extreme:
         off = torch.where(got.isnan() & want.isnan() | (got == want), 0.0, (got - want).abs())
-        size = torch.einsum("ti,tkoi->tko", x.double().square(), weights[experts].square()).sqrt()
+        size = torch.einsum("ti,tkoi->tko", x.square(), weights.square()).sqrt()
         # Products of codes may be exactly 0; then so must ours be, and of NaN only NaN is right.
         return float((off / size.nan_to_num(1e-300).clamp_min(1e-300)).nan_to_num(torch.inf).max())
-    error = (got - want).norm(dim=(1, 2)) / want.norm(dim=(1, 2))
-    return float(error.max()) if torch.isfinite(error).all() else float("inf")
+    relative = (got - want).norm(dim=(1, 2)) / want.norm(dim=(1, 2))
+    return float(relative.max()) if torch.isfinite(relative).all() else float("inf")
 
 
 if __name__ == "__main__":
@@ -127,4 +158,4 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu")
     device = parser.parse_args().device
     torch.set_num_threads(1)
-    json.dump({case.name: run(case, device) for case in cases()}, sys.stdout)
+    json.dump({name: found for case in cases() for name, found in run(case, device).items()}, sys.stdout)

@@ -17,7 +17,8 @@ from moequant.evaluate import score_row
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
 from moequant.plan import candidates, make_plan, preset_plan
-from moequant.plan.measure import CHECKS, Probing, fit, measure, sample_errors
+from moequant.plan.measure import Probing, fit, measure, sample_errors
+from moequant.plan.menu import CHECKS
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.importance import importance
 from moequant.text.corpus import Rows

@@ -92,9 +92,11 @@ def test_grams_are_the_sums_that_the_definition_says(tiny, tmp_path: Path) -> No
         layer = Layer(0, stream.skeleton.layers[0], "", Kept(0))
         weights = tuple(weight for weight in stream.weights(0) if weight.is_expert)
         fed = run.cross(layer, weights, streams)
-        routed = Experts(run.rounder, stream, layer.part("model.layers.0.mlp.experts"), weights, fed)
+        routed = Experts(
+            run.rounder, stream, layer.part("model.layers.0.mlp.experts"), weights, fed, tmp_path
+        )
         one = routed.read(range(8))
-        grams = routed.inner_grams(weights[-1], range(8), (one, one))[1]
+        grams = routed.inner_grams(weights[-1], range(8), (one, one))
         assert grams is not None
     experts = block.experts
     for expert in range(8):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint
@@ -20,15 +21,18 @@ class FolderContainer:
     is_folder = True
 
     def __init__(self, checkpoint: Checkpoint, settings: FolderSettings) -> None:
-        """PlanError for what no loader takes."""
         self.checkpoint, self.settings = with_copies(checkpoint), settings
-        self.plan = scheme_plan(self.checkpoint, settings)
         copied = len(checkpoint.predictions.stored)
         self.notes: tuple[str, ...] = (
             (f"{PREDICTION} kept: {copied:,} tensors copied as they are, for vLLM to draft with",)
             if copied
             else ()
         )
+
+    @cached_property
+    def plan(self) -> Plan:
+        """All experts in the one scheme of the settings; PlanError for what no loader takes."""
+        return scheme_plan(self.checkpoint, self.settings)
 
     def size(self, plan: Plan) -> int:
         """See `Container`."""

@@ -32,7 +32,8 @@ class FolderSettings:
     """What a quantized folder may be told; `tp` is how many GPUs will share each weight.
 
     `scheme` is a name of `schemes.find`; `bits` is a short word for W4A16 or W8A16. None: W4A16, and the
-    scheme's own group size.
+    scheme's own group size. Under a budget `schemes`, separated by commas, are those to choose from, and
+    `gpu` is the compute capability of the GPU that will serve it.
     """
 
     layout: LayoutName = "compressed-tensors"
@@ -41,6 +42,8 @@ class FolderSettings:
     group_size: int | None = None
     quantize_attention: bool = False
     tp: int = 1
+    schemes: str | None = None
+    gpu: float | None = None
     shard_bytes: int = 5_000_000_000
 
     @property

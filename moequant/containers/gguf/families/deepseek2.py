@@ -61,8 +61,10 @@ def split_latent(config: Config, weight: Weight) -> tuple[FileTensor, ...] | Non
 
 
 def latent_keys(config: Config) -> tuple[Key, ...]:
-    """Sizes of latent attention, and its rotation."""
-    return (*latent_sizes(config), *rope(config), *_yarn(config))
+    """Sizes of latent attention, and its rotation. The graph scales attention as a whole, not its halves."""
+    scaling = config.rope_parameters or {}
+    turned = {key: value for key, value in scaling.items() if key not in ("mscale", "mscale_all_dim")}
+    return (*latent_sizes(config), *rope(config, turned), *_yarn(config))
 
 
 def latent_sizes(config: Config) -> tuple[Key, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moequant.containers.gguf.families.base import Export, Key, only, yarn_bounds
-from moequant.containers.gguf.families.keys import expert_counts, head_sizes, sizes
+from moequant.containers.gguf.families.keys import expert_counts, head_widths, rope, sizes
 from moequant.families import Config
 
 ARCH = "gpt-oss"
@@ -13,6 +13,7 @@ ARCH = "gpt-oss"
 
 def keys(config: Config) -> tuple[Key, ...]:
     """Keys of the file. The pattern of windows is written out, though the graph assumes the usual one."""
+    scaling = {key: value for key, value in (config.rope_parameters or {}).items() if key != "truncate"}
     windows = [kind == "sliding_attention" for kind in config.layer_types]
     return (
         *sizes(config),
@@ -20,7 +21,8 @@ def keys(config: Config) -> tuple[Key, ...]:
         Key("expert_feed_forward_length", "u32", int(config.intermediate_size)),
         Key("attention.sliding_window", "u32", int(config.sliding_window or 0)),
         Key("attention.sliding_window_pattern", "bools", windows),
-        *head_sizes(config),
+        *head_widths(config),
+        *rope(config, scaling),  # of truncate, a warning says what it costs
     )
 
 

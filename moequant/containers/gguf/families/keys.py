@@ -182,6 +182,11 @@ def rope(
     kind = found.get("rope_type", "default")
     if unknown := sorted(str(key) for key in found.keys() - _SCALING):
         raise FamilyError(f"rope scaling {kind!r}: key {unknown[0]} is not supported yet")
+    if kind == "yarn" and not found.get("truncate", True):
+        raise FamilyError(
+            "rope scaling 'yarn': truncate is false: llama.cpp rounds the bounds to whole dimensions, the file "
+            "would compute something else"
+        )
     base = Key("rope.freq_base", "f32", _number(found, "rope_theta", kind))
     if kind == "default" or (kind == "llama3" and in_tensors):
         return (base,)
@@ -230,12 +235,19 @@ def _yarn(config: Config, found: Mapping[str, Any], factor: float) -> tuple[Key,
     for name, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
         if found.get(name) is not None:
             keys.append(Key(f"rope.scaling.{key}", "f32", float(found[name])))
-    if found.get("attention_factor") is not None:
-        # llama.cpp multiplies its own factor, 1 + 0.1 ln(factor), by this key (it reads yarn_attn_factor, and
-        # then forgets it); the config gives the whole.
-        own = 1.0 + 0.1 * math.log(factor) if factor > 1 else 1.0
-        keys.append(Key("rope.scaling.attn_factor", "f32", float(found["attention_factor"]) / own))
+    own = _grown(factor)
+    whole = found.get("attention_factor")
+    if whole is None and found.get("mscale") and found.get("mscale_all_dim"):
+        whole = _grown(factor, found["mscale"]) / _grown(factor, found["mscale_all_dim"])
+    if whole is not None:
+        # llama.cpp multiplies its own factor by this key (it reads yarn_attn_factor, and then forgets it).
+        keys.append(Key("rope.scaling.attn_factor", "f32", float(whole) / own))
     return tuple(keys)
+
+
+def _grown(factor: float, scale: float = 1.0) -> float:
+    """What YaRN multiplies queries and keys by in a context that is `factor` times as long."""
+    return 1.0 + 0.1 * scale * math.log(factor) if factor > 1 else 1.0
 
 
 def _number(found: Mapping[str, Any], name: str, kind: str) -> float:

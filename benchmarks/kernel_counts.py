@@ -1,8 +1,5 @@
 """What the kernels cost in machine instructions, counted without a GPU.
 
-    python benchmarks/kernel_budget.py --out benchmarks/results/kernel_budget.md
-    python benchmarks/kernel_budget.py --targets 90 --tokens 1 --record     # what the test compares with
-
 Each kernel is compiled, with the tiles that are shipped, by the compiler that comes with Triton. The main
 loop's instructions are sorted by the unit that runs them, and divided by the weights a lane takes in it. From
 these follows a bound: the share of a GPU's bandwidth at which its busiest unit is busy all the time. That is
@@ -11,18 +8,13 @@ necessary, not sufficient: nothing here knows latencies, caches or how loads of 
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton
 import triton.language as tl
@@ -34,8 +26,6 @@ from moequant.kernels.matmul import WEIGHT_SCALE, Tile, constants, tile_for
 from moequant.kernels.products import tokens_of, vector_product
 from moequant.kernels.tiles import tile_product
 
-ROOT = Path(__file__).resolve().parents[1]
-RECORDED = ROOT / "tests/kernels/counts.json"
 N_IN = 7168
 PLAIN = "F16"
 """Triton's own product of f16 weights, which the one for many tokens is held against."""
@@ -182,13 +172,17 @@ def _read(kernel: Any, amd: bool) -> Code:
         text = kernel.asm["amdgcn"]
         found = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text)}
         return Code(
-            _amd_loop(text), found["vgpr_count"], found["vgpr_spill_count"], kernel.metadata.shared, "LLVM"
+            loop_of_amd(text), found["vgpr_count"], found["vgpr_spill_count"], kernel.metadata.shared, "LLVM"
         )
     use = _dump(kernel.asm["cubin"], "-res-usage")
     registers, local = (int(re.search(rf"{k}:([0-9]+)", use)[1]) for k in ("REG", "LOCAL"))
     version = re.search(r"\.version ([0-9.]+)", kernel.asm["ptx"])[1]
     return Code(
-        _loop(_dump(kernel.asm["cubin"], "-sass")), registers, local, kernel.metadata.shared, f"PTX {version}"
+        loop_of(_dump(kernel.asm["cubin"], "-sass")),
+        registers,
+        local,
+        kernel.metadata.shared,
+        f"PTX {version}",
     )
 
 
@@ -200,7 +194,7 @@ def _dump(cubin: bytes, flag: str) -> str:
         return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _loop(sass: str) -> tuple[str, ...]:
+def loop_of(sass: str) -> tuple[str, ...]:
     """The instructions of the longest loop, with their modifiers."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+[^;]*);", sass)
     at = [int(address, 16) for address, _ in lines]
@@ -213,7 +207,7 @@ def _loop(sass: str) -> tuple[str, ...]:
     return tuple(text.split()[0] for text in longest)
 
 
-def _amd_loop(text: str) -> tuple[str, ...]:
+def loop_of_amd(text: str) -> tuple[str, ...]:
     """The same of AMD's assembly: from a label to a branch back to it."""
     longest: list[str] = []
     body: dict[str, list[str]] = {}
@@ -259,9 +253,9 @@ def count(name: str, tokens: int, target: str) -> dict[str, Any]:
         weights = tile.rows * tile.columns * (decoder.piece if decoder else 1) / lanes
     size = weights * (decoder.bytes / decoder.block if decoder else 2.0)
     row: dict[str, Any] = {
-        "type": name,
+        "target": f"{target} ({GPUS[target].name})" if target in GPUS else target,
         "tokens": tokens,
-        "target": target,
+        "type": name,
         "instructions": len(code.loop) / weights,
     }
     row |= {"a multiply-add": row["instructions"] / tile.tokens}
@@ -280,61 +274,4 @@ def count(name: str, tokens: int, target: str) -> dict[str, Any]:
         "shared operations": sum(op.startswith(("LDS", "STS", "STSM", "ds_")) for op in code.loop) / weights
     }
     row |= {"registers": code.registers, "spilled": code.spilled, "shared bytes": code.shared}
-    return row | {"compiler": f"Triton {triton.__version__}, {code.version}"}
-
-
-def case(
-    names: tuple[str, ...] = (*DECODERS, PLAIN),
-    tokens: tuple[int, ...] = (1, 4, 16, 64),
-    targets: tuple[str, ...] = TARGETS,
-) -> list[dict[str, Any]]:
-    """A row for every kernel; PLAIN only for many tokens."""
-    return [
-        count(name, many, target)
-        for target in targets
-        for many in tokens
-        for name in names
-        if name != PLAIN or many >= 16
-    ]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, a table for each target and number of tokens."""
-    text = [f"# Instructions of the kernels\n\n{rows[0]['compiler']}. A bound is necessary, not sufficient."]
-    for target, tokens in dict.fromkeys((row["target"], row["tokens"]) for row in rows):
-        name = GPUS[target].name if target in GPUS else target
-        text += [f"\n## {target} ({name}), {tokens} tokens an expert\n"]
-        some = [row for row in rows if (row["target"], row["tokens"]) == (target, tokens)]
-        keys = [k for k in max(some, key=len) if k not in ("target", "tokens", "compiler")]
-        text += ["| " + " | ".join(keys) + " |", "|---" + "|--:" * (len(keys) - 1) + "|"]
-        text += ["| " + " | ".join(_cell(k, row.get(k, "")) for k in keys) + " |" for row in some]
-    return "\n".join(text) + "\n"
-
-
-def _cell(key: str, value: Any) -> str:
-    if key == "bound" and value != "":
-        return f"{value:.0%}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--types", nargs="+", default=[*DECODERS, PLAIN])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64])
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--record", action="store_true", help=f"write {RECORDED.relative_to(ROOT)}")
-    args = parser.parse_args()
-    rows = case(tuple(args.types), tuple(args.tokens), tuple(args.targets))
-    print(table(rows))
-    if args.out:
-        args.out.write_text(table(rows), encoding="utf-8")
-    if args.record:
-        counts = {row["type"]: round(row["instructions"], 3) for row in rows if row["tokens"] == 1}
-        RECORDED.write_text(
-            json.dumps({"triton": triton.__version__} | counts, indent=1) + "\n", encoding="utf-8"
-        )
-
-
-if __name__ == "__main__":
-    main()
+    return row | {"triton": triton.__version__, "assembly": code.version}

@@ -1,0 +1,55 @@
+"""Activations of folders: rounded as their schemes say, and only there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+from moequant.checkpoint import open_checkpoint
+from moequant.containers.folders.schemes import PRESETS
+from moequant.evaluate.activations import Rounded, dynamic, of_scheme, rounding
+from moequant.evaluate.open_source import open_source
+from tests.containers.folders.cases import quantized
+
+WORDS = {"FP8_DYNAMIC": "float8/0", "FP8_BLOCK": "float8/128", "W8A8": "int8/0"}
+
+
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_a_scheme_says_what_becomes_of_its_inputs(scheme: str) -> None:
+    told = json.loads(json.dumps(PRESETS[scheme].config(["Linear"])))["input_activations"]
+    assert of_scheme(told) == WORDS.get(scheme, "F32")
+
+
+@pytest.mark.parametrize("word", WORDS.values())
+def test_rounding_is_that_of_compressed_tensors(word: str) -> None:
+    kind, group = word.split("/")
+    x = torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(0)) * 3  # a scale a token of a row
+    strategy = {"strategy": "group", "group_size": int(group)} if int(group) else {"strategy": "token"}
+    type_ = "float" if kind == "float8" else "int"
+    args = QuantizationArgs(num_bits=8, type=type_, symmetric=True, dynamic=True, **strategy)
+    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1))
+    theirs, ours = fake_quantize(x, scale, zero, args), rounding(word)(x)
+    step = 448 / 16 if type_ == "float" else 127.5  # theirs divides integers by 127.5, vLLM by 127
+    assert (ours - theirs).abs().max() <= 1.01 * x.abs().max() / step
+    if type_ == "float":
+        assert torch.equal(ours, theirs)
+    assert torch.equal(dynamic(ours, int(group), type_ == "float"), ours), "rounding again changes nothing"
+
+
+def test_a_folder_knows_where_inputs_are_rounded(tiny, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny("mixtral"))
+    quantized(tiny("mixtral"), tmp_path / "out", scheme="FP8_DYNAMIC")
+    source = open_source(tmp_path / "out", checkpoint)
+    assert source.inputs is not None
+    for weight in checkpoint.weights:
+        assert source.inputs[weight.name] == ("float8/0" if weight.is_expert else "F32"), weight.name
+    rounded = Rounded(checkpoint, source.inputs)
+    assert set(rounded.by_place) == {w.site.name for w in checkpoint.weights if w.is_expert and w.site}
+    (tmp_path / "out" / "moequant.json").unlink()  # as if another tool had written it
+    assert open_source(tmp_path / "out", checkpoint).inputs == source.inputs
