@@ -49,6 +49,30 @@ from moequant.report.summary import Report
 from moequant.runtimes.llama_cpp.kv_cache import Load
 from moequant.statistics.health import health
 
+__all__ = [
+    "CheckSettings",
+    "CompareSettings",
+    "Conversion",
+    "FitSettings",
+    "Hardware",
+    "Load",
+    "PlanOutputs",
+    "PlanSettings",
+    "Report",
+    "Result",
+    "RouteOutputs",
+    "RouteSettings",
+    "Settings",
+    "check",
+    "compare",
+    "convert",
+    "convert_all",
+    "fit",
+    "inspect",
+    "plan",
+    "route",
+]
+
 INSPECTED = View("inspect", inspection_report, inspection_json)
 FITTED = View("fit", fit_report, fit_json)
 PLANNED: View[Survey] = View(

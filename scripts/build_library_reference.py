@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moequant import errors, library, progress
 from moequant.check.figures import CheckReport
+from moequant.commands.compare import Engine
 from moequant.commands.plan import Survey
 from moequant.commands.route import Routed
+from moequant.commands.settings import FormatName
 from moequant.evaluate import Comparison, Estimate, Measured, RoutingChange, WeightError
 from moequant.evaluate.compared import Compared
+from moequant.formats import Effort
 from moequant.forward.stream import Resources
 from moequant.inspection import Inspection
 from moequant.inspection.fit import Fit
 from moequant.report.shown import Result, Shown
+from moequant.statistics.importance import Gating
 from moequant.values import Calibration, Choice, ExpertLoss, Plan, RouteStats
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference.md"
@@ -135,6 +139,13 @@ FOUND = (
 )
 
 
+CHOICES = {
+    name: " | ".join(map(repr, typing.get_args(kind)))
+    for name, kind in {"Effort": Effort, "Gating": Gating, "FormatName": FormatName, "Engine": Engine}.items()
+}
+"""What stands behind the names of choices."""
+
+
 def render() -> str:
     """The page."""
     parts = [HEAD, _doc(library), EXAMPLES, "## Verbs"]
@@ -156,16 +167,24 @@ def _doc(thing: Any) -> str:
 
 def _function(name: str, function: Callable[..., Any]) -> str:
     signature = inspect.signature(function)
-    lines = [f"    {_plain(str(each))}," for each in signature.parameters.values()]
-    shown = "\n".join([f"{name}(", *lines, f") -> {_plain(str(signature.return_annotation))}"])
+    lines = [f"    {_parameter(each)}," for each in signature.parameters.values()]
+    shown = "\n".join([f"{name}(", *lines, f") -> {signature.return_annotation}"])
     return f"### {name}\n\n```python\n{shown}\n```\n\n{_doc(function)}"
+
+
+def _parameter(given: inspect.Parameter) -> str:
+    """A parameter with its default; settings that say nothing else as `Settings()`."""
+    if given.default is inspect.Parameter.empty:
+        return f"{given.name}: {given.annotation}"
+    made = f"{given.annotation}()" if dataclasses.is_dataclass(given.default) else repr(given.default)
+    return f"{given.name}: {given.annotation} = {made}"
 
 
 def _class(kind: type) -> str:
     """A dataclass: what it is, and a row a field."""
     rows = "\n".join(map(_field, dataclasses.fields(kind)))
     properties = [
-        f"| `.{name}` | | {_doc(each).splitlines()[0]} |".replace("| |", "|", 1)
+        f"| `.{name}` | {_cell(_doc(each).splitlines()[0])} |"
         for name, each in vars(kind).items()
         if isinstance(each, property) and not _doc(each).startswith("See `")
     ]
@@ -175,23 +194,25 @@ def _class(kind: type) -> str:
 
 
 def _field(field: dataclasses.Field[Any]) -> str:
-    shown = ""
+    """A row: name, type and default of a field."""
+    made: Any = dataclasses.MISSING
     if field.default is not dataclasses.MISSING:
-        shown = f"`{_plain(repr(field.default))}`"
+        made = field.default
     elif field.default_factory is not dataclasses.MISSING:
-        shown = f"`{_plain(repr(field.default_factory()))}`"
-    kind = field.type if isinstance(field.type, str) else str(field.type)
-    return f"| `{field.name}` | `{_plain(kind)}` | {shown} |".replace(" | None`", " \\| None`")
+        made = field.default_factory()
+    shown = "" if made is dataclasses.MISSING else f"`{_cell(repr(made))}`"
+    return f"| `{field.name}` | `{_cell(CHOICES.get(str(field.type), str(field.type)))}` | {shown} |"
 
 
 def _methods(kind: type) -> str:
-    rows = []
-    for name, each in vars(kind).items():
-        if inspect.isfunction(each) and name not in ("renderable", "value"):
-            rows.append(f"| `.{name}{_plain(str(inspect.signature(each)))}` | {_doc(each)} |")
-    return "| method | |\n|---|---|\n" + "\n".join(
-        row.replace("(self, ", "(").replace("(self)", "()") for row in rows
-    )
+    """A row a method that a caller uses."""
+    rows = [
+        f"| `.{name}{_cell(str(inspect.signature(each, eval_str=False)))}` | {_doc(each)} |"
+        for name, each in vars(kind).items()
+        if inspect.isfunction(each) and name not in ("renderable", "value")
+    ]
+    plain = (row.replace("(self, ", "(").replace("(self)", "()").replace("'", "") for row in rows)
+    return "| method | |\n|---|---|\n" + "\n".join(plain)
 
 
 def _errors() -> list[type[Exception]]:
@@ -202,10 +223,9 @@ def _error(kind: type[Exception]) -> str:
     return f"| `{kind.__name__}` | {' '.join(_doc(kind).split())} |"
 
 
-def _plain(text: str) -> str:
-    """An annotation as a person writes it."""
-    text = re.sub(r"\b(?:moequant|pathlib|collections\.abc|torch|typing)(?:\.\w+)*\.(?=[A-Z])", "", text)
-    return text.replace("'", "").replace("PosixPath", "Path") if "'" in text and "=" not in text else text
+def _cell(text: str) -> str:
+    """For a table, in which | ends a cell."""
+    return text.replace("|", "\\|")
 
 
 def main() -> None:

@@ -57,6 +57,16 @@ def test_the_page_renders(page: Path, width: int, dark: bool) -> None:
     assert seen["ink"] in seen["inks"], "words in pictures are in the ink of the page"
 
 
+@pytest.mark.parametrize(("width", "dark"), [(PHONE, True), (DESK, False)])
+def test_a_large_model_renders(width: int, dark: bool, tmp_path: Path) -> None:
+    """94 layers of 256 experts: on a phone the maps scroll, the page does not."""
+    path = tmp_path / "large.html"
+    write(found(layers=94, experts=256), path)
+    seen = browser.look(path, width, dark)
+    assert seen["console"] == [] and seen["asked"] == [] and seen["out"] == []
+    assert seen["scroll_width"] == width and len(seen["tips"]) == 9 and all(seen["tips"])
+
+
 def test_a_bad_page_is_found_out(tmp_path: Path) -> None:
     """The browser sees what it is there to see."""
     page = tmp_path / "bad.html"
