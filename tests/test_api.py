@@ -75,7 +75,7 @@ def test_a_result_is_shown_saved_and_followed(tiny, tmp_path: Path) -> None:
     results = [report, library.inspect(out), library.check(out, library.CheckSettings(device="cpu"))]
     for result in results:
         for suffix in (".json", ".html", ".txt"):
-            result.save(tmp_path / f"result{suffix}")
+            result.save(tmp_path / f"result{suffix}", overwrite=True)
         value = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
         assert value["schema"] == 1 and value["command"] == result.command
         page = (tmp_path / "result.html").read_text(encoding="utf-8")
@@ -86,6 +86,8 @@ def test_a_result_is_shown_saved_and_followed(tiny, tmp_path: Path) -> None:
     assert done.stdout == results[1].to_json() + "\n"
     with pytest.raises(OutputError, match=r"saved as \.json, \.html, \.txt"):
         report.save(tmp_path / "report.pdf")
+    with pytest.raises(OutputError, match="exists already"):
+        report.save(tmp_path / "result.json")
 
 
 def test_a_callback_that_raises_ends_the_run(tiny, tmp_path: Path) -> None:

@@ -54,10 +54,11 @@ class Shown(ABC):
         """A whole page, in one file that needs no network."""
         return render("result.html", title=f"moequant {self.command}", body=fragment(self.renderable()))
 
-    def save(self, path: str | Path) -> None:
-        """Write it: JSON to a .json file, a page to .html, text to .txt. A file that is there is replaced.
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write it: JSON to a .json file, a page to .html, text to .txt.
 
-        Raises OutputError for another ending, and when the disk refuses.
+        Raises OutputError for another ending, for a file that is there unless `overwrite`, and when the disk
+        refuses.
         """
         makers = {".json": self.to_json, ".html": self.html, ".txt": self.summary}
         target = Path(path)
@@ -65,7 +66,7 @@ class Shown(ABC):
             raise OutputError(
                 f"{target}: results are saved as {', '.join(makers)}; give one of these endings"
             )
-        with atomic(target) as partial:
+        with atomic(target, overwrite=overwrite) as partial:
             partial.write_text(make(), encoding="utf-8", errors="backslashreplace")
 
     def _repr_html_(self) -> str:
