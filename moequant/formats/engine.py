@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moequant.errors import FormatError
 from moequant.formats.base import Effort, Format
-from moequant.formats.kernel import TILE, kernel, tile
+from moequant.formats.kernel import TILE, as_compiled, kernel, plain, tile
 
 # Importance below this share of its expert's median (of the channels that were excited at all) is raised to
 # it: what calibration never excited must still be stored as what it is, not sacrificed for its neighbours.
@@ -125,15 +125,21 @@ def compiles(fmt: Format, weights: int, magnitude: float, effort: Effort, device
 
 def _encode(fmt: Format, blocks: Blocks, effort: Effort, exponent: float, fill: int | None) -> Tensor:
     """Weigh and pack blocks, filled up to the one size that kernels are compiled for, if any."""
-    x, importance, d = blocks.x, blocks.importance, blocks.d
-    n = len(x)
-    if fill:
-        x, importance = _fill(x, fill, 0.0), _fill(importance, fill, 1.0)
-        d = None if d is None else _fill(d, fill, 1.0)
-    w = _weigh(x, importance, exponent, fmt.spread) if exponent else importance
+    if not fill:
+        return _weighed(fmt, blocks, effort, exponent)
+    with as_compiled():
+        x, importance = _fill(blocks.x, fill, 0.0), _fill(blocks.importance, fill, 1.0)
+        d = None if blocks.d is None else _fill(blocks.d, fill, 1.0)
+        return _weighed(fmt, Blocks(x, importance, d), effort, exponent)[: len(blocks.x)]
+
+
+def _weighed(fmt: Format, blocks: Blocks, effort: Effort, exponent: float) -> Tensor:
+    x, w, d = blocks.x, blocks.importance, blocks.d
+    if exponent:
+        w = _weigh(x, w, exponent, fmt.spread)
     if d is not None and fmt.shared is not None:
-        return fmt.shared.encode(x * fmt.gain, w, d, effort)[:n]
-    return fmt.encode(x * fmt.gain, w, effort)[:n]
+        return fmt.shared.encode(x * fmt.gain, w, d, effort)
+    return fmt.encode(x * fmt.gain, w, effort)
 
 
 def dequantize(fmt: Format, packed: Tensor, *, threads: int | None = None) -> Tensor:
@@ -196,10 +202,12 @@ def _blocks_at_once(fmt: Format, device_type: str) -> int:
 def _encode_a_tile(fmt: Format, exponent: float, effort: Effort, device_type: str) -> None:
     from torch._dynamo import config  # slow to import, and needed by large tensors only
 
-    ones = torch.ones((_blocks_at_once(fmt, device_type), fmt.block), device=device_type)
+    step = _blocks_at_once(fmt, device_type)
+    x, importance = (torch.ones((step, fmt.block), device=device_type) for _ in range(2))
     # Formats share kernels, each with its own constants; beyond the usual limit of 8 they would run eagerly.
     with config.patch(recompile_limit=64):
-        fmt.encode(ones, _weigh(ones, ones, exponent, fmt.spread) if exponent else ones, effort)
+        d = None if fmt.shared is None else torch.ones((step, 1), device=device_type)
+        _encode(fmt, Blocks(x, importance, d), effort, exponent, step)
 
 
 def _read(stack: Tensor, fmt: Format, first: int, last: int) -> Tensor:
@@ -266,6 +274,7 @@ def _importance_of(per_expert: Tensor, stack: Tensor, fmt: Format, first: int, l
 
 def _fill(x: Tensor, rows: int, value: float) -> Tensor:
     """x [n, block] continued to `rows` rows with `value`."""
+    x = plain(x)
     return x if len(x) == rows else torch.cat([x, x.new_full((rows - len(x), x.shape[1]), value)])
 
 

@@ -10,7 +10,8 @@ process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, update_wrapper
 from typing import Generic, ParamSpec, TypeVar
 
@@ -63,6 +64,26 @@ class Kernel(Generic[P, R]):
             return self.eager(*args, **kwargs)
         run = self._cpu if device == "cpu" else self._cuda
         return run(*args, **kwargs)
+
+
+@contextmanager
+def as_compiled() -> Iterator[None]:
+    """The state of this thread in which kernels are compiled: torch compiles anew for any other.
+
+    That is one thread of torch's own, and gradients, without which tensors are of another kind (`plain`).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor, one of inference mode as a copy: of the kind that kernels are compiled for."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def kernel(function: Callable[P, R]) -> Kernel[P, R]:

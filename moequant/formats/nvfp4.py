@@ -141,7 +141,7 @@ def _search(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
 def _lost(x: Tensor, w: Tensor, number: Tensor) -> float:
     """Weighted squared error of groups [n, 16] with the best e4m3 scales."""
     even = (x * number).clamp(-REACH, REACH)
-    code, _ = fp4.fit_nv(even, w, tuple(fp4.NV_STEPS["fast"]))
+    code, _ = fp4.fit_nv.eager(even, w, tuple(fp4.NV_STEPS["fast"]))  # compiled, it would be for every width
     scale = fp4.ue4m3(code)
     off = even.abs() - scale * fp4.round_size(even.abs() / scale)
     return float((w * off.square()).sum() / number.square())

@@ -184,8 +184,8 @@ def rope(
         raise FamilyError(f"rope scaling {kind!r}: key {unknown[0]} is not supported yet")
     if kind == "yarn" and not found.get("truncate", True):
         raise FamilyError(
-            "rope scaling 'yarn': truncate is false: llama.cpp rounds the bounds to whole dimensions, the file "
-            "would compute something else"
+            "rope scaling 'yarn': truncate is false: llama.cpp rounds the bounds to whole dimensions, so the "
+            "file would compute something else"
         )
     base = Key("rope.freq_base", "f32", _number(found, "rope_theta", kind))
     if kind == "default" or (kind == "llama3" and in_tensors):
