@@ -67,9 +67,11 @@ A callback hears of every step. What it raises ends the run:
 ```python run
 from moequant import library
 
+
 def show(step):
     if step.total and step.done == step.total:
         print(step.stage, int(step.total), step.unit)
+
 
 settings = library.CompareSettings(eval_tokens=2048)
 result = library.compare("demo", ["demo.gguf"], settings, progress=show)
