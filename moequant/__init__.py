@@ -2,6 +2,8 @@
 
 report = moequant.convert("./model", "model-Q4_K_M.gguf", moequant.Settings(type="Q4_K_M"))
 print(report.summary())
+
+The other verbs are in `moequant.library`, which takes a second or more to import; see docs/reference.md.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moequant.errors import MoequantError
 
 if TYPE_CHECKING:
-    from moequant.commands.convert import Settings, convert
+    from moequant.library import Settings, convert
 
 __all__ = ["MoequantError", "Settings", "convert"]
 
@@ -23,5 +25,5 @@ def __getattr__(name: str) -> Any:
     if name in ("convert", "Settings"):
         from importlib import import_module
 
-        return getattr(import_module("moequant.commands.convert"), name)
+        return getattr(import_module("moequant.library"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

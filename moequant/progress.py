@@ -1,4 +1,4 @@
-"""What a stage costs: wall time, peak memory and bytes read, one line a stage."""
+"""Where a run stands, for a terminal and for who listens; and what each stage costs, one line a stage."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 _LOG = logging.getLogger(__name__)
 
@@ -17,6 +22,81 @@ _MEMORY = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _IO = Path("/proc/self/io")
+
+
+T = TypeVar("T")
+
+SCALED = 100_000
+"""Bars that count further show thousands and millions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands: `done` of `total` units of a stage.
+
+    A stage begins with `done` 0; `total` is None, and `unit` empty, where nobody counts in it.
+    """
+
+    stage: str
+    done: float = 0.0
+    total: float | None = None
+    unit: str = ""
+
+
+Listener = Callable[[Progress], None]
+"""Is called in the thread that works: what it raises ends the run, and nothing of an output is left then."""
+
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Listener | None) -> Iterator[None]:
+    """Tell `listener` of every step while the block runs; None tells nobody."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def tell(step: Progress) -> None:
+    """Say it to who listens."""
+    if (listener := _LISTENER.get()) is not None:
+        listener(step)
+
+
+class Bar:
+    """Counts a stage: a bar on a terminal, a call for who listens."""
+
+    def __init__(self, stage: str, total: float, unit: str, done: float = 0.0) -> None:
+        scaled = total >= SCALED
+        self._shown: Any = tqdm(
+            desc=stage, total=total, initial=done, unit=unit, unit_scale=scaled, disable=None, leave=False
+        )
+        self._step = Progress(stage, done, total, unit)
+        tell(self._step)
+
+    def update(self, count: float = 1) -> None:
+        """So many more are done."""
+        self._shown.update(count)
+        self._step = replace(self._step, done=self._step.done + count)
+        tell(self._step)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._shown.close()
+
+
+def counted(stage: str, items: Collection[T], unit: str) -> Iterator[T]:
+    """The items, each counted when it is done with."""
+    with Bar(stage, len(items), unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +121,7 @@ class Meter:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure the block under that name."""
+        tell(Progress(name))
         _reset_peak()
         start, before = time.perf_counter(), _read_bytes()
         yield

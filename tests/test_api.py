@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import json
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
+import pytest
+
 import moequant
+from moequant import library
+from moequant.errors import OutputError
+from moequant.progress import Progress
+from moequant.report.shown import Shown
+from scripts.build_library_reference import VERBS
+from tests.cli.test_cli import run
 
 
 def test_the_names_are_what_they_say() -> None:
@@ -16,8 +28,14 @@ def test_the_names_are_what_they_say() -> None:
 
 
 def test_importing_is_light() -> None:
-    code = "import sys, moequant; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    """Under 0.2 s of this processor's time, and neither torch nor tqdm is loaded."""
+    code = (
+        "import sys, time; start = time.process_time(); import moequant; "
+        "took = time.process_time() - start; print(took); "
+        "sys.exit('torch' in sys.modules or 'tqdm' in sys.modules or took > 0.2)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_convert_from_python(tiny, tmp_path: Path) -> None:
@@ -27,3 +45,57 @@ def test_convert_from_python(tiny, tmp_path: Path) -> None:
     assert report.comparison is not None and report.comparison.kl_mean.value < 0.01
     assert report.out == out and report.file_bytes == out.stat().st_size
     assert "perplexity" in report.summary()
+
+
+def test_every_verb_is_a_function_with_frozen_settings() -> None:
+    for name in VERBS:
+        verb = getattr(library, name)
+        hints = typing.get_type_hints(verb)
+        settings = [
+            kind
+            for key, kind in hints.items()
+            if dataclasses.is_dataclass(kind) and key not in ("return", "model", "out", "base")
+        ]
+        assert all(kind.__dataclass_params__.frozen for kind in settings) and (settings or name == "inspect")
+        returned = typing.get_origin(hints["return"]) or hints["return"]
+        assert "progress" in hints and issubclass(returned, Shown)
+        assert inspect.getdoc(verb), name
+
+
+def test_a_result_is_shown_saved_and_followed(tiny, tmp_path: Path) -> None:
+    """The same JSON as the command's, a page without a network, a table for a notebook; steps in order."""
+    folder, steps = tiny("olmoe"), list[Progress]()
+    out = tmp_path / "q.gguf"
+    settings = library.Settings("Q8_0", calib_tokens=2048, eval_tokens=1024, effort="fast")
+    report = library.convert(folder, out, settings, progress=steps.append)
+    stages = list(dict.fromkeys(step.stage for step in steps))
+    assert stages == ["open", "route", "calibrate", "quantize", "verify", "self-check", "compare"]
+    ends = [step for step in steps if step.total is not None and step.done >= step.total]
+    assert {step.stage for step in ends} >= {"quantize", "verify", "compare"}
+    results = [report, library.inspect(out), library.check(out, library.CheckSettings(device="cpu"))]
+    for result in results:
+        for suffix in (".json", ".html", ".txt"):
+            result.save(tmp_path / f"result{suffix}", overwrite=True)
+        value = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+        assert value["schema"] == 1 and value["command"] == result.command
+        page = (tmp_path / "result.html").read_text(encoding="utf-8")
+        assert page.startswith("<!doctype html>") and str(tmp_path) not in page
+        assert (tmp_path / "result.txt").read_text(encoding="utf-8") == result.summary()
+        assert "<table>" in result._repr_html_() and "<html" not in result._repr_html_()
+    done = run("inspect", out, "--json")
+    assert done.stdout == results[1].to_json() + "\n"
+    with pytest.raises(OutputError, match=r"saved as \.json, \.html, \.txt"):
+        report.save(tmp_path / "report.pdf")
+    with pytest.raises(OutputError, match="exists already"):
+        report.save(tmp_path / "result.json")
+
+
+def test_a_callback_that_raises_ends_the_run(tiny, tmp_path: Path) -> None:
+    def stop(step: Progress) -> None:
+        if step.stage == "verify":
+            raise KeyboardInterrupt
+
+    settings = library.Settings("Q8_0", calib_tokens=2048, eval_tokens=0, effort="fast")
+    with pytest.raises(KeyboardInterrupt):
+        library.convert(tiny("olmoe"), tmp_path / "q.gguf", settings, progress=stop)
+    assert not list(tmp_path.iterdir()), "no half of a file"

@@ -13,7 +13,7 @@ import moequant
 PACKAGE = Path(moequant.__file__).parent
 
 ORDER = [
-    {"errors", "escape"},
+    {"errors", "escape", "document"},
     {"values", "progress", "files"},
     {"formats", "families"},
     {"kernels", "checkpoint"},
@@ -30,6 +30,7 @@ ORDER = [
     {"check"},
     {"report"},
     {"commands"},
+    {"library"},
     {"cli"},
     {"__main__"},
 ]

@@ -25,7 +25,7 @@ from moequant import families, formats
 from moequant.cli import app
 from moequant.runtimes.llama_cpp.kv_cache import UNMODELLED
 from moequant.text import bundled
-from scripts import build_cli_reference
+from scripts import build_cli_reference, build_library_reference
 from tests.models import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -107,6 +107,14 @@ def options_of(name: str) -> set[str]:
 def test_the_reference_of_commands_is_current() -> None:
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert page == build_cli_reference.render(), "run: python scripts/build_cli_reference.py"
+
+
+def test_the_reference_of_the_library_is_current() -> None:
+    """Every verb, its settings and its results are on it: the page is made of them."""
+    made = page("reference")
+    assert made == build_library_reference.render(), "run: python scripts/build_library_reference.py"
+    for verb in build_library_reference.VERBS:
+        assert f"### {verb}\n" in made, verb
 
 
 def test_the_reference_has_what_help_has() -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moequant.cli.common import MOST, CacheDir, Overwrite, console, guarded, local, place
-from moequant.cli.output import document
+from moequant.cli.common import MOST, AsJson, CacheDir, guarded, place, tell
 
 
 class CheckDevice(StrEnum):
@@ -44,30 +42,17 @@ def check(
     ] = None,
     tokens: Annotated[int, typer.Option(min=512, max=MOST, help="Tokens of that text.")] = 2048,
     speed: Annotated[bool, typer.Option("--speed", help="Time the kernels too (needs a GPU).")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything found as JSON.")
-    ] = None,
     cache_dir: CacheDir = None,
-    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check the packed bytes: decoders, GPU products, every expert against the model. Exits 1 if not."""
     from moequant.commands.check import CheckSettings  # torch is imported only when there is work
-    from moequant.commands.check import check as run
-    from moequant.files import atomic, claim
-    from moequant.report.check import check_json, check_report
+    from moequant.library import check as run
 
     what, base = place(out, cache_dir), None if baseline is None else place(baseline, cache_dir)
     settings = CheckSettings(base, device.value if device else None, sample, calib, tokens, speed)
 
-    def work() -> bool:
-        with claim(json_file, overwrite=overwrite, inputs=(local(what), local(base), calib)):
-            report = run(what, settings)
-            if json_file is not None:
-                with atomic(json_file) as partial:
-                    text = document("check", check_json(report))
-                    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-            console().print(check_report(report))
-            return report.holds
-
-    if not guarded(work):
+    result = guarded(lambda: run(what, settings))
+    tell(result, as_json)
+    if not result.found.holds:
         raise typer.Exit(1)

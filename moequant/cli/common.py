@@ -12,12 +12,12 @@ import typer
 from typer.core import TyperGroup
 
 from moequant import escape
-from moequant.cli.output import AsJson, console, emit, guarded
+from moequant.cli.output import AsJson, console, emit, guarded, tell
 from moequant.containers.gguf.presets import BASE_TYPES
 from moequant.files import Interrupted, interruptible
 from moequant.hub import GgufModel, HubModel, located
 
-__all__ = ["AsJson", "Commands", "console", "emit", "guarded"]
+__all__ = ["AsJson", "Commands", "console", "emit", "guarded", "tell"]
 
 
 class Effort(StrEnum):

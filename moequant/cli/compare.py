@@ -18,12 +18,11 @@ from moequant.cli.common import (
     Overwrite,
     Ram,
     Seed,
-    console,
-    emit,
     guarded,
     local,
     place,
     ram_bytes,
+    tell,
 )
 
 
@@ -91,11 +90,11 @@ def compare(
     overwrite: Overwrite = False,
 ) -> None:
     """Score CANDIDATES against BASE: perplexity, KL divergence, routing, and every expert's error."""
-    from moequant.commands.compare import CompareSettings, run  # torch is imported only when there is work
+    from moequant.commands.compare import CompareSettings  # torch is imported only when there is work
     from moequant.files import claim
     from moequant.forward.stream import Resources
-    from moequant.report.compare import compare_tables, compare_value
-    from moequant.report.html import write
+    from moequant.library import compare as run
+    from moequant.report.page import write
 
     resources = guarded(lambda: Resources(ram_bytes(ram), device, threads))
     sources = [place(each, cache_dir) for each in (base, *candidates)]
@@ -115,12 +114,9 @@ def compare(
 
     def work() -> None:
         with claim(html, overwrite=overwrite, inputs=(*map(local, sources), local(shape), eval_)):
-            found = run(sources[0], sources[1:], settings)
-            if as_json:
-                emit("compare", compare_value(found))
-            else:
-                console().print(compare_tables(found))
+            result = run(sources[0], sources[1:], settings)
+            tell(result, as_json)
             if html is not None:
-                write(found, html)
+                write(result.html(), html)
 
     guarded(work)

@@ -117,6 +117,9 @@ def convert(
             help="Also write a README.md for the Hugging Face Hub: files, what they lost, how to run them.",
         ),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Page to write: verdict, figures, maps of all experts; one file.")
+    ] = None,
     format_: Annotated[
         Format,
         typer.Option("--format", help="gguf for llama.cpp; safetensors or gptq folders for vLLM."),
@@ -203,7 +206,7 @@ def convert(
     )
     from moequant.report.conversion import next_steps
     from moequant.report.dry_run import dry_run_table
-    from moequant.report.machine import conversion_json, dry_run_json
+    from moequant.report.machine import dry_run_json
 
     settings = guarded(
         lambda: Settings(
@@ -223,6 +226,7 @@ def convert(
             imatrix=imatrix,
             imatrix_out=imatrix_out,
             card=card,
+            html=html,
             ram=ram_bytes(ram),
             stream=ram_bytes(stream),
             device=device,
@@ -256,7 +260,7 @@ def convert(
     guarded(lambda: _announce(given, settings))
     made = guarded(lambda: convert_all(given, out, settings))
     if as_json:
-        emit("convert", conversion_json(made.reports))
+        typer.echo(made.to_json())
         return
     shown = console()
     shown.print(made.renderable(details))

@@ -24,7 +24,6 @@ def demo(
     from moequant.commands.convert import Settings
     from moequant.commands.convert import convert as run
     from moequant.files import scratch
-    from moequant.report.machine import conversion_json
     from moequant.text import bundled
 
     # A model this small has nothing more to learn from the rest of the bundled text.
@@ -35,7 +34,7 @@ def demo(
             target = out or folder / f"demo-{type_}.gguf"
             report = run(bundled.path("demo"), target, settings)
             if as_json:
-                emit("demo", conversion_json((report,)))
+                emit("demo", report.value())
             else:
                 console().print(report.renderable(details))
 

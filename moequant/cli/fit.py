@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import MOST, AsJson, CacheDir, console, emit, guarded, place
+from moequant.cli.common import MOST, AsJson, CacheDir, guarded, place, tell
 from moequant.escape import plain
 
 
@@ -59,18 +59,17 @@ def fit(
 ) -> None:
     """Say what fits on a machine, where its experts go, how fast it can be, and how to start llama-server."""
     from moequant.inspection.fit import Hardware
-    from moequant.inspection.fit import fit as run
-    from moequant.report.fit import fit_json, fit_report, nothing_fits
+    from moequant.library import FitSettings
+    from moequant.library import fit as run
+    from moequant.report.fit import nothing_fits
     from moequant.runtimes.llama_cpp.kv_cache import Load
 
     disk = disk_bandwidth * 1e9 if disk_bandwidth else None
     hardware = Hardware(vram, ram, vram_bandwidth * 1e9, ram_bandwidth * 1e9, disk)
     load = Load(ctx, parallel, cache_type.value)
-    found = guarded(lambda: run(place(path, cache_dir), hardware, load, min_speed))
-    if as_json:
-        emit("fit", fit_json(found))
-    else:
-        console().print(fit_report(found), crop=False)
-    if found.best is None:
-        typer.echo(f"moequant: {plain(nothing_fits(found))}", err=True)
+    settings = FitSettings(hardware, load, min_speed)
+    result = guarded(lambda: run(place(path, cache_dir), settings))
+    tell(result, as_json)
+    if result.found.best is None:
+        typer.echo(f"moequant: {plain(nothing_fits(result.found))}", err=True)
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import AsJson, CacheDir, console, emit, guarded, place
+from moequant.cli.common import AsJson, CacheDir, guarded, place, tell
 
 
 def inspect(
@@ -21,11 +21,6 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Describe a model from its headers: experts, active parameters, bytes by role, sizes, support."""
-    from moequant.inspection import inspect as run
-    from moequant.report.inspect import inspection_json, inspection_report
+    from moequant.library import inspect as run
 
-    found = guarded(lambda: run(place(path, cache_dir)))
-    if as_json:
-        emit("inspect", inspection_json(found))
-    else:
-        console().print(inspection_report(found))
+    tell(guarded(lambda: run(place(path, cache_dir))), as_json)

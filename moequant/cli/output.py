@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import wraps
-from typing import Annotated, Any, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, cast
 
 import typer
 from rich.console import Console
 
 from moequant import escape
+from moequant.document import document
 from moequant.errors import LONGEST, MoequantError, one_line
 
 _LOG = logging.getLogger(__name__)
 
-SCHEMA = 1
-"""The version of what --json prints (docs/json.md). It grows when something is renamed, removed or means
-something else, not when something is added."""
-
 PIPE_WIDTH = 120
+
+if TYPE_CHECKING:
+    from moequant.report.shown import Shown
 
 T = TypeVar("T")
 
@@ -43,23 +42,17 @@ def console() -> Console:
     return made if made.is_terminal else Console(width=PIPE_WIDTH)
 
 
-def document(command: str, value: dict[str, Any]) -> str:
-    """What --json prints of a command. Numbers that JSON has not (NaN, infinity) are null."""
-    return json.dumps(_finite({"schema": SCHEMA, "command": command, **value}), indent=1, ensure_ascii=False)
+def tell(result: Shown, as_json: bool, details: bool = True) -> None:
+    """Print a result: as JSON, or as tables."""
+    if as_json:
+        typer.echo(result.to_json())
+    else:
+        console().print(result.renderable(details), crop=False)
 
 
 def emit(command: str, value: dict[str, Any]) -> None:
     """Print it."""
     typer.echo(document(command, value))
-
-
-def _finite(value: Any) -> Any:
-    """The same without numbers that are none; keys as text."""
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, dict):
-        return {str(key): _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 class Failed(typer.Exit):

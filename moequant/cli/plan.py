@@ -19,11 +19,9 @@ from moequant.cli.common import (
     Seed,
     Source,
     TensorType,
-    console,
-    emit,
     guarded,
-    local,
     source,
+    tell,
 )
 
 
@@ -72,27 +70,12 @@ def plan(
     from moequant.commands.plan import (  # torch only when there is work
         Outputs,
         PlanSettings,
-        claimed,
-        survey,
-        write,
     )
-    from moequant.commands.plan import budgets as budgets_of
-    from moequant.report.curve import curve_tables
-    from moequant.report.machine import survey_json
+    from moequant.library import plan as run
 
-    settings = PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed, tuple(tensor_type or ()))
+    pins = tuple(tensor_type or ())
+    settings = guarded(
+        lambda: PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed, pins, sizes, bpw, type_)
+    )
     outputs = Outputs(out, curve, overwrite)
-    wanted = guarded(lambda: budgets_of(sizes, bpw, type_))
-
-    given = source(model, config, cache_dir)
-
-    def work() -> None:
-        with claimed(outputs, local(given), calib, stats):
-            found = survey(given, settings, wanted, outputs)
-            if as_json:
-                emit("plan", survey_json(found.curve))
-            else:
-                console().print(curve_tables(found.curve))
-            write(found, outputs)
-
-    guarded(work)
+    tell(guarded(lambda: run(source(model, config, cache_dir), settings, outputs)), as_json)

@@ -19,11 +19,10 @@ from moequant.cli.common import (
     Ram,
     Seed,
     Source,
-    console,
-    emit,
     guarded,
     ram_bytes,
     source,
+    tell,
 )
 
 
@@ -77,11 +76,9 @@ def route(
 
     With --out finished layers are kept beside it: run the same command again after it was killed.
     """
-    from moequant.commands.route import Outputs, RouteSettings
-    from moequant.commands.route import route as run
+    from moequant.commands.route import Outputs, RouteSettings  # torch only when there is work
     from moequant.forward.stream import Resources
-    from moequant.report.routing import routing_json, routing_tables  # torch only when there is work
-    from moequant.statistics.health import health
+    from moequant.library import route as run
 
     resources = guarded(lambda: Resources(ram=ram_bytes(ram), device=device))
     settings = guarded(
@@ -90,10 +87,4 @@ def route(
         )
     )
     outputs = Outputs(out, imatrix_out, picture, overwrite)
-    routed = guarded(lambda: run(source(model, config, cache_dir), settings, outputs))
-    calibration = routed.stored.calibration
-    found = health(calibration)
-    if as_json:
-        emit("route", routing_json(found, calibration, routed.coverage))
-    else:
-        console().print(routing_tables(found, routed.coverage))
+    tell(guarded(lambda: run(source(model, config, cache_dir), settings, outputs)), as_json)

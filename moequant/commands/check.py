@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from moequant.check.activations import Collector, merged
 from moequant.check.baseline import ALTERED, Entry, Source, open_source
@@ -28,6 +27,7 @@ from moequant.forward.stream import LayerStream, Resources
 from moequant.hub import Model, named
 from moequant.hub.fetch import complete, headers, whole
 from moequant.kernels import KERNEL_FORMATS
+from moequant.progress import Bar, counted
 from moequant.values import Role, Weight
 
 
@@ -83,7 +83,7 @@ def check(out: Model, settings: CheckSettings = CheckSettings()) -> CheckReport:
         )
     if baseline is None:
         found.notes.append("no --baseline: whether the weights are the model's was not checked")
-        for entry in tqdm(entries, desc="check", unit="tensor", disable=None, leave=False):
+        for entry in counted("check", entries, "tensor"):
             _tensor(source, entry, product, None, found)
     else:
         _against(source, entries, product, baseline, settings, found)
@@ -153,11 +153,10 @@ def _against(
             raise VerifyError(f"{source.path}: {entry.name} {list(entry.shape)} is not in {baseline.path}")
     ids, recorded = token_rows(baseline, settings.calib, settings.tokens), _has_checksums(source, entries)
     resources = Resources(device=product.device)
-    bar = tqdm(total=len(entries), desc="check", unit="tensor", disable=None, leave=False)
     with (
         LayerStream(model, ids, resources) as base,
         LayerStream(model, ids, resources, source.load) as other,
-        bar,
+        Bar("check", len(entries), "tensor") as bar,
     ):
         for layer, seen in _layers(base, other):
             before = len(found.damages)

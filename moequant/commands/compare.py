@@ -13,7 +13,7 @@ import torch
 from moequant.checkpoint import Checkpoint
 from moequant.commands.text import leading
 from moequant.containers.opened import open_model
-from moequant.escape import of_cache
+from moequant.escape import of_cache, text_names
 from moequant.evaluate import Measured, Ran, difference, runtime, samples
 from moequant.evaluate import environment as record
 from moequant.evaluate.activations import Rounded
@@ -191,7 +191,7 @@ def _settings(rows: Rows, settings: CompareSettings) -> dict[str, record.Setting
     found: dict[str, record.Setting] = {
         "engine": settings.engine,
         "activations": "rounded as the runtime does" if ours and not settings.exact else "the engine's own",
-        "text": rows.source,
+        "text": text_names(rows.source),
         "tokens": rows.ids.numel(),
         "tokens SHA-256": record.digest(rows.ids),
         "context": rows.ids.shape[1],

@@ -6,7 +6,7 @@ Several sizes of a model go along it together: what does not depend on the size 
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
 from moequant.errors import MoequantError, OutputError, PlanError
-from moequant.evaluate import Comparison
+from moequant.evaluate import Measured
 from moequant.evaluate.self_check import Output, computes_plainly, self_check
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder, atomic_parts, part_names, scratch
@@ -35,7 +35,7 @@ from moequant.hub.fetch import complete, headers, is_here
 from moequant.hub.stream import announce, shelf_of, streamed
 from moequant.plan import Sensitivities
 from moequant.progress import Meter
-from moequant.report import Conversion, How, Report, card
+from moequant.report import Conversion, How, Report, card, conversion_page
 from moequant.rounding.diagonal import Quantizer, pack_all, progress
 from moequant.rounding.layerwise import round_checkpoint
 from moequant.rounding.parts import Parts
@@ -149,7 +149,7 @@ def _made_all(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Me
     for number, (job, out) in enumerate(zip(jobs, outs, strict=True)):
         with keeping([each.written.path for each in done]):
             done.append(_again(job, out, number, known, meter) or _made(job, out, number, known, meter))
-    comparisons: Sequence[Comparison | None] = [None] * len(done)
+    comparisons: Sequence[Measured | None] = [None] * len(done)
     if read.evaluation is not None:
         with meter.stage("compare"), keeping(outs):
             comparisons = _compared(done, read.evaluation)
@@ -162,6 +162,9 @@ def _made_all(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Me
     if (path := card_path(outs, settings)) is not None:
         with keeping(outs):
             _write_card(made, path, settings, known.journal)
+    if (page := settings.html) is not None:
+        with keeping(outs):
+            _write_beside(page, lambda: conversion_page.write(made, page), settings, known.journal)
     return made
 
 
@@ -204,8 +207,21 @@ def _write_imatrix(job: Job, calibration: Calibration, path: Path, journal: RunJ
     imatrix.write(path, exported, calibration, "none")
 
 
+def _write_beside(
+    path: Path, write: Callable[[], None], settings: Settings, journal: RunJournal | None
+) -> None:
+    """A file beside the outputs, unless a run that was killed put it there."""
+    if journal is not None:
+        if path.exists() and journal.announced(path) and not settings.overwrite:
+            return
+        journal.announce(path)
+    write()
+
+
 def _write_card(made: Conversion, path: Path, settings: Settings, journal: RunJournal | None) -> None:
     """The card beside the outputs, or in the folder, unless a run that was killed wrote that very one."""
+    if (picture := card.picture_for(made, path)) is not None:
+        _write_beside(picture, lambda: card.draw(made, picture), settings, journal)
     text = card.text(made, path.parent, settings.imatrix_out)
     ours = settings.overwrite or settings.format != "gguf"  # a folder has no other card
     if path.exists() and not ours:
@@ -330,18 +346,17 @@ def _output(job: Job, written: Written) -> Output:
     return Output(load, job.keeps, written.path, plain)
 
 
-def _compared(done: Sequence[Finished], rows: Rows) -> list[Comparison]:
+def _compared(done: Sequence[Finished], rows: Rows) -> tuple[Measured, ...]:
     """The checkpoint, and what was made of it decoded by somebody else's decoder, scored on `rows`."""
     job = done[0].job
     base = Version("checkpoint", load)
     candidates = [
         Version(each.written.path.name, each.job.container.open(each.written.path).load) for each in done
     ]
-    found = compare(job.model, base, candidates, rows, job.settings.resources)
-    return [each.comparison for each in found]
+    return compare(job.model, base, candidates, rows, job.settings.resources)
 
 
-def _report(finished: Finished, known: Known, comparison: Comparison | None, meter: Meter) -> Report:
+def _report(finished: Finished, known: Known, found: Measured | None, meter: Meter) -> Report:
     """What is told of an output."""
     job, container = finished.job, finished.job.container
     rounded_on = known.texts.calibration if job.settings.effort != "fast" and job.quantizes else None
@@ -354,7 +369,7 @@ def _report(finished: Finished, known: Known, comparison: Comparison | None, met
         plan=job.plan,
         calibration=known.calibration,
         losses=finished.losses,
-        comparison=comparison,
+        measured=found,
         stages=tuple(meter.costs),
         notes=_notes(job),
         checked=finished.checked,

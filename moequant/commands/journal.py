@@ -43,7 +43,7 @@ TOLD = 1_000_000_000
 """A journal of so many bytes is worth a line at the start."""
 
 LATER = frozenset(
-    {"ram", "stream", "overwrite", "fresh", "self_check", "eval", "eval_tokens", "card", "calib"}
+    {"ram", "stream", "overwrite", "fresh", "self_check", "eval", "eval_tokens", "card", "html", "calib"}
 )
 """Settings that may change between a run and the one that goes on: they decide no byte of the output, or what
 they name is compared itself."""
@@ -218,6 +218,10 @@ class RunJournal:
             return written, losses, meta["checked"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(path, error) from None
+
+    def announced(self, path: Path) -> bool:
+        """Whether a run before this one had begun to give that file its name."""
+        return path in _beside(self.folder)
 
     def announce(self, path: Path) -> None:
         """A file that is written beside the outputs gets its name next."""

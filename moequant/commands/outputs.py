@@ -12,6 +12,7 @@ from moequant.commands.journal import check, dismiss, finished_by, journal_of
 from moequant.commands.settings import Settings
 from moequant.errors import MoequantError, OutputError
 from moequant.files import check_space, claim
+from moequant.report.card import picture_path
 
 TYPE = "{type}"
 """Stands for a size in a name: `a-{type}.gguf` is `a-Q4_K_M.gguf`, `a-12G.gguf` or `a-3.5bpw.gguf`."""
@@ -52,11 +53,15 @@ def claimed(model: Folder, outs: Sequence[Path], settings: Settings) -> Iterator
     journal = journal_of(outs)
     finished = frozenset() if settings.fresh else finished_by(journal, outs)
     is_file = settings.format == "gguf"
+    card = card_path(outs, settings) if is_file else None
+    picture = None if card is None or not settings.eval_tokens else picture_path(card, len(outs))
     whole, parts = ((), outs) if settings.split is not None else (outs, ())
     files = (
         *(whole if is_file else ()),
         settings.imatrix_out,
-        card_path(outs, settings) if is_file else None,
+        card,
+        picture,
+        settings.html,
     )
     inputs = (*model.inputs, *settings.inputs)
     with (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moequant import plan
-from moequant.checkpoint import Checkpoint
+from moequant.checkpoint import Checkpoint, Folder
 from moequant.commands.statistics import load_statistics
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.presets import facts
@@ -37,6 +37,9 @@ class PlanSettings:
     `calib` is text as `corpus.read` takes it, None the bundled one; `stats` are statistics
     that `moequant route` saved, which replace the calibration pass. Without `probes`
     sensitivities are those of other models. `tensor_type` pins types, see `plan.pinned`.
+
+    `size` (bytes, as people write them), `bpw` and `type` (presets) name the sizes to plan for, of each kind
+    several with commas between them. PlanError for what is no size.
     """
 
     calib: str | Path | None = None
@@ -46,6 +49,21 @@ class PlanSettings:
     effort: Effort = "default"
     seed: int = 0
     tensor_type: tuple[str, ...] = ()
+    size: str | None = None
+    bpw: str | None = None
+    type: str | None = None
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        _ = self.budgets
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The sizes that are named, in this order of kinds."""
+        kinds = ((self.size, Budget.of_size), (self.bpw, Budget.of_bpw), (self.type, Budget.of_preset))
+        return tuple(
+            make(part.strip()) for text, make in kinds if text is not None for part in text.split(",")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,32 +88,31 @@ class Survey:
     curve: Curve
 
 
-def budgets(sizes: str | None, bpw: str | None, preset: str | None) -> tuple[Budget, ...]:
-    """What a person asked for, of each kind several with commas between them. PlanError for what is no
-    budget."""
-    kinds = ((sizes, Budget.of_size), (bpw, Budget.of_bpw), (preset, Budget.of_preset))
-    return tuple(make(part.strip()) for text, make in kinds if text is not None for part in text.split(","))
-
-
 def survey(
     model: Source,
     settings: PlanSettings = PlanSettings(),  # frozen
-    budgets: tuple[Budget, ...] = (),
     outputs: Outputs = Outputs(),
 ) -> Survey:
-    """Measure `model`, a folder or a model of the Hub, and plan it for every budget and the whole curve.
+    """Measure `model`, a folder or a model of the Hub, plan it for every size and the whole curve, and write
+    what `outputs` ask for.
 
     Raises a MoequantError with one clear line when something is wrong; outputs and budgets
     that no file can meet are refused before anything is measured.
     """
     source = headers(model)
+    with claimed(outputs, *source.inputs, settings.calib, settings.stats):
+        found = _survey(source, settings, outputs)
+        write(found, outputs)
+    return found
+
+
+def _survey(source: Folder, settings: PlanSettings, outputs: Outputs) -> Survey:
+    budgets = settings.budgets
     file = GgufContainer(opened := open_model(source))
     checkpoint, known = file.checkpoint, facts(file.exported)
     bare = plan.plan_from_types(checkpoint.weights, {weight.name: "F32" for weight in checkpoint.weights})
     extra = file.overhead(bare)
     _check(outputs, budgets)
-    with claimed(outputs, *source.inputs, settings.calib, settings.stats):
-        pass  # refused now, not when all is measured
     weights = checkpoint.weights
     pins = plan.pinned(settings.tensor_type, weights, file.exported.names)
     points(weights, known, prior_sensitivities(weights, known.layers), extra, budgets, pins)
@@ -123,14 +140,13 @@ def survey(
 
 def write(found: Survey, outputs: Outputs) -> None:
     """Every file that is wanted, each complete or not there at all. OutputError when the disk refuses."""
-    with claimed(outputs):
-        if outputs.plan is not None:
-            chosen = found.curve.wanted[0].plan
-            assert chosen is not None
-            with atomic(outputs.plan) as partial:
-                partial.write_text(plan.to_json(chosen), encoding="utf-8")
-        if outputs.picture is not None:
-            draw(found.curve, outputs.picture)
+    if outputs.plan is not None:
+        chosen = found.curve.wanted[0].plan
+        assert chosen is not None
+        with atomic(outputs.plan) as partial:
+            partial.write_text(plan.to_json(chosen), encoding="utf-8")
+    if outputs.picture is not None:
+        draw(found.curve, outputs.picture)
 
 
 def claimed(outputs: Outputs, *inputs: str | Path | None) -> AbstractContextManager[None]:

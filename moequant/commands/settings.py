@@ -40,10 +40,10 @@ class Settings:
     `plan`; `tp` GPUs will share each weight. `calib` and `eval` are texts as `corpus.read` takes them, None
     the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant route`) or `imatrix`
     (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is written beside the file, and
-    `card`, a README.md or a folder to put it in. `split_size` is the most bytes of weights in one file of
-    the output. `self_check` holds our reading of the folder against transformers'. `coupled` rounds each
-    layer towards what full precision would have made of what the layers before it lost. `mtp` keeps the
-    layers that predict the token after the next.
+    `card`, a README.md or a folder to put it in. `html` is a page about the conversion. `split_size` is the
+    most bytes of weights in one file of the output. `self_check` holds our reading of the folder against
+    transformers'. `coupled` rounds each layer towards what full precision would have made of what the
+    layers before it lost. `mtp` keeps the layers that predict the token after the next.
 
     `fresh` forgets what a run to the same output had finished when it was killed; else a conversion with the
     same settings goes on from there. `stream` are the bytes of a model of the Hub that may be on disk at a
@@ -69,6 +69,7 @@ class Settings:
     imatrix: Path | None = None
     imatrix_out: Path | None = None
     card: Path | None = None
+    html: Path | None = None
     ram: int | None = None
     stream: int | None = None
     device: str = "cpu"

@@ -27,11 +27,16 @@ class WeightError:
 
 @dataclass(frozen=True, slots=True)
 class RoutingChange:
-    """Share of tokens whose set of experts in a layer is another one, of all text and by domain."""
+    """Share of tokens whose set of experts in a layer is another one, of all text and by domain.
+
+    `by_expert`: of the tokens that the baseline sends to an expert, the share that the candidate does not
+    send there; None for an expert without tokens.
+    """
 
     layer: int
     changed: float
     by_domain: tuple[float, ...]
+    by_expert: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +59,11 @@ class Measured:
     def expert_errors(self) -> list[tuple[float, float, WeightError, int]]:
         """(error, times the median of its tensor's experts, tensor, expert), the worst expert first."""
         rows = [
-            (float(one.error[expert]), float(one.error[expert] / middle), one, expert)
+            (error, error / middle, one, expert)
             for one in self.errors
             if one.role.is_expert
-            for middle in [one.error.quantile(0.5).clamp_min(1e-300)]
-            for expert in range(len(one.error))
+            for middle in [max(float(one.error.quantile(0.5)), 1e-300)]
+            for expert, error in enumerate(one.error.tolist())
         ]
         return sorted(rows, key=lambda row: -row[0])
 

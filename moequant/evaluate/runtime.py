@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moequant.errors import VerifyError
 from moequant.evaluate.divergence import Scores, join, score_tokens
 from moequant.evaluate.results import Measured
 from moequant.evaluate.side_by_side import LOGITS, measured
+from moequant.progress import counted
 from moequant.runtimes.llama_cpp.engine import Llama
 from moequant.text.corpus import Rows
 
@@ -59,7 +59,7 @@ def compare(
                 raise VerifyError(
                     f"{path}: another vocabulary than {base}: {other.n_vocab} tokens, not {first.n_vocab}"
                 )
-        for row in tqdm(rows.ids, unit="row", desc="llama.cpp", disable=None, leave=False):
+        for row in counted("llama.cpp", rows.ids.unbind(), "row"):
             exact = _logits(first, row)
             for scores, other in zip(found, others, strict=True):
                 scores.append(_score(exact, _logits(other, row), row))

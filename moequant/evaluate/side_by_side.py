@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moequant.checkpoint import Checkpoint
 from moequant.evaluate.activations import Rounded, listen
@@ -23,6 +22,7 @@ from moequant.forward.hidden import Hidden
 from moequant.forward.model import Provider, held
 from moequant.forward.stream import LayerStream, Resources
 from moequant.forward.taps import Recorder, recording
+from moequant.progress import Bar
 from moequant.text.corpus import Rows
 from moequant.values import Role, Weight
 from moequant.values.ops import apply
@@ -64,16 +64,10 @@ def compare(
                 for number, one in enumerate(named)
             )
             _embed(stream, first, others)
-            layers = tqdm(
-                stream.layers(),
-                total=stream.n_layers,
-                unit="layer",
-                desc="compare",
-                disable=None,
-                leave=False,
-            )
-            for layer in layers:
-                _cross(stream, layer, first, others, rows)
+            with Bar("compare", stream.n_layers, "layer") as bar:
+                for layer in stream.layers():
+                    _cross(stream, layer, first, others, rows)
+                    bar.update()
             _finish(stream, first, others)
             return tuple(_measured(stream, first, other, rows) for other in others)
 
@@ -165,7 +159,8 @@ def _cross(stream: LayerStream, layer: int, base: _Running, others: list[_Runnin
         stream.refill(layer, version.provider, beside)
         found = _route(stream, layer, version)
         if chosen is not None and found is not None:
-            version.routing.append(_change(layer, (chosen != found).any(1), rows))
+            moved = _moved(chosen, found, stream.checkpoint.n_experts)
+            version.routing.append(_change(layer, (chosen != found).any(1), moved, rows))
 
 
 def _route(stream: LayerStream, layer: int, version: _Running) -> Tensor | None:
@@ -176,11 +171,20 @@ def _route(stream: LayerStream, layer: int, version: _Running) -> Tensor | None:
     return torch.cat(found) if found else None
 
 
-def _change(layer: int, changed: Tensor, rows: Rows) -> RoutingChange:
+def _moved(chosen: Tensor, found: Tensor, experts: int) -> tuple[float | None, ...]:
+    """Of the tokens that `chosen`, i16 [tokens, k], sends to each expert, the share that `found` does not."""
+    lost = torch.stack([~(found == one[:, None]).any(1) for one in chosen.unbind(1)], 1)
+    sent = torch.bincount(chosen.flatten().long(), minlength=experts)
+    gone = torch.bincount(chosen[lost].long(), minlength=experts)
+    pairs = zip(gone.tolist(), sent.tolist(), strict=True)
+    return tuple(one / all_ if all_ else None for one, all_ in pairs)
+
+
+def _change(layer: int, changed: Tensor, moved: tuple[float | None, ...], rows: Rows) -> RoutingChange:
     """`changed` bool [tokens] as shares, by domain too."""
     by_row = changed.view(rows.ids.shape).double().mean(1)
     by_domain = tuple(float(by_row[_of(rows, domain)].mean()) for domain in dict.fromkeys(rows.domains))
-    return RoutingChange(layer, float(by_row.mean()), by_domain)
+    return RoutingChange(layer, float(by_row.mean()), by_domain, moved)
 
 
 def _of(rows: Rows, domain: str) -> Tensor:

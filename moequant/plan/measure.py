@@ -15,7 +15,6 @@ from math import sqrt
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint, load
@@ -24,6 +23,7 @@ from moequant.forward.stream import Resources
 from moequant.plan import Sensitivities, Unit, allocate
 from moequant.plan.menu import GGUF, Menu
 from moequant.plan.probes import FREE, divergences
+from moequant.progress import counted
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, InputStats, Weight
 
@@ -62,7 +62,7 @@ def measure(
     found = menu.prior(checkpoint.weights, checkpoint.n_layers)
     errors = {
         weight.name: sample_errors(weight, _stats(weight, calibration), probing, menu)
-        for weight in tqdm(checkpoint.weights, desc="errors", unit="tensor", disable=None, leave=False)
+        for weight in counted("errors", checkpoint.weights, "tensor")
     }
     if ids is None:
         table = {

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moequant.checkpoint import Checkpoint
 from moequant.evaluate import score_row
@@ -20,6 +19,7 @@ from moequant.files import scratch
 from moequant.forward.hidden import Hidden
 from moequant.forward.model import changed
 from moequant.forward.stream import LayerStream, Resources
+from moequant.progress import Bar
 from moequant.values import Role, Weight
 
 Version = Mapping[str, str]
@@ -69,7 +69,7 @@ class _Probes:
         started = {number for number in every if self._named(number, None, Role.EMBEDDING)}
         for number in started:
             stream.embed(self.states[number], lambda weight, of=number: self._values(of, weight))  # type: ignore[misc]
-        with tqdm(total=stream.n_layers, desc="probe", unit="layer", disable=None, leave=False) as bar:
+        with Bar("probe", stream.n_layers, "layer") as bar:
             for layer in stream.layers():
                 self._cross(layer, started)
                 bar.update()

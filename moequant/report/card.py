@@ -5,6 +5,8 @@ One generator for GGUF files and for folders. Nothing in it says where anything 
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +14,18 @@ from moequant import __version__
 from moequant.containers.about import front_matter, licenses
 from moequant.containers.folders.plan import KEPT, FolderSettings, scheme_groups
 from moequant.containers.folders.schemes import find
-from moequant.escape import markdown, text_names, yaml
+from moequant.escape import markdown, plain, shown, text_names, yaml
 from moequant.files import atomic
+from moequant.report import figures
 from moequant.report.conversion import Conversion
 from moequant.report.style import size
 from moequant.report.summary import Report, estimate, kind
 
 PICTURES = ("curve.png", "curve.svg")
 """Names under which a picture of the size/quality curve is looked for beside the card."""
+
+DRAWN = "quality.png"
+"""The picture that is drawn where there is none: size and KL divergence of the files that were measured."""
 
 REPOSITORY = "YOUR_NAME/REPOSITORY"
 """Stands for where somebody will upload the files."""
@@ -49,14 +55,18 @@ class Card:
         languages = [language] if isinstance(language, str) else language
         tags = ["moequant", folder.layout if folder else "gguf", *(["moe"] if checkpoint.n_experts else [])]
         front = [
-            f"base_model: {yaml(checkpoint.repository)}",
-            "base_model_relation: quantized",
+            *self._base(),
             *(f"{key}: {yaml(value)}" for key, value in licenses(checkpoint).items()),
             *(["language:", *(f"- {yaml(each)}" for each in languages)] if languages else []),
             f"library_name: {'transformers' if folder else 'gguf'}",
             "pipeline_tag: text-generation",
         ]
         return "\n".join(["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---\n"])
+
+    def _base(self) -> list[str]:
+        """The model by its name on the Hub. A folder's own name is none, and the Hub would look for it."""
+        name = self.first.checkpoint.repository
+        return [f"base_model: {yaml(name)}", "base_model_relation: quantized"] if "/" in name else []
 
     def _what(self) -> str:
         checkpoint, folder = self.first.checkpoint, self.first.how.folder
@@ -135,7 +145,10 @@ class Card:
             f"```sh\nllama-server --hf-repo {REPOSITORY} --hf-file {name}\n"
             f"llama-server -m {name}    # a file that is here already\n```\n\n"
             f"ollama:\n\n```sh\nollama run hf.co/{REPOSITORY}:{name}\n```\n\n"
-            f"LM Studio:\n\n```sh\nlms get https://huggingface.co/{REPOSITORY}\n```\n"
+            f"LM Studio:\n\n```sh\nlms get https://huggingface.co/{REPOSITORY}\n```\n\n"
+            "vLLM reads safetensors folders. This makes one of the same model, and starts it:\n\n"
+            f"```sh\nmoequant convert {shlex.quote(plain(self.first.checkpoint.repository))} -o FOLDER "
+            "--format safetensors\nvllm serve FOLDER\n```\n"
         )
 
     def _known(self) -> str:
@@ -144,9 +157,33 @@ class Card:
         return "## Good to know\n\n" + "".join(f"- {markdown(note)}\n" for note in notes) if notes else ""
 
 
+def picture_path(card: Path, reports: int) -> Path | None:
+    """Where a picture of several files is drawn; None where one lies already, or there is nothing to draw."""
+    drawn = any((card.parent / name).is_file() for name in PICTURES)
+    return None if drawn or reports < 2 else card.parent / DRAWN
+
+
+def picture_for(made: Conversion, card: Path) -> Path | None:
+    """The same for what was measured."""
+    return picture_path(card, len(_measured(made.reports)))
+
+
+def draw(made: Conversion, picture: Path) -> None:
+    """Draw it. OutputError when the disk refuses."""
+    figures.draw_sizes(_measured(made.reports), picture)
+
+
+def _measured(reports: Sequence[Report]) -> list[figures.Point]:
+    return [
+        figures.Point(shown(report.out), report.file_bytes, report.comparison.kl_mean)
+        for report in reports
+        if report.comparison is not None
+    ]
+
+
 def text(made: Conversion, folder: Path, imatrix: Path | None = None) -> str:
-    """The card for a place in `folder`."""
-    picture = next((name for name in PICTURES if (folder / name).is_file()), None)
+    """The card for a place in `folder`, with the picture that lies there."""
+    picture = next((name for name in (*PICTURES, DRAWN) if (folder / name).is_file()), None)
     beside = imatrix is not None and imatrix.parent.resolve() == folder.resolve()
     return Card(made, imatrix.name if imatrix is not None and beside else None, picture).text()
 

@@ -27,12 +27,28 @@ TELLING = 2.0
 """Standard errors that two candidates must be apart to be called different."""
 
 
+def verdict(one: Measured) -> str:
+    """One sentence: what a candidate lost, and whether an expert was left behind."""
+    found = one.comparison
+    change = found.perplexity.value / found.base_perplexity.value - 1
+    told = f"perplexity {change:+.1%}, {found.same_top:.1%} of top tokens kept"
+    moved = [layer.changed for layer in one.routing]
+    if moved:
+        told += f"; {sum(moved) / len(moved):.1%} of tokens take another set of experts"
+    if experts := one.expert_errors:
+        hurt = len({(weight.layer, expert) for _, times, weight, expert in experts if times > OUTLIER})
+        errs = "expert errs" if hurt < 2 else "experts err"
+        told += f"; {hurt or 'no'} {errs} more than {OUTLIER:g} times the median"
+    return f"{told}."
+
+
 def compare_tables(found: Compared) -> RenderableType:
     """Everything a person looks at first, the figures that people quote on top."""
     scored = found.measured[0].comparison.tokens
     rounded = ", inputs of products rounded as their runtime does" if found.rounded else ""
     parts: list[RenderableType] = [
         line(f"{shown(found.base.path)} ({found.base.kind}) is the baseline", style="bold"),
+        *(line(f"{one.name}: {verdict(one)}") for one in found.measured),
         line(
             f"{found.tokens:,} tokens read, {scored:,} scored of: {found.source}; {found.engine}{rounded}\n"
         ),
@@ -229,6 +245,7 @@ def _measured(one: Measured, domains: tuple[str, ...]) -> dict[str, Any]:
                 "layer": layer.layer,
                 "changed": layer.changed,
                 "by_domain": dict(zip(domains, layer.by_domain, strict=True)),
+                "by_expert": list(layer.by_expert),
             }
             for layer in one.routing
         ],

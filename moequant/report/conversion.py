@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import shlex
 from dataclasses import dataclass
+from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from moequant.escape import shown
+from moequant.report.machine import conversion_json
+from moequant.report.shown import Shown
 from moequant.report.style import line, size, table
 from moequant.report.summary import Report, estimate, made_how, stages, verdict
 
 
 @dataclass(frozen=True, slots=True)
-class Conversion:
+class Conversion(Shown):
     """What a run made of one model: a report for every file, in the order in which their sizes were named."""
 
     reports: tuple[Report, ...]
@@ -36,13 +38,20 @@ class Conversion:
         parts += made_how(first, details)
         return Group(*parts, *([stages(first.stages)] if details else []))
 
-    def summary(self, width: int = 100, details: bool = True) -> str:
-        """The report as plain text."""
-        console = Console(file=io.StringIO(), width=width, color_system=None)
-        console.print(self.renderable(details))
-        file = console.file
-        assert isinstance(file, io.StringIO)
-        return file.getvalue().rstrip() + "\n"
+    @property
+    def command(self) -> str:
+        """See `Shown`."""
+        return "convert"
+
+    def value(self) -> dict[str, Any]:
+        """See `Shown`."""
+        return conversion_json(self.reports)
+
+    def html(self) -> str:
+        """See `Shown`."""
+        from moequant.report.conversion_page import page  # draws this
+
+        return page(self)
 
 
 def next_steps(made: Conversion, model: str) -> RenderableType:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch import Tensor
 from moequant.checkpoint import Checkpoint
 from moequant.containers.folders.plan import FolderSettings, scheme_groups
 from moequant.escape import shown
-from moequant.evaluate import Comparison, Estimate
+from moequant.evaluate import Comparison, Estimate, Measured
 from moequant.progress import StageCost
+from moequant.report.shown import Shown
 from moequant.report.style import line, parts_table, size, table
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, ExpertLoss, Plan, Role
@@ -43,9 +44,10 @@ class How:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Report(Shown):
     """Everything a conversion knows of one output at its end.
 
+    `measured` is what `compare` found, None where nothing was compared.
     `notes` are what a person should know of it, `checked` what holding it against transformers found. `parts`
     are the files and bytes of an output in several parts; `out` is the first then.
     """
@@ -57,12 +59,17 @@ class Report:
     plan: Plan
     calibration: Calibration | None = None
     losses: tuple[ExpertLoss, ...] = ()
-    comparison: Comparison | None = None
+    measured: Measured | None = None
     stages: tuple[StageCost, ...] = ()
     notes: tuple[str, ...] = ()
     checked: str | None = None
     how: How = How()
     parts: Mapping[Path, int] = field(default_factory=dict)
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """Figures of before and after; None where they were not measured."""
+        return None if self.measured is None else self.measured.comparison
 
     @property
     def bits_per_weight(self) -> float:
@@ -81,13 +88,22 @@ class Report:
         parts += [stages(self.stages)] if details else []
         return Group(*parts)
 
-    def summary(self, width: int = 100, details: bool = True) -> str:
-        """The report as plain text."""
-        console = Console(file=io.StringIO(), width=width, color_system=None)
-        console.print(self.renderable(details))
-        file = console.file
-        assert isinstance(file, io.StringIO)
-        return file.getvalue().rstrip() + "\n"
+    @property
+    def command(self) -> str:
+        """See `Shown`."""
+        return "convert"
+
+    def value(self) -> dict[str, Any]:
+        """See `Shown`; the same as that of a conversion to this one size."""
+        from moequant.report.conversion import Conversion  # made of reports
+
+        return Conversion((self,)).value()
+
+    def html(self) -> str:
+        """See `Shown`."""
+        from moequant.report.conversion import Conversion
+
+        return Conversion((self,)).html()
 
 
 def verdict(report: Report) -> str:
@@ -96,7 +112,7 @@ def verdict(report: Report) -> str:
     if (found := report.comparison) is not None:
         change = found.perplexity.value / found.base_perplexity.value - 1
         told.append(f"perplexity {change:+.1%}, {found.same_top:.1%} of top tokens kept")
-    if seen := _seen(report):
+    if seen := experts_seen(report):
         count = sum(int((tokens == 0).sum()) for tokens in seen.values())
         told.append(f"{count or 'no'} {'expert' if count < 2 else 'experts'} unseen")
         hurt = len(_hurt(report.losses))
@@ -128,7 +144,7 @@ def made_how(report: Report, details: bool, worst: bool = False) -> list[Rendera
     parts: list[RenderableType] = []
     if (found := report.calibration) is not None:
         parts.append(line(f"calibrated on {found.tokens:,} tokens of: {found.source}\n"))
-    if seen := _seen(report):
+    if seen := experts_seen(report):
         parts += [_routing(seen)] if details else []
         parts += _unseen(seen)
         parts += [_worst(report.losses)] if details and worst else []
@@ -173,7 +189,7 @@ def _types(report: Report) -> Table:
     return made
 
 
-def _seen(report: Report) -> dict[int, Tensor]:
+def experts_seen(report: Report) -> dict[int, Tensor]:
     """Tokens i64 [E] that each expert saw, by layer: in the statistics pass or, without one, while it was
     rounded."""
     if report.calibration is not None:
@@ -198,13 +214,18 @@ def _routing(seen: Mapping[int, Tensor]) -> Table:
     return made
 
 
-def _unseen(seen: Mapping[int, Tensor]) -> list[Text]:
-    """Experts that calibration never reached, by name: they are quantized on their layer's statistics."""
-    names = [
+def unseen(seen: Mapping[int, Tensor]) -> list[str]:
+    """Experts without tokens, as layer.expert."""
+    return [
         f"{layer}.{expert}"
         for layer, tokens in seen.items()
         for expert in (tokens == 0).nonzero()[:, 0].tolist()
     ]
+
+
+def _unseen(seen: Mapping[int, Tensor]) -> list[Text]:
+    """Experts that calibration never reached, by name: they are quantized on their layer's statistics."""
+    names = unseen(seen)
     if not names:
         return []
     return [

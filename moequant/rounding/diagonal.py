@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint, load, load_packed, not_finite
 from moequant.errors import CheckpointError, FormatError
 from moequant.formats import Effort, engine
+from moequant.progress import Bar
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, ExpertLoss, InputStats, Packed, Weight
 
@@ -128,14 +128,7 @@ def progress(
     every: Iterator[tuple[Packed, ExpertLoss]], checkpoint: Checkpoint
 ) -> Iterator[tuple[Packed, ExpertLoss]]:
     """The same, with a progress bar that counts weights."""
-    with tqdm(
-        total=sum(weight.numel for weight in checkpoint.weights),
-        unit="w",
-        unit_scale=True,
-        desc="quantize",
-        disable=None,
-        leave=False,
-    ) as bar:
+    with Bar("quantize", sum(weight.numel for weight in checkpoint.weights), "w") as bar:
         for packed, loss in every:
             yield packed, loss
             bar.update(packed.weight.numel)

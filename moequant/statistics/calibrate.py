@@ -9,7 +9,6 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from moequant.checkpoint import Checkpoint, load, not_finite
 from moequant.errors import CheckpointError
@@ -17,6 +16,7 @@ from moequant.files import scratch
 from moequant.forward.hidden import OnDisk
 from moequant.forward.model import Provider
 from moequant.forward.stream import LayerStream, Resources
+from moequant.progress import Bar
 from moequant.statistics.journal import Journal
 from moequant.statistics.moments import Moments
 from moequant.statistics.store import combine
@@ -109,20 +109,13 @@ def _folder(journal: Journal | None) -> Iterator[Path]:
             yield folder
 
 
-def _progress(rows: Rows, layers: int, done: int) -> tqdm:
+def _progress(rows: Rows, layers: int, done: int) -> Bar:
     """A bar that counts a token when it has crossed all layers."""
-    return tqdm(
-        total=rows.ids.numel(),
-        initial=rows.ids.numel() * done // layers,
-        unit="tok",
-        unit_scale=True,
-        desc="calibrate",
-        disable=None,
-        leave=False,
-    )
+    tokens = rows.ids.numel()
+    return Bar("calibrate", tokens, "tok", done=tokens * done // layers)
 
 
-def _counted(recorders: Iterator[Moments], bar: tqdm, layers: int) -> Iterator[Moments]:
+def _counted(recorders: Iterator[Moments], bar: Bar, layers: int) -> Iterator[Moments]:
     for recorder in recorders:
         yield recorder
         bar.update(len(recorder.domains) / layers)

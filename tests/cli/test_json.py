@@ -14,7 +14,8 @@ from tqdm import tqdm
 from typer.testing import CliRunner
 
 from moequant.cli import app
-from moequant.cli.output import SCHEMA, command, document
+from moequant.cli.output import command
+from moequant.document import SCHEMA, document
 from tests.cli.test_cli import run
 from tests.models import ROOT
 
@@ -38,10 +39,7 @@ def printed(name: str, *arguments: object) -> dict[str, Any]:
     """What a command prints with --json: the keys that the page says, no others."""
     done = run(*arguments, "--json")
     assert done.returncode == 0, done.stderr
-    return checked(name, json.loads(done.stdout))
-
-
-def checked(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(done.stdout)
     assert value.pop("schema") == SCHEMA == 1 and value.pop("command") == name.split()[0]
     assert value.keys() == documented()[name] - ({"coverage"} if name == "route" else set())
     return value
@@ -77,9 +75,7 @@ def test_what_every_command_prints(tiny, text: Path, tmp_path: Path) -> None:
         "plan", "plan", model, "--stats", stats, "--no-probes", "--effort", "fast", "--type", "Q4_K_M"
     )
     assert planned["wanted"][0]["types"] and planned["curve"][0]["bytes"] < planned["curve"][-1]["bytes"]
-    result = tmp_path / "check.json"
-    assert run("check", out, "--device", "cpu", "--sample", 2, "--json", result).returncode == 0
-    assert checked("check", json.loads(result.read_text()))["holds"] is True
+    assert printed("check", "check", out, "--device", "cpu", "--sample", 2)["holds"] is True
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
     QT_QPA_PLATFORM=offscreen python tests/clients/browser.py PAGE.html WIDTH [PICTURE.png]
 
 prints what it saw as JSON: warnings and errors of the console, addresses that were asked for beyond the
-page's own file, widths, colours, and elements that stick out of the page.
+page's own file, widths, colours, elements that stick out of the page, and what maps of experts tell of their
+first cell.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ LOOK = r"""
   const out = [...document.body.querySelectorAll("*")].filter(e => !e.closest(".wide") && !e.ownerSVGElement
     && e.getBoundingClientRect().right > width + 0.5).map(e => e.tagName + ": " + e.textContent.slice(0, 40));
   const pictures = [...document.querySelectorAll("svg")].map(e => e.getBoundingClientRect());
+  const tips = [...document.querySelectorAll(".cells")].map(e => {
+    const r = e.getBoundingClientRect(), at = { clientX: r.left + 1, clientY: r.top + 1, bubbles: true };
+    e.dispatchEvent(new PointerEvent("pointermove", at));
+    const told = document.getElementById("tip").textContent;
+    e.dispatchEvent(new PointerEvent("pointerleave"));
+    return told;
+  });
   return JSON.stringify({
+    tips,
     title: document.title, width, scroll_width: document.documentElement.scrollWidth,
     height: document.documentElement.scrollHeight, background: style.backgroundColor, ink: style.color,
     inks: [...new Set([...document.querySelectorAll("svg text")].map(e => getComputedStyle(e).fill))], out,

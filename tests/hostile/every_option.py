@@ -100,8 +100,7 @@ def rooms(random: Random, ground: Ground, folder: Path) -> Attempt:
             ["route", model, "--merge", stats, "--picture", str(out / "p.png")],
             ["plan", model, "--bpw", "9", "--stats", stats, "--no-probes", "--effort", "fast",
              *random.choice([["-o", str(out / "p.json")], ["--curve", str(out / "c.png")]])],
-            ["check", str(ground.files["gguf"]), "--sample", "1", "--device", "cpu", "--json",
-             str(out / "c.json")],
+            ["check", str(ground.files["gguf"]), "--sample", "1", "--device", "cpu", "--json"],
             ["compare", model, str(ground.files["gguf"]), "--eval", str(ground.files["text"]),
              "--eval-tokens", "1024", "--html", str(out / "c.html")],
         ]

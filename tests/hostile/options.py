@@ -96,7 +96,7 @@ def options(random: Random, ground: Ground, folder: Path) -> Attempt:
              "--min-tokens-per-expert", number, "--max-tokens", "600"],
             ["route", model, "--merge", stats, "-o", name],
             ["route", model, "--merge", stats, "--picture", name],
-            ["check", str(ground.files["gguf"]), "--sample", "1", "--json", name],
+            ["check", str(ground.files["gguf"]), "--sample", number, "--json"],
             ["compare", gone, str(ground.files["gguf"])],
             ["inspect", gone],
         ]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from moequant.report.html import write
+from moequant.report.compare_page import write
 from tests.clients import browser
 from tests.report.test_compare_page import found
 
-PHONE, DESK = 375, 1200
+PHONE, DESK = 390, 1280
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,10 +47,24 @@ def test_the_page_renders(page: Path, width: int, dark: bool) -> None:
     assert seen["console"] == [] and seen["asked"] == []
     assert seen["title"] == "model: 2 compared" and seen["width"] == width
     assert seen["scroll_width"] == width and seen["out"] == [], "no scrolling from side to side"
-    assert len(seen["pictures"]) == 8 and all(min(size) > 90 for size in seen["pictures"])
+    assert len(seen["pictures"]) == 5 and all(min(size) > 90 for size in seen["pictures"])
+    tokens, *errors, moved = seen["tips"][:5]
+    assert tokens == "layer 0, expert 0: 0 tokens, 0 times the fair share"
+    assert all(re.match(r"layer 0, expert 0: relative error 1\.\d+ %, [\d.]+ times", tip) for tip in errors)
+    assert moved == "layer 0, expert 0: no tokens"
     ink, back = brightness(seen["ink"]), brightness(seen["background"])
     assert (ink > back) == dark and abs(ink - back) > 150
     assert seen["ink"] in seen["inks"], "words in pictures are in the ink of the page"
+
+
+@pytest.mark.parametrize(("width", "dark"), [(PHONE, True), (DESK, False)])
+def test_a_large_model_renders(width: int, dark: bool, tmp_path: Path) -> None:
+    """94 layers of 256 experts: on a phone the maps scroll, the page does not."""
+    path = tmp_path / "large.html"
+    write(found(layers=94, experts=256), path)
+    seen = browser.look(path, width, dark)
+    assert seen["console"] == [] and seen["asked"] == [] and seen["out"] == []
+    assert seen["scroll_width"] == width and len(seen["tips"]) == 9 and all(seen["tips"])
 
 
 def test_a_bad_page_is_found_out(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from html import unescape
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,8 @@ import yaml
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert_all
 from moequant.containers.about import front_matter, licenses
-from moequant.errors import PlanError
+from moequant.errors import OutputError, PlanError
+from moequant.report.summary import verdict
 from tests.cli.test_cli import run
 from tests.commands.test_convert import settings
 
@@ -44,7 +46,8 @@ def test_a_card_has_what_its_readers_look_for(cached: Path, text: Path, tmp_path
     out = tmp_path / "made"
     (tmp_path / "made").mkdir()
     (out / "curve.png").write_bytes(b"a picture")
-    wanted = settings(text, "Q4_K_M,Q2_K", card=out, imatrix_out=out / "imatrix.gguf")
+    imatrix, page = out / "imatrix.gguf", out / "page.html"
+    wanted = settings(text, "Q4_K_M,Q2_K", card=out, imatrix_out=imatrix, html=page)
     found = convert_all(cached, out, wanted)
     card = (out / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
@@ -72,6 +75,7 @@ def test_a_card_has_what_its_readers_look_for(cached: Path, text: Path, tmp_path
         "llama-server --hf-repo YOUR_NAME/REPOSITORY --hf-file Tiny-MoE-1B-Q4_K_M.gguf",
         "ollama run hf.co/YOUR_NAME/REPOSITORY:Tiny-MoE-1B-Q4_K_M.gguf",
         "lms get",
+        "moequant convert acme/Tiny-MoE-1B -o FOLDER --format safetensors\nvllm serve FOLDER",
         "`imatrix.gguf`",
         "(curve.png)",
     ):
@@ -79,9 +83,28 @@ def test_a_card_has_what_its_readers_look_for(cached: Path, text: Path, tmp_path
     assert "Praise" not in card and f"commit {cached.name}" in card
     for place in (str(tmp_path), str(cached), str(text.parent), "/tmp"):
         assert place not in card, place
+    assert gguf.GGUFReader(imatrix).fields["imatrix.datasets"].contents() == ["text.txt"]
+    shown = page.read_text(encoding="utf-8")
+    top = shown[: shown.index("<h2>")]
+    assert all(verdict(report) in unescape(top) for report in found.reports)
+    # Tokens, and for each file three projections and what moved.
+    assert shown.count('class="cells"') == 9 and "text.txt" in shown
     for report in found.reports:
-        raw = report.out.read_bytes()
+        raw = report.out.read_bytes() + imatrix.read_bytes() + page.read_bytes()
         assert not any(str(place).encode() in raw for place in (tmp_path, cached.parent, text.parent))
+
+
+def test_several_files_are_drawn(cached: Path, text: Path, tmp_path: Path) -> None:
+    """A card without a picture beside it gets one of the files measured; no file is lost for it."""
+    quick = {"self_check": False}
+    convert_all(cached, tmp_path / "two", settings(text, "Q8_0,Q4_0", card=tmp_path / "two", **quick))
+    assert (tmp_path / "two" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert "(quality.png)" in (tmp_path / "two" / "README.md").read_text()
+    (tmp_path / "quality.png").write_text("precious")
+    again = settings(text, "Q8_0,Q4_0", card=tmp_path, **quick)
+    with pytest.raises(OutputError, match=r"quality\.png: exists already"):
+        convert_all(cached, tmp_path / "three", again)
+    assert (tmp_path / "quality.png").read_text() == "precious" and not (tmp_path / "three").exists()
 
 
 def test_a_file_says_whose_it_is_as_llama_cpp_does(cached: Path, text: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -18,8 +20,8 @@ from moequant.evaluate.open_source import Source
 from moequant.evaluate.results import RoutingChange
 from moequant.evaluate.side_by_side import measured
 from moequant.progress import StageCost
-from moequant.report.html import page, write
-from moequant.report.html_figures import INK
+from moequant.report.compare_page import page, write
+from moequant.report.figures import INK
 from moequant.runtimes.llama_cpp.serving import Sample, Serving
 from moequant.text.corpus import Rows
 from moequant.values import Role
@@ -36,7 +38,10 @@ def found(layers: int = 3, experts: int = 6, domains: tuple[str, ...] = ("prose"
         nll, kl = torch.rand(2, 12, generator=generator, dtype=torch.float64)
         ones = torch.ones(12, dtype=torch.float64)
         scores = Scores(nll, nll + 0.1 * kl, (number + 1) * kl, ones, ones)
-        routing = tuple(RoutingChange(layer, 0.01 * layer, (0.0,) * len(domains)) for layer in range(layers))
+        gone = (None, *(expert / experts for expert in range(1, experts)))
+        routing = tuple(
+            RoutingChange(layer, 0.01 * layer, (0.0,) * len(domains), gone) for layer in range(layers)
+        )
         errors = []
         for layer in range(layers):
             for role in (Role.GATE, Role.UP, Role.DOWN):
@@ -113,7 +118,12 @@ class Checker(HTMLParser):
 def test_the_page_is_whole_and_needs_no_network(text: str) -> None:
     checker = Checker()
     checker.feed(text)
-    assert not checker.open and "script" not in checker.seen
+    assert not checker.open and checker.seen.count("script") == 1
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text
+    )
     # Namespaces and the DTDs of SVG are names, not addresses that a browser opens.
     addresses = re.findall(r"""(?:href|src|url\()\s*=?\s*["']?(\w+:[^"')\s]+)""", text)
     assert all(address.startswith(("data:", "http://www.w3.org/")) for address in addresses), addresses
@@ -121,18 +131,40 @@ def test_the_page_is_whole_and_needs_no_network(text: str) -> None:
 
 
 def test_every_figure_is_there_in_the_ink_of_the_page(text: str) -> None:
-    # sizes, domains, rerouted, routing, and for each of two candidates types and errors
-    assert text.count("<svg") == 8
+    # sizes, domains, rerouted, and for each of two candidates types
+    assert text.count("<svg") == 5
+    # tokens, and for each of two candidates three projections and what moved
+    assert text.count('class="cells"') == 9
     assert INK not in text and "currentColor" in text
     assert not re.search(r"<svg [^>]*\b(width|height)=", text), "pictures scale with their column"
     without = page(found(domains=("prose",)))
-    assert without.count("<svg") == 7 and "By domain" not in without
+    assert without.count("<svg") == 4 and "By domain" not in without
 
 
 def test_names_are_escaped_and_the_damaged_expert_is_marked(text: str) -> None:
     assert "b &amp; c.gguf" in text and "made-up &lt;text&gt;" in text
     marked = re.findall(r'<tr class="mark"><td>([\d.]+)</td><td>(\w+)</td>', text)
     assert marked == [("1.4", "down")]
+
+
+def test_the_verdict_is_at_the_top(text: str) -> None:
+    top = text[: text.index("<h2>")]
+    assert top.count("of top tokens kept; 1.0% of tokens take another set of experts;") == 2
+    assert "no expert errs more than 4 times the median" in top
+    assert "1 expert errs more than 4 times the median" in top
+
+
+def test_places_of_this_machine_are_not_told(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("text")
+    known = found()
+    sources = tuple(replace(each, path=tmp_path / each.path) for each in known.candidates)
+    made = page(replace(known, source=str(tmp_path / "own.txt"), candidates=sources))
+    assert "tokens of own.txt read" in made and str(tmp_path) not in made
+
+
+def test_a_large_model_is_a_small_page() -> None:
+    """94 layers of 256 experts, three projections, two candidates."""
+    assert len(page(found(layers=94, experts=256)).encode()) < 2_000_000
 
 
 def test_the_page_is_written_whole_or_not_at_all(text: str, tmp_path: Path) -> None:

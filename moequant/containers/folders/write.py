@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
@@ -37,6 +36,7 @@ from moequant.containers.folders.shards import Bytes, Entry, Shard, ShardWriter
 from moequant.containers.folders.storage import Storage, decode
 from moequant.errors import CheckpointError, OutputError, VerifyError
 from moequant.files import RECORD, check_kept, check_space
+from moequant.progress import counted
 from moequant.values import Packed, Plan, Stored, Weight
 
 _CHUNK = 1 << 24
@@ -127,7 +127,7 @@ def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: Folde
     on_disk = OPENERS[settings.layout](written.path)
     if differing := set(on_disk.tensors) ^ written.checksums.keys():
         raise VerifyError(f"{written.path}: tensor {min(differing)} is in only one of plan and folder")
-    for name, expected in tqdm(written.checksums.items(), desc="verify", disable=None, leave=False):
+    for name, expected in counted("verify", written.checksums.items(), "tensor"):
         if zlib.crc32(_bytes(on_disk.tensor(name))) != expected:
             raise VerifyError(
                 f"{written.path}: bytes of {name} are not those that were written; is the disk healthy?"

@@ -24,6 +24,7 @@ from moequant.containers.gguf.export import Exported
 from moequant.containers.gguf.header import Header, plain
 from moequant.containers.gguf.read import GgufFile
 from moequant.errors import CheckpointError, CorpusError, VerifyError
+from moequant.escape import text_names
 from moequant.files import atomic
 from moequant.statistics.importance import Gating, importance
 from moequant.statistics.store import stacked
@@ -75,7 +76,7 @@ def write(path: Path, exported: Exported, calibration: Calibration, gating: Gati
     """
     writer = GGUFWriter(None, exported.arch)
     writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", [calibration.source])
+    writer.add_array("imatrix.datasets", [text_names(calibration.source)])
     writer.add_uint32("imatrix.chunk_count", calibration.rows)
     writer.add_uint32("imatrix.chunk_size", calibration.tokens // max(1, calibration.rows))
     writer.add_string("moequant.gating", gating)

@@ -6,13 +6,13 @@ import zlib
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from moequant import formats
 from moequant.containers.base import Written
 from moequant.containers.gguf.export import Exported
 from moequant.containers.gguf.read import Bytes, GgufFile, decode
 from moequant.errors import VerifyError
+from moequant.progress import counted
 from moequant.values import Plan
 
 SAMPLE_ROWS = 64
@@ -29,7 +29,7 @@ def verify(written: Written, plan: Plan, exported: Exported) -> int:
     if differing := on_disk.tensors.keys() ^ set(exported.names.values()):
         raise VerifyError(f"{written.path}: tensor {min(differing)} is in only one of plan and file")
     decoded = 0
-    for choice in tqdm(plan.choices, desc="verify", unit="tensor", disable=None, leave=False):
+    for choice in counted("verify", plan.choices, "tensor"):
         name, shape = exported.names[choice.weight], exported.shapes[choice.weight]
         found = on_disk.info(name)
         if found.type != choice.format or found.shape != shape:
