@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from moequant import escape
-from moequant.report import html
+from moequant.report import page
 from moequant.report.style import line, table
 
 HOSTILE = "a\x1b]0;owned\x07[/bold]$\\bad$\u202e<b>|`*x*`\nall hold"
@@ -87,8 +87,8 @@ def test_markdown() -> None:
 
 
 def test_pages_show_no_hidden_characters() -> None:
-    assert html._shown("a\u202eb\nc") == "a\\u{202e}b\nc"
-    assert html._shown(Markup("<svg>\u200b</svg>")) == "<svg>\u200b</svg>" and html._shown(3) == 3
+    assert page.printed("a\u202eb\nc") == "a\\u{202e}b\nc"
+    assert page.printed(Markup("<svg>\u200b</svg>")) == "<svg>\u200b</svg>" and page.printed(3) == 3
 
 
 def test_commands_show_names(tmp_path: Path) -> None:

@@ -202,10 +202,10 @@ class FolderSource:
         """In the scale's own precision, as loaders compute it."""
         storage = self._storage[entry.name]
         if matrix.scales is None:
-            return matrix.decode() + 0.0  # of the two codes that FP4 has for 0, one may decode to -0
+            return matrix.decode() + 0.0  # -0, which codes of 0 and FP4's second 0 may be, is no other number
         assert isinstance(storage, PackedIntegers | GptqIntegers)
         codes = groups.unpack(matrix.data.view(torch.int32), storage.fmt.bits, entry.shape[2])
-        return groups.decode(storage.fmt, codes, matrix.scales).float()
+        return groups.decode(storage.fmt, codes, matrix.scales).float() + 0.0
 
     def reference(self, entry: Entry, matrix: Matrix) -> Tensor:
         """See `Source`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from moequant.checkpoint import Checkpoint, Folder, load
 from moequant.commands.job import Job, chosen, measured, open_job, open_jobs
 from moequant.commands.journal import RunJournal, begun, kept
-from moequant.commands.outputs import card_path, check_targets, claimed, keeping, names
+from moequant.commands.outputs import CARD, card_path, check_targets, claimed, keeping, names
 from moequant.commands.settings import Settings
 from moequant.commands.statistics import all_sites, given_statistics
 from moequant.commands.text import Texts, texts
@@ -289,12 +289,16 @@ def _made(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finis
         if job.settings.self_check and shelf_of(job.model) is None:  # transformers reads a whole folder
             with meter.stage(job.stage("self-check")):
                 checked = self_check(job.model, _output(job, written), job.settings.ram).note
+        first = part_names(out, len(container.parts(job.plan)))[0]
+        finished = Finished(job, out, replace(written, path=first), tuple(losses), checked)
+        if container.is_folder:  # whole when it appears; what was compared is written into it later
+            told = card.text(Conversion((_report(finished, known, None, meter),)), partial)
+            card.write(told, partial / CARD)
         if journal is not None:
             journal.finish(number, written, losses, checked)
     if journal is not None:
         journal.forget_parts(number)
-    first = part_names(out, len(container.parts(job.plan)))[0]
-    return Finished(job, out, replace(written, path=first), tuple(losses), checked)
+    return finished
 
 
 def _place(job: Job, out: Path) -> AbstractContextManager[Path]:

@@ -27,7 +27,7 @@ from moequant.commands.job import Job
 from moequant.commands.settings import Settings
 from moequant.commands.text import Texts
 from moequant.containers.base import Written
-from moequant.errors import MoequantError, OutputError, one_line
+from moequant.errors import HubError, MoequantError, OutputError, VerifyError, one_line
 from moequant.files import Interrupted, atomic, discard, part_names
 from moequant.plan import Sensitivities
 from moequant.rounding.parts import Parts, loss_fields, loss_of, loss_tensors
@@ -56,6 +56,10 @@ _STATES = r"(route|\d+/(exact|rounded))/hidden-\d{4,}\.f32"
 _FILES = re.compile(rf"run\.json|route/run\.json|beside\.json|{_SEALED}|{_STATES}")
 _FOLDERS = re.compile(r"route|\d+|\d+/(exact|rounded)")
 _TEMPORARY = re.compile(r"\.(.+)\.moequant-(lock|[0-9a-f]{8})")
+
+ANOTHER_TIME = (OutputError, VerifyError, HubError)
+"""Errors that the same command may not meet again: disks get room, the Hub answers, and the self-check can be
+left out."""
 
 GOES_ON = "what is finished is kept: the same command goes on from there"
 
@@ -120,11 +124,18 @@ class RunJournal:
                 self._check_run()
                 return
             remove(folder)  # a run that died before it had begun
-            folder.mkdir()
-            with atomic(folder / "run.json") as partial:
-                partial.write_text(json.dumps(self.run, indent=1), encoding="utf-8")
+            self._begin()
         except OSError as error:
             raise OutputError(f"{folder}: cannot keep the state of this run ({error})") from None
+
+    def _begin(self) -> None:
+        self.folder.mkdir()
+        try:
+            with atomic(self.folder / "run.json") as partial:
+                partial.write_text(json.dumps(self.run, indent=1), encoding="utf-8")
+        except (OSError, OutputError):
+            remove(self.folder)
+            raise
 
     def _check_run(self) -> None:
         try:
@@ -270,17 +281,18 @@ def _bytes(jobs: Sequence[Job], read: Texts) -> int:
 
 @contextmanager
 def kept(journal: RunJournal | None) -> Iterator[None]:
-    """The journal goes when the block ends well, and when nothing is finished; an error says that it
-    stays."""
+    """The journal goes when the block ends well, and when going on would serve nothing: nothing is finished,
+    or the same command would meet the same error. Else an error says that it stays."""
     if journal is None:
         yield
         return
     try:
         yield
     except BaseException as error:
-        if not journal.begun:
+        repeats = isinstance(error, MoequantError) and not isinstance(error, ANOTHER_TIME)
+        if not journal.begun or repeats:
             dismiss(journal.folder)
-        elif isinstance(error, MoequantError) and "to begin again" not in str(error):
+        elif isinstance(error, ANOTHER_TIME) and "to begin again" not in str(error):
             raise type(error)(f"{error} ({GOES_ON})") from error
         elif isinstance(error, Interrupted):
             error.add_note(GOES_ON)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def compare(
                 for layer in stream.layers():
                     _cross(stream, layer, first, others, rows)
                     bar.update()
-            _finish(stream, first, others)
+            _finish(stream, first, others, folder)
             return tuple(_measured(stream, first, other, rows) for other in others)
 
 
@@ -203,13 +204,17 @@ def _error(weight: Weight, base: Tensor, candidate: Tensor, tokens: Tensor | Non
     return WeightError(weight.name, weight.role, weight.layer, error / total.clamp_min(1e-300), tokens)
 
 
-def _finish(stream: LayerStream, base: _Running, others: list[_Running]) -> None:
-    """Final hidden states of all versions; what remains is the head."""
-    for version in (base, *others):
+def _finish(stream: LayerStream, base: _Running, others: list[_Running], folder: Path) -> None:
+    """Final hidden states [rows, n, h] of all versions, under `folder` where memory is limited; what remains
+    is the head."""
+    shapes = [(*batch.shape, stream.checkpoint.shape.hidden) for batch in stream.batches]
+    for number, version in enumerate((base, *others)):
+        final = stream.room(folder / f"{number}-final", shapes, len(others) + 1)
         ends = stream.finish(version.hidden, lambda batch: _Chosen(None), version.load)
         for batch, (_, result) in enumerate(ends):
-            version.hidden.put(stream.n_layers + 1, batch, result.last_hidden_state)
+            final.put(stream.n_layers + 1, batch, result.last_hidden_state)
         version.hidden.drop(stream.n_layers)
+        version.hidden = final
     for weight in stream.weights(None):
         if weight.role is not Role.EMBEDDING:
             for version in others:

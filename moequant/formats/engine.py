@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -28,6 +29,8 @@ from moequant.formats.kernel import TILE, as_compiled, kernel, plain, tile
 FLOOR = 0.02
 # Tensors with fewer weights are packed before a compiler would have started to repay itself.
 COMPILE_FROM = 1 << 23
+EVEN = 32
+"""Blocks that are packed uncompiled come in multiples of this."""
 
 log = logging.getLogger(__name__)
 
@@ -125,12 +128,13 @@ def compiles(fmt: Format, weights: int, magnitude: float, effort: Effort, device
 
 def _encode(fmt: Format, blocks: Blocks, effort: Effort, exponent: float, fill: int | None) -> Tensor:
     """Weigh and pack blocks, filled up to the one size that kernels are compiled for, if any."""
-    if not fill:
-        return _weighed(fmt, blocks, effort, exponent)
-    with as_compiled():
-        x, importance = _fill(blocks.x, fill, 0.0), _fill(blocks.importance, fill, 1.0)
-        d = None if blocks.d is None else _fill(blocks.d, fill, 1.0)
-        return _weighed(fmt, Blocks(x, importance, d), effort, exponent)[: len(blocks.x)]
+    count = len(blocks.x)
+    # Uncompiled, sums over a few blocks are made in another order than over many.
+    full = fill or -(-count // EVEN) * EVEN
+    with as_compiled() if fill else nullcontext():
+        x, importance = _fill(blocks.x, full, 0.0), _fill(blocks.importance, full, 1.0)
+        d = None if blocks.d is None else _fill(blocks.d, full, 1.0)
+        return _weighed(fmt, Blocks(x, importance, d), effort, exponent)[:count]
 
 
 def _weighed(fmt: Format, blocks: Blocks, effort: Effort, exponent: float) -> Tensor:

@@ -58,7 +58,7 @@ def _environment() -> Environment:
         loader=PackageLoader("moequant.report"),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_shown,
+        finalize=printed,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -74,7 +74,7 @@ def _text(name: str) -> str:
     return loader.get_source(_environment(), name)[0]
 
 
-def _shown(value: object) -> object:
+def printed(value: object) -> object:
     """What a template prints: nothing that hides or turns the reading direction. Escaping comes after."""
     return plain(value, "\n") if isinstance(value, str) and not isinstance(value, Markup) else value
 
