@@ -93,8 +93,8 @@ def test_what_nobody_can_run_is_not_written(one_expert: Path, tmp_path: Path, te
     with pytest.raises(VerifyError, match=r"transformers cannot run what config\.json describes"):
         convert(one_expert, tmp_path / "a.gguf", Settings("F32", eval_tokens=0))
     with pytest.raises(CheckpointError, match=r"transformers cannot run the model"):
-        convert(one_expert, tmp_path / "a.gguf", Settings("Q4_0", text, 1024, effort="fast", eval_tokens=0))
-    assert {path.suffix for path in tmp_path.glob("a.gguf*")} <= {".journal"}
+        convert(one_expert, tmp_path / "b.gguf", Settings("Q4_0", text, 1024, effort="fast", eval_tokens=0))
+    assert {path.suffix for path in tmp_path.glob("*.gguf*")} <= {".journal"}
 
 
 def test_where_transformers_does_not_load_a_folder_llama_cpp_still_counts(
