@@ -65,7 +65,7 @@ def fit(
     from moequant.runtimes.llama_cpp.kv_cache import Load
 
     disk = disk_bandwidth * 1e9 if disk_bandwidth else None
-    hardware = Hardware(vram, ram, vram_bandwidth * 1e9, ram_bandwidth * 1e9, disk)
+    hardware = guarded(lambda: Hardware(vram, ram, vram_bandwidth * 1e9, ram_bandwidth * 1e9, disk))
     load = Load(ctx, parallel, cache_type.value)
     settings = FitSettings(hardware, load, min_speed)
     result = guarded(lambda: run(place(path, cache_dir), settings))

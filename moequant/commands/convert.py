@@ -27,7 +27,7 @@ from moequant.errors import MoequantError, OutputError, PlanError
 from moequant.evaluate import Measured
 from moequant.evaluate.self_check import Output, computes_plainly, self_check
 from moequant.evaluate.side_by_side import Version, compare
-from moequant.files import atomic, atomic_folder, atomic_parts, part_names, scratch
+from moequant.files import atomic, atomic_folder, atomic_parts, part_names, scratch, sweep_scratch
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
 from moequant.hub import Source
@@ -91,6 +91,7 @@ def convert_all(model: Source, out: str | Path, settings: Settings = DEFAULT) ->
     `out` is a folder, or a name with `{type}` in it, see `outputs.names`. Each file has the bytes that it
     would have alone. Where one fails, those before it are complete and stay.
     """
+    sweep_scratch()
     source = headers(model)
     outs = names(source.path, Path(out), settings)
     with (

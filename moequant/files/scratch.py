@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moequant.errors import OutputError
@@ -35,6 +35,12 @@ def scratch(place: Path | None = None) -> Iterator[Path]:
     finally:
         remove(folder)
         os.close(handle)
+
+
+def sweep_scratch() -> None:
+    """Remove what dead runs have left in TMPDIR: of a run that needs no such folder itself."""
+    with suppress(OSError):
+        _sweep(Path(tempfile.gettempdir()))
 
 
 def _create(root: Path) -> tuple[Path, int]:

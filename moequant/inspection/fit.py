@@ -8,6 +8,7 @@ every weight that it uses once, so bytes over bandwidth bound its speed from abo
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,13 +36,24 @@ RESERVE = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Bytes, and bytes per second; experts may spill to the disk when it has a bandwidth."""
+    """Bytes, and bytes per second; experts may spill to the disk when it has a bandwidth.
+
+    PlanError for a bandwidth that is no positive number.
+    """
 
     vram: int
     ram: int
     vram_bandwidth: float = 900e9
     ram_bandwidth: float = 60e9
     disk_bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        for name in ("vram_bandwidth", "ram_bandwidth", "disk_bandwidth"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                option = f"--{name.replace('_', '-')}"
+                raise PlanError(f"{option} {value / 1e9:g}: GB/s were expected, a positive number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +141,8 @@ def fit(model: Model, hardware: Hardware, load: Load, min_speed: float = 0.0) ->
     decode speed is at least `min_speed` tokens per second; `fastest` the same among those that the GPU
     holds alone. Raises what reading the model raises, and PlanError for a context that the model lacks.
     """
+    if not 0 <= min_speed < math.inf:
+        raise PlanError(f"--min-speed {min_speed:g}: tokens per second were expected, 0 or more")
     place, name = located(model), ""
     if isinstance(place, HubModel) and place.file:
         from moequant.hub.fetch import gguf_header

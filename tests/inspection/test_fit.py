@@ -333,3 +333,9 @@ def test_when_nothing_fits_the_smallest_is_named(tiny, qwen: Path) -> None:
     assert code == 1 and "as fast as was asked for" in says
     code, _, says = run("fit", qwen, "--vram", "many", "--ram", "64G")
     assert code == 2 and "24GiB" in says
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_bandwidth_is_a_positive_number(bandwidth: float) -> None:
+    with pytest.raises(PlanError, match=r"--ram-bandwidth .*GB/s were expected"):
+        Hardware(1 << 30, 1 << 30, ram_bandwidth=bandwidth)
