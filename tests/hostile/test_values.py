@@ -15,6 +15,7 @@ from moequant.checkpoint.folder import Folder, belongs, folder_of
 from moequant.commands.route import RouteSettings
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.families.base import Key
+from moequant.containers.gguf.read import shards
 from moequant.containers.gguf.sizes import Budget, parse_size
 from moequant.errors import (
     LONGEST,
@@ -158,6 +159,12 @@ def test_numbers_that_no_rotation_has(tmp_path: Path, value: float) -> None:
     models.edit_config(folder, rope_parameters={**rope, "original_max_position_embeddings": value})
     with pytest.raises(MoequantError):
         export(open_checkpoint(folder))
+
+
+def test_a_name_that_promises_shards_without_end(tmp_path: Path) -> None:
+    (tmp_path / "x-00001-of-99999.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="99,999 shards"):
+        shards(tmp_path / "x-00001-of-99999.gguf")
 
 
 def test_groups_of_a_recurrent_layer_that_are_none(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
 
+MOST_SHARDS = 10_000
+"""Files of a model, at most: names promise more without having them."""
+
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
@@ -133,6 +136,8 @@ def shards(path: Path) -> list[Path]:
         raise CheckpointError(
             f"{path}: shard {number} of {count}; give the first, {stem}-00001-of-{found[3]}.gguf"
         )
+    if count > MOST_SHARDS:
+        raise CheckpointError(f"{path}: one of {count:,} shards; at most {MOST_SHARDS:,} were expected")
     return [path.with_name(f"{stem}-{i:05d}-of-{found[3]}.gguf") for i in range(1, max(count, 1) + 1)]
 
 
