@@ -32,6 +32,9 @@ COMPILE_FROM = 1 << 23
 EVEN = 32
 """Blocks that are packed uncompiled come in multiples of this."""
 
+VARIANTS = 64
+"""Compiled versions of one kernel, at most: one for every format that shares it, and a few over."""
+
 log = logging.getLogger(__name__)
 
 
@@ -209,9 +212,10 @@ def _encode_a_tile(fmt: Format, exponent: float, effort: Effort, device_type: st
     step = _blocks_at_once(fmt, device_type)
     x, importance = (torch.ones((step, fmt.block), device=device_type) for _ in range(2))
     # Formats share kernels, each with its own constants; beyond the usual limit of 8 they would run eagerly.
-    with config.patch(recompile_limit=64):
-        d = None if fmt.shared is None else torch.ones((step, 1), device=device_type)
-        _encode(fmt, Blocks(x, importance, d), effort, exponent, step)
+    # It stays: torch now and then compiles anew what it has, and would warn whoever converts of its limit.
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    d = None if fmt.shared is None else torch.ones((step, 1), device=device_type)
+    _encode(fmt, Blocks(x, importance, d), effort, exponent, step)
 
 
 def _read(stack: Tensor, fmt: Format, first: int, last: int) -> Tensor:
