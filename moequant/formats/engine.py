@@ -32,9 +32,6 @@ COMPILE_FROM = 1 << 23
 EVEN = 32
 """Blocks that are packed uncompiled come in multiples of this."""
 
-VARIANTS = 64
-"""Compiled versions of one kernel, at most: one for every format that shares it, and a few over."""
-
 log = logging.getLogger(__name__)
 
 
@@ -207,13 +204,8 @@ def _blocks_at_once(fmt: Format, device_type: str) -> int:
 
 
 def _encode_a_tile(fmt: Format, exponent: float, effort: Effort, device_type: str) -> None:
-    from torch._dynamo import config  # slow to import, and needed by large tensors only
-
     step = _blocks_at_once(fmt, device_type)
     x, importance = (torch.ones((step, fmt.block), device=device_type) for _ in range(2))
-    # Formats share kernels, each with its own constants; beyond the usual limit of 8 they would run eagerly.
-    # It stays: torch now and then compiles anew what it has, and would warn whoever converts of its limit.
-    config.recompile_limit = max(config.recompile_limit, VARIANTS)
     d = None if fmt.shared is None else torch.ones((step, 1), device=device_type)
     _encode(fmt, Blocks(x, importance, d), effort, exponent, step)
 
