@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
+from transformers.quantizers import AutoHfQuantizer
 
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.container import GgufContainer
 from moequant.errors import CheckpointError, MoequantError, VerifyError
-from moequant.evaluate.self_check import LIMIT, Output, self_check
+from moequant.evaluate.self_check import LIMIT, Output, _without_kernels, self_check
 from moequant.values import Role
 from tests import models
 
@@ -80,6 +82,15 @@ def test_what_a_config_says_of_running_it_is_ours_to_say(tiny, tmp_path: Path, t
     assert self_check(checkpoint, Output(load, exact=True)).source is not None
     given = Settings("Q8_0", text, 1024, effort="fast", eval=text, eval_tokens=1024, self_check=False)
     assert convert(folder, tmp_path / "a.gguf", given).summary()
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_a_quantized_folder_brings_no_kernels_of_the_hub(method: str) -> None:
+    """Where the package `kernels` is installed, transformers would fetch and run them."""
+    config = AutoConfig.for_model("gpt_oss", quantization_config={"quant_method": method})
+    _without_kernels(config)
+    found = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    assert found.quantization_config.dequantize
 
 
 @pytest.fixture
