@@ -86,12 +86,13 @@ These are the families of models that moequant converts. The columns say:
 - **left out**: parts of the model that are not converted.
 - **llama.cpp differs**: where llama.cpp computes something else than transformers. Reports say it too.
 
-For each family the tests build a tiny model with transformers and convert it. In llama.cpp the logits of
-its F32 file equal those of transformers.
+For each family the tests build a tiny model with transformers and convert it. In llama.cpp the logits
+of its F32 file equal those of transformers.
 
 All families are read in bf16, f16 and f32. They are also read quantized: as FP8 (DeepSeek's blocks,
-compressed-tensors), MXFP4, NVFP4, and int2 to int8 (compressed-tensors, GPTQ, AWQ). Families with a name in
-the column *llama.cpp* are also read from GGUF files. `moequant/checkpoint/codecs/` says what each codec decodes.
+compressed-tensors), MXFP4, NVFP4, and int2 to int8 (compressed-tensors, GPTQ, AWQ). Families with a name
+in the column *llama.cpp* are also read from GGUF files. `moequant/checkpoint/codecs/` says what each
+codec decodes.
 
 Layers that predict the token after the next (multi-token prediction, MTP) are kept, as llama.cpp's NextN
 blocks for drafting, unless the table lists them as left out. Folders hold copies of them. `--no-mtp` leaves
