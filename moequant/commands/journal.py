@@ -61,7 +61,7 @@ ANOTHER_TIME = (OutputError, VerifyError, HubError)
 """Errors that the same command may not meet again: disks get room, the Hub answers, and the self-check can be
 left out."""
 
-GOES_ON = "what is finished is kept: the same command goes on from there"
+GOES_ON = "finished work is kept: give the same command again to continue"
 
 
 def journal_of(outs: Sequence[Path]) -> Path:
@@ -148,8 +148,8 @@ class RunJournal:
             if key.startswith("--") and key.strip("-").replace("-", "_") not in _INPUTS:
                 what = f"{key} {one_line(was.get(key))}, now {one_line(self.run.get(key))}"
             raise OutputError(
-                f"{self.folder}: left by a run with {what}; repeat that one to go on, or give --fresh to "
-                "begin again"
+                f"{self.folder}: left by a run with {what}; repeat that command to continue it, or give "
+                "--fresh to begin again"
             )
 
     @property
@@ -244,7 +244,7 @@ class RunJournal:
         return self.folder / f"done-{number}.safetensors"
 
     def _damaged(self, path: Path, error: Exception) -> OutputError:
-        return OutputError(f"{path}: cannot be gone on from ({error}); {self.again}")
+        return OutputError(f"{path}: cannot be continued from ({error}); {self.again}")
 
 
 def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts) -> RunJournal | None:
@@ -255,17 +255,21 @@ def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: T
     if os.path.lexists(folder):
         found = RunJournal(folder, run)
         if found.begun:
-            _LOG.info("%s: goes on after what is finished there", folder)
+            _LOG.info("%s: continues after the work that is finished there", folder)
         return found
     needed = _bytes(jobs, read)
     if shutil.disk_usage(folder.parent).free < sum(job.size for job in jobs) + needed:
         _LOG.warning(
-            "%s: no room for %.1f GB beside the output; should this run be killed, it has to begin again",
+            "%s: no room for %.1f GB beside the output: a killed run could not continue, and begins again",
             folder, needed / 1e9,
         )  # fmt: skip
         return None
     if needed >= TOLD:
-        _LOG.info("%s: up to %.1f GB until the end, so that a killed run goes on", folder, needed / 1e9)
+        _LOG.info(
+            "%s: takes up to %.1f GB until the run ends, so that a killed run can continue",
+            folder,
+            needed / 1e9,
+        )
     return RunJournal(folder, run)
 
 
@@ -351,4 +355,4 @@ def _entries(part: Path, folder: Path) -> Iterable[Path]:
 
 
 def _foreign(path: Path) -> OutputError:
-    return OutputError(f"{path}: is not a run's state and is kept; move it away, or give another --out")
+    return OutputError(f"{path}: is not of a journal and is kept; move it away, or give another --out")

@@ -96,7 +96,9 @@ class Settings:
         if given := [name for name in foreign if getattr(self, name) not in (None, ())]:
             own = _OF_FILES if self.format == "gguf" else (*in_folders, *_OF_FOLDERS)
             if given[0] == "card":
-                raise PlanError("--card does not go with a folder, which has its README.md in any case")
+                raise PlanError(
+                    "--card does not go with a folder, which gets its README.md without it; leave --card out"
+                )
             raise PlanError(
                 f"{_option(given[0])} does not go with --format {self.format}; how large it is, "
                 f"{', '.join(map(_option, own))} say"
@@ -117,7 +119,9 @@ class Settings:
         if self.plan is not None and self.tensor_type:
             raise PlanError(f"--tensor-type does not go with --plan; write the types into {self.plan}")
         if self.stats is not None and self.imatrix is not None:
-            raise PlanError(f"{self.stats}, {self.imatrix}: two sources of statistics; name one")
+            raise PlanError(
+                f"{self.stats}, {self.imatrix}: two sources of statistics; give one of --stats and --imatrix"
+            )
 
     def _check_folder(self) -> None:
         """PlanError for options of a folder that say the same thing, or nothing together."""

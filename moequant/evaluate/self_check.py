@@ -311,8 +311,8 @@ _NO_KERNELS: dict[Any, dict[str, bool]] = {
     "fp8": {"dequantize": True},
     "compressed-tensors": {"use_optimized_inference": False},
 }
-"""What keeps transformers from fetching kernels of the Hub, which are code, for each `quant_method` that would:
-it does so where the package `kernels` is installed, for MXFP4 without being asked."""
+"""What keeps transformers from fetching kernels of the Hub, which are code, for each `quant_method` that
+would: it does so where the package `kernels` is installed, for MXFP4 without being asked."""
 
 
 def _without_kernels(config: transformers.PretrainedConfig) -> None:
