@@ -101,8 +101,8 @@ def scheme_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
     chosen = quantizable(checkpoint, settings.quantize_attention)
     if not chosen:
         raise PlanError(
-            f"{checkpoint.path}: no experts and no feed-forward blocks to quantize; --quantize-attention adds "
-            "the other linears"
+            f"{checkpoint.path}: no experts and no feed-forward blocks to quantize; --quantize-attention "
+            "adds the other linears"
         )
     check_tp(chosen, settings.tp)
     for weight in chosen:
