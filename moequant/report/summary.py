@@ -45,11 +45,11 @@ class How:
 
 @dataclass(frozen=True, slots=True)
 class Report(Shown):
-    """Everything a conversion knows of one output at its end.
+    """Everything that a conversion knows of one output at its end.
 
-    `measured` is what `compare` found, None where nothing was compared.
-    `notes` are what a person should know of it, `checked` what holding it against transformers found. `parts`
-    are the files and bytes of an output in several parts; `out` is the first then.
+    `measured` is what the comparison found, None where nothing was compared. `notes` are what a person should
+    know of the output. `checked` is what the self-check found. `parts` are the files of an output and their
+    bytes; of several, `out` is the first.
     """
 
     model: Path
