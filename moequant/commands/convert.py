@@ -390,6 +390,8 @@ def _notes(job: Job) -> tuple[str, ...]:
     at = job.model.revision
     source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
     shelf = shelf_of(job.model)
-    away = f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not held against transformers" if shelf else None
+    away = (
+        f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not compared with transformers" if shelf else None
+    )
     known = (*job.container.notes, *job.model.notes)
     return (*known, *dense, *skipped, *source, *([away] if away else []))

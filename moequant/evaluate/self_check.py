@@ -90,10 +90,10 @@ class SelfCheck:
             return f"llama.cpp computes the same from the file that was read, up to {self.read:.1%}{wrote}"
         part = "" if self.layers is None else ", {} of {} layers, which fit memory".format(*self.layers)
         if self.skipped is not None:
-            found = f"not held against transformers: {self.skipped}"
+            found = f"not compared with transformers: {self.skipped}"
         else:
             found = (
-                f"held against transformers on the untouched folder{part}: logits differ by "
+                f"compared with transformers on the untouched folder{part}: logits differ by "
                 f"{self.source:.1g} at most"
             )
         if self.differs is not None:

@@ -230,7 +230,7 @@ def _unseen(seen: Mapping[int, Tensor]) -> list[Text]:
         return []
     return [
         line(
-            f"{len(names)} experts saw no token and were quantized with their layer's pooled importance "
+            f"{len(names)} experts saw no token and were quantized with the importance of their whole layer "
             f"(layer.expert): {', '.join(names)}"
         )
     ]

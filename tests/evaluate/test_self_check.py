@@ -120,7 +120,7 @@ def test_where_transformers_does_not_load_a_folder_llama_cpp_still_counts(
     found = self_check(checkpoint, output)
     assert found.source is None and found.runtime is not None and found.runtime <= LIMIT
     assert re.search(
-        r"not held against transformers: .*no library.*; llama\.cpp computes the same", found.note
+        r"not compared with transformers: .*no library.*; llama\.cpp computes the same", found.note
     )
     with pytest.raises(VerifyError, match=r"llama\.cpp computes something else"):
         self_check(misread(checkpoint, norm_topk_prob=False), replace(output, exact=False))
@@ -157,8 +157,8 @@ def test_the_report_says_it_and_the_option_leaves_it_out(tiny, tmp_path: Path, t
     given = {"type": "Q4_0", "calib": text, "calib_tokens": 1024, "eval_tokens": 0, "effort": "fast"}
     with_it = convert(tiny("mixtral"), tmp_path / "a.gguf", Settings(**given))
     without = convert(tiny("mixtral"), tmp_path / "b.gguf", Settings(**given, self_check=False))
-    assert with_it.checked is not None and "held against transformers" in with_it.checked
-    assert "held against transformers" in with_it.summary() and without.checked is None
+    assert with_it.checked is not None and "compared with transformers" in with_it.checked
+    assert "compared with transformers" in with_it.summary() and without.checked is None
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
