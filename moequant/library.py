@@ -182,8 +182,8 @@ def convert_all(
     settings: Settings = Settings(),  # frozen
     progress: Listener | None = None,
 ) -> Conversion:
-    """The same for every size that `settings` name, such as `type="Q4_K_M,Q3_K_M"`: the model is read,
-    measured and compared once for all.
+    """Quantize a model to every size that `settings` name, such as `type="Q4_K_M,Q3_K_M"`. It is read,
+    measured and compared once for all of them.
 
     `out` is a folder, or a name with `{type}` in it. `reports` has a report for each file, in the order of
     the sizes. Each file has the bytes that it would have alone; where one fails, those before it stay.

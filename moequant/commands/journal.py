@@ -285,8 +285,8 @@ def _bytes(jobs: Sequence[Job], read: Texts) -> int:
 
 @contextmanager
 def kept(journal: RunJournal | None) -> Iterator[None]:
-    """The journal goes when the block ends well, and when going on would serve nothing: nothing is finished,
-    or the same command would meet the same error. Else an error says that it stays."""
+    """Remove the journal when the block ends well. After an error keep it, and have the error say so; but
+    remove it when nothing is finished yet, or when the same command would meet the same error again."""
     if journal is None:
         yield
         return
@@ -305,7 +305,7 @@ def kept(journal: RunJournal | None) -> Iterator[None]:
 
 
 def dismiss(folder: Path) -> None:
-    """Remove a journal at once, so that none with holes is left; what no run has put there stays."""
+    """Remove a journal at once, so that no part of one is left. Files that no run has put there stay."""
     try:
         check(folder)
         discard(folder, folder.with_name(folder.name.removesuffix(".journal")))
@@ -314,7 +314,7 @@ def dismiss(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """OutputError unless `folder` is absent or a folder in which everything has a name that a run gives."""
+    """OutputError when `folder` holds anything that no run names so. It may be absent."""
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
@@ -328,14 +328,14 @@ def check(folder: Path) -> None:
 
 
 def _meant(name: str) -> str:
-    """The name that a temporary is to get; other names as they are."""
+    """The name that a temporary file will get. Other names are given back as they are."""
     where, slash, last = name.rpartition("/")
     found = _TEMPORARY.fullmatch(last)
     return f"{where}{slash}{found[1]}" if found else name
 
 
 def remove(part: Path, folder: Path | None = None) -> None:
-    """Remove a journal, or that part of the journal in `folder`; what no run has put there stays."""
+    """Remove a journal, or only the part `part` of the journal `folder`. Files that no run has put there stay."""
     around = folder or part
     for path in _entries(part, around) if part.is_dir() and not part.is_symlink() else ():
         name = _meant(path.relative_to(around).as_posix())
