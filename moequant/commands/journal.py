@@ -335,7 +335,7 @@ def _meant(name: str) -> str:
 
 
 def remove(part: Path, folder: Path | None = None) -> None:
-    """Remove a journal, or only the part `part` of the journal `folder`. Files that no run has put there stay."""
+    """Remove a journal, or `part` of the journal `folder`. Files that no run has put there stay."""
     around = folder or part
     for path in _entries(part, around) if part.is_dir() and not part.is_symlink() else ():
         name = _meant(path.relative_to(around).as_posix())
