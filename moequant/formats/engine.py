@@ -193,9 +193,9 @@ def _compiles(fmt: Format, exponent: float, effort: Effort, device_type: str) ->
             pool.submit(_encode_a_tile, fmt, exponent, effort, device_type).result()
     except (ImportError, RuntimeError) as error:  # no compiler, no Python headers, no triton
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        log.warning("%s: kernels do not compile here and run slower: %s", fmt.name, reason[0])
+        log.warning("%s: the encoder cannot be compiled here and runs slower: %s", fmt.name, reason[0])
         return False
-    log.info("%s: kernels ready after %.1f s", fmt.name, time.perf_counter() - began)
+    log.info("%s: the encoder was compiled in %.1f s", fmt.name, time.perf_counter() - began)
     return True
 
 
