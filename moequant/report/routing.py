@@ -101,7 +101,8 @@ def _layers(found: Health) -> Table:
 def _absent(found: Health) -> list[Text]:
     """Experts that saw no token at all, by name."""
     dead = [f"{layer.layer}.{expert}" for layer in found.layers for expert in layer.dead]
-    return [line(f"{len(dead)} experts saw no token (layer.expert): {_named(dead)}\n")] if dead else []
+    experts = "expert" if len(dead) == 1 else "experts"
+    return [line(f"{len(dead)} {experts} saw no token (layer.expert): {_named(dead)}\n")] if dead else []
 
 
 def _extremes(found: Health) -> Table:

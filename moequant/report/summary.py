@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
@@ -28,6 +27,9 @@ OUTLIER = 10.0
 
 WORST = 5
 """Experts listed as hit worst."""
+
+NAMED = 10
+"""Experts, or layers of them, that are named where nobody asked for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ def made_how(report: Report, details: bool, worst: bool = False) -> list[Rendera
         parts.append(line(f"calibrated on {found.tokens:,} tokens of: {found.source}\n"))
     if seen := experts_seen(report):
         parts += [_routing(seen)] if details else []
-        parts += _unseen(seen)
+        parts += _unseen(seen, tables=not details)
         parts += [_worst(report.losses)] if details and worst else []
     parts += [line(note) for note in _fallbacks(report.losses)]
     notes = (*report.notes, *([] if report.checked is None else [report.checked]))
@@ -223,17 +225,19 @@ def unseen(seen: Mapping[int, Tensor]) -> list[str]:
     ]
 
 
-def _unseen(seen: Mapping[int, Tensor]) -> list[Text]:
-    """Experts that calibration never reached, by name: they are quantized on their layer's statistics."""
+def _unseen(seen: Mapping[int, Tensor], tables: bool) -> list[RenderableType]:
+    """Experts that calibration never reached, some by name: they are quantized on their layer's statistics.
+    With `tables` also what the others of some of those layers saw."""
     names = unseen(seen)
     if not names:
         return []
-    return [
-        line(
-            f"{len(names)} experts saw no token and were quantized with the importance of their whole layer "
-            f"(layer.expert): {', '.join(names)}"
-        )
-    ]
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    told = line(
+        f"{len(names):,} {'expert' if len(names) == 1 else 'experts'} saw no token and took the importance "
+        f"of the whole layer (layer.expert): {', '.join(names[:NAMED])}{more}"
+    )
+    hit = [layer for layer, tokens in seen.items() if (tokens == 0).any()]
+    return [_routing({layer: seen[layer] for layer in hit[:NAMED]}), told] if tables else [told]
 
 
 def _worst(losses: tuple[ExpertLoss, ...]) -> Table:

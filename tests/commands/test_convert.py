@@ -149,6 +149,9 @@ def test_experts_that_no_token_reached_are_quantized_and_named(tiny, tmp_path: P
     assert unseen, "all-zero logits send every token to the same two experts"
     summary = " ".join(report.summary().split())
     assert f"{len(unseen)} experts saw no token" in summary and f"1.{unseen[-1]}" in summary
+    short = [each.split() for each in report.summary(details=False).splitlines()]
+    rows = [each for each in short if each[:1] in (["0"], ["1"])]
+    assert [each[0] for each in rows] == ["1"] and rows[0][-1] == str(len(unseen)), "of that layer alone"
     tensor = next(t for t in gguf.GGUFReader(out).tensors if t.name == "blk.1.ffn_down_exps.weight")
     decoded = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(8, 256, 256)
     for expert in unseen:

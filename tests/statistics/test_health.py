@@ -118,7 +118,7 @@ def test_experts_with_no_token_one_and_two_are_in_the_tables(rare) -> None:
     _, found = rare
     assert found.routes[0].tokens[:3].tolist() == [0, 1, 2]
     text = shown(routing_tables(health(found)))
-    assert "1 experts saw no token (layer.expert): 0.0" in text
+    assert "1 expert saw no token (layer.expert): 0.0" in text
     rows = [line.split()[:2] for line in text.splitlines() if line.strip().startswith("0.")]
     assert rows[:3] == [["0.0", "0"], ["0.1", "1"], ["0.2", "2"]]
 
