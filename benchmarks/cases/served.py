@@ -18,14 +18,16 @@ from moequant.commands.compare import CompareSettings, run
 from moequant.evaluate import Measured
 from moequant.text.rows import ROW
 
+RIVALS = ("rtn", "gptq", "autoround")
 TOOL = Path(__file__).parents[1] / "served_tool.py"
 
 
 @dataclass(frozen=True)
 class Served:
     """`tools` is the Python of an environment with llm-compressor and AutoRound; without one there are only
-    our folders. What is made stays in `cache`, and is found there again. `mixed` are schemes whose bytes are
-    spent anew; a plan may choose among `menu`."""
+    our folders. `rivals` are tools of it, of one scheme alone where that stands behind (`gptq-W4A16`). What
+    is made stays in `cache`, and is found there again. `mixed` are schemes whose bytes are spent anew; a plan
+    may choose among `menu`."""
 
     model: Path = MIX
     calib: Path = CALIB
@@ -34,6 +36,7 @@ class Served:
     cache: str = "/tmp/moequant-served"
     tokens: int = 16_384
     eval_tokens: int = 61_440
+    rivals: tuple[str, ...] = RIVALS
     schemes: tuple[str, ...] = ("W4A16", "W4A16_G32", "W3A16", "NVFP4A16", "FP8_BLOCK")
     mixed: tuple[str, ...] = (
         "W4A16", "W4A16_G32", "W3A16", "NVFP4A16", "FP8_BLOCK", "FP8_DYNAMIC", "W8A16",
@@ -41,7 +44,7 @@ class Served:
     menu: str = "W3A16,W4A16,W4A16_G32,NVFP4A16,W5A16,W6A16,W8A16,FP8_BLOCK,FP8_DYNAMIC"
 
 
-SMOKE = Served(DEMO, ONE_TEXT, ONE_TEXT, None, "/tmp/moequant-smoke/served", 1024, 1024, ("W8A16",), ())
+SMOKE = Served(DEMO, ONE_TEXT, ONE_TEXT, None, "/tmp/moequant-smoke/served", 1024, 1024, (), ("W8A16",), ())
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def served(o: Served) -> Rows:
     cache = Path(o.cache)
     cache.mkdir(parents=True, exist_ok=True)
     for scheme in o.schemes:
-        made = {tool: theirs(o, tool, scheme) for tool in ("rtn", "gptq", "autoround") if o.tools}
+        rivals = [tool for tool in RIVALS if {tool, f"{tool}-{scheme}"} & set(o.rivals) and o.tools]
+        made = {tool: theirs(o, tool, scheme) for tool in rivals}
         yield from table(o, scheme, made | {"ours": uniform(o, scheme)})
     for scheme in o.mixed:
         yield from budget(o, scheme)
