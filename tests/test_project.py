@@ -17,8 +17,8 @@ from tests.models import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-ELSEWHERE = {"vllm"}
-"""What tests/clients runs in an environment of its own."""
+ELSEWHERE = {"vllm", "llmcompressor", "auto_round"}
+"""What tests/clients and benchmarks/served_tool.py run in environments of their own."""
 
 OURS = {"moequant", "tests", "scripts", "benchmarks"}
 

@@ -16,9 +16,8 @@ from moequant import formats
 from moequant.checkpoint import Checkpoint
 from moequant.containers.folders import compressed_tensors, schemes
 from moequant.containers.folders import write as folder
-from moequant.containers.folders.plan import modules
 from moequant.containers.folders.read import FolderWeights
-from moequant.containers.folders.storage import GptqIntegers, PackedIntegers, Storage
+from moequant.containers.folders.storage import GptqIntegers, Mxfp4, PackedIntegers, Storage
 from moequant.containers.gguf import checksums
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.header import TensorInfo
@@ -220,22 +219,17 @@ class FolderSource:
         """See `Source`."""
         if self._checksums is None:
             return None
-        weight, changed = self.weights[entry.name], []
-        for expert, module in enumerate(modules(weight)):
-            for suffix, values in self._folder.stored(weight, expert).items():
-                if _crc(values) != self._checksums.get(f"{module}.{suffix}"):
-                    changed.append(expert)
-        return tuple(dict.fromkeys(changed))
+        parts = self._folder.parts(self.weights[entry.name])
+        names = {name for each in parts for name in each}
+        changed = {name for name in names if _crc(self._folder.tensor(name)) != self._checksums.get(name)}
+        return tuple(expert for expert, each in enumerate(parts) if changed & {*each})
 
     def altered_rest(self) -> tuple[tuple[str, str], ...]:
         """See `Source`; also tensors that are new."""
         if self._checksums is None:
             return ()
         quantized = {
-            f"{module}.{suffix}"
-            for weight in self.weights.values()
-            for module in modules(weight)
-            for suffix in self._folder.suffixes[module]
+            name for weight in self.weights.values() for each in self._folder.parts(weight) for name in each
         }
         kept = self._checksums.keys() - quantized
         changed = [name for name in sorted(kept) if _crc(self._folder.tensor(name)) != self._checksums[name]]
@@ -247,7 +241,7 @@ class FolderSource:
 
     def label(self, entry: Entry, expert: int) -> str:
         """Tensor, expert, and the module's own name."""
-        module = modules(self.weights[entry.name])[expert]
+        module = self._folder.label(self.weights[entry.name], expert)
         return f"{entry.name} expert {expert} ({module})" if entry.stacked else f"{entry.name} ({module})"
 
 
@@ -285,13 +279,15 @@ def _layout_of(path: Path) -> str:
 
 def _storage(opened: FolderWeights, weight: Weight) -> Storage:
     """How a weight is stored by the folder's own config, its scales' type by those that are there."""
-    module, config = modules(weight)[0], opened.quantization
+    module, config = opened.label(weight, 0), opened.quantization
     stored = opened.stored(weight)
     scales = stored.get("weight_scale", stored.get("scales"))
     dtype = torch.bfloat16 if scales is None else scales.dtype
     try:
         if config["quant_method"] == "gptq":
             return GptqIntegers(GroupFormat(int(config["bits"]), int(config["group_size"]), (dtype,)))
+        if config["quant_method"] == "mxfp4":
+            return Mxfp4()
         group = compressed_tensors.group_of(config, module)
         scheme = schemes.of_config(group, group.get("format") or config["format"])
         return scheme.storage((dtype,))

@@ -64,6 +64,16 @@ def of_scheme(told: Mapping[str, Any] | None) -> str:
     return "F32" if group is None else f"{told['type']}8/{group}"
 
 
+def described(inputs: Mapping[str, str] | None) -> str:
+    """What a folder's schemes do to inputs, in words; `inputs` has the word of `of_scheme` by weight."""
+    found = []
+    for word in sorted(set((inputs or {}).values()) - {"F32"}):
+        kind, group = word.split("/")
+        scales = f"for {group} channels of a token" if int(group) else "a token"
+        found.append(f"{'FP8' if kind == 'float8' else kind}, a scale {scales}")
+    return "; ".join(found) or "as they are"
+
+
 @cache
 def rounding(type_: str) -> Rounding | None:
     """What a runtime does to the activations that meet weights of that type (ggml's, or the word of

@@ -231,8 +231,9 @@ class Experts:
     ) -> Slot:
         at, ways = f"model.layers.{layer}", list[Get]()
         fused = f"{at}.{self.module}.{param}"
-        if self.stored:
-            ways.append(Get(f"{at}.{self.stored}.{{e}}.{self.names[which]}.weight"))
+        if self.stored:  # llm-compressor writes PROJECTIONS, whatever the release says
+            names = dict.fromkeys((self.names[which], PROJECTIONS[which]))
+            ways += [Get(f"{at}.{self.stored}.{{e}}.{each}.weight") for each in names]
         if self.fused:
             ways.append(Get(f"{at}.{self.fused[which == 2]}", ops))
         name = f"layers.{layer}.experts.{role.value}"

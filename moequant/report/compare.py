@@ -11,6 +11,7 @@ from rich.text import Text
 
 from moequant.escape import shown
 from moequant.evaluate import Comparison, Difference, Estimate, Measured, WeightError
+from moequant.evaluate.activations import described
 from moequant.evaluate.compared import Compared
 from moequant.evaluate.divergence import PERCENTILES
 from moequant.evaluate.open_source import Source
@@ -208,15 +209,15 @@ def _pm(estimate: Estimate, digits: int, sign: str = "") -> str:
 def compare_value(found: Compared) -> dict[str, Any]:
     """All figures for a machine; KL and Δp percentiles are at `percentiles`."""
     return {
-        "baseline": _source(found.base),
+        "baseline": _source(found, found.base),
         "engine": found.engine,
-        "activations": "llama.cpp" if found.rounded else "exact",
+        "activations": "; ".join(dict.fromkeys(_activations(found, one) for one in found.candidates)),
         "text": found.source,
         "tokens": found.tokens,
         "domains": list(found.domains),
         "percentiles": list(PERCENTILES),
         "candidates": [
-            {**_source(source), "name": one.name, **_measured(one, found.domains)}
+            {**_source(found, source), "name": one.name, **_measured(one, found.domains)}
             for source, one in zip(found.candidates, found.measured, strict=True)
         ],
         "differences": [{**asdict(one), "sigmas": one.sigmas} for one in found.differences],
@@ -227,11 +228,19 @@ def compare_value(found: Compared) -> dict[str, Any]:
     }
 
 
-def _source(source: Source) -> dict[str, Any]:
+def _activations(found: Compared, source: Source) -> str:
+    """What is done to the inputs of a version's products: by llama.cpp, by its scheme, or nothing."""
+    if found.engine == "llama.cpp" or (found.rounded and source.kind == "GGUF"):
+        return "llama.cpp"
+    return described(source.inputs) if found.rounded else "exact"
+
+
+def _source(found: Compared, source: Source) -> dict[str, Any]:
     return {
         "path": shown(source.path),
         "kind": source.kind,
         "bytes": source.bytes,
+        "activations": _activations(found, source),
         "types": dict(source.types),
     }
 

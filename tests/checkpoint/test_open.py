@@ -354,3 +354,19 @@ def test_a_header_that_breaks_a_rule_of_the_format_is_named(broken: Path, what: 
     with pytest.raises(SafetensorError), safe_open(file, "pt"):
         pass
     fails(broken, r"model\.safetensors: tensor ")
+
+
+def test_experts_under_the_names_of_llm_compressor(tiny, tmp_path: Path) -> None:
+    """It calls Mixtral's w1, w3 and w2 as other families do."""
+    model = Path(shutil.copytree(tiny("mixtral"), tmp_path / "model"))
+    told = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    stored = {
+        re.sub(r"\bw[123]\b", lambda found: told[found[0]], name): tensor
+        for name, tensor in load_file(model / "model.safetensors").items()
+    }
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    assert not any(".w1." in name for name in stored)
+    for one, two in zip(
+        open_checkpoint(tiny("mixtral")).weights, open_checkpoint(model).weights, strict=True
+    ):
+        assert one.names == two.names and torch.equal(load(one), load(two))

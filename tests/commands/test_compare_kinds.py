@@ -13,6 +13,7 @@ from moequant.commands.convert import Settings, convert
 from moequant.errors import MoequantError
 from moequant.evaluate.open_source import open_source
 from moequant.forward.stream import Resources
+from moequant.report.compare import compare_value
 from tests.containers.folders.cases import own_decoder, quantized
 
 
@@ -44,6 +45,9 @@ def test_every_kind_in_one_comparison(tiny, made: dict[str, Path], text: Path) -
     assert len(found.differences) == 3
     sizes = [sum(file.stat().st_size for file in made[kind].glob("*.safetensors")) for kind in kinds[1:]]
     assert [source.bytes for source in found.candidates[1:]] == sizes
+    told = compare_value(found)
+    assert told["activations"] == "llama.cpp; as they are"
+    assert [one["activations"] for one in told["candidates"]] == ["llama.cpp", "as they are", "as they are"]
 
 
 def test_a_folder_is_decoded_by_compressed_tensors_as_by_us(tiny, made: dict[str, Path]) -> None:

@@ -13,17 +13,24 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from moequant.checkpoint import open_checkpoint
 from moequant.containers.folders.schemes import PRESETS
-from moequant.evaluate.activations import Rounded, dynamic, of_scheme, rounding
+from moequant.evaluate.activations import Rounded, described, dynamic, of_scheme, rounding
 from moequant.evaluate.open_source import open_source
 from tests.containers.folders.cases import quantized
 
 WORDS = {"FP8_DYNAMIC": "float8/0", "FP8_BLOCK": "float8/128", "W8A8": "int8/0"}
+TOLD = {
+    "FP8_DYNAMIC": "FP8, a scale a token",
+    "FP8_BLOCK": "FP8, a scale for 128 channels of a token",
+    "W8A8": "int8, a scale a token",
+}
+"""What `compare --json` says of them."""
 
 
 @pytest.mark.parametrize("scheme", PRESETS)
 def test_a_scheme_says_what_becomes_of_its_inputs(scheme: str) -> None:
     told = json.loads(json.dumps(PRESETS[scheme].config(["Linear"])))["input_activations"]
     assert of_scheme(told) == WORDS.get(scheme, "F32")
+    assert described({"a": of_scheme(told), "b": "F32"}) == TOLD.get(scheme, "as they are")
 
 
 @pytest.mark.parametrize("word", WORDS.values())

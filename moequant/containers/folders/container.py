@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Written
+from moequant.containers.folders import mxfp4, schemes
 from moequant.containers.folders import write as folder
 from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores, with_copies
 from moequant.containers.folders.read import FolderWeights
-from moequant.errors import PlanError
+from moequant.errors import FamilyError, PlanError
 from moequant.families.base import PREDICTION
 from moequant.values import Packed, Plan
 
@@ -28,7 +30,7 @@ class FolderContainer:
                 f"{checkpoint.gguf}: only GGUF files are made of a GGUF file; folders copy tensors of the "
                 "original's safetensors"
             )
-        self.checkpoint, self.settings = with_copies(checkpoint), settings
+        self.checkpoint, self.settings = with_copies(checkpoint), as_released(checkpoint, settings)
         copied = len(checkpoint.predictions.stored)
         self.notes: tuple[str, ...] = (
             (f"{PREDICTION} kept: {copied:,} tensors copied as they are, for vLLM to draft with",)
@@ -70,3 +72,23 @@ class FolderContainer:
     def open(self, path: Path) -> FolderWeights:
         """See `Container`."""
         return folder.OPENERS[self.settings.layout](path)
+
+
+def as_released(checkpoint: Checkpoint, settings: FolderSettings) -> FolderSettings:
+    """The settings with the layout that a family is released in, where loaders take no other.
+
+    FamilyError for another scheme of it, and PlanError for attention, which they read as it is.
+    """
+    if checkpoint.family.name != mxfp4.FAMILY:
+        return settings
+    asked = settings.scheme and schemes.find(settings.scheme)
+    if not asked or asked.kind != "MXFP4" or settings.layout != "compressed-tensors":
+        raise FamilyError(
+            f"{mxfp4.FAMILY}: checkpoints have no name for a single expert, and loaders take all of them as "
+            "they are released; --scheme MXFP4A16 writes that, or write GGUF instead"
+        )
+    if settings.quantize_attention:
+        raise PlanError(
+            f"--quantize-attention: loaders of {mxfp4.FAMILY} take its experts alone; leave it out"
+        )
+    return replace(settings, layout="mxfp4")

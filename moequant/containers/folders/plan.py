@@ -17,7 +17,7 @@ from moequant.errors import FamilyError, PlanError
 from moequant.formats.groups import GROUPS, GroupFormat
 from moequant.values import Choice, Origin, Place, Plan, Role, Stack, Weight
 
-LayoutName = Literal["compressed-tensors", "gptq"]
+LayoutName = Literal["compressed-tensors", "gptq", "mxfp4"]
 
 ATTENTION = (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_OUT)
 DENSE = (Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN)
@@ -65,7 +65,7 @@ def storage(checkpoint: Checkpoint, scheme: Scheme, layout: LayoutName) -> Stora
     """How modules of a scheme are stored; scales are of the checkpoint's own type."""
     stored = {weight.origin.dtype for weight in checkpoint.weights if weight.is_expert}
     own = torch.float16 if stored == {"F16"} else torch.bfloat16
-    if layout == "compressed-tensors":
+    if layout != "gptq":
         return scheme.storage((own,))
     # GPTQ files hold f16 scales; rounded like the other layout's first, they give the same codes.
     also = (torch.float16,) if own != torch.float16 else ()
@@ -98,7 +98,7 @@ def scheme_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
     not divide a weight as it will be cut, with the group sizes that would.
     """
     scheme = settings.wanted
-    chosen = quantizable(checkpoint, settings.quantize_attention)
+    chosen = quantizable(checkpoint, settings.quantize_attention, settings.layout == "mxfp4")
     if not chosen:
         raise PlanError(
             f"{checkpoint.path}: no experts and no feed-forward blocks to quantize; --quantize-attention "
@@ -173,14 +173,15 @@ def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def quantizable(checkpoint: Checkpoint, attention: bool) -> list[Weight]:
-    """The weights that may have a scheme; `attention` adds the dense linears but router and head.
+def quantizable(checkpoint: Checkpoint, attention: bool, stacked: bool = False) -> list[Weight]:
+    """The weights that may have a scheme; `attention` adds the dense linears but router and head. Experts
+    may be `stacked` in the release's own tensors.
 
     FamilyError for experts that no loader knows one by one: it comes before all that could be changed.
     """
     shared = _shared_tensors(checkpoint)
     found = [weight for weight in checkpoint.weights if _is_quantized(checkpoint, weight, attention, shared)]
-    for weight in found:
+    for weight in () if stacked else found:
         modules(weight)
     return found
 

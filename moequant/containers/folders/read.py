@@ -74,15 +74,24 @@ class FolderWeights:
         """Whether the folder holds codes for it."""
         return any(suffix in _CODES for suffix in self.suffixes.get(modules(weight)[0], ()))
 
+    def parts(self, weight: Weight) -> tuple[tuple[str, ...], ...]:
+        """Of every expert of a quantized weight, the names of the stored tensors."""
+        return tuple(
+            tuple(f"{module}.{suffix}" for suffix in self.suffixes.get(module, ()) if suffix not in _OTHERS)
+            for module in modules(weight)
+        )
+
+    def label(self, weight: Weight, expert: int) -> str:
+        """What messages call one expert of a weight."""
+        return modules(weight)[expert]
+
     def stored(self, weight: Weight, expert: int = 0) -> dict[str, Tensor]:
         """The tensors of one expert of a quantized weight, by suffix."""
-        module = modules(weight)[expert]
-        there = [suffix for suffix in self.suffixes.get(module, ()) if suffix not in _OTHERS]
-        return {suffix: self.tensor(f"{module}.{suffix}") for suffix in there}
+        return {name.rpartition(".")[2]: self.tensor(name) for name in self.parts(weight)[expert]}
 
     def decode(self, weight: Weight, expert: int = 0) -> Tensor:
         """One expert of a quantized weight [out, in], rows as stored."""
-        module = modules(weight)[expert]
+        module = self.label(weight, expert)
         try:
             return self._decode(module, self.stored(weight, expert))
         except KeyError as error:
@@ -100,7 +109,7 @@ class FolderWeights:
             values = self.decode(weight, expert)
             if tuple(values.shape) != weight.shape[-2:]:
                 raise VerifyError(
-                    f"{self.path}: {modules(weight)[expert]} is {list(values.shape)}, "
+                    f"{self.path}: {self.label(weight, expert)} is {list(values.shape)}, "
                     f"expected {list(weight.shape[-2:])}"
                 )
             if out is None:

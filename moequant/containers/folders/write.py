@@ -21,7 +21,7 @@ from torch import Tensor
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Written
-from moequant.containers.folders import compressed_tensors, gptq, shards, side_files
+from moequant.containers.folders import compressed_tensors, gptq, mxfp4, shards, side_files
 from moequant.containers.folders.plan import (
     FolderSettings,
     kept_dtype,
@@ -47,7 +47,11 @@ _GPTQ_CONFIG = "quantize_config.json"
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-OPENERS = {"compressed-tensors": compressed_tensors.open_folder, "gptq": gptq.open_folder}
+OPENERS = {
+    "compressed-tensors": compressed_tensors.open_folder,
+    "gptq": gptq.open_folder,
+    "mxfp4": mxfp4.open_folder,
+}
 """Readers of folders by their layout, each with somebody else's rules."""
 
 
@@ -80,14 +84,20 @@ def write(
     kinds = stores(checkpoint, plan, settings.layout)
     files = _shards(checkpoint, plan, settings)
     by_name = {weight.name: weight for weight in checkpoint.weights}
-    stream = iter(packed)
+    stream, held = iter(packed), list[Packed]()
     with ShardWriter(folder, files) as writer:
         for choice in plan.choices:
             if choice.weight in kinds:
                 item = next(stream)
                 if item.weight.name != choice.weight:
                     raise VerifyError(f"{item.weight.name}: came where {choice.weight} was planned")
-                _put(writer, kinds[choice.weight], item)
+                if settings.layout != "mxfp4":
+                    _put(writer, kinds[choice.weight], item)
+                else:
+                    held.append(item)
+                    if mxfp4.completes(item.weight):
+                        _put_stack(writer, held)
+                        held.clear()
                 del item
                 continue
             entry, stored = _kept(by_name[choice.weight])
@@ -107,6 +117,8 @@ def write(
 
 def quantization(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
+    if settings.layout == "mxfp4":
+        return mxfp4.quantization_config()
     kept, named = kept_linears(checkpoint, plan), scheme_groups(plan)
     if settings.layout == "gptq":
         return gptq.quantization_config(find(next(iter(named))), kept)
@@ -140,7 +152,7 @@ def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: Folde
         theirs = on_disk.decode(weight, expert).float()
         ours = decode(storage, on_disk.stored(weight, expert), weight.n_in)
         if not torch.equal(ours, theirs) or not torch.isfinite(theirs).all():
-            module = modules(weight)[expert]
+            module = on_disk.label(weight, expert)
             raise VerifyError(f"{written.path}: {module} decodes to other values than meant")
         decoded += theirs.numel()
     return decoded
@@ -153,7 +165,9 @@ def _shards(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> tup
     entries: dict[str, Entry] = {}
     for choice in plan.choices:
         weight = by_name[choice.weight]
-        if weight.name in kinds:
+        if weight.name in kinds and settings.layout == "mxfp4":
+            entries |= {entry.name: entry for entry in mxfp4.entries(weight)}
+        elif weight.name in kinds:
             for module in modules(weight):
                 made = kinds[weight.name].entries(module, weight.shape[-2], weight.n_in)
                 entries |= {entry.name: entry for entry in made}
@@ -180,6 +194,12 @@ def _put(writer: ShardWriter, storage: Storage, item: Packed) -> None:
         values = storage.tensors(rows, n_in)
         for entry, tensor in zip(storage.entries(module, n_out, n_in), values, strict=True):
             writer.put(entry.name, [_bytes(tensor)])
+
+
+def _put_stack(writer: ShardWriter, items: list[Packed]) -> None:
+    """Both tensors of a stack of experts; memory holds the codes of one expert more."""
+    for number, entry in enumerate(mxfp4.entries(items[-1].weight)):
+        writer.put(entry.name, (_bytes(each[number]) for each in mxfp4.values(items)))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
