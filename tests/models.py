@@ -1122,6 +1122,24 @@ def _appended(like: int, number: int, around: Mapping[str, tuple[int, ...]] = _A
     return Prediction({like: f"{at}."}, {name.format(at=at): shape for name, shape in around.items()})
 
 
+def _mimo(number: int) -> dict[str, tuple[int, ...]]:
+    """A layer that predicts with a window and a dense block, of a model whose last layers have experts."""
+    shapes = {
+        "eh_proj": (256, 512),
+        "self_attn.q_proj": (192, 256),
+        "self_attn.k_proj": (192, 256),
+        "self_attn.v_proj": (128, 256),
+        "self_attn.o_proj": (256, 128),
+        "self_attn.attention_sink_bias": (4,),
+        "mlp.gate_proj": (320, 256),
+        "mlp.up_proj": (320, 256),
+        "mlp.down_proj": (256, 320),
+    }
+    norms = ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm")
+    shapes |= dict.fromkeys(norms, (256,))
+    return {f"model.mtp.layers.{number}.{name}": shape for name, shape in shapes.items()}
+
+
 PREDICTIONS: Mapping[str, Prediction] = {
     "deepseek_v3": _appended(2, 3),
     "deepseek_v32": _appended(2, 3),
@@ -1140,6 +1158,7 @@ PREDICTIONS: Mapping[str, Prediction] = {
     ),
     "qwen3_next": Prediction({3: "mtp.layers.0."}, _UNDER_MTP),
     "qwen3_5_moe": Prediction({3: "mtp.layers.0."}, _UNDER_MTP),
+    "mimo_v2_flash": Prediction({}, {**_mimo(0), **_mimo(1), **_mimo(2)}),
     "nemotron_h": Prediction(
         {2: "mtp.layers.0.", 3: "mtp.layers.1."},
         {
@@ -1171,7 +1190,6 @@ BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "ernie4_5_moe": {"model.mtp_emb_norm.0.weight": (256,), "model.mtp_linear_proj.0.weight": (256, 512)},
     "exaone_moe": _UNFIT,
     "mellum": _UNFIT,
-    "mimo_v2_flash": {"model.mtp.layers.0.eh_proj.weight": (256, 512)},
 }
 """Tensors of releases that transformers neither runs nor saves."""
 
@@ -1334,7 +1352,7 @@ def predicting(folder: Path, family: str, seed: int = 0) -> dict[str, torch.Tens
     if told is None:
         return made
     chance = torch.Generator().manual_seed(seed)
-    shapes = {f"{name}.weight": shape for name, shape in told.around.items()}
+    shapes = {name + ".weight" * ("_bias" not in name): shape for name, shape in told.around.items()}
     for name, tensor in load_file(folder / "model.safetensors").items():
         for number, prefix in told.like.items():
             if (parts := name.partition(f"layers.{number}."))[2] and "visual" not in name:
