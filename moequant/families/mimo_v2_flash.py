@@ -36,7 +36,7 @@ def has_window(config: Config, number: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Rows of one matrix of queries, keys and values: of each rank, its queries, then its keys, its values."""
+    """Rows of one matrix of queries, keys and values: of each rank first those, in this order."""
 
     ranks: int
     sizes: tuple[int, int, int]
@@ -107,7 +107,7 @@ PREDICTED = 3
 
 
 def predictions(config: Config) -> tuple[tuple[Slot, ...], ...]:
-    """Layers with a window and a dense block. llama.cpp drafts with one matrix of queries, keys and values."""
+    """Layers with a window and a dense block. llama.cpp wants queries, keys and values in one matrix."""
     first, found = int(config.num_hidden_layers), list[tuple[Slot, ...]]()
     window, dense = last_of(config.layer_types, WINDOW), last_of(config.mlp_layer_types, "dense")
     for index in range(count(config) or PREDICTED):
@@ -205,6 +205,7 @@ BEYOND_TEXT = frozenset(
         "vision_config",
         "audio_config",
         "processor_config",
+        "vision_model_type",
         *(f"{what}_token_id" for what in ("image", "video", "audio")),
         *(f"{what}_{end}_token_id" for what in ("vision", "video", "audio") for end in ("start", "end")),
     }

@@ -42,14 +42,11 @@ def counted(way: Export, config: Config, keys: tuple[Key, ...], kept: tuple[Weig
     more = len(_layers(kept))
     if not more or way.drafting is None:
         return keys
-    layers, own = (
-        int(config.num_hidden_layers),
-        [way.drafting.lists(config, number) for number in range(more)],
-    )
+    own = [way.drafting.lists(config, number) for number in range(more)]
     found = []
     for key in keys:
         if key.name == "block_count":
-            key = Key(key.name, key.kind, layers + more)
+            key = Key(key.name, key.kind, int(config.num_hidden_layers) + more)
         elif key.name in own[0]:
             key = Key(key.name, key.kind, [*key.value, *(each[key.name] for each in own)])
         found.append(key)
