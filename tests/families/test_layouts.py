@@ -14,6 +14,7 @@ from torch import Tensor
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.errors import FamilyError
+from moequant.evaluate.self_check import self_check
 from tests import models
 
 Tensors = Mapping[str, Tensor]
@@ -126,5 +127,7 @@ def test_ernie_as_paddle_stores_it(tmp_path: Path, text: Path, tied: bool) -> No
     folder = models.build(tmp_path / "torch" / "model", "ernie4_5_moe", tie_word_embeddings=tied)
     paddle = relaid(folder, tmp_path / "paddle" / "model", as_paddle, PADDLE)
     assert f32(folder, tmp_path / "torch.gguf", text) == f32(paddle, tmp_path / "paddle.gguf", text)
+    found = self_check(open_checkpoint(paddle), None)
+    assert found.source is None and "knows no file's names for" in found.note
     with pytest.raises(FamilyError, match="is stored with inputs as rows"):
         convert(paddle, tmp_path / "folder", Settings(None, text, 512, text, format="safetensors"))
