@@ -91,11 +91,12 @@ CHECKED = View("check", check_report, check_json)
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:
-    """A machine, what is served on it, and the least speed that will do.
+    """A machine, what is served on it, and the least speed.
 
-    `hardware` has bytes of GPU and system memory and bytes per second of each, and of the disk where experts
-    may stay on it; `load` the tokens of context of a sequence, sequences served at once, and the KV cache's
-    type. `min_speed` is in tokens per second, held against the upper bound.
+    `hardware` has the bytes of GPU and system memory, and the bytes per second of each; those of the disk
+    too, if experts may stay on it. `load` has the tokens of context of a sequence, how many sequences are
+    served at once, and the type of the KV cache. Files whose upper bound of speed is below `min_speed` tokens
+    per second are left out.
     """
 
     hardware: Hardware
@@ -181,8 +182,8 @@ def convert_all(
     settings: Settings = Settings(),  # frozen
     progress: Listener | None = None,
 ) -> Conversion:
-    """The same for every size that `settings` name, such as `type="Q4_K_M,Q3_K_M"`: the model is read,
-    measured and compared once for all.
+    """Quantize a model to every size that `settings` name, such as `type="Q4_K_M,Q3_K_M"`. It is read,
+    measured and compared once for all of them.
 
     `out` is a folder, or a name with `{type}` in it. `reports` has a report for each file, in the order of
     the sizes. Each file has the bytes that it would have alone; where one fails, those before it stay.
@@ -213,7 +214,7 @@ def check(
     settings: CheckSettings = CheckSettings(),  # frozen
     progress: Listener | None = None,
 ) -> Result[CheckReport]:
-    """Check the packed bytes of a GGUF file or a quantized folder, and with a baseline every expert.
+    """Check a GGUF file or a quantized folder: its bytes, and with a baseline every expert.
 
     `found.holds` says whether all is well, `found.damages` what is not and where. VerifyError for a file
     that cannot be read at all, or a baseline that does not fit.

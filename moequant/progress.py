@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import resource
 import sys
@@ -66,18 +67,26 @@ def tell(step: Progress) -> None:
 
 
 class Bar:
-    """Counts a stage: a bar on a terminal, a call for who listens."""
+    """Counts a stage: a bar on a terminal, which says the memory that is used; a call for who listens."""
 
     def __init__(self, stage: str, total: float, unit: str, done: float = 0.0) -> None:
         scaled = total >= SCALED
         self._shown: Any = tqdm(
-            desc=stage, total=total, initial=done, unit=unit, unit_scale=scaled, disable=None, leave=False
+            desc=stage,
+            total=total,
+            initial=int(done) if float(done).is_integer() else done,
+            unit=unit,
+            unit_scale=scaled,
+            disable=None,
+            leave=False,
         )
         self._step = Progress(stage, done, total, unit)
         tell(self._step)
 
     def update(self, count: float = 1) -> None:
         """So many more are done."""
+        if not self._shown.disable:
+            self._shown.set_postfix_str(f"{resident_bytes() / 1e9:.1f} GB", refresh=False)
         self._shown.update(count)
         self._step = replace(self._step, done=self._step.done + count)
         tell(self._step)
@@ -122,6 +131,7 @@ class Meter:
     def stage(self, name: str) -> Iterator[None]:
         """Measure the block under that name."""
         tell(Progress(name))
+        _give_back()
         _reset_peak()
         start, before = time.perf_counter(), _read_bytes()
         yield
@@ -152,6 +162,12 @@ def _read_bytes() -> int | None:
     except OSError:
         pass
     return None
+
+
+def _give_back() -> None:
+    """Give memory that is free back to the system: glibc keeps it, and it would count for the next stage."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _reset_peak() -> None:

@@ -78,16 +78,25 @@ NEEDED = {"lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_att
 
 HEAD = """# Families
 
-Each family below is converted to GGUF for llama.cpp, and to a folder for vLLM and transformers, where the
-table says so. A folder needs releases that store experts one by one. Tiny models of each, built with
-transformers, are converted in the tests: the logits of the F32 file in llama.cpp equal those of transformers.
+These are the families of models that moequant converts. The columns say:
 
-All of them are read in bf16, f16 and f32, and as FP8 (DeepSeek's blocks, compressed-tensors), MXFP4, NVFP4,
-int2 to int8 (compressed-tensors, GPTQ, AWQ); those with a name in the third column from GGUF files, too. What
-a codec decodes is described in `moequant/checkpoint/codecs/`.
+- **class**: `architectures` in the model's config.json.
+- **llama.cpp**: what llama.cpp calls the architecture; *no* where the family cannot become a GGUF file.
+- **folder**: whether it can become a [folder](safetensors.md) for vLLM and transformers. A folder needs
+  releases that store experts one by one.
+- **left out**: parts of the model that are not converted.
+- **llama.cpp differs**: where llama.cpp computes something else than transformers. Reports say it too.
 
-Layers that predict the token after the next (multi-token prediction) are kept as llama.cpp's NextN blocks,
-for drafting, unless the table has them among what is left out, and says why; folders hold copies of them.
+For each family the tests build a tiny model with transformers and convert it. In llama.cpp the logits
+of its F32 file equal those of transformers.
+
+All families are read in bf16, f16 and f32. They are also read quantized: as FP8 (DeepSeek's blocks,
+compressed-tensors), MXFP4, NVFP4, and int2 to int8 (compressed-tensors, GPTQ, AWQ). Families with a name
+in the column *llama.cpp* are also read from GGUF files. `moequant/checkpoint/codecs/` says what each
+codec decodes.
+
+Layers that predict the token after the next (multi-token prediction, MTP) are kept, as llama.cpp's NextN
+blocks for drafting, unless the table lists them as left out, with the reason. Folders hold copies of them.
 `--no-mtp` leaves them out of both.
 
 This page is written by `scripts/build_families_reference.py`.
@@ -113,7 +122,7 @@ def row(family: Family) -> str:
     kept = {"computed from the config", *([] if refused else [PREDICTION])}
     left = dict.fromkeys(why for why in family.skipped(config).values() if why not in kept)
     shown = (f"{why}: {refused}" if why == PREDICTION else why for why in left)
-    warned = " ".join(way.warnings(config)) if way is not None else ""
+    warned = "; ".join(way.warnings(config)) if way is not None else ""
     cells = (
         MODELS[family.name],
         ", ".join(f"`{name}`" for name in family.classes),

@@ -209,7 +209,7 @@ def _field(field: dataclasses.Field[Any]) -> str:
 def _methods(kind: type) -> str:
     """A row a method that a caller uses."""
     rows = [
-        f"| `.{name}{_cell(str(inspect.signature(each, eval_str=False)))}` | {_doc(each)} |"
+        f"| `.{name}{_cell(str(inspect.signature(each, eval_str=False)))}` | {' '.join(_doc(each).split())} |"
         for name, each in vars(kind).items()
         if inspect.isfunction(each) and name not in ("renderable", "value")
     ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from moequant.progress import Meter
+from moequant.progress import Bar, Meter, resident_bytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process reads")
@@ -23,3 +26,30 @@ def test_bytes_that_a_stage_reads_are_its_own(tmp_path: Path) -> None:
     assert idle.read_bytes is not None and idle.read_bytes < 100_000
     assert read.read_bytes is not None and 3_000_000 <= read.read_bytes < 3_100_000
     assert read.peak_bytes > 0 and read.seconds > 0
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only glibc keeps what is free, and gives it back when asked"
+)
+def test_a_stage_is_not_charged_with_what_the_one_before_it_freed() -> None:
+    meter = Meter()
+    with meter.stage("much"):
+        pieces = [bytearray(100_000) for _ in range(2_000)]
+    used = resident_bytes()
+    kept = pieces[::50]  # so that the heap does not end where it is free
+    del pieces
+    with meter.stage("little"):
+        pass
+    assert len(kept) == 40 and meter.costs[1].peak_bytes < used - 100_000_000
+
+
+def test_a_bar_says_how_fast_how_long_and_how_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Bar("calibrate", 4, "layer") as bar:
+        for _ in range(4):
+            time.sleep(0.11)  # terminals are written to ten times a second
+            bar.update()
+    # calibrate:  75%|███████▌  | 3/4 [00:00<00:00,  9.0layer/s, 0.4 GB]
+    assert re.search(r"calibrate:.*3/4 \[00:00<00:00, .*layer/s, [0-9.]+ GB\]", terminal.getvalue())

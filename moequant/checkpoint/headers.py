@@ -40,7 +40,7 @@ def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object was expected")
+        raise CheckpointError(f"{path}: a JSON object was expected; download it again")
     return value
 
 

@@ -178,7 +178,9 @@ def _tied(path: Path, wanted: bool, stored: dict[str, Stored]) -> bool:
     differ. The second of two equal ones is dropped."""
     embedding, head = (stored.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
     if not wanted and head is None:
-        raise CheckpointError(f"{path}: lm_head.weight is missing and tie_word_embeddings is not set")
+        raise CheckpointError(
+            f"{path}: lm_head.weight is missing and tie_word_embeddings is not set; is the download complete?"
+        )
     if not wanted or head is None or embedding is None:
         return wanted
     if _same(embedding, head):
@@ -270,11 +272,12 @@ def _left_out(
             layers = config.num_hidden_layers
             if layer is not None and int(layer[1]) >= layers:
                 raise CheckpointError(
-                    f"tensors of layer {layer[1]} exist ({name}), but config.json says {layers} layers"
+                    f"tensors of layer {layer[1]} exist ({name}), but config.json says {layers} layers; are "
+                    "both of one download?"
                 )
             raise FamilyError(
-                f"{family.name}: tensor {name} {list(stored[name].shape)} is unknown; nothing is dropped "
-                "silently"
+                f"{family.name}: tensor {name} {list(stored[name].shape)} is unknown, and is not "
+                "dropped silently; please report the model"
             )
         skipped.setdefault(reason, []).append(name)
     return skipped

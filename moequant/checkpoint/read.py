@@ -88,7 +88,8 @@ def not_finite(weight: Weight, values: Tensor) -> str | None:
     parts = values if weight.is_expert and len(stored) > 1 else values[None]
     bad = (~torch.isfinite(parts)).flatten(1).sum(1)
     first = int(bad.nonzero()[0])
+    number = _numbers(weight)[first] if len(stored) > 1 else 0
     return (
-        f"tensor {stored[first].name} ({weight.name}): {int(bad[first])} of "
+        f"tensor {stored[number].name} ({weight.name}): {int(bad[first])} of "
         f"{parts[first].numel()} values are NaN or infinite; the checkpoint is damaged"
     )

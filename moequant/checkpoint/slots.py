@@ -33,7 +33,7 @@ def weight_of(
         raise CheckpointError(f"{where} is missing ({name}); is the download complete?")
     if len(ways) > 1:
         one, two = (names[0] for names in list(ways.values())[:2])
-        raise CheckpointError(f"{where}: stored twice, as {one} and as {two}")
+        raise CheckpointError(f"{where}: stored twice, as {one} and as {two}; remove one of them")
     ((way, names),) = ways.items()
     tensors = tuple(stored[name] for name in names)
     _check_tensors(where, way, tensors, shape.experts)

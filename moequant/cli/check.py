@@ -22,30 +22,37 @@ def check(
     out: Annotated[
         str,
         typer.Argument(
-            help="GGUF file, folder of int4/int8 safetensors, or a name of the Hub: OWNER/NAME[:FILE.gguf]."
+            help="GGUF file, quantized safetensors folder, or a name on the Hub: OWNER/NAME[:FILE.gguf]."
         ),
     ],
     baseline: Annotated[
         str | None,
-        typer.Option(help="Model that it was made from, folder or name: errors per expert, routing."),
+        typer.Option(
+            help="The model that it was made from, folder or name: adds every expert's error, and routing."
+        ),
     ] = None,
     device: Annotated[
         CheckDevice | None,
-        typer.Option(help="Where products run (default: cuda if there is one; interpreter: Triton's own)."),
+        typer.Option(
+            help="Where the kernels run. Default: cuda if there is one, else cpu; interpreter is Triton's."
+        ),
     ] = None,
     sample: Annotated[
-        int | None, typer.Option(min=1, help="Check so many tensors, spread over the file (default: all).")
+        int | None,
+        typer.Option(min=1, help="Check only so many tensors, spread over the file (default: all)."),
     ] = None,
     calib: Annotated[
         str | None,
-        typer.Option(help="Text for real activations: file, folder, .jsonl or dataset (default: bundled)."),
+        typer.Option(
+            help="Text to run through the model: file, folder, .jsonl or dataset (default: bundled)."
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=512, max=MOST, help="Tokens of that text.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=512, max=MOST, help="Tokens of that text to use.")] = 2048,
     speed: Annotated[bool, typer.Option("--speed", help="Time the kernels too (needs a GPU).")] = False,
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check the packed bytes: decoders, GPU products, every expert against the model. Exits 1 if not."""
+    """Check a file: checksums, decoders, kernels, every expert against the model. Exits 1 if one fails."""
     from moequant.commands.check import CheckSettings  # torch is imported only when there is work
     from moequant.library import check as run
 

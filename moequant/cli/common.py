@@ -36,14 +36,14 @@ Type = Annotated[str, typer.Option("--type", "-t", metavar="TYPE", help=f"Preset
 Model = Annotated[
     str,
     typer.Argument(
-        help="Hugging Face model folder (config, safetensors, tokenizer), or a name of the Hub: "
+        help="Hugging Face model folder (config, safetensors, tokenizer), or a name on the Hub: "
         "OWNER/NAME or OWNER/NAME@REVISION."
     ),
 ]
 Source = Annotated[
     str,
     typer.Argument(
-        help="Hugging Face model folder (config, safetensors, tokenizer), a name of the Hub (OWNER/NAME or "
+        help="Hugging Face model folder (config, safetensors, tokenizer), a name on the Hub (OWNER/NAME or "
         "OWNER/NAME@REVISION), or a GGUF file."
     ),
 ]
@@ -51,8 +51,8 @@ Config = Annotated[
     str | None,
     typer.Option(
         metavar="FOLDER|NAME",
-        help="Of a GGUF file as MODEL, where config.json and tokenizer are: a folder, or a name of the Hub "
-        "(default: beside the file).",
+        help="When MODEL is a GGUF file: the folder, or name on the Hub, with the original's config.json and "
+        "tokenizer (default: beside the file).",
     ),
 ]
 Calib = Annotated[
@@ -61,32 +61,38 @@ Calib = Annotated[
         help="Calibration text: file, folder, .jsonl or Hugging Face dataset (default: the bundled set)."
     ),
 ]
-CalibTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Tokens to calibrate on, at most.")]
+CalibTokens = Annotated[
+    int, typer.Option(min=1, max=MOST, help="At most so many tokens of calibration text.")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Order of the calibration text.")]
 EffortOption = Annotated[
     Effort,
     typer.Option(
-        help="fast: types from tables, plain search. default: types measured, rounding under Hessians. "
-        "best: harder and longer."
+        help="fast: types from tables, plain search. default: types measured on this model, rounding under "
+        "Hessians. best: searches longer, and needs the whole model in memory."
     ),
 ]
 Ram = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Memory to use, such as 8G: past half of it hidden states go to disk."),
+    typer.Option(
+        metavar="SIZE", help="Memory to use, such as 8G. Above half of it, hidden states go to disk."
+    ),
 ]
-Device = Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1 …")]
+Device = Annotated[str, typer.Option(help="Where the model's layers run: cpu, cuda, cuda:1 …")]
 Details = Annotated[
     bool,
-    typer.Option("--details", help="Also show types, what each layer's experts saw and lost, and the costs."),
+    typer.Option(
+        "--details", help="Also show tables: types, what each layer's experts saw and lost, time and memory."
+    ),
 ]
 TensorType = Annotated[
     list[str] | None,
     typer.Option(
         "--tensor-type",
         metavar="REGEX=TYPE",
-        help="Pin the type of all weights whose name, ours or the file's, has the pattern in it, such as "
-        "experts.down=Q6_K; may be repeated, the first that matches counts. The rest of the budget is spent "
-        "around it.",
+        help="Fix the type of all weights whose name (ours or the file's) contains the pattern, such as "
+        "experts.down=Q6_K. May be repeated; the first match counts. The other weights share the rest of the "
+        "budget.",
     ),
 ]
 CacheDir = Annotated[

@@ -37,55 +37,61 @@ def compare(
     base: Annotated[
         str,
         typer.Argument(
-            help="The baseline: model folder, GGUF file, or a name of the Hub: "
+            help="The baseline: model folder, GGUF file, or a name on the Hub: "
             "OWNER/NAME[@REVISION][:FILE.gguf]."
         ),
     ],
     candidates: Annotated[
         list[str],
-        typer.Argument(help="What is held against it: GGUF files, folders and names of the Hub, in any mix."),
+        typer.Argument(
+            help="What is compared with it: GGUF files, folders and names on the Hub, in any mix."
+        ),
     ],
     eval_: Annotated[
         str | None,
         typer.Option(
-            "--eval", help="Text: file, folder, .jsonl or Hugging Face dataset (default: the bundled set)."
+            "--eval",
+            help="Text to score: file, folder, .jsonl or Hugging Face dataset (default: the bundled set).",
         ),
     ] = None,
     eval_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST, help="Tokens to read, at most; half are scored.")
+        int, typer.Option(min=1, max=MOST, help="At most so many tokens of text; half of them are scored.")
     ] = 16_384,
     seed: Seed = 0,
     engine: Annotated[
-        Engine, typer.Option(help="Who computes; llama.cpp takes GGUF files and needs xllamacpp.")
+        Engine,
+        typer.Option(help="What computes the models; llama.cpp takes only GGUF files and needs xllamacpp."),
     ] = Engine.moequant,
     model: Annotated[
         str | None,
-        typer.Option(help="The unquantized model, folder or name, when it is not among what is compared."),
+        typer.Option(help="The unquantized model, folder or name, when it is not among the compared ones."),
     ] = None,
     exact: Annotated[
         bool,
-        typer.Option("--exact", help="Do not round the inputs of products as llama.cpp or vLLM does."),
+        typer.Option("--exact", help="Compute exactly: do not round activations as llama.cpp or vLLM does."),
     ] = False,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A prompt of yours, beside the bundled ones, for samples; may be repeated."),
+        typer.Option(help="A prompt of yours to continue, beside the bundled ones; may be repeated."),
     ] = None,
     sample_tokens: Annotated[
         int | None,
         typer.Option(
             min=0,
             max=MOST,
-            help="Tokens that each prompt is continued by; 0 for none. GGUF files run in llama.cpp and are "
+            help="Continue each prompt by so many tokens; 0 for none. GGUF files run in llama.cpp and are "
             "timed (default: 32 with --engine llama.cpp or --prompt, else 0).",
         ),
     ] = None,
     ram: Ram = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads (default: one a core).")
+        int | None, typer.Option(min=1, max=1024, help="Threads to use (default: one a core).")
     ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
-    html: Annotated[Path | None, typer.Option(help="Page to write: one file, no network needed.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write the result as a page: one file that needs no network.")
+    ] = None,
     cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -56,8 +56,8 @@ def convert(
             "--out",
             "-o",
             metavar="PATH",
-            help="GGUF file to write, or folder. For several sizes a folder (its files are named "
-            "MODEL-SIZE.gguf), or a name with {type} in it, such as out-{type}.gguf.",
+            help="GGUF file or folder to write. For several sizes: a folder, in which files are named "
+            "MODEL-SIZE.gguf, or a name with {type} in it, such as out-{type}.gguf.",
         ),
     ],
     type_: Annotated[
@@ -66,46 +66,48 @@ def convert(
             "--type",
             "-t",
             metavar="TYPE,…",
-            help=f"Preset of a file, or several, a file for each: {PRESETS}.",
+            help=f"Preset, or several with commas between them, a file for each: {PRESETS}.",
         ),
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE,…", help="Largest file or folder, such as 14G or 10G,12G,14G, instead of a type."
+            metavar="SIZE,…",
+            help="Largest size of the file or folder, such as 14G or 10G,12G,14G. Instead of a type.",
         ),
     ] = None,
     bpw: Annotated[
-        str | None, typer.Option(metavar="BITS,…", help="Bits per weight at most, instead of a type.")
+        str | None, typer.Option(metavar="BITS,…", help="At most so many bits per weight. Instead of a type.")
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="Types from a JSON file that `moequant plan -o` wrote, maybe edited.")
+        Path | None,
+        typer.Option(help="Types from a JSON file that `moequant plan -o` wrote. You may edit it."),
     ] = None,
     tensor_type: TensorType = None,
     calib: Calib = None,
     calib_tokens: CalibTokens = 131_072,
     eval_: Annotated[
         str | None,
-        typer.Option("--eval", help="Text for perplexity before and after (default: the bundled set)."),
+        typer.Option("--eval", help="Text to compare with the original on (default: the bundled set)."),
     ] = None,
     eval_tokens: Annotated[
         int,
-        typer.Option(min=0, max=MOST, help="Tokens to evaluate on, at most; 0 leaves the comparison out."),
+        typer.Option(
+            min=0, max=MOST, help="At most so many tokens of that text; 0 leaves the comparison out."
+        ),
     ] = 16_384,
     effort: EffortOption = Effort.default,
     coupled: Annotated[
         bool,
-        typer.Option(help="Round each layer towards undoing what rounding the layers before it cost."),
+        typer.Option(help="Round each layer so that it makes up for the rounding of the layers before it."),
     ] = True,
     seed: Seed = 0,
     stats: Annotated[
         Path | None,
-        typer.Option(
-            help="Statistics of `moequant route`, instead of a pass for them; rounding still reads text."
-        ),
+        typer.Option(help="Statistics that `moequant route -o` wrote. Rounding still reads the text."),
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(help="An imatrix of llama.cpp (GGUF or .dat) in their place.")
+        Path | None, typer.Option(help="Importance from an imatrix of llama.cpp (GGUF or .dat).")
     ] = None,
     imatrix_out: Annotated[
         Path | None, typer.Option(help="Also write the statistics as an imatrix for llama-quantize.")
@@ -114,29 +116,29 @@ def convert(
         Path | None,
         typer.Option(
             metavar="FILE|FOLDER",
-            help="Also write a README.md for the Hugging Face Hub: files, what they lost, how to run them.",
+            help="Also write a README.md for the Hugging Face Hub: files, their loss, how to run them.",
         ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(help="Page to write: verdict, figures, maps of all experts; one file.")
+        Path | None, typer.Option(help="Also write the report as a page: one file with maps of all experts.")
     ] = None,
     format_: Annotated[
         Format,
-        typer.Option("--format", help="gguf for llama.cpp; safetensors or gptq folders for vLLM."),
+        typer.Option("--format", help="gguf: a file for llama.cpp. safetensors, gptq: a folder for vLLM."),
     ] = Format.gguf,
     scheme: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"What a folder's weights are stored as: {SCHEMES}."),
+        typer.Option(metavar="NAME", help=f"For folders, how weights are stored: {SCHEMES}."),
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(help="A short word for the schemes W4A16 (default), W8A16 and their like.")
+        int | None, typer.Option(help="For folders: --bits 4 is short for --scheme W4A16, the default.")
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(help="Weights that share a scale in a folder: 32, 64, 128 (default), or -1 for a row."),
+        typer.Option(help="For folders: weights that share a scale, 32, 64, 128 (default), or -1 for a row."),
     ] = None,
     quantize_attention: Annotated[
-        bool | None, typer.Option("--quantize-attention", help="In a folder, round attention as well.")
+        bool | None, typer.Option("--quantize-attention", help="For folders: quantize attention as well.")
     ] = None,
     tp: Annotated[
         int | None,
@@ -158,16 +160,18 @@ def convert(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Cut the output into files of at most so many bytes of weights, such as 40G; "
-            "NAME.gguf becomes NAME-00001-of-00003.gguf and so on.",
+            help="Cut the output into files with at most so many bytes of weights, such as 40G: "
+            "NAME-00001-of-00003.gguf and so on.",
         ),
     ] = None,
     self_check: Annotated[
         bool,
-        typer.Option(help="Hold the reading of the folder against transformers' own, where it fits memory."),
+        typer.Option(
+            help="Compare logits with transformers on the original folder, as far as memory allows."
+        ),
     ] = True,
     mtp: Annotated[
-        bool, typer.Option(help="Keep layers that predict the token after the next, for drafting.")
+        bool, typer.Option(help="Keep MTP layers, with which llama.cpp drafts tokens ahead.")
     ] = True,
     ram: Ram = None,
     device: Device = "cpu",
@@ -178,8 +182,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Keep at most so much of a model of the Hub on disk, such as 200G, and fetch again what a "
-            "later pass reads.",
+            help="Keep at most so much of a model from the Hub on disk, such as 200G. Later passes fetch it "
+            "again.",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -187,18 +191,18 @@ def convert(
         bool,
         typer.Option(
             "--fresh",
-            help="Begin again, instead of going on where the same command was killed or ran out of disk.",
+            help="Start from the beginning, instead of continuing a run that was killed.",
         ),
     ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print every tensor's type and the file size, or its bound; read only headers."
+            "--dry-run", help="Print the type of every tensor and the size of the file, from headers alone."
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what it cost."""
+    """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what was lost."""
     from moequant.commands.convert import (  # torch is imported only when there is work
         Settings,
         convert_all,

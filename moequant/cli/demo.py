@@ -20,7 +20,7 @@ def demo(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert the tiny trained MoE that ships with moequant and print the report."""
+    """Convert the tiny trained MoE that ships with moequant, and print the report."""
     from moequant.commands.convert import Settings
     from moequant.commands.convert import convert as run
     from moequant.files import scratch

@@ -35,25 +35,37 @@ def fit(
     path: Annotated[
         str,
         typer.Argument(
-            help="Hugging Face model folder (all types are tried), GGUF file, or a name of the Hub: "
+            help="Hugging Face model folder (all types are tried), GGUF file, or a name on the Hub: "
             "OWNER/NAME, OWNER/NAME@REVISION, OWNER/NAME:FILE.gguf."
         ),
     ],
     vram: Annotated[
-        int, typer.Option(parser=memory, metavar="SIZE", help="GPU memory: 24G, or 0 without a GPU.")
+        int, typer.Option(parser=memory, metavar="SIZE", help="GPU memory, such as 24G; 0 for no GPU.")
     ],
     ram: Annotated[
-        int, typer.Option(parser=memory, metavar="SIZE", help="System memory that the model may use.")
+        int,
+        typer.Option(
+            parser=memory, metavar="SIZE", help="System memory that the model may use, such as 64G."
+        ),
     ],
-    ctx: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of context of each sequence.")] = 8192,
-    parallel: Annotated[int, typer.Option(min=1, max=1 << 20, help="Sequences served at once.")] = 1,
+    ctx: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of context for each sequence.")] = 8192,
+    parallel: Annotated[
+        int, typer.Option(min=1, max=1 << 20, help="How many sequences are served at once.")
+    ] = 1,
     cache_type: Annotated[CacheType, typer.Option(help="Type of the KV cache.")] = CacheType.f16,
-    vram_bandwidth: Annotated[float, typer.Option(min=1, help="GB/s of the GPU's memory.")] = 900,
-    ram_bandwidth: Annotated[float, typer.Option(min=1, help="GB/s of the system memory.")] = 60,
+    vram_bandwidth: Annotated[
+        float, typer.Option(min=1, help="Bandwidth of the GPU's memory, in GB/s.")
+    ] = 900,
+    ram_bandwidth: Annotated[
+        float, typer.Option(min=1, help="Bandwidth of the system memory, in GB/s.")
+    ] = 60,
     disk_bandwidth: Annotated[
-        float | None, typer.Option(min=0.01, help="GB/s of the disk; given, experts may stay on it.")
+        float | None,
+        typer.Option(min=0.01, help="Bandwidth of the disk, in GB/s. If given, experts may stay on disk."),
     ] = None,
-    min_speed: Annotated[float, typer.Option(min=0, help="Tokens per second that the bound must allow.")] = 0,
+    min_speed: Annotated[
+        float, typer.Option(min=0, help="Leave out what is slower than so many tokens per second.")
+    ] = 0,
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:

@@ -13,14 +13,14 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            help="Hugging Face model folder, GGUF file (the first of several), or a name of the Hub: "
+            help="Hugging Face model folder, GGUF file (the first of several), or a name on the Hub: "
             "OWNER/NAME, OWNER/NAME@REVISION, OWNER/NAME:FILE.gguf."
         ),
     ],
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Describe a model from its headers: experts, active parameters, bytes by role, sizes, support."""
+    """Describe a model from its headers: experts, parameters, size of every type, and what can run it."""
     from moequant.library import inspect as run
 
     tell(guarded(lambda: run(place(path, cache_dir))), as_json)

@@ -28,10 +28,13 @@ T = TypeVar("T")
 
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", help="Print the result and errors alone: no bars, notices or warnings."),
+    typer.Option("--quiet", "-q", help="Print only the result and errors: no bars, notices or warnings."),
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", help="Print what each stage takes, and where an error was raised.")
+    bool,
+    typer.Option(
+        "--verbose", help="Also print what each stage takes, and where in the code an error was raised."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables (docs/json.md).")]
 

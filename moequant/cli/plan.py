@@ -32,23 +32,28 @@ def plan(
         typer.Option(metavar="SIZE,…", help="File sizes to plan for, such as 10G,12G,14GiB."),
     ] = None,
     bpw: Annotated[
-        str | None, typer.Option(metavar="BITS,…", help="Plan for so many bits per weight.")
+        str | None, typer.Option(metavar="BITS,…", help="Bits per weight to plan for, such as 3.5,4.5.")
     ] = None,
     type_: Annotated[
         str | None,
-        typer.Option("--type", "-t", metavar="TYPE,…", help="Plan for the size of llama.cpp's preset."),
+        typer.Option(
+            "--type",
+            "-t",
+            metavar="TYPE,…",
+            help="Presets to plan for: the sizes of llama.cpp's files of those names.",
+        ),
     ] = None,
     tensor_type: TensorType = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Write the plan as JSON, to read, edit and give to convert --plan."),
+        typer.Option("--out", "-o", help="Write the plan as JSON. You may edit it; convert --plan takes it."),
     ] = None,
     curve: Annotated[
-        Path | None, typer.Option(help="Draw the size/quality curve: .png, .svg or .pdf.")
+        Path | None, typer.Option(help="Draw loss against size: a .png, .svg or .pdf file.")
     ] = None,
     stats: Annotated[
         Path | None,
-        typer.Option(metavar="STATS", help="Statistics that moequant route saved: no calibration pass."),
+        typer.Option(metavar="STATS", help="Statistics that `moequant route -o` wrote, instead of a pass."),
     ] = None,
     calib: Calib = None,
     calib_tokens: CalibTokens = 131_072,
@@ -56,7 +61,7 @@ def plan(
         bool,
         typer.Option(
             "--probes/--no-probes",
-            help="Measure what each weight costs in KL divergence, or take other models' sensitivities.",
+            help="Measure what each type costs this model, or take tables of other models.",
         ),
     ] = True,
     effort: EffortOption = Effort.default,

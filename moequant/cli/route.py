@@ -29,7 +29,7 @@ from moequant.cli.common import (
 def route(
     model: Source,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Statistics to write, a .safetensors file.")
+        Path | None, typer.Option("--out", "-o", help="Write the statistics to this .safetensors file.")
     ] = None,
     calib: Calib = None,
     calib_tokens: CalibTokens = 131_072,
@@ -40,7 +40,7 @@ def route(
             min=0.0,
             metavar="R",
             help="Draw more text, chosen by domain, until every expert saw R times its fair share "
-            "of --calib-tokens; 0 does not.",
+            "of --calib-tokens; 0 draws none.",
         ),
     ] = 0.0,
     max_tokens: Annotated[
@@ -48,22 +48,22 @@ def route(
         typer.Option(
             min=1,
             max=MOST,
-            help="Tokens that --min-tokens-per-expert may draw in all (default: 4 x --calib-tokens).",
+            help="At most so many tokens with --min-tokens-per-expert (default: 4 x --calib-tokens).",
         ),
     ] = None,
     merge: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="STATS",
-            help="Add statistics made before, of the same model; repeat it for several. "
-            "Without --calib nothing else is routed.",
+            help="Add statistics that were made before, of the same model; may be repeated. "
+            "Without --calib no text is routed.",
         ),
     ] = None,
     imatrix_out: Annotated[
-        Path | None, typer.Option(help="GGUF importance matrix to write, for llama-quantize --imatrix.")
+        Path | None, typer.Option(help="Write a GGUF importance matrix, for llama-quantize --imatrix.")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Heatmap of tokens per expert to draw: .png, .svg or .pdf.")
+        Path | None, typer.Option(help="Draw the tokens of every expert: a .png, .svg or .pdf file.")
     ] = None,
     as_json: AsJson = False,
     ram: Ram = None,

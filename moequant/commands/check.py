@@ -33,10 +33,12 @@ from moequant.values import Role, Weight
 
 @dataclass(frozen=True, slots=True)
 class CheckSettings:
-    """`baseline` is the model folder the file was made from; `device` None takes a GPU when there is one.
+    """What to check, and against what.
 
-    `sample` tensors, spread over the file, are checked (None: all); `tokens` of `calib` (None: the
-    bundled text) are run through both models.
+    `baseline` is the model that the file was made from; without it no expert is compared. `device` is where
+    the kernels run; None takes a GPU when there is one. `sample` is how many tensors are checked, spread over
+    the file; None checks all. `tokens` of the text `calib` are run through both models; None is the bundled
+    text. `speed` times the kernels too, which needs a GPU.
     """
 
     baseline: Model | None = None

@@ -37,15 +37,15 @@ SAMPLE_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class CompareSettings:
-    """Which text, and who computes.
+    """On which text to compare, and what computes the models.
 
-    `eval` as `corpus.read` takes it, None the bundled text. `model` is the unquantized folder
-    when none is among what is compared. With `exact` the inputs of products are not rounded
-    as llama.cpp or vLLM rounds them before quantized weights.
+    `eval` is a file, a folder, a .jsonl file or a dataset; None is the bundled text. `engine` computes the
+    models: moequant itself, or llama.cpp, which takes GGUF files only. `model` is the unquantized folder,
+    needed when it is not among the compared models. llama.cpp and vLLM round activations before quantized
+    weights, and so does moequant, unless `exact` is set.
 
-    Every version continues the bundled prompts and those of `prompts` by `sample_tokens`
-    tokens, 0 for none; None means SAMPLE_TOKENS with llama.cpp or with prompts, else none.
-    `command` is what was typed, for the record.
+    Every model continues the bundled prompts and those of `prompts` by `sample_tokens` tokens; 0 for none.
+    None means 32 with llama.cpp or with `prompts`, else none. `command` is the command line, for the record.
     """
 
     eval: str | Path | None = None

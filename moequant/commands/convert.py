@@ -86,7 +86,7 @@ def convert(model: Source, out: str | Path, settings: Settings = DEFAULT) -> Rep
 
 
 def convert_all(model: Source, out: str | Path, settings: Settings = DEFAULT) -> Conversion:
-    """The same for every size that `settings` name: the model is read, measured and compared once for all.
+    """`convert` to every size that `settings` name; the model is read, measured and compared once for all.
 
     `out` is a folder, or a name with `{type}` in it, see `outputs.names`. Each file has the bytes that it
     would have alone. Where one fails, those before it are complete and stay.
@@ -195,7 +195,7 @@ def _sensitivities(
 
 
 def _write_imatrix(job: Job, calibration: Calibration, path: Path, journal: RunJournal | None) -> None:
-    """The statistics beside the output, unless a run that was killed wrote those very ones."""
+    """Write the statistics beside the output, unless the run that this one continues has written them."""
     exported = export(job.model)
     if path.exists() and not job.settings.overwrite:
         with scratch() as folder:
@@ -211,7 +211,7 @@ def _write_imatrix(job: Job, calibration: Calibration, path: Path, journal: RunJ
 def _write_beside(
     path: Path, write: Callable[[], None], settings: Settings, journal: RunJournal | None
 ) -> None:
-    """A file beside the outputs, unless a run that was killed put it there."""
+    """Write a file beside the outputs, unless the run that this one continues has written it."""
     if journal is not None:
         if path.exists() and journal.announced(path) and not settings.overwrite:
             return
@@ -235,7 +235,7 @@ def _write_card(made: Conversion, path: Path, settings: Settings, journal: RunJo
 
 
 def gradients(checkpoint: Checkpoint, settings: Settings) -> Needs | None:
-    """What the gradients of effort best take, None at other efforts. CheckpointError: more than there is."""
+    """What the gradients of effort best need, None at other efforts. CheckpointError when memory is short."""
     tokens = min(Rounding.of(settings.effort).fisher_tokens, settings.calib_tokens)
     if not tokens:
         return None
@@ -390,6 +390,8 @@ def _notes(job: Job) -> tuple[str, ...]:
     at = job.model.revision
     source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
     shelf = shelf_of(job.model)
-    away = f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not held against transformers" if shelf else None
+    away = (
+        f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not compared with transformers" if shelf else None
+    )
     known = (*job.container.notes, *job.model.notes)
     return (*known, *dense, *skipped, *source, *([away] if away else []))

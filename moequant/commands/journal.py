@@ -61,7 +61,7 @@ ANOTHER_TIME = (OutputError, VerifyError, HubError)
 """Errors that the same command may not meet again: disks get room, the Hub answers, and the self-check can be
 left out."""
 
-GOES_ON = "what is finished is kept: the same command goes on from there"
+GOES_ON = "finished work is kept: give the same command again to continue"
 
 
 def journal_of(outs: Sequence[Path]) -> Path:
@@ -148,8 +148,8 @@ class RunJournal:
             if key.startswith("--") and key.strip("-").replace("-", "_") not in _INPUTS:
                 what = f"{key} {one_line(was.get(key))}, now {one_line(self.run.get(key))}"
             raise OutputError(
-                f"{self.folder}: left by a run with {what}; repeat that one to go on, or give --fresh to "
-                "begin again"
+                f"{self.folder}: left by a run with {what}; repeat that command to continue it, or give "
+                "--fresh to begin again"
             )
 
     @property
@@ -244,7 +244,7 @@ class RunJournal:
         return self.folder / f"done-{number}.safetensors"
 
     def _damaged(self, path: Path, error: Exception) -> OutputError:
-        return OutputError(f"{path}: cannot be gone on from ({error}); {self.again}")
+        return OutputError(f"{path}: cannot be continued from ({error}); {self.again}")
 
 
 def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts) -> RunJournal | None:
@@ -255,17 +255,21 @@ def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: T
     if os.path.lexists(folder):
         found = RunJournal(folder, run)
         if found.begun:
-            _LOG.info("%s: goes on after what is finished there", folder)
+            _LOG.info("%s: continues after the work that is finished there", folder)
         return found
     needed = _bytes(jobs, read)
     if shutil.disk_usage(folder.parent).free < sum(job.size for job in jobs) + needed:
         _LOG.warning(
-            "%s: no room for %.1f GB beside the output; should this run be killed, it has to begin again",
+            "%s: no room for %.1f GB beside the output: a killed run could not continue, and begins again",
             folder, needed / 1e9,
         )  # fmt: skip
         return None
     if needed >= TOLD:
-        _LOG.info("%s: up to %.1f GB until the end, so that a killed run goes on", folder, needed / 1e9)
+        _LOG.info(
+            "%s: takes up to %.1f GB until the run ends, so that a killed run can continue",
+            folder,
+            needed / 1e9,
+        )
     return RunJournal(folder, run)
 
 
@@ -281,8 +285,8 @@ def _bytes(jobs: Sequence[Job], read: Texts) -> int:
 
 @contextmanager
 def kept(journal: RunJournal | None) -> Iterator[None]:
-    """The journal goes when the block ends well, and when going on would serve nothing: nothing is finished,
-    or the same command would meet the same error. Else an error says that it stays."""
+    """Remove the journal when the block ends well. After an error keep it, and have the error say so; but
+    remove it when nothing is finished yet, or when the same command would meet the same error again."""
     if journal is None:
         yield
         return
@@ -301,7 +305,7 @@ def kept(journal: RunJournal | None) -> Iterator[None]:
 
 
 def dismiss(folder: Path) -> None:
-    """Remove a journal at once, so that none with holes is left; what no run has put there stays."""
+    """Remove a journal at once, so that no part of one is left. Files that no run has put there stay."""
     try:
         check(folder)
         discard(folder, folder.with_name(folder.name.removesuffix(".journal")))
@@ -310,7 +314,7 @@ def dismiss(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """OutputError unless `folder` is absent or a folder in which everything has a name that a run gives."""
+    """OutputError when `folder` holds anything that no run names so. It may be absent."""
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
@@ -324,14 +328,14 @@ def check(folder: Path) -> None:
 
 
 def _meant(name: str) -> str:
-    """The name that a temporary is to get; other names as they are."""
+    """The name that a temporary file will get. Other names are given back as they are."""
     where, slash, last = name.rpartition("/")
     found = _TEMPORARY.fullmatch(last)
     return f"{where}{slash}{found[1]}" if found else name
 
 
 def remove(part: Path, folder: Path | None = None) -> None:
-    """Remove a journal, or that part of the journal in `folder`; what no run has put there stays."""
+    """Remove a journal, or `part` of the journal `folder`. Files that no run has put there stay."""
     around = folder or part
     for path in _entries(part, around) if part.is_dir() and not part.is_symlink() else ():
         name = _meant(path.relative_to(around).as_posix())
@@ -351,4 +355,4 @@ def _entries(part: Path, folder: Path) -> Iterable[Path]:
 
 
 def _foreign(path: Path) -> OutputError:
-    return OutputError(f"{path}: is not a run's state and is kept; move it away, or give another --out")
+    return OutputError(f"{path}: is not of a journal and is kept; move it away, or give another --out")

@@ -79,7 +79,9 @@ def claimed(model: Folder, outs: Sequence[Path], settings: Settings) -> Iterator
             check(journal)
             dismiss(journal)
         elif finished != finished_by(journal, outs):
-            raise OutputError(f"{journal}: another run has just ended it; give the same command again")
+            raise OutputError(
+                f"{journal}: another run has just finished and removed it; give the same command again"
+            )
         yield finished
 
 

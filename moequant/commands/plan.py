@@ -32,13 +32,13 @@ from moequant.text.rows import ROW, calibration_rows, split_probes
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
-    """What measuring may be told.
+    """How to measure a model, and which sizes to plan for.
 
-    `calib` is text as `corpus.read` takes it, None the bundled one; `stats` are statistics
-    that `moequant route` saved, which replace the calibration pass. Without `probes`
-    sensitivities are those of other models. `tensor_type` pins types, see `plan.pinned`.
+    `calib` is a file, a folder, a .jsonl file or a dataset; None is the bundled text. `stats` are statistics
+    that `moequant route` saved; they replace the calibration pass. Without `probes`, sensitivities come from
+    tables of other models. `tensor_type` pins types, each `REGEX=TYPE`.
 
-    `size` (bytes, as people write them), `bpw` and `type` (presets) name the sizes to plan for, of each kind
+    `size` (bytes, as people write them), `bpw` and `type` (presets) name the sizes to plan for, each of them
     several with commas between them. PlanError for what is no size.
     """
 
@@ -77,9 +77,9 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is known of a model before it is converted: its sensitivities and the curve of sizes.
+    """What is known of a model before it is converted: its sensitivities, and loss against size.
 
-    `overhead` bytes of every file are not weights.
+    `overhead` is how many bytes of a file are not weights.
     """
 
     checkpoint: Checkpoint

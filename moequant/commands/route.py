@@ -38,11 +38,12 @@ MOST_SHARES = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class RouteSettings:
-    """Which text, and what to add to it.
+    """Which text to route through the model, and which statistics to add.
 
-    `calib` as `corpus.read` takes it, None the bundled text. `ratio` > 0 draws more rows until
-    every expert saw that multiple of its fair share of `calib_tokens`, at most `max_tokens` in all.
-    The statistics in `merge` are added; with `calib` None nothing but those is then used.
+    `calib` is a file, a folder, a .jsonl file or a dataset; None is the bundled text. With `ratio` above 0
+    more rows are drawn, until every expert saw that multiple of its fair share of `calib_tokens`, at most
+    `max_tokens` in all. The statistics in the files `merge` are added. With `merge` and without `calib` no
+    text is routed.
     """
 
     calib: str | Path | None = None

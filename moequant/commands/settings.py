@@ -31,25 +31,34 @@ _OF_BUDGETS = ("schemes", "gpu")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a conversion may be told; the defaults are the recommendation.
+    """How to convert a model. The defaults are the recommendation.
 
-    `format` says what is written: a GGUF file, or a folder. How large a file is, one of these says: `size`
-    (bytes, as people write them), `bpw`, `plan` (a plan's JSON) or `type`, a preset. All but `plan` may
-    name several, with commas between them, which `convert_all` writes. `tensor_type` pins types as
-    `plan.pinned` reads them. How large a folder is: `scheme` (or `bits`) and `group_size`, or `size`, or
-    `plan`; `tp` GPUs will share each weight. `calib` and `eval` are texts as `corpus.read` takes them, None
-    the bundled ones; `eval_tokens` 0 leaves the comparison out. `stats` (of `moequant route`) or `imatrix`
-    (of llama-imatrix) stand in for the statistics pass; `imatrix_out` is written beside the file, and
-    `card`, a README.md or a folder to put it in. `html` is a page about the conversion. `split_size` is the
-    most bytes of weights in one file of the output. `self_check` holds our reading of the folder against
-    transformers'. `coupled` rounds each layer towards what full precision would have made of what the
-    layers before it lost. `mtp` keeps the layers that predict the token after the next.
+    `format` chooses a GGUF file or a folder.
 
-    `fresh` forgets what a run to the same output had finished when it was killed; else a conversion with the
-    same settings goes on from there. `stream` are the bytes of a model of the Hub that may be on disk at a
-    time; None downloads it whole.
+    The size of a file is given by one of `type` (a preset), `size` (bytes, as people write them), `bpw` or
+    `plan` (a plan's JSON). All but `plan` may name several, with commas between them; `convert_all` writes
+    them all. `tensor_type` pins types, each `REGEX=TYPE`. `split_size` is the most bytes of weights in one
+    file of the output.
 
-    PlanError for an option that the format does not have, and for two that say the same thing.
+    The size of a folder is given by `scheme` (or `bits`) and `group_size`, or by `size`, or by `plan`. `tp`
+    is how many GPUs will share each weight.
+
+    `calib` and `eval` are texts: a file, a folder, a .jsonl file or a dataset; None is the bundled text. With
+    `eval_tokens` 0 nothing is compared. `stats` (of `moequant route`) or `imatrix` (of llama-imatrix) replace
+    the statistics pass.
+
+    Written beside the output: `imatrix_out`, an imatrix; `card`, a README.md, or a folder to put it in;
+    `html`, a page about the conversion.
+
+    `self_check` compares our reading of the folder with transformers'. `coupled` rounds each layer so that it
+    makes up for the rounding of the layers before it. `mtp` keeps the layers that predict the token after the
+    next. `gating` "gate2" counts a token by the square of the router's weight, "none" counts all alike.
+
+    A conversion with the settings of a killed one to the same output continues it; with `fresh` it begins
+    again. `ram` is the memory to use, in bytes. `stream` is how many bytes of a model of the Hub may be on
+    disk at a time; None downloads it whole.
+
+    PlanError for an option that the format does not have, and for two that contradict each other.
     """
 
     type: str | None = None
@@ -96,7 +105,9 @@ class Settings:
         if given := [name for name in foreign if getattr(self, name) not in (None, ())]:
             own = _OF_FILES if self.format == "gguf" else (*in_folders, *_OF_FOLDERS)
             if given[0] == "card":
-                raise PlanError("--card does not go with a folder, which has its README.md in any case")
+                raise PlanError(
+                    "--card does not go with a folder, which gets its README.md without it; leave --card out"
+                )
             raise PlanError(
                 f"{_option(given[0])} does not go with --format {self.format}; how large it is, "
                 f"{', '.join(map(_option, own))} say"
@@ -117,7 +128,9 @@ class Settings:
         if self.plan is not None and self.tensor_type:
             raise PlanError(f"--tensor-type does not go with --plan; write the types into {self.plan}")
         if self.stats is not None and self.imatrix is not None:
-            raise PlanError(f"{self.stats}, {self.imatrix}: two sources of statistics; name one")
+            raise PlanError(
+                f"{self.stats}, {self.imatrix}: two sources of statistics; give one of --stats and --imatrix"
+            )
 
     def _check_folder(self) -> None:
         """PlanError for options of a folder that say the same thing, or nothing together."""
@@ -135,7 +148,7 @@ class Settings:
 
     @property
     def each(self) -> tuple[Settings, ...]:
-        """The same for every size that is named, in the order of their names."""
+        """Settings for each size that is named, in that order."""
         for name in SIZES:
             value = getattr(self, name)
             if isinstance(value, str) and "," in value:

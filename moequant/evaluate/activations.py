@@ -96,7 +96,8 @@ class Rounded:
         for place, kinds in found.items():
             if len(kinds) > 1:
                 raise VerifyError(
-                    f"{names[place]}: its sibling's type asks for another rounding of their input"
+                    f"{names[place]}: shares its input with a weight of a type for which llama.cpp rounds "
+                    "the input in another way; compare with --exact"
                 )
             (kind,) = kinds
             if kind is not None:

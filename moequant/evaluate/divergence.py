@@ -19,6 +19,9 @@ from moequant.errors import VerifyError
 
 LOG_P_FLOOR = -16.0
 
+LOGITS = 1 << 24
+"""Logits that are scored at a time, tokens x vocabulary: 64 MiB a copy."""
+
 TOP = 5
 """How many of the likeliest tokens are compared besides the first."""
 
@@ -115,10 +118,22 @@ def score_row(base: Tensor, candidate: Tensor, ids: Tensor) -> Scores:
 
 
 def score_tokens(base: Tensor, candidate: Tensor, target: Tensor) -> Scores:
-    """Scores of m tokens `target` i64 [m] from the logits [m, vocab] in front of each.
+    """Scores of m tokens `target` i64 [m] from the logits [m, vocab] in front of each, a few at a time.
 
     VerifyError where a model computes no numbers: every figure would be one, and none would say so.
     """
+    step = max(1, LOGITS // base.shape[-1])
+    if len(base) <= step:
+        return _score(base, candidate, target)
+    return join(
+        [
+            _score(*part)
+            for part in zip(*(torch.split(each, step) for each in (base, candidate, target)), strict=True)
+        ]
+    )
+
+
+def _score(base: Tensor, candidate: Tensor, target: Tensor) -> Scores:
     log_p = torch.log_softmax(base.float(), -1)
     log_q = torch.log_softmax(candidate.float(), -1)
     for name, logs in (("baseline", log_p), ("candidate", log_q)):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from moequant.errors import VerifyError
-from moequant.evaluate.divergence import Scores, join, score_tokens
+from moequant.evaluate.divergence import Scores, join, score_row
 from moequant.evaluate.results import Measured
-from moequant.evaluate.side_by_side import LOGITS, measured
+from moequant.evaluate.side_by_side import measured
 from moequant.progress import counted
 from moequant.runtimes.llama_cpp.engine import Llama
 from moequant.text.corpus import Rows
@@ -62,7 +62,7 @@ def compare(
         for row in counted("llama.cpp", rows.ids.unbind(), "row"):
             exact = _logits(first, row)
             for scores, other in zip(found, others, strict=True):
-                scores.append(_score(exact, _logits(other, row), row))
+                scores.append(score_row(exact, _logits(other, row), row))
     return tuple(
         measured(name, join(scores), rows) for (name, _), scores in zip(candidates, found, strict=True)
     )
@@ -70,18 +70,3 @@ def compare(
 
 def _logits(model: Llama, row: Tensor) -> Tensor:
     return torch.from_numpy(model.logits(row.tolist()))
-
-
-def _score(base: Tensor, candidate: Tensor, row: Tensor) -> Scores:
-    """`scores.score_row`, a few tokens at a time: it needs several copies of the logits."""
-    n, step = len(row), max(1, LOGITS // base.shape[1])
-    return join(
-        [
-            score_tokens(
-                base[at : min(at + step, n - 1)],
-                candidate[at : min(at + step, n - 1)],
-                row[at + 1 : at + step + 1],
-            )
-            for at in range(n // 2, n - 1, step)
-        ]
-    )

@@ -90,10 +90,10 @@ class SelfCheck:
             return f"llama.cpp computes the same from the file that was read, up to {self.read:.1%}{wrote}"
         part = "" if self.layers is None else ", {} of {} layers, which fit memory".format(*self.layers)
         if self.skipped is not None:
-            found = f"not held against transformers: {self.skipped}"
+            found = f"not compared with transformers: {self.skipped}"
         else:
             found = (
-                f"held against transformers on the untouched folder{part}: logits differ by "
+                f"compared with transformers on the untouched folder{part}: logits differ by "
                 f"{self.source:.1g} at most"
             )
         if self.differs is not None:
@@ -295,6 +295,7 @@ def _reference(checkpoint: Checkpoint, ids: Tensor, raw: dict[str, Any]) -> Tens
         # Ours to say, not the config's: it may ask for kernels of the Hub, which are code.
         config._attn_implementation = config._experts_implementation = None
         config.return_dict = config.get_text_config().return_dict = True
+        _without_kernels(config)
         model, told = whole_class(config).from_pretrained(
             checkpoint.path,
             config=config,
@@ -307,6 +308,22 @@ def _reference(checkpoint: Checkpoint, ids: Tensor, raw: dict[str, Any]) -> Tens
         if made_up := sorted({each.place.param for each in checkpoint.weights} & {*told["missing_keys"]}):
             raise VerifyError(f"it knows no file's names for {few(made_up, 2)}")
         return _logits(model, ids)
+
+
+_NO_KERNELS: dict[Any, dict[str, bool]] = {
+    "mxfp4": {"dequantize": True},
+    "fp8": {"dequantize": True},
+    "compressed-tensors": {"use_optimized_inference": False},
+}
+"""What keeps transformers from fetching kernels of the Hub, which are code, for each `quant_method` that
+would: it does so where the package `kernels` is installed, for MXFP4 without being asked."""
+
+
+def _without_kernels(config: transformers.PretrainedConfig) -> None:
+    """Have a quantized model computed with decoded weights."""
+    asked = getattr(config, "quantization_config", None)
+    if isinstance(asked, dict):
+        config.quantization_config = asked | _NO_KERNELS.get(asked.get("quant_method"), {})
 
 
 def _ours(checkpoint: Checkpoint, provider: Provider, ids: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint
 from moequant.evaluate.activations import Rounded, listen
-from moequant.evaluate.divergence import Scores, join, score_tokens, summarize
+from moequant.evaluate.divergence import LOGITS, Scores, join, score_tokens, summarize
 from moequant.evaluate.results import Measured, RoutingChange, WeightError
 from moequant.files import scratch
 from moequant.forward.hidden import Hidden
@@ -29,9 +29,6 @@ from moequant.values import Role, Weight
 from moequant.values.ops import apply
 
 FREE = Resources()
-
-LOGITS = 1 << 24
-"""Logits computed at a time, tokens x vocabulary: 64 MiB a copy."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,9 +193,9 @@ def _compiles(fmt: Format, exponent: float, effort: Effort, device_type: str) ->
             pool.submit(_encode_a_tile, fmt, exponent, effort, device_type).result()
     except (ImportError, RuntimeError) as error:  # no compiler, no Python headers, no triton
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        log.warning("%s: kernels do not compile here and run slower: %s", fmt.name, reason[0])
+        log.warning("%s: the encoder cannot be compiled here and runs slower: %s", fmt.name, reason[0])
         return False
-    log.info("%s: kernels ready after %.1f s", fmt.name, time.perf_counter() - began)
+    log.info("%s: the encoder was compiled in %.1f s", fmt.name, time.perf_counter() - began)
     return True
 
 
@@ -204,14 +204,10 @@ def _blocks_at_once(fmt: Format, device_type: str) -> int:
 
 
 def _encode_a_tile(fmt: Format, exponent: float, effort: Effort, device_type: str) -> None:
-    from torch._dynamo import config  # slow to import, and needed by large tensors only
-
     step = _blocks_at_once(fmt, device_type)
     x, importance = (torch.ones((step, fmt.block), device=device_type) for _ in range(2))
-    # Formats share kernels, each with its own constants; beyond the usual limit of 8 they would run eagerly.
-    with config.patch(recompile_limit=64):
-        d = None if fmt.shared is None else torch.ones((step, 1), device=device_type)
-        _encode(fmt, Blocks(x, importance, d), effort, exponent, step)
+    d = None if fmt.shared is None else torch.ones((step, 1), device=device_type)
+    _encode(fmt, Blocks(x, importance, d), effort, exponent, step)
 
 
 def _read(stack: Tensor, fmt: Format, first: int, last: int) -> Tensor:

@@ -25,6 +25,10 @@ R = TypeVar("R")
 TILE = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
+VARIANTS = 64
+"""Compiled versions of one kernel, at most: one for every format that shares it, and a few over."""
+
+
 def tile(device: str) -> int:
     """Weights in a tile on a device of that type; on those that nothing is compiled for as on a GPU."""
     return TILE.get(device, TILE["cuda"])
@@ -71,11 +75,16 @@ def as_compiled() -> Iterator[None]:
     """The state of this thread in which kernels are compiled: torch compiles anew for any other.
 
     That is one thread of torch's own, and gradients, without which tensors are of another kind (`plain`).
+    Inside, as many versions of a kernel are kept as `VARIANTS`: past 8, torch's usual limit, it would warn.
     """
+    from torch._dynamo import config  # slow to import, and needed by large tensors only
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        # Torch's limit is a thread's own. It counts what was compiled for all threads, and now and then torch
+        # compiles anew what it has.
+        with torch.inference_mode(False), torch.enable_grad(), config.patch(recompile_limit=VARIANTS):
             yield
     finally:
         torch.set_num_threads(threads)

@@ -23,6 +23,9 @@ from moequant.values.ops import put, shape_after
 Provider = Callable[[Weight], Tensor]
 """A weight's values, shape `weight.shape`."""
 
+AT_ONCE = 1 << 26
+"""Weights that are decoded at a time where a provider knows parts: enough that compiled kernels pay."""
+
 
 def build_model(
     checkpoint: Checkpoint,
@@ -134,16 +137,20 @@ def replace_memory(model: nn.Module, name: str, keep: bool) -> None:
 
 
 @contextmanager
-def changed(model: nn.Module, changes: Iterable[tuple[Weight, Tensor]]) -> Iterator[None]:
-    """Inside the block these weights have other values, in float32; parameters of the model hold them."""
+def changed(model: nn.Module, weights: Iterable[Weight], provider: Provider) -> Iterator[None]:
+    """Inside the block these weights have other values, in float32; parameters of the model hold them.
+
+    The provider is asked for some experts at a time (`Weight.of`).
+    """
     before: dict[str, Tensor] = {}
     try:
-        for weight, values in changes:
+        for weight in weights:
             name = weight.place.param
             if name not in before:
                 before[name] = held(model, name)
                 replace_memory(model, name, keep=True)
-            put(weight.place.ops, held(model, name), values)
+            for at, part in weight.some(AT_ONCE):
+                put(weight.place.ops, held(model, name)[at], provider(part))
         yield
     finally:
         for name, old in before.items():

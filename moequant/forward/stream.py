@@ -41,11 +41,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a pass may use: bytes of memory for hidden states (None: no limit), where layers run, threads.
+    """What a pass over the model may use.
 
-    On a CPU every thread takes whole batches with single-threaded kernels; None means one a core.
-    `read_ahead` reads the next layer while this one runs, at the price of its memory; an
-    accelerator always does. `batch_tokens` cross a layer in one forward pass.
+    `ram` is the memory to use in bytes; past half of it hidden states go to disk; None is no limit. `device`
+    is where layers run. `threads` is how many batches run at once on a CPU, each in one thread; None is one a
+    core. `read_ahead` reads the next layer while this one runs, and needs memory for both; on an accelerator
+    that is always so. `batch_tokens` cross a layer in one forward pass.
     """
 
     ram: int | None = None

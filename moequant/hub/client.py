@@ -161,7 +161,8 @@ def _parts(found: Snapshot, name: str, begin: int, end: int) -> Iterator[bytes]:
         hf_raise_for_status(answer)
         if answer.status_code != 206 or not _is_range(answer.headers.get("Content-Range", ""), begin, end):
             raise HubError(
-                f"{found.model}: {name}: the server does not send parts of files; download it whole"
+                f"{found.model}: {name}: the server does not send parts of files; download the "
+                "model, and give its folder"
             )
         yield from answer.iter_bytes()
 
@@ -207,8 +208,8 @@ def _error(model: HubModel, error: Any) -> HubError:
             )
         case errors.HfHubHTTPError() if error.response.status_code == 401:
             return HubError(
-                f"{name}: no folder here, and the Hub does not show it to all (401): `hf auth login` or "
-                "HF_TOKEN says who you are; names that do not exist are answered so as well"
+                f"{name}: no such folder here, and the Hub does not show it without a login (401): it is "
+                "private, or there is no such model; use `hf auth login` or HF_TOKEN"
             )
         case errors.HfHubHTTPError():
             return HubError(f"{name}: the Hub refuses it ({one_line(error)})")

@@ -137,8 +137,8 @@ def _small(found: Snapshot) -> list[str]:
     names = [name for name in found.sizes if any(_matches(name, pattern) for pattern in SMALL)]
     if "config.json" not in names:
         raise HubError(
-            f"{found.model}: has no config.json, so no model that can be read; for a GGUF file name it, "
-            f"{found.model.repository}:FILE.gguf"
+            f"{found.model}: has no config.json, so it is not a model folder; to take a GGUF file of it, "
+            f"write {found.model.repository}:FILE.gguf"
         )
     return names
 
@@ -176,7 +176,7 @@ def _parts(found: Snapshot, file: str) -> Sequence[str]:
 
 def _check_no_file(model: HubModel) -> None:
     if model.file:
-        raise HubError(f"{model}: a GGUF file; a model was expected, OWNER/NAME without a file")
+        raise HubError(f"{model}: names a GGUF file; give OWNER/NAME without a file here")
 
 
 def _snapshot(found: Snapshot) -> Path:

@@ -99,7 +99,7 @@ def announce(checkpoint: Checkpoint, passes: int) -> int:
         if sum(files.values()) > shelf.limit:
             raise HubError(
                 f"{checkpoint.repository}: one layer lies in files of {sum(files.values()) / 1e9:.1f} GB; "
-                f"--stream {shelf.limit / 1e9:.1f}G keeps less"
+                f"--stream {shelf.limit / 1e9:.1f}G is too small for it"
             )
     for files in layers * passes:
         total += sum(size for name, size in files.items() if held.take(name, size))

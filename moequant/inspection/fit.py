@@ -53,7 +53,7 @@ class Hardware:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 option = f"--{name.replace('_', '-')}"
-                raise PlanError(f"{option} {value / 1e9:g}: GB/s were expected, a positive number")
+                raise PlanError(f"{option} {value / 1e9:g}: a number of GB/s above 0 was expected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ def place(header: Header, hardware: Hardware, load: Load) -> Placement:
         raise CheckpointError(f"{header.path}: no layers in it; give the file of a whole model")
     limit = header.count("context_length")
     if limit and load.ctx > limit:
-        raise PlanError(f"{header.path}: a context of {load.ctx:,} was asked for, the model has {limit:,}")
+        raise PlanError(f"{header.path}: --ctx {load.ctx:,} is more than the model's context of {limit:,}")
     model = _Model.of(header, load)
     if not model.head + sum(model.dense) + sum(model.active):
         raise CheckpointError(f"{header.path}: no weight that a token would read; make it again")

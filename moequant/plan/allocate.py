@@ -50,7 +50,10 @@ def allocate(units: Sequence[Unit], budget: int) -> list[Option]:
     """
     floor = sum(min(option.bytes for option in unit.options) for unit in units)
     if floor > budget:
-        raise PlanError(f"the smallest possible weights take {floor:,} bytes, the budget leaves {budget:,}")
+        raise PlanError(
+            f"the smallest possible weights take {floor:,} bytes, the budget leaves {budget:,}; ask for "
+            "a larger size"
+        )
     first, price = _greedy([_hull(unit.options) for unit in units], budget)
     return _improve(units, budget, first, price)
 

@@ -87,8 +87,8 @@ def make_units(
 ) -> list[Unit]:
     """Groups of weights that share a format, each with its formats of at least `floor_bits` per weight.
 
-    A weight in `pins` stands alone and has no choice. Those that follow one of a group (`twins`) are not
-    in it, but their bytes are counted.
+    A weight in `pins` is a group of its own with one format. Weights that follow another one (`twins`) are in
+    no group, but their bytes are counted with the one that they follow.
     """
     after: dict[str, list[Weight]] = {}
     for follower, twin in twins(weights):
@@ -108,7 +108,7 @@ def make_units(
 
 
 def _pinned(weight: Weight, name: str, sensitivities: Sensitivities, followers: Iterable[Weight]) -> Option:
-    """The one format of a pinned weight; what it costs is as good as any number where nobody measured it."""
+    """The one format of a pinned weight. With no other option its cost decides nothing: 0 if unmeasured."""
     size = _bytes(name, (weight,), followers)
     return Option(name, size, _kl(sensitivities, weight, name) or 0.0)
 

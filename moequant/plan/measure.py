@@ -190,14 +190,15 @@ class _Prober:
         return divergences(self.checkpoint, self.ids, changed, self._quantized, self.resources)
 
     def _quantized(self, weight: Weight, name: str) -> Tensor:
-        """The weight as it decodes from that format."""
-        stats = _stats(weight, self.calibration)
-        columns = None if stats is None else importance(stats, self.probing.gating)
+        """The weight, or some of its experts, as it decodes from that format."""
         values = load(weight)
         if name == self.menu.exact(weight):
             return values
-        if columns is not None and values.ndim == 2:
-            columns = columns[0]
+        stats = _stats(weight, self.calibration)
+        columns = None if stats is None else importance(stats, self.probing.gating)
+        if columns is not None:
+            columns = columns[weight.experts] if weight.is_expert else columns
+            columns = columns[0] if values.ndim == 2 else columns
         fmt = formats.get(self.menu.block_format(name, weight))
         return formats.dequantize(fmt, formats.quantize(fmt, values, columns, self.probing.effort))
 

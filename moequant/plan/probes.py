@@ -7,7 +7,7 @@ probed, and memory decides nothing but where hidden states lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from moequant.checkpoint import Checkpoint
 from moequant.evaluate import score_row
 from moequant.files import scratch
 from moequant.forward.hidden import Hidden
-from moequant.forward.model import changed
+from moequant.forward.model import Provider, changed
 from moequant.forward.stream import LayerStream, Resources
 from moequant.progress import Bar
 from moequant.values import Role, Weight
@@ -28,7 +28,7 @@ Version = Mapping[str, str]
 FREE = Resources()
 
 Rounded = Callable[[Weight, str], Tensor]
-"""A weight as it decodes from a format."""
+"""A weight, or some of its experts, as it decodes from a format."""
 
 
 def divergences(
@@ -68,7 +68,7 @@ class _Probes:
         every = range(len(self.versions))
         started = {number for number in every if self._named(number, None, Role.EMBEDDING)}
         for number in started:
-            stream.embed(self.states[number], lambda weight, of=number: self._values(of, weight))  # type: ignore[misc]
+            stream.embed(self.states[number], self._provider(number))
         with Bar("probe", stream.n_layers, "layer") as bar:
             for layer in stream.layers():
                 self._cross(layer, started)
@@ -80,7 +80,7 @@ class _Probes:
         unchanged = [self.states[number] for number in started if not self._named(number, layer)]
         for number, states in enumerate(self.states):
             if named := self._named(number, layer):
-                with changed(self.stream.model, self._changes(number, named)):
+                with changed(self.stream.model, named, self._provider(number)):
                     self._over(layer, [(states if number in started else self.model, states)])
                 started.add(number)
         self._over(layer, [(each, each) for each in (*unchanged, self.model)])
@@ -108,7 +108,7 @@ class _Probes:
                 logits.put(0, row, stream.end(row, self.model).logits[0])
             for number, states in enumerate(self.states):
                 named = self._named(number, None, *self._at_the_end)
-                with changed(stream.model, self._changes(number, named)):
+                with changed(stream.model, named, self._provider(number)):
                     stream.tie()
                     given = states if number in started else self.model
                     said = (stream.end(row, given).logits[0].cpu() for row in range(len(stream.batches)))
@@ -126,8 +126,6 @@ class _Probes:
         named = [each for each in self.stream.weights(layer) if each.name in self.versions[number]]
         return [each for each in named if not roles or each.role in roles]
 
-    def _changes(self, number: int, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
-        return ((weight, self._values(number, weight)) for weight in weights)
-
-    def _values(self, number: int, weight: Weight) -> Tensor:
-        return self.rounded(weight, self.versions[number][weight.name])
+    def _provider(self, number: int) -> Provider:
+        """The weights that a version changes."""
+        return lambda weight: self.rounded(weight, self.versions[number][weight.name])

@@ -50,7 +50,7 @@ def nothing_fits(found: Fit) -> str:
     if fitting:
         fast = max(fitting, key=lambda candidate: candidate.placement.speed)
         return (
-            f"nothing is as fast as was asked for; the fastest, {fast.name}, is bound by "
+            f"nothing is as fast as --min-speed asks for; the fastest, {fast.name}, reaches at most "
             f"{_speed(fast.placement.speed)} tokens per second"
         )
     small = found.candidates[-1]

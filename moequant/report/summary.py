@@ -45,11 +45,11 @@ class How:
 
 @dataclass(frozen=True, slots=True)
 class Report(Shown):
-    """Everything a conversion knows of one output at its end.
+    """Everything that a conversion knows of one output at its end.
 
-    `measured` is what `compare` found, None where nothing was compared.
-    `notes` are what a person should know of it, `checked` what holding it against transformers found. `parts`
-    are the files and bytes of an output in several parts; `out` is the first then.
+    `measured` is what the comparison found, None where nothing was compared. `notes` are what a person should
+    know of the output. `checked` is what the self-check found. `parts` are the files of an output and their
+    bytes; of several, `out` is the first.
     """
 
     model: Path
@@ -230,7 +230,7 @@ def _unseen(seen: Mapping[int, Tensor]) -> list[Text]:
         return []
     return [
         line(
-            f"{len(names)} experts saw no token and were quantized with their layer's pooled importance "
+            f"{len(names)} experts saw no token and were quantized with the importance of their whole layer "
             f"(layer.expert): {', '.join(names)}"
         )
     ]

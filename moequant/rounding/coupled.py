@@ -26,7 +26,7 @@ from moequant.rounding.feedback import round_to_hessian
 from moequant.rounding.paired import Capture, Grams, Pair, Seen
 from moequant.rounding.parts import Parts
 from moequant.rounding.recall import Kept
-from moequant.rounding.results import Result, decoded, joined, judged
+from moequant.rounding.results import Result, decoded, joined, judged, lost_by
 from moequant.rounding.rounder import UNROUNDED, Plain, Rounder, Rounding
 from moequant.rounding.routed import Experts, Fed, Route
 from moequant.rounding.shrinkage import shrink
@@ -174,7 +174,7 @@ class Coupled:
         hessian = even_fisher(self.fishers.embedding[None], self.rounding.options.own_fisher)
         values = self.stream.provider(weight)[None].to(hessian.device).float()
         found = round_to_hessian(fmt, values, hessian, self.rounding.options)
-        return joined(weight, [judged(weight, fmt, values, found, hessian)])
+        return joined(weight, [judged(weight, fmt, found, lost_by(fmt, values, found, hessian))])
 
     def _embed(self, packed: Result | None, streams: Streams) -> None:
         """What the first layer is fed by the original embedding and by the packed one."""
@@ -351,13 +351,15 @@ class Coupled:
         """Weights that share their inputs, of one matrix or of all heads; the first shrinks the Hessian."""
         rounder, first = self.rounder, group[0]
 
-        def target(weight: Weight) -> Tensor:
-            values = self.stream.provider(weight)
-            return rounder.target(values if values.ndim == 3 else values[None], grams)
+        def values(weight: Weight) -> Tensor:
+            whole = self.stream.provider(weight)
+            return whole if whole.ndim == 3 else whole[None]
 
-        trial, fmt, made = self.rounding.trial, rounder.format(first), target(first)
-        hessian = shrink(fmt, made, grams.halves, grams.tokens, trial).hessian
-        found = rounder.round(group, lambda each: made if each is first else target(each), hessian, grams)
+        trial, once = self.rounding.trial, values(first)
+        rows = trial.sampled(first.shape[-2])
+        sample = rounder.target(once[:, rows], grams.rows(rows))
+        hessian = shrink(rounder.format(first), sample, grams.halves, grams.tokens, trial).hessian
+        found = rounder.round(group, lambda each: once if each is first else values(each), hessian, grams)
         return {weight.name: joined(weight, [each]) for weight, each in zip(group, found, strict=True)}
 
 

@@ -11,7 +11,7 @@ that their expert's output has (the router's weight squared; 1 when dense):
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,10 @@ class Grams:
         pull = None if self.pull is None else self.pull[experts]
         halves = self.halves[0][experts], self.halves[1][experts]
         return Grams(halves, self.cross[experts], pull, self.tokens[experts])
+
+    def rows(self, rows: slice | Tensor) -> Grams:
+        """Those of some rows [n] of the weights: only `pull` tells rows apart."""
+        return self if self.pull is None else replace(self, pull=self.pull[:, rows])
 
     def add(self, expert: int, half: int, seen: Seen) -> None:
         """Add tokens of one expert to that half."""

@@ -48,7 +48,7 @@ class Parts:
                     raise ValueError("of another part or another run")
                 found = [self._result(losses, tensors, at) for at, losses in enumerate(meta["losses"])]
             except (ValueError, KeyError, TypeError) as error:
-                raise OutputError(f"{path}: cannot be gone on from ({error}); {self.again}") from None
+                raise OutputError(f"{path}: cannot be continued from ({error}); {self.again}") from None
             yield from found
 
     def add(self, results: list[Result]) -> None:

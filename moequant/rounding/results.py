@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,21 +15,33 @@ from moequant.values import ExpertLoss, Packed, Weight
 Result = tuple[Packed, ExpertLoss]
 
 
-def judged(
-    weight: Weight,
-    fmt: Format,
-    target: Tensor,
-    found: Rounded,
-    hessians: Iterable[Tensor],
-    tokens: Tensor | None = None,
-) -> Result:
-    """Experts target f32 [E, out, in] as they were rounded, and what each lost under its Hessian [in, in]."""
-    each = list(zip(target, found.data, strict=True))
+def lost_by(fmt: Format, target: Tensor, found: Rounded, hessians: Iterable[Tensor]) -> Tensor:
+    """What each of the experts target f32 [E, out, in] lost under its Hessian [in, in], and what there was to
+    lose: f64 [2, E]."""
     both = [
-        (outputs_lost(fmt, values, data, hessian), _energy(values, hessian))
-        for (values, data), hessian in zip(each, hessians, strict=True)
+        torch.stack([outputs_lost(fmt, values, data, hessian), _energy(values, hessian)])
+        for values, data, hessian in zip(target, found.data, hessians, strict=True)
     ]
-    lost, energy = (torch.stack(part) for part in zip(*both, strict=True))
+    return torch.stack(both, 1)
+
+
+def stacked(bands: Sequence[tuple[Rounded, Tensor]]) -> tuple[Rounded, Tensor]:
+    """Bands of rows of the same experts, and what those lost f64 [2, E], as one."""
+    if len(bands) == 1:
+        return bands[0]
+    each = [rounded for rounded, _ in bands]
+    fallbacks = {bad for one in each for bad in one.fallbacks}
+    return Rounded(
+        torch.cat([one.data for one in each], 1),
+        torch.stack([one.error for one in each]).sum(0),
+        each[0].damping,
+        tuple(sorted(fallbacks, key=lambda bad: bad.expert)),
+    ), torch.stack([lost for _, lost in bands]).sum(0)
+
+
+def judged(weight: Weight, fmt: Format, found: Rounded, both: Tensor, tokens: Tensor | None = None) -> Result:
+    """Experts as they were rounded, and what each lost of what there was (`lost_by`)."""
+    lost, energy = both
     loss = ExpertLoss(
         weight=weight.name,
         role=weight.role,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from moequant import formats
 from moequant.formats import Effort, Format, engine
-from moequant.rounding.feedback import Options, round_to_hessian, usable
+from moequant.rounding.feedback import ROWS_AT_ONCE, Options, round_to_hessian, usable
 from moequant.rounding.paired import Grams
-from moequant.rounding.results import Result, judged
+from moequant.rounding.results import Result, judged, lost_by, stacked
 from moequant.rounding.shrinkage import Trial
 from moequant.rounding.target import Coupling
 from moequant.statistics.fisher import Fishers
-from moequant.values import Weight
+from moequant.values import Stack, Weight
 
 UNROUNDED = ("F32", "F16", "BF16")
 
@@ -33,7 +33,8 @@ class Rounding:
 
     `coupling` None keeps targets as they are; `trial` chooses how Hessians are shrunk; `gram_bytes` bounds
     what the experts that are rounded together take, which decides nothing else; `kept_bytes` what spares a
-    second computation of attention (`recall`). The gradients of the first `fisher_tokens` say which outputs
+    second computation of attention (`recall`). Of one matrix `band` weights are rounded at a time, or 4,096
+    rows: a head has more than a billion. The gradients of the first `fisher_tokens` say which outputs
     the loss feels (`fisher`); 0 does without.
     """
 
@@ -42,6 +43,7 @@ class Rounding:
     trial: Trial = field(default_factory=Trial)
     gram_bytes: int = 1 << 30
     kept_bytes: int = 1 << 30
+    band: int = 1 << 25
     fisher_tokens: int = 0
 
     @classmethod
@@ -72,7 +74,7 @@ class Rounder:
         return formats.get(self.formats[weight.name])
 
     def target(self, values: Tensor, grams: Grams) -> Tensor:
-        """What values [E, out, in] are rounded towards, f32."""
+        """What values [E, out, in] are rounded towards, f32; `grams` are those of their rows."""
         coupling = self.rounding.coupling
         values = values.to(grams.cross.device)
         return values.float() if coupling is None else coupling.target(values, grams)
@@ -80,28 +82,31 @@ class Rounder:
     def round(
         self,
         weights: Sequence[Weight],
-        target: Callable[[Weight], Tensor],
+        values: Callable[[Weight], Tensor],
         hessian: Tensor,
         grams: Grams,
         experts: range | None = None,
     ) -> list[Result]:
-        """Weights that share their inputs, or these experts of them: each towards its target f32 [E, out, in]
-        under shrunk Hessians [E, in, in], judged under those of `grams`."""
-        shared, found = self._shared(weights, target, grams), []
+        """Weights that share their inputs, or these experts of them: each of `values` [E, out, in] towards
+        its target under shrunk Hessians [E, in, in], judged under those of `grams`."""
+        shared, found = self._shared(weights, values, grams), []
         for weight in weights:
             fmt, options = self.format(weight), replace(self.rounding.options, of=weight.numel)
             part = weight if experts is None else weight.of(experts)
             felt = None if self.fishers is None else self.fishers.outputs.get(weight.name)
             if felt is not None and experts is not None:
                 felt = felt[experts.start : experts.stop]
-            wanted = target(weight)
-            rounded = round_to_hessian(fmt, wanted, hessian, options, felt, shared.get(weight.name))
-            own = (first + second for first, second in zip(*grams.halves, strict=True))
-            found.append(judged(part, fmt, wanted, rounded, own, grams.tokens))
+            whole, bands = values(weight), []
+            for rows in self._bands(weight, whole=felt is not None):
+                wanted = self.target(whole[:, rows], grams.rows(rows))
+                rounded = round_to_hessian(fmt, wanted, hessian, options, felt, shared.get(weight.name))
+                own = (first + second for first, second in zip(*grams.halves, strict=True))
+                bands.append((rounded, lost_by(fmt, wanted, rounded, own)))
+            found.append(judged(part, fmt, *stacked(bands), grams.tokens))
         return found
 
     def _shared(
-        self, weights: Sequence[Weight], target: Callable[[Weight], Tensor], grams: Grams
+        self, weights: Sequence[Weight], values: Callable[[Weight], Tensor], grams: Grams
     ) -> dict[str, Tensor]:
         """By weight, scales that it has in common with others of its group."""
         found: dict[str, Tensor] = {}
@@ -109,9 +114,18 @@ class Rounder:
             fmt, members = formats.get(name), [w for w in weights if self.formats[w.name] == name]
             if fmt.shared is None or not fmt.shared.across or len(members) == 1:
                 continue
-            rows = torch.cat([target(weight) for weight in members], 1)
+            rows = torch.cat([self.target(values(weight), grams) for weight in members], 1)
             first, second = (half.diagonal(dim1=1, dim2=2).double() for half in grams.halves)
             d = engine.shared_scales(fmt, rows, usable(first + second), self.rounding.options.effort)
             parts = torch.split(d, [weight.shape[-2] for weight in members], 1)
             found |= {weight.name: part for weight, part in zip(members, parts, strict=True)}
         return found
+
+    def _bands(self, weight: Weight, whole: bool) -> Iterator[slice]:
+        """Rows that are rounded at a time: all, but of one large matrix whose rows have nothing in common."""
+        rows = weight.shape[-2]
+        if whole or weight.stack is not Stack.NONE or self.format(weight).shared is not None:
+            yield slice(0, rows)
+            return
+        step = max(ROWS_AT_ONCE, self.rounding.band // weight.n_in)
+        yield from (slice(at, min(at + step, rows)) for at in range(0, rows, step))

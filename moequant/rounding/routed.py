@@ -228,10 +228,7 @@ class Experts:
         """These experts of weights that share their inputs."""
         hessian, rounder = shrinking.of(grams.halves, experts), self.rounder
 
-        def target(weight: Weight) -> Tensor:
-            return rounder.target(_values(exact, weight), grams)
-
-        return rounder.round(weights, target, hessian, grams, experts)
+        return rounder.round(weights, lambda each: _values(exact, each), hessian, grams, experts)
 
     def _inputs_shrunk(self, weight: Weight) -> Shrinking:
         """How far the Hessians of the block's inputs are trusted."""
@@ -263,9 +260,10 @@ class Experts:
         return Shrinking(layer, choose(every, errors))
 
     def _tried(self, weight: Weight, exact: nn.Module, grams: Grams, layer: Layer) -> dict[Mix, float]:
-        target = self.rounder.target(_values(exact, weight), grams)
-        halves = grams.halves[0][0], grams.halves[1][0]
-        return tried(self.rounder.format(weight), target[0], halves, layer, self.rounder.rounding.trial)
+        trial, halves = self.rounder.rounding.trial, (grams.halves[0][0], grams.halves[1][0])
+        rows = trial.sampled(weight.shape[-2])
+        target = self.rounder.target(_values(exact, weight)[:, rows], grams.rows(rows))
+        return tried(self.rounder.format(weight), target[0], halves, layer, trial)
 
     def _common(self, width: int) -> tuple[Layer, Layer]:
         """What the inputs of all experts have in common: of even batches, and of all."""

@@ -62,6 +62,10 @@ class Trial:
     experts: int = 2
     rows: int = 32
 
+    def sampled(self, rows: int) -> Tensor:
+        """Which of so many rows are rounded, i64 [n]."""
+        return torch.linspace(0, rows - 1, min(self.rows, rows)).round().long()
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -104,8 +108,9 @@ def shrink(
 ) -> Shrunk:
     """Hessians of experts [E, in, in], shrunk as serves `fmt` best.
 
-    weights [E, out, in]; halves: sums of x xᵀ over two halves of the tokens, [E, in, in] each; tokens i64 [E]
-    in both together. Non-finite Hessians take no part and stay as they are, for `round_to_hessian` to refuse.
+    weights [E, out, in], all rows or those of `Trial.sampled`; halves: sums of x xᵀ over two halves of the
+    tokens, [E, in, in] each; tokens i64 [E] in both together. Non-finite Hessians take no part and stay as
+    they are, for `round_to_hessian` to refuse.
     """
     usable = _seen(halves[0]) & _seen(halves[1])
     first = Layer.of(halves[0], tokens // 2)
@@ -145,10 +150,9 @@ def tried(
     """
     if not bool(_seen(torch.stack(halves)).all()):
         return {}
-    rows = torch.linspace(0, len(weights) - 1, min(trial.rows, len(weights))).round().long()
     mixes = (DIAGONAL, *(mix for mix in trial.mixes if mix != DIAGONAL))
     mixed = torch.stack([layer.mixed(halves[0], mix) for mix in mixes])
-    sample = weights[rows].expand(len(mixes), -1, -1)
+    sample = weights[trial.sampled(len(weights))].expand(len(mixes), -1, -1)
     lost = _held_out(fmt, sample, mixed, halves[1], options)
     return dict(zip(mixes, (lost / lost[0]).tolist(), strict=True))
 

@@ -126,4 +126,6 @@ def _blame(checkpoint: Checkpoint) -> None:
     for weight in checkpoint.weights:
         if found := not_finite(weight, load(weight)):
             raise CheckpointError(found)
-    raise CheckpointError("activations overflow during calibration, though all weights are finite")
+    raise CheckpointError(
+        "activations overflow during calibration, though all weights are finite; please report the model"
+    )

@@ -52,7 +52,7 @@ def _check_kind(folder: Path) -> None:
 
 
 def _foreign(path: Path) -> OutputError:
-    return OutputError(f"{path}: is not a run's state and is kept; move it away, or give another --out")
+    return OutputError(f"{path}: is not of a journal and is kept; move it away, or give another --out")
 
 
 class Journal:

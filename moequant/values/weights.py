@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
 from math import prod
@@ -125,7 +126,7 @@ class Origin:
 
     Several stored tensors are stacked, one expert behind the other; of a weight that is no stack of experts,
     the rows of one follow those of the other. `holds` is the ggml type that has the very numbers of all of
-    them. Of one stored stack, `matrices` are those of the weight (None: all).
+    them. Of what is stored, `matrices` are those of the weight (None: all).
     `pieces` are stored as ops of a container cut the weight: what is cut so again is taken as it is.
     """
 
@@ -198,18 +199,27 @@ class Weight:
         return self.shape[0] if self.stack is not Stack.NONE else 1
 
     @property
+    def experts(self) -> slice:
+        """Which of the experts of its site these are."""
+        some = self.origin.matrices
+        return slice(None) if some is None else slice(some.start, some.stop)
+
+    @property
     def n_in(self) -> int:
         """Row length: the dimension that a format cuts into blocks."""
         return self.shape[-1]
 
     def of(self, experts: range) -> Weight:
         """The same weight with some of its experts only."""
-        stored, origin = self.origin.stored, self.origin
-        if len(stored) > 1:
-            origin = replace(origin, stored=stored[experts.start : experts.stop])
-        else:
-            origin = replace(origin, matrices=experts)
+        origin = replace(self.origin, matrices=experts)
         return replace(self, shape=(len(experts), *self.shape[1:]), origin=origin)
+
+    def some(self, at_once: int) -> Iterator[tuple[slice, Weight]]:
+        """A stack of experts in parts of so many numbers, with where they are in it; others as a whole."""
+        step = max(1, at_once * self.matrices // self.numel) if self.is_expert else self.matrices
+        for first in range(0, self.matrices if self.is_expert else 1, step):
+            part = range(first, min(first + step, self.matrices))
+            yield (slice(part.start, part.stop), self.of(part)) if self.is_expert else (slice(None), self)
 
     def refined(self, ops: Ops, stack: Stack | None = None, **changes: object) -> Weight:
         """What a container makes of this weight: the same through `ops`, here and in the model.

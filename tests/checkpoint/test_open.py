@@ -92,6 +92,10 @@ def test_what_a_container_cuts_is_the_same_from_the_files_and_from_the_model(tin
     some = range(1, 3)
     stacks = [weight for weight in exported.weights if weight.is_expert]
     assert all(torch.equal(load(each.of(some)), load(each)[1:3]) for each in stacks)
+    for each in exported.weights:  # two experts at a time, and other weights as a whole
+        parts = list(each.some(2 * each.numel // each.matrices))
+        assert len(parts) == (-(-each.matrices // 2) if each.is_expert else 1)
+        assert all(torch.equal(load(part), load(each)[at]) for at, part in parts)
 
 
 def test_rows_of_q_and_k_are_rotary_pairs_in_the_file(tiny) -> None:

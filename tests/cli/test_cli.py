@@ -221,7 +221,7 @@ def test_a_disk_that_fills_up_half_way_leaves_what_is_finished(
     assert [path.name for path in out.parent.iterdir()] == ["q.gguf.journal"]
     with caplog.at_level(logging.INFO, "moequant"):
         result = run(*arguments)
-    assert result.returncode == 0 and "goes on after what is finished there" in caplog.text
+    assert result.returncode == 0 and "continues after the work that is finished there" in caplog.text
     assert [path.name for path in out.parent.iterdir()] == ["q.gguf"]
 
 

@@ -228,12 +228,12 @@ def test_a_folder_beside_the_statistics_that_is_not_a_journal_is_kept(
     journal = tmp_path / "s.journal"
     journal.mkdir()
     (journal / "diary").write_text("mine")
-    refused(tmp_path, *arguments, says="diary: is not a run's state and is kept")
+    refused(tmp_path, *arguments, says="diary: is not of a journal and is kept")
     (journal / "diary").rename(tmp_path / "diary")
     journal.rmdir()
     (tmp_path / "elsewhere").mkdir()
     journal.symlink_to("elsewhere")
-    refused(tmp_path, *arguments, says=r"s\.journal: is not a run's state and is kept")
+    refused(tmp_path, *arguments, says=r"s\.journal: is not of a journal and is kept")
     assert not list((tmp_path / "elsewhere").iterdir()) and (tmp_path / "diary").read_text() == "mine"
 
 

@@ -53,6 +53,6 @@ def test_a_conversion_ends_clean(tiny, tmp_path: Path, number: signal.Signals, f
         process.send_signal(number)
         stderr = process.stderr.read()
     assert process.returncode == 128 + number
-    kept = "what is finished is kept: the same command goes on from there"
+    kept = "finished work is kept: give the same command again to continue"
     assert stderr == f"moequant: ended by {number.name}; {kept}\n"
     assert [path.name for path in out.parent.iterdir()] == ["q.gguf.journal"]

@@ -22,7 +22,7 @@ from moequant.containers.gguf.weights import GgufWeights
 from moequant.errors import CheckpointError, MoequantError, VerifyError
 from moequant.evaluate import Scores, difference, score_row, summarize
 from moequant.evaluate.activations import Rounded, by_32, by_256
-from moequant.evaluate.divergence import PERCENTILES, join
+from moequant.evaluate.divergence import PERCENTILES, join, score_tokens
 from moequant.evaluate.open_source import open_source
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.forward.experts import EXPERTS
@@ -90,6 +90,18 @@ def test_top_five_counts_what_is_shared() -> None:
     candidate[:, 5] = 6.5  # the sixth overtakes the fifth
     found = score_row(base, candidate, torch.zeros(4, dtype=torch.int64))
     assert found.top5 is not None and found.top5.tolist() == [0.8] and found.same_top.tolist() == [1.0]
+
+
+def test_scores_are_those_of_every_token_however_many_are_taken_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, candidate = torch.randn(2, 21, 50)
+    target = torch.randint(50, (21,))
+    whole = score_tokens(base, candidate, target)
+    monkeypatch.setattr("moequant.evaluate.divergence.LOGITS", 4 * 50)
+    parts = score_tokens(base, candidate, target)
+    for one, two in ((whole.kl, parts.kl), (whole.base_nll, parts.base_nll), (whole.top5, parts.top5)):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
 
 
 def test_summary_has_the_errors_of_means() -> None:
@@ -354,7 +366,7 @@ def test_a_rounding_that_siblings_do_not_share_is_refused(tiny) -> None:
     checkpoint = open_checkpoint(tiny("mixtral"))
     types = dict.fromkeys((weight.name for weight in checkpoint.weights), "Q4_K")
     Rounded(checkpoint, types)
-    with pytest.raises(VerifyError, match="another rounding"):
+    with pytest.raises(VerifyError, match="rounds the input in another way"):
         Rounded(checkpoint, types | {"layers.0.experts.up": "Q5_0"})
 
 

@@ -109,11 +109,11 @@ def test_fresh_begins_again_and_what_is_not_a_journal_is_kept(
         convert(small, tmp_path / "a.gguf", fast(text))
     (folder / "diary").write_text("mine")
     for fresh in (False, True):
-        with pytest.raises(OutputError, match="diary: is not a run's state and is kept"):
+        with pytest.raises(OutputError, match="diary: is not of a journal and is kept"):
             convert(small, tmp_path / "a.gguf", fast(text, fresh=fresh))
     (folder / "diary").unlink()
     (folder / "route").symlink_to(tmp_path)
-    with pytest.raises(OutputError, match="route: is not a run's state and is kept"):
+    with pytest.raises(OutputError, match="route: is not of a journal and is kept"):
         convert(small, tmp_path / "a.gguf", fast(text, fresh=True))
     (folder / "route").unlink()
     convert(small, tmp_path / "a.gguf", fast(text, fresh=True))
@@ -180,7 +180,7 @@ def test_parts_of_another_place_or_run_are_refused(small: Path, tmp_path: Path) 
     assert torch.equal(found.data, packed.data) and torch.equal(lost.error, loss.error)
     assert (lost.tokens, lost.fallbacks, lost.format) == (None, ("why",), "Q4_0")
     for other in (parts("other"), parts(type_="Q5_0")):
-        with pytest.raises(OutputError, match=r"cannot be gone on from .*; again"):
+        with pytest.raises(OutputError, match=r"cannot be continued from .*; again"):
             list(other.results())
     parts().add([(packed, loss)])
     first, second = (tmp_path / "0" / f"part-000{number}.safetensors" for number in (0, 1))

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
+from transformers.quantizers import AutoHfQuantizer
 
 from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.container import GgufContainer
 from moequant.errors import CheckpointError, MoequantError, VerifyError
-from moequant.evaluate.self_check import LIMIT, Output, self_check
+from moequant.evaluate.self_check import LIMIT, Output, _without_kernels, self_check
 from moequant.values import Role
 from tests import models
 
@@ -82,6 +84,15 @@ def test_what_a_config_says_of_running_it_is_ours_to_say(tiny, tmp_path: Path, t
     assert convert(folder, tmp_path / "a.gguf", given).summary()
 
 
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_a_quantized_folder_brings_no_kernels_of_the_hub(method: str) -> None:
+    """Where the package `kernels` is installed, transformers would fetch and run them."""
+    config = AutoConfig.for_model("gpt_oss", quantization_config={"quant_method": method})
+    _without_kernels(config)
+    found = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    assert found.quantization_config.dequantize
+
+
 @pytest.fixture
 def one_expert(tmp_path: Path) -> Path:
     """The router of DeepSeek-V3 adds up the two best experts of a group."""
@@ -109,7 +120,7 @@ def test_where_transformers_does_not_load_a_folder_llama_cpp_still_counts(
     found = self_check(checkpoint, output)
     assert found.source is None and found.runtime is not None and found.runtime <= LIMIT
     assert re.search(
-        r"not held against transformers: .*no library.*; llama\.cpp computes the same", found.note
+        r"not compared with transformers: .*no library.*; llama\.cpp computes the same", found.note
     )
     with pytest.raises(VerifyError, match=r"llama\.cpp computes something else"):
         self_check(misread(checkpoint, norm_topk_prob=False), replace(output, exact=False))
@@ -146,8 +157,8 @@ def test_the_report_says_it_and_the_option_leaves_it_out(tiny, tmp_path: Path, t
     given = {"type": "Q4_0", "calib": text, "calib_tokens": 1024, "eval_tokens": 0, "effort": "fast"}
     with_it = convert(tiny("mixtral"), tmp_path / "a.gguf", Settings(**given))
     without = convert(tiny("mixtral"), tmp_path / "b.gguf", Settings(**given, self_check=False))
-    assert with_it.checked is not None and "held against transformers" in with_it.checked
-    assert "held against transformers" in with_it.summary() and without.checked is None
+    assert with_it.checked is not None and "compared with transformers" in with_it.checked
+    assert "compared with transformers" in with_it.summary() and without.checked is None
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
@@ -244,5 +255,5 @@ def test_a_file_that_llama_cpp_refuses_does_not_get_its_name(files, tmp_path: Pa
     checkpoint, file = files("qwen3_moe", "F32")
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1.attn_z.weight"))
-    with pytest.raises(MoequantError, match=r"llama\.cpp does not run it"):
+    with pytest.raises(MoequantError, match=r"llama\.cpp cannot run it"):
         self_check(checkpoint, Output(load, False, cut))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from torch._dynamo import config
 from torch._dynamo.utils import counters
 
 from moequant import formats
 from moequant.formats.engine import Blocks, compiles, encode_blocks
+from moequant.formats.kernel import VARIANTS, as_compiled
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "NVFP4"])
@@ -44,3 +48,16 @@ def test_nothing_compiles_after_the_first_tile(name: str) -> None:
     finally:
         torch.set_num_threads(threads)
     assert counters["frames"]["total"] == compiled
+
+
+def test_every_thread_may_have_a_version_of_a_kernel_for_each_format() -> None:
+    """Torch's limit is a thread's own; kernels that formats share are compiled more often than it allows."""
+
+    def limit(_: int) -> int:
+        with as_compiled():
+            return config.recompile_limit
+
+    usual = config.recompile_limit
+    with ThreadPoolExecutor(2) as pool:
+        assert set(pool.map(limit, range(4))) == {VARIANTS}
+    assert len(formats.FORMATS) <= VARIANTS and config.recompile_limit == usual

@@ -118,7 +118,7 @@ def test_a_server_without_ranges(hub: Hub, online: Path) -> None:
     [
         (401, "GatedRepo", "is gated; ask for access .* HF_TOKEN"),
         (403, "GatedRepo", "is gated"),
-        (401, "", "`hf auth login` or HF_TOKEN says who you are"),
+        (401, "", "or there is no such model; use `hf auth login` or HF_TOKEN"),
         (404, "RepoNotFound", "no such folder here, and no such model on the Hub"),
         (404, "RevisionNotFound", "has no revision"),
         (500, "", "the Hub refuses it"),

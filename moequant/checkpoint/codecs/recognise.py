@@ -120,7 +120,7 @@ def _stored(logical: str, parts: dict[str, TensorRef], declared: Declared) -> St
     parts = parts | {"weight": weight}
     if "scale" not in parts:
         raise CheckpointError(
-            f"tensor {weight.name} is stored as {weight.dtype} without scales, expected "
+            f"tensor {weight.name} is stored as {weight.dtype} without scales; expected "
             f"{logical}_scale or the like beside it; give a checkpoint of a form that moequant reads"
         )
     if len(weight.shape) not in (2, 3) and not logical.endswith("_blocks"):

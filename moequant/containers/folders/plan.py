@@ -53,7 +53,7 @@ class FolderSettings:
         if self.scheme is not None and self.bits is not None:
             raise PlanError(f"--scheme {self.scheme} and --bits {self.bits} say the same thing; give one")
         if self.bits is not None and f"W{self.bits}A16" not in schemes.PRESETS:
-            raise PlanError(f"--bits {self.bits}: loaders take 2 to 8")
+            raise PlanError(f"--bits {self.bits}: 2 to 8 were expected")
         found = schemes.find(self.scheme or f"W{self.bits or 4}A16")
         if self.layout == "gptq" and (found.kind != "integers" or found.bits not in GPTQ_BITS):
             raise PlanError(
@@ -101,7 +101,10 @@ def scheme_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
     scheme = settings.wanted
     chosen = quantizable(checkpoint, settings.quantize_attention)
     if not chosen:
-        raise PlanError(f"{checkpoint.path}: nothing to quantize; --quantize-attention adds dense linears")
+        raise PlanError(
+            f"{checkpoint.path}: no experts and no feed-forward blocks to quantize; --quantize-attention "
+            "adds the other linears"
+        )
     check_tp(chosen, settings.tp)
     for weight in chosen:
         if reason := refusal(weight, scheme, settings):
@@ -146,8 +149,8 @@ def stored_names(weight: Weight) -> tuple[str, ...]:
     """What checkpoints with a tensor for every expert call a weight's matrices: E names, or one."""
     if weight.is_expert and len(weight.names) != weight.matrices:
         raise FamilyError(
-            f"{weight.name}: {weight.names[0]} has no name for a single expert, which safetensors loaders "
-            "want; write GGUF instead"
+            f"{weight.name}: {weight.names[0]} has no name for a single expert, which loaders of "
+            "safetensors need; write GGUF instead"
         )
     return weight.names
 
@@ -217,7 +220,7 @@ def _shared_tensors(checkpoint: Checkpoint) -> frozenset[str]:
 def check_tp(chosen: Iterable[Weight], tp: int) -> None:
     """PlanError for the first weight that so many GPUs cannot share."""
     if tp < 1:
-        raise PlanError(f"--tp {tp}: at least one GPU is needed")
+        raise PlanError(f"--tp {tp}: 1 GPU or more was expected")
     for weight in chosen:
         cut = weight.shape[-1] if _by_rows(weight) else weight.shape[-2]
         if cut % tp:

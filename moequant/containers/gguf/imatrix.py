@@ -130,7 +130,7 @@ def read(path: Path, exported: Exported) -> Calibration:
     if len(absent) > len(inputs) / 2:
         raise CorpusError(f"{path}: no entry for {absent[0]}; the imatrix of another model?")
     for name in absent:
-        log.warning("%s: no entry for %s, whose columns count alike", path, name)
+        log.warning("%s: no entry for %s; all of its columns get the same importance", path, name)
     routes = tuple(
         _route(weight, inputs[weight.site.name].tokens)
         for weight in exported.weights

@@ -137,7 +137,8 @@ class Library:
         )  # fmt: skip
         if found != (-1, 512, 2048, 1, -1, 1, 1):
             raise LlamaError(
-                f"xllamacpp: structure layout changed (defaults read as {found}); pin 2026.10.11549"
+                f"xllamacpp: another version than moequant knows (defaults read as {found}); "
+                "pip install xllamacpp==2026.10.11549"
             )
 
     def log(self, length: int = 300) -> str:

@@ -79,7 +79,7 @@ def kv_bytes(header: Header, load: Load) -> tuple[int, ...]:
     """
     if header.arch in UNMODELLED:
         raise PlanError(
-            f"{header.path}: the cache of {header.arch!r} is not described yet; "
+            f"{header.path}: the KV cache of {header.arch!r} is not known to moequant yet; "
             "llama-fit-params prints what llama.cpp reserves"
         )
     layers = header.layers

@@ -33,7 +33,7 @@ def logits(path: Path, ids: NDArray[np.int64], threads: int = 1) -> NDArray[np.f
     done = subprocess.run(command(__name__), input=json.dumps(job).encode(), capture_output=True, check=False)
     if done.returncode != 0:
         reason = one_line(done.stderr.decode(errors="replace")[-300:]) if done.stderr else ""
-        raise LlamaError(f"{path}: llama.cpp does not run it ({reason or f'ended with {done.returncode}'})")
+        raise LlamaError(f"{path}: llama.cpp cannot run it ({reason or f'ended with {done.returncode}'})")
     return np.frombuffer(done.stdout, np.float32).reshape(*ids.shape, -1)
 
 

@@ -167,7 +167,7 @@ def test_links_into_the_cache_of_hugging_face_are_followed(tiny, tmp_path: Path)
 @pytest.mark.parametrize(
     "changes, settings, message",
     [
-        ({}, {"bits": 9}, "--bits 9: loaders take 2 to 8"),
+        ({}, {"bits": 9}, "--bits 9: 2 to 8 were expected"),
         ({}, {"scheme": "W4A15"}, "--scheme W4A15: no such scheme; there are W2A16, W3A16"),
         ({}, {"scheme": "W4A16", "bits": 4}, "say the same thing"),
         ({}, {"scheme": "NVFP4A16", "group_size": 32}, "--group-size 32: NVFP4A16 has its own"),
@@ -196,7 +196,7 @@ def test_links_into_the_cache_of_hugging_face_are_followed(tiny, tmp_path: Path)
             "--group-size 32 or 64 or -1 would work",
         ),
         ({}, {"tp": 3}, "--tp 3 does not divide its 256 channels"),
-        ({}, {"tp": 0}, "at least one GPU"),
+        ({}, {"tp": 0}, "1 GPU or more"),
         ({"moe_intermediate_size": 36}, {"group_size": -1}, "rows of 36; write GGUF instead"),
         ({"moe_intermediate_size": 36}, {"group_size": -1, "bits": 8, "layout": "gptq"}, None),
         ({}, {"tp": 2}, None),

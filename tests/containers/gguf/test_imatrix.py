@@ -386,7 +386,7 @@ def test_a_stack_that_is_missing_counts_alike_and_is_named(exported, calibration
     path = altered(tmp_path / "i.gguf", exported, calibration, change)
     found = imatrix.read(path, exported)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: no entry for {DOWN}, whose columns count alike"
+        f"{path}: no entry for {DOWN}; all of its columns get the same importance"
     ]
     assert (importance(found.inputs[EXPERTS.format(1, "inner")]) == 1).all()
     assert found.inputs.keys() == calibration.inputs.keys()

@@ -177,8 +177,8 @@ def warnings(config: Config) -> tuple[str, ...]:
         return yarn_bounds(config)
     return (
         *yarn_bounds(config),
-        f"llama.cpp norms the latents of attention with rms_norm_eps = {config.rms_norm_eps:g}, transformers "
-        f"with {LATENT_EPS:g}: logits differ a little",
+        f"llama.cpp normalises the latents of attention with an epsilon of {config.rms_norm_eps:g}, "
+        f"transformers with {LATENT_EPS:g}: logits differ a little",
     )
 
 
@@ -188,8 +188,8 @@ def v2_warnings(config: Config) -> tuple[str, ...]:
         return warnings(config)
     return (
         *warnings(config),
-        "llama.cpp chooses groups of experts by the sum of their two best, DeepSeek-V2 by their best: some "
-        "tokens go to other experts",
+        "llama.cpp chooses a group of experts by the sum of its two best scores, DeepSeek-V2 by its best "
+        "score: some tokens go to other experts",
     )
 
 

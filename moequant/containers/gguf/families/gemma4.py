@@ -109,7 +109,7 @@ def complaints(config: Config) -> Iterator[str]:
 def warnings(config: Config) -> tuple[str, ...]:
     """What llama.cpp computes a little differently."""
     return (
-        "llama.cpp's CPU code looks GELU up in a table of half precision: logits differ a little from "
+        "on the CPU, llama.cpp takes GELU from a table in half precision: logits differ a little from "
         "transformers'",
     )
 

@@ -74,8 +74,8 @@ def warnings(config: Config) -> tuple[str, ...]:
     if config.rms_norm_eps == LATENT_EPS:
         return ()
     return (
-        f"llama.cpp norms queries and keys of delta attention with rms_norm_eps = {config.rms_norm_eps:g}, "
-        f"transformers with {LATENT_EPS:g}: logits differ a little",
+        f"llama.cpp normalises queries and keys of delta attention with an epsilon of "
+        f"{config.rms_norm_eps:g}, transformers with {LATENT_EPS:g}: logits differ a little",
     )
 
 

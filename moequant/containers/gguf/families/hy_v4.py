@@ -93,8 +93,8 @@ def rotations(config: Config) -> tuple[str, ...]:
     """What llama.cpp's own converter would write, and what is a little different."""
     return (
         *warnings(config),
-        "transformers rotates the halves of Hy4's heads; llama.cpp rotates pairs, and its own converter "
-        "writes rows as they are. Here they are reordered: the file computes what transformers does",
+        "transformers and llama.cpp's own converter disagree about the order of rotary rows: this file "
+        "computes what transformers computes",
     )
 
 

@@ -164,8 +164,8 @@ def not_turned(sections: Key, rotated: int) -> tuple[str, ...]:
     if not left:
         return ()
     return (
-        f"llama.cpp does not turn rotary frequencies {few(left)} of {rotated // 2}, which "
-        f"mrope_section leaves to none of its parts: far into a long context logits differ a little",
+        f"llama.cpp leaves out rotary frequencies {few(left)} of {rotated // 2}, which no part of "
+        "mrope_section covers: far into a long context logits differ a little",
     )
 
 

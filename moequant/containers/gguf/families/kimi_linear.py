@@ -117,7 +117,7 @@ def kimi_warnings(config: Config) -> tuple[str, ...]:
     if config.rms_norm_eps == LATENT_EPS:
         return ()
     return (
-        f"llama.cpp norms queries, keys and latents with rms_norm_eps = {config.rms_norm_eps:g}, "
+        f"llama.cpp normalises queries, keys and latents with an epsilon of {config.rms_norm_eps:g}, "
         f"transformers with {LATENT_EPS:g}: logits differ a little",
     )
 

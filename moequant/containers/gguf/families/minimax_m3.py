@@ -76,8 +76,8 @@ def warnings(config: Config) -> tuple[str, ...]:
     if blocks * block >= config.max_position_embeddings:
         return ()
     return (
-        f"llama.cpp without flash attention looks at all tokens, where the model looks at {blocks} blocks of "
-        f"{block} that it chooses: past {blocks * block} tokens leave -fa on",
+        f"the model attends to {blocks} blocks of {block} tokens that it chooses; llama.cpp does so only "
+        f"with flash attention: for contexts above {blocks * block} tokens keep -fa on",
     )
 
 

@@ -86,8 +86,8 @@ def warnings(config: Config) -> tuple[str, ...]:
     if config.time_step_min <= 0:
         return ()
     return (
-        f"llama.cpp takes time steps of Mamba layers as they are, transformers none below time_step_min = "
-        f"{config.time_step_min:g}: logits may differ a little",
+        f"transformers raises time steps of Mamba layers to time_step_min = {config.time_step_min:g} at "
+        "least, llama.cpp does not: logits may differ a little",
     )
 
 
