@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING
 
 from moequant.containers.gguf.families import EXPORTS
+from moequant.containers.gguf.nextn import refusal
 from moequant.families import FAMILIES, Config, Family
 from moequant.families.base import PREDICTION, nothing_predicted
 
@@ -29,7 +30,7 @@ MODELS = {
     "deepseek_v3": "DeepSeek-V3, R1, V3.1; Kimi K2",
     "deepseek_v32": "DeepSeek-V3.2",
     "dots1": "dots.llm1",
-    "ernie4_5_moe": "ERNIE-4.5 21B-A3B, 300B-A47B",
+    "ernie4_5_moe": "ERNIE-4.5 21B-A3B, 300B-A47B, also as Paddle stores them",
     "exaone_moe": "K-EXAONE 236B-A23B",
     "gemma4": "Gemma 4 26B-A4B",
     "glm4_moe": "GLM-4.5, 4.6, 4.7, Air",
@@ -52,7 +53,7 @@ MODELS = {
     "llama": "Llama 2, 3 (dense)",
     "llama4": "Llama 4 Scout, Maverick",
     "mellum": "Mellum 2",
-    "mimo_v2_flash": "MiMo-V2-Flash",
+    "mimo_v2_flash": "MiMo-V2-Flash, V2.5, V2.6-Flash (text)",
     "minimax_m2": "MiniMax M2, M2.5",
     "minimax_m3": "MiniMax M3 (text)",
     "mistral": "Mistral 7B, Nemo (dense)",
@@ -95,8 +96,8 @@ in the column *llama.cpp* are also read from GGUF files. `moequant/checkpoint/co
 codec decodes.
 
 Layers that predict the token after the next (multi-token prediction, MTP) are kept, as llama.cpp's NextN
-blocks for drafting, unless the table lists them as left out. Folders hold copies of them. `--no-mtp` leaves
-them out of both.
+blocks for drafting, unless the table lists them as left out, with the reason. Folders hold copies of them.
+`--no-mtp` leaves them out of both.
 
 This page is written by `scripts/build_families_reference.py`.
 
@@ -116,16 +117,18 @@ def row(family: Family) -> str:
     layers = [slot for number in range(config.num_hidden_layers) for slot in family.layer(config, number)]
     experts = [slot for slot in layers if slot.stack.name == "EXPERTS"]
     folder = all(any("{e}" in way.name for way in slot.ways) for slot in experts)
-    drafts = way is not None and way.predictions is not None and family.predictions is not nothing_predicted
-    kept = {"computed from the config", *([PREDICTION] if drafts else [])}
+    described = int(family.predictions is not nothing_predicted)
+    refused = None if way is None else refusal(way, described)
+    kept = {"computed from the config", *([] if refused else [PREDICTION])}
     left = dict.fromkeys(why for why in family.skipped(config).values() if why not in kept)
+    shown = (f"{why}: {refused}" if why == PREDICTION else why for why in left)
     warned = "; ".join(way.warnings(config)) if way is not None else ""
     cells = (
         MODELS[family.name],
         ", ".join(f"`{name}`" for name in family.classes),
         f"`{way.arch}`" if way is not None else "no",
         "yes" if folder else "no",
-        ", ".join(left),
+        "; ".join(shown),
         warned,
     )
     return f"| {' | '.join(cells)} |"

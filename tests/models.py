@@ -913,7 +913,7 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "first_k_dense_replace": 1,
         "layer_types": None,
         "mlp_layer_types": None,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": 1,
         "use_gated_activation": True,
         "use_parallel_block": True,
         "use_qk_norm": False,
@@ -973,7 +973,12 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
             "head_dim": 48,
             "true_head_dim": 48,
         },
-        "layer_types": ["full_attention", *["sliding_attention"] * 3, *["full_attention"] * 2],
+        "layer_types": [
+            "full_attention",
+            *["sliding_attention"] * 3,
+            *["full_attention"] * 2,
+            "sliding_attention",
+        ],
         "max_seq_len": 1024,
         "moe_every_n_layer": 1,
         "moe_layer_offset": 0,
@@ -984,8 +989,8 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "need_fp32_gate": True,
         "norm_expert_weight": True,
         "num_attention_groups": 2,
-        "num_nextn_predict_layers": 1,
-        "partial_rotary_factors": [0.5, 1.0, 1.0, 1.0, 0.5, 0.5],
+        "num_nextn_predict_layers": 2,
+        "partial_rotary_factors": [0.5, 1.0, 1.0, 1.0, 0.5, 0.5, 1.0],
         "rope_scaling": {
             "rope_type": "llama3",
             "factor": 2.0,
@@ -993,9 +998,9 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
             "high_freq_factor": 32.0,
             "original_max_position_embeddings": 256,
         },
-        "rope_theta": [10000.0, 5000.0, 5000.0, 5000.0, 10000.0, 10000.0],
-        "swiglu_limits": [0.0, 0.0, 0.0, 0.3, 0.3, 0.0],
-        "swiglu_limits_shared": [0.0, 0.0, 0.0, 0.0, 0.3, 0.0],
+        "rope_theta": [10000.0, 5000.0, 5000.0, 5000.0, 10000.0, 10000.0, 5000.0],
+        "swiglu_limits": [0.0, 0.0, 0.0, 0.3, 0.3, 0.0, 0.0],
+        "swiglu_limits_shared": [0.0, 0.0, 0.0, 0.0, 0.3, 0.0, 0.0],
         "use_head_wise_attn_gate": True,
         "use_moe": True,
         "use_moe_router_bias": True,
@@ -1060,6 +1065,8 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "moe_router_enable_expert_bias": True,
         "moe_shared_expert_intermediate_size": 96,
         "no_kda_lora": True,
+        "num_mtp_layers": None,
+        "num_nextn_predict_layers": 1,
         "rope_interleave": True,
         "router_dtype": "fp32",
         "score_function": "sigmoid",
@@ -1122,24 +1129,68 @@ def _appended(like: int, number: int, around: Mapping[str, tuple[int, ...]] = _A
     return Prediction({like: f"{at}."}, {name.format(at=at): shape for name, shape in around.items()})
 
 
+def _step(number: int, heads: int) -> dict[str, tuple[int, ...]]:
+    """A layer that predicts with so many heads and a dense block."""
+    shapes = {
+        "eh_proj": (256, 512),
+        "transformer.shared_head.output": (VOCAB, 256),
+        "self_attn.q_proj": (heads * 48, 256),
+        "self_attn.k_proj": (96, 256),
+        "self_attn.v_proj": (96, 256),
+        "self_attn.o_proj": (256, heads * 48),
+        "self_attn.g_proj": (heads, 256),
+        "self_attn.q_norm": (48,),
+        "self_attn.k_norm": (48,),
+        "mlp.gate_proj": (320, 256),
+        "mlp.up_proj": (320, 256),
+        "mlp.down_proj": (256, 320),
+    }
+    norms = ("enorm", "hnorm", "input_layernorm", "post_attention_layernorm", "transformer.shared_head.norm")
+    shapes |= dict.fromkeys(norms, (256,))
+    return {f"model.layers.{number}.{name}": shape for name, shape in shapes.items()}
+
+
+_JOINED = {"{at}.eh_proj": (256, 512), "{at}.enorm": (256,), "{at}.hnorm": (256,)}
+
+
+def _mimo(number: int) -> dict[str, tuple[int, ...]]:
+    """A layer that predicts with a window and a dense block, of a model whose last layers have experts."""
+    shapes = {
+        "eh_proj": (256, 512),
+        "self_attn.q_proj": (192, 256),
+        "self_attn.k_proj": (192, 256),
+        "self_attn.v_proj": (128, 256),
+        "self_attn.o_proj": (256, 128),
+        "self_attn.attention_sink_bias": (4,),
+        "mlp.gate_proj": (320, 256),
+        "mlp.up_proj": (320, 256),
+        "mlp.down_proj": (256, 320),
+    }
+    norms = ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm")
+    shapes |= dict.fromkeys(norms, (256,))
+    return {f"model.mtp.layers.{number}.{name}": shape for name, shape in shapes.items()}
+
+
 PREDICTIONS: Mapping[str, Prediction] = {
     "deepseek_v3": _appended(2, 3),
     "deepseek_v32": _appended(2, 3),
     "glm4_moe": _appended(2, 3),
     "glm4_moe_lite": _appended(2, 3),
     "glm_moe_dsa": _appended(2, 3),
-    "hy_v3": _appended(
-        2,
-        3,
+    "hy_v3": _appended(2, 3, {**_JOINED, "{at}.final_layernorm": (256,)}),
+    "bailing_hybrid": _appended(3, 4, {**_JOINED, "{at}.final_layernorm": (256,)}),
+    "cohere2_moe": _appended(4, 5, {**_JOINED, "{at}.shared_head.norm": (256,)}),
+    "step3p7": Prediction({}, {**_step(5, 4), **_step(6, 6)}),
+    "glm5_next": Prediction(
+        {1: "model.language_model.layers.3."},
         {
-            "{at}.eh_proj": (256, 512),
-            "{at}.enorm": (256,),
-            "{at}.hnorm": (256,),
-            "{at}.final_layernorm": (256,),
+            name.format(at="model.language_model.layers.3"): shape
+            for name, shape in {**_JOINED, "{at}.shared_head.norm": (256,)}.items()
         },
     ),
     "qwen3_next": Prediction({3: "mtp.layers.0."}, _UNDER_MTP),
     "qwen3_5_moe": Prediction({3: "mtp.layers.0."}, _UNDER_MTP),
+    "mimo_v2_flash": Prediction({}, {**_mimo(0), **_mimo(1), **_mimo(2)}),
     "nemotron_h": Prediction(
         {2: "mtp.layers.0.", 3: "mtp.layers.1."},
         {
@@ -1163,15 +1214,10 @@ _UNFIT = {
 }
 
 BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
-    "step3p7": {
-        "model.layers.5.eh_proj.weight": (256, 512),
-        "model.layers.5.self_attn.o_proj.weight": (256, 192),
-    },
     "hy_v4": {"model.mtp_layers.0.eh_proj.weight": (256, 512)},
     "ernie4_5_moe": {"model.mtp_emb_norm.0.weight": (256,), "model.mtp_linear_proj.0.weight": (256, 512)},
     "exaone_moe": _UNFIT,
     "mellum": _UNFIT,
-    "mimo_v2_flash": {"model.mtp.layers.0.eh_proj.weight": (256, 512)},
 }
 """Tensors of releases that transformers neither runs nor saves."""
 
@@ -1334,10 +1380,11 @@ def predicting(folder: Path, family: str, seed: int = 0) -> dict[str, torch.Tens
     if told is None:
         return made
     chance = torch.Generator().manual_seed(seed)
-    shapes = {f"{name}.weight": shape for name, shape in told.around.items()}
+    shapes = {name + ".weight" * ("_bias" not in name): shape for name, shape in told.around.items()}
     for name, tensor in load_file(folder / "model.safetensors").items():
         for number, prefix in told.like.items():
-            if (parts := name.partition(f"layers.{number}."))[2] and "visual" not in name:
+            other = "visual" in name or "hc" in name  # what predicts has one stream
+            if (parts := name.partition(f"layers.{number}."))[2] and not other:
                 shapes[prefix + parts[2]] = tuple(tensor.shape)
     for name, shape in shapes.items():
         made[name] = (torch.randn(shape, generator=chance) * 0.1).bfloat16()

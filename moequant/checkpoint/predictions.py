@@ -61,8 +61,10 @@ def sites_of(model: Sequence[Weight]) -> dict[str, Weight]:
 
 
 def fed(weight: Weight, sites: Mapping[str, Weight]) -> Weight:
-    """The weight, without a site where the one that it is like is of another width."""
-    twin = None if weight.site is None else sites.get(weight.site.name)
-    if twin is None or (twin.matrices, twin.n_in) == (weight.matrices, weight.n_in):
+    """The weight, without a site where nothing is like it, or what is has another width."""
+    if weight.site is None:
+        return weight
+    twin = sites.get(weight.site.name)
+    if twin is not None and (twin.matrices, twin.n_in) == (weight.matrices, weight.n_in):
         return weight
     return replace(weight, site=None)

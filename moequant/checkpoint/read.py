@@ -16,7 +16,8 @@ def load(weight: Weight) -> Tensor:
     others are read."""
     origin = weight.origin
     if weight.stack is not Stack.EXPERTS:
-        return apply(origin.ops, origin.stored[0].read()).contiguous()
+        parts = [stored.read() for stored in origin.stored]
+        return apply(origin.ops, parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
     wanted = _numbers(weight)
     if _is_cut(origin):
         return _cut_out(origin, wanted).contiguous()
@@ -84,7 +85,7 @@ def not_finite(weight: Weight, values: Tensor) -> str | None:
     if torch.isfinite(values).all():
         return None
     stored = weight.origin.stored
-    parts = values if len(stored) > 1 else values[None]
+    parts = values if weight.is_expert and len(stored) > 1 else values[None]
     bad = (~torch.isfinite(parts)).flatten(1).sum(1)
     first = int(bad.nonzero()[0])
     number = _numbers(weight)[first] if len(stored) > 1 else 0

@@ -41,7 +41,8 @@ def weight_of(
         whole = _shape_of(slot, way, tensors, shape.experts)
     except ValueError as error:
         raise CheckpointError(f"{where}: {names[0]} is {list(tensors[0].shape)}; {error} do not go") from None
-    return filled(slot, layer, shape, whole, Origin(tensors, way.ops, _holds(tensors)))
+    holds = None if way.below else _holds(tensors)
+    return filled(slot, layer, shape, whole, Origin(tensors, way.ops, holds))
 
 
 def filled(
@@ -71,7 +72,8 @@ def _holds(tensors: tuple[Stored, ...]) -> str | None:
 def _there(way: Get, experts: int, stored: Mapping[str, Stored]) -> tuple[str, ...]:
     """The stored tensors of a way that are there, in the order of the experts."""
     if "{e}" not in way.name:
-        return (way.name,) if way.name in stored else ()
+        wanted = (way.name, *way.below)
+        return wanted if all(name in stored for name in wanted) else ()
     names = (way.name.replace("{e}", str(expert)) for expert in range(experts))
     return tuple(name for name in names if name in stored)
 
@@ -85,6 +87,9 @@ def _check_tensors(where: str, way: Get, tensors: tuple[Stored, ...], experts: i
                 f"{', '.join(FLOATS)} (convert the checkpoint first)"
             )
     if "{e}" not in way.name:
+        if len({(each.shape[1:], each.dtype) for each in tensors}) > 1:
+            shown = ", ".join(f"{each.name} {list(each.shape)}" for each in tensors)
+            raise CheckpointError(f"{where}: {shown} do not go below each other")
         return
     if len(tensors) < experts:
         there = {each.name for each in tensors}
@@ -102,6 +107,8 @@ def _shape_of(slot: Slot, way: Get, tensors: tuple[Stored, ...], experts: int) -
     """The weight's shape; ValueError, with what does not go, when the stored ones are not what the slot
     says."""
     shape = tensors[0].shape
+    if way.below:
+        shape = (sum(each.shape[0] for each in tensors), *shape[1:])
     if slot.stack is not Stack.EXPERTS:
         return shape_after(way.ops, shape)
     if "{e}" in way.name:

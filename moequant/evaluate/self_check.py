@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.checkpoint.headers import read_json
-from moequant.errors import VerifyError, foreign, one_line
+from moequant.errors import VerifyError, few, foreign, one_line
 from moequant.evaluate.activations import by_32
 from moequant.families.config import LAYERS
 from moequant.forward.causal import whole_class
@@ -296,13 +296,17 @@ def _reference(checkpoint: Checkpoint, ids: Tensor, raw: dict[str, Any]) -> Tens
         config._attn_implementation = config._experts_implementation = None
         config.return_dict = config.get_text_config().return_dict = True
         _without_kernels(config)
-        model = whole_class(config).from_pretrained(
+        model, told = whole_class(config).from_pretrained(
             checkpoint.path,
             config=config,
             dtype=torch.float32,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
         )
+        # What it does not find it makes up, with a warning: files may have names that it does not read.
+        if made_up := sorted({each.place.param for each in checkpoint.weights} & {*told["missing_keys"]}):
+            raise VerifyError(f"it knows no file's names for {few(made_up, 2)}")
         return _logits(model, ids)
 
 

@@ -125,6 +125,11 @@ def find(raw: Mapping[str, Any]) -> Family:
         kind = text_config(raw).get("model_type")
         return next((family for family in found if family.model_type == kind), found[0])
     wanted = "/".join(names[:10]) or "(none in config.json)"
+    if raw.get("is_encoder_decoder") is True:
+        raise FamilyError(
+            f"architecture {wanted} has an encoder and a decoder: only decoders are read, and llama.cpp has "
+            "no such architecture with experts either"
+        )
     near = nearest(names[0]) if names else None
     raise FamilyError(
         f"architecture {wanted} is not supported yet"

@@ -17,6 +17,7 @@ from moequant.families.blocks import (
 from moequant.families.deepseek_v3 import ROUTING_KEYS, prediction_layers, sparse_ffn
 from moequant.families.kda import KDA_KEYS, LINEAR, delta_attention
 from moequant.families.mla import LATENT_KEYS, latent_attention
+from moequant.families.predictions import APPENDED, appended
 from moequant.values import Role
 
 
@@ -39,6 +40,14 @@ def _gated_attention(config: Config, number: int) -> tuple[Slot, ...]:
     into = seen(number, "attn.input", "self_attn.kv_a_proj_with_mqa")
     gate = linear(number, "attn_gate", Role.ATTN_GATE, "self_attn.g_proj", into)
     return (*latent_attention(config, number), *gate)
+
+
+def predictions(config: Config) -> tuple[tuple[Slot, ...], ...]:
+    """Layers of latent attention and experts."""
+    layers = enumerate(zip(config.layer_types, config.mlp_layer_types, strict=True))
+    alike = [number for number, (kind, block) in layers if kind != LINEAR and block == "sparse"]
+    names = {**APPENDED, "norm": "final_layernorm"}
+    return appended(config, layer, names, twin=alike[-1]) if alike else ()
 
 
 BAILING_HYBRID = Family(
@@ -96,5 +105,6 @@ BAILING_HYBRID = Family(
         "value_norm": (False,),
     },
     skipped=prediction_layers,
+    predictions=predictions,
     renamed=(("model.word_embeddings.", "model.embed_tokens."),),
 )

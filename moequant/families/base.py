@@ -21,11 +21,13 @@ Config = Any
 @dataclass(frozen=True, slots=True)
 class Get:
     """A stored tensor: its name, `{e}` in it for one tensor an expert, and the ops that make of it a weight,
-    or one matrix of it. `rows` is how many each matrix has, where two ways differ in nothing else."""
+    or one matrix of it. `rows` is how many each matrix has, where two ways differ in nothing else. `below`
+    are further tensors, whose rows follow those of the first."""
 
     name: str
     ops: Ops = ()
     rows: int | None = None
+    below: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

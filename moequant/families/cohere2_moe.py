@@ -3,9 +3,12 @@ alone are rotated; dense layers first, shared experts averaged with the routed o
 
 from __future__ import annotations
 
+from functools import partial
+
 from moequant.families.base import Config, Family, Slot
 from moequant.families.blocks import SHAPE_KEYS, Experts, attention, ends, gated_ffn, moe_shape, router
 from moequant.families.deepseek_v3 import prediction_layers
+from moequant.families.predictions import appended
 
 
 def layer(config: Config, number: int) -> tuple[Slot, ...]:
@@ -48,4 +51,5 @@ COHERE2_MOE = Family(
     },
     says={"use_qk_norm": (False,), "use_parallel_block": (True,), "use_gated_activation": (True,)},
     skipped=prediction_layers,
+    predictions=partial(appended, layer=layer),
 )

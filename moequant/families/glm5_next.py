@@ -14,6 +14,7 @@ from moequant.families.deepseek_v32 import chosen, indexer
 from moequant.families.hy_v4 import CONNECTION
 from moequant.families.kda import KDA_KEYS, LINEAR, delta_attention
 from moequant.families.mla import LATENT_KEYS, latent_attention
+from moequant.families.predictions import appended
 from moequant.values import ModelShape, Role
 
 
@@ -66,6 +67,19 @@ def _connection(number: int, kind: str) -> tuple[Slot, ...]:
     )
 
 
+def predictions(config: Config) -> tuple[tuple[Slot, ...], ...]:
+    """Layers of one hidden state, which choose for themselves."""
+    layers = zip(config.layer_types, config.indexer_types, config.mlp_layer_types, strict=True)
+    wanted = ("full", "sparse")
+    alike = [at for at, (kind, *rest) in enumerate(layers) if kind != LINEAR and tuple(rest) == wanted]
+    return appended(config, _plain, twin=alike[-1]) if alike else ()
+
+
+def _plain(config: Config, number: int) -> tuple[Slot, ...]:
+    """A decoder layer without streams."""
+    return tuple(slot for slot in layer(config, number) if slot.role is not Role.STREAMS)
+
+
 def skipped(config: Config) -> Mapping[str, str]:
     """What text does not need."""
     return {r"(model\.)?visual\..*": "vision: only text is converted", **prediction_layers(config)}
@@ -108,6 +122,7 @@ GLM5_NEXT = Family(
         "topk_method": ("noaux_tc",),
     },
     skipped=skipped,
+    predictions=predictions,
     renamed=(("model.language_model.", "model."),),
     chosen=chosen,
 )

@@ -7,7 +7,7 @@ like another one of the model, its twin. Nobody sees what it is fed: its weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from moequant.families.base import Config, Get, Slot
@@ -55,12 +55,21 @@ def like(slots: tuple[Slot, ...], twin: int, number: int, stored: str) -> tuple[
             param="",
             ops=(),
             adds=False,
-            get=tuple(
-                replace(way, name=stored + way.name.partition(own)[2]) for way in slot.ways if own in way.name
-            ),
+            get=tuple(_within(way, own, stored) for way in slot.ways if own in way.name),
         )
         for slot in slots
     )
+
+
+def _within(way: Get, own: str, stored: str) -> Get:
+    """The way of a tensor of a layer, in another one under the prefix `stored`."""
+    name, *below = (stored + each.partition(own)[2] for each in (way.name, *way.below))
+    return replace(way, name=name, below=tuple(below))
+
+
+def last_of(kinds: Sequence[str], kind: str) -> int:
+    """The last layer of a kind; the last of all where there is none."""
+    return max((number for number, each in enumerate(kinds) if each == kind), default=len(kinds) - 1)
 
 
 def parts(number: int, stored: Mapping[str, str]) -> tuple[Slot, ...]:

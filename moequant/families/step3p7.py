@@ -21,6 +21,7 @@ from moequant.families.blocks import (
     seen,
 )
 from moequant.families.deepseek_v3 import prediction_layers
+from moequant.families.predictions import APPENDED, count, last_of, like, parts
 from moequant.values import ModelShape, Role
 
 
@@ -47,16 +48,24 @@ def shape(config: Config) -> ModelShape:
 
 def layer(config: Config, number: int) -> tuple[Slot, ...]:
     """One decoder layer. A multiplier may stand behind the routed experts' sum."""
+    return (*_front(number), *_behind(config, number))
+
+
+def _front(number: int) -> tuple[Slot, ...]:
+    """Attention, with a gate for every head."""
     into = seen(number, "attn.input", "self_attn.q_proj")
-    front = (
+    return (
         *attention(number, qk_norm=True, biased=True),
         *linear(number, "attn_gate", Role.ATTN_GATE, "self_attn.g_proj", into),
     )
+
+
+def _behind(config: Config, number: int) -> tuple[Slot, ...]:
+    """The feed-forward block."""
     if config.mlp_layer_types[number] != "sparse":
-        return (*front, *gated_ffn(number))
+        return gated_ffn(number)
     shared = gated_ffn(number, "mlp.shared_experts", "shared")
     return (
-        *front,
         router(number, "moe.gate"),
         correction(number, stored="moe.router_bias"),
         *_experts(config, number),
@@ -71,6 +80,39 @@ def _experts(config: Config, number: int) -> tuple[Slot, ...]:
     return tuple(
         replace(slot, get=(Get(f"{at}.{slot.role.value}_proj.weight"), *slot.ways)) for slot in slots
     )
+
+
+AROUND = {
+    **APPENDED,
+    "norm": "transformer.shared_head.norm",
+    "head": "transformer.shared_head.output",
+}
+"""What is around a layer that predicts."""
+
+
+def predictions(config: Config) -> tuple[tuple[Slot, ...], ...]:
+    """Layers numbered on behind the last; attention and feed-forward block may be like different layers'."""
+    first, found = int(config.num_hidden_layers), list[tuple[Slot, ...]]()
+    for index in range(count(config)):
+        number, at = first + index, f"model.layers.{first + index}."
+        heads_like = last_of(config.layer_types, predicted_kind(config, index))
+        kinds = config.mtp_mlp_layer_types or ["dense"] * count(config)
+        ffn_like = last_of(config.mlp_layer_types, kinds[index])
+        names = {ours: at + theirs for ours, theirs in AROUND.items()}
+        found.append(
+            (
+                *like(_front(heads_like), heads_like, number, at),
+                *like(_behind(config, ffn_like), ffn_like, number, at),
+                *parts(number, names),
+            )
+        )
+    return tuple(found)
+
+
+def predicted_kind(config: Config, index: int) -> str:
+    """The kind of a layer that predicts."""
+    kinds = config.mtp_layer_types or ["full_attention"] * count(config)
+    return str(kinds[index])
 
 
 def skipped(config: Config) -> Mapping[str, str]:
@@ -126,5 +168,6 @@ STEP3P7 = Family(
         "zero_centered": (True,),
     },
     skipped=skipped,
+    predictions=predictions,
     renamed=(("model.language_model.", "model."),),
 )

@@ -22,7 +22,7 @@ from moequant.values import Choice, Plan, Weight
 
 NO_PINS: Mapping[str, str] = {}
 
-_ENDS = {"nextn.embedding": "embedding", "nextn.head": "embedding"}
+_ENDS = {"nextn.embedding": "embedding", "nextn.head": "embedding", "attn_qkv": "attn_q"}
 """What layers that predict have in the place of the model's own: no head comes before them in a file."""
 
 NEAR = 0.5

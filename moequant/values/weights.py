@@ -124,8 +124,9 @@ class Place:
 class Origin:
     """Where a weight's values come from: each of `stored`, or each matrix of the one stack, through `ops`.
 
-    Several stored tensors are stacked, one expert behind the other. `holds` is the ggml type that has the
-    very numbers of all of them. Of what is stored, `matrices` are those of the weight (None: all).
+    Several stored tensors are stacked, one expert behind the other; of a weight that is no stack of experts,
+    the rows of one follow those of the other. `holds` is the ggml type that has the very numbers of all of
+    them. Of what is stored, `matrices` are those of the weight (None: all).
     `pieces` are stored as ops of a container cut the weight: what is cut so again is taken as it is.
     """
 

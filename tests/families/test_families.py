@@ -217,6 +217,15 @@ def test_an_unknown_architecture_names_the_nearest() -> None:
             families.find(nothing)
 
 
+def test_encoders_with_decoders_are_refused_as_such() -> None:
+    """No decoder is near Switch Transformers."""
+    raw = AutoConfig.for_model("switch_transformers").to_dict()
+    raw["architectures"] = ["SwitchTransformersForConditionalGeneration"]
+    with pytest.raises(FamilyError, match="has an encoder and a decoder") as caught:
+        families.find(raw)
+    assert "nearest" not in str(caught.value)
+
+
 def test_every_family_has_a_test_model_and_a_way_into_gguf_or_a_reason(tiny) -> None:
     every = {family.name for family in families.FAMILIES}
     assert EXPORTS.keys() | OTHERS.keys() == every and not EXPORTS.keys() & OTHERS.keys()

@@ -33,6 +33,16 @@ def test_a_release_says_its_rotation_where_transformers_5_does_not_look() -> Non
     assert written["rope.freq_base"] == 500_000 and written["attention.clamp_kqv"] == 8
 
 
+def test_a_release_says_its_rotations_beside_each_other() -> None:
+    """MiMo-V2.5 has another base than V2-Flash, in keys that transformers 5 does not look at."""
+    told = RELEASES["XiaomiMiMo/MiMo-V2.5"].config
+    config = make_config(families.find(told), told)
+    written = {key.name: key.value for key in check(families.find(told), config).keys(config)}
+    assert (written["rope.freq_base"], written["rope.freq_base_swa"]) == (1e7, 1e4)
+    assert written["rope.dimension_count"] == 64 and written["attention.sliding_window"] == 129
+    assert written["attention.head_count_kv"][:6] == [4, 8, 8, 8, 8, 4]
+
+
 def test_keys_one_level_down_are_accounted_for() -> None:
     told = RELEASES["databricks/dbrx-base"].config
     changed = {**told, "ffn_config": {**told["ffn_config"], "moe_depth": 2}}

@@ -16,6 +16,7 @@ from moequant.containers.folders.storage import GptqIntegers, Storage
 from moequant.errors import FamilyError, PlanError
 from moequant.formats.groups import GROUPS, GroupFormat
 from moequant.values import Choice, Origin, Place, Plan, Role, Stack, Weight
+from moequant.values.ops import Transposed
 
 LayoutName = Literal["compressed-tensors", "gptq", "mxfp4"]
 
@@ -183,6 +184,12 @@ def quantizable(checkpoint: Checkpoint, attention: bool, stacked: bool = False) 
     found = [weight for weight in checkpoint.weights if _is_quantized(checkpoint, weight, attention, shared)]
     for weight in () if stacked else found:
         modules(weight)
+    turned = (each for each in checkpoint.weights if not each.is_expert and Transposed() in each.origin.ops)
+    if (first := next(turned, None)) is not None:
+        raise FamilyError(
+            f"{first.name}: {first.origin.stored[0].name} is stored with inputs as rows, which loaders of "
+            "safetensors do not know; write GGUF instead"
+        )
     return found
 
 

@@ -17,8 +17,8 @@ def kept(checkpoint: Checkpoint, way: Export) -> tuple[tuple[Weight, ...], tuple
     out = f"left out: {len(found.stored):,} tensors, {PREDICTION}"
     if found.unfit is not None:
         return (), (f"{out}: {found.unfit}",)
-    if way.predictions is None or len(_layers(found.weights)) != 1:
-        return (), (f"{out}: not kept for llama.cpp's {way.arch!r}",)
+    if (why := refusal(way, len(_layers(found.weights)))) is not None:
+        return (), (f"{out}: {why}",)
     return found.weights, (
         f"{PREDICTION} kept: llama.cpp drafts with it, transformers does not run it. Its weights are rounded "
         "under the statistics of the layer that they are like, in types one step safer; --no-mtp leaves them "
@@ -26,18 +26,29 @@ def kept(checkpoint: Checkpoint, way: Export) -> tuple[tuple[Weight, ...], tuple
     )
 
 
+def refusal(way: Export, layers: int) -> str | None:
+    """Why a file does not hold so many described layers that predict; None where it does."""
+    if way.drafting is None:
+        return f"llama.cpp's {way.arch!r} has no graph that drafts with it"
+    if not layers:
+        return "nobody describes it for this family"
+    if layers > way.drafting.most:
+        return f"llama.cpp's {way.arch!r} drafts with {way.drafting.most} such layer, and here are {layers}"
+    return None
+
+
 def counted(way: Export, config: Config, keys: tuple[Key, ...], kept: tuple[Weight, ...]) -> tuple[Key, ...]:
     """The keys of a file with these layers: counted as blocks, also in lists with one entry a block."""
     more = len(_layers(kept))
-    if not more or way.predictions is None:
+    if not more or way.drafting is None:
         return keys
-    layers, own = int(config.num_hidden_layers), way.predictions(config)
+    own = [way.drafting.lists(config, number) for number in range(more)]
     found = []
     for key in keys:
         if key.name == "block_count":
-            key = Key(key.name, key.kind, layers + more)
-        elif key.name in own:
-            key = Key(key.name, key.kind, [*key.value, *[own[key.name]] * more])
+            key = Key(key.name, key.kind, int(config.num_hidden_layers) + more)
+        elif key.name in own[0]:
+            key = Key(key.name, key.kind, [*key.value, *(each[key.name] for each in own)])
         found.append(key)
     return (*found, Key("nextn_predict_layers", "u32", more))
 

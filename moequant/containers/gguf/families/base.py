@@ -79,9 +79,25 @@ def nothing(config: Config) -> tuple[()]:
     return ()
 
 
-def no_lists(config: Config) -> Mapping[str, Any]:
+def no_lists(config: Config, number: int) -> Mapping[str, Any]:
     """No key has an entry for every block."""
     return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """How llama.cpp drafts with layers that predict.
+
+    `lists` says what keys with one entry a block have for the layer `number` of those that predict, from 0.
+    `most` layers are read, at most.
+    """
+
+    lists: Callable[[Config, int], Mapping[str, Any]] = no_lists
+    most: int = 1
+
+
+DRAFTING = Drafting()
+"""With one layer, of which no list of keys has an entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +128,8 @@ class Export:
     `arch` is llama.cpp's name of the architecture. `names` are the tensors that are called otherwise than
     in `names.COMMON`, by our name within the layer. `complaints` yields one sentence for each thing in the
     config that llama.cpp's graph does not compute; `warnings` one for each that it computes a little
-    differently. `predictions` says what keys with one entry a block have for a layer that predicts; None:
-    files hold none of those.
+    differently. `drafting` is None where llama.cpp has no graph that drafts with layers that predict: files
+    hold none of those.
     """
 
     arch: str
@@ -123,7 +139,7 @@ class Export:
     cut: Cut = whole
     computed: Callable[[Config], tuple[Computed, ...]] = nothing
     warnings: Callable[[Config], tuple[str, ...]] = yarn_bounds
-    predictions: Callable[[Config], Mapping[str, Any]] | None = None
+    drafting: Drafting | None = None
 
 
 def only(config: Config, arch: str, key: str, *allowed: Any) -> Iterator[str]:

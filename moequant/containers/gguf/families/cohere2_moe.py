@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key, dense_in_front, only
+from moequant.containers.gguf.families.base import DRAFTING, Export, Key, dense_in_front, only
 from moequant.containers.gguf.families.keys import (
     SIGMOID,
     SOFTMAX,
@@ -54,4 +54,4 @@ def complaints(config: Config) -> Iterator[str]:
         yield f"config key layer_types: llama.cpp's {ARCH!r} needs layers with a window"
 
 
-COHERE2_MOE = Export(ARCH, keys, complaints)
+COHERE2_MOE = Export(ARCH, keys, complaints, drafting=DRAFTING)

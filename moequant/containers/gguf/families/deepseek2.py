@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moequant.containers.gguf.families.base import (
+    DRAFTING,
     Export,
     FileTensor,
     Key,
     dense_in_front,
-    no_lists,
     only,
     yarn_bounds,
 )
@@ -194,6 +194,6 @@ def v2_warnings(config: Config) -> tuple[str, ...]:
 
 
 DEEPSEEK_V2 = Export(ARCH, v2_keys, complaints, cut=split_latent, warnings=v2_warnings)
-DEEPSEEK_V3 = Export(ARCH, v3_keys, complaints, cut=split_latent, warnings=warnings, predictions=no_lists)
-GLM4_MOE_LITE = Export(ARCH, glm_keys, complaints, cut=split_latent, warnings=warnings, predictions=no_lists)
+DEEPSEEK_V3 = Export(ARCH, v3_keys, complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)
+GLM4_MOE_LITE = Export(ARCH, glm_keys, complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)
 MISTRAL4 = Export("mistral4", mistral_keys, mistral_complaints, cut=split_latent, warnings=warnings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key, no_lists
+from moequant.containers.gguf.families.base import DRAFTING, Export, Key
 from moequant.containers.gguf.families.deepseek2 import (
     latent_complaints,
     latent_keys,
@@ -44,9 +44,7 @@ def glm_complaints(config: Config) -> Iterator[str]:
     yield from latent_complaints(config, "glm-dsa")
 
 
-DEEPSEEK_V32 = Export(
-    "deepseek32", keys, complaints, cut=split_latent, warnings=warnings, predictions=no_lists
-)
+DEEPSEEK_V32 = Export("deepseek32", keys, complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)
 GLM_MOE_DSA = Export(
-    "glm-dsa", glm_keys, glm_complaints, cut=split_latent, warnings=warnings, predictions=no_lists
+    "glm-dsa", glm_keys, glm_complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key, no_lists, only
+from moequant.containers.gguf.families.base import DRAFTING, Export, Key, only
 from moequant.containers.gguf.families.keys import SIGMOID, head_sizes, rotated_part, routing, sizes
 from moequant.families import Config
 
@@ -29,5 +29,5 @@ def complaints(config: Config) -> Iterator[str]:
 
 NAMES = {"ffn_norm": "post_attention_norm.weight"}
 
-GLM4_MOE = Export(ARCH, keys, complaints, NAMES, predictions=no_lists)
+GLM4_MOE = Export(ARCH, keys, complaints, NAMES, drafting=DRAFTING)
 """Of GLM-4 and of Solar-Open."""

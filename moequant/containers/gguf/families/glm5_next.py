@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, dense_in_front, only
+from moequant.containers.gguf.families.base import Drafting, Export, FileTensor, Key, dense_in_front, only
 from moequant.containers.gguf.families.deepseek2 import LATENT_EPS, latent_sizes
 from moequant.containers.gguf.families.hy_v4 import NAMES as STREAMS
 from moequant.containers.gguf.families.kimi_linear import NAMES as DELTA
@@ -78,4 +79,10 @@ def warnings(config: Config) -> tuple[str, ...]:
     )
 
 
-GLM5_NEXT = Export(ARCH, keys, complaints, NAMES, parts, warnings=warnings)
+def predicted(config: Config, number: int) -> Mapping[str, Any]:
+    """A layer that predicts has latent attention, and its experts are clamped like the others."""
+    clamps = dict.fromkeys(("swiglu_clamp_exp", "swiglu_clamp_shexp"), float(config.swiglu_limit))
+    return {"attention.head_count_kv": 1, **clamps}
+
+
+GLM5_NEXT = Export(ARCH, keys, complaints, NAMES, parts, warnings=warnings, drafting=Drafting(predicted))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key, no_lists, only
+from moequant.containers.gguf.families.base import DRAFTING, Export, Key, only
 from moequant.containers.gguf.families.keys import (
     SIGMOID,
     experts,
@@ -74,4 +74,4 @@ def v3_complaints(config: Config) -> Iterator[str]:
 
 
 HUNYUAN_V1_MOE = Export("hunyuan-moe", v1_keys, v1_complaints)
-HY_V3 = Export("hy_v3", v3_keys, v3_complaints, {"router.correction": "exp_probs_b"}, predictions=no_lists)
+HY_V3 = Export("hy_v3", v3_keys, v3_complaints, {"router.correction": "exp_probs_b"}, drafting=DRAFTING)

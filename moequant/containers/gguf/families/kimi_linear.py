@@ -3,9 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, dense_in_front, only, yarn_bounds
+from moequant.containers.gguf.families.base import (
+    Drafting,
+    Export,
+    FileTensor,
+    Key,
+    dense_in_front,
+    only,
+    yarn_bounds,
+)
 from moequant.containers.gguf.families.deepseek2 import (
     LATENT_EPS,
     latent_complaints,
@@ -118,7 +127,18 @@ def bailing_warnings(config: Config) -> tuple[str, ...]:
     return (*yarn_bounds(config), *kimi_warnings(config))
 
 
+def latent(config: Config, number: int) -> Mapping[str, Any]:
+    """A layer that predicts has latent attention."""
+    return {"attention.head_count_kv": 1}
+
+
 KIMI_LINEAR = Export(KIMI, kimi_keys, kimi_complaints, NAMES, kimi_parts, warnings=kimi_warnings)
 BAILING_HYBRID = Export(
-    BAILING, bailing_keys, bailing_complaints, NAMES, bailing_parts, warnings=bailing_warnings
+    BAILING,
+    bailing_keys,
+    bailing_complaints,
+    NAMES | {"nextn.norm": "layer_output_norm.weight"},
+    bailing_parts,
+    warnings=bailing_warnings,
+    drafting=Drafting(latent),
 )

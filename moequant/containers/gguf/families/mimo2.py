@@ -3,9 +3,10 @@ window."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from moequant.containers.gguf.families.base import Export, Key, only
+from moequant.containers.gguf.families.base import Drafting, Export, Key, only
 from moequant.containers.gguf.families.keys import (
     SIGMOID,
     experts,
@@ -68,4 +69,12 @@ def complaints(config: Config) -> Iterator[str]:
         yield f"config key partial_rotary_factor: llama.cpp's {ARCH!r} has one for all layers"
 
 
-MIMO_V2_FLASH = Export(ARCH, keys, complaints)
+def predicted(config: Config, number: int) -> Mapping[str, Any]:
+    """A layer that predicts has a window."""
+    return {
+        "attention.head_count_kv": 2 * int(config.num_key_value_heads),
+        "attention.sliding_window_pattern": True,
+    }
+
+
+MIMO_V2_FLASH = Export(ARCH, keys, complaints, drafting=Drafting(predicted, most=16))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, only
+from moequant.containers.gguf.families.base import Drafting, Export, FileTensor, Key, only
 from moequant.containers.gguf.families.keys import (
     SIGMOID,
     experts,
@@ -91,7 +91,7 @@ def warnings(config: Config) -> tuple[str, ...]:
     )
 
 
-def both_blocks(config: Config) -> Mapping[str, Any]:
+def both_blocks(config: Config, number: int) -> Mapping[str, Any]:
     """A layer that predicts has attention and experts."""
     return {
         "feed_forward_length": int(config.moe_intermediate_size),
@@ -106,5 +106,5 @@ NEMOTRON_H = Export(
     {"ffn_norm": "attn_norm.weight"},
     mamba2_tensors,
     warnings=warnings,
-    predictions=both_blocks,
+    drafting=Drafting(both_blocks),
 )

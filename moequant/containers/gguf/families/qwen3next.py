@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, only
+from moequant.containers.gguf.families.base import Drafting, Export, FileTensor, Key, only
 from moequant.containers.gguf.families.keys import (
     expert_counts,
     head_dim,
@@ -150,12 +150,14 @@ def tiled_warnings(config: Config) -> tuple[str, ...]:
     return not_turned(rope_sections(config, SECTIONS), int(head_dim(config) * rotated_part(config)))
 
 
-def not_recurrent(config: Config) -> Mapping[str, Any]:
+def not_recurrent(config: Config, number: int) -> Mapping[str, Any]:
     """A layer that predicts has full attention."""
     return {"attention.recurrent_layers": False}
 
 
-QWEN3_NEXT = Export("qwen3next", next_keys, next_complaints, NAMES, next_parts, predictions=not_recurrent)
+QWEN3_NEXT = Export(
+    "qwen3next", next_keys, next_complaints, NAMES, next_parts, drafting=Drafting(not_recurrent)
+)
 QWEN3_5_MOE = Export(
     "qwen35moe",
     tiled_keys,
@@ -163,5 +165,5 @@ QWEN3_5_MOE = Export(
     NAMES,
     tiled_parts,
     warnings=tiled_warnings,
-    predictions=not_recurrent,
+    drafting=Drafting(not_recurrent),
 )

@@ -3,13 +3,14 @@ a window. Norms are stored as 1 + w."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moequant.containers.gguf.families.base import Computed, Export, FileTensor, Key, only
+from moequant.containers.gguf.families.base import Computed, Drafting, Export, FileTensor, Key, only
 from moequant.containers.gguf.families.keys import SIGMOID, experts, rope, rope_factors, scoring, windows
 from moequant.families import Config
-from moequant.families.step3p7 import heads
+from moequant.families.predictions import last_of
+from moequant.families.step3p7 import heads, predicted_kind
 from moequant.values import Role, Weight
 from moequant.values.ops import Plus
 
@@ -85,4 +86,17 @@ def complaints(config: Config) -> Iterator[str]:
         yield f"rope scaling {window['rope_type']!r}: llama.cpp's {ARCH!r} scales no layer with a window"
 
 
-STEP3P7 = Export(ARCH, keys, complaints, cut=plus_one, computed=factors)
+def predicted(config: Config, number: int) -> Mapping[str, Any]:
+    """A layer that predicts has heads of its own number; nothing is clamped in it."""
+    kind = predicted_kind(config, number)
+    return {
+        "attention.head_count": heads(config, last_of(config.layer_types, kind)),
+        "attention.sliding_window_pattern": kind == WINDOW,
+        "swiglu_clamp_exp": 0.0,
+        "swiglu_clamp_shexp": 0.0,
+    }
+
+
+STEP3P7 = Export(
+    ARCH, keys, complaints, cut=plus_one, computed=factors, drafting=Drafting(predicted, most=16)
+)

@@ -1,0 +1,134 @@
+"""Releases that keep the same model in other matrices, under other names: the file is the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moequant.checkpoint import open_checkpoint
+from moequant.commands.convert import Settings, convert
+from moequant.errors import FamilyError
+from moequant.evaluate.self_check import self_check
+from tests import models
+
+Tensors = Mapping[str, Tensor]
+
+
+def relaid(
+    folder: Path, out: Path, change: Callable[[Tensors], Tensors], config: Mapping[str, object]
+) -> Path:
+    """The checkpoint with its tensors changed, and keys of its config; None: without the key."""
+    out.mkdir(parents=True)
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            made = {name: each.contiguous().clone() for name, each in change(load_file(file)).items()}
+            save_file(made, out / file.name, {"format": "pt"})
+        else:
+            (out / file.name).write_bytes(file.read_bytes())
+    raw = json.loads((out / "config.json").read_text()) | config
+    kept = {key: value for key, value in raw.items() if value is not None}
+    (out / "config.json").write_text(json.dumps(kept))
+    return out
+
+
+def f32(folder: Path, out: Path, text: Path) -> bytes:
+    given = {"effort": "fast", "eval_tokens": 0, "self_check": False}
+    convert(folder, out, Settings("F32", text, 1024, text, **given))
+    return out.read_bytes()
+
+
+def in_shares(tensors: Tensors, ranks: int = 2) -> Tensors:
+    """Queries, keys and values of every layer in one matrix: rank after rank, its share of each."""
+    made = {}
+    for name, values in tensors.items():
+        if name.endswith("self_attn.q_proj.weight"):
+            three = [tensors[name.replace("q_proj", f"{each}_proj")].chunk(ranks) for each in "qkv"]
+            shares = [part[rank] for rank in range(ranks) for part in three]
+            made[name.replace("q_proj", "qkv_proj")] = torch.cat(shares)
+        elif not name.endswith(("self_attn.k_proj.weight", "self_attn.v_proj.weight")):
+            made[name] = values
+    return made
+
+
+MIMO_V2_5 = {
+    "architectures": ["MiMoV2ForCausalLM"],
+    "model_type": "mimo_v2",
+    "attention_projection_layout": "fused_qkv",
+    "hybrid_block_size": None,
+    "image_token_id": 1,
+    "moe_router_dtype": "bfloat16",
+    "num_nextn_predict_layers": 3,
+    "rope_parameters": {
+        "partial_rotary_factor": 0.334,
+        "rope_theta": 5000000.0,
+        "rope_type": "default",
+        "type": "default",
+    },
+    "vision_config": {"depth": 28},
+}
+"""What the config of V2.5 says that V2-Flash's does not."""
+
+
+def test_mimo_in_one_matrix_of_ranks(tmp_path: Path, text: Path) -> None:
+    """As V2.5 and V2.6-Flash are released, with the layers that predict."""
+    split = models.as_released(models.build(tmp_path / "split" / "model", "mimo_v2_flash"), "mimo_v2_flash")
+    one = relaid(split, tmp_path / "one" / "model", in_shares, MIMO_V2_5)
+    assert not any("_proj.weight" in name and ".q_" in name for name in load_file(one / "model.safetensors"))
+    assert f32(split, tmp_path / "split.gguf", text) == f32(one, tmp_path / "one.gguf", text)
+
+
+def test_mimo_with_other_heads_in_windows_is_refused(tmp_path: Path) -> None:
+    """V2.5-Pro has as many key heads there as elsewhere; transformers' class gives them twice as many."""
+    folder = models.as_released(models.build(tmp_path / "model", "mimo_v2_flash"), "mimo_v2_flash")
+    models.edit_config(folder, swa_num_key_value_heads=2)
+    with pytest.raises(FamilyError, match=r"swa_num_key_value_heads = 2: transformers' class computes 4"):
+        open_checkpoint(folder)
+
+
+def as_paddle(tensors: Tensors) -> Tensors:
+    """Matrices as Paddle has them, with inputs as rows, those that multiply the same in one."""
+    made = {}
+    for name, values in tensors.items():
+        ours = name.replace("model.", "ernie.", 1)
+        if name.endswith((".k_proj.weight", ".v_proj.weight", ".up_proj.weight")):
+            continue
+        if name.endswith(".q_proj.weight"):
+            three = [tensors[name.replace("q_proj", f"{each}_proj")] for each in "qkv"]
+            made[ours.replace("q_proj", "qkv_proj")] = torch.cat(three).T
+        elif name.endswith(".gate_proj.weight"):
+            both = torch.cat([values, tensors[name.replace("gate_proj", "up_proj")]])
+            made[ours.replace("gate_proj", "up_gate_proj")] = both.T
+        elif name == "lm_head.weight" or (values.ndim == 2 and ".layers." in name and "statics" not in name):
+            made[ours] = values.T
+        else:
+            made[ours] = values
+    return made
+
+
+PADDLE = {
+    "fuse_rope": True,
+    "moe_group": "dummy",
+    "moe_orthogonal_loss_lambda": 0.01,
+    "use_rmsnorm": True,
+}
+"""What the config of Paddle's releases says besides."""
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ernie_as_paddle_stores_it(tmp_path: Path, text: Path, tied: bool) -> None:
+    """From tests of Baidu's own converter and a listing of a release: everything but embedding and norms is
+    turned. Queries are as many as there are columns, so no shape of their matrix would tell."""
+    folder = models.build(tmp_path / "torch" / "model", "ernie4_5_moe", tie_word_embeddings=tied)
+    paddle = relaid(folder, tmp_path / "paddle" / "model", as_paddle, PADDLE)
+    assert f32(folder, tmp_path / "torch.gguf", text) == f32(paddle, tmp_path / "paddle.gguf", text)
+    found = self_check(open_checkpoint(paddle), None)
+    why = "knows no file's names for" if tied else "ignore_mismatched_sizes"  # its head is turned, too
+    assert found.source is None and why in found.note
+    with pytest.raises(FamilyError, match="is stored with inputs as rows"):
+        convert(paddle, tmp_path / "folder", Settings(None, text, 512, text, format="safetensors"))
