@@ -65,8 +65,11 @@ GOES_ON = "finished work is kept: give the same command again to continue"
 
 
 def journal_of(outs: Sequence[Path]) -> Path:
-    """Where a conversion to `outs` keeps what it has finished."""
+    """Where a conversion to `outs` keeps what it has finished. OutputError for an output beside which there
+    is no place."""
     first = outs[0] if outs[0].name not in ("", "..") else outs[0].resolve()
+    if not first.name:
+        raise OutputError(f"{outs[0]}: is a whole disk; give the name of a file or folder on it")
     return first.with_name(f"{first.name}.journal")
 
 

@@ -14,7 +14,7 @@ import torch
 
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
-from moequant.commands.journal import GOES_ON, RunJournal, finished_by, kept
+from moequant.commands.journal import GOES_ON, RunJournal, finished_by, journal_of, kept
 from moequant.errors import OutputError
 from moequant.files import Interrupted
 from moequant.plan import Sensitivities
@@ -146,6 +146,11 @@ def test_an_output_of_somebody_else_in_the_place_of_a_finished_one_is_kept(
         "it is verified, and not made again"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "a.gguf"]
+
+
+def test_the_root_of_a_disk_is_no_output() -> None:
+    with pytest.raises(OutputError, match="/: is a whole disk"):
+        journal_of([Path("/")])
 
 
 def test_a_journal_of_nothing_is_not_kept(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import IO, Any
 
+from moequant.commands.journal import GOES_ON
 from tests.hostile import crafted, every_option, files, folders, options, quantized, special
 from tests.hostile.attempts import Attempt, Maker
 from tests.hostile.ground import MARK, Ground
@@ -196,7 +197,7 @@ def judge(ground: Ground, attempt: Attempt, folder: Path) -> str | None:
         return f"a line of {len(long)} characters: {long[:200]}"
     if odd := next((one for line in told for one in line if one < " " or one == "\x7f"), None):
         return f"a control code {odd!r}"
-    return _litter(before, folder, kept=any("what is finished is kept" in line for line in told))
+    return _litter(before, folder, kept=any(GOES_ON in line for line in told))
 
 
 @contextmanager
