@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _SHARD = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
 
+AT_ONCE = 1 << 24
+"""Weights that gguf-py decodes at a time: it holds what it makes three times over."""
+
 MOST_SHARDS = 10_000
 """Files of a model, at most: names promise more without having them."""
 
@@ -88,7 +91,7 @@ class GgufFile:
         return found.reshape(rows, -1)
 
     def values(self, name: str) -> Tensor:
-        """A tensor decoded by gguf-py, f32 in its own shape, an expert at a time.
+        """A tensor decoded by gguf-py, f32 in its own shape; experts one by one, some rows at a time.
 
         Raises what `data` raises, and VerifyError for a type that gguf-py cannot decode.
         """
@@ -96,11 +99,12 @@ class GgufFile:
 
         info, label = self.info(name), f"{self.path}: {name}"
         out = np.empty(info.shape, np.float32)
-        if len(info.shape) == 3:
-            for expert, part in enumerate(out):
-                part[...] = decode(self.data(name, expert), info.type, label)
-        else:
-            out[...] = decode(self.data(name), info.type, label).reshape(info.shape)
+        stacked = len(info.shape) == 3
+        for expert, part in enumerate(out if stacked else out[None]):
+            packed, rows = self.data(name, expert if stacked else None), part.reshape(-1, info.shape[-1])
+            step = max(1, AT_ONCE // rows.shape[1])
+            for at in range(0, len(rows), step):
+                rows[at : at + step] = decode(packed[at : at + step], info.type, label)
         return torch.from_numpy(out)
 
 

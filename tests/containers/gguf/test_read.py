@@ -447,3 +447,27 @@ def test_types_that_nobody_decodes(tmp_path: Path) -> None:
     ):
         with pytest.raises(VerifyError, match=rf"m\.gguf: .*{says}"):
             found.values(name)
+
+
+@pytest.mark.parametrize("at_once", [1, 700, 1 << 24])
+def test_values_are_those_of_gguf_py_however_many_are_decoded_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("moequant.containers.gguf.read.AT_ONCE", at_once)
+    numbers = np.random.default_rng(0).standard_normal
+    packed = {
+        "matrix": gguf.quantize(numbers((7, 256), np.float32), T.Q8_0),
+        "stack": gguf.quantize(numbers((3, 5, 64), np.float32), T.Q4_0),
+        "vector": numbers(96, np.float32),
+    }
+    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
+    kinds = {"matrix": T.Q8_0, "stack": T.Q4_0, "vector": T.F32}
+    for name, values in packed.items():
+        writer.add_tensor(name, values, raw_dtype=kinds[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours = GgufFile(tmp_path / "a.gguf")
+    for name, values in packed.items():
+        assert np.array_equal(ours.values(name).numpy(), gguf.dequantize(values, kinds[name])), name
