@@ -30,6 +30,9 @@ from moequant.values.ops import apply
 
 FREE = Resources()
 
+AT_ONCE = 1 << 24
+"""Weights whose errors are summed at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Version:
@@ -194,10 +197,12 @@ def _error(weight: Weight, base: Tensor, candidate: Tensor, tokens: Tensor | Non
     """Relative squared error of every expert of a weight, tensors [E, out, in], [out, in] or [n]."""
     shape = (weight.matrices, *weight.shape[-2:]) if weight.shape[1:] else (1, 1, *weight.shape)
     error, total = torch.zeros(2, weight.matrices, dtype=torch.float64)
-    for expert, (one, two) in enumerate(zip(base.reshape(shape), candidate.reshape(shape), strict=True)):
-        exact = one.float()
-        error[expert] = (exact - two).square().sum(dtype=torch.float64)
-        total[expert] = exact.square().sum(dtype=torch.float64)
+    rows = max(1, AT_ONCE // shape[-1])
+    for expert, both in enumerate(zip(base.reshape(shape), candidate.reshape(shape), strict=True)):
+        for one, two in zip(*(torch.split(each, rows) for each in both), strict=True):
+            exact = one.float()
+            error[expert] += (exact - two).square().sum(dtype=torch.float64)
+            total[expert] += exact.square().sum(dtype=torch.float64)
     return WeightError(weight.name, weight.role, weight.layer, error / total.clamp_min(1e-300), tokens)
 
 

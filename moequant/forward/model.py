@@ -146,9 +146,14 @@ def changed(model: nn.Module, weights: Iterable[Weight], provider: Provider) -> 
     try:
         for weight in weights:
             name = weight.place.param
+            whole = not weight.place.ops and not weight.is_expert
             if name not in before:
                 before[name] = held(model, name)
-                replace_memory(model, name, keep=True)
+                if not whole:
+                    replace_memory(model, name, keep=True)
+            if whole:  # a head is gigabytes, and not copied
+                _assign(model, name, provider(weight).to(before[name].device, torch.float32))
+                continue
             for at, part in weight.some(AT_ONCE):
                 put(weight.place.ops, held(model, name)[at], provider(part))
         yield

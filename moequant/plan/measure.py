@@ -200,7 +200,9 @@ class _Prober:
             columns = columns[weight.experts] if weight.is_expert else columns
             columns = columns[0] if values.ndim == 2 else columns
         fmt = formats.get(self.menu.block_format(name, weight))
-        return formats.dequantize(fmt, formats.quantize(fmt, values, columns, self.probing.effort))
+        packed = formats.quantize(fmt, values, columns, self.probing.effort)
+        del values  # a head has gigabytes
+        return formats.dequantize(fmt, packed)
 
 
 def fit(checks: Iterable[tuple[float, float]]) -> tuple[float, float]:
