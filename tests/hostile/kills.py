@@ -76,9 +76,9 @@ def commands(ground: Ground) -> list[Command]:
     ]  # fmt: skip
 
 
-def forked(arguments: list[str], count: Callable[[], object] | None = None) -> int:
+def forked(arguments: list[str], count: Callable[[], object] | None = None, said: Path | None = None) -> int:
     """The process that runs a command, `count` called before every file operation; its exit code is the
-    command's."""
+    command's, and what it has said goes to `said`."""
     child = os.fork()
     if child:
         return child
@@ -93,7 +93,10 @@ def forked(arguments: list[str], count: Callable[[], object] | None = None) -> i
         os.dup2(null, 2)
         if count is not None:
             watch(count)
-        code = CliRunner().invoke(app, arguments).exit_code
+        result = CliRunner().invoke(app, arguments)
+        code = result.exit_code
+        if said is not None:
+            said.write_text(result.output)
     finally:
         os._exit(code)
 
@@ -174,8 +177,10 @@ def strike(random: Random, command: Command, whole: Whole, out: Path) -> str | N
     goes_on = command.arguments[0] == "convert" and any(out.glob("*.journal"))
     there = [name for name in whole.made if name in state(out)]
     again = ["--overwrite"] if there and not replaced and not goes_on else []
-    if code and ended(forked([*arguments, *again])) != 0:
-        return f"{when}: running it again fails"
+    said = out.with_name(f"{out.name}.said")
+    if code and ended(forked([*arguments, *again], said=said)) != 0:
+        last = said.read_text().strip().splitlines()[-1:] if said.exists() else []
+        return f"{when}: running it again fails, {last}"
     left, temporary = state(out), sorted(Path(tempfile.gettempdir()).glob("*"))
     if left.keys() != whole.made.keys() or _names(out) != _parents(whole.made):
         return f"{when}: left {sorted(left.keys() ^ whole.made.keys()) or sorted(_names(out))}"
