@@ -73,7 +73,7 @@ class Card:
         name = markdown(checkpoint.name)
         if folder is not None:
             return f"# {name}, {kind(self.first)}\n\n{_schemes(self.first, folder)}"
-        every = "Every expert is rounded under its own statistics. " if checkpoint.n_experts else ""
+        every = "Every expert is rounded under statistics of its own. " if checkpoint.n_experts else ""
         return (
             f"# {name}, GGUF\n\nFor llama.cpp and what is built on it, made by moequant {__version__} from "
             f"{markdown(checkpoint.repository)}. {every}Router and norms stay F32.\n"
@@ -120,7 +120,7 @@ class Card:
                 f"{rounded_on.tokens:,} tokens of: {_named(rounded_on.source)}.\n"
             )
         else:
-            text += "One scale search for every expert, every weight to its nearest code. "
+            text += "`--effort fast`: a search of scales, then every weight to its nearest code. "
             text += (
                 "No calibration text: all input channels count the same.\n"
                 if calibration is None
@@ -136,9 +136,15 @@ class Card:
         head = f"## How to run it\n\n`{REPOSITORY}` stands for where you found this page.\n\n"
         if (folder := self.first.how.folder) is not None:
             text = head + f"```sh\nvllm serve {REPOSITORY}\n```\n"
-            loads = "\ntransformers loads it too, with `pip install compressed-tensors`; it decodes the "
-            whole = "experts to their original precision in memory.\n"
-            return text if folder.layout == "gptq" else text + loads + whole
+            if folder.layout == "gptq":
+                return text
+            stored = [find(name) for name in scheme_groups(self.first.plan)]
+            if len(stored) == 1 and stored[0].in_transformers:
+                return text + (
+                    "\ntransformers loads it too, with `pip install compressed-tensors`; it decodes the "
+                    "experts to their original precision in memory.\n"
+                )
+            return text + "\ntransformers 5.24 cannot load these experts.\n"
         name = self.first.out.name
         return head + (
             "llama.cpp:\n\n"

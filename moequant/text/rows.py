@@ -7,7 +7,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from moequant.checkpoint import Checkpoint
-from moequant.errors import TokenizerError
+from moequant.errors import CheckpointError, TokenizerError
+from moequant.files.read import read_text
 from moequant.text import corpus
 from moequant.text.corpus import Document, Rows
 
@@ -50,10 +51,12 @@ def split_probes(rows: Rows, most: int) -> tuple[Rows, Rows]:
 
 
 def load_encoder(folder: Path) -> Tokenizer:
-    """The folder's tokenizer.json, told to neither truncate nor pad."""
+    """The folder's tokenizer.json, a regular file of a bounded size, told to neither truncate nor pad."""
     file = folder / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(read_text(file))  # the library would read a device without end
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from None
     except Exception as error:  # tokenizers raises bare Exception
         raise TokenizerError(f"{file}: cannot be read ({error})") from error
     tokenizer.no_truncation()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,18 @@ def test_probes_and_calibration_share_no_row(count: int, most: int) -> None:
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: cannot be read"):
         load_encoder(tmp_path)
+
+
+def test_a_tokenizer_is_a_regular_file_of_a_bounded_size(tmp_path: Path) -> None:
+    """The library would read a device until the machine has no memory left, and a pipe for ever."""
+    file = tmp_path / "tokenizer.json"
+    for make, told in (
+        (lambda: file.symlink_to("/dev/zero"), "is not a regular file"),
+        (lambda: os.mkfifo(file), "is not a regular file"),
+        (lambda: (file.touch(), os.truncate(file, 10**10)), "10,000,000,000 bytes"),
+        (lambda: file.write_bytes(b"\xff{}"), "cannot be read"),
+    ):
+        make()
+        with pytest.raises(TokenizerError, match=told):
+            load_encoder(tmp_path)
+        file.unlink()
