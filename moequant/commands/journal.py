@@ -28,7 +28,7 @@ from moequant.commands.settings import Settings
 from moequant.commands.text import Texts
 from moequant.containers.base import Written
 from moequant.errors import HubError, MoequantError, OutputError, VerifyError, one_line
-from moequant.files import Interrupted, atomic, discard, part_names
+from moequant.files import Interrupted, atomic, discard, is_scratch, part_names
 from moequant.plan import Sensitivities
 from moequant.rounding.parts import Parts, loss_fields, loss_of, loss_tensors
 from moequant.statistics import sealed
@@ -252,8 +252,10 @@ class RunJournal:
 
 def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts) -> RunJournal | None:
     """The journal of this run, from what a killed one left or new; None where the disk has no room for one
-    beside the outputs."""
+    beside the outputs, and for outputs in a temporary folder."""
     folder = journal_of(outs)
+    if is_scratch(folder):
+        return None
     run = identity(jobs, outs, settings, read)
     if os.path.lexists(folder):
         found = RunJournal(folder, run)

@@ -37,6 +37,11 @@ def scratch(place: Path | None = None) -> Iterator[Path]:
         os.close(handle)
 
 
+def is_scratch(path: Path) -> bool:
+    """Whether the path leads through a folder of `scratch`: what lies there goes with the run."""
+    return any(_NAME.fullmatch(part) for part in path.absolute().parts)
+
+
 def sweep_scratch() -> None:
     """Remove what dead runs have left in TMPDIR: of a run that needs no such folder itself."""
     with suppress(OSError):

@@ -16,8 +16,9 @@ from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.commands.journal import GOES_ON, RunJournal, finished_by, journal_of, kept
 from moequant.errors import OutputError
-from moequant.files import Interrupted
+from moequant.files import Interrupted, scratch
 from moequant.plan import Sensitivities
+from moequant.progress import Progress, listening
 from moequant.rounding.parts import Parts
 from moequant.values import ExpertLoss, Packed
 from tests import models
@@ -146,6 +147,23 @@ def test_an_output_of_somebody_else_in_the_place_of_a_finished_one_is_kept(
         "it is verified, and not made again"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "a.gguf"]
+
+
+def test_what_is_made_in_a_temporary_folder_is_not_continued(small: Path, text: Path, tmp_path: Path) -> None:
+    """`moequant demo` makes its file in one: a run that is interrupted must not say that its work is kept."""
+
+    def interrupt(step: Progress) -> None:
+        if step.stage == "verify":
+            raise Interrupted(2)
+
+    def notes(folder: Path) -> list[str]:
+        with listening(interrupt), pytest.raises(Interrupted) as told:
+            convert(small, folder / "a.gguf", fast(text))
+        return getattr(told.value, "__notes__", [])
+
+    assert notes(tmp_path) == [GOES_ON]
+    with scratch(tmp_path) as folder:
+        assert notes(folder) == [] and not list(folder.iterdir())
 
 
 def test_the_root_of_a_disk_is_no_output() -> None:
