@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from moequant.cli.common import MOST, AsJson, CacheDir, guarded, place, tell
+from moequant.errors import PlanError
 from moequant.escape import plain
 
 
@@ -20,15 +20,13 @@ class CacheType(StrEnum):
 
 
 def memory(text: str) -> int:
-    """Bytes of 24G, 24GiB, 24GB or 512M; a bare letter counts in powers of two, as memory is sold."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise typer.BadParameter(f"{text!r}: a size like 24G, 24GiB, 24GB or 0 was expected")
-    step = 1000 if (found[3] or "").lower() == "b" else 1024
-    size = float(found[1]) * step ** " KMGT".index(found[2].upper() or " ")
-    if size >= 2**63:
-        raise typer.BadParameter("no machine has so much memory; a size like 24G was expected")
-    return int(size)
+    """Bytes of a size as every command reads it: 24GiB is 24 · 2³⁰, 24G is 24 · 10⁹; 0 is none."""
+    from moequant.plan import parse_size
+
+    try:
+        return 0 if text.strip() == "0" else parse_size(text.strip())
+    except PlanError as error:
+        raise typer.BadParameter(f"{error}; memory is sold in GiB, such as 24GiB, and 0 is none") from None
 
 
 def fit(
@@ -40,12 +38,12 @@ def fit(
         ),
     ],
     vram: Annotated[
-        int, typer.Option(parser=memory, metavar="SIZE", help="GPU memory, such as 24G; 0 for no GPU.")
+        int, typer.Option(parser=memory, metavar="SIZE", help="GPU memory, such as 24GiB; 0 for no GPU.")
     ],
     ram: Annotated[
         int,
         typer.Option(
-            parser=memory, metavar="SIZE", help="System memory that the model may use, such as 64G."
+            parser=memory, metavar="SIZE", help="System memory that the model may use, such as 64GiB."
         ),
     ],
     ctx: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of context for each sequence.")] = 8192,
