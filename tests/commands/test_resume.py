@@ -81,7 +81,7 @@ def test_a_full_disk_keeps_what_is_finished(
             convert(small, out, fast(text))
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf.journal"]
     for settings, says in (
-        (fast(text, "Q5_0"), "--type Q4_0, now Q5_0; repeat that one to go on, or give --fresh"),
+        (fast(text, "Q5_0"), "--type Q4_0, now Q5_0; repeat that command to continue it, or give --fresh"),
         (fast(text, calib_tokens=1536), "--calib-tokens 1024, now 1536"),
         (fast(text, calib=None), "another text for calibration"),
     ):
