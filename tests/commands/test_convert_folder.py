@@ -103,7 +103,7 @@ def test_outputs_lose_less_than_by_the_plain_search(tmp_path: Path, text: Path) 
     assert found[1] < found[0] and found[2] < found[0], found
     card = (tmp_path / "both" / "README.md").read_text()
     assert "under the Hessian of its own inputs, each layer towards undoing" in card
-    assert "One scale search for every expert" in (tmp_path / "plain" / "README.md").read_text()
+    assert "a search of scales, then every weight" in (tmp_path / "plain" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("family", "attention"), [("mixtral", True), ("qwen3_moe", False), ("olmoe", True)])
