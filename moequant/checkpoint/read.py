@@ -85,11 +85,15 @@ def not_finite(weight: Weight, values: Tensor) -> str | None:
     if torch.isfinite(values).all():
         return None
     stored = weight.origin.stored
-    parts = values if weight.is_expert and len(stored) > 1 else values[None]
+    matrices = weight.is_expert and len(stored) > 1
+    parts = values if matrices else values[None]
     bad = (~torch.isfinite(parts)).flatten(1).sum(1)
     first = int(bad.nonzero()[0])
-    number = _numbers(weight)[first] if len(stored) > 1 else 0
+    if matrices:
+        named = stored[_numbers(weight)[first]]
+    else:
+        named = next((each for each in stored if not torch.isfinite(each.read()).all()), stored[0])
     return (
-        f"tensor {stored[number].name} ({weight.name}): {int(bad[first])} of "
+        f"tensor {named.name} ({weight.name}): {int(bad[first])} of "
         f"{parts[first].numel()} values are NaN or infinite; the checkpoint is damaged"
     )

@@ -123,14 +123,8 @@ def score_tokens(base: Tensor, candidate: Tensor, target: Tensor) -> Scores:
     VerifyError where a model computes no numbers: every figure would be one, and none would say so.
     """
     step = max(1, LOGITS // base.shape[-1])
-    if len(base) <= step:
-        return _score(base, candidate, target)
-    return join(
-        [
-            _score(*part)
-            for part in zip(*(torch.split(each, step) for each in (base, candidate, target)), strict=True)
-        ]
-    )
+    parts = zip(*(torch.split(each, step) for each in (base, candidate, target)), strict=True)
+    return join([_score(*part) for part in parts])
 
 
 def _score(base: Tensor, candidate: Tensor, target: Tensor) -> Scores:

@@ -139,12 +139,13 @@ class Card:
             if folder.layout == "gptq":
                 return text
             stored = [find(name) for name in scheme_groups(self.first.plan)]
-            if len(stored) == 1 and stored[0].in_transformers:
-                return text + (
-                    "\ntransformers loads it too, with `pip install compressed-tensors`; it decodes the "
-                    "experts to their original precision in memory.\n"
-                )
-            return text + "\ntransformers 5.24 cannot load these experts.\n"
+            if len(stored) > 1 or not stored[0].in_transformers:
+                return text + "\ntransformers 5.24 cannot load these experts.\n"
+            package = "" if folder.layout == "mxfp4" else ", with `pip install compressed-tensors`"
+            return text + (
+                f"\ntransformers loads it too{package}; without a kernel for it, it decodes the experts to "
+                "their original precision in memory.\n"
+            )
         name = self.first.out.name
         return head + (
             "llama.cpp:\n\n"

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from safetensors.torch import load_file, save_file
 
-from moequant.checkpoint import load, open_checkpoint
+from moequant.checkpoint import load, not_finite, open_checkpoint
 from moequant.commands.convert import Settings, convert, open_job
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
@@ -150,3 +151,18 @@ def test_files_with_and_without_them_are_versions_of_one_model(tmp_path: Path, t
     assert memory[0].ram.total + memory[0].gpu.total == memory[1].ram.total + memory[1].gpu.total
     inspected = [inspect_gguf(read_header(file)) for file in files]
     assert inspected[0].active == inspected[1].active and inspected[0].parameters > inspected[1].parameters
+
+
+def test_of_tensors_that_are_rows_of_one_weight_the_damaged_one_is_named(tmp_path: Path) -> None:
+    folder = released(tmp_path, "mimo_v2_flash")
+    weights = open_checkpoint(folder).predictions.weights
+    weight = next(each for each in weights if len(each.origin.stored) > 1 and not each.is_expert)
+    assert torch.equal(load(weight), torch.cat([each.read() for each in weight.origin.stored]))
+    name = weight.origin.stored[1].name
+    (file,) = (each for each in folder.glob("*.safetensors") if name in load_file(each))
+    tensors = load_file(file)
+    tensors[name][0, :3] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    damaged = next(each for each in open_checkpoint(folder).predictions.weights if each.name == weight.name)
+    told = not_finite(damaged, load(damaged))
+    assert told is not None and told.startswith(f"tensor {name} ") and ": 3 of " in told

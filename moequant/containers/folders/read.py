@@ -57,15 +57,17 @@ class FolderWeights:
         """Names of all stored tensors."""
         return tuple(self.files)
 
-    def tensor(self, name: str) -> Tensor:
-        """A stored tensor as it is. VerifyError when it is missing or damaged."""
+    def tensor(self, name: str, matrix: int | None = None) -> Tensor:
+        """A stored tensor as it is, or one matrix of it: no other is read. VerifyError when it is missing or
+        damaged."""
         if name not in self.files:
             raise VerifyError(f"{self.path}: tensor {name} is missing")
         try:
             file = self.files[name]
             if file != self._opened[0]:  # a header may describe 100,000 tensors: parsed once, one kept mapped
                 self._opened = (file, safe_open(self.path / file, "pt"))
-            stored: Tensor = self._opened[1].get_tensor(name)
+            opened = self._opened[1]
+            stored: Tensor = opened.get_tensor(name) if matrix is None else opened.get_slice(name)[matrix]
         except (OSError, SafetensorError) as error:
             raise VerifyError(f"{self.path / self.files[name]}: {name} cannot be read ({error})") from error
         return stored
