@@ -178,9 +178,9 @@ def strike(random: Random, command: Command, whole: Whole, out: Path) -> str | N
     there = [name for name in whole.made if name in state(out)]
     again = ["--overwrite"] if there and not replaced and not goes_on else []
     said = out.with_name(f"{out.name}.said")
-    if code and ended(forked([*arguments, *again], said=said)) != 0:
+    if code and (failed := ended(forked([*arguments, *again], said=said))):
         last = said.read_text().strip().splitlines()[-1:] if said.exists() else []
-        return f"{when}: running it again fails, {last}"
+        return f"{when}: running it again ends with {failed}, {last}"
     left, temporary = state(out), sorted(Path(tempfile.gettempdir()).glob("*"))
     if left.keys() != whole.made.keys() or _names(out) != _parents(whole.made):
         return f"{when}: left {sorted(left.keys() ^ whole.made.keys()) or sorted(_names(out))}"
