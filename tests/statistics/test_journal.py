@@ -144,7 +144,7 @@ def test_a_damaged_journal_is_one_line(tiny, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="or damaged; delete the folder"):
         Journal(tmp_path / "run", checkpoint, rows())
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="is not a run"):
+    with pytest.raises(OutputError, match="is not of a journal"):
         Journal(tmp_path / "file", checkpoint, rows())
 
 
