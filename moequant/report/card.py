@@ -139,7 +139,7 @@ class Card:
             if folder.layout == "gptq":
                 return text
             stored = [find(name) for name in scheme_groups(self.first.plan)]
-            if len(stored) > 1 or not stored[0].in_transformers:
+            if len(stored) > 1 or not all(scheme.in_transformers for scheme in stored):
                 return text + "\ntransformers 5.24 cannot load these experts.\n"
             package = "" if folder.layout == "mxfp4" else ", with `pip install compressed-tensors`"
             return text + (
