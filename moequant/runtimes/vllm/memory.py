@@ -69,12 +69,20 @@ _UNKNOWN = frozenset(
 @dataclass(frozen=True, slots=True)
 class Serving:
     """How a model is served: `ctx` tokens for each of `parallel` sequences, on `tp` GPUs that share every
-    weight, with the cache in `cache_type` (one of `CACHE_BYTES`)."""
+    weight, with the cache in `cache_type` (one of `CACHE_BYTES`). PlanError for what is no such load."""
 
     ctx: int
     parallel: int = 1
     tp: int = 1
     cache_type: str = "auto"
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        for name in ("ctx", "parallel", "tp"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"--{name} {getattr(self, name)}: 1 or more was expected")
+        if self.cache_type not in CACHE_BYTES:
+            raise PlanError(f"--cache-type {self.cache_type}: {' or '.join(CACHE_BYTES)} was expected")
 
     def batch(self, vram: int) -> int:
         """Tokens that are computed at once on GPUs of so many bytes (`get_batch_defaults` in
@@ -95,6 +103,8 @@ def check(checkpoint: Checkpoint, serving: Serving) -> None:
             f"{checkpoint.path}: {other.name} belongs to attention whose cache in vLLM is not known to "
             "moequant yet; vLLM prints what it reserves when it starts"
         )
+    if shape.kv_heads < 1 or not cell_bytes(checkpoint, serving):
+        raise PlanError(f"{checkpoint.path}: has no keys and values to cache; is its config.json whole?")
     if shape.heads % tp or (shape.kv_heads % tp and tp % shape.kv_heads):
         raise PlanError(
             f"--tp {tp}: does not divide {shape.heads} heads, or their {shape.kv_heads} of keys and values"
