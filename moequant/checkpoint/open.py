@@ -132,9 +132,9 @@ def open_checkpoint(model: Path | Folder) -> Checkpoint:
     config = make_config(family, raw, tied)
     shape = shape_of(family, config)
     weights, skipped = _assemble(family, config, shape, stored)
-    predictions = Predictions.of(
-        family, config, shape, weights, {n: stored[n] for n in skipped.pop(PREDICTION, ())}
-    )
+    drafts = {name: stored[name] for name in skipped.pop(PREDICTION, ())}
+    with foreign(FamilyError, f"{family.name}: config.json does not say what layers predict further tokens"):
+        predictions = Predictions.of(family, config, shape, weights, drafts)
     embedding = next(weight for weight in weights if weight.role is Role.EMBEDDING)
     if embedding.shape != (shape.vocab, shape.hidden):
         raise CheckpointError(
@@ -248,7 +248,9 @@ def head_last(weights: Iterable[Weight]) -> tuple[Weight, ...]:
 
 def every_slot(family: Family, config: Config, shape: ModelShape) -> Iterator[tuple[int | None, Slot]]:
     """The slots of a model, each with its layer; those outside of layers first."""
-    yield from ((None, slot) for slot in family.ends(config))
+    with foreign(FamilyError, f"{family.name}: config.json does not say what is outside of layers"):
+        ends = family.ends(config)
+    yield from ((None, slot) for slot in ends)
     for number in range(shape.layers):
         yield from ((number, slot) for slot in slots_of(family, config, number))
 
@@ -263,7 +265,8 @@ def _left_out(
     family: Family, config: Config, names: Iterable[str], stored: Mapping[str, Stored]
 ) -> dict[str, list[str]]:
     """Tensors that no slot names, by the reason. FamilyError for one without any."""
-    reasons = [(re.compile(pattern), reason) for pattern, reason in family.skipped(config).items()]
+    with foreign(FamilyError, f"{family.name}: config.json does not say which tensors do not count"):
+        reasons = [(re.compile(pattern), reason) for pattern, reason in family.skipped(config).items()]
     skipped: dict[str, list[str]] = {}
     for name in names:
         reason = next((reason for pattern, reason in reasons if pattern.fullmatch(name)), None)

@@ -51,14 +51,14 @@ class Ground:
         shutil.copytree({**self.models, **self.others}[family], folder)
         return folder
 
-    def bait_state(self) -> str:
-        """Changes with the content, the kind and the number of the bait's files."""
-        found = hashlib.sha256()
+    def bait_state(self) -> dict[Path, str]:
+        """The bait's files, each with what changes with its content and its kind."""
+        found = {}
         for path in sorted(self.bait.rglob("*")):
             status = path.lstat()
-            found.update(f"{path} {status.st_mode} {status.st_size} {status.st_mtime_ns}".encode())
-            found.update(path.read_bytes() if path.is_file() else b"")
-        return found.hexdigest()
+            content = hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+            found[path] = f"{status.st_mode} {status.st_size} {status.st_mtime_ns} {content}"
+        return found
 
 
 def make(folder: Path) -> Ground:
