@@ -50,7 +50,7 @@ def released(folder: Path, family: str) -> Path:
 def test_a_count_that_is_no_number_is_named(tiny, tmp_path: Path, told: object) -> None:
     folder = Path(shutil.copytree(tiny("deepseek_v3"), tmp_path / "model"))
     models.edit_config(folder, num_nextn_predict_layers=told)
-    with pytest.raises(FamilyError, match="num_nextn_predict_layers = .*a number of layers was expected"):
+    with pytest.raises(FamilyError, match=r"num_nextn_predict_layers = .*a number of layers was expected"):
         open_checkpoint(folder)
 
 
