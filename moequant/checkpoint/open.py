@@ -29,15 +29,6 @@ from moequant.values import ModelShape, Role, Stored, Weight
 MODELOPT = "hf_quant_config.json"
 """Where ModelOpt says how it quantized."""
 
-MOST = {
-    "hidden_size": 1 << 20,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "head_dim": 1 << 16,
-}
-MOST_EXPERTS = 1 << 20
-"""Larger sizes, and more experts, are a slip of the config, and would be looped over."""
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -219,10 +210,6 @@ def shape_of(family: Family, config: Config) -> ModelShape:
     for key, size in sizes.items():
         if size < 1:
             raise FamilyError(f"{family.name}: config key {key} = {size}: a size above 0 was expected")
-        if size > MOST.get(key, size):
-            raise FamilyError(f"{family.name}: config key {key} = {size}: more than any model has")
-    if shape.experts > MOST_EXPERTS:
-        raise FamilyError(f"{family.name}: number of experts = {shape.experts}: more than any model has")
     for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
         epsilon = getattr(config, key, None)
         if epsilon is not None and not 0 <= epsilon < 1:

@@ -30,7 +30,10 @@ SHAPES = {
 }
 """The models: what they have beside one layer of 64 columns."""
 
-OTHERS = ("deepseek_v2", "qwen3_next", "jamba", "nemotron_h", "lfm2_moe", "dbrx", "llama4", "gemma4")
+OTHERS = (
+    "deepseek_v2", "qwen3_next", "jamba", "nemotron_h", "lfm2_moe", "dbrx", "llama4", "gemma4",
+    "qwen3_vl_moe", "step3p7", "granitemoehybrid", "minimax_m3",
+)  # fmt: skip
 """Models of other kinds, as the tests have them: latent attention, recurrent layers, flat experts, towers."""
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "max_position_embeddings": 512}
