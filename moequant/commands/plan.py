@@ -22,6 +22,7 @@ from moequant.plan import Budget, Sensitivities, curve, points, preset_points, p
 from moequant.plan.curve import Curve
 from moequant.plan.measure import Probing, measure
 from moequant.plan.menu import GgufMenu
+from moequant.progress import Meter
 from moequant.report.curve import draw
 from moequant.report.routing import check_picture
 from moequant.statistics.calibrate import calibrate
@@ -100,7 +101,7 @@ def survey(
     that no file can meet are refused before anything is measured.
     """
     source = headers(model)
-    with claimed(outputs, *source.inputs, settings.calib, settings.stats):
+    with claimed(outputs, *source.inputs, settings.calib, settings.stats), Meter().stage("plan"):
         found = _survey(source, settings, outputs)
         write(found, outputs)
     return found
