@@ -198,6 +198,12 @@ def shape_of(family: Family, config: Config) -> ModelShape:
     """The typed shape, its numbers within reason. FamilyError names a key that is none."""
     with foreign(FamilyError, f"{family.name}: config.json does not say how large the model is"):
         shape = family.shape(config)
+        _check_shape(family, config, shape)
+    return shape
+
+
+def _check_shape(family: Family, config: Config, shape: ModelShape) -> None:
+    """See `shape_of`; raises anything for values that are no numbers."""
     sizes = {
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
@@ -218,7 +224,6 @@ def shape_of(family: Family, config: Config) -> ModelShape:
             )
     check_experts(family, shape.experts, shape.experts_used)
     check_groups(family, config, shape.experts, shape.experts_used)
-    return shape
 
 
 def _assemble(

@@ -112,7 +112,8 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
         )
     given = {key: _floats(value) for key, value in text.items() if key not in _NOT_GIVEN}
     _check_sizes(family, given)
-    given = family.dialect(given)
+    with foreign(FamilyError, f"config.json: {family.name} cannot be read from it"):
+        given = family.dialect(given)
     if tied is not None:
         given["tie_word_embeddings"] = tied
     cls = CONFIG_MAPPING[family.model_type]

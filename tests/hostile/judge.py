@@ -179,7 +179,7 @@ def judge(ground: Ground, attempt: Attempt, folder: Path) -> str | None:
     with _room(attempt.room):
         ran = CliRunner().invoke(app, attempt.arguments)
     if ran.exception is not None and not isinstance(ran.exception, SystemExit):
-        return f"traceback: {_where(ran.exc_info)}"
+        return f"traceback: {where(ran.exc_info)}"
     if changed := _changed(ground, outside, attempt.within):
         return f"the bait was changed: {changed}"
     if ran.exit_code == 0:
@@ -240,7 +240,7 @@ def _read_bait(out: Path) -> str | None:
     return None
 
 
-def _where(info: Any) -> str:
+def where(info: Any) -> str:
     """The exception and the last places of ours that it passed."""
     kind, error, trace = info
     places = []
