@@ -6,7 +6,7 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -40,6 +40,24 @@ class StageCost:
     peak_bytes: int
     read_bytes: int | None = None
     cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run was expected to take before it began: wall seconds, processor seconds of all stages and of
+    each by its name, and at most so many bytes of memory and of disk."""
+
+    seconds: float
+    cpu_seconds: float
+    stages: Mapping[str, float]
+    memory_bytes: int
+    disk_bytes: int
+
+    def __str__(self) -> str:
+        longest = sorted(self.stages.items(), key=lambda each: -each[1])[:2]
+        shares = ", ".join(f"{name} {cpu / self.cpu_seconds:.0%}" for name, cpu in longest)
+        memory, disk = self.memory_bytes / 1e9, self.disk_bytes / 1e9
+        return f"about {span(self.seconds)} ({shares}), {memory:.1f} GB of memory and {disk:.1f} GB of disk"
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,8 @@ FOUND = (
     RoutingChange,
     CheckReport,
     progress.Progress,
+    progress.StageCost,
+    progress.Forecast,
 )
 
 

@@ -16,6 +16,9 @@ OFTEN, SELDOM = 30.0, 300.0
 """Seconds between two lines within a stage: at first, when somebody looks whether all is well, and in runs of
 hours, of which a person wants a page."""
 
+YOUNG = 10.0
+"""Seconds of a step that are not spoken of: a short one is soon over."""
+
 SHARE = 0.05
 """Of the run so far: with it the seconds between two lines grow from `OFTEN` to `SELDOM`."""
 
@@ -66,9 +69,15 @@ class Lines:
             self._first, self._first_at = step, now
             name = f"{step.stage} " if self._named(step) else ""
             self._counts[f"{name}{_number(step.total, step.total)} {_unit(step)}"] = None
-        elif self.steps and step.done < step.total and now - self._said >= _pause(ran) and ran >= self.silent:
+        elif self._due(step.done < step.total, ran, now):
             self._held.append(f"{_time(ran)} {self._where(step, step.total, now)}")
             self._flush(now)
+
+    def _due(self, unfinished: bool, ran: float, now: float) -> bool:
+        """Whether it is time for a line within a step."""
+        pause = min(max(OFTEN, SHARE * ran), SELDOM)
+        old = ran >= self.silent and now - self._first_at >= YOUNG
+        return self.steps and unfinished and old and now - self._said >= pause
 
     def _where(self, step: Progress, total: float, now: float) -> str:
         """Where a stage stands: what is done, how fast, time left, memory."""
@@ -94,11 +103,6 @@ class Lines:
             self.stream.flush()
         except OSError:  # a log that is full or gone is no reason to end a run of hours
             return
-
-
-def _pause(ran: float) -> float:
-    """Seconds between two lines within a stage, of a run that has run so long."""
-    return min(max(OFTEN, SHARE * ran), SELDOM)
 
 
 def _kind(step: Progress) -> tuple[str, float | None]:

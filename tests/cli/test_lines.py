@@ -71,6 +71,11 @@ def test_a_short_run_says_nothing_unless_asked_for_all() -> None:
     ]
 
 
+def test_a_step_that_is_soon_over_is_no_line() -> None:
+    steps = [(0, Progress("quantize")), (40, Progress("verify")), (0, Progress("verify", 0, 99, "tensor"))]
+    assert not told(*steps, (1, Progress("verify", 79, 99, "tensor")))
+
+
 def test_where_bars_are_drawn_no_step_is_said() -> None:
     steps = [(0, Progress("compare")), (0, Progress("compare", 0, 3, "layer"))]
     steps += [(100, Progress("compare", n, 3, "layer")) for n in (1, 2, 3)]
