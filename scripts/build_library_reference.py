@@ -143,6 +143,8 @@ FOUND = (
     RoutingChange,
     CheckReport,
     progress.Progress,
+    progress.StageCost,
+    progress.Forecast,
 )
 
 

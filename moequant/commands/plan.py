@@ -29,6 +29,7 @@ from moequant.plan.folder_curve import FolderPoints
 from moequant.plan.folders import FolderMenu
 from moequant.plan.measure import Probing, measure
 from moequant.plan.menu import GgufMenu, Menu
+from moequant.progress import Meter
 from moequant.report.curve import draw
 from moequant.report.routing import check_picture
 from moequant.statistics.calibrate import calibrate
@@ -203,7 +204,7 @@ def survey(
     that no output can meet are refused before anything is measured.
     """
     source = headers(model)
-    with claimed(outputs, *source.inputs, settings.calib, settings.stats):
+    with claimed(outputs, *source.inputs, settings.calib, settings.stats), Meter().stage("plan"):
         found = _survey(source, settings, outputs)
         write(found, outputs)
     return found

@@ -33,6 +33,7 @@ def conversion_json(reports: Sequence[Report]) -> dict[str, Any]:
         **model_json(first.checkpoint),
         "calibration": None if first.calibration is None else _calibration(first.calibration),
         "files": [_file(report) for report in reports],
+        "forecast": None if first.forecast is None else asdict(first.forecast),
         "stages": [asdict(cost) for cost in first.stages],
         "notes": list(dict.fromkeys(note for report in reports for note in report.notes)),
     }
