@@ -11,6 +11,7 @@ from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Written
 from moequant.containers.folders import mxfp4, schemes
 from moequant.containers.folders import write as folder
+from moequant.containers.folders.layouts import LAYOUTS
 from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores, with_copies
 from moequant.containers.folders.read import FolderWeights
 from moequant.errors import FamilyError, PlanError
@@ -75,7 +76,7 @@ class FolderContainer:
 
     def open(self, path: Path) -> FolderWeights:
         """See `Container`."""
-        return folder.OPENERS[self.settings.layout](path)
+        return LAYOUTS[self.settings.layout].open(path)
 
 
 def as_released(checkpoint: Checkpoint, settings: FolderSettings) -> FolderSettings:
