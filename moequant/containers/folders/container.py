@@ -31,6 +31,7 @@ class FolderContainer:
                 "original's safetensors"
             )
         self.checkpoint, self.settings = with_copies(checkpoint), as_released(checkpoint, settings)
+        self._sizes: dict[tuple[str, ...], int] = {}
         copied = len(checkpoint.predictions.stored)
         self.notes: tuple[str, ...] = (
             (f"{PREDICTION} kept: {copied:,} tensors copied as they are, for vLLM to draft with",)
@@ -44,8 +45,11 @@ class FolderContainer:
         return scheme_plan(self.checkpoint, self.settings)
 
     def size(self, plan: Plan) -> int:
-        """See `Container`."""
-        return folder.folder_bytes(self.checkpoint, plan, self.settings)
+        """See `Container`. Headers of 100,000 tensors take seconds to lay out, so what was asked is kept."""
+        kinds = tuple(choice.format for choice in plan.choices)
+        if kinds not in self._sizes:
+            self._sizes[kinds] = folder.folder_bytes(self.checkpoint, plan, self.settings)
+        return self._sizes[kinds]
 
     def parts(self, plan: Plan) -> tuple[int, ...]:
         """See `Container`: a folder is one thing, whatever is in it."""
