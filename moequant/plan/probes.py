@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
-from moequant.evaluate import score_row
+from moequant.evaluate import divergence, log_softmax
 from moequant.files import scratch
 from moequant.forward.hidden import Hidden
 from moequant.forward.model import Provider, changed
@@ -41,28 +41,31 @@ def divergences(
     """The mean KL divergence of every version to the model, over rows of tokens ids i64 [rows, n]."""
     one_row = replace(resources, batch_tokens=ids.shape[1])
     with scratch() as folder, LayerStream(checkpoint, ids, one_row, whole=True) as stream:
+        scored = ids.shape[1] - ids.shape[1] // 2 - 1
 
-        def room(name: str, width: int | None = None) -> Hidden:
+        def room(name: str, shapes: Sequence[tuple[int, ...]] = tuple(stream.shapes)) -> Hidden:
             (folder / name).mkdir()
-            return stream.new_hidden(folder / name, width, among=len(versions) + 2)
+            return stream.room(folder / name, shapes, among=len(versions) + 2)
 
         states = [room(str(number)) for number in range(len(versions))]
-        probes = _Probes(stream, versions, rounded, room("model"), states)
-        return probes.run(room("logits", checkpoint.shape.vocab))
+        probes = _Probes(stream, versions, rounded, room("model"), states, scored)
+        return probes.run(room("said", [(scored, checkpoint.shape.vocab)] * len(ids)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Probes:
-    """Versions on their way through the layers: hidden states of the model, and `states` of each version."""
+    """Versions on their way through the layers: hidden states of the model, and `states` of each version.
+    What they say is asked at so many positions of every row, `scored`: the last, but for the very last."""
 
     stream: LayerStream
     versions: Sequence[Version]
     rounded: Rounded
     model: Hidden
     states: Sequence[Hidden]
+    scored: int
 
-    def run(self, logits: Hidden) -> list[float]:
-        """The divergence of each version; there is room for the model's `logits`."""
+    def run(self, said: Hidden) -> list[float]:
+        """The divergence of each version; there is room for what the model `said`."""
         stream = self.stream
         stream.embed(self.model)
         every = range(len(self.versions))
@@ -73,7 +76,7 @@ class _Probes:
             for layer in stream.layers():
                 self._cross(layer, started)
                 bar.update()
-        return self._divergences(logits, started)
+        return self._divergences(said, started)
 
     def _cross(self, layer: int, started: set[int]) -> None:
         """All versions across one layer, the model last: versions start from what that is fed."""
@@ -100,22 +103,26 @@ class _Probes:
         for _ in self.stream.each(work, len(pairs) * rows):
             pass
 
-    def _divergences(self, logits: Hidden, started: set[int]) -> list[float]:
+    def _divergences(self, said: Hidden, started: set[int]) -> list[float]:
         """What the ends of the versions say, held against what the model says."""
         stream, found = self.stream, list[float]()
+        rows = range(len(stream.batches))
         with stream.ends():
-            for row in range(len(stream.batches)):
-                logits.put(0, row, stream.end(row, self.model).logits[0])
+            for row in rows:
+                said.put(0, row, log_softmax("baseline", self._logits(row, self.model)))
             for number, states in enumerate(self.states):
                 named = self._named(number, None, *self._at_the_end)
                 with changed(stream.model, named, self._provider(number)):
                     stream.tie()
                     given = states if number in started else self.model
-                    said = (stream.end(row, given).logits[0].cpu() for row in range(len(stream.batches)))
-                    rows = enumerate(zip(said, stream.batches, strict=True))
-                    kl = [score_row(logits.get(0, row), each, ids[0]).kl for row, (each, ids) in rows]
+                    kl = [divergence(said.get(0, row), self._logits(row, given)) for row in rows]
                 found.append(float(torch.cat(kl).mean()))
         return found
+
+    def _logits(self, row: int, states: Hidden) -> Tensor:
+        """What is said at the scored positions of a row, [m, vocab]."""
+        logits: Tensor = self.stream.end(row, states, logits_to_keep=self.scored + 1).logits[0]
+        return logits[:-1].cpu()
 
     @property
     def _at_the_end(self) -> tuple[Role, ...]:

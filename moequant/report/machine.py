@@ -79,10 +79,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def survey_json(curve: Curve) -> dict[str, Any]:
-    """What every size is expected to cost: sizes asked for with all types, the curve and llama.cpp's files
-    without."""
+    """What every size is expected to cost: sizes asked for with all types; the curve, and what others would
+    make, without."""
     return {
         "model": curve.title,
+        "format": curve.format,
         "weights": curve.weights,
         "predicted_from": curve.source,
         "wanted": [_point(point) | plan_json(point.plan) for point in curve.wanted if point.plan is not None],

@@ -7,7 +7,7 @@ decodes what is written here; it is the independent decoder.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,20 @@ def quantization_config(groups: Sequence[tuple[Scheme, list[str]]], kept: Sequen
     }
 
 
+def names(targets: Iterable[str], module: str) -> bool:
+    """Whether one of the targets, or of what a config ignores, is that module's name or a pattern of it."""
+    return any(
+        target == module or (target.startswith("re:") and re.match(target[3:], module) is not None)
+        for target in targets
+    )
+
+
 def group_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """The entry of `config_groups` for a module: by its name, else that of all linears; VerifyError."""
     groups: list[Mapping[str, Any]] = list(config.get("config_groups", {}).values())
     for group in groups:
-        for target in group["targets"]:
-            if target == module or (target.startswith("re:") and re.match(target[3:], module)):
-                return group
+        if names(group["targets"], module):
+            return group
     for group in groups:
         if LINEAR in group["targets"]:
             return group

@@ -121,12 +121,20 @@ class FolderWeights:
         return out.reshape(weight.shape)
 
     def _kept(self, weight: Weight) -> Tensor:
-        stored = weight.origin.stored[0]
-        name = weight.names[0] if weight.names[0] in self.files else stored.name
+        names, origin = weight.names, weight.origin
+        if weight.is_expert and len(names) == weight.matrices and names[0] in self.files:
+            return torch.stack([self._whole(name, weight.shape[1:]) for name in names])
+        if len(origin.stored) == 1:
+            stored = origin.stored[0]
+            name = names[0] if names[0] in self.files else stored.name
+            return apply(origin.ops, self._whole(name, stored.shape))
+        return apply(origin.ops, torch.cat([self._whole(part.name, part.shape) for part in origin.stored]))
+
+    def _whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
         values = self.tensor(name)
-        if tuple(values.shape) != stored.shape:
-            raise VerifyError(f"{self.path}: {name} is {list(values.shape)}, expected {list(stored.shape)}")
-        return apply(weight.origin.ops, values)
+        if tuple(values.shape) != shape:
+            raise VerifyError(f"{self.path}: {name} is {list(values.shape)}, expected {list(shape)}")
+        return values
 
 
 def _files(path: Path) -> dict[str, str]:

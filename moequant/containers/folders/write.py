@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moequant import __version__
-from moequant.checkpoint import Checkpoint
+from moequant.checkpoint import Checkpoint, load
 from moequant.containers.base import Written
 from moequant.containers.folders import compressed_tensors, gptq, mxfp4, shards, side_files
 from moequant.containers.folders.plan import (
@@ -28,6 +28,7 @@ from moequant.containers.folders.plan import (
     kept_linears,
     modules,
     scheme_groups,
+    stored_names,
     stores,
     targets,
 )
@@ -100,9 +101,9 @@ def write(
                         held.clear()
                 del item
                 continue
-            entry, stored = _kept(by_name[choice.weight])
-            if entry.name not in writer.checksums:
-                writer.put(entry.name, _chunks(stored))
+            for entry, source in _kept(by_name[choice.weight]):
+                if entry.name not in writer.checksums:
+                    writer.put(entry.name, _chunks(entry, source))
     config = quantization(checkpoint, plan, settings)
     record = {
         "made_by": f"moequant {__version__}",
@@ -172,18 +173,24 @@ def _shards(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> tup
                 made = kinds[weight.name].entries(module, weight.shape[-2], weight.n_in)
                 entries |= {entry.name: entry for entry in made}
         else:
-            entry, _ = _kept(weight)
-            entries[entry.name] = entry
+            entries |= {entry.name: entry for entry, _ in _kept(weight)}
     return shards.cut(list(entries.values()), settings.shard_bytes)
 
 
-def _kept(weight: Weight) -> tuple[Entry, Stored]:
-    """The stored tensor of a weight that is not rounded, under the name that loaders know it by: the
-    release's, unless it holds other weights too. What is stored in fewer bits than floats is written in
-    bf16."""
-    stored = weight.origin.stored[0]
-    name = stored.name if weight.origin.ops else weight.names[0]
-    return Entry(name, kept_dtype(weight), stored.shape), stored
+def _kept(weight: Weight) -> list[tuple[Entry, Stored | Weight]]:
+    """The tensors of a weight that is not rounded, under the names that loaders know them by, and what each
+    holds: of experts one after another, as those that are rounded; else what is stored, under the release's
+    name unless it is only a part of the weight or holds other weights too. What is stored in fewer bits than
+    floats is written in bf16."""
+    dtype, origin = kept_dtype(weight), weight.origin
+    if weight.is_expert and len(weight.shape) == 3:
+        names = enumerate(stored_names(weight))
+        return [(Entry(name, dtype, weight.shape[1:]), weight.of(range(at, at + 1))) for at, name in names]
+    is_whole = not origin.ops and len(origin.stored) == 1
+    named = [weight.names[0]] if is_whole else [stored.name for stored in origin.stored]
+    return [
+        (Entry(name, dtype, stored.shape), stored) for name, stored in zip(named, origin.stored, strict=True)
+    ]
 
 
 def _put(writer: ShardWriter, storage: Storage, item: Packed) -> None:
@@ -207,26 +214,29 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.data
 
 
-def _chunks(stored: Stored) -> Iterator[Bytes]:
-    """A tensor's bytes as they are written, a few megabytes at a time; decoded where they are stored
-    otherwise. CheckpointError for values that are NaN or infinite."""
-    if stored.codec.name != "plain":
-        for index in range(stored.shape[0]) if len(stored.shape) == 3 else (None,):
-            yield _finite(stored, _bytes(stored.read(index).to(torch.bfloat16)), "BF16")
-        return
-    (ref,) = stored.parts.values()
-    with ref.file.open() as file:
-        file.seek(ref.begin)
-        for at in range(ref.begin, ref.end, _CHUNK):
-            yield _finite(stored, file.read(min(_CHUNK, ref.end - at)), stored.dtype)
+def _chunks(entry: Entry, source: Stored | Weight) -> Iterator[Bytes]:
+    """A tensor's bytes as they are written, an expert or a few megabytes at a time; decoded where they are
+    stored otherwise. CheckpointError for values that are NaN or infinite."""
+    dtype = _FLOATS[entry.dtype]
+    if isinstance(source, Weight):
+        yield _finite(entry, _bytes(load(source).to(dtype)))
+    elif source.codec.name != "plain":
+        for index in range(source.shape[0]) if len(source.shape) == 3 else (None,):
+            yield _finite(entry, _bytes(source.read(index).to(dtype)))
+    else:
+        (ref,) = source.parts.values()
+        with ref.file.open() as file:
+            file.seek(ref.begin)
+            for at in range(ref.begin, ref.end, _CHUNK):
+                yield _finite(entry, file.read(min(_CHUNK, ref.end - at)))
 
 
-def _finite(stored: Stored, data: Bytes, dtype: str) -> Bytes:
-    """The bytes, whose numbers of that type are all numbers."""
-    values = torch.frombuffer(bytearray(data), dtype=_FLOATS[dtype])
+def _finite(entry: Entry, data: Bytes) -> Bytes:
+    """The bytes, whose numbers are all numbers."""
+    values = torch.frombuffer(bytearray(data), dtype=_FLOATS[entry.dtype])
     if not torch.isfinite(values).all():
         raise CheckpointError(
-            f"tensor {stored.name}: holds values that are NaN or infinite; the checkpoint is damaged"
+            f"tensor {entry.name}: holds values that are NaN or infinite; the checkpoint is damaged"
         )
     return data
 
