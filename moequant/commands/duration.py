@@ -55,13 +55,13 @@ COARSE = 2
 PROBED = 6
 """Encoders that are compiled for probes and whole plans, where one is."""
 
-SAMPLED = 800
+SAMPLED = 900
 """Times that a sampled weight is handled in one type, small as samples are."""
 
 ROUNDED, SEARCHES = 220, 3
 """Times that rounding under a Hessian handles a weight, and how often it searches like the plain search."""
 
-TRIALS, TRIED = (7, 28), 0.04
+TRIALS, TRIED = (7, 28), 0.05
 """Trial roundings of what is fed to a matrix, and to experts, of which several classes are tried; CPU seconds
 of one."""
 

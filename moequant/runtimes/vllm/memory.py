@@ -96,7 +96,8 @@ def check(checkpoint: Checkpoint, serving: Serving) -> None:
     shape, tp = checkpoint.shape, serving.tp
     if shape.context and serving.ctx > shape.context:
         raise PlanError(
-            f"{checkpoint.path}: --ctx {serving.ctx:,} is more than the model's context of {shape.context:,}"
+            f"{checkpoint.path}: --ctx {serving.ctx:,} is more than the model's context; give --ctx "
+            f"{shape.context} or less"
         )
     if other := next((w for w in _running(checkpoint) if w.role in _UNKNOWN), None):
         raise PlanError(
