@@ -32,11 +32,13 @@ class FolderPoints:
         return made
 
     def curve(self, steps: int = 16) -> list[Point]:
-        """Plans at `steps` sizes from the smallest possible folder to the largest, evenly by ratio."""
+        """Plans at `steps` sizes from the smallest possible folder to the largest, evenly by ratio; a plan
+        that is the best for several of them comes once."""
         low, high = bounds(self.menu, self.size, self.known)
         ratio = (high / low) ** (1 / max(1, steps - 1))
         sizes = sorted({min(high, round(low * ratio**step)) for step in range(steps)} | {low, high})
-        return self.of(Budget(f"{size:,}", file_bytes=size) for size in sizes)
+        found = self.of(Budget(f"{size:,}", file_bytes=size) for size in sizes)
+        return list({point.file_bytes: point for point in found}.values())
 
     def uniform(self) -> list[tuple[Point, Point]]:
         """Every scheme that all experts can have, smallest first, and our plan of that size.
