@@ -20,7 +20,7 @@ from moequant.containers.gguf.sizes import Budget
 from moequant.containers.opened import open_model
 from moequant.errors import FamilyError, PlanError
 from moequant.escape import of_cache, shown
-from moequant.hub import Model, located
+from moequant.hub import HubModel, Model, located
 from moequant.plan.folder_curve import FolderPoints
 from moequant.plan.folders import FolderMenu, bounds
 from moequant.runtimes.vllm import memory
@@ -137,7 +137,7 @@ def fit_folder(
     from moequant.hub.fetch import headers  # torch
 
     place = located(model)
-    if isinstance(place, Path) and place.is_file():
+    if place.file if isinstance(place, HubModel) else place.is_file():
         raise PlanError(f"{place}: vLLM serves folders; give one, or leave --format safetensors out")
     folder: Folder = headers(place)
     found = _Model(open_model(folder), gpus, serving)

@@ -161,6 +161,13 @@ def test_a_load_that_is_none(wrong: dict[str, object]) -> None:
         Serving(**wrong)
 
 
+@pytest.mark.parametrize("path", ["model.gguf", "someone/model:model.gguf"])
+def test_a_file_is_no_folder(tmp_path: Path, path: str) -> None:
+    (tmp_path / "model.gguf").touch()
+    done = run("fit", path if ":" in path else tmp_path / path, "--vram", "4GiB", "--format", "safetensors")
+    assert done.returncode == 1 and "vLLM serves folders" in done.stderr, done.stderr
+
+
 def test_what_nobody_described_is_refused(tiny) -> None:
     with pytest.raises(PlanError, match="attention whose cache in vLLM is not known"):
         fit_folder(tiny("qwen3_next"), Gpus(GIB), Serving(256))
