@@ -28,9 +28,14 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Duration:
-    """Each of `runs` is a shape, a preset or "folder", an effort and tokens of calibration text."""
+    """Each of `runs` is a shape, a preset or "safetensors", an effort and tokens of calibration text."""
 
-    runs: tuple[str, ...] = ("few folder default 8192", "many Q3_K_M fast 32768", "mix Q4_K_M default 8192")
+    runs: tuple[str, ...] = (
+        "many Q3_K_M fast 16384",
+        "few safetensors default 8192",
+        "mix Q4_K_M default 8192",
+        "narrow IQ3_M fast 8192",
+    )
 
 
 @case("Duration: what convert expects to take, and takes", Duration(("tiny Q4_K_M fast 1024",)))
@@ -48,11 +53,11 @@ def duration(o: Duration) -> Rows:
 
 def converted(model: Path, out: Path, kind: str, effort: Any, tokens: int) -> dict[str, Any]:
     """One conversion, expected whatever it costs."""
-    size: dict[str, Any] = {"format": "safetensors"} if kind == "folder" else {"type": kind}
+    size: dict[str, Any] = {"format": "safetensors"} if kind == "safetensors" else {"type": kind}
     settings = Settings(calib_tokens=tokens, eval_tokens=4096, effort=effort, **size)
     expected.SHORT = 0.0
     load = os.getloadavg()[0]
-    report = convert(model, out.with_suffix("") if kind == "folder" else out, settings)
+    report = convert(model, out.with_suffix("") if kind == "safetensors" else out, settings)
     told = report.forecast
     assert told is not None
     took = [cost for cost in report.stages if cost.name != "open"]

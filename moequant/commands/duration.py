@@ -58,17 +58,17 @@ PROBED = 6
 SAMPLED = 900
 """Times that a sampled weight is handled in one type, small as samples are."""
 
-ROUNDED, SEARCHES = 220, 3
+ROUNDED, SEARCHES = 280, 3
 """Times that rounding under a Hessian handles a weight, and how often it searches like the plain search."""
 
 TRIALS, TRIED = (7, 28), 0.05
 """Trial roundings of what is fed to a matrix, and to experts, of which several classes are tried; CPU seconds
 of one."""
 
-FOLLOWED = 12
+FOLLOWED = 10
 """Operations for every pair of a weight and a column of its row: targets, feedback, descent, errors."""
 
-FACTORED = 30
+FACTORED = 22
 """Operations for every cube of a Hessian's side: it is mixed, factorised, inverted, slower than products."""
 
 COMPARED = 16
@@ -92,6 +92,9 @@ PARALLEL = 0.9
 STREAMS = 7
 """Hidden states, and what is as wide, of both versions at once: in front of a layer and behind it, what
 experts are fed, what they give."""
+
+LIBRARIES = 400_000_000
+"""Bytes that libraries come to hold while a conversion runs, beside what they hold at its start."""
 
 SHORT = 20.0
 """CPU seconds of a conversion of which nobody wants to know before."""
@@ -151,16 +154,22 @@ def forecast(jobs: Sequence[Job], read: Texts, routes: bool) -> Forecast | None:
 
 
 def _memory(jobs: Sequence[Job], read: Texts) -> int:
-    """Bytes that this process has, what a layer takes in the original and an output, what rounding works
-    with, and hidden states, which go to disk above half of --ram."""
+    """Bytes that this process has, what a layer takes in the original and an output, hidden states, which go
+    to disk above half of --ram, and what rounding works with."""
     settings, checkpoint = jobs[0].settings, jobs[0].container.checkpoint
-    tokens = 0 if read.calibration is None else read.calibration.tokens
-    rounds = tokens > 0 and settings.effort != "fast"
-    states = 4 * tokens * checkpoint.shape.hidden * (STREAMS if rounds else 1)
-    if settings.ram is not None:
-        states = min(states, settings.ram // 2)
-    work = rounding_work(settings.ram) if rounds else 0
-    return resident_bytes() + working_bytes(checkpoint, 2) + states + work
+    found = resident_bytes() + LIBRARIES + working_bytes(checkpoint, 2)
+    if read.calibration is None:
+        return found
+    rounds, tokens = settings.effort != "fast", read.calibration.tokens
+    states = 4 * tokens * checkpoint.shape.hidden * checkpoint.shape.streams * (STREAMS if rounds else 1)
+    found += states if settings.ram is None else min(states, settings.ram // 2)
+    if rounds:  # Grams of experts, as many bytes to round them under, and attention that is kept
+        most = rounding_work(settings.ram)
+        wide = [w for w in checkpoint.weights if w.site is not None and w.runs]
+        grams = max(4 * w.matrices * w.n_in * (5 * w.n_in + w.shape[-2]) for w in wide)
+        mixed = max((8 * tokens * w.n_in for w in wide if not w.is_expert), default=0)
+        found += 2 * min(most, grams) + min(most, mixed)
+    return found
 
 
 def _disk(jobs: Sequence[Job], read: Texts) -> int:
@@ -299,9 +308,9 @@ def _plan(model: Model, probes: Rows, menu: Menu) -> Work:
             name = menu.block_format(menu.probe(weight), weight)
             searched += _searched(weight, 3 * COARSE)
             compiled |= {name} if weight.numel >= engine.COMPILE_FROM else set()
-    logits = tokens * versions
+    logits = tokens / 2 * versions
     head = Work(
-        logits * model.head, SCORED * logits / 2 * checkpoint.shape.vocab, PROBED * COMPILING * len(compiled)
+        logits * model.head, SCORED * logits * checkpoint.shape.vocab, PROBED * COMPILING * len(compiled)
     )
     return passes + searched + head + Work(numbers=SAMPLED * samples + 2 * LOADED * model.stored)
 
