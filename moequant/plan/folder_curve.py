@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from moequant.containers.folders.plan import scheme_plan
+from moequant.containers.folders.schemes import Scheme
 from moequant.containers.gguf.sizes import Budget
 from moequant.errors import PlanError
 from moequant.plan.curve import Point
@@ -31,11 +32,13 @@ class FolderPoints:
         return made
 
     def curve(self, steps: int = 16) -> list[Point]:
-        """Plans at `steps` sizes from the smallest possible folder to the largest, evenly by ratio."""
+        """Plans at `steps` sizes from the smallest possible folder to the largest, evenly by ratio; a plan
+        that is the best for several of them comes once."""
         low, high = bounds(self.menu, self.size, self.known)
         ratio = (high / low) ** (1 / max(1, steps - 1))
         sizes = sorted({min(high, round(low * ratio**step)) for step in range(steps)} | {low, high})
-        return self.of(Budget(f"{size:,}", file_bytes=size) for size in sizes)
+        found = self.of(Budget(f"{size:,}", file_bytes=size) for size in sizes)
+        return list({point.file_bytes: point for point in found}.values())
 
     def uniform(self) -> list[tuple[Point, Point]]:
         """Every scheme that all experts can have, smallest first, and our plan of that size.
@@ -45,13 +48,17 @@ class FolderPoints:
         """
         made = []
         for scheme in self.menu.allowed:
-            asked = replace(self.menu.settings, scheme=scheme.name, schemes=None, gpu=None)
             try:
-                plan = scheme_plan(self.menu.checkpoint, asked)
-                size = self.size(plan)
-                (ours,) = self.of([Budget(f"the size of {scheme.name}", file_bytes=size)])
+                theirs = self.of_scheme(scheme)
+                (ours,) = self.of([Budget(f"the size of {scheme.name}", file_bytes=theirs.file_bytes)])
             except PlanError:
                 continue
-            total = sum(self.known.table[choice.weight][choice.format] for choice in plan.choices)
-            made.append((Point(size, self.known.predict(total), scheme.name), ours))
+            made.append((theirs, ours))
         return sorted(made, key=lambda pair: pair[0].file_bytes)
+
+    def of_scheme(self, scheme: Scheme) -> Point:
+        """All experts in one scheme of the menu, all else as it is. PlanError where it does not fit them."""
+        asked = replace(self.menu.settings, scheme=scheme.name, schemes=None, gpu=None)
+        plan = scheme_plan(self.menu.checkpoint, asked)
+        total = sum(self.known.table[choice.weight][choice.format] for choice in plan.choices)
+        return Point(self.size(plan), self.known.predict(total), scheme.name, plan)

@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moequant.containers.folders.read import Decode, FolderWeights
-from moequant.containers.folders.schemes import Scheme
+from moequant.containers.folders.schemes import Scheme, of_config
+from moequant.containers.folders.storage import Storage
 from moequant.errors import VerifyError
 
 LINEAR = "Linear"
@@ -54,6 +56,13 @@ def group_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
         if LINEAR in group["targets"]:
             return group
     raise VerifyError(f"{module}: no target of quantization_config.config_groups names it")
+
+
+def storage(config: Mapping[str, Any], module: str, scale_dtype: torch.dtype) -> Storage:
+    """How a module is stored, by a config of ours or anybody's. VerifyError for a module that it does not
+    name, PlanError for a scheme that moequant does not know."""
+    group = group_of(config, module)
+    return of_config(group, group.get("format") or config["format"]).storage((scale_dtype,))
 
 
 def open_folder(path: Path) -> FolderWeights:

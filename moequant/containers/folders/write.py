@@ -21,12 +21,12 @@ from torch import Tensor
 from moequant import __version__
 from moequant.checkpoint import Checkpoint, load
 from moequant.containers.base import Written
-from moequant.containers.folders import compressed_tensors, gptq, mxfp4, shards, side_files
+from moequant.containers.folders import compressed_tensors, shards, side_files
+from moequant.containers.folders.layouts import LAYOUTS
 from moequant.containers.folders.plan import (
     FolderSettings,
     kept_dtype,
     kept_linears,
-    modules,
     scheme_groups,
     stored_names,
     stores,
@@ -34,7 +34,7 @@ from moequant.containers.folders.plan import (
 )
 from moequant.containers.folders.schemes import find
 from moequant.containers.folders.shards import Bytes, Entry, Shard, ShardWriter
-from moequant.containers.folders.storage import Storage, decode
+from moequant.containers.folders.storage import decode
 from moequant.errors import CheckpointError, OutputError, VerifyError
 from moequant.files import RECORD, check_kept, check_space
 from moequant.progress import counted
@@ -42,18 +42,7 @@ from moequant.values import Packed, Plan, Stored, Weight
 
 _CHUNK = 1 << 24
 
-_GPTQ_CONFIG = "quantize_config.json"
-"""Where loaders of GPTQ look beside config.json."""
-
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-OPENERS = {
-    "compressed-tensors": compressed_tensors.open_folder,
-    "gptq": gptq.open_folder,
-    "mxfp4": mxfp4.open_folder,
-}
-"""Readers of folders by their layout, each with somebody else's rules."""
 
 
 def folder_bytes(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> int:
@@ -69,7 +58,8 @@ def check_target(path: Path, checkpoint: Checkpoint, plan: Plan, settings: Folde
     copied = (file.relative_to(checkpoint.path).as_posix() for file in side_files.side_files(checkpoint.path))
     made = {"config.json", "README.md", RECORD, *(shard.name for shard in files), *copied}
     made |= {shards.INDEX} if len(files) > 1 else set()
-    made |= {_GPTQ_CONFIG} if settings.layout == "gptq" else set()
+    beside = LAYOUTS[settings.layout].beside
+    made |= set() if beside is None else {beside}
     check_kept(path, made)
 
 
@@ -82,7 +72,7 @@ def write(
     `packed` must yield the plan's rounded weights, in the formats of their `Storage` and the plan's order;
     each is written as it comes and not kept. Raises OutputError when the disk refuses.
     """
-    kinds = stores(checkpoint, plan, settings.layout)
+    layout, kinds = LAYOUTS[settings.layout], stores(checkpoint, plan, settings.layout)
     files = _shards(checkpoint, plan, settings)
     by_name = {weight.name: weight for weight in checkpoint.weights}
     stream, held = iter(packed), list[Packed]()
@@ -92,14 +82,13 @@ def write(
                 item = next(stream)
                 if item.weight.name != choice.weight:
                     raise VerifyError(f"{item.weight.name}: came where {choice.weight} was planned")
-                if settings.layout != "mxfp4":
-                    _put(writer, kinds[choice.weight], item)
-                else:
-                    held.append(item)
-                    if mxfp4.completes(item.weight):
-                        _put_stack(writer, held)
-                        held.clear()
+                held.append(item)
                 del item
+                storage = kinds[choice.weight]
+                if whole := layout.entries(held[-1].weight, storage):
+                    for entry, parts in zip(whole, layout.values(held, storage), strict=True):
+                        writer.put(entry.name, map(_bytes, parts))
+                    held.clear()
                 continue
             for entry, source in _kept(by_name[choice.weight]):
                 if entry.name not in writer.checksums:
@@ -118,17 +107,13 @@ def write(
 
 def quantization(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    if settings.layout == "mxfp4":
-        return mxfp4.quantization_config()
     kept, named = kept_linears(checkpoint, plan), scheme_groups(plan)
-    if settings.layout == "gptq":
-        return gptq.quantization_config(find(next(iter(named))), kept)
     if len(named) == 1:
         groups = [(find(name), [compressed_tensors.LINEAR]) for name in named]
     else:
         by_name = {weight.name: weight for weight in checkpoint.weights}
         groups = [(find(name), targets([by_name[w] for w in weights])) for name, weights in named.items()]
-    return compressed_tensors.quantization_config(groups, kept)
+    return LAYOUTS[settings.layout].config(groups, kept)
 
 
 def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> int:
@@ -137,7 +122,7 @@ def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: Folde
     The second decoder is the loader's: compressed-tensors. Returns how many weights both decoded;
     VerifyError names the tensor that is missing, differs, or decodes to something else.
     """
-    on_disk = OPENERS[settings.layout](written.path)
+    on_disk = LAYOUTS[settings.layout].open(written.path)
     if differing := set(on_disk.tensors) ^ written.checksums.keys():
         raise VerifyError(f"{written.path}: tensor {min(differing)} is in only one of plan and folder")
     for name, expected in counted("verify", written.checksums.items(), "tensor"):
@@ -161,17 +146,13 @@ def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: Folde
 
 def _shards(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> tuple[Shard, ...]:
     """Every tensor of the folder in the plan's order, cut into files."""
-    kinds = stores(checkpoint, plan, settings.layout)
+    layout, kinds = LAYOUTS[settings.layout], stores(checkpoint, plan, settings.layout)
     by_name = {weight.name: weight for weight in checkpoint.weights}
     entries: dict[str, Entry] = {}
     for choice in plan.choices:
         weight = by_name[choice.weight]
-        if weight.name in kinds and settings.layout == "mxfp4":
-            entries |= {entry.name: entry for entry in mxfp4.entries(weight)}
-        elif weight.name in kinds:
-            for module in modules(weight):
-                made = kinds[weight.name].entries(module, weight.shape[-2], weight.n_in)
-                entries |= {entry.name: entry for entry in made}
+        if weight.name in kinds:
+            entries |= {entry.name: entry for entry in layout.entries(weight, kinds[weight.name])}
         else:
             entries |= {entry.name: entry for entry, _ in _kept(weight)}
     return shards.cut(list(entries.values()), settings.shard_bytes)
@@ -191,22 +172,6 @@ def _kept(weight: Weight) -> list[tuple[Entry, Stored | Weight]]:
     return [
         (Entry(name, dtype, stored.shape), stored) for name, stored in zip(named, origin.stored, strict=True)
     ]
-
-
-def _put(writer: ShardWriter, storage: Storage, item: Packed) -> None:
-    """All tensors of all experts of one weight."""
-    (n_out, n_in), names = item.weight.shape[-2:], modules(item.weight)
-    data = item.data.reshape(len(names), n_out, -1)
-    for module, rows in zip(names, data, strict=True):
-        values = storage.tensors(rows, n_in)
-        for entry, tensor in zip(storage.entries(module, n_out, n_in), values, strict=True):
-            writer.put(entry.name, [_bytes(tensor)])
-
-
-def _put_stack(writer: ShardWriter, items: list[Packed]) -> None:
-    """Both tensors of a stack of experts; memory holds the codes of one expert more."""
-    for number, entry in enumerate(mxfp4.entries(items[-1].weight)):
-        writer.put(entry.name, (_bytes(each[number]) for each in mxfp4.values(items)))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -253,8 +218,8 @@ def _write_side_files(
     texts = {"config.json": json.dumps(config | {"quantization_config": quantization}, indent=2) + "\n"}
     if len(files) > 1:
         texts[shards.INDEX] = shards.index(files)
-    if quantization["quant_method"] == "gptq":
-        texts[_GPTQ_CONFIG] = json.dumps(quantization, indent=2) + "\n"
+    if (beside := LAYOUTS[quantization["quant_method"]].beside) is not None:
+        texts[beside] = json.dumps(quantization, indent=2) + "\n"
     try:
         side_files.copy(checkpoint.path, folder)
         for name, text in texts.items():
