@@ -14,20 +14,23 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean, median
 
 import torch
 
+from moequant import formats
 from moequant.checkpoint import Checkpoint
 from moequant.commands.job import Job, menu_of
 from moequant.commands.journal import journal_bytes
 from moequant.commands.text import Texts
 from moequant.escape import shown
-from moequant.formats import engine
+from moequant.formats import Effort, engine
 from moequant.forward.memory import rounding_work, working_bytes
 from moequant.plan.measure import Probing
 from moequant.plan.menu import Menu
 from moequant.progress import Forecast, resident_bytes
+from moequant.rounding.layerwise import BATCHES
 from moequant.rounding.rounder import UNROUNDED
 from moequant.text.corpus import Rows
 from moequant.values import Role, Weight
@@ -43,22 +46,20 @@ SQUARED = 7
 CALL = 0.8e-3
 """CPU seconds of a matrix's call in a batch, whatever its size."""
 
-PLAIN, COMPILED = 150, 20
-"""Times that the plain search handles a weight: in torch's own operations, and in compiled ones."""
+SEARCHED, COMPILED = 150.0, 1 / 7
+"""Times that the plain search for a usual type handles a weight; the share that is left where it is compiled.
+Where it counts the search is measured, type by type."""
 
 COMPILING = 3.3
 """CPU seconds until a compiled encoder is loaded; the first time on a machine it takes longer."""
 
-COARSE = 2
-"""Times that the search for the coarse types of probes is longer."""
-
 PROBED = 6
 """Encoders that are compiled for probes and whole plans, where one is."""
 
-SAMPLED = 900
+SAMPLED = 1100
 """Times that a sampled weight is handled in one type, small as samples are."""
 
-ROUNDED, SEARCHES = 280, 3
+ROUNDED, SEARCHES = 320, 2
 """Times that rounding under a Hessian handles a weight, and how often it searches like the plain search."""
 
 TRIALS, TRIED = (7, 28), 0.05
@@ -93,7 +94,7 @@ STREAMS = 7
 """Hidden states, and what is as wide, of both versions at once: in front of a layer and behind it, what
 experts are fed, what they give."""
 
-LIBRARIES = 400_000_000
+LIBRARIES = 600_000_000
 """Bytes that libraries come to hold while a conversion runs, beside what they hold at its start."""
 
 SHORT = 20.0
@@ -141,10 +142,11 @@ def forecast(jobs: Sequence[Job], read: Texts, routes: bool) -> Forecast | None:
     settings = jobs[0].settings
     if settings.device != "cpu" or settings.effort == "best":
         return None
-    work = counted(jobs, read, routes)
+    work = counted(jobs, read, routes, lambda name: SEARCHED)
     if sum(map(TYPICAL.seconds, work.values())) < SHORT:
         return None
     now = speed()
+    work = counted(jobs, read, routes, cache(lambda name: now.numbers * _search(name, settings.effort)))
     stages = {name: now.seconds(each) for name, each in work.items()}
     used = sum(stages.values())
     found = Forecast(used / (now.cores * PARALLEL), used, stages, _memory(jobs, read), _disk(jobs, read))
@@ -207,6 +209,14 @@ def _rate(work: Callable[[], None], seconds: float = 0.12) -> float:
     return median(taken)
 
 
+def _search(name: str, effort: Effort) -> float:
+    """CPU seconds that the plain search for a format takes for a weight, uncompiled."""
+    some = torch.randn(32, 2048) / 32
+    began = time.process_time()
+    formats.quantize(formats.get(name), some, None, effort, threads=1)
+    return (time.process_time() - began) / some.numel()
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """What a token costs a model in operations: of all `layers`, of those outside of routed experts, and of
@@ -254,7 +264,11 @@ def _met(checkpoint: Checkpoint, weight: Weight) -> float:
     return checkpoint.shape.experts_used / weight.matrices if weight.is_expert else 1.0
 
 
-def counted(jobs: Sequence[Job], read: Texts, routes: bool) -> dict[str, Work]:
+Search = Callable[[str], float]
+"""By format, how often its plain search handles a weight."""
+
+
+def counted(jobs: Sequence[Job], read: Texts, routes: bool, search: Search) -> dict[str, Work]:
     """The work of every stage, by the name of the stage; `routes` says whether statistics are collected."""
     first, found = jobs[0], dict[str, Work]()
     rows = read.calibration or read.evaluation
@@ -263,12 +277,12 @@ def counted(jobs: Sequence[Job], read: Texts, routes: bool) -> dict[str, Work]:
     if routes and read.calibration is not None:
         found["route"] = _route(model, read.calibration.tokens, batch)
     if read.probes is not None and any(job.measures for job in jobs):
-        found["plan"] = _plan(model, read.probes, menu_of(first.container, first.settings))
+        found["plan"] = _plan(model, read.probes, menu_of(first.container, first.settings), search)
     for job in jobs:
         plain = read.calibration is None or job.settings.effort == "fast" or not job.quantizes
         types = job.container.formats(job.plan)
         tokens = 0 if plain or read.calibration is None else read.calibration.tokens
-        found[job.stage("quantize")] = _quantize(model, types, tokens, batch)
+        found[job.stage("quantize")] = _quantize(model, types, tokens, search)
         found[job.stage("verify")] = Work(numbers=VERIFIED * model.numel)
         if job.settings.self_check:
             found[job.stage("self-check")] = Work(192 * 2 * model.passed, CHECKED * model.numel, STARTED)
@@ -281,7 +295,7 @@ def _route(model: Model, tokens: int, batch: int) -> Work:
     return model.passing(tokens, batch) + Work(numbers=LOADED * model.stored + SQUARED * tokens * model.fed)
 
 
-def _plan(model: Model, probes: Rows, menu: Menu) -> Work:
+def _plan(model: Model, probes: Rows, menu: Menu, search: Search) -> Work:
     """Errors of samples in every type; then every group of weights in a version of its own, which crosses the
     layers from the first that it changes, and two whole plans."""
     checkpoint, probing = model.checkpoint, Probing()
@@ -306,7 +320,7 @@ def _plan(model: Model, probes: Rows, menu: Menu) -> Work:
     for group in groups:
         for weight in group:
             name = menu.block_format(menu.probe(weight), weight)
-            searched += _searched(weight, 3 * COARSE)
+            searched += _searched(weight, 3 * search(name))
             compiled |= {name} if weight.numel >= engine.COMPILE_FROM else set()
     logits = tokens / 2 * versions
     head = Work(
@@ -315,13 +329,12 @@ def _plan(model: Model, probes: Rows, menu: Menu) -> Work:
     return passes + searched + head + Work(numbers=SAMPLED * samples + 2 * LOADED * model.stored)
 
 
-def _searched(weight: Weight, times: int = 1) -> Work:
-    """The plain search for a weight."""
-    each = COMPILED if weight.numel >= engine.COMPILE_FROM else PLAIN
-    return Work(numbers=times * each * weight.numel)
+def _searched(weight: Weight, times: float) -> Work:
+    """The plain search for a weight, handled so often while it is not compiled."""
+    return Work(numbers=weight.numel * times * (COMPILED if weight.numel >= engine.COMPILE_FROM else 1))
 
 
-def _quantize(model: Model, types: dict[str, str], tokens: int, batch: int) -> Work:
+def _quantize(model: Model, types: dict[str, str], tokens: int, search: Search) -> Work:
     """The plain search; or, with `tokens`, both streams, their Grams and what is done under Hessians."""
     found, compiled, sites = Work(), set[str](), dict[str, Weight]()
     for weight in model.checkpoint.weights:
@@ -331,11 +344,11 @@ def _quantize(model: Model, types: dict[str, str], tokens: int, batch: int) -> W
             continue
         compiled |= {name} if weight.numel >= engine.COMPILE_FROM else set()
         if not tokens or weight.site is None or not weight.runs:
-            found += _searched(weight)
+            found += _searched(weight, search(name))
             continue
         sites[weight.site.name] = weight
         found += Work(FOLLOWED * weight.numel * weight.n_in, ROUNDED * weight.numel)
-        found += _searched(weight, SEARCHES)
+        found += _searched(weight, SEARCHES * search(name))
         if weight.adds:
             met = tokens * weight.matrices * _met(model.checkpoint, weight)
             found += Work(2 * met * weight.n_in * model.checkpoint.shape.hidden)
@@ -346,7 +359,7 @@ def _quantize(model: Model, types: dict[str, str], tokens: int, batch: int) -> W
     found += Work(seconds=COMPILING * len(compiled) * (2 if tokens else 1))
     if not tokens:
         return found
-    both = model.passing(2 * tokens, min(batch, tokens / 8))
+    both = model.passing(2 * tokens, tokens / BATCHES)
     return found + both + Work(2 * tokens * model.outside)
 
 

@@ -26,7 +26,7 @@ def work(model: Path, **given: object) -> dict[str, Work]:
     settings = Settings(**({"type": "Q4_K_M", "calib_tokens": 2048, "eval_tokens": 1024} | given))  # type: ignore[arg-type]
     jobs = open_jobs(model, settings)
     read = texts(jobs[0].model, settings, True, jobs[0].measures)
-    return counted(jobs, read, read.calibration is not None)
+    return counted(jobs, read, read.calibration is not None, lambda name: 100.0)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
