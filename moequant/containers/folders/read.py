@@ -107,7 +107,7 @@ class FolderWeights:
         if len(weight.shape) < 2 or not self.is_quantized(weight):
             return self._kept(weight)
         out: Tensor | None = None
-        for expert in range(weight.matrices):
+        for at, expert in enumerate(weight.origin.matrices or range(weight.matrices)):
             values = self.decode(weight, expert)
             if tuple(values.shape) != weight.shape[-2:]:
                 raise VerifyError(
@@ -116,7 +116,7 @@ class FolderWeights:
                 )
             if out is None:
                 out = torch.empty((weight.matrices, *values.shape), dtype=values.dtype)
-            out[expert] = values
+            out[at] = values
         assert out is not None
         return out.reshape(weight.shape)
 
@@ -126,7 +126,8 @@ class FolderWeights:
         values = self.tensor(name)
         if tuple(values.shape) != stored.shape:
             raise VerifyError(f"{self.path}: {name} is {list(values.shape)}, expected {list(stored.shape)}")
-        return apply(weight.origin.ops, values)
+        whole, some = apply(weight.origin.ops, values), weight.origin.matrices
+        return whole if some is None else whole[some.start : some.stop]
 
 
 def _files(path: Path) -> dict[str, str]:
