@@ -145,8 +145,9 @@ class _Beside:
         param = weights[0].place.param
         values = held(self.stream.model, param)
         for weight in weights:
-            both = (apply(weight.place.ops, each) for each in (self.kept[param], values))
-            self.errors[weight.name] = _error(weight, *both, self.tokens if weight.is_expert else None)
+            one, two = (apply(weight.place.ops, each) for each in (self.kept[param], values))
+            tokens = self.tokens if weight.is_expert else None
+            self.errors[weight.name] = _error(weight, one, two, tokens)
         if self.forget:
             del self.kept[param]
 
@@ -222,8 +223,8 @@ def _multiply(stream: LayerStream, layer: int, crossing: list[_Crossing], expert
             continue
         for weight in stream.experts(layer):
             sums = each.sums.setdefault(weight.name, torch.zeros(2, weight.matrices, dtype=torch.float64))
-            both = (of_experts(one, weight) for one in (exact, module))
-            sums[:, experts.start : experts.stop] = _sums(weight.of(experts), *both)
+            one, two = of_experts(exact, weight), of_experts(module, weight)
+            sums[:, experts.start : experts.stop] = _sums(weight.of(experts), one, two)
 
 
 def _told(stream: LayerStream, layer: int, crossing: _Crossing, tokens: Tensor | None) -> None:

@@ -18,14 +18,15 @@ from moequant.values import Weight
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """How many versions of a layer's weights are in memory together (`layer_bytes`), and how many sets of
-    hidden states cross it."""
+    """How many versions of a layer's weights are in memory together (`layer_bytes`; 0: layers are there as
+    wholes, whatever they take), and how many sets of hidden states cross it."""
 
     weights: int = 1
     states: int = 1
 
 
 ONE = Versions()
+WHOLE = Versions(weights=0)
 
 WORK = 1 << 30
 """The most that rounding works with beside what it rounds: more serves nothing on a CPU."""
@@ -63,7 +64,7 @@ def chunks(weights: Sequence[Weight], models: int, usable: int | None) -> tuple[
     that takes more come some at a time, in a quarter. `models` as in `layer_bytes`.
     """
     experts = _routed(weights)
-    if usable is None or not experts or layer_bytes(weights, models) <= usable // 2:
+    if usable is None or not models or not experts or layer_bytes(weights, models) <= usable // 2:
         return ()
     count = experts[0].matrices
     step = max(1, usable // 4 // max(1, _expert_bytes(experts, models)))
