@@ -32,9 +32,10 @@ from moequant.commands.route import Routed, RouteSettings
 from moequant.commands.settings import Settings
 from moequant.evaluate.compared import Compared
 from moequant.hub import GgufModel, Model, Source, located
-from moequant.inspection import Inspection
+from moequant.inspection import Inspection, served
 from moequant.inspection import fit as fitting
 from moequant.inspection.fit import Fit, Hardware
+from moequant.inspection.served import FolderFit, Gpus
 from moequant.progress import Listener, listening
 from moequant.report import compare_page
 from moequant.report.check import check_json, check_report
@@ -45,9 +46,11 @@ from moequant.report.fit import fit_json, fit_report
 from moequant.report.inspect import inspection_json, inspection_report
 from moequant.report.machine import survey_json
 from moequant.report.routing import routing_json, routing_tables
+from moequant.report.served import served_json, served_report
 from moequant.report.shown import Result, View
 from moequant.report.summary import Report
 from moequant.runtimes.llama_cpp.kv_cache import Load
+from moequant.runtimes.vllm.memory import Serving
 from moequant.statistics.health import health
 
 __all__ = [
@@ -55,7 +58,9 @@ __all__ = [
     "CompareSettings",
     "Conversion",
     "FitSettings",
+    "FolderFitSettings",
     "GgufModel",
+    "Gpus",
     "Hardware",
     "Load",
     "PlanOutputs",
@@ -64,12 +69,14 @@ __all__ = [
     "Result",
     "RouteOutputs",
     "RouteSettings",
+    "Serving",
     "Settings",
     "check",
     "compare",
     "convert",
     "convert_all",
     "fit",
+    "fit_folder",
     "inspect",
     "plan",
     "route",
@@ -77,6 +84,7 @@ __all__ = [
 
 INSPECTED = View("inspect", inspection_report, inspection_json)
 FITTED = View("fit", fit_report, fit_json)
+SERVED = View("fit", served_report, served_json)
 PLANNED: View[Survey] = View(
     "plan", lambda found: curve_tables(found.curve), lambda found: survey_json(found.curve)
 )
@@ -104,6 +112,21 @@ class FitSettings:
     min_speed: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class FolderFitSettings:
+    """GPUs, what vLLM serves on them, and what may be made of the model.
+
+    `gpus` has the bytes of memory of each GPU. `serving` has the tokens of context of a sequence, how many
+    sequences are served at once, how many GPUs share every weight, and the type of the KV cache. `schemes`,
+    by commas, are those to try, and `gpu` is the compute capability of the GPUs.
+    """
+
+    gpus: Gpus
+    serving: Serving = Serving(8192)  # frozen
+    schemes: str | None = None
+    gpu: float | None = None
+
+
 def inspect(model: Model, progress: Listener | None = None) -> Result[Inspection]:
     """Describe a model from its headers; no weight is read.
 
@@ -124,6 +147,22 @@ def fit(model: Model, settings: FitSettings, progress: Listener | None = None) -
     with listening(progress):
         found = fitting.fit(located(model), settings.hardware, settings.load, settings.min_speed)
         return Result(found, FITTED)
+
+
+def fit_folder(
+    model: Model, settings: FolderFitSettings, progress: Listener | None = None
+) -> Result[FolderFit]:
+    """Say which folders of a model fit on one or several GPUs when vLLM serves them: as it is stored, in
+    every scheme, and in the largest mixture.
+
+    `found.best` is None where nothing fits. Figures follow vLLM's code; speeds are upper bounds.
+    CheckpointError as `inspect`; PlanError for a load that the model cannot have.
+    """
+    with listening(progress):
+        found = served.fit_folder(
+            located(model), settings.gpus, settings.serving, settings.schemes, settings.gpu
+        )
+        return Result(found, SERVED)
 
 
 def plan(

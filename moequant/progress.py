@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -16,8 +15,6 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from tqdm import tqdm
-
-_LOG = logging.getLogger(__name__)
 
 _MEMORY = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
@@ -32,16 +29,50 @@ SCALED = 100_000
 
 
 @dataclass(frozen=True, slots=True)
+class StageCost:
+    """Wall seconds, peak resident bytes, bytes read from files and processor seconds of one stage.
+
+    Where not on Linux the peak is that of the run so far, and reads are unknown (None).
+    """
+
+    name: str
+    seconds: float
+    peak_bytes: int
+    read_bytes: int | None = None
+    cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run was expected to take before it began: wall seconds, processor seconds of all stages and of
+    each by its name, and at most so many bytes of memory and of disk."""
+
+    seconds: float
+    cpu_seconds: float
+    stages: Mapping[str, float]
+    memory_bytes: int
+    disk_bytes: int
+
+    def __str__(self) -> str:
+        longest = sorted(self.stages.items(), key=lambda each: -each[1])[:2]
+        shares = ", ".join(f"{name} {cpu / self.cpu_seconds:.0%}" for name, cpu in longest)
+        memory, disk = self.memory_bytes / 1e9, self.disk_bytes / 1e9
+        return f"about {span(self.seconds)} ({shares}), {memory:.1f} GB of memory and {disk:.1f} GB of disk"
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """Where a run stands: `done` of `total` units of a stage.
 
-    A stage begins with `done` 0; `total` is None, and `unit` empty, where nobody counts in it.
+    A stage begins with `done` 0; `total` is None, and `unit` empty, where nobody counts in it. `cost` is what
+    a stage took that has ended.
     """
 
     stage: str
     done: float = 0.0
     total: float | None = None
     unit: str = ""
+    cost: StageCost | None = None
 
 
 Listener = Callable[[Progress], None]
@@ -52,8 +83,8 @@ _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 @contextmanager
 def listening(listener: Listener | None) -> Iterator[None]:
-    """Tell `listener` of every step while the block runs; None tells nobody."""
-    token = _LISTENER.set(listener)
+    """Tell `listener` of every step while the block runs; with None whoever listens already."""
+    token = _LISTENER.set(_LISTENER.get() if listener is None else listener)
     try:
         yield
     finally:
@@ -108,19 +139,6 @@ def counted(stage: str, items: Collection[T], unit: str) -> Iterator[T]:
             bar.update()
 
 
-@dataclass(frozen=True, slots=True)
-class StageCost:
-    """Wall seconds, peak resident bytes and bytes read from files of one stage.
-
-    Where not on Linux the peak is that of the run so far, and reads are unknown (None).
-    """
-
-    name: str
-    seconds: float
-    peak_bytes: int
-    read_bytes: int | None = None
-
-
 @dataclass(slots=True)
 class Meter:
     """Collects the cost of each stage that runs inside `stage`."""
@@ -133,14 +151,21 @@ class Meter:
         tell(Progress(name))
         _give_back()
         _reset_peak()
-        start, before = time.perf_counter(), _read_bytes()
+        start, worked, before = time.perf_counter(), time.process_time(), _read_bytes()
         yield
-        after = _read_bytes()
+        after, worked = _read_bytes(), time.process_time() - worked
         read = None if before is None or after is None else after - before
-        self.costs.append(StageCost(name, time.perf_counter() - start, peak_bytes(), read))
-        _LOG.debug(
-            "%s: %.1f s, %.0f MB at most", name, self.costs[-1].seconds, self.costs[-1].peak_bytes / 1e6
-        )
+        self.costs.append(StageCost(name, time.perf_counter() - start, peak_bytes(), read, worked))
+        tell(Progress(name, cost=self.costs[-1]))
+
+
+def span(seconds: float) -> str:
+    """A time as people say it: `45 s`, `3 min 20 s`, `2 h 10 min`, `3 d 4 h`."""
+    whole = round(seconds)
+    for unit, size, smaller, part in (("d", 86_400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // part} {smaller}"
+    return f"{whole} s"
 
 
 def available_bytes() -> int | None:

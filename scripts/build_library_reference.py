@@ -26,6 +26,7 @@ from moequant.formats import Effort
 from moequant.forward.stream import Resources
 from moequant.inspection import Inspection
 from moequant.inspection.fit import Fit
+from moequant.inspection.served import FolderFit
 from moequant.report.shown import Result, Shown
 from moequant.statistics.importance import Gating
 from moequant.values import Calibration, Choice, ExpertLoss, Plan, RouteStats
@@ -101,13 +102,16 @@ VerifyError nothing.gguf: no such file or folder
 ```
 """
 
-VERBS = ("inspect", "fit", "plan", "route", "convert", "convert_all", "compare", "check")
+VERBS = ("inspect", "fit", "fit_folder", "plan", "route", "convert", "convert_all", "compare", "check")
 
 SETTINGS = (
     library.Settings,
     library.FitSettings,
     library.Hardware,
     library.Load,
+    library.FolderFitSettings,
+    library.Gpus,
+    library.Serving,
     library.PlanSettings,
     library.PlanOutputs,
     library.RouteSettings,
@@ -121,6 +125,7 @@ FOUND = (
     Result,
     Inspection,
     Fit,
+    FolderFit,
     Survey,
     Routed,
     Calibration,
@@ -138,6 +143,8 @@ FOUND = (
     RoutingChange,
     CheckReport,
     progress.Progress,
+    progress.StageCost,
+    progress.Forecast,
 )
 
 

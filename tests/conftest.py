@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ settings.load_profile("moequant")
 # Tensors here are so small that a second thread costs more at its barriers than it brings; tests that
 # run side by side have a better use for the core.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def not_told() -> Iterator[None]:
+    """Long runs say where they stand. On a busy machine every run is long, and what a test reads on stderr
+    does not depend on that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moequant.cli.output.SILENT", float("inf"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint
-from moequant.containers.folders import compressed_tensors, schemes
-from moequant.containers.folders import write as folder
+from moequant.containers.folders.layouts import LAYOUTS
 from moequant.containers.folders.read import FolderWeights
-from moequant.containers.folders.storage import GptqIntegers, Mxfp4, PackedIntegers, Storage
+from moequant.containers.folders.storage import GptqIntegers, PackedIntegers, Storage
 from moequant.containers.gguf import checksums
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.header import TensorInfo
@@ -26,7 +25,6 @@ from moequant.containers.gguf.weights import GgufWeights
 from moequant.errors import PlanError, VerifyError
 from moequant.files import RECORD
 from moequant.formats import groups
-from moequant.formats.groups import GroupFormat
 from moequant.kernels import Matrix
 from moequant.values import Weight
 
@@ -158,7 +156,7 @@ class FolderSource:
 
     def __init__(self, path: Path, baseline: Checkpoint) -> None:
         self.path, self.model = path, baseline
-        self._folder: FolderWeights = folder.OPENERS[_layout_of(path)](path)
+        self._folder: FolderWeights = LAYOUTS[_layout_of(path)].open(path)
         self._checksums = _recorded(path, self._folder.quantization)
         found = [weight for weight in baseline.weights if len(weight.shape) > 1]
         self.weights: dict[str, Weight] = {
@@ -272,8 +270,8 @@ def _layout_of(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise VerifyError(f"{path}: config.json cannot be read ({error})") from error
     method = str(config.get("quantization_config", {}).get("quant_method", "not quantized"))
-    if method not in folder.OPENERS:
-        raise VerifyError(f"{path}: is {method}; expected one of {', '.join(folder.OPENERS)}")
+    if method not in LAYOUTS:
+        raise VerifyError(f"{path}: is {method}; expected one of {', '.join(LAYOUTS)}")
     return method
 
 
@@ -284,13 +282,7 @@ def _storage(opened: FolderWeights, weight: Weight) -> Storage:
     scales = stored.get("weight_scale", stored.get("scales"))
     dtype = torch.bfloat16 if scales is None else scales.dtype
     try:
-        if config["quant_method"] == "gptq":
-            return GptqIntegers(GroupFormat(int(config["bits"]), int(config["group_size"]), (dtype,)))
-        if config["quant_method"] == "mxfp4":
-            return Mxfp4()
-        group = compressed_tensors.group_of(config, module)
-        scheme = schemes.of_config(group, group.get("format") or config["format"])
-        return scheme.storage((dtype,))
+        return LAYOUTS[config["quant_method"]].storage(config, module, dtype)
     except PlanError as error:
         raise VerifyError(f"{opened.path}: {module}: {error}") from error
 

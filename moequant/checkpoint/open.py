@@ -29,9 +29,6 @@ from moequant.values import ModelShape, Role, Stored, Weight
 MODELOPT = "hf_quant_config.json"
 """Where ModelOpt says how it quantized."""
 
-MOST_EXPERTS = 1 << 20
-"""More experts than this are a slip of the config, and would be looped over."""
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -132,9 +129,9 @@ def open_checkpoint(model: Path | Folder) -> Checkpoint:
     config = make_config(family, raw, tied)
     shape = shape_of(family, config)
     weights, skipped = _assemble(family, config, shape, stored)
-    predictions = Predictions.of(
-        family, config, shape, weights, {n: stored[n] for n in skipped.pop(PREDICTION, ())}
-    )
+    drafts = {name: stored[name] for name in skipped.pop(PREDICTION, ())}
+    with foreign(FamilyError, f"{family.name}: config.json does not say what layers predict further tokens"):
+        predictions = Predictions.of(family, config, shape, weights, drafts)
     embedding = next(weight for weight in weights if weight.role is Role.EMBEDDING)
     if embedding.shape != (shape.vocab, shape.hidden):
         raise CheckpointError(
@@ -201,6 +198,12 @@ def shape_of(family: Family, config: Config) -> ModelShape:
     """The typed shape, its numbers within reason. FamilyError names a key that is none."""
     with foreign(FamilyError, f"{family.name}: config.json does not say how large the model is"):
         shape = family.shape(config)
+        _check_shape(family, config, shape)
+    return shape
+
+
+def _check_shape(family: Family, config: Config, shape: ModelShape) -> None:
+    """See `shape_of`; raises anything for values that are no numbers."""
     sizes = {
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
@@ -213,8 +216,6 @@ def shape_of(family: Family, config: Config) -> ModelShape:
     for key, size in sizes.items():
         if size < 1:
             raise FamilyError(f"{family.name}: config key {key} = {size}: a size above 0 was expected")
-    if shape.experts > MOST_EXPERTS:
-        raise FamilyError(f"{family.name}: number of experts = {shape.experts}: more than any model has")
     for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
         epsilon = getattr(config, key, None)
         if epsilon is not None and not 0 <= epsilon < 1:
@@ -223,7 +224,6 @@ def shape_of(family: Family, config: Config) -> ModelShape:
             )
     check_experts(family, shape.experts, shape.experts_used)
     check_groups(family, config, shape.experts, shape.experts_used)
-    return shape
 
 
 def _assemble(
@@ -248,7 +248,9 @@ def head_last(weights: Iterable[Weight]) -> tuple[Weight, ...]:
 
 def every_slot(family: Family, config: Config, shape: ModelShape) -> Iterator[tuple[int | None, Slot]]:
     """The slots of a model, each with its layer; those outside of layers first."""
-    yield from ((None, slot) for slot in family.ends(config))
+    with foreign(FamilyError, f"{family.name}: config.json does not say what is outside of layers"):
+        ends = family.ends(config)
+    yield from ((None, slot) for slot in ends)
     for number in range(shape.layers):
         yield from ((number, slot) for slot in slots_of(family, config, number))
 
@@ -263,7 +265,8 @@ def _left_out(
     family: Family, config: Config, names: Iterable[str], stored: Mapping[str, Stored]
 ) -> dict[str, list[str]]:
     """Tensors that no slot names, by the reason. FamilyError for one without any."""
-    reasons = [(re.compile(pattern), reason) for pattern, reason in family.skipped(config).items()]
+    with foreign(FamilyError, f"{family.name}: config.json does not say which tensors do not count"):
+        reasons = [(re.compile(pattern), reason) for pattern, reason in family.skipped(config).items()]
     skipped: dict[str, list[str]] = {}
     for name in names:
         reason = next((reason for pattern, reason in reasons if pattern.fullmatch(name)), None)

@@ -12,11 +12,25 @@ from moequant.errors import PlanError
 from moequant.escape import plain
 
 
+class Format(StrEnum):
+    """What is served: GGUF files by llama.cpp, or folders by vLLM."""
+
+    gguf = "gguf"
+    safetensors = "safetensors"
+
+
 class CacheType(StrEnum):
-    """What llama.cpp keeps keys and values in."""
+    """What keys and values are kept in: the first two are llama.cpp's, the others vLLM's."""
 
     f16 = "f16"
     q8_0 = "q8_0"
+    auto = "auto"
+    fp8 = "fp8"
+
+
+_OF_FILES = ("ram", "ram_bandwidth", "disk_bandwidth", "min_speed")
+_OF_FOLDERS = ("tp", "schemes", "gpu", "utilization")
+_CACHES = {Format.gguf: (CacheType.f16, CacheType.q8_0), Format.safetensors: (CacheType.auto, CacheType.fp8)}
 
 
 def memory(text: str) -> int:
@@ -33,53 +47,114 @@ def fit(
     path: Annotated[
         str,
         typer.Argument(
-            help="Hugging Face model folder (all types are tried), GGUF file, or a name on the Hub: "
+            help="Hugging Face model folder (all types or schemes are tried), GGUF file, or name on the Hub: "
             "OWNER/NAME, OWNER/NAME@REVISION, OWNER/NAME:FILE.gguf."
         ),
     ],
     vram: Annotated[
-        int, typer.Option(parser=memory, metavar="SIZE", help="GPU memory, such as 24GiB; 0 for no GPU.")
-    ],
-    ram: Annotated[
         int,
         typer.Option(
-            parser=memory, metavar="SIZE", help="System memory that the model may use, such as 64GiB."
+            parser=memory, metavar="SIZE", help="Memory of the GPU (of each), such as 24GiB; 0 for no GPU."
         ),
     ],
+    ram: Annotated[
+        int | None,
+        typer.Option(
+            parser=memory,
+            metavar="SIZE",
+            help="System memory that the model may use, such as 64GiB. Needed for GGUF files.",
+        ),
+    ] = None,
+    format_: Annotated[
+        Format,
+        typer.Option("--format", help="GGUF files in llama.cpp, or folders in vLLM, wholly on GPUs."),
+    ] = Format.gguf,
+    tp: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="How many GPUs share each weight of a folder.")
+    ] = None,
+    schemes: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Schemes of a folder to try, by commas.")
+    ] = None,
+    gpu: Annotated[
+        float | None,
+        typer.Option(min=5, max=20, help="Compute capability of the GPUs: leave out schemes it lacks."),
+    ] = None,
+    utilization: Annotated[
+        float | None,
+        typer.Option(help="Share of a GPU that vLLM may take (--gpu-memory-utilization; default 0.92)."),
+    ] = None,
     ctx: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of context for each sequence.")] = 8192,
     parallel: Annotated[
         int, typer.Option(min=1, max=1 << 20, help="How many sequences are served at once.")
     ] = 1,
-    cache_type: Annotated[CacheType, typer.Option(help="Type of the KV cache.")] = CacheType.f16,
+    cache_type: Annotated[
+        CacheType | None,
+        typer.Option(help="Type of the KV cache: f16 (default) or q8_0; of folders auto (default) or fp8."),
+    ] = None,
     vram_bandwidth: Annotated[
         float, typer.Option(min=1, help="Bandwidth of the GPU's memory, in GB/s.")
     ] = 900,
     ram_bandwidth: Annotated[
-        float, typer.Option(min=1, help="Bandwidth of the system memory, in GB/s.")
-    ] = 60,
+        float | None, typer.Option(min=1, help="Bandwidth of the system memory, in GB/s (default 60).")
+    ] = None,
     disk_bandwidth: Annotated[
         float | None,
         typer.Option(min=0.01, help="Bandwidth of the disk, in GB/s. If given, experts may stay on disk."),
     ] = None,
     min_speed: Annotated[
-        float, typer.Option(min=0, help="Leave out what is slower than so many tokens per second.")
-    ] = 0,
+        float | None, typer.Option(min=0, help="Leave out what is slower than so many tokens per second.")
+    ] = None,
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what fits on a machine, where its experts go, how fast it can be, and how to start llama-server."""
+    """Say what fits on a machine, where its experts go, how fast it can be, and how to start it."""
+    given: dict[str, object] = {"ram": ram, "ram_bandwidth": ram_bandwidth, "disk_bandwidth": disk_bandwidth}
+    given |= {"min_speed": min_speed, "tp": tp, "schemes": schemes, "gpu": gpu, "utilization": utilization}
+    guarded(lambda: _check(format_, cache_type, given))
+    if format_ is Format.safetensors:
+        from moequant.library import FolderFitSettings, Gpus, Serving, fit_folder
+        from moequant.report.served import nothing_serves
+
+        cache = (cache_type or CacheType.auto).value
+        taken = {} if utilization is None else {"utilization": utilization}
+        gpus = guarded(lambda: Gpus(vram, vram_bandwidth * 1e9, **taken))
+        serving = Serving(ctx, parallel, 1 if tp is None else tp, cache)
+        asked = FolderFitSettings(gpus, serving, schemes, gpu)
+        served = guarded(lambda: fit_folder(place(path, cache_dir), asked))
+        tell(served, as_json)
+        _end(None if served.found.best else nothing_serves(served.found))
+        return
     from moequant.inspection.fit import Hardware
     from moequant.library import FitSettings
     from moequant.library import fit as run
     from moequant.report.fit import nothing_fits
     from moequant.runtimes.llama_cpp.kv_cache import Load
 
-    disk = disk_bandwidth * 1e9 if disk_bandwidth else None
-    hardware = guarded(lambda: Hardware(vram, ram, vram_bandwidth * 1e9, ram_bandwidth * 1e9, disk))
-    load = Load(ctx, parallel, cache_type.value)
-    settings = FitSettings(hardware, load, min_speed)
+    disk, system = disk_bandwidth * 1e9 if disk_bandwidth else None, (ram_bandwidth or 60) * 1e9
+    hardware = guarded(lambda: Hardware(vram, ram or 0, vram_bandwidth * 1e9, system, disk))
+    load = Load(ctx, parallel, (cache_type or CacheType.f16).value)
+    settings = FitSettings(hardware, load, min_speed or 0)
     result = guarded(lambda: run(place(path, cache_dir), settings))
     tell(result, as_json)
-    if result.found.best is None:
-        typer.echo(f"moequant: {plain(nothing_fits(result.found))}", err=True)
+    _end(None if result.found.best else nothing_fits(result.found))
+
+
+def _check(format_: Format, cache: CacheType | None, given: dict[str, object]) -> None:
+    """PlanError for options that the format does not have, and for one that it needs."""
+    foreign = _OF_FILES if format_ is Format.safetensors else _OF_FOLDERS
+    if named := [name for name in foreign if given[name] is not None]:
+        other = "vLLM holds all of it on GPUs" if format_ is Format.safetensors else "it is for folders"
+        option = f"--{named[0].replace('_', '-')}"
+        raise PlanError(f"{option} does not go with --format {format_.value}; {other}")
+    if cache is not None and cache not in _CACHES[format_]:
+        known = " or ".join(each.value for each in _CACHES[format_])
+        raise PlanError(f"--cache-type {cache.value}: --format {format_.value} has {known}")
+    if format_ is Format.gguf and given["ram"] is None:
+        raise PlanError("--ram is missing: the system memory that the model may use, such as 64GiB")
+
+
+def _end(why: str | None) -> None:
+    """Exit code 1, with a line on stderr, where nothing fits."""
+    if why is not None:
+        typer.echo(f"moequant: {plain(why)}", err=True)
         raise typer.Exit(1)

@@ -14,8 +14,10 @@ import typer
 from rich.console import Console
 
 from moequant import escape
+from moequant.cli.lines import SILENT, Lines
 from moequant.document import document
 from moequant.errors import LONGEST, MoequantError, one_line
+from moequant.progress import listening
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ T = TypeVar("T")
 
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", help="Print only the result and errors: no bars, notices or warnings."),
+    typer.Option("--quiet", "-q", help="Print only the result and errors: no progress, notices or warnings."),
 ]
 Verbose = Annotated[
     bool,
@@ -114,7 +116,10 @@ def _said(quiet: bool, verbose: bool) -> Iterator[None]:
     """How much a command says while the block runs."""
     ours, everybody = logging.getLogger("moequant"), logging.getLogger()
     before = ours.level, everybody.level
-    with redirect_stderr(cast(TextIO, _NoTerminal(sys.stderr))) if quiet else nullcontext():
+    bars = sys.stderr.isatty()
+    lines = Lines(sys.stderr, steps=not bars, silent=0 if verbose else SILENT)
+    told = None if quiet or (bars and not verbose) else lines
+    with listening(told), redirect_stderr(cast(TextIO, _NoTerminal(sys.stderr))) if quiet else nullcontext():
         if quiet:
             everybody.setLevel(logging.ERROR)
         ours.setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO)

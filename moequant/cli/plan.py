@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,11 +26,18 @@ from moequant.cli.common import (
 )
 
 
+class Format(StrEnum):
+    """What is planned."""
+
+    gguf = "gguf"
+    safetensors = "safetensors"
+
+
 def plan(
     model: Source,
     sizes: Annotated[
         str | None,
-        typer.Option(metavar="SIZE,…", help="File sizes to plan for, such as 10G,12G,14GiB."),
+        typer.Option(metavar="SIZE,…", help="Sizes to plan for, such as 10G,12G,14GiB."),
     ] = None,
     bpw: Annotated[
         str | None, typer.Option(metavar="BITS,…", help="Bits per weight to plan for, such as 3.5,4.5.")
@@ -44,6 +52,22 @@ def plan(
         ),
     ] = None,
     tensor_type: TensorType = None,
+    format_: Annotated[
+        Format,
+        typer.Option("--format", help="A GGUF file, or a folder for vLLM with a scheme for each layer."),
+    ] = Format.gguf,
+    schemes: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Schemes that a folder's weights may have, by commas."),
+    ] = None,
+    gpu: Annotated[
+        float | None,
+        typer.Option(min=5, max=20, help="Compute capability of the GPU that serves the folder."),
+    ] = None,
+    tp: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="How many GPUs will share each weight of a folder."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Write the plan as JSON. You may edit it; convert --plan takes it."),
@@ -71,7 +95,7 @@ def plan(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what MODEL costs at every file size, and write the best plan for one."""
+    """Show what MODEL costs at every size of a file or folder, and write the best plan for one."""
     from moequant.commands.plan import (  # torch only when there is work
         Outputs,
         PlanSettings,
@@ -80,7 +104,22 @@ def plan(
 
     pins = tuple(tensor_type or ())
     settings = guarded(
-        lambda: PlanSettings(calib, calib_tokens, stats, probes, effort.value, seed, pins, sizes, bpw, type_)
+        lambda: PlanSettings(
+            calib,
+            calib_tokens,
+            stats,
+            probes,
+            effort.value,
+            seed,
+            pins,
+            sizes,
+            bpw,
+            type_,
+            format_.value,
+            schemes,
+            gpu,
+            tp,
+        )
     )
     outputs = Outputs(out, curve, overwrite)
     tell(guarded(lambda: run(source(model, config, cache_dir), settings, outputs)), as_json)

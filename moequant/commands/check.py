@@ -28,7 +28,7 @@ from moequant.forward.stream import LayerStream, Resources
 from moequant.hub import Model, named
 from moequant.hub.fetch import complete, headers, whole
 from moequant.kernels import KERNEL_FORMATS
-from moequant.progress import Bar, counted
+from moequant.progress import Bar, Meter, counted
 from moequant.values import Role, Weight
 
 
@@ -66,6 +66,12 @@ def check(out: Model, settings: CheckSettings = CheckSettings()) -> CheckReport:
     What is wrong is in the report's `damages`; VerifyError for a file that cannot be read at all, a
     baseline that does not fit, or a device that is not there.
     """
+    with Meter().stage("check"):
+        return _check(out, settings)
+
+
+def _check(out: Model, settings: CheckSettings) -> CheckReport:
+    """See `check`."""
     path = whole(out)
     if not path.exists():
         raise VerifyError(f"{path}: no such file or folder")

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint, Folder, load
-from moequant.commands.job import Job, chosen, measured, open_job, open_jobs
+from moequant.commands.duration import forecast
+from moequant.commands.job import Job, chosen, measured, notes, open_job, open_jobs
 from moequant.commands.journal import RunJournal, begun, kept
 from moequant.commands.outputs import CARD, card_path, check_targets, claimed, keeping, names
 from moequant.commands.settings import Settings
@@ -34,7 +35,7 @@ from moequant.hub import Source
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.hub.stream import announce, shelf_of, streamed
 from moequant.plan import Sensitivities
-from moequant.progress import Meter
+from moequant.progress import Forecast, Meter
 from moequant.report import Conversion, How, Report, card, conversion_page
 from moequant.rounding.diagonal import Quantizer, pack_all, progress
 from moequant.rounding.layerwise import round_checkpoint
@@ -54,11 +55,13 @@ DEFAULT = Settings()
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What all outputs of a run share: the statistics, the texts, and where it keeps what is finished."""
+    """What all outputs of a run share: the statistics, the texts, where it keeps what is finished, and what
+    it was expected to take."""
 
     calibration: Calibration | None
     texts: Texts
     journal: RunJournal | None
+    forecast: Forecast | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +132,15 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings, finished:
         checkpoint = first.container.checkpoint
     journal = begun(jobs, outs, settings, read)
     with kept(journal):
-        return _made_all(jobs, outs, Known(calibration, read, journal), meter)
+        goes_on = journal is not None and journal.begun
+        expected = None if goes_on else forecast(jobs, read, _routes(first, read, calibration))
+        return _made_all(jobs, outs, Known(calibration, read, journal, expected), meter)
 
 
 def _made_all(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Meter) -> Conversion:
     """All outputs, their comparison and what is written beside them, from what headers and texts say."""
     first, settings, read = jobs[0], jobs[0].settings, known.texts
-    routes = read.calibration is not None and known.calibration is None and _needs_statistics(first)
+    routes = _routes(first, read, known.calibration)
     measures = any(job.measures for job in jobs)
     announce(first.model, routes + measures + len(jobs) + (read.evaluation is not None))
     if routes and read.calibration is not None:
@@ -252,8 +257,11 @@ def _texts(jobs: Sequence[Job], settings: Settings, calibrated: bool) -> Texts:
     return texts(jobs[0].model, settings, calibrates, any(job.measures for job in jobs))
 
 
-def _needs_statistics(job: Job) -> bool:
-    """Whether something is made of statistics: integers of a folder are rounded under Hessians alone."""
+def _routes(job: Job, read: Texts, given: Calibration | None) -> bool:
+    """Whether statistics are collected: there is text, and something is made of them. Integers of a folder
+    are rounded under Hessians alone."""
+    if read.calibration is None or given is not None:
+        return False
     is_file = isinstance(job.container, GgufContainer)
     return is_file or job.measures or job.settings.effort == "fast" or job.settings.imatrix_out is not None
 
@@ -376,22 +384,9 @@ def _report(finished: Finished, known: Known, found: Measured | None, meter: Met
         losses=finished.losses,
         measured=found,
         stages=tuple(meter.costs),
-        notes=_notes(job),
+        forecast=known.forecast,
+        notes=notes(job),
         checked=finished.checked,
         parts=job.parts(finished.out),
         how=How(rounded_on, job.settings.coupled, job.settings.folder if is_folder else None),
     )
-
-
-def _notes(job: Job) -> tuple[str, ...]:
-    """What a person should know about this output, and could not guess from the tables."""
-    dense = ["a dense model: there are no experts to treat one by one"] if not job.model.n_experts else []
-    skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in job.model.skipped.items()]
-    at = job.model.revision
-    source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
-    shelf = shelf_of(job.model)
-    away = (
-        f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not compared with transformers" if shelf else None
-    )
-    known = (*job.container.notes, *job.model.notes)
-    return (*known, *dense, *skipped, *source, *([away] if away else []))

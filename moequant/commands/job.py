@@ -17,6 +17,7 @@ from moequant.containers.opened import open_model
 from moequant.files import part_names
 from moequant.hub import Source
 from moequant.hub.fetch import headers
+from moequant.hub.stream import shelf_of
 from moequant.plan.folders import FolderMenu, budget_plan
 from moequant.plan.measure import Probing, measure
 from moequant.plan.menu import GgufMenu, Menu
@@ -119,7 +120,7 @@ def open_jobs(model: Source | Folder, settings: Settings) -> tuple[Job, ...]:
 def measured(jobs: Sequence[Job], calibration: Calibration, probes: Rows) -> plan.Sensitivities:
     """What each type would cost this model, measured once for all jobs."""
     output, settings = jobs[0].container, jobs[0].settings
-    menu, probing = _menu(output, settings), Probing(gating=settings.gating)
+    menu, probing = menu_of(output, settings), Probing(gating=settings.gating)
     return measure(output.checkpoint, calibration, probes.ids, probing, menu, settings.resources)
 
 
@@ -133,7 +134,7 @@ def chosen(jobs: Sequence[Job], found: plan.Sensitivities) -> tuple[Job, ...]:
     )
 
 
-def _menu(output: Container, settings: Settings) -> Menu:
+def menu_of(output: Container, settings: Settings) -> Menu:
     """What a plan of this output chooses from."""
     if isinstance(output, FolderContainer):
         return FolderMenu.of(output.checkpoint, output.settings)
@@ -173,3 +174,17 @@ def _chosen(file: GgufContainer, settings: Settings, sensitivities: plan.Sensiti
 def _pins(file: GgufContainer, settings: Settings) -> dict[str, str]:
     """The types that a person pinned."""
     return plan.pinned(settings.tensor_type, file.checkpoint.weights, file.exported.names)
+
+
+def notes(job: Job) -> tuple[str, ...]:
+    """What a person should know about this output, and could not guess from the tables."""
+    dense = ["a dense model: there are no experts to treat one by one"] if not job.model.n_experts else []
+    skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in job.model.skipped.items()]
+    at = job.model.revision
+    source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
+    shelf = shelf_of(job.model)
+    away = (
+        f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not compared with transformers" if shelf else None
+    )
+    known = (*job.container.notes, *job.model.notes)
+    return (*known, *dense, *skipped, *source, *([away] if away else []))

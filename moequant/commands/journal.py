@@ -262,7 +262,7 @@ def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: T
         if found.begun:
             _LOG.info("%s: continues after the work that is finished there", folder)
         return found
-    needed = _bytes(jobs, read)
+    needed = journal_bytes(jobs, read)
     if shutil.disk_usage(folder.parent).free < sum(job.size for job in jobs) + needed:
         _LOG.warning(
             "%s: no room for %.1f GB beside the output: a killed run could not continue, and begins again",
@@ -278,7 +278,7 @@ def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: T
     return RunJournal(folder, run)
 
 
-def _bytes(jobs: Sequence[Job], read: Texts) -> int:
+def journal_bytes(jobs: Sequence[Job], read: Texts) -> int:
     """What a journal takes at most: one output's weights, statistics, and hidden states of two streams in
     front of two layers."""
     checkpoint = jobs[0].container.checkpoint

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from moequant import plan
 from moequant.checkpoint import Checkpoint, Folder
 from moequant.commands.statistics import load_statistics
+from moequant.commands.text import leading
+from moequant.containers.folders.container import FolderContainer
+from moequant.containers.folders.plan import FolderSettings
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.presets import facts
 from moequant.containers.opened import open_model
@@ -18,16 +23,22 @@ from moequant.files import atomic, claim
 from moequant.formats import Effort
 from moequant.hub import Source
 from moequant.hub.fetch import complete, headers, is_here
-from moequant.plan import Budget, Sensitivities, curve, points, preset_points, prior_sensitivities
-from moequant.plan.curve import Curve
+from moequant.plan import Budget, Point, Sensitivities, curve, points, preset_points
+from moequant.plan.curve import Curve, FormatName
+from moequant.plan.folder_curve import FolderPoints
+from moequant.plan.folders import FolderMenu
 from moequant.plan.measure import Probing, measure
-from moequant.plan.menu import GgufMenu
+from moequant.plan.menu import GgufMenu, Menu
+from moequant.progress import Meter
 from moequant.report.curve import draw
 from moequant.report.routing import check_picture
 from moequant.statistics.calibrate import calibrate
 from moequant.text import corpus
 from moequant.text.corpus import Rows
 from moequant.text.rows import ROW, calibration_rows, split_probes
+
+_OF_FILES = ("bpw", "type", "tensor_type")
+_OF_FOLDERS = ("schemes", "gpu", "tp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +50,13 @@ class PlanSettings:
     tables of other models. `tensor_type` pins types, each `REGEX=TYPE`.
 
     `size` (bytes, as people write them), `bpw` and `type` (presets) name the sizes to plan for, each of them
-    several with commas between them. PlanError for what is no size.
+    several with commas between them.
+
+    `format` chooses a GGUF file or a folder. A folder has sizes in bytes only, and no pinned types; `schemes`
+    are those to choose from, `gpu` is the compute capability of the GPU that will serve it, and `tp` how many
+    GPUs will share each weight.
+
+    PlanError for what is no size, and for an option that the format does not have.
     """
 
     calib: str | Path | None = None
@@ -52,10 +69,29 @@ class PlanSettings:
     size: str | None = None
     bpw: str | None = None
     type: str | None = None
+    format: FormatName = "gguf"
+    schemes: str | None = None
+    gpu: float | None = None
+    tp: int | None = None
 
     def __post_init__(self) -> None:
         """See the class."""
+        foreign = _OF_FOLDERS if self.format == "gguf" else _OF_FILES
+        if given := [name for name in foreign if getattr(self, name) not in (None, ())]:
+            other = (
+                "it is for a folder, --format safetensors"
+                if self.format == "gguf"
+                else "a folder is planned by --sizes, and the plan that -o writes may be edited"
+            )
+            raise PlanError(
+                f"--{given[0].replace('_', '-')} does not go with --format {self.format}; {other}"
+            )
         _ = self.budgets
+
+    @property
+    def folder(self) -> FolderSettings:
+        """What was asked for of a folder."""
+        return FolderSettings(schemes=self.schemes, gpu=self.gpu, tp=1 if self.tp is None else self.tp)
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -77,15 +113,83 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is known of a model before it is converted: its sensitivities, and loss against size.
-
-    `overhead` is how many bytes of a file are not weights.
-    """
+    """What is known of a model before it is converted: its sensitivities, and loss against size."""
 
     checkpoint: Checkpoint
-    overhead: int
     sensitivities: Sensitivities
     curve: Curve
+
+
+class _Planned(Protocol):
+    """What is planned: a GGUF file, or a folder."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model as the output cuts it."""
+
+    @property
+    def menu(self) -> Menu:
+        """What its plans choose from."""
+
+    def points(self, known: Sensitivities, budgets: Sequence[Budget]) -> list[Point]:
+        """The best plans for these budgets; PlanError for one that no output meets."""
+
+    def curve(self, known: Sensitivities, budgets: Sequence[Budget], title: str) -> Curve:
+        """Everything that is drawn."""
+
+
+class _File:
+    """A GGUF file."""
+
+    def __init__(self, model: Checkpoint, settings: PlanSettings) -> None:
+        file = GgufContainer(model)
+        self.checkpoint, self._facts = file.checkpoint, facts(file.exported)
+        weights = self.checkpoint.weights
+        self._extra = file.overhead(plan.plan_from_types(weights, {each.name: "F32" for each in weights}))
+        self._pins = plan.pinned(settings.tensor_type, weights, file.exported.names)
+        self.menu: Menu = GgufMenu(self._pins)
+
+    def points(self, known: Sensitivities, budgets: Sequence[Budget]) -> list[Point]:
+        """See `_Planned`."""
+        return points(self.checkpoint.weights, self._facts, known, self._extra, budgets, self._pins)
+
+    def curve(self, known: Sensitivities, budgets: Sequence[Budget], title: str) -> Curve:
+        """See `_Planned`."""
+        weights = self.checkpoint.weights
+        return Curve(
+            title,
+            curve(weights, self._facts, known, self._extra, pins=self._pins),
+            self.points(known, budgets),
+            preset_points(weights, self._facts, known, self._extra, self._pins),
+            sum(weight.numel for weight in weights),
+            known.source,
+        )
+
+
+class _Folder:
+    """A quantized folder."""
+
+    def __init__(self, model: Checkpoint, settings: PlanSettings) -> None:
+        folder = FolderContainer(model, settings.folder)
+        self.checkpoint, self._size = folder.checkpoint, folder.size
+        self.menu = FolderMenu.of(self.checkpoint, folder.settings)
+
+    def points(self, known: Sensitivities, budgets: Sequence[Budget]) -> list[Point]:
+        """See `_Planned`."""
+        return FolderPoints(self.menu, self._size, known).of(budgets)
+
+    def curve(self, known: Sensitivities, budgets: Sequence[Budget], title: str) -> Curve:
+        """See `_Planned`."""
+        found = FolderPoints(self.menu, self._size, known)
+        return Curve(
+            title,
+            found.curve(),
+            found.of(budgets),
+            found.uniform(),
+            sum(weight.numel for weight in self.checkpoint.weights),
+            known.source,
+            "safetensors",
+        )
 
 
 def survey(
@@ -97,10 +201,10 @@ def survey(
     what `outputs` ask for.
 
     Raises a MoequantError with one clear line when something is wrong; outputs and budgets
-    that no file can meet are refused before anything is measured.
+    that no output can meet are refused before anything is measured.
     """
     source = headers(model)
-    with claimed(outputs, *source.inputs, settings.calib, settings.stats):
+    with claimed(outputs, *source.inputs, settings.calib, settings.stats), Meter().stage("plan"):
         found = _survey(source, settings, outputs)
         write(found, outputs)
     return found
@@ -108,34 +212,23 @@ def survey(
 
 def _survey(source: Folder, settings: PlanSettings, outputs: Outputs) -> Survey:
     budgets = settings.budgets
-    file = GgufContainer(opened := open_model(source))
-    checkpoint, known = file.checkpoint, facts(file.exported)
-    bare = plan.plan_from_types(checkpoint.weights, {weight.name: "F32" for weight in checkpoint.weights})
-    extra = file.overhead(bare)
+    made = _planned(opened := open_model(source), settings)
     _check(outputs, budgets)
-    weights = checkpoint.weights
-    pins = plan.pinned(settings.tensor_type, weights, file.exported.names)
-    points(weights, known, prior_sensitivities(weights, known.layers), extra, budgets, pins)
+    made.points(made.menu.prior(made.checkpoint.weights, made.checkpoint.n_layers), budgets)
     if not is_here(source):
-        file = GgufContainer(opened := open_model(complete(source)))
-        checkpoint = file.checkpoint
-        weights = checkpoint.weights
-    calib_rows, probe_rows = _texts(checkpoint, file.tokenizer.leading, settings)
+        made = _planned(opened := open_model(complete(source)), settings)
+    calib_rows, probe_rows = _texts(opened, settings)
     if settings.stats is not None:
-        calibration = load_statistics(opened, checkpoint, settings.stats).calibration
+        calibration = load_statistics(opened, made.checkpoint, settings.stats).calibration
     else:
-        calibration = calibrate(checkpoint, calib_rows)
+        calibration = calibrate(made.checkpoint, calib_rows)
     ids = probe_rows.ids if settings.probes else None
-    found = measure(checkpoint, calibration, ids, Probing(effort=settings.effort), GgufMenu(pins))
-    drawn = Curve(
-        shown(opened.source),
-        curve(weights, known, found, extra, pins=pins),
-        points(weights, known, found, extra, budgets, pins),
-        preset_points(weights, known, found, extra, pins),
-        sum(weight.numel for weight in weights),
-        found.source,
-    )
-    return Survey(checkpoint, extra, found, drawn)
+    found = measure(made.checkpoint, calibration, ids, Probing(effort=settings.effort), made.menu)
+    return Survey(made.checkpoint, found, made.curve(found, budgets, shown(opened.source)))
+
+
+def _planned(model: Checkpoint, settings: PlanSettings) -> _Planned:
+    return _File(model, settings) if settings.format == "gguf" else _Folder(model, settings)
 
 
 def write(found: Survey, outputs: Outputs) -> None:
@@ -164,9 +257,9 @@ def _check(outputs: Outputs, budgets: tuple[Budget, ...]) -> None:
         )
 
 
-def _texts(checkpoint: Checkpoint, bos: int | None, settings: PlanSettings) -> tuple[Rows, Rows]:
+def _texts(model: Checkpoint, settings: PlanSettings) -> tuple[Rows, Rows]:
     """Rows to calibrate on, and others for the probes."""
     most = Probing().rows
     documents = corpus.read(settings.calib, "calibration")
     tokens = settings.calib_tokens + most * ROW
-    return split_probes(calibration_rows(checkpoint, documents, tokens, settings.seed, bos), most)
+    return split_probes(calibration_rows(model, documents, tokens, settings.seed, leading(model)), most)

@@ -18,6 +18,7 @@ from moequant.forward.memory import check_memory
 from moequant.forward.stream import Resources
 from moequant.hub import Source
 from moequant.hub.fetch import complete, headers, is_here
+from moequant.progress import Meter
 from moequant.report.routing import check_picture, heatmap
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
@@ -93,7 +94,7 @@ def route(
     something is wrong; the text, the statistics to merge and the outputs are looked at before any work.
     """
     source = headers(model)
-    with claimed(outputs, *source.inputs, settings.calib, *settings.merge):
+    with claimed(outputs, *source.inputs, settings.calib, *settings.merge), Meter().stage("route"):
         return _route(source, settings, outputs)
 
 

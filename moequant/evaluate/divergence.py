@@ -127,19 +127,35 @@ def score_tokens(base: Tensor, candidate: Tensor, target: Tensor) -> Scores:
     return join([_score(*part) for part in parts])
 
 
-def _score(base: Tensor, candidate: Tensor, target: Tensor) -> Scores:
-    log_p = torch.log_softmax(base.float(), -1)
-    log_q = torch.log_softmax(candidate.float(), -1)
-    for name, logs in (("baseline", log_p), ("candidate", log_q)):
-        if logs.isnan().any():
-            raise VerifyError(f"the {name}'s logits are NaN: its weights are damaged, or overflow")
+def divergence(log_p: Tensor, candidate: Tensor) -> Tensor:
+    """The KL divergence alone, f64 [m]: from the baseline's log-probabilities and the candidate's logits,
+    both [m, vocab], a few tokens at a time. VerifyError as for `score_tokens`."""
+    step = max(1, LOGITS // log_p.shape[-1])
+    parts = zip(torch.split(log_p, step), torch.split(candidate, step), strict=True)
+    return torch.cat([_divergence(one, log_softmax("candidate", two)) for one, two in parts])
+
+
+def log_softmax(name: str, logits: Tensor) -> Tensor:
+    """The log-probabilities f32 of a model that is called so."""
+    logs = torch.log_softmax(logits.float(), -1)
+    if logs.isnan().any():
+        raise VerifyError(f"the {name}'s logits are NaN: its weights are damaged, or overflow")
+    return logs
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     terms = torch.where(log_p > LOG_P_FLOOR, log_p.exp() * (log_p - log_q), 0.0)
+    return terms.sum(-1, dtype=torch.float64)
+
+
+def _score(base: Tensor, candidate: Tensor, target: Tensor) -> Scores:
+    log_p, log_q = log_softmax("baseline", base), log_softmax("candidate", candidate)
     count = min(TOP, log_p.shape[-1])
     top_p, top_q = log_p.topk(count).indices, log_q.topk(count).indices
     return Scores(
         base_nll=-log_p.gather(1, target[:, None])[:, 0].double(),
         candidate_nll=-log_q.gather(1, target[:, None])[:, 0].double(),
-        kl=terms.sum(-1, dtype=torch.float64),
+        kl=_divergence(log_p, log_q),
         same_top=(log_p.argmax(-1) == log_q.argmax(-1)).double(),
         top5=(top_p[:, :, None] == top_q[:, None, :]).any(2).double().mean(1),
     )

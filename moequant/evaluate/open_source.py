@@ -194,7 +194,7 @@ def _inputs(
     config: Mapping[str, Any] | None, checkpoint: Checkpoint, version: FolderWeights | Checkpoint
 ) -> dict[str, str]:
     """By weight, what its scheme makes of its inputs."""
-    from moequant.containers.folders.compressed_tensors import group_of
+    from moequant.containers.folders.compressed_tensors import group_of, names
 
     def of(weight: Weight) -> str:
         if not config or config.get("quant_method") != "compressed-tensors" or len(weight.shape) < 2:
@@ -202,7 +202,7 @@ def _inputs(
         if not isinstance(version, Checkpoint) and not version.is_quantized(weight):
             return "F32"
         module = weight.names[0].removesuffix(".weight") if weight.names else ""
-        if module in config.get("ignore", ()) or weight.role.keeps_precision or not weight.site:
+        if names(config.get("ignore", ()), module) or weight.role.keeps_precision or not weight.site:
             return "F32"
         try:
             return of_scheme(group_of(config, module).get("input_activations"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
@@ -60,6 +61,12 @@ MOST_LAYERS = 10_000
 LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 """What the classes in transformers call the number of layers."""
 
+MOST = 1 << 20
+"""Any other size of a model, at most: lists of so many numbers are made of them."""
+
+_SIZES = re.compile(r"num_.+|n_(?!positions|ctx).+|d_.+|.+_(size|heads?|dim|rank|groups?|experts)")
+"""Keys that say how many or how wide."""
+
 _NOT_GIVEN = (
     "auto_map",
     "quantization_config",
@@ -104,10 +111,9 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
             f"{family.model_type!r}"
         )
     given = {key: _floats(value) for key, value in text.items() if key not in _NOT_GIVEN}
-    for key in LAYERS:  # before the class makes lists of that length
-        if isinstance(given.get(key), int | float) and not given[key] <= MOST_LAYERS:
-            raise FamilyError(f"{family.name}: config key {key} = {given[key]}: more than any model has")
-    given = family.dialect(given)
+    _check_sizes(family, given)
+    with foreign(FamilyError, f"config.json: {family.name} cannot be read from it"):
+        given = family.dialect(given)
     if tied is not None:
         given["tie_word_embeddings"] = tied
     cls = CONFIG_MAPPING[family.model_type]
@@ -129,6 +135,17 @@ def _floats(value: Any) -> Any:
             return float(told)
         return {key: _floats(each) for key, each in value.items()}
     return [_floats(each) for each in value] if isinstance(value, list) else value
+
+
+def _check_sizes(family: Family, given: Mapping[str, Any]) -> None:
+    """FamilyError for a number of layers, heads or columns, before the class makes lists of that length."""
+    for key, value in given.items():
+        if isinstance(value, dict):
+            _check_sizes(family, value)
+        if not isinstance(value, int | float) or not _SIZES.fullmatch(key):
+            continue
+        if not value <= (MOST_LAYERS if key in LAYERS else MOST):  # so that NaN is too much as well
+            raise FamilyError(f"{family.name}: config key {key} = {value}: more than any model has")
 
 
 def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> None:

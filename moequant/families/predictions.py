@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from moequant.errors import FamilyError, one_line
 from moequant.families.base import Config, Get, Slot
 from moequant.values import Role
 
@@ -93,9 +94,12 @@ Layer = Callable[[Config, int], tuple[Slot, ...]]
 
 
 def count(config: Config) -> int:
-    """How many such layers a config tells of."""
-    told = getattr(config, "num_nextn_predict_layers", None) or getattr(config, "num_mtp_layers", None)
-    return min(int(told or 0), MOST)
+    """How many such layers a config tells of. FamilyError for something else than a number."""
+    keys = ("num_nextn_predict_layers", "num_mtp_layers")
+    key, told = next(((key, told) for key in keys if (told := getattr(config, key, None))), (keys[0], 0))
+    if not isinstance(told, int):
+        raise FamilyError(f"config.json: {key} = {one_line(told, 60)}: a number of layers was expected")
+    return min(told, MOST)
 
 
 def appended(

@@ -190,14 +190,15 @@ class Skeleton:
         """What the model passes to a layer for that batch."""
         return self._calls[batch][layer]
 
-    def finish(self, batch: int, hidden: Tensor) -> Any:
-        """The result of the forward pass of that batch, whose last layer gave `hidden`."""
+    def finish(self, batch: int, hidden: Tensor, **asked: Any) -> Any:
+        """The result of the forward pass of that batch, whose last layer gave `hidden`; `asked` are more
+        arguments of the model's forward."""
 
         def told(number: int, before: Tensor, call: Call) -> Tensor:
             return hidden if number == len(self.layers) - 1 else before
 
         with self._telling(told), self._without_embedding():
-            return self._run(self.batches[batch])
+            return self._run(self.batches[batch], **asked)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's head, and whatever it does after it: final hidden states [m, h] -> [m, vocab]."""
@@ -228,8 +229,8 @@ class Skeleton:
             self._run(batch)
         return calls
 
-    def _run(self, ids: Tensor) -> Any:
-        return self.forward(input_ids=ids, use_cache=False)
+    def _run(self, ids: Tensor, **asked: Any) -> Any:
+        return self.forward(input_ids=ids, use_cache=False, **asked)
 
     @contextmanager
     def _telling(self, told: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:

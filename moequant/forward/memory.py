@@ -87,9 +87,9 @@ def check_memory(checkpoint: Checkpoint, models: int, available: int | None = No
         )
 
 
-def working_bytes(checkpoint: Checkpoint, models: int) -> int:
-    """The least bytes of weights in memory at once while `models` versions of the checkpoint run layer by
-    layer: experts one by one."""
+def working_bytes(checkpoint: Checkpoint, models: int, usable: int | None = 0) -> int:
+    """Bytes of weights in memory at once while `models` versions of the checkpoint run layer by layer, where
+    so many are usable; by default the least, with experts one by one."""
     layers: dict[int, list[Weight]] = {}
     largest = 0
     for weight in checkpoint.weights:
@@ -98,7 +98,7 @@ def working_bytes(checkpoint: Checkpoint, models: int) -> int:
             largest = max(largest, ends)
         else:
             layers.setdefault(weight.layer, []).append(weight)
-    return max(largest, *(_in_parts(weights, models) for weights in layers.values()))
+    return max(largest, *(_working(weights, models, usable) for weights in layers.values()))
 
 
 def layer_bytes(weights: Sequence[Weight], models: int) -> int:
@@ -113,12 +113,13 @@ def layer_bytes(weights: Sequence[Weight], models: int) -> int:
     return experts + others + copied * (4 if models > 1 else 2)
 
 
-def _in_parts(weights: Sequence[Weight], models: int) -> int:
-    """The same where one expert at a time is there."""
-    experts, others = _routed(weights), [weight for weight in weights if not weight.is_expert]
-    if not experts:
+def _working(weights: Sequence[Weight], models: int, usable: int | None) -> int:
+    """Bytes of what is in memory of a layer."""
+    some = chunks(weights, models, usable)
+    if not some:
         return layer_bytes(weights, models)
-    return layer_bytes(others, models) + _expert_bytes(experts, models)
+    others = [weight for weight in weights if not weight.is_expert]
+    return layer_bytes(others, models) + len(some[0]) * _expert_bytes(_routed(weights), models)
 
 
 def _routed(weights: Sequence[Weight]) -> list[Weight]:

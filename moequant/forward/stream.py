@@ -352,11 +352,11 @@ class LayerStream:
             release(self.model, ends)
             self.tie()
 
-    def end(self, batch: int, hidden: Hidden) -> Any:
-        """What the model returns for a batch that has crossed all layers."""
+    def end(self, batch: int, hidden: Hidden, **asked: Any) -> Any:
+        """What the model returns for a batch that has crossed all layers, its forward being `asked` so."""
         with torch.inference_mode():
             states = hidden.get(self.n_layers, batch).to(self.resources.device)
-            return self.skeleton.finish(batch, states)
+            return self.skeleton.finish(batch, states, **asked)
 
     def tie(self) -> None:
         """Where one matrix is embedding and head, the head is what the embedding is now."""

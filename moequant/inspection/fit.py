@@ -183,7 +183,9 @@ def place(header: Header, hardware: Hardware, load: Load) -> Placement:
         raise CheckpointError(f"{header.path}: no layers in it; give the file of a whole model")
     limit = header.count("context_length")
     if limit and load.ctx > limit:
-        raise PlanError(f"{header.path}: --ctx {load.ctx:,} is more than the model's context of {limit:,}")
+        raise PlanError(
+            f"{header.path}: --ctx {load.ctx:,} is more than the model's context; give --ctx {limit} or less"
+        )
     model = _Model.of(header, load)
     if not model.head + sum(model.dense) + sum(model.active):
         raise CheckpointError(f"{header.path}: no weight that a token would read; make it again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from moequant.containers.gguf.presets import BASE_TYPES, UNQUANTIZED, ModelFacts, llama_cpp_types
 from moequant.containers.gguf.sizes import Budget, data_bytes
@@ -11,6 +12,8 @@ from moequant.errors import PlanError
 from moequant.plan.choose import NO_PINS, make_plan, make_units
 from moequant.plan.sensitivity import Sensitivities
 from moequant.values import Plan, Weight
+
+FormatName = Literal["gguf", "safetensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +29,9 @@ class Point:
 @dataclass(frozen=True, slots=True)
 class Curve:
     """What is drawn: our plans from the smallest to the largest file, those that somebody asked for, and
-    llama.cpp's presets, each with our plan of that size. `source` says where predictions come from,
-    `weights` how many the model has."""
+    what others would make, each with our plan of that size: of a GGUF file llama.cpp's presets, of a folder
+    one scheme for all experts. `source` says where predictions come from, `weights` how many the model has.
+    """
 
     title: str
     plans: Sequence[Point]
@@ -35,6 +39,7 @@ class Curve:
     presets: Sequence[tuple[Point, Point]]
     weights: int
     source: str
+    format: FormatName = "gguf"
 
 
 def curve(

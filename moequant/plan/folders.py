@@ -212,20 +212,28 @@ def budget_plan(
     known = sensitivities or menu.prior(weights, checkpoint.n_layers)
     units = menu.units(weights, known)
     smallest = _made(menu, units, [min(u.options, key=lambda o: o.bytes) for u in units], known, budget)
-    # Headers and what lies beside codes; by the smallest plan, which has as many tensors as any.
-    overhead = max(0, size(smallest) - smallest.bytes)
-    limit = budget.file_bytes - overhead
-    if smallest.bytes > limit:
+    if (least := size(smallest)) > budget.file_bytes:
         raise PlanError(
             f"--size {budget.text.removeprefix('at most ')}: the smallest folder of "
-            f"{', '.join(scheme.name for scheme in menu.allowed)} has {size(smallest):,} bytes of weights; "
+            f"{', '.join(scheme.name for scheme in menu.allowed)} has {least:,} bytes of weights; "
             "ask for more, or allow smaller schemes with --schemes"
         )
-    while True:
-        made = _made(menu, units, allocate(units, limit), known, budget)
+    limit = budget.file_bytes
+    while True:  # headers of files depend on what is chosen
+        made = _made(menu, units, allocate(units, max(limit, smallest.bytes)), known, budget)
         if (over := size(made) - budget.file_bytes) <= 0:
             return made
         limit -= over
+
+
+def bounds(menu: FolderMenu, size: Callable[[Plan], int], known: Sensitivities) -> tuple[int, int]:
+    """Bytes of the weight files of the smallest folder, and of the one where nothing is rounded."""
+    units = menu.units(menu.checkpoint.weights, known)
+    least = [min(unit.options, key=lambda option: option.bytes) for unit in units]
+    most = [max(unit.options, key=lambda option: option.bytes) for unit in units]
+    whole = Budget("any size", file_bytes=0)
+    low, high = (size(_made(menu, units, options, known, whole)) for options in (least, most))
+    return low, max(low, high)  # a tiny model's headers can grow by more than its codes save
 
 
 def _made(

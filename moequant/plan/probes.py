@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint
-from moequant.evaluate import score_row
+from moequant.evaluate import divergence, log_softmax
 from moequant.files import scratch
 from moequant.forward.hidden import Hidden
 from moequant.forward.memory import Versions
@@ -44,11 +44,12 @@ def divergences(
 ) -> list[float]:
     """The mean KL divergence of every version to the model, over rows of tokens ids i64 [rows, n]."""
     one_row = replace(resources, batch_tokens=ids.shape[1])
-    among = Versions(weights=2, states=len(versions) + 2)  # with the logits
+    among = Versions(weights=2, states=len(versions) + 2)  # with what the model says
     with scratch() as folder, LayerStream(checkpoint, ids, one_row, whole=True, among=among) as stream:
+        scored = ids.shape[1] - ids.shape[1] // 2 - 1
         states = [stream.new_hidden(folder / str(number)) for number in range(len(versions))]
-        probes = _Probes(stream, versions, rounded, stream.new_hidden(folder / "model"), states)
-        return probes.run(stream.new_hidden(folder / "logits", checkpoint.shape.vocab))
+        probes = _Probes(stream, versions, rounded, stream.new_hidden(folder / "model"), states, scored)
+        return probes.run(stream.room(folder / "said", [(scored, checkpoint.shape.vocab)] * len(ids)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +65,18 @@ class _Crossing:
 
 @dataclass(frozen=True, slots=True)
 class _Probes:
-    """Versions on their way through the layers: hidden states of the model, and `states` of each version."""
+    """Versions on their way through the layers: hidden states of the model, and `states` of each version.
+    What they say is asked at so many positions of every row, `scored`: the last, but for the very last."""
 
     stream: LayerStream
     versions: Sequence[Version]
     rounded: Rounded
     model: Hidden
     states: Sequence[Hidden]
+    scored: int
 
-    def run(self, logits: Hidden) -> list[float]:
-        """The divergence of each version; there is room for the model's `logits`."""
+    def run(self, said: Hidden) -> list[float]:
+        """The divergence of each version; there is room for what the model `said`."""
         stream = self.stream
         stream.embed(self.model)
         every = range(len(self.versions))
@@ -84,7 +87,7 @@ class _Probes:
             for layer in stream.layers():
                 self._cross(layer, started)
                 bar.update()
-        return self._divergences(logits, started)
+        return self._divergences(said, started)
 
     def _cross(self, layer: int, started: set[int]) -> None:
         """All versions across one layer, the model last: versions start from what that is fed."""
@@ -124,22 +127,26 @@ class _Probes:
         parts = (each.of(experts) for each in crossing.experts)
         return changed_experts(module, ((part, provider(part)) for part in parts))
 
-    def _divergences(self, logits: Hidden, started: set[int]) -> list[float]:
+    def _divergences(self, said: Hidden, started: set[int]) -> list[float]:
         """What the ends of the versions say, held against what the model says."""
         stream, found = self.stream, list[float]()
+        rows = range(len(stream.batches))
         with stream.ends():
-            for row in range(len(stream.batches)):
-                logits.put(0, row, stream.end(row, self.model).logits[0])
+            for row in rows:
+                said.put(0, row, log_softmax("baseline", self._logits(row, self.model)))
             for number, states in enumerate(self.states):
                 named = self._named(number, None, *self._at_the_end)
                 with using(stream.model, changed(stream.model, named, self._provider(number))):
                     stream.tie()
                     given = states if number in started else self.model
-                    said = (stream.end(row, given).logits[0].cpu() for row in range(len(stream.batches)))
-                    rows = enumerate(zip(said, stream.batches, strict=True))
-                    kl = [score_row(logits.get(0, row), each, ids[0]).kl for row, (each, ids) in rows]
+                    kl = [divergence(said.get(0, row), self._logits(row, given)) for row in rows]
                 found.append(float(torch.cat(kl).mean()))
         return found
+
+    def _logits(self, row: int, states: Hidden) -> Tensor:
+        """What is said at the scored positions of a row, [m, vocab]."""
+        logits: Tensor = self.stream.end(row, states, logits_to_keep=self.scored + 1).logits[0]
+        return logits[:-1].cpu()
 
     @property
     def _at_the_end(self) -> tuple[Role, ...]:

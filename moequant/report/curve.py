@@ -20,15 +20,22 @@ if TYPE_CHECKING:
 OURS, THEIRS = "#1f5fa8", "#c2571a"
 """Blue and orange: told apart by everybody, and in grey print."""
 
+_OTHERS = {
+    "gguf": ("llama.cpp's files", "preset", "its types", "llama.cpp's types"),
+    "safetensors": ("one scheme for all experts", "scheme", "all in it", "one scheme for all experts"),
+}
+"""What our plans stand beside: the table's title and two of its columns, and the name in the picture."""
+
 
 def curve_tables(curve: Curve) -> RenderableType:
-    """What was asked for, the curve, and what llama.cpp's own choice of types is expected to cost."""
+    """What was asked for, the curve, and what others of the same size are expected to cost."""
     parts: list[RenderableType] = [line(f"{curve.title}: predicted KL divergence, from {curve.source}\n")]
     if curve.wanted:
         parts.append(_table("asked for", curve, curve.wanted))
     parts.append(_table("every size", curve, curve.plans))
     if curve.presets:
-        made = table("llama.cpp's files", "preset", "size", "its types", "ours at that size")
+        title, name, theirs_as, _ = _OTHERS[curve.format]
+        made = table(title, name, "size", theirs_as, "ours at that size")
         for theirs, ours in curve.presets:
             made.add_row(
                 theirs.label, size(theirs.file_bytes), f"{theirs.predicted:.5f}", f"{ours.predicted:.5f}"
@@ -86,7 +93,7 @@ def draw(curve: Curve, path: Path) -> None:
             axes,
             theirs,
             scale,
-            {"color": THEIRS, "marker": "x", "linestyle": "", "label": "llama.cpp's types"},
+            {"color": THEIRS, "marker": "x", "linestyle": "", "label": _OTHERS[curve.format][3]},
         )
         below = {"xytext": (-6, -6), "ha": "right", "va": "top"}
         _name(axes, curve.wanted, scale, below)

@@ -36,6 +36,7 @@ def fit_json(found: Fit) -> dict[str, Any]:
     """All of it for a machine, in bytes, bytes per second and tokens per second."""
     return {
         **described(found.path),
+        "format": "gguf",
         "hardware": asdict(found.hardware),
         "load": asdict(found.load),
         "best": found.best.name if found.best else None,
@@ -51,7 +52,7 @@ def nothing_fits(found: Fit) -> str:
         fast = max(fitting, key=lambda candidate: candidate.placement.speed)
         return (
             f"nothing is as fast as --min-speed asks for; the fastest, {fast.name}, reaches at most "
-            f"{_speed(fast.placement.speed)} tokens per second"
+            f"{speed(fast.placement.speed)} tokens per second"
         )
     small = found.candidates[-1]
     what = (
@@ -102,12 +103,13 @@ def _candidates(found: Fit) -> Table:
             gib(place.ram.total),
             gib(place.disk) if place.disk else "",
             _experts(place),
-            f"≤ {_speed(place.speed)}" if place.fits else f"{gib(place.lacking)} too much",
+            f"≤ {speed(place.speed)}" if place.fits else f"{gib(place.lacking)} too much",
         )
     return made
 
 
-def _speed(tokens: float) -> str:
+def speed(tokens: float) -> str:
+    """Tokens per second."""
     return f"{tokens:.1f}" if tokens < 100 else f"{tokens:,.0f}"
 
 
@@ -135,23 +137,23 @@ def _chosen(found: Fit, chosen: Candidate, title: str) -> list[RenderableType]:
         "together", gib(total) if total else "", gib(place.ram.total), gib(place.disk) if place.disk else ""
     )
     read = f"read per token: GPU {gib(round(place.gpu.read))}, system {gib(round(place.ram.read))}"
-    bound = f"at most {_speed(place.speed)} tokens/s, {_speed(place.speed_full)} with the context full"
+    bound = f"at most {speed(place.speed)} tokens/s, {speed(place.speed_full)} with the context full"
     lines: list[RenderableType] = [made, line(f"{read}; {bound}\n")]
     if found.is_checkpoint:
         model = shown(found.path) if of_cache(found.path) else str(found.path)
         words = ["moequant", "convert", model, "-o", chosen.file, "--type", chosen.name]
-        lines.append(_Shell(shlex.join(words)))
-    lines.append(_Shell(chosen.command))
+        lines.append(Shell(shlex.join(words)))
+    lines.append(Shell(chosen.command))
     if chosen.override:
         lines += [
             line("or, to choose layers yourself, instead of the --…cpu-moe option:"),
-            _Shell(f"-ot '{chosen.override}'"),
+            Shell(f"-ot '{chosen.override}'"),
         ]
     return lines
 
 
 @dataclass(frozen=True, slots=True)
-class _Shell:
+class Shell:
     """A command on one line however long it is, to be copied whole (print with `crop=False`)."""
 
     line: str

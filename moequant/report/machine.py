@@ -33,6 +33,7 @@ def conversion_json(reports: Sequence[Report]) -> dict[str, Any]:
         **model_json(first.checkpoint),
         "calibration": None if first.calibration is None else _calibration(first.calibration),
         "files": [_file(report) for report in reports],
+        "forecast": None if first.forecast is None else asdict(first.forecast),
         "stages": [asdict(cost) for cost in first.stages],
         "notes": list(dict.fromkeys(note for report in reports for note in report.notes)),
     }
@@ -78,10 +79,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def survey_json(curve: Curve) -> dict[str, Any]:
-    """What every size is expected to cost: sizes asked for with all types, the curve and llama.cpp's files
-    without."""
+    """What every size is expected to cost: sizes asked for with all types; the curve, and what others would
+    make, without."""
     return {
         "model": curve.title,
+        "format": curve.format,
         "weights": curve.weights,
         "predicted_from": curve.source,
         "wanted": [_point(point) | plan_json(point.plan) for point in curve.wanted if point.plan is not None],

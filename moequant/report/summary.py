@@ -16,7 +16,7 @@ from moequant.checkpoint import Checkpoint
 from moequant.containers.folders.plan import FolderSettings, scheme_groups
 from moequant.escape import shown
 from moequant.evaluate import Comparison, Estimate, Measured
-from moequant.progress import StageCost
+from moequant.progress import Forecast, StageCost
 from moequant.report.shown import Shown
 from moequant.report.style import line, parts_table, size, table
 from moequant.text.corpus import Rows
@@ -49,9 +49,10 @@ class How:
 class Report(Shown):
     """Everything that a conversion knows of one output at its end.
 
-    `measured` is what the comparison found, None where nothing was compared. `notes` are what a person should
-    know of the output. `checked` is what the self-check found. `parts` are the files of an output and their
-    bytes; of several, `out` is the first.
+    `measured` is what the comparison found, None where nothing was compared. `forecast` is what the run
+    was expected to take; None for one that is short, that goes on after it was killed, or that runs on a GPU.
+    `notes` are what a person should know of the output. `checked` is what the self-check found. `parts` are
+    the files of an output and their bytes; of several, `out` is the first.
     """
 
     model: Path
@@ -63,6 +64,7 @@ class Report(Shown):
     losses: tuple[ExpertLoss, ...] = ()
     measured: Measured | None = None
     stages: tuple[StageCost, ...] = ()
+    forecast: Forecast | None = None
     notes: tuple[str, ...] = ()
     checked: str | None = None
     how: How = How()

@@ -306,6 +306,15 @@ def test_heads_that_do_not_fit_the_projections_are_named(broken: Path) -> None:
         empty_model(open_checkpoint(broken))
 
 
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers"]
+)
+def test_a_size_that_no_model_has_is_named_before_anything_is_made_of_it(broken: Path, key: str) -> None:
+    models.edit_config(broken, **{key: 10**9})
+    with pytest.raises(FamilyError, match=f"config key {key} = 1000000000: more than any model has"):
+        open_checkpoint(broken)
+
+
 @pytest.mark.parametrize("used", [0, 9])
 def test_a_token_is_sent_to_as_many_experts_as_there_are(broken: Path, used: int) -> None:
     models.edit_config(broken, num_experts_per_tok=used)

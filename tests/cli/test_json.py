@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,22 @@ def test_quiet_draws_no_bars(quiet: bool, drawn: bool, monkeypatch: pytest.Monke
     assert ("3/3" in terminal.getvalue()) == drawn and "an error" in terminal.getvalue()
 
 
-def test_verbose_says_what_stages_take_and_quiet_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_verbose_says_what_stages_take_and_quiet_says_nothing(
+    tiny: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert run("inspect", "/none/here/x", "--verbose").returncode == 1
     assert "where it was raised" in caplog.text and "Traceback" in caplog.text
     caplog.clear()
     done = run("inspect", "/none/here/x", "--quiet")
     assert not caplog.text and done.stderr.count("\n") == 1
+    asked = ("convert", tiny("olmoe"), *FAST, "--calib-tokens", 2048, "--eval-tokens", 1024, "--json")
+    done = run(*asked, "-o", tmp_path / "a.gguf", "--verbose")
+    assert done.returncode == 0 and json.loads(done.stdout)["command"] == "convert"
+    said = [line.split()[1] for line in done.stderr.splitlines()]
+    assert said == ["open:", "route:", "quantize:", "verify:", "self-check:", "compare:"], done.stderr
+    assert "done in" in done.stderr and "calibrate 2,048 tokens" in done.stderr
+    done = run(*asked, "-o", tmp_path / "b.gguf", "--quiet")
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_shells_are_taught() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.read import read_header
 from moequant.containers.gguf.weights import GgufWeights
+from moequant.errors import FamilyError
 from moequant.evaluate.open_source import open_source
 from moequant.forward.stream import LayerStream, Resources
 from moequant.inspection.fit import Hardware, place
@@ -42,6 +44,14 @@ QUICK = Rounding(
 def released(folder: Path, family: str) -> Path:
     """A tiny checkpoint as people release it."""
     return models.as_released(models.build(folder / "model", family), family)
+
+
+@pytest.mark.parametrize("told", [{"": None}, "x", [1], 1.5])
+def test_a_count_that_is_no_number_is_named(tiny, tmp_path: Path, told: object) -> None:
+    folder = Path(shutil.copytree(tiny("deepseek_v3"), tmp_path / "model"))
+    models.edit_config(folder, num_nextn_predict_layers=told)
+    with pytest.raises(FamilyError, match=r"num_nextn_predict_layers = .*a number of layers was expected"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("family", models.PREDICTIONS)

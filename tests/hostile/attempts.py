@@ -13,12 +13,14 @@ from tests.hostile.ground import Ground
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """The arguments of `moequant`; `refused` where success would be wrong; `what` says what was done; no file
-    may grow beyond `room` bytes."""
+    may grow beyond `room` bytes; `within` is a folder of the bait where the command is asked to write: new
+    files may come there, what lies there stays as it is."""
 
     arguments: list[str]
     what: str
     refused: bool = False
     room: int | None = None
+    within: Path | None = None
 
 
 Maker = Callable[[Random, Ground, Path], Attempt]

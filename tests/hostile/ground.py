@@ -30,7 +30,10 @@ SHAPES = {
 }
 """The models: what they have beside one layer of 64 columns."""
 
-OTHERS = ("deepseek_v2", "qwen3_next", "jamba", "nemotron_h", "lfm2_moe", "dbrx", "llama4", "gemma4")
+OTHERS = (
+    "deepseek_v2", "qwen3_next", "jamba", "nemotron_h", "lfm2_moe", "dbrx", "llama4", "gemma4",
+    "qwen3_vl_moe", "step3p7", "granitemoehybrid", "minimax_m3",
+)  # fmt: skip
 """Models of other kinds, as the tests have them: latent attention, recurrent layers, flat experts, towers."""
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "max_position_embeddings": 512}
@@ -51,14 +54,14 @@ class Ground:
         shutil.copytree({**self.models, **self.others}[family], folder)
         return folder
 
-    def bait_state(self) -> str:
-        """Changes with the content, the kind and the number of the bait's files."""
-        found = hashlib.sha256()
+    def bait_state(self) -> dict[Path, str]:
+        """The bait's files, each with what changes with its content and its kind."""
+        found = {}
         for path in sorted(self.bait.rglob("*")):
             status = path.lstat()
-            found.update(f"{path} {status.st_mode} {status.st_size} {status.st_mtime_ns}".encode())
-            found.update(path.read_bytes() if path.is_file() else b"")
-        return found.hexdigest()
+            content = hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+            found[path] = f"{status.st_mode} {status.st_size} {status.st_mtime_ns} {content}"
+        return found
 
 
 def make(folder: Path) -> Ground:

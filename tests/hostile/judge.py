@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,9 +179,9 @@ def judge(ground: Ground, attempt: Attempt, folder: Path) -> str | None:
     with _room(attempt.room):
         ran = CliRunner().invoke(app, attempt.arguments)
     if ran.exception is not None and not isinstance(ran.exception, SystemExit):
-        return f"traceback: {_where(ran.exc_info)}"
-    if ground.bait_state() != outside:
-        return "the bait was changed"
+        return f"traceback: {where(ran.exc_info)}"
+    if changed := _changed(ground, outside, attempt.within):
+        return f"the bait was changed: {changed}"
     if ran.exit_code == 0:
         if attempt.refused:
             return "a wrong success"
@@ -198,6 +198,17 @@ def judge(ground: Ground, attempt: Attempt, folder: Path) -> str | None:
     if odd := next((one for line in told for one in line if one < " " or one == "\x7f"), None):
         return f"a control code {odd!r}"
     return _litter(before, folder, kept=any(GOES_ON in line for line in told))
+
+
+def _changed(ground: Ground, before: Mapping[Path, str], within: Path | None) -> list[str]:
+    """The bait's files that are others now; new ones in the folder `within` were asked for, and go."""
+    found = []
+    for path, state in ground.bait_state().items():
+        if path not in before and within is not None and path.parent == within:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        elif before.get(path) != state:
+            found.append(path.name)
+    return found + [path.name for path in before if not path.exists() and not path.is_symlink()]
 
 
 @contextmanager
@@ -229,7 +240,7 @@ def _read_bait(out: Path) -> str | None:
     return None
 
 
-def _where(info: Any) -> str:
+def where(info: Any) -> str:
     """The exception and the last places of ours that it passed."""
     kind, error, trace = info
     places = []

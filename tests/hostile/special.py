@@ -122,4 +122,5 @@ def _output(random: Random, ground: Ground, folder: Path, what: str) -> Attempt:
             ["convert", str(own), "-o", str(own), "--format", "safetensors", "--group-size", "32", *quick],
         ]
     )
-    return Attempt([*use, *overwrite], f"output {what} {overwrite}")
+    asked = ground.bait if what == "bait's folder" else None  # a file goes into the folder that -o names
+    return Attempt([*use, *overwrite], f"output {what} {overwrite}", within=asked)

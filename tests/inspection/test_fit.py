@@ -260,7 +260,7 @@ def test_a_folder_is_answered_with_its_best_type(tiny) -> None:
 
 
 def test_what_cannot_be_known_is_refused(qwen: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="--ctx 40,000 is more than the model's context of 32,768"):
+    with pytest.raises(PlanError, match="--ctx 40,000 is more than the model's context; give --ctx 32768"):
         fit(qwen, hardware(24), Load(40_000))
     whole = read_header(qwen)
     metadata = {key.replace("qwen3moe", "deepseek4"): value for key, value in whole.metadata.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -33,6 +34,13 @@ def test_the_tables_have_every_size(made: Curve) -> None:
     for point in (*made.plans, *made.wanted):
         assert f"{point.file_bytes:,}" in text and f"{point.predicted:.5f}" in text
     assert "at most 700k" in text and "IQ2_XXS" in text and "predicted KL divergence, from tables" in text
+
+
+def test_a_folder_stands_beside_one_scheme(made: Curve) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(curve_tables(replace(made, format="safetensors")))
+    text = console.file.getvalue()
+    assert "one scheme for all experts" in text and "llama.cpp" not in text
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])

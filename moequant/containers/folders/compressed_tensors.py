@@ -7,14 +7,16 @@ decodes what is written here; it is the independent decoder.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moequant.containers.folders.read import Decode, FolderWeights
-from moequant.containers.folders.schemes import Scheme
+from moequant.containers.folders.schemes import Scheme, of_config
+from moequant.containers.folders.storage import Storage
 from moequant.errors import VerifyError
 
 LINEAR = "Linear"
@@ -36,17 +38,31 @@ def quantization_config(groups: Sequence[tuple[Scheme, list[str]]], kept: Sequen
     }
 
 
+def names(targets: Iterable[str], module: str) -> bool:
+    """Whether one of the targets, or of what a config ignores, is that module's name or a pattern of it."""
+    return any(
+        target == module or (target.startswith("re:") and re.match(target[3:], module) is not None)
+        for target in targets
+    )
+
+
 def group_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """The entry of `config_groups` for a module: by its name, else that of all linears; VerifyError."""
     groups: list[Mapping[str, Any]] = list(config.get("config_groups", {}).values())
     for group in groups:
-        for target in group["targets"]:
-            if target == module or (target.startswith("re:") and re.match(target[3:], module)):
-                return group
+        if names(group["targets"], module):
+            return group
     for group in groups:
         if LINEAR in group["targets"]:
             return group
     raise VerifyError(f"{module}: no target of quantization_config.config_groups names it")
+
+
+def storage(config: Mapping[str, Any], module: str, scale_dtype: torch.dtype) -> Storage:
+    """How a module is stored, by a config of ours or anybody's. VerifyError for a module that it does not
+    name, PlanError for a scheme that moequant does not know."""
+    group = group_of(config, module)
+    return of_config(group, group.get("format") or config["format"]).storage((scale_dtype,))
 
 
 def open_folder(path: Path) -> FolderWeights:

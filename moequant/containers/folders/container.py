@@ -11,6 +11,7 @@ from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Written
 from moequant.containers.folders import mxfp4, schemes
 from moequant.containers.folders import write as folder
+from moequant.containers.folders.layouts import LAYOUTS
 from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores, with_copies
 from moequant.containers.folders.read import FolderWeights
 from moequant.errors import FamilyError, PlanError
@@ -31,6 +32,7 @@ class FolderContainer:
                 "original's safetensors"
             )
         self.checkpoint, self.settings = with_copies(checkpoint), as_released(checkpoint, settings)
+        self._sizes: dict[tuple[str, ...], int] = {}
         copied = len(checkpoint.predictions.stored)
         self.notes: tuple[str, ...] = (
             (f"{PREDICTION} kept: {copied:,} tensors copied as they are, for vLLM to draft with",)
@@ -44,8 +46,11 @@ class FolderContainer:
         return scheme_plan(self.checkpoint, self.settings)
 
     def size(self, plan: Plan) -> int:
-        """See `Container`."""
-        return folder.folder_bytes(self.checkpoint, plan, self.settings)
+        """See `Container`. Headers of 100,000 tensors take seconds to lay out, so what was asked is kept."""
+        kinds = tuple(choice.format for choice in plan.choices)
+        if kinds not in self._sizes:
+            self._sizes[kinds] = folder.folder_bytes(self.checkpoint, plan, self.settings)
+        return self._sizes[kinds]
 
     def parts(self, plan: Plan) -> tuple[int, ...]:
         """See `Container`: a folder is one thing, whatever is in it."""
@@ -71,7 +76,7 @@ class FolderContainer:
 
     def open(self, path: Path) -> FolderWeights:
         """See `Container`."""
-        return folder.OPENERS[self.settings.layout](path)
+        return LAYOUTS[self.settings.layout].open(path)
 
 
 def as_released(checkpoint: Checkpoint, settings: FolderSettings) -> FolderSettings:

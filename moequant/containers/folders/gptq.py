@@ -15,15 +15,17 @@ from torch import Tensor
 
 from moequant.containers.folders.read import FolderWeights
 from moequant.containers.folders.schemes import Scheme
-from moequant.formats import groups
+from moequant.containers.folders.storage import GptqIntegers, Storage
+from moequant.formats.groups import GroupFormat, unpack
 
 
-def quantization_config(scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json, and the whole of quantize_config.json.
+def quantization_config(groups: Sequence[tuple[Scheme, list[str]]], kept: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json, and the whole of quantize_config.json: of the one scheme.
 
     `kept` are the linear modules that are not quantized. Loaders that fuse q, k and v look
     for the fused name, so that a block of which nothing is quantized is named as a whole.
     """
+    ((scheme, _),) = groups
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -34,6 +36,11 @@ def quantization_config(scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
         "lm_head": False,
         "dynamic": {f"-:{pattern}": {} for pattern in _patterns(kept)},
     }
+
+
+def storage(config: Mapping[str, Any], module: str, scale_dtype: torch.dtype) -> Storage:
+    """How every module is stored, by a config of ours or anybody's."""
+    return GptqIntegers(GroupFormat(int(config["bits"]), int(config["group_size"]), (scale_dtype,)))
 
 
 def open_folder(path: Path) -> FolderWeights:
@@ -58,8 +65,8 @@ def _patterns(kept: Sequence[str]) -> list[str]:
 def _decode(bits: int, module: str, stored: Mapping[str, Tensor]) -> Tensor:
     """One module's tensors into its weight [out, in], in the precision of its scales."""
     words = stored["qweight"].T
-    codes = groups.unpack(words, bits, words.shape[1] * 32 // bits)
-    zeros = groups.unpack(stored["qzeros"], bits, stored["scales"].shape[1]) + 1
+    codes = unpack(words, bits, words.shape[1] * 32 // bits)
+    zeros = unpack(stored["qzeros"], bits, stored["scales"].shape[1]) + 1
     group_of = stored["g_idx"].long()
     centred = codes.to(torch.int16) - zeros.T.to(torch.int16)[:, group_of]
     return centred.to(stored["scales"].dtype) * stored["scales"].T[:, group_of]

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from moequant.containers.folders.read import FolderWeights
+from moequant.containers.folders.schemes import Scheme
 from moequant.containers.folders.shards import Entry
-from moequant.containers.folders.storage import Mxfp4
+from moequant.containers.folders.storage import Mxfp4, Storage
 from moequant.errors import VerifyError
 from moequant.values import Packed, Role, Weight
 
@@ -32,10 +33,15 @@ ENDINGS = ("_blocks", "_scales")
 _STORAGE = Mxfp4()
 
 
-def quantization_config() -> dict[str, Any]:
-    """The `quantization_config` of config.json, as the release has it."""
-    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    return {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+def quantization_config(groups: Sequence[tuple[Scheme, list[str]]], kept: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json, as the release has it, whatever is asked."""
+    floats = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return {"quant_method": "mxfp4", "modules_to_not_convert": floats}
+
+
+def storage(config: Mapping[str, Any], module: str, scale_dtype: torch.dtype) -> Storage:
+    """How the rows of every expert are stored."""
+    return _STORAGE
 
 
 def completes(weight: Weight) -> bool:

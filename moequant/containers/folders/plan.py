@@ -162,16 +162,19 @@ def modules(weight: Weight) -> tuple[str, ...]:
 
 
 def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
-    """Every linear module that stays as it is, by all names that loaders know it under; the head is one."""
+    """Every linear module that stays as it is, by all names that loaders know it under; the head is one.
+
+    Experts of a layer have one pattern, as in `targets`.
+    """
     formats = {choice.weight: choice.format for choice in plan.choices}
     names = {"lm_head"}
     for weight in checkpoint.weights:
         if not weight.runs:
             names |= {*modules(weight)} if len(weight.shape) > 1 else set()
             continue
-        is_linear = len(weight.shape) == 2 and weight.role is not Role.EMBEDDING
+        is_linear = len(weight.shape) == (3 if weight.is_expert else 2) and weight.role is not Role.EMBEDDING
         if is_linear and formats[weight.name] in KEPT:
-            names |= {*modules(weight), weight.place.param.removesuffix(".weight")}
+            names |= {*targets([weight])}
     return tuple(sorted(names))
 
 

@@ -121,13 +121,24 @@ class FolderWeights:
         return out.reshape(weight.shape)
 
     def _kept(self, weight: Weight) -> Tensor:
-        stored = weight.origin.stored[0]
-        name = weight.names[0] if weight.names[0] in self.files else stored.name
+        names, origin, some = weight.names, weight.origin, weight.origin.matrices
+        numbers = some or range(weight.matrices)
+        if weight.is_expert and len(names) >= numbers.stop and names[0] in self.files:
+            return torch.stack([self._whole(names[number], weight.shape[1:]) for number in numbers])
+        if len(origin.stored) == 1:
+            stored = origin.stored[0]
+            name = names[0] if names[0] in self.files else stored.name
+            values = apply(origin.ops, self._whole(name, stored.shape))
+        else:
+            parts = [self._whole(part.name, part.shape) for part in origin.stored]
+            values = apply(origin.ops, torch.cat(parts))
+        return values if some is None else values[some.start : some.stop]
+
+    def _whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
         values = self.tensor(name)
-        if tuple(values.shape) != stored.shape:
-            raise VerifyError(f"{self.path}: {name} is {list(values.shape)}, expected {list(stored.shape)}")
-        whole, some = apply(weight.origin.ops, values), weight.origin.matrices
-        return whole if some is None else whole[some.start : some.stop]
+        if tuple(values.shape) != shape:
+            raise VerifyError(f"{self.path}: {name} is {list(values.shape)}, expected {list(shape)}")
+        return values
 
 
 def _files(path: Path) -> dict[str, str]:

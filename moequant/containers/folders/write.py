@@ -19,21 +19,22 @@ import torch
 from torch import Tensor
 
 from moequant import __version__
-from moequant.checkpoint import Checkpoint
+from moequant.checkpoint import Checkpoint, load
 from moequant.containers.base import Written
-from moequant.containers.folders import compressed_tensors, gptq, mxfp4, shards, side_files
+from moequant.containers.folders import compressed_tensors, shards, side_files
+from moequant.containers.folders.layouts import LAYOUTS
 from moequant.containers.folders.plan import (
     FolderSettings,
     kept_dtype,
     kept_linears,
-    modules,
     scheme_groups,
+    stored_names,
     stores,
     targets,
 )
 from moequant.containers.folders.schemes import find
 from moequant.containers.folders.shards import Bytes, Entry, Shard, ShardWriter
-from moequant.containers.folders.storage import Storage, decode
+from moequant.containers.folders.storage import decode
 from moequant.errors import CheckpointError, OutputError, VerifyError
 from moequant.files import RECORD, check_kept, check_space
 from moequant.progress import counted
@@ -41,18 +42,7 @@ from moequant.values import Packed, Plan, Stored, Weight
 
 _CHUNK = 1 << 24
 
-_GPTQ_CONFIG = "quantize_config.json"
-"""Where loaders of GPTQ look beside config.json."""
-
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-OPENERS = {
-    "compressed-tensors": compressed_tensors.open_folder,
-    "gptq": gptq.open_folder,
-    "mxfp4": mxfp4.open_folder,
-}
-"""Readers of folders by their layout, each with somebody else's rules."""
 
 
 def folder_bytes(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> int:
@@ -68,7 +58,8 @@ def check_target(path: Path, checkpoint: Checkpoint, plan: Plan, settings: Folde
     copied = (file.relative_to(checkpoint.path).as_posix() for file in side_files.side_files(checkpoint.path))
     made = {"config.json", "README.md", RECORD, *(shard.name for shard in files), *copied}
     made |= {shards.INDEX} if len(files) > 1 else set()
-    made |= {_GPTQ_CONFIG} if settings.layout == "gptq" else set()
+    beside = LAYOUTS[settings.layout].beside
+    made |= set() if beside is None else {beside}
     check_kept(path, made)
 
 
@@ -81,7 +72,7 @@ def write(
     `packed` must yield the plan's rounded weights, in the formats of their `Storage` and the plan's order;
     each is written as it comes and not kept. Raises OutputError when the disk refuses.
     """
-    kinds = stores(checkpoint, plan, settings.layout)
+    layout, kinds = LAYOUTS[settings.layout], stores(checkpoint, plan, settings.layout)
     files = _shards(checkpoint, plan, settings)
     by_name = {weight.name: weight for weight in checkpoint.weights}
     stream, held = iter(packed), list[Packed]()
@@ -91,18 +82,17 @@ def write(
                 item = next(stream)
                 if item.weight.name != choice.weight:
                     raise VerifyError(f"{item.weight.name}: came where {choice.weight} was planned")
-                if settings.layout != "mxfp4":
-                    _put(writer, kinds[choice.weight], item)
-                else:
-                    held.append(item)
-                    if mxfp4.completes(item.weight):
-                        _put_stack(writer, held)
-                        held.clear()
+                held.append(item)
                 del item
+                storage = kinds[choice.weight]
+                if whole := layout.entries(held[-1].weight, storage):
+                    for entry, parts in zip(whole, layout.values(held, storage), strict=True):
+                        writer.put(entry.name, map(_bytes, parts))
+                    held.clear()
                 continue
-            entry, stored = _kept(by_name[choice.weight])
-            if entry.name not in writer.checksums:
-                writer.put(entry.name, _chunks(stored))
+            for entry, source in _kept(by_name[choice.weight]):
+                if entry.name not in writer.checksums:
+                    writer.put(entry.name, _chunks(entry, source))
     config = quantization(checkpoint, plan, settings)
     record = {
         "made_by": f"moequant {__version__}",
@@ -117,17 +107,13 @@ def write(
 
 def quantization(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    if settings.layout == "mxfp4":
-        return mxfp4.quantization_config()
     kept, named = kept_linears(checkpoint, plan), scheme_groups(plan)
-    if settings.layout == "gptq":
-        return gptq.quantization_config(find(next(iter(named))), kept)
     if len(named) == 1:
         groups = [(find(name), [compressed_tensors.LINEAR]) for name in named]
     else:
         by_name = {weight.name: weight for weight in checkpoint.weights}
         groups = [(find(name), targets([by_name[w] for w in weights])) for name, weights in named.items()]
-    return compressed_tensors.quantization_config(groups, kept)
+    return LAYOUTS[settings.layout].config(groups, kept)
 
 
 def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> int:
@@ -136,7 +122,7 @@ def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: Folde
     The second decoder is the loader's: compressed-tensors. Returns how many weights both decoded;
     VerifyError names the tensor that is missing, differs, or decodes to something else.
     """
-    on_disk = OPENERS[settings.layout](written.path)
+    on_disk = LAYOUTS[settings.layout].open(written.path)
     if differing := set(on_disk.tensors) ^ written.checksums.keys():
         raise VerifyError(f"{written.path}: tensor {min(differing)} is in only one of plan and folder")
     for name, expected in counted("verify", written.checksums.items(), "tensor"):
@@ -160,46 +146,32 @@ def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: Folde
 
 def _shards(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> tuple[Shard, ...]:
     """Every tensor of the folder in the plan's order, cut into files."""
-    kinds = stores(checkpoint, plan, settings.layout)
+    layout, kinds = LAYOUTS[settings.layout], stores(checkpoint, plan, settings.layout)
     by_name = {weight.name: weight for weight in checkpoint.weights}
     entries: dict[str, Entry] = {}
     for choice in plan.choices:
         weight = by_name[choice.weight]
-        if weight.name in kinds and settings.layout == "mxfp4":
-            entries |= {entry.name: entry for entry in mxfp4.entries(weight)}
-        elif weight.name in kinds:
-            for module in modules(weight):
-                made = kinds[weight.name].entries(module, weight.shape[-2], weight.n_in)
-                entries |= {entry.name: entry for entry in made}
+        if weight.name in kinds:
+            entries |= {entry.name: entry for entry in layout.entries(weight, kinds[weight.name])}
         else:
-            entry, _ = _kept(weight)
-            entries[entry.name] = entry
+            entries |= {entry.name: entry for entry, _ in _kept(weight)}
     return shards.cut(list(entries.values()), settings.shard_bytes)
 
 
-def _kept(weight: Weight) -> tuple[Entry, Stored]:
-    """The stored tensor of a weight that is not rounded, under the name that loaders know it by: the
-    release's, unless it holds other weights too. What is stored in fewer bits than floats is written in
-    bf16."""
-    stored = weight.origin.stored[0]
-    name = stored.name if weight.origin.ops else weight.names[0]
-    return Entry(name, kept_dtype(weight), stored.shape), stored
-
-
-def _put(writer: ShardWriter, storage: Storage, item: Packed) -> None:
-    """All tensors of all experts of one weight."""
-    (n_out, n_in), names = item.weight.shape[-2:], modules(item.weight)
-    data = item.data.reshape(len(names), n_out, -1)
-    for module, rows in zip(names, data, strict=True):
-        values = storage.tensors(rows, n_in)
-        for entry, tensor in zip(storage.entries(module, n_out, n_in), values, strict=True):
-            writer.put(entry.name, [_bytes(tensor)])
-
-
-def _put_stack(writer: ShardWriter, items: list[Packed]) -> None:
-    """Both tensors of a stack of experts; memory holds the codes of one expert more."""
-    for number, entry in enumerate(mxfp4.entries(items[-1].weight)):
-        writer.put(entry.name, (_bytes(each[number]) for each in mxfp4.values(items)))
+def _kept(weight: Weight) -> list[tuple[Entry, Stored | Weight]]:
+    """The tensors of a weight that is not rounded, under the names that loaders know them by, and what each
+    holds: of experts one after another, as those that are rounded; else what is stored, under the release's
+    name unless it is only a part of the weight or holds other weights too. What is stored in fewer bits than
+    floats is written in bf16."""
+    dtype, origin = kept_dtype(weight), weight.origin
+    if weight.is_expert and len(weight.shape) == 3:
+        names = enumerate(stored_names(weight))
+        return [(Entry(name, dtype, weight.shape[1:]), weight.of(range(at, at + 1))) for at, name in names]
+    is_whole = not origin.ops and len(origin.stored) == 1
+    named = [weight.names[0]] if is_whole else [stored.name for stored in origin.stored]
+    return [
+        (Entry(name, dtype, stored.shape), stored) for name, stored in zip(named, origin.stored, strict=True)
+    ]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -207,26 +179,29 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.data
 
 
-def _chunks(stored: Stored) -> Iterator[Bytes]:
-    """A tensor's bytes as they are written, a few megabytes at a time; decoded where they are stored
-    otherwise. CheckpointError for values that are NaN or infinite."""
-    if stored.codec.name != "plain":
-        for index in range(stored.shape[0]) if len(stored.shape) == 3 else (None,):
-            yield _finite(stored, _bytes(stored.read(index).to(torch.bfloat16)), "BF16")
-        return
-    (ref,) = stored.parts.values()
-    with ref.file.open() as file:
-        file.seek(ref.begin)
-        for at in range(ref.begin, ref.end, _CHUNK):
-            yield _finite(stored, file.read(min(_CHUNK, ref.end - at)), stored.dtype)
+def _chunks(entry: Entry, source: Stored | Weight) -> Iterator[Bytes]:
+    """A tensor's bytes as they are written, an expert or a few megabytes at a time; decoded where they are
+    stored otherwise. CheckpointError for values that are NaN or infinite."""
+    dtype = _FLOATS[entry.dtype]
+    if isinstance(source, Weight):
+        yield _finite(entry, _bytes(load(source).to(dtype)))
+    elif source.codec.name != "plain":
+        for index in range(source.shape[0]) if len(source.shape) == 3 else (None,):
+            yield _finite(entry, _bytes(source.read(index).to(dtype)))
+    else:
+        (ref,) = source.parts.values()
+        with ref.file.open() as file:
+            file.seek(ref.begin)
+            for at in range(ref.begin, ref.end, _CHUNK):
+                yield _finite(entry, file.read(min(_CHUNK, ref.end - at)))
 
 
-def _finite(stored: Stored, data: Bytes, dtype: str) -> Bytes:
-    """The bytes, whose numbers of that type are all numbers."""
-    values = torch.frombuffer(bytearray(data), dtype=_FLOATS[dtype])
+def _finite(entry: Entry, data: Bytes) -> Bytes:
+    """The bytes, whose numbers are all numbers."""
+    values = torch.frombuffer(bytearray(data), dtype=_FLOATS[entry.dtype])
     if not torch.isfinite(values).all():
         raise CheckpointError(
-            f"tensor {stored.name}: holds values that are NaN or infinite; the checkpoint is damaged"
+            f"tensor {entry.name}: holds values that are NaN or infinite; the checkpoint is damaged"
         )
     return data
 
@@ -243,8 +218,8 @@ def _write_side_files(
     texts = {"config.json": json.dumps(config | {"quantization_config": quantization}, indent=2) + "\n"}
     if len(files) > 1:
         texts[shards.INDEX] = shards.index(files)
-    if quantization["quant_method"] == "gptq":
-        texts[_GPTQ_CONFIG] = json.dumps(quantization, indent=2) + "\n"
+    if (beside := LAYOUTS[quantization["quant_method"]].beside) is not None:
+        texts[beside] = json.dumps(quantization, indent=2) + "\n"
     try:
         side_files.copy(checkpoint.path, folder)
         for name, text in texts.items():

@@ -1,0 +1,358 @@
+"""What a conversion will take: its work, counted from headers, at the speed that this machine has now.
+
+Stage by stage two kinds of work are counted: floating-point operations of matrix products, and numbers that
+are handled one by one, decoded, squared or searched for a scale. Both speeds are measured in half a second.
+The constants say how often a stage handles a number. They were fitted to CPU seconds of conversions of models
+of four shapes, 9 to 128 million weights; `benchmarks/results/duration.md` holds others against them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from statistics import fmean, median
+
+import torch
+
+from moequant.checkpoint import Checkpoint
+from moequant.commands.job import Job, menu_of
+from moequant.commands.journal import journal_bytes
+from moequant.commands.text import Texts
+from moequant.escape import shown
+from moequant.formats import engine
+from moequant.forward.memory import rounding_work, usable_bytes, working_bytes
+from moequant.plan.measure import Probing
+from moequant.plan.menu import Menu
+from moequant.progress import Forecast, resident_bytes
+from moequant.rounding.rounder import UNROUNDED
+from moequant.text.corpus import Rows
+from moequant.values import Role, Weight
+
+_LOG = logging.getLogger(__name__)
+
+LOADED = 3
+"""Times that a stored number is handled until a layer can multiply with it."""
+
+SQUARED = 7
+"""Times that a number which a weight is fed is handled by the statistics."""
+
+CALL = 0.8e-3
+"""CPU seconds of a matrix's call in a batch, whatever its size."""
+
+PLAIN, COMPILED = 150, 20
+"""Times that the plain search handles a weight: in torch's own operations, and in compiled ones."""
+
+COMPILING = 3.3
+"""CPU seconds until a compiled encoder is loaded; the first time on a machine it takes longer."""
+
+COARSE = 2
+"""Times that the search for the coarse types of probes is longer."""
+
+PROBED = 6
+"""Encoders that are compiled for probes and whole plans, where one is."""
+
+SAMPLED = 900
+"""Times that a sampled weight is handled in one type, small as samples are."""
+
+ROUNDED, SEARCHES = 280, 3
+"""Times that rounding under a Hessian handles a weight, and how often it searches like the plain search."""
+
+TRIALS, TRIED = (7, 28), 0.05
+"""Trial roundings of what is fed to a matrix, and to experts, of which several classes are tried; CPU seconds
+of one."""
+
+FOLLOWED = 10
+"""Operations for every pair of a weight and a column of its row: targets, feedback, descent, errors."""
+
+FACTORED = 22
+"""Operations for every cube of a Hessian's side: it is mixed, factorised, inverted, slower than products."""
+
+COMPARED = 16
+"""Times that a weight is handled to be decoded and compared."""
+
+SCORED = 16
+"""Times that a logit is handled to be scored."""
+
+VERIFIED = 2
+"""Times that a written weight is handled to be verified."""
+
+CHECKED = 14
+"""Times that the self-check handles a weight; it also starts transformers' own model and llama.cpp."""
+
+STARTED = 1.4
+"""CPU seconds of that."""
+
+PARALLEL = 0.9
+"""Of the cores, those that are busy while a stage runs."""
+
+STREAMS = 7
+"""Hidden states, and what is as wide, of both versions at once: in front of a layer and behind it, what
+experts are fed, what they give."""
+
+LIBRARIES = 400_000_000
+"""Bytes that libraries come to hold while a conversion runs, beside what they hold at its start."""
+
+SHORT = 20.0
+"""CPU seconds of a conversion of which nobody wants to know before."""
+
+TOLD = 120.0
+"""Seconds from which a conversion says beforehand what it will take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Floating-point operations of matrix products, numbers handled one by one, and CPU seconds that do not
+    depend on either."""
+
+    products: float = 0.0
+    numbers: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.products + other.products, self.numbers + other.numbers, self.seconds + other.seconds
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Products and numbers in a CPU second of one core; `cores` are those that this process gets now."""
+
+    products: float
+    numbers: float
+    cores: float
+
+    def seconds(self, work: Work) -> float:
+        """CPU seconds of the work."""
+        return work.products / self.products + work.numbers / self.numbers + work.seconds
+
+
+TYPICAL = Speed(6e10, 5e8, 1.0)
+"""A core of a server of 2021."""
+
+
+def forecast(jobs: Sequence[Job], read: Texts, routes: bool) -> Forecast | None:
+    """What a conversion will take, and says so where it is long. None where that is not known: on a GPU and
+    at effort best; and where it is short."""
+    settings = jobs[0].settings
+    if settings.device != "cpu" or settings.effort == "best":
+        return None
+    work = counted(jobs, read, routes)
+    if sum(map(TYPICAL.seconds, work.values())) < SHORT:
+        return None
+    now = speed()
+    stages = {name: now.seconds(each) for name, each in work.items()}
+    used = sum(stages.values())
+    found = Forecast(used / (now.cores * PARALLEL), used, stages, _memory(jobs, read), _disk(jobs, read))
+    if found.seconds >= TOLD:
+        _LOG.info("%s: will take %s", shown(jobs[0].model.source), found)
+    return found
+
+
+def _memory(jobs: Sequence[Job], read: Texts) -> int:
+    """Bytes that this process has, what a layer takes in the original and an output, hidden states, which go
+    to disk above half of --ram, and what rounding works with."""
+    settings, checkpoint = jobs[0].settings, jobs[0].container.checkpoint
+    found = resident_bytes() + LIBRARIES + working_bytes(checkpoint, 2, usable_bytes(settings.ram))
+    if read.calibration is None:
+        return found
+    rounds, tokens = settings.effort != "fast", read.calibration.tokens
+    states = 4 * tokens * checkpoint.shape.hidden * checkpoint.shape.streams * (STREAMS if rounds else 1)
+    found += states if settings.ram is None else min(states, settings.ram // 2)
+    if rounds:  # Grams of experts, as many bytes to round them under, and attention that is kept
+        most = rounding_work(settings.ram)
+        wide = [w for w in checkpoint.weights if w.site is not None and w.runs]
+        grams = max(4 * w.matrices * w.n_in * (5 * w.n_in + w.shape[-2]) for w in wide)
+        mixed = max((8 * tokens * w.n_in for w in wide if not w.is_expert), default=0)
+        found += 2 * min(most, grams) + min(most, mixed)
+    return found
+
+
+def _disk(jobs: Sequence[Job], read: Texts) -> int:
+    """Bytes of the outputs and of the journal, which has one of them again."""
+    return sum(job.size for job in jobs) + journal_bytes(jobs, read)
+
+
+def speed() -> Speed:
+    """What this machine does now, by short loops on every core: half a second."""
+    count = os.cpu_count() or 1
+    x, y = torch.randn(512, 1024), torch.randn(1024, 1024)
+    few = torch.randn(1 << 16)
+
+    def product() -> None:
+        x @ y
+
+    def walk() -> None:
+        ((few * 3).round().clamp(-8, 7) * 0.3 - few).square().sum()
+
+    began, used = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = [(pool.submit(_rate, product), pool.submit(_rate, walk)) for _ in range(count)]
+        best = [fmean(each.result() for each in kind) for kind in zip(*found, strict=True)]
+    cores = (time.process_time() - used) / (time.perf_counter() - began)
+    return Speed(2 * x.numel() * y.shape[1] / best[0], few.numel() / best[1], cores)
+
+
+def _rate(work: Callable[[], None], seconds: float = 0.12) -> float:
+    """CPU seconds of one call: the median, for others use the machine now as they will then."""
+    taken, until = list[float](), time.thread_time() + seconds
+    with torch.inference_mode():
+        while (began := time.thread_time()) < until:
+            work()
+            taken.append(time.thread_time() - began)
+    return median(taken)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a token costs a model in operations: of all `layers`, of those outside of routed experts, and of
+    the head; `fed` are the numbers that the sites of its `matrices` are fed, `calls` the products."""
+
+    checkpoint: Checkpoint
+    matrices: tuple[Weight, ...]
+    passed: float
+    outside: float
+    head: float
+    fed: float
+    calls: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, row: int) -> Model:
+        """Counted from headers, for rows of so many tokens."""
+        shape = checkpoint.shape
+        run = tuple(w for w in checkpoint.weights if w.runs and len(w.shape) > 1 and w.layer is not None)
+        outside = 4.0 * row * shape.heads * shape.head_dim * shape.layers
+        outside += sum(2 * weight.numel for weight in run if not weight.is_expert)
+        experts = sum(2 * weight.numel * _met(checkpoint, weight) for weight in run if weight.is_expert)
+        sites = {weight.site.name: weight for weight in run if weight.site is not None}.values()
+        fed = sum(w.matrices * w.n_in * _met(checkpoint, w) for w in sites)
+        calls = sum(weight.matrices if weight.is_expert else 1 for weight in run)
+        head = 2 * shape.vocab * shape.hidden
+        return cls(checkpoint, run, outside + experts, outside, head, fed, calls)
+
+    @property
+    def stored(self) -> int:
+        """Numbers of the layers' matrices."""
+        return sum(weight.numel for weight in self.matrices)
+
+    @property
+    def numel(self) -> int:
+        """Numbers of all weights."""
+        return sum(weight.numel for weight in self.checkpoint.weights)
+
+    def passing(self, tokens: float, batch: float) -> Work:
+        """Tokens through all layers."""
+        return Work(tokens * self.passed, 0, CALL * self.calls * max(1.0, tokens / batch))
+
+
+def _met(checkpoint: Checkpoint, weight: Weight) -> float:
+    """Of the matrices of a weight, the share that a token meets."""
+    return checkpoint.shape.experts_used / weight.matrices if weight.is_expert else 1.0
+
+
+def counted(jobs: Sequence[Job], read: Texts, routes: bool) -> dict[str, Work]:
+    """The work of every stage, by the name of the stage; `routes` says whether statistics are collected."""
+    first, found = jobs[0], dict[str, Work]()
+    rows = read.calibration or read.evaluation
+    model = Model.of(first.container.checkpoint, 1 if rows is None else rows.ids.shape[1])
+    batch = first.settings.resources.batch_tokens
+    if routes and read.calibration is not None:
+        found["route"] = _route(model, read.calibration.tokens, batch)
+    if read.probes is not None and any(job.measures for job in jobs):
+        found["plan"] = _plan(model, read.probes, menu_of(first.container, first.settings))
+    for job in jobs:
+        plain = read.calibration is None or job.settings.effort == "fast" or not job.quantizes
+        types = job.container.formats(job.plan)
+        tokens = 0 if plain or read.calibration is None else read.calibration.tokens
+        found[job.stage("quantize")] = _quantize(model, types, tokens, batch)
+        found[job.stage("verify")] = Work(numbers=VERIFIED * model.numel)
+        if job.settings.self_check:
+            found[job.stage("self-check")] = Work(192 * 2 * model.passed, CHECKED * model.numel, STARTED)
+    if read.evaluation is not None:
+        found["compare"] = _compare(model, read.evaluation.tokens, 1 + len(jobs), batch)
+    return found
+
+
+def _route(model: Model, tokens: int, batch: int) -> Work:
+    return model.passing(tokens, batch) + Work(numbers=LOADED * model.stored + SQUARED * tokens * model.fed)
+
+
+def _plan(model: Model, probes: Rows, menu: Menu) -> Work:
+    """Errors of samples in every type; then every group of weights in a version of its own, which crosses the
+    layers from the first that it changes, and two whole plans."""
+    checkpoint, probing = model.checkpoint, Probing()
+    running = tuple(weight for weight in checkpoint.weights if weight.runs)
+    groups = [group for group in menu.groups(running) if len(menu.candidates(group[0])) > 1]
+    wanted = probing.tokens // (max(1, len(groups)) * probes.ids.shape[1])
+    row = probes.ids.shape[1]
+    tokens = row * max(1, min(wanted, probing.rows, len(probes.ids)))
+    layers = checkpoint.shape.layers
+    versions = len(groups) + 4  # two plans, and the model itself beside the groups and beside the plans
+    crossed = 4 * layers + sum(
+        layers - (group[0].layer or 0) for group in groups if group[0].role is not Role.OUTPUT
+    )
+    passes = model.passing(tokens * crossed / layers, row)
+    samples, compiled = 0, set[str]()
+    for weight in running:
+        names = menu.measured(weight)
+        experts = min(weight.matrices, probing.experts)
+        rows = max(1, min(weight.shape[-2:][0], probing.sample // (experts * weight.n_in)))
+        samples += (len(names) - 1) * experts * rows * weight.n_in
+    searched = Work()
+    for group in groups:
+        for weight in group:
+            name = menu.block_format(menu.probe(weight), weight)
+            searched += _searched(weight, 3 * COARSE)
+            compiled |= {name} if weight.numel >= engine.COMPILE_FROM else set()
+    logits = tokens / 2 * versions
+    head = Work(
+        logits * model.head, SCORED * logits * checkpoint.shape.vocab, PROBED * COMPILING * len(compiled)
+    )
+    return passes + searched + head + Work(numbers=SAMPLED * samples + 2 * LOADED * model.stored)
+
+
+def _searched(weight: Weight, times: int = 1) -> Work:
+    """The plain search for a weight."""
+    each = COMPILED if weight.numel >= engine.COMPILE_FROM else PLAIN
+    return Work(numbers=times * each * weight.numel)
+
+
+def _quantize(model: Model, types: dict[str, str], tokens: int, batch: int) -> Work:
+    """The plain search; or, with `tokens`, both streams, their Grams and what is done under Hessians."""
+    found, compiled, sites = Work(), set[str](), dict[str, Weight]()
+    for weight in model.checkpoint.weights:
+        name = types.get(weight.name)
+        if name is None or name in UNROUNDED:
+            found += Work(numbers=LOADED * weight.numel)
+            continue
+        compiled |= {name} if weight.numel >= engine.COMPILE_FROM else set()
+        if not tokens or weight.site is None or not weight.runs:
+            found += _searched(weight)
+            continue
+        sites[weight.site.name] = weight
+        found += Work(FOLLOWED * weight.numel * weight.n_in, ROUNDED * weight.numel)
+        found += _searched(weight, SEARCHES)
+        if weight.adds:
+            met = tokens * weight.matrices * _met(model.checkpoint, weight)
+            found += Work(2 * met * weight.n_in * model.checkpoint.shape.hidden)
+    for weight in sites.values():
+        met = tokens * weight.matrices * _met(model.checkpoint, weight)
+        found += Work(4 * met * weight.n_in**2 + FACTORED * weight.matrices * weight.n_in**3)
+        found += Work(seconds=TRIED * TRIALS[weight.is_expert])
+    found += Work(seconds=COMPILING * len(compiled) * (2 if tokens else 1))
+    if not tokens:
+        return found
+    both = model.passing(2 * tokens, min(batch, tokens / 8))
+    return found + both + Work(2 * tokens * model.outside)
+
+
+def _compare(model: Model, tokens: int, versions: int, batch: int) -> Work:
+    """The original and the outputs; the second half of every row is scored."""
+    passes = model.passing(versions * tokens, batch)
+    logits = versions * tokens / 2
+    scored = Work(2 * logits * model.head, SCORED * logits * model.checkpoint.shape.vocab)
+    return passes + scored + Work(numbers=COMPARED * versions * model.numel)

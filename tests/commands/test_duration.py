@@ -1,0 +1,91 @@
+"""What a conversion is expected to take: counts that hold, and when it is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from moequant.commands import duration
+from moequant.commands.duration import Model, Speed, Work, counted, forecast, speed
+from moequant.commands.job import open_jobs
+from moequant.commands.settings import Settings
+from moequant.commands.text import Texts, texts
+from tests.cli.test_cli import run
+
+Tiny = Callable[..., Path]
+
+
+def work(model: Path, **given: object) -> dict[str, Work]:
+    """The work of a conversion to Q4_K_M, or as `given` says."""
+    settings = Settings(**({"type": "Q4_K_M", "calib_tokens": 2048, "eval_tokens": 1024} | given))  # type: ignore[arg-type]
+    jobs = open_jobs(model, settings)
+    read = texts(jobs[0].model, settings, True, jobs[0].measures)
+    return counted(jobs, read, read.calibration is not None)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_the_operations_of_a_token_are_those_that_torch_counts(tiny: Tiny, family: str) -> None:
+    folder, tokens = tiny(family), 64
+    (job,) = open_jobs(folder, Settings(type="Q8_0"))
+    told = Model.of(job.model, tokens)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    )
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.arange(tokens)[None])
+    assert counter.get_total_flops() / tokens == pytest.approx(told.passed + told.head, rel=0.06)
+
+
+def test_shared_stages_are_counted_once_and_grow_with_the_text(tiny: Tiny) -> None:
+    model = tiny("qwen3_moe")
+    one, two = work(model), work(model, type="Q4_K_M,Q3_K_M")
+    assert list(one) == ["route", "plan", "quantize", "verify", "self-check", "compare"]
+    assert two["route"] == one["route"] and two["plan"] == one["plan"]
+    assert two["quantize Q4_K_M"] == one["quantize"] and "quantize Q3_K_M" in two
+    assert two["compare"].products == pytest.approx(1.5 * one["compare"].products)
+    fast = work(model, effort="fast")
+    assert "plan" not in fast and fast["quantize"].products == 0
+    twice = work(model, effort="fast", calib_tokens=4096)
+    assert twice["route"].products == pytest.approx(2 * fast["route"].products)
+    assert "compare" not in work(model, eval_tokens=0) and "self-check" not in work(model, self_check=False)
+    folder = work(model, type=None, format="safetensors")
+    assert "plan" not in folder and folder["quantize"].products > 0
+
+
+def test_the_machine_is_asked_briefly() -> None:
+    found = speed()
+    assert 1e8 < found.products < 1e13 and 1e7 < found.numbers < 1e11 and found.cores > 0
+    assert Speed(10, 5, 1).seconds(Work(100, 10, 1)) == 13
+
+
+def test_a_short_conversion_is_not_predicted_nor_one_that_nobody_measured(tiny: Tiny) -> None:
+    def asked(**given: object) -> object:
+        jobs = open_jobs(tiny("qwen3_moe"), Settings(**({"type": "Q4_K_M"} | given)))  # type: ignore[arg-type]
+        return forecast(jobs, Texts(None, None, None), False)
+
+    assert asked() is None and asked(effort="best") is None
+
+
+def test_what_is_expected_is_said_and_kept(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(duration, "SHORT", 0.0)
+    monkeypatch.setattr(duration, "TOLD", 0.0)
+    asked = ("convert", tiny("olmoe"), "-t", "Q4_K_M", "--effort", "fast", "--calib-tokens", 2048)
+    done = run(*asked, "--eval-tokens", 1024, "-o", tmp_path / "a.gguf", "--json")
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    found, took = value["forecast"], {stage["name"]: stage for stage in value["stages"]}
+    assert took.keys() == {"open", *found["stages"]}
+    assert found["cpu_seconds"] == pytest.approx(sum(found["stages"].values())) and found["seconds"] > 0
+    assert max(stage["peak_bytes"] for stage in took.values()) < 1.5 * found["memory_bytes"]
+    assert found["disk_bytes"] > 2 * value["files"][0]["bytes"]
+    assert all(stage["cpu_seconds"] > 0 for stage in took.values())
+    (said,) = [record.message for record in caplog.records if "will take about" in record.message]
+    assert "GB of memory and" in said and "GB of disk" in said
