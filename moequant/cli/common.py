@@ -75,7 +75,9 @@ EffortOption = Annotated[
 Ram = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE", help="Memory to use, such as 8G. Above half of it, hidden states go to disk."
+        metavar="SIZE",
+        help="Memory to use, such as 8G. Above half of it, hidden states go to disk, and a layer's experts "
+        "are read some at a time.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where the model's layers run: cpu, cuda, cuda:1 …")]

@@ -23,6 +23,7 @@ from moequant.containers.opened import open_model
 from moequant.errors import VerifyError
 from moequant.escape import shown
 from moequant.forward.hidden import Hidden, InMemory
+from moequant.forward.memory import WHOLE
 from moequant.forward.stream import LayerStream, Resources
 from moequant.hub import Model, named
 from moequant.hub.fetch import complete, headers, whole
@@ -162,8 +163,8 @@ def _against(
     ids, recorded = token_rows(baseline, settings.calib, settings.tokens), _has_checksums(source, entries)
     resources = Resources(device=product.device)
     with (
-        LayerStream(model, ids, resources) as base,
-        LayerStream(model, ids, resources, source.load) as other,
+        LayerStream(model, ids, resources, among=WHOLE) as base,
+        LayerStream(model, ids, resources, source.load, among=WHOLE) as other,
         Bar("check", len(entries), "tensor") as bar,
     ):
         for layer, seen in _layers(base, other):

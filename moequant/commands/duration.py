@@ -26,7 +26,7 @@ from moequant.commands.journal import journal_bytes
 from moequant.commands.text import Texts
 from moequant.escape import shown
 from moequant.formats import Effort, engine
-from moequant.forward.memory import rounding_work, working_bytes
+from moequant.forward.memory import rounding_work, usable_bytes, working_bytes
 from moequant.plan.measure import Probing
 from moequant.plan.menu import Menu
 from moequant.progress import Forecast, resident_bytes
@@ -159,7 +159,7 @@ def _memory(jobs: Sequence[Job], read: Texts) -> int:
     """Bytes that this process has, what a layer takes in the original and an output, hidden states, which go
     to disk above half of --ram, and what rounding works with."""
     settings, checkpoint = jobs[0].settings, jobs[0].container.checkpoint
-    found = resident_bytes() + LIBRARIES + working_bytes(checkpoint, 2)
+    found = resident_bytes() + LIBRARIES + working_bytes(checkpoint, 2, usable_bytes(settings.ram))
     if read.calibration is None:
         return found
     rounds, tokens = settings.effort != "fast", read.calibration.tokens

@@ -168,7 +168,7 @@ def _folder(path: Path, kind: str, checkpoint: Checkpoint) -> Source:
     inputs = (
         None if kind == "checkpoint" else _inputs(other.raw.get("quantization_config"), checkpoint, other)
     )
-    provider: Provider = lambda weight: load(theirs[weight.name])  # noqa: E731
+    provider: Provider = lambda weight: load(theirs[weight.name].like(weight))  # noqa: E731
     return Source(path, kind, provider, other.source_bytes, types, inputs)
 
 

@@ -1,14 +1,16 @@
 """Baseline and candidates side by side through the layers, one layer's weights in memory at a time.
 
 Of every layer first the baseline's weights, then each candidate's: all versions of the hidden
-states cross it before the next layer is read. Between layers only hidden states wait. At the end
-logits are made and scored a few tokens at a time.
+states cross it before the next layer is read. Of a layer that is too large for memory, experts come some at a
+time, the baseline's and then each candidate's. Between layers only hidden states wait. At the end logits are
+made and scored a few tokens at a time.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +22,9 @@ from moequant.evaluate.divergence import LOGITS, Scores, join, score_tokens, sum
 from moequant.evaluate.results import Measured, RoutingChange, WeightError
 from moequant.files import scratch
 from moequant.forward.hidden import Hidden
-from moequant.forward.model import Provider, held
+from moequant.forward.memory import Versions
+from moequant.forward.model import Provider, held, of_experts, using
+from moequant.forward.passage import Passage
 from moequant.forward.stream import LayerStream, Resources
 from moequant.forward.taps import Recorder, recording
 from moequant.progress import Bar
@@ -56,9 +60,9 @@ def compare(
     read. Raises what the providers raise.
     """
     named = [base, *candidates]
-    share = None if resources.ram is None else replace(resources, ram=resources.ram // len(named))
+    among = Versions(weights=2, states=len(named))
     with scratch() as folder:
-        with LayerStream(checkpoint, rows.ids, share or resources, base.provider) as stream:
+        with LayerStream(checkpoint, rows.ids, resources, base.provider, among=among) as stream:
             listen(stream.model, checkpoint)
             first, *others = (
                 _Running(one.name, one.provider, stream.new_hidden(folder / str(number)), one.rounded)
@@ -125,51 +129,110 @@ def _embed(stream: LayerStream, base: _Running, others: list[_Running]) -> None:
 
 @dataclass(slots=True)
 class _Beside:
-    """The baseline's weights of one layer by parameter, held against a candidate's as those arrive.
+    """The baseline's resident weights of one layer by parameter, held against a candidate's as those arrive.
 
-    `tokens` are those of the layer's experts; with `last` the baseline's weights go as they were used.
+    With `forget` the baseline's weights go as they were used. `errors` are by weight.
     """
 
     stream: LayerStream
     kept: dict[str, Tensor]
     tokens: Tensor | None
-    version: _Running
-    last: bool
+    errors: dict[str, WeightError]
+    forget: bool
 
     def __call__(self, weights: list[Weight]) -> None:
         """Errors of the weights that make up a parameter."""
         param = weights[0].place.param
         values = held(self.stream.model, param)
         for weight in weights:
+            one, two = (apply(weight.place.ops, each) for each in (self.kept[param], values))
             tokens = self.tokens if weight.is_expert else None
-            ops = weight.place.ops
-            error = _error(weight, apply(ops, self.kept[param]), apply(ops, values), tokens)
-            self.version.errors.append(error)
-        if self.last:
+            self.errors[weight.name] = _error(weight, one, two, tokens)
+        if self.forget:
             del self.kept[param]
+
+
+@dataclass(slots=True)
+class _Crossing:
+    """A version on its way across a layer: its errors by weight, and of its experts' the `_sums` so far.
+
+    `kept` are its resident weights by parameter: the baseline's, to hold others against them, and where
+    experts come some at a time everybody's, to go on with behind the experts.
+    """
+
+    version: _Running
+    passage: Passage[_Chosen]
+    kept: dict[str, Tensor]
+    errors: dict[str, WeightError] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> Tensor | None:
+        """Which experts every token was sent to, i16 [tokens, k], None in a dense layer."""
+        found = [one.index for one in self.passage.told if one.index is not None]
+        return torch.cat(found) if found else None
 
 
 def _cross(stream: LayerStream, layer: int, base: _Running, others: list[_Running], rows: Rows) -> None:
     """All versions across one layer; every candidate's weights are held against the baseline's."""
-    chosen, tokens = _route(stream, layer, base), None
+    apart = bool(stream.chunks(layer))
+    first = _enter(stream, layer, base)
+    chosen, tokens, kept = first.chosen, None, first.kept
     if chosen is not None:
         tokens = torch.bincount(chosen.flatten().long(), minlength=stream.checkpoint.n_experts)
-    kept = {one.place.param: held(stream.model, one.place.param) for one in stream.weights(layer)}
+    crossing = [first]
     for version in others:
-        beside = _Beside(stream, kept, tokens, version, version is others[-1])
+        errors: dict[str, WeightError] = {}
+        beside = _Beside(stream, kept, tokens, errors, not apart and version is others[-1])
         stream.refill(layer, version.provider, beside)
-        found = _route(stream, layer, version)
-        if chosen is not None and found is not None:
+        crossing.append(_enter(stream, layer, version, errors))
+    for experts in stream.chunks(layer):
+        _multiply(stream, layer, crossing, experts)
+    for each in crossing:
+        with using(stream.model, each.kept if apart else {}):
+            deque(each.passage.leave(), 0)
+        each.version.hidden.drop(layer)
+    for each in crossing[1:]:
+        _told(stream, layer, each, tokens)
+        if chosen is not None and (found := each.chosen) is not None:
             moved = _moved(chosen, found, stream.checkpoint.n_experts)
-            version.routing.append(_change(layer, (chosen != found).any(1), moved, rows))
+            each.version.routing.append(_change(layer, (chosen != found).any(1), moved, rows))
 
 
-def _route(stream: LayerStream, layer: int, version: _Running) -> Tensor | None:
-    """Cross the layer; which experts every token was sent to, i16 [tokens, k], None in a dense layer."""
-    crossing = stream.cross(layer, version.hidden, lambda batch: _Chosen(version.rounded), version.hidden)
-    found = [one.index for one in crossing if one.index is not None]
-    version.hidden.drop(layer)
-    return torch.cat(found) if found else None
+def _enter(
+    stream: LayerStream, layer: int, version: _Running, errors: dict[str, WeightError] | None = None
+) -> _Crossing:
+    """A version, whose weights are there now, behind the layer or in front of its experts."""
+    ways = [(version.hidden, version.hidden)]
+    passage = stream.enter(layer, ways, lambda batch: _Chosen(version.rounded))
+    kept = {}
+    if errors is None or stream.chunks(layer):
+        kept = {one.place.param: held(stream.model, one.place.param) for one in stream.resident(layer)}
+    return _Crossing(version, passage, kept, {} if errors is None else errors)
+
+
+def _multiply(stream: LayerStream, layer: int, crossing: list[_Crossing], experts: range) -> None:
+    """Some experts in all versions, each candidate's held against the baseline's."""
+    exact: nn.Module | None = None
+    for each in crossing:
+        with using(stream.model, each.kept):  # biases, and norms behind experts
+            module = stream.part(layer, experts, each.version.provider)
+            each.passage.multiply(module, experts)
+        if exact is None:
+            exact = module
+            continue
+        for weight in stream.experts(layer):
+            sums = each.sums.setdefault(weight.name, torch.zeros(2, weight.matrices, dtype=torch.float64))
+            one, two = of_experts(exact, weight), of_experts(module, weight)
+            sums[:, experts.start : experts.stop] = _sums(weight.of(experts), one, two)
+
+
+def _told(stream: LayerStream, layer: int, crossing: _Crossing, tokens: Tensor | None) -> None:
+    """The errors of a version's weights in the layer, in the model's order."""
+    for weight in stream.weights(layer):
+        if weight.name in crossing.sums:
+            crossing.errors[weight.name] = _as_error(weight, crossing.sums[weight.name], tokens)
+        crossing.version.errors.append(crossing.errors[weight.name])
 
 
 def _moved(chosen: Tensor, found: Tensor, experts: int) -> tuple[float | None, ...]:
@@ -195,15 +258,25 @@ def _of(rows: Rows, domain: str) -> Tensor:
 
 def _error(weight: Weight, base: Tensor, candidate: Tensor, tokens: Tensor | None) -> WeightError:
     """Relative squared error of every expert of a weight, tensors [E, out, in], [out, in] or [n]."""
+    return _as_error(weight, _sums(weight, base, candidate), tokens)
+
+
+def _as_error(weight: Weight, sums: Tensor, tokens: Tensor | None) -> WeightError:
+    error, total = sums
+    return WeightError(weight.name, weight.role, weight.layer, error / total.clamp_min(1e-300), tokens)
+
+
+def _sums(weight: Weight, base: Tensor, candidate: Tensor) -> Tensor:
+    """Squared errors and squares of every expert, f64 [2, E]."""
     shape = (weight.matrices, *weight.shape[-2:]) if weight.shape[1:] else (1, 1, *weight.shape)
-    error, total = torch.zeros(2, weight.matrices, dtype=torch.float64)
+    error, total = sums = torch.zeros(2, weight.matrices, dtype=torch.float64)
     rows = max(1, AT_ONCE // shape[-1])
     for expert, both in enumerate(zip(base.reshape(shape), candidate.reshape(shape), strict=True)):
         for one, two in zip(*(torch.split(each, rows) for each in both), strict=True):
             exact = one.float()
             error[expert] += (exact - two).square().sum(dtype=torch.float64)
             total[expert] += exact.square().sum(dtype=torch.float64)
-    return WeightError(weight.name, weight.role, weight.layer, error / total.clamp_min(1e-300), tokens)
+    return sums
 
 
 def _finish(stream: LayerStream, base: _Running, others: list[_Running], folder: Path) -> None:
@@ -211,7 +284,7 @@ def _finish(stream: LayerStream, base: _Running, others: list[_Running], folder:
     is the head."""
     shapes = [(*batch.shape, stream.checkpoint.shape.hidden) for batch in stream.batches]
     for number, version in enumerate((base, *others)):
-        final = stream.room(folder / f"{number}-final", shapes, len(others) + 1)
+        final = stream.room(folder / f"{number}-final", shapes)
         ends = stream.finish(version.hidden, lambda batch: _Chosen(None), version.load)
         for batch, (_, result) in enumerate(ends):
             final.put(stream.n_layers + 1, batch, result.last_hidden_state)

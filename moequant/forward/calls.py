@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from moequant.checkpoint import Checkpoint
 from moequant.errors import CheckpointError
 
 
@@ -52,6 +53,28 @@ it, or not needed."""
 def alone(hidden: Tensor) -> tuple[()]:
     """Hidden states are all that a layer gives."""
     return ()
+
+
+def beside(checkpoint: Checkpoint, tokens: int) -> Beside:
+    """What the layers give besides hidden states, for rows of so many tokens.
+
+    Layers that give which tokens to look at give all of them, in short rows, in whatever version of the
+    weights. CheckpointError for rows in which they would have to choose.
+    """
+    if checkpoint.family.chosen is None:
+        return alone
+    most = checkpoint.family.chosen(checkpoint.config)
+    if tokens > most:
+        raise CheckpointError(
+            f"{checkpoint.family.name}: layers look at {most} tokens that an earlier layer chose; rows of "
+            f"{tokens} tokens cannot be streamed, only up to {most}"
+        )
+
+    def every_token(hidden: Tensor) -> tuple[Tensor]:
+        numbers = torch.arange(tokens, dtype=torch.int32, device=hidden.device)
+        return (numbers.expand(*hidden.shape[:2], tokens),)
+
+    return every_token
 
 
 class _Reached(Exception):

@@ -4,12 +4,15 @@ transformers dispatches each block's experts to a registered function (`ALL_EXPE
 the module how they are kept: transposed, with biases, without a gate, with a norm behind. Ours sorts the
 tokens by expert, multiplies each expert once, and tells the current recorder what every expert sees. A
 recorder may also change what the products are fed (`Rounding`), see what they give (`Told`), or know what all
-of them together give (`Known`). `part` is a module with some of the experts, for those who run them in turn.
+of them together give (`Known`). `part` is a module with some of the experts, and `Route` says what is sent to
+them, for those who run them in turn.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -58,6 +61,23 @@ def by_expert(index: Tensor, experts: int) -> list[tuple[int, Tensor]]:
     return [(expert, chosen) for expert, chosen in enumerate(torch.split(order, counts)) if len(chosen)]
 
 
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a router sends the tokens of a batch: index i64 [n, k] and the router's weights [n, k]."""
+
+    index: Tensor
+    gates: Tensor
+
+    def to(self, experts: range) -> dict[int, tuple[Tensor, Tensor]]:
+        """Tokens i64 [m] and weights [m] of each of these experts that has any, in the order of experts."""
+        flat, k = self.gates.reshape(-1), self.index.shape[1]
+        return {
+            expert: (torch.div(chosen, k, rounding_mode="floor"), flat[chosen])
+            for expert, chosen in by_expert(self.index, experts.stop)
+            if expert in experts
+        }
+
+
 def first_product(module: nn.Module, expert: int, inputs: Tensor) -> Tensor:
     """What one expert's gate and up (or up alone) make of inputs [m, h]."""
     return _product(module, "gate_up_proj" if _has(module, "has_gate") else "up_proj", expert, inputs)
@@ -102,37 +122,49 @@ def experts_forward(
     stored narrower than the hidden states; the sum over a token's experts runs in float32.
     """
     told, sites = recorder(), getattr(module, SEEN, None)
-    n, k = top_k_index.shape
-    gates = top_k_weights.reshape(-1)
-    dtype = hidden_states.dtype
     fed = hidden_states
     if told is not None and sites is not None:
         told.routed(sites.before, hidden_states, top_k_index, top_k_weights)
         if isinstance(told, Known):
             return told.given(hidden_states)
         fed = told.fed(sites.before, fed) if isinstance(told, Rounding) else fed
-    out = torch.zeros(n, hidden_states.shape[-1], dtype=torch.float32, device=hidden_states.device)
-    for expert, chosen in by_expert(top_k_index, int(module.num_experts)):  # type: ignore[arg-type]
-        tokens = torch.div(chosen, k, rounding_mode="floor")
-        result = _one(module, expert, fed[tokens], gates[chosen], sites)
-        add_output(out, tokens, result, gates[chosen])
-    return out.to(dtype)
+    out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+    every = range(int(module.num_experts))  # type: ignore[arg-type]
+    add_experts(out, module, fed, Route(top_k_index, top_k_weights).to(every))
+    return out.to(hidden_states.dtype)
 
 
-def _one(module: nn.Module, expert: int, inputs: Tensor, gates: Tensor, sites: Seen | None) -> Tensor:
-    """One expert on its tokens, with everything told that somebody wants to know."""
+def add_experts(
+    total: Tensor, module: nn.Module, fed: Tensor, sent: Mapping[int, tuple[Tensor, Tensor]], first: int = 0
+) -> None:
+    """Add what experts give to the sum over each token's experts, f32 [n, h], in the order of `sent`.
+
+    `fed` [n, h] is what all products are fed, `sent` a `Route` to those of the experts that `module` has; its
+    own are numbered from `first`. The current recorder is told.
+    """
+    sites: Seen | None = getattr(module, SEEN, None)
+    for expert, (tokens, gates) in sent.items():
+        result = _one(module, expert - first, expert, fed[tokens], gates, sites)
+        add_output(total, tokens, result, gates)
+
+
+def _one(
+    module: nn.Module, at: int, expert: int, inputs: Tensor, gates: Tensor, sites: Seen | None
+) -> Tensor:
+    """One expert, which the module has `at` a place, on its tokens, with everything told that somebody wants
+    to know."""
     told = recorder() if sites is not None else None
     if told is None or sites is None:
-        return last_product(module, expert, between(module, first_product(module, expert, inputs)))
+        return last_product(module, at, between(module, first_product(module, at, inputs)))
     told.expert(sites.before, expert, inputs, gates)
-    product = first_product(module, expert, inputs)
+    product = first_product(module, at, inputs)
     if isinstance(told, Told):
         told.gave(sites.before, expert, product)
     inner = between(module, product)
     if isinstance(told, Rounding):
         inner = told.fed(sites.inner, inner)
     told.expert(sites.inner, expert, inner, gates)
-    result = last_product(module, expert, inner)
+    result = last_product(module, at, inner)
     if isinstance(told, Told):
         told.gave(sites.inner, expert, result)
     return result

@@ -5,17 +5,43 @@ Budgets decide where numbers lie and how much is done at a time, never what come
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
 from moequant.checkpoint import Checkpoint
 from moequant.errors import CheckpointError
 from moequant.progress import available_bytes
+from moequant.values import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """How many versions of a layer's weights are in memory together (`layer_bytes`; 0: layers are there as
+    wholes, whatever they take), and how many sets of hidden states cross it."""
+
+    weights: int = 1
+    states: int = 1
+
+
+ONE = Versions()
+WHOLE = Versions(weights=0)
 
 WORK = 1 << 30
 """The most that rounding works with beside what it rounds: more serves nothing on a CPU."""
 
 
-def usable_bytes(ram: int | None) -> int | None:
-    """What may be used, `ram` bytes or what the machine has free; None: nobody knows."""
-    free = available_bytes()
+def free_bytes(device: str = "cpu") -> int | None:
+    """What the device has free; None: nobody knows."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_bytes()
+
+
+def usable_bytes(ram: int | None, device: str = "cpu") -> int | None:
+    """What may be used, `ram` bytes or what the device has free; None: nobody knows."""
+    free = free_bytes(device)
     return min((each for each in (ram, free) if each is not None), default=None)
 
 
@@ -30,8 +56,23 @@ def rounding_work(ram: int | None) -> int:
     return WORK if usable is None else min(WORK, usable // 8)
 
 
+def chunks(weights: Sequence[Weight], models: int, usable: int | None) -> tuple[range, ...]:
+    """How many experts of a layer with these weights are in memory at a time; () where the layer is as a
+    whole.
+
+    Weights may take half of the `usable` bytes, the other half is for hidden states; the experts of a layer
+    that takes more come some at a time, in a quarter. `models` as in `layer_bytes`.
+    """
+    experts = _routed(weights)
+    if usable is None or not models or not experts or layer_bytes(weights, models) <= usable // 2:
+        return ()
+    count = experts[0].matrices
+    step = max(1, usable // 4 // max(1, _expert_bytes(experts, models)))
+    return tuple(range(at, min(at + step, count)) for at in range(0, count, step))
+
+
 def check_memory(checkpoint: Checkpoint, models: int, available: int | None = None) -> None:
-    """CheckpointError when the largest layer does not fit: said before any work is done.
+    """CheckpointError when the least that a pass needs does not fit: said before any work is done.
 
     `models` is 0 when nothing runs, 1 for calibration, 2 for a comparison as well. `available`
     bytes are what the machine has free when None; hidden states are not counted, they may spill.
@@ -40,27 +81,66 @@ def check_memory(checkpoint: Checkpoint, models: int, available: int | None = No
     needed = working_bytes(checkpoint, models) if models else 0
     if free is not None and needed > free:
         raise CheckpointError(
-            f"{checkpoint.path}: {needed / 1e9:.1f} GB of memory are needed for its largest layer or head, "
-            f"{free / 1e9:.1f} GB are free; use a larger machine (--eval-tokens 0 may need less)"
+            f"{checkpoint.path}: {needed / 1e9:.1f} GB of memory are needed for its largest layer, without "
+            f"its routed experts, or its head, {free / 1e9:.1f} GB are free; use a larger machine "
+            "(--eval-tokens 0 may need less)"
         )
 
 
-def working_bytes(checkpoint: Checkpoint, models: int) -> int:
-    """Bytes of weights in memory at once while `models` versions of the checkpoint run layer by layer.
+def working_bytes(checkpoint: Checkpoint, models: int, usable: int | None = 0) -> int:
+    """Bytes of weights in memory at once while `models` versions of the checkpoint run layer by layer, where
+    so many are usable; by default the least, with experts one by one."""
+    layers: dict[int, list[Weight]] = {}
+    largest = 0
+    for weight in checkpoint.weights:
+        if weight.layer is None:
+            ends = (_stored(weight) + 4 * models) * weight.numel if len(weight.shape) > 1 else 0
+            largest = max(largest, ends)
+        else:
+            layers.setdefault(weight.layer, []).append(weight)
+    return max(largest, *(_working(weights, models, usable) for weights in layers.values()))
+
+
+def layer_bytes(weights: Sequence[Weight], models: int) -> int:
+    """Bytes of a layer with these weights, as a whole, in `models` versions.
 
     Experts keep the checkpoint's precision, all else and whatever was decoded is float32; a
     weight is there twice while it is copied into its place.
     """
-    layers: dict[int, int] = {}
-    largest = 0
-    for weight in checkpoint.weights:
-        stored = 4 if weight.origin.dtype == "F32" else 2
-        own = weight.numel * (stored if weight.is_expert else 4)
-        once = own + (weight.numel * 4 if models > 1 else 0)
-        if weight.layer is None:
-            ends = (stored + 4 * models) * weight.numel if len(weight.shape) > 1 else 0
-            largest = max(largest, ends)
-        else:
-            layers[weight.layer] = layers.get(weight.layer, 0) + once
-    copied = max(weight.numel for weight in checkpoint.weights if weight.layer is not None)
-    return max(largest, max(layers.values()) + copied * (4 if models > 1 else 2))
+    experts = sum(_bytes(weight, models) for weight in weights if weight.is_expert)
+    others = sum(_bytes(weight, models) for weight in weights if not weight.is_expert)
+    copied = max((weight.numel for weight in weights), default=0)
+    return experts + others + copied * (4 if models > 1 else 2)
+
+
+def _working(weights: Sequence[Weight], models: int, usable: int | None) -> int:
+    """Bytes of what is in memory of a layer."""
+    some = chunks(weights, models, usable)
+    if not some:
+        return layer_bytes(weights, models)
+    others = [weight for weight in weights if not weight.is_expert]
+    return layer_bytes(others, models) + len(some[0]) * _expert_bytes(_routed(weights), models)
+
+
+def _routed(weights: Sequence[Weight]) -> list[Weight]:
+    """The routed experts that the model runs, of one module."""
+    found = [weight for weight in weights if weight.is_expert and weight.runs]
+    modules = {weight.place.param.rpartition(".")[0] for weight in found}
+    return found if len(modules) == 1 else []
+
+
+def _expert_bytes(experts: Sequence[Weight], models: int) -> int:
+    """Bytes of one expert; each of its matrices is there twice while it is copied into its place."""
+    own = sum(_bytes(weight, models) for weight in experts)
+    copied = max(weight.numel for weight in experts) * (4 if models > 1 else 2)
+    return (own + copied) // experts[0].matrices
+
+
+def _bytes(weight: Weight, models: int) -> int:
+    """Bytes of a weight in so many versions: the first as it is kept, the others decoded."""
+    return weight.numel * ((_stored(weight) if weight.is_expert else 4) + (4 if models > 1 else 0))
+
+
+def _stored(weight: Weight) -> int:
+    """Bytes of a number of the weight in the checkpoint's precision."""
+    return 4 if weight.origin.dtype == "F32" else 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from moequant.errors import CheckpointError, foreign
 from moequant.families import Config
 from moequant.forward.causal import causal_class
 from moequant.forward.dispatch import dispatch_all
-from moequant.forward.experts import EXPERTS
+from moequant.forward.experts import EXPERTS, part
 from moequant.values import Weight
-from moequant.values.ops import put, shape_after
+from moequant.values.ops import apply, put, shape_after
 
 Provider = Callable[[Weight], Tensor]
 """A weight's values, shape `weight.shape`."""
@@ -128,6 +128,14 @@ def held(model: nn.Module, name: str) -> Tensor:
     return _target(model, name).data
 
 
+def own_buffers(model: nn.Module, weights: Iterable[Weight]) -> None:
+    """Give the buffers of these weights memory of their own: whoever has them keeps what they held."""
+    for name in {weight.place.param for weight in _placed(weights)}:
+        target = _target(model, name)
+        if not isinstance(target, nn.Parameter):
+            _assign(model, name, target.clone())
+
+
 def replace_memory(model: nn.Module, name: str, keep: bool) -> None:
     """Give a parameter memory of its own in float32, its values copied with `keep`: modules that share the
     old one keep that."""
@@ -136,30 +144,82 @@ def replace_memory(model: nn.Module, name: str, keep: bool) -> None:
     _assign(model, name, new)
 
 
-@contextmanager
-def changed(model: nn.Module, weights: Iterable[Weight], provider: Provider) -> Iterator[None]:
-    """Inside the block these weights have other values, in float32; parameters of the model hold them.
+def changed(model: nn.Module, weights: Iterable[Weight], provider: Provider) -> dict[str, Tensor]:
+    """The parameters in which these weights have other values, in float32; see `using`.
 
     The provider is asked for some experts at a time (`Weight.of`).
     """
-    before: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for weight in weights:
+        name = weight.place.param
+        old = held(model, name)
+        if not weight.place.ops and not weight.is_expert:  # a head is gigabytes, and not copied
+            found[name] = provider(weight).to(old.device, torch.float32)
+            continue
+        if name not in found:
+            found[name] = old.to(torch.float32, copy=True)
+        for at, some in weight.some(AT_ONCE):
+            put(weight.place.ops, found[name][at], provider(some))
+    return found
+
+
+@contextmanager
+def using(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block parameters and buffers of the model, by their names, are these."""
+    before = {name: held(model, name) for name in values}
     try:
-        for weight in weights:
-            name = weight.place.param
-            whole = not weight.place.ops and not weight.is_expert
-            if name not in before:
-                before[name] = held(model, name)
-                if not whole:
-                    replace_memory(model, name, keep=True)
-            if whole:  # a head is gigabytes, and not copied
-                _assign(model, name, provider(weight).to(before[name].device, torch.float32))
-                continue
-            for at, part in weight.some(AT_ONCE):
-                put(weight.place.ops, held(model, name)[at], provider(part))
+        for name, new in values.items():
+            _assign(model, name, new)
         yield
     finally:
         for name, old in before.items():
             _assign(model, name, old)
+
+
+def some_experts(
+    module: nn.Module,
+    weights: Iterable[Weight],
+    experts: range,
+    provider: Provider,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """A module of experts with these alone, numbered from 0: of `weights` their values, as they are stored;
+    the rest is the memory of `module`."""
+    made = part(module, experts)
+    for weight in weights:
+        leaf, values = _leaf(weight), provider(weight.of(experts))
+        whole = getattr(made, leaf)
+        if whole.is_meta:
+            empty = torch.empty_like(whole, dtype=values.dtype, device=device)
+            whole = nn.Parameter(empty, requires_grad=False)
+            setattr(made, leaf, whole)
+        put(weight.place.ops, whole.data, values)
+    return made
+
+
+def changed_experts(module: nn.Module, values: Iterable[tuple[Weight, Tensor]]) -> nn.Module:
+    """A copy of a module of experts in which weights have other values, of all experts that it has, in
+    float32; what does not change is shared."""
+    made = part(module, range(int(module.num_experts)))  # type: ignore[arg-type]
+    copied = set[str]()
+    for weight, new in values:
+        leaf = _leaf(weight)
+        if leaf not in copied:
+            copied.add(leaf)
+            copy_ = getattr(made, leaf).data.to(torch.float32, copy=True)
+            setattr(made, leaf, nn.Parameter(copy_, requires_grad=False))
+        put(weight.place.ops, getattr(made, leaf).data, new)
+    return made
+
+
+def of_experts(module: nn.Module, weight: Weight) -> Tensor:
+    """The values [E, out, in] of a weight in a module that has some of its experts."""
+    return apply(weight.place.ops, getattr(module, _leaf(weight)).data)
+
+
+def _leaf(weight: Weight) -> str:
+    """What the module that has the weight's parameter calls it."""
+    return weight.place.param.rpartition(".")[2]
 
 
 def _placed(weights: Iterable[Weight]) -> list[Weight]:
@@ -175,9 +235,11 @@ def _target(model: nn.Module, name: str) -> Tensor:
 
 def _assign(model: nn.Module, name: str, values: Tensor) -> Tensor:
     module, _, leaf = name.rpartition(".")
-    parameter = nn.Parameter(values, requires_grad=False)
-    setattr(model.get_submodule(module), leaf, parameter)
-    return parameter
+    owner = model.get_submodule(module)
+    is_buffer = leaf in owner._buffers
+    new = values if is_buffer else nn.Parameter(values, requires_grad=False)
+    setattr(owner, leaf, new)
+    return new
 
 
 def _check_filled(checkpoint: Checkpoint, model: PreTrainedModel) -> None:

@@ -1,7 +1,7 @@
 """Layer-major streaming: all batches cross a layer, then its weights make room for the next.
 
-At any moment the weights of one decoder layer are in memory, every tensor is read once a
-pass, and hidden states wait between layers in memory or on disk.
+At any moment the weights of one decoder layer are in memory, or of some of its experts where it is too large
+(`passage`). Every tensor is read once a pass, and hidden states wait between layers in memory or on disk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +22,13 @@ from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.errors import CheckpointError, PlanError, foreign
-from moequant.forward.calls import Beside, Skeleton, alone
+from moequant.files import scratch
+from moequant.forward.calls import Skeleton, beside
 from moequant.forward.experts import EXPERTS
 from moequant.forward.hidden import Hidden, InMemory, OnDisk
-from moequant.forward.model import Provider, empty_model, fill, release
+from moequant.forward.memory import ONE, Versions, chunks, usable_bytes
+from moequant.forward.model import Provider, empty_model, fill, own_buffers, release, some_experts
+from moequant.forward.passage import Passage, Way
 from moequant.forward.taps import Enough, Recorder, recording, watch
 from moequant.values import Role, Site, Weight
 
@@ -114,35 +117,14 @@ def sites(weights: Iterable[Weight]) -> tuple[Site, ...]:
     return tuple({weight.site.name: weight.site for weight in weights if weight.site is not None}.values())
 
 
-def beside(checkpoint: Checkpoint, tokens: int) -> Beside:
-    """What the layers give besides hidden states, for rows of so many tokens.
-
-    Layers that give which tokens to look at give all of them, in short rows, in whatever version of the
-    weights. CheckpointError for rows in which they would have to choose.
-    """
-    if checkpoint.family.chosen is None:
-        return alone
-    most = checkpoint.family.chosen(checkpoint.config)
-    if tokens > most:
-        raise CheckpointError(
-            f"{checkpoint.family.name}: layers look at {most} tokens that an earlier layer chose; rows of "
-            f"{tokens} tokens cannot be streamed, only up to {most}"
-        )
-
-    def every_token(hidden: Tensor) -> tuple[Tensor]:
-        numbers = torch.arange(tokens, dtype=torch.int32, device=hidden.device)
-        return (numbers.expand(*hidden.shape[:2], tokens),)
-
-    return every_token
-
-
 class LayerStream:
     """The layers of a checkpoint, one at a time, and rows of tokens that cross them together.
 
     `ids` i64 [rows, n]. `whole` runs the model with its head, otherwise up to the final norm; `experts`
     names the registered function that runs the MoE blocks. Recorders are told of `watched`, by default of
     the sites of all weights. Use as a context manager; hidden states are the caller's (`new_hidden`), so
-    that several versions of the stream can cross the same layer.
+    that several versions of the stream can cross the same layer. `among` says how many versions of weights
+    are in memory together, and of hidden states; it decides what is in memory, never what comes out.
     """
 
     def __init__(
@@ -154,6 +136,7 @@ class LayerStream:
         whole: bool = False,
         experts: str = EXPERTS,
         watched: Iterable[Site] | None = None,
+        among: Versions = ONE,
     ) -> None:
         self.checkpoint, self.resources, self.provider, self.whole = checkpoint, resources, provider, whole
         self.model = empty_model(checkpoint, experts, resources.device)
@@ -170,6 +153,13 @@ class LayerStream:
             )
         self._ahead: dict[str, Future[Tensor]] = {}
         self._disk = ThreadPoolExecutor(1)
+        self._kept, self._rooms = ExitStack(), 0
+        self._folder: Path | None = None
+        self._among = among
+        usable = usable_bytes(resources.ram, resources.device)
+        if resources.reads_ahead and usable is not None:
+            usable //= 2
+        self._chunks = [chunks(self.weights(layer), among.weights, usable) for layer in range(self.n_layers)]
 
     @property
     def n_layers(self) -> int:
@@ -188,19 +178,35 @@ class LayerStream:
 
     def __exit__(self, *error: object) -> None:
         self._disk.shutdown(cancel_futures=True)
+        self._kept.close()
 
     def weights(self, layer: int | None) -> tuple[Weight, ...]:
         """The weights of a decoder layer, or those outside all layers."""
         return tuple(weight for weight in self.checkpoint.weights if weight.layer == layer)
 
-    def new_hidden(self, folder: Path, width: int | None = None, among: int = 1) -> Hidden:
+    def chunks(self, layer: int) -> tuple[range, ...]:
+        """The experts that come into memory at a time; () where the layer is there as a whole."""
+        return self._chunks[layer]
+
+    def resident(self, layer: int) -> tuple[Weight, ...]:
+        """The weights of a layer that are in memory while it is crossed."""
+        return tuple(each for each in self.weights(layer) if not (each.is_expert and self.chunks(layer)))
+
+    def experts(self, layer: int) -> tuple[Weight, ...]:
+        """The weights of a layer's routed experts."""
+        return tuple(each for each in self.weights(layer) if each.is_expert and each.runs)
+
+    def new_hidden(self, folder: Path, width: int | None = None, among: int | None = None) -> Hidden:
         """Room for the hidden states, or for so many numbers [n, width] a token: see `room`."""
         flat = [] if width is None else [(batch.numel(), width) for batch in self.batches]
         return self.room(folder, self.shapes if width is None else flat, among)
 
-    def room(self, folder: Path, shapes: Sequence[tuple[int, ...]], among: int = 1) -> Hidden:
+    def room(self, folder: Path, shapes: Sequence[tuple[int, ...]], among: int | None = None) -> Hidden:
         """Room for a tensor of its own shape a batch: in memory when half of the limit holds them and the
-        others, so many as there are `among` them, else under `folder`."""
+        others, so many as there are `among` them (None: all that crossing layers takes), else under
+        `folder`."""
+        if among is None:
+            among = self._among.states * (3 if any(self._chunks) else 1)
         needed = 4 * sum(math.prod(shape) for shape in shapes)
         if self.resources.ram is None or among * needed <= self.resources.ram // 2:
             return InMemory(shapes)
@@ -216,11 +222,11 @@ class LayerStream:
         release(self.model, embedding)
 
     def layers(self, first: int = 0, experts: bool = True) -> Iterator[int]:
-        """Each decoder layer in turn, from `first`, with its weights in memory; without `experts` those of
-        routed experts are left to the caller."""
+        """Each decoder layer in turn, from `first`, with its `resident` weights in memory; without `experts`
+        those of routed experts are left to the caller."""
 
         def wanted(layer: int) -> tuple[Weight, ...]:
-            return tuple(weight for weight in self.weights(layer) if experts or not weight.is_expert)
+            return tuple(weight for weight in self.resident(layer) if experts or not weight.is_expert)
 
         for layer in range(first, self.n_layers):
             self._fill(wanted(layer))
@@ -232,31 +238,68 @@ class LayerStream:
     def refill(
         self, layer: int, provider: Provider, filled: Callable[[list[Weight]], None] = lambda weights: None
     ) -> None:
-        """The layer's weights from elsewhere instead of those that are in memory.
+        """The layer's resident weights from elsewhere instead of those that are in memory.
 
         `filled` is told, parameter by parameter, of the weights that are in it.
         """
         release(self.model, self.weights(layer))
-        for param in dict.fromkeys(weight.place.param for weight in self.weights(layer)):
-            weights = [weight for weight in self.weights(layer) if weight.place.param == param]
+        own_buffers(self.model, self.weights(layer))
+        for param in dict.fromkeys(weight.place.param for weight in self.resident(layer)):
+            weights = [weight for weight in self.resident(layer) if weight.place.param == param]
             fill(self.model, weights, provider, None, self.resources.device)
             filled(weights)
+
+    def part(self, layer: int, experts: range, provider: Provider | None = None) -> nn.Module:
+        """The layer's module of experts with these alone, read from the stream's provider or from another."""
+        weights = self.experts(layer)
+        module = self.model.get_submodule(weights[0].place.param.rpartition(".")[0])
+        return some_experts(module, weights, experts, provider or self.provider, self.resources.device)
 
     def cross(self, layer: int, hidden: Hidden, make: Callable[[int], R], into: Hidden | None) -> Iterator[R]:
         """Every batch through the layer with its present weights, each with its own recorder `make(batch)`.
 
         Outputs go to `into` as what is fed to the next layer (None: nowhere). Recorders
-        come back in the order of the batches, whatever the threads do.
+        come back in the order of the batches, whatever the threads do. Experts that are not resident are
+        read.
         """
+        passage = self._passage(layer, [(hidden, into)], make)
+        if not self.chunks(layer):
+            yield from passage.through()
+            return
+        passage.reach()
+        for experts in self.chunks(layer):
+            passage.multiply(self.part(layer, experts), experts)
+        yield from passage.leave()
 
-        def work(batch: int) -> R:
-            told = make(batch)
-            out = self.run(layer, batch, hidden, told)
-            if into is not None and out is not None:
-                into.put(layer + 1, batch, out)
-            return told
+    def enter(
+        self, layer: int, ways: Sequence[tuple[Hidden, Hidden | None]], make: Callable[[int], R]
+    ) -> Passage[R]:
+        """The batches of ways (hidden states, and where they go) that have the present weights in common:
+        behind the layer, or in front of its experts where those come some at a time. The caller lets all
+        `chunks` multiply them, and `leave`s."""
+        passage = self._passage(layer, ways, make)
+        if self.chunks(layer):
+            passage.reach()
+        else:
+            passage.told.extend(passage.through())
+        return passage
 
-        return self.each(work)
+    def _passage(
+        self, layer: int, ways: Sequence[tuple[Hidden, Hidden | None]], make: Callable[[int], R]
+    ) -> Passage[R]:
+        rooms = self._for_experts if self.chunks(layer) else lambda layer: None
+        return Passage(self, layer, [Way(*way, rooms(layer)) for way in ways], make)
+
+    def _for_experts(self, layer: int) -> tuple[Hidden, Hidden]:
+        """Room for what experts are fed and give."""
+        (width,) = {each.n_in for each in self.experts(layer) if each.site and each.site.side == "experts"}
+        if self._folder is None:
+            self._folder = self._kept.enter_context(scratch())
+        self._rooms += 1
+        fed, gave = (
+            self.new_hidden(self._folder / f"{self._rooms}-{name}", width) for name in ("fed", "gave")
+        )
+        return fed, gave
 
     def run(
         self, layer: int, batch: int, hidden: Hidden, told: Recorder | None, module: nn.Module | None = None

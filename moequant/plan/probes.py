@@ -1,24 +1,28 @@
 """What errors in weights do to what a model says: changed versions of it cross the layers side by side.
 
 A version is the model with some weights changed. It is the unchanged model up to the first of them, and
-starts there from the unchanged hidden states. Layers are in memory one at a time, so a model of any size is
-probed, and memory decides nothing but where hidden states lie.
+starts there from the unchanged hidden states. Layers are in memory one at a time, or some of their experts,
+so a model of any size is probed, and memory decides nothing but where hidden states lie.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint
 from moequant.evaluate import divergence, log_softmax
 from moequant.files import scratch
 from moequant.forward.hidden import Hidden
-from moequant.forward.model import Provider, changed
+from moequant.forward.memory import Versions
+from moequant.forward.model import Provider, changed, changed_experts, using
+from moequant.forward.passage import Passage
 from moequant.forward.stream import LayerStream, Resources
+from moequant.forward.taps import Recorder
 from moequant.progress import Bar
 from moequant.values import Role, Weight
 
@@ -40,16 +44,23 @@ def divergences(
 ) -> list[float]:
     """The mean KL divergence of every version to the model, over rows of tokens ids i64 [rows, n]."""
     one_row = replace(resources, batch_tokens=ids.shape[1])
-    with scratch() as folder, LayerStream(checkpoint, ids, one_row, whole=True) as stream:
+    among = Versions(weights=2, states=len(versions) + 2)  # with what the model says
+    with scratch() as folder, LayerStream(checkpoint, ids, one_row, whole=True, among=among) as stream:
         scored = ids.shape[1] - ids.shape[1] // 2 - 1
+        states = [stream.new_hidden(folder / str(number)) for number in range(len(versions))]
+        probes = _Probes(stream, versions, rounded, stream.new_hidden(folder / "model"), states, scored)
+        return probes.run(stream.room(folder / "said", [(scored, checkpoint.shape.vocab)] * len(ids)))
 
-        def room(name: str, shapes: Sequence[tuple[int, ...]] = tuple(stream.shapes)) -> Hidden:
-            (folder / name).mkdir()
-            return stream.room(folder / name, shapes, among=len(versions) + 2)
 
-        states = [room(str(number)) for number in range(len(versions))]
-        probes = _Probes(stream, versions, rounded, room("model"), states, scored)
-        return probes.run(room("said", [(scored, checkpoint.shape.vocab)] * len(ids)))
+@dataclass(frozen=True, slots=True)
+class _Crossing:
+    """A version of which weights of a layer change, on its way across that. Where experts come some at a
+    time: the `values` of the parameters that are there, and the `experts` that change."""
+
+    number: int
+    passage: Passage[Recorder]
+    values: Mapping[str, Tensor]
+    experts: tuple[Weight, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,28 +91,41 @@ class _Probes:
 
     def _cross(self, layer: int, started: set[int]) -> None:
         """All versions across one layer, the model last: versions start from what that is fed."""
+        stream, crossing = self.stream, list[_Crossing]()
         unchanged = [self.states[number] for number in started if not self._named(number, layer)]
         for number, states in enumerate(self.states):
             if named := self._named(number, layer):
-                with changed(self.stream.model, named, self._provider(number)):
-                    self._over(layer, [(states if number in started else self.model, states)])
+                before = states if number in started else self.model
+                crossing.append(self._enter(layer, number, named, (before, states)))
                 started.add(number)
-        self._over(layer, [(each, each) for each in (*unchanged, self.model)])
-        for each in (self.model, *(self.states[number] for number in started)):
-            each.drop(layer)
+        together = stream.enter(layer, [(each, each) for each in (*unchanged, self.model)], _nobody)
+        for experts in stream.chunks(layer):
+            module = stream.part(layer, experts)
+            for each in crossing:
+                each.passage.multiply(self._changed(module, each, experts), experts)
+            together.multiply(module, experts)
+        for each in crossing:
+            with using(stream.model, each.values):
+                deque(each.passage.leave(), 0)
+        deque(together.leave(), 0)
+        for hidden in (self.model, *(self.states[number] for number in started)):
+            hidden.drop(layer)
 
-    def _over(self, layer: int, pairs: Sequence[tuple[Hidden, Hidden]]) -> None:
-        """Hidden states of several versions across the layer as it is, all their rows side by side."""
-        rows = len(self.stream.batches)
+    def _enter(self, layer: int, number: int, named: list[Weight], way: tuple[Hidden, Hidden]) -> _Crossing:
+        """A version in which weights of the layer change, at or behind the layer."""
+        stream, apart = self.stream, bool(self.stream.chunks(layer))
+        there = [each for each in named if not (apart and each.is_expert)]
+        values = changed(stream.model, there, self._provider(number))
+        with using(stream.model, values):
+            passage = stream.enter(layer, [way], _nobody)
+        experts = tuple(each for each in named if each not in there)
+        return _Crossing(number, passage, values if apart else {}, experts)
 
-        def work(task: int) -> None:
-            (fed, into), row = pairs[task // rows], task % rows
-            out = self.stream.run(layer, row, fed, None)
-            assert out is not None  # nobody stops it
-            into.put(layer + 1, row, out)
-
-        for _ in self.stream.each(work, len(pairs) * rows):
-            pass
+    def _changed(self, module: nn.Module, crossing: _Crossing, experts: range) -> nn.Module:
+        """These experts, those of `module`, as the version has them."""
+        provider = self._provider(crossing.number)
+        parts = (each.of(experts) for each in crossing.experts)
+        return changed_experts(module, ((part, provider(part)) for part in parts))
 
     def _divergences(self, said: Hidden, started: set[int]) -> list[float]:
         """What the ends of the versions say, held against what the model says."""
@@ -112,7 +136,7 @@ class _Probes:
                 said.put(0, row, log_softmax("baseline", self._logits(row, self.model)))
             for number, states in enumerate(self.states):
                 named = self._named(number, None, *self._at_the_end)
-                with changed(stream.model, named, self._provider(number)):
+                with using(stream.model, changed(stream.model, named, self._provider(number))):
                     stream.tie()
                     given = states if number in started else self.model
                     kl = [divergence(said.get(0, row), self._logits(row, given)) for row in rows]
@@ -136,3 +160,8 @@ class _Probes:
     def _provider(self, number: int) -> Provider:
         """The weights that a version changes."""
         return lambda weight: self.rounded(weight, self.versions[number][weight.name])
+
+
+def _nobody(task: int) -> Recorder:
+    """Of what flows nothing is kept."""
+    return Recorder()

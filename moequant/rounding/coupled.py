@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moequant import formats
+from moequant.forward.experts import Route
 from moequant.forward.hidden import Hidden, InMemory
 from moequant.forward.model import fill, held, release, replace_memory
 from moequant.forward.stream import ENDS, LayerStream
@@ -28,7 +29,7 @@ from moequant.rounding.parts import Parts
 from moequant.rounding.recall import Kept
 from moequant.rounding.results import Result, decoded, joined, judged, lost_by
 from moequant.rounding.rounder import UNROUNDED, Plain, Rounder, Rounding
-from moequant.rounding.routed import Experts, Fed, Route
+from moequant.rounding.routed import Experts, Fed
 from moequant.rounding.shrinkage import shrink
 from moequant.rounding.streams import ROOMS, Streams
 from moequant.rounding.twosided import even_fisher

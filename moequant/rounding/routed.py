@@ -17,37 +17,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from moequant.forward.experts import add_output, between, by_expert, first_product, last_product, part
+from moequant.forward.experts import Route, add_output, between, first_product, last_product
 from moequant.forward.hidden import Hidden
+from moequant.forward.model import changed_experts, of_experts, some_experts
 from moequant.forward.stream import LayerStream
 from moequant.rounding.paired import Grams, Seen
 from moequant.rounding.results import Result, decoded, joined
 from moequant.rounding.rounder import Rounder
 from moequant.rounding.shrinkage import Layer, Mix, Shrinking, choose, classes, tried
 from moequant.values import Weight
-from moequant.values.ops import apply, put
 
 T = TypeVar("T")
 
 INNER = 8
 """What the second products of a chunk are fed stays in memory where so many times as much would find room."""
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where one stream sends the tokens of a batch: index i64 [n, k] and the router's weights [n, k]."""
-
-    index: Tensor
-    gates: Tensor
-
-    def to(self, experts: range) -> dict[int, tuple[Tensor, Tensor]]:
-        """Tokens i64 [m] and weights [m] of each of these experts that has any."""
-        flat, k = self.gates.reshape(-1), self.index.shape[1]
-        return {
-            expert: (torch.div(chosen, k, rounding_mode="floor"), flat[chosen])
-            for expert, chosen in by_expert(self.index, experts.stop)
-            if expert in experts
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +211,7 @@ class Experts:
         """These experts of weights that share their inputs."""
         hessian, rounder = shrinking.of(grams.halves, experts), self.rounder
 
-        return rounder.round(weights, lambda each: _values(exact, each), hessian, grams, experts)
+        return rounder.round(weights, lambda each: of_experts(exact, each), hessian, grams, experts)
 
     def _inputs_shrunk(self, weight: Weight) -> Shrinking:
         """How far the Hessians of the block's inputs are trusted."""
@@ -262,7 +245,7 @@ class Experts:
     def _tried(self, weight: Weight, exact: nn.Module, grams: Grams, layer: Layer) -> dict[Mix, float]:
         trial, halves = self.rounder.rounding.trial, (grams.halves[0][0], grams.halves[1][0])
         rows = trial.sampled(weight.shape[-2])
-        target = self.rounder.target(_values(exact, weight)[:, rows], grams.rows(rows))
+        target = self.rounder.target(of_experts(exact, weight)[:, rows], grams.rows(rows))
         return tried(self.rounder.format(weight), target[0], halves, layer, trial)
 
     def _common(self, width: int) -> tuple[Layer, Layer]:
@@ -310,38 +293,16 @@ class Experts:
 
     def read(self, experts: range, weights: tuple[Weight, ...] | None = None) -> nn.Module:
         """The module with these experts' values; of `weights` alone where given."""
-        made = part(self.module, experts)
-        for weight in weights or self.weights:
-            leaf = weight.place.param.rpartition(".")[2]
-            values = self.stream.provider(weight.of(experts))
-            whole = getattr(made, leaf)
-            if whole.is_meta:
-                empty = torch.empty_like(whole, dtype=values.dtype, device=self.stream.resources.device)
-                whole = nn.Parameter(empty, requires_grad=False)
-                setattr(made, leaf, whole)
-            put(weight.place.ops, whole.data, values)
-        return made
+        stream = self.stream
+        return some_experts(
+            self.module, weights or self.weights, experts, stream.provider, stream.resources.device
+        )
 
     def _packed(self, module: nn.Module, found: list[Result], parts: dict[str, list[Result]]) -> nn.Module:
         """The module with these experts as they were packed; they are put to the other `parts`."""
-        made = part(module, range(int(module.num_experts)))  # type: ignore[arg-type]
-        sizes: dict[str, int] = {}
         for packed, loss in found:
             parts[loss.weight].append((packed, loss))
-            leaf = packed.weight.place.param.rpartition(".")[2]
-            sizes[leaf] = sizes.get(leaf, 0) + packed.weight.numel
-        for leaf, size in sizes.items():
-            old = getattr(made, leaf).data
-            new = (
-                torch.empty_like(old, dtype=torch.float32)
-                if size == old.numel()
-                else old.to(torch.float32, copy=True)
-            )
-            setattr(made, leaf, nn.Parameter(new, requires_grad=False))
-        for packed, _ in found:
-            leaf = packed.weight.place.param.rpartition(".")[2]
-            put(packed.weight.place.ops, getattr(made, leaf).data, decoded(packed))
-        return made
+        return changed_experts(module, ((packed.weight, decoded(packed)) for packed, _ in found))
 
     def _inputs(self, batch: int) -> tuple[Tensor, Tensor]:
         return self._get(self.fed.exact, batch), self._get(self.fed.rounded, batch)
@@ -357,8 +318,3 @@ class Experts:
                 return work(batch)
 
         return self.stream.each(alone)
-
-
-def _values(module: nn.Module, weight: Weight) -> Tensor:
-    """The experts [E, out, in] of a weight in a module that holds some."""
-    return apply(weight.place.ops, getattr(module, weight.place.param.rpartition(".")[2]).data)

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 from moequant.checkpoint import Checkpoint, load
 from moequant.errors import CheckpointError
 from moequant.forward.experts import EXPERTS
+from moequant.forward.memory import free_bytes
 from moequant.forward.model import Provider, empty_model, fill
 from moequant.forward.stream import sites
 from moequant.forward.taps import Recorder, recording, watch
-from moequant.progress import available_bytes
 from moequant.values import Role, Weight
 from moequant.values.ops import Transposed, apply
 
@@ -84,9 +84,7 @@ def needs(checkpoint: Checkpoint, tokens: int, device: str = "cpu") -> Needs:
 
 def check_memory(needed: Needs, device: str = "cpu", free: int | None = None) -> None:
     """CheckpointError when the device has not that much memory; `free` bytes, None: as it says itself."""
-    if free is None:
-        cuda = torch.device(device).type == "cuda"
-        free = torch.cuda.mem_get_info(device)[0] if cuda else available_bytes()
+    free = free_bytes(device) if free is None else free
     if free is not None and needed.bytes > free:
         raise CheckpointError(
             f"effort best holds the whole model for its gradients: {needed.bytes / 1e9:.1f} GB are needed, "

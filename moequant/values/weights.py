@@ -214,6 +214,11 @@ class Weight:
         origin = replace(self.origin, matrices=experts)
         return replace(self, shape=(len(experts), *self.shape[1:]), origin=origin)
 
+    def like(self, other: Weight) -> Weight:
+        """The same weight with those experts only that `other` has."""
+        some = other.origin.matrices
+        return self if some is None else self.of(some)
+
     def some(self, at_once: int) -> Iterator[tuple[slice, Weight]]:
         """A stack of experts in parts of so many numbers, with where they are in it; others as a whole."""
         step = max(1, at_once * self.matrices // self.numel) if self.is_expert else self.matrices

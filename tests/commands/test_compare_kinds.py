@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,24 @@ def test_every_kind_in_one_comparison(tiny, made: dict[str, Path], text: Path) -
     told = compare_value(found)
     assert told["activations"] == "llama.cpp; as they are"
     assert [one["activations"] for one in told["candidates"]] == ["llama.cpp", "as they are", "as they are"]
+
+
+def test_experts_are_read_alone_and_compared_alike(tiny, made: dict[str, Path], text: Path) -> None:
+    """Some experts of every kind are those of the whole; in one byte of memory they come one by one."""
+    checkpoint = open_checkpoint(tiny("mixtral"))
+    for path in (*made.values(), tiny("mixtral")):
+        provider = open_source(path, checkpoint).provider
+        assert provider is not None
+        for weight in checkpoint.weights:
+            if weight.is_expert:
+                assert torch.equal(provider(weight)[1:3], provider(weight.of(range(1, 3)))), (path, weight)
+    some = Resources(ram=1, threads=1, batch_tokens=512)
+    one, two = (
+        run(tiny("mixtral"), [*made.values()], replace(settings(text), resources=each)).measured
+        for each in (settings(text).resources, some)
+    )
+    assert [each.comparison for each in one] == [each.comparison for each in two]
+    assert [each.routing for each in one] == [each.routing for each in two]
 
 
 def test_a_folder_is_decoded_by_compressed_tensors_as_by_us(tiny, made: dict[str, Path]) -> None:

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from moequant.checkpoint import open_checkpoint
-from moequant.forward.calls import Skeleton
+from moequant.forward.calls import Skeleton, beside
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
-from moequant.forward.stream import beside
 from tests import models
 
 

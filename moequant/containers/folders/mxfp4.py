@@ -85,7 +85,7 @@ class StackedWeights(FolderWeights):
 
     def stored(self, weight: Weight, expert: int = 0) -> dict[str, Tensor]:
         """See `FolderWeights`: as `storage.Mxfp4` has them."""
-        blocks, scales = (self.tensor(name, expert) for name in self.parts(weight)[expert])
+        blocks, scales = (self.tensor(name, expert) for name in self.parts(weight)[0])
         if blocks.ndim != 3 or scales.shape != blocks.shape[:2]:
             raise VerifyError(
                 f"{self.path}: {self.label(weight, expert)} has blocks {list(blocks.shape)} and scales "

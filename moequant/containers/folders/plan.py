@@ -147,7 +147,8 @@ def stores(checkpoint: Checkpoint, plan: Plan, layout: LayoutName) -> dict[str, 
 
 def stored_names(weight: Weight) -> tuple[str, ...]:
     """What checkpoints with a tensor for every expert call a weight's matrices: E names, or one."""
-    if weight.is_expert and len(weight.names) != weight.matrices:
+    some = weight.origin.matrices or range(weight.matrices)
+    if weight.is_expert and len(weight.names) < some.stop:
         raise FamilyError(
             f"{weight.name}: {weight.names[0]} has no name for a single expert, which loaders of "
             "safetensors need; write GGUF instead"

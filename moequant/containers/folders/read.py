@@ -107,7 +107,7 @@ class FolderWeights:
         if len(weight.shape) < 2 or not self.is_quantized(weight):
             return self._kept(weight)
         out: Tensor | None = None
-        for expert in range(weight.matrices):
+        for at, expert in enumerate(weight.origin.matrices or range(weight.matrices)):
             values = self.decode(weight, expert)
             if tuple(values.shape) != weight.shape[-2:]:
                 raise VerifyError(
@@ -116,19 +116,23 @@ class FolderWeights:
                 )
             if out is None:
                 out = torch.empty((weight.matrices, *values.shape), dtype=values.dtype)
-            out[expert] = values
+            out[at] = values
         assert out is not None
         return out.reshape(weight.shape)
 
     def _kept(self, weight: Weight) -> Tensor:
-        names, origin = weight.names, weight.origin
-        if weight.is_expert and len(names) == weight.matrices and names[0] in self.files:
-            return torch.stack([self._whole(name, weight.shape[1:]) for name in names])
+        names, origin, some = weight.names, weight.origin, weight.origin.matrices
+        numbers = some or range(weight.matrices)
+        if weight.is_expert and len(names) >= numbers.stop and names[0] in self.files:
+            return torch.stack([self._whole(names[number], weight.shape[1:]) for number in numbers])
         if len(origin.stored) == 1:
             stored = origin.stored[0]
             name = names[0] if names[0] in self.files else stored.name
-            return apply(origin.ops, self._whole(name, stored.shape))
-        return apply(origin.ops, torch.cat([self._whole(part.name, part.shape) for part in origin.stored]))
+            values = apply(origin.ops, self._whole(name, stored.shape))
+        else:
+            parts = [self._whole(part.name, part.shape) for part in origin.stored]
+            values = apply(origin.ops, torch.cat(parts))
+        return values if some is None else values[some.start : some.stop]
 
     def _whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
         values = self.tensor(name)

@@ -90,17 +90,19 @@ class GgufFile:
             raise CheckpointError(f"{path}: ends inside tensor {name}; is the download complete?")
         return found.reshape(rows, -1)
 
-    def values(self, name: str) -> Tensor:
-        """A tensor decoded by gguf-py, f32 in its own shape; experts one by one, some rows at a time.
+    def values(self, name: str, experts: range | None = None) -> Tensor:
+        """A tensor decoded by gguf-py, f32 in its own shape, or these experts of a stack [E, out, in]: one by
+        one, some rows at a time.
 
         Raises what `data` raises, and VerifyError for a type that gguf-py cannot decode.
         """
         import torch  # headers are read without it: a second faster
 
         info, label = self.info(name), f"{self.path}: {name}"
-        out = np.empty(info.shape, np.float32)
         stacked = len(info.shape) == 3
-        for expert, part in enumerate(out if stacked else out[None]):
+        numbers = experts or range(info.shape[0] if stacked else 1)
+        out = np.empty((len(numbers), *info.shape[1:]) if stacked else info.shape, np.float32)
+        for expert, part in zip(numbers, out if stacked else out[None], strict=True):
             packed, rows = self.data(name, expert if stacked else None), part.reshape(-1, info.shape[-1])
             step = max(1, AT_ONCE // rows.shape[1])
             for at in range(0, len(rows), step):

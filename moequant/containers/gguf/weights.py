@@ -21,25 +21,31 @@ class GgufWeights:
         self.file, self.exported = file or GgufFile(path), exported
         self._shapes = {weight.name: weight.shape for weight in exported.weights}
 
-    def tensor(self, name: str) -> Tensor:
-        """One of the file's tensors by our name, f32, shape of its weight. VerifyError for another shape."""
+    def tensor(self, name: str, experts: range | None = None) -> Tensor:
+        """One of the file's tensors by our name, f32, shape of its weight; of a stack these experts alone.
+        VerifyError for another shape."""
         theirs = self.exported.names[name]
         expected, found = self.exported.shapes[name], self.file.info(theirs).shape
         if found != expected:
             raise VerifyError(f"{self.file.path}: {theirs} is {list(found)}, expected {list(expected)}")
-        return self.file.values(theirs).reshape(self._shapes[name])
+        shape = self._shapes[name]
+        if experts is None:
+            return self.file.values(theirs).reshape(shape)
+        if len(found) < 3:  # experts in one matrix
+            return self.file.values(theirs).reshape(shape)[experts.start : experts.stop]
+        return self.file.values(theirs, experts).reshape(len(experts), *shape[1:])
 
     def as_cut(self, weight: Weight) -> Tensor:
         """Decoded values of a weight as the file cuts it: a `forward.model.Provider` of
         `exported.checkpoint`."""
-        return self.tensor(weight.name)
+        return self.tensor(weight.name, weight.origin.matrices)
 
     def load(self, weight: Weight) -> Tensor:
         """Decoded values of a weight of the model, in the model's order: a `forward.model.Provider`."""
-        parts = self.exported.parts[weight.name]
+        parts, some = self.exported.parts[weight.name], weight.origin.matrices
         if len(parts) == 1 and not parts[0][1]:
-            return self.tensor(weight.name)
+            return self.tensor(weight.name, some)
         out = torch.empty(weight.shape)
         for name, ops in parts:
-            put(ops, out, self.tensor(name))
+            put(ops, out, self.tensor(name, some))
         return out
