@@ -127,7 +127,7 @@ def score_tokens(base: Tensor, candidate: Tensor, target: Tensor) -> Scores:
     return join([_score(*part) for part in parts])
 
 
-def divergence(log_p: Tensor, candidate: Tensor) -> Tensor:
+def kl_divergence(log_p: Tensor, candidate: Tensor) -> Tensor:
     """The KL divergence alone, f64 [m]: from the baseline's log-probabilities and the candidate's logits,
     both [m, vocab], a few tokens at a time. VerifyError as for `score_tokens`."""
     step = max(1, LOGITS // log_p.shape[-1])

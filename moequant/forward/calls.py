@@ -101,6 +101,11 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(self._held[0], name)  # models ask layers for their attention type
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        held = self.__dict__.get("_held")  # what is the layer's own goes there
+        to = held[0] if held and (name in held[0]._parameters or name in held[0]._buffers) else super()
+        to.__setattr__(name, value)
+
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         beside = self._beside(hidden)
         out = self._told(self._number, hidden, Call(args, kwargs, beside))

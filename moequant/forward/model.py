@@ -235,10 +235,9 @@ def _target(model: nn.Module, name: str) -> Tensor:
 
 def _assign(model: nn.Module, name: str, values: Tensor) -> Tensor:
     module, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(module)
-    is_buffer = leaf in owner._buffers
-    new = values if is_buffer else nn.Parameter(values, requires_grad=False)
-    setattr(owner, leaf, new)
+    is_parameter = isinstance(_target(model, name), nn.Parameter)
+    new = nn.Parameter(values, requires_grad=False) if is_parameter else values
+    setattr(model.get_submodule(module), leaf, new)
     return new
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint
-from moequant.evaluate import divergence, log_softmax
+from moequant.evaluate import kl_divergence, log_softmax
 from moequant.files import scratch
 from moequant.forward.hidden import Hidden
 from moequant.forward.memory import Versions
@@ -139,7 +139,7 @@ class _Probes:
                 with using(stream.model, changed(stream.model, named, self._provider(number))):
                     stream.tie()
                     given = states if number in started else self.model
-                    kl = [divergence(said.get(0, row), self._logits(row, given)) for row in rows]
+                    kl = [kl_divergence(said.get(0, row), self._logits(row, given)) for row in rows]
                 found.append(float(torch.cat(kl).mean()))
         return found
 
