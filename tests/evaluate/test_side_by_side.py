@@ -14,9 +14,10 @@ from tests.forward.test_stream import SMALL, rows
 
 
 @pytest.mark.parametrize("ram", [None, 0])
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "mixtral"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma4", "gpt_oss", "mixtral"])
 def test_the_error_of_every_weight_is_its_own(tiny, family: str, ram: int | None) -> None:
-    """Also of a router's correction, which is a buffer; layers as wholes, and their experts one by one."""
+    """Also of buffers: a router's correction, a scalar of the layer itself. Layers are wholes, or their
+    experts come one by one."""
     checkpoint = open_checkpoint(tiny(family))
     expected = {each.name: 0.01 * (1 + at % 7) for at, each in enumerate(checkpoint.weights)}
 
