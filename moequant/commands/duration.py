@@ -211,9 +211,10 @@ def _rate(work: Callable[[], None], seconds: float = 0.12) -> float:
 
 def _search(name: str, effort: Effort) -> float:
     """CPU seconds that the plain search for a format takes for a weight, uncompiled."""
-    some = torch.randn(32, 2048) / 32
+    fmt = formats.get(name)
+    some = torch.randn(32, fmt.block * max(1, 2048 // fmt.block)) / 32  # a block may be a whole row
     began = time.process_time()
-    formats.quantize(formats.get(name), some, None, effort, threads=1)
+    formats.quantize(fmt, some, None, effort, threads=1)
     return (time.process_time() - began) / some.numel()
 
 

@@ -163,7 +163,7 @@ def test_memory_is_refused_in_one_line_before_anything_is_read(tiny, monkeypatch
     check_memory(needed, free=needed.bytes)
     with pytest.raises(CheckpointError, match=r"3\.0 GB are needed, 2\.0 GB are free; use --effort default$"):
         check_memory(Needs(1, 3 * 10**9, 1.0), free=2 * 10**9)
-    monkeypatch.setattr(fisher, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr("moequant.forward.memory.available_bytes", lambda: 10**6)
 
     def never(weight: object) -> Tensor:
         raise AssertionError("a weight was read")
