@@ -20,6 +20,13 @@ from moequant.hub import GgufModel, HubModel, located
 __all__ = ["AsJson", "Commands", "console", "emit", "guarded", "tell"]
 
 
+class Format(StrEnum):
+    """GGUF files for llama.cpp, or folders for vLLM."""
+
+    gguf = "gguf"
+    safetensors = "safetensors"
+
+
 class Effort(StrEnum):
     """How hard the quantizers search."""
 

@@ -7,16 +7,9 @@ from typing import Annotated
 
 import typer
 
-from moequant.cli.common import MOST, AsJson, CacheDir, guarded, place, tell
+from moequant.cli.common import MOST, AsJson, CacheDir, Format, guarded, place, tell
 from moequant.errors import PlanError
 from moequant.escape import plain
-
-
-class Format(StrEnum):
-    """What is served: GGUF files by llama.cpp, or folders by vLLM."""
-
-    gguf = "gguf"
-    safetensors = "safetensors"
 
 
 class CacheType(StrEnum):
@@ -143,7 +136,7 @@ def _check(format_: Format, cache: CacheType | None, given: dict[str, object]) -
     """PlanError for options that the format does not have, and for one that it needs."""
     foreign = _OF_FILES if format_ is Format.safetensors else _OF_FOLDERS
     if named := [name for name in foreign if given[name] is not None]:
-        other = "vLLM holds all of it on GPUs" if format_ is Format.safetensors else "it is for folders"
+        other = "it is for GGUF files" if format_ is Format.safetensors else "it is for folders"
         option = f"--{named[0].replace('_', '-')}"
         raise PlanError(f"{option} does not go with --format {format_.value}; {other}")
     if cache is not None and cache not in _CACHES[format_]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from moequant.cli.common import (
     Config,
     Effort,
     EffortOption,
+    Format,
     Overwrite,
     Seed,
     Source,
@@ -24,13 +24,6 @@ from moequant.cli.common import (
     source,
     tell,
 )
-
-
-class Format(StrEnum):
-    """What is planned."""
-
-    gguf = "gguf"
-    safetensors = "safetensors"
 
 
 def plan(

@@ -302,9 +302,8 @@ def _plan(model: Model, probes: Rows, menu: Menu, search: Search) -> Work:
     checkpoint, probing = model.checkpoint, Probing()
     running = tuple(weight for weight in checkpoint.weights if weight.runs)
     groups = [group for group in menu.groups(running) if len(menu.candidates(group[0])) > 1]
-    wanted = probing.tokens // (max(1, len(groups)) * probes.ids.shape[1])
     row = probes.ids.shape[1]
-    tokens = row * max(1, min(wanted, probing.rows, len(probes.ids)))
+    tokens = row * probing.scored(len(groups), probes.ids)
     layers = checkpoint.shape.layers
     versions = len(groups) + 4  # two plans, and the model itself beside the groups and beside the plans
     crossed = 4 * layers + sum(
@@ -313,10 +312,9 @@ def _plan(model: Model, probes: Rows, menu: Menu, search: Search) -> Work:
     passes = model.passing(tokens * crossed / layers, row)
     samples, compiled = 0, set[str]()
     for weight in running:
-        names = menu.measured(weight)
-        experts = min(weight.matrices, probing.experts)
-        rows = max(1, min(weight.shape[-2:][0], probing.sample // (experts * weight.n_in)))
-        samples += (len(names) - 1) * experts * rows * weight.n_in
+        if others := len(menu.measured(weight)) - 1:
+            experts, rows = probing.sampled(weight)
+            samples += others * experts * rows * weight.n_in
     searched = Work()
     for group in groups:
         for weight in group:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -197,18 +197,20 @@ def some_experts(
     return made
 
 
-def changed_experts(module: nn.Module, values: Iterable[tuple[Weight, Tensor]]) -> nn.Module:
+def changed_experts(module: nn.Module, weights: Sequence[Weight], provider: Provider) -> nn.Module:
     """A copy of a module of experts in which weights have other values, of all experts that it has, in
-    float32; what does not change is shared."""
+    float32; what does not change is shared, and what changes as a whole is not copied before."""
     made = part(module, range(int(module.num_experts)))  # type: ignore[arg-type]
-    copied = set[str]()
-    for weight, new in values:
-        leaf = _leaf(weight)
-        if leaf not in copied:
-            copied.add(leaf)
-            copy_ = getattr(made, leaf).data.to(torch.float32, copy=True)
-            setattr(made, leaf, nn.Parameter(copy_, requires_grad=False))
-        put(weight.place.ops, getattr(made, leaf).data, new)
+    sizes: dict[str, int] = {}
+    for weight in weights:
+        sizes[_leaf(weight)] = sizes.get(_leaf(weight), 0) + weight.numel
+    for leaf, size in sizes.items():
+        old = getattr(made, leaf).data
+        whole = size == old.numel()
+        new = torch.empty_like(old, dtype=torch.float32) if whole else old.to(torch.float32, copy=True)
+        setattr(made, leaf, nn.Parameter(new, requires_grad=False))
+    for weight in weights:
+        put(weight.place.ops, getattr(made, _leaf(weight)).data, provider(weight))
     return made
 
 

@@ -28,7 +28,7 @@ R = TypeVar("R", bound=Recorder)
 class _Counting(Recorder):
     """Tells `to` all but the first `skipped` of what flows; what it says of itself is said of `to`."""
 
-    def __init__(self, to: Recorder | None, skipped: int = 0) -> None:
+    def __init__(self, to: Recorder, skipped: int = 0) -> None:
         self.to, self.skipped, self.seen = to, skipped, 0
 
     def __getattr__(self, name: str) -> Any:
@@ -71,7 +71,7 @@ class _UpTo(_Counting):
 class _Behind(_Counting):
     """Goes on where `_UpTo` stopped: the experts `gave` [n, h]."""
 
-    def __init__(self, to: Recorder | None, skipped: int, gave: Tensor) -> None:
+    def __init__(self, to: Recorder, skipped: int, gave: Tensor) -> None:
         super().__init__(to, skipped)
         self._gave = gave
 

@@ -44,6 +44,16 @@ class Probing:
     effort: Effort = "default"
     gating: Gating = "gate2"
 
+    def scored(self, groups: int, ids: Tensor) -> int:
+        """How many rows of ids i64 [rows, n] each of the probes of so many groups scores."""
+        wanted = self.tokens // (max(1, groups) * ids.shape[1])
+        return max(1, min(wanted, self.rows, len(ids)))
+
+    def sampled(self, weight: Weight) -> tuple[int, int]:
+        """How many experts of a weight are sampled, and how many rows of each."""
+        experts = min(weight.matrices, self.experts)
+        return experts, max(1, min(weight.shape[-2], self.sample // (experts * weight.n_in)))
+
 
 def measure(
     checkpoint: Checkpoint,
@@ -87,8 +97,8 @@ def sample_errors(
     if len(names) == 1 or not weight.runs:
         return dict.fromkeys(names, 0.0)
     count = weight.matrices
-    chosen, mass = _sample_experts(stats if count > 1 else None, count, probing.experts)
-    rows = max(1, min(weight.shape[-2], probing.sample // (len(chosen) * weight.n_in)))
+    experts, rows = probing.sampled(weight)
+    chosen, mass = _sample_experts(stats if count > 1 else None, count, experts)
     at = torch.linspace(0, weight.shape[-2] - 1, rows).round().long()
     sample = _sampled(weight, chosen, at)
     columns = None if stats is None else importance(stats, probing.gating)[chosen]
@@ -149,8 +159,7 @@ class _Prober:
         self.weights, self.calibration, self.probing = checkpoint.weights, calibration, probing
         running = tuple(weight for weight in checkpoint.weights if weight.runs)
         self.groups = [g for g in menu.groups(running) if len(menu.candidates(g[0])) > 1]
-        wanted = probing.tokens // (len(self.groups) * ids.shape[1])
-        count = max(1, min(wanted, probing.rows, len(ids)))
+        count = probing.scored(len(self.groups), ids)
         self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]
 
     def sensitivities(self, errors: Mapping[str, Mapping[str, float]]) -> Sensitivities:

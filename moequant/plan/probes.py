@@ -123,9 +123,8 @@ class _Probes:
 
     def _changed(self, module: nn.Module, crossing: _Crossing, experts: range) -> nn.Module:
         """These experts, those of `module`, as the version has them."""
-        provider = self._provider(crossing.number)
-        parts = (each.of(experts) for each in crossing.experts)
-        return changed_experts(module, ((part, provider(part)) for part in parts))
+        parts = [each.of(experts) for each in crossing.experts]
+        return changed_experts(module, parts, self._provider(crossing.number))
 
     def _divergences(self, said: Hidden, started: set[int]) -> list[float]:
         """What the ends of the versions say, held against what the model says."""

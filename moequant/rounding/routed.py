@@ -302,7 +302,9 @@ class Experts:
         """The module with these experts as they were packed; they are put to the other `parts`."""
         for packed, loss in found:
             parts[loss.weight].append((packed, loss))
-        return changed_experts(module, ((packed.weight, decoded(packed)) for packed, _ in found))
+        by_name = {packed.weight.name: packed for packed, _ in found}
+        weights = [packed.weight for packed, _ in found]
+        return changed_experts(module, weights, lambda weight: decoded(by_name[weight.name]))
 
     def _inputs(self, batch: int) -> tuple[Tensor, Tensor]:
         return self._get(self.fed.exact, batch), self._get(self.fed.rounded, batch)

@@ -201,14 +201,13 @@ def judge(ground: Ground, attempt: Attempt, folder: Path) -> str | None:
 
 
 def _changed(ground: Ground, before: Mapping[Path, str], within: Path | None) -> list[str]:
-    """The bait's files that are others now; new ones in the folder `within` were asked for, and go."""
-    found = []
-    for path, state in ground.bait_state().items():
-        if path not in before and within is not None and path.parent == within:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        elif before.get(path) != state:
-            found.append(path.name)
-    return found + [path.name for path in before if not path.exists() and not path.is_symlink()]
+    """The bait's files that are others now; new ones under the folder `within` were asked for, and go."""
+    after = ground.bait_state()
+    new = {path for path in after if path not in before and within in path.parents}
+    for path in (path for path in new if path.parent == within):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    names = {*before, *after} - new
+    return sorted(path.name for path in names if before.get(path) != after.get(path))
 
 
 @contextmanager
