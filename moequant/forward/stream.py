@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from moequant.forward.memory import ONE, Versions, chunks, usable_bytes
 from moequant.forward.model import Provider, empty_model, fill, own_buffers, release, some_experts
 from moequant.forward.passage import Passage, Way
 from moequant.forward.taps import Enough, Recorder, recording, watch
+from moequant.ranks import ALONE, Ranks, here
 from moequant.values import Role, Site, Weight
 
 BATCH_TOKENS = 4096
@@ -49,7 +50,8 @@ class Resources:
     `ram` is the memory to use in bytes; past half of it hidden states go to disk; None is no limit. `device`
     is where layers run. `threads` is how many batches run at once on a CPU, each in one thread; None is one a
     core. `read_ahead` reads the next layer while this one runs, and needs memory for both; on an accelerator
-    that is always so. `batch_tokens` cross a layer in one forward pass.
+    that is always so. `batch_tokens` cross a layer in one forward pass. `ranks` are the processes that share
+    a pass, and all that it may use; sent to another of them, it becomes that one's.
     """
 
     ram: int | None = None
@@ -57,9 +59,14 @@ class Resources:
     threads: int | None = None
     read_ahead: bool = False
     batch_tokens: int = BATCH_TOKENS
+    ranks: Ranks = field(default_factory=here)
+
+    def __reduce__(self) -> tuple[type[Resources], tuple[Any, ...]]:
+        return Resources, tuple(getattr(self, each.name) for each in fields(self))
 
     def __post_init__(self) -> None:
         """PlanError for a device that is not there."""
+        object.__setattr__(self, "device", self.ranks.device(self.device))
         try:
             asked = torch.device(self.device)
         except RuntimeError:
@@ -86,7 +93,20 @@ class Resources:
         """Batches that cross a layer at the same time."""
         if self.device != "cpu":
             return 1
-        return self.threads or os.cpu_count() or 1
+        return self.threads or max(1, (os.cpu_count() or 1) // self.ranks.count)
+
+    @property
+    def share(self) -> int | None:
+        """Bytes of memory for this process; None is no limit, which there is for several on one machine."""
+        if self.ranks.count == 1:
+            return self.ram
+        usable = usable_bytes(self.ram)
+        return None if usable is None else usable // self.ranks.count
+
+    @property
+    def apart(self) -> Resources:
+        """For a pass that this process makes without the others, while they make theirs."""
+        return replace(self, ram=self.share, threads=self.threads or self.workers, ranks=ALONE)
 
 
 @dataclass(slots=True)
@@ -155,8 +175,8 @@ class LayerStream:
         self._disk = ThreadPoolExecutor(1)
         self._kept, self._rooms = ExitStack(), 0
         self._folder: Path | None = None
-        self._among = among
-        usable = usable_bytes(resources.ram, resources.device)
+        self._among, self._limit = among, resources.share
+        usable = usable_bytes(self._limit, resources.device)
         if resources.reads_ahead and usable is not None:
             usable //= 2
         self._chunks = [chunks(self.weights(layer), among.weights, usable) for layer in range(self.n_layers)]
@@ -208,7 +228,7 @@ class LayerStream:
         if among is None:
             among = self._among.states * (3 if any(self._chunks) else 1)
         needed = 4 * sum(math.prod(shape) for shape in shapes)
-        if self.resources.ram is None or among * needed <= self.resources.ram // 2:
+        if self._limit is None or among * needed <= self._limit // 2:
             return InMemory(shapes)
         return OnDisk(folder, shapes)
 
