@@ -19,7 +19,7 @@ from torch import Tensor
 from moequant import formats
 from moequant.checkpoint import Checkpoint, load
 from moequant.formats import Effort
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.plan import Sensitivities, Unit, allocate
 from moequant.plan.menu import GGUF, Menu
 from moequant.plan.probes import FREE, divergences

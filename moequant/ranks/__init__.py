@@ -11,6 +11,7 @@ made in that order.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -93,8 +94,11 @@ class Ranks:
 
     def in_turn(self, mine: Iterator[T], count: int) -> Iterator[T]:
         """What all ranks make of so many things, in order; this one's are `mine`."""
-        for number in range(count):
-            yield self._from(number % self.count, lambda: next(mine))
+        for first in range(0, count, self.count):
+            own = next(mine, None)  # all are at work before they wait for each other
+            for source in range(min(self.count, count - first)):
+                yield self._from(source, lambda own=own: own)  # type: ignore[misc]
+        deque(mine, 0)  # what it does behind the last
 
     def dealt(
         self, items: Sequence[R], costs: Sequence[float], work: Callable[[list[R]], Sequence[T]]

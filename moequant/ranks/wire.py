@@ -37,11 +37,11 @@ class Wire:
     def __init__(self) -> None:
         """RankError where the others are not found."""
         try:
-            self._store, self.rank, self.count = next(dist.rendezvous("env://"))
+            self._store, self.rank, self.count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
             self._store.set_timeout(FOREVER)
             if not self.rank:
                 self._store.set(FIRST, f"{os.getpid()} {socket.gethostname()}")
-            named = dist.PrefixStore("moequant", self._store)
+            named = dist.PrefixStore("moequant", self._store)  # type: ignore[attr-defined]
             dist.init_process_group(
                 "gloo", store=named, rank=self.rank, world_size=self.count, timeout=FOREVER
             )
@@ -139,7 +139,8 @@ class _Unpacking(pickle.Unpickler):
     def persistent_load(self, name: Any) -> Tensor:
         """See `pickle.Unpickler`."""
         at, dtype, shape = name
-        return self._parts[at].view(dtype).view(shape)
+        values: Tensor = self._parts[at].view(dtype).view(shape)
+        return values
 
 
 def packed(value: Any) -> tuple[bytes, list[Tensor]]:

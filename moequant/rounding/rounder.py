@@ -89,7 +89,7 @@ class Rounder:
     ) -> list[Result]:
         """Weights that share their inputs, or these experts of them: each of `values` [E, out, in] towards
         its target under shrunk Hessians [E, in, in], judged under those of `grams`."""
-        shared, found = self._shared(weights, values, grams), []
+        shared, found = self._shared(weights, values, grams), list[Result]()
         for weight in weights:
             fmt, options = self.format(weight), replace(self.rounding.options, of=weight.numel)
             part = weight if experts is None else weight.of(experts)
@@ -104,6 +104,11 @@ class Rounder:
                 bands.append((rounded, lost_by(fmt, wanted, rounded, own)))
             found.append(judged(part, fmt, *stacked(bands), grams.tokens))
         return found
+
+    def apart(self, weights: Sequence[Weight]) -> bool:
+        """Whether each of these weights is rounded as it would be without the others."""
+        shared = [self.format(weight).shared for weight in weights]
+        return all(each is None or not each.across for each in shared)
 
     def _shared(
         self, weights: Sequence[Weight], values: Callable[[Weight], Tensor], grams: Grams
