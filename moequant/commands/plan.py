@@ -21,6 +21,7 @@ from moequant.errors import PlanError
 from moequant.escape import shown
 from moequant.files import atomic, claim
 from moequant.formats import Effort
+from moequant.forward.resources import Resources
 from moequant.hub import Source
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.plan import Budget, Point, Sensitivities, curve, points, preset_points
@@ -30,6 +31,7 @@ from moequant.plan.folders import FolderMenu
 from moequant.plan.measure import Probing, measure
 from moequant.plan.menu import GgufMenu, Menu
 from moequant.progress import Meter
+from moequant.ranks import here
 from moequant.report.curve import draw
 from moequant.report.routing import check_picture
 from moequant.statistics.calibrate import calibrate
@@ -221,9 +223,10 @@ def _survey(source: Folder, settings: PlanSettings, outputs: Outputs) -> Survey:
     if settings.stats is not None:
         calibration = load_statistics(opened, made.checkpoint, settings.stats).calibration
     else:
-        calibration = calibrate(made.checkpoint, calib_rows)
+        calibration = calibrate(made.checkpoint, calib_rows, Resources(ranks=here()))
     ids = probe_rows.ids if settings.probes else None
-    found = measure(made.checkpoint, calibration, ids, Probing(effort=settings.effort), made.menu)
+    probing, shared = Probing(effort=settings.effort), Resources(ranks=here())
+    found = measure(made.checkpoint, calibration, ids, probing, made.menu, shared)
     return Survey(made.checkpoint, found, made.curve(found, budgets, shown(opened.source)))
 
 
