@@ -13,14 +13,17 @@ from moequant.cli.common import (
     Calib,
     CalibTokens,
     Config,
+    Device,
     Effort,
     EffortOption,
     Format,
     Overwrite,
+    Ram,
     Seed,
     Source,
     TensorType,
     guarded,
+    ram_bytes,
     source,
     tell,
 )
@@ -83,6 +86,8 @@ def plan(
     ] = True,
     effort: EffortOption = Effort.default,
     seed: Seed = 0,
+    ram: Ram = None,
+    device: Device = "cpu",
     config: Config = None,
     cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
@@ -93,8 +98,10 @@ def plan(
         Outputs,
         PlanSettings,
     )
+    from moequant.forward.stream import Resources
     from moequant.library import plan as run
 
+    resources = guarded(lambda: Resources(ram=ram_bytes(ram), device=device))
     pins = tuple(tensor_type or ())
     settings = guarded(
         lambda: PlanSettings(
@@ -112,6 +119,7 @@ def plan(
             schemes,
             gpu,
             tp,
+            resources,
         )
     )
     outputs = Outputs(out, curve, overwrite)
