@@ -98,10 +98,11 @@ def plan(
         Outputs,
         PlanSettings,
     )
-    from moequant.forward.stream import Resources
+    from moequant.forward.resources import Resources
     from moequant.library import plan as run
+    from moequant.ranks import here
 
-    resources = guarded(lambda: Resources(ram=ram_bytes(ram), device=device))
+    resources = guarded(lambda: Resources(ram=ram_bytes(ram), device=device, ranks=here()))
     pins = tuple(tensor_type or ())
     settings = guarded(
         lambda: PlanSettings(

@@ -36,6 +36,7 @@ from moequant.hub.fetch import complete, headers, is_here
 from moequant.hub.stream import announce, shelf_of, streamed
 from moequant.plan import Sensitivities
 from moequant.progress import Forecast, Meter, resident_bytes
+from moequant.ranks import ALONE
 from moequant.report import Conversion, How, Report, card, conversion_page
 from moequant.rounding.diagonal import Quantizer, pack_all, progress
 from moequant.rounding.layerwise import round_checkpoint
@@ -367,7 +368,7 @@ def _compared(done: Sequence[Finished], rows: Rows) -> tuple[Measured, ...]:
     candidates = [
         Version(each.written.path.name, each.job.container.open(each.written.path).load) for each in done
     ]
-    return compare(job.model, base, candidates, rows, job.settings.resources)
+    return compare(job.model, base, candidates, rows, replace(job.settings.resources, ranks=ALONE))
 
 
 def _report(finished: Finished, known: Known, found: Measured | None, meter: Meter) -> Report:

@@ -21,7 +21,7 @@ from moequant.errors import PlanError
 from moequant.escape import shown
 from moequant.files import atomic, claim
 from moequant.formats import Effort
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.hub import Source
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.plan import Budget, Point, Sensitivities, curve, points, preset_points

@@ -123,6 +123,13 @@ class Rounder:
             found.setdefault(key, []).append(weight)
         return list(found.values())
 
+    def bundles(self, weights: Sequence[Weight], grams: Grams) -> list[list[Weight]]:
+        """The same in parts, each of which is rounded as it would be with the others."""
+        shared = [self.format(weight).shared for weight in weights]
+        if any(each is not None and each.across for each in shared):
+            return [list(weights)]
+        return self._alike(weights, grams)
+
     def _shared(
         self, weights: Sequence[Weight], values: Callable[[Weight], Tensor], grams: Grams
     ) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from moequant.commands.plan import PlanSettings, survey
 from moequant.containers.folders import compressed_tensors
 from moequant.containers.folders.plan import KEPT
 from moequant.containers.gguf.export import export
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.plan import read
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
