@@ -49,7 +49,7 @@ class Fed:
         """Tokens of every expert of the rounded stream, in even and odd batches: i64 [2, E]."""
         found = torch.zeros(2, experts, dtype=torch.int64)
         for batch, (_, route) in enumerate(self.routes):
-            found[batch % 2] += torch.bincount(route.index.reshape(-1), minlength=experts).cpu()
+            found[batch % 2] += torch.bincount(route.index.reshape(-1), minlength=experts)[:experts].cpu()
         return found
 
     def drop(self) -> None:
@@ -256,7 +256,7 @@ class Experts:
             fed = self._get(self.fed.rounded, batch)
             fed = torch.where(fed.isfinite().all(1, keepdim=True), fed, 0.0)
             halves[batch % 2].addmm_((fed * route.gates.square().sum(1, keepdim=True)).T, fed)
-            tokens[batch % 2] += route.index.numel()
+            tokens[batch % 2] += int((route.index < self.weights[0].matrices).sum())
         return Layer.of(halves[:1], tokens[:1]), Layer.of(halves, tokens)
 
     def _scale(self, wanted: list[range]) -> Tensor:

@@ -68,7 +68,7 @@ def calibrate(
         with _progress(rows, stream.n_layers, done=len(parts)) as bar:
             for layer in stream.layers(len(parts)):
                 crossing = stream.cross(layer, hidden, make, hidden)
-                parts.append(total(_counted(crossing, bar, stream.n_layers), layer))
+                parts.append(total(_counted(crossing, bar, rows.ids.shape[1] / stream.n_layers), layer))
                 hidden.drop(layer)
             parts.append(total((recorder for recorder, _ in stream.finish(hidden, make)), stream.n_layers))
     return _join(parts)
@@ -77,17 +77,17 @@ def calibrate(
 def _recorders(
     checkpoint: Checkpoint, rows: Rows, domains: tuple[str, ...], stream: LayerStream
 ) -> Callable[[int], Moments]:
-    """A recorder for every batch, which knows the domain of each of its tokens."""
+    """A recorder for every batch, which knows the domain of each of its rows."""
     index = torch.tensor([domains.index(domain) for domain in rows.domains])
-    by_batch = torch.split(index.repeat_interleave(rows.ids.shape[1]), [b.numel() for b in stream.batches])
+    by_batch = torch.split(index, [len(batch) for batch in stream.batches])
     return lambda batch: Moments(checkpoint.n_experts, by_batch[batch], len(domains))
 
 
 def _part(moments: Moments, layer: int, rows: Rows, domains: tuple[str, ...]) -> Calibration:
     """One batch's sums in one layer."""
     routes = tuple(replace(route, layer=layer) for route in moments.routes.values())
-    tokens = len(moments.domains)
-    return Calibration(routes, moments.inputs, tokens // rows.ids.shape[1], tokens, rows.source, domains)
+    count = len(moments.domains)
+    return Calibration(routes, moments.inputs, count, count * rows.ids.shape[1], rows.source, domains)
 
 
 def _join(layers: list[Calibration]) -> Calibration:
@@ -115,10 +115,10 @@ def _progress(rows: Rows, layers: int, done: int) -> Bar:
     return Bar("calibrate", tokens, "tok", done=tokens * done // layers)
 
 
-def _counted(recorders: Iterator[Moments], bar: Bar, layers: int) -> Iterator[Moments]:
+def _counted(recorders: Iterator[Moments], bar: Bar, a_row: float) -> Iterator[Moments]:
     for recorder in recorders:
         yield recorder
-        bar.update(len(recorder.domains) / layers)
+        bar.update(len(recorder.domains) * a_row)
 
 
 def _blame(checkpoint: Checkpoint) -> None:
