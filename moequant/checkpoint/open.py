@@ -85,6 +85,11 @@ class Checkpoint:
         return self.shape.tied
 
     @property
+    def encodes(self) -> bool:
+        """Whether the model has an encoder beside its decoder: of servers only transformers runs it."""
+        return bool(self.config.is_encoder_decoder)
+
+    @property
     def n_experts(self) -> int:
         """Experts per layer, 0 for a dense model."""
         return self.shape.experts

@@ -27,7 +27,6 @@ from moequant.errors import VerifyError, few, foreign, one_line
 from moequant.evaluate.activations import by_32
 from moequant.families.config import LAYERS
 from moequant.forward.causal import logits, whole_class
-from moequant.forward.joined import is_joined
 from moequant.forward.memory import usable_bytes
 from moequant.forward.model import Provider, build_model
 from moequant.runtimes.llama_cpp import logits as llama_cpp
@@ -113,7 +112,7 @@ def self_check(checkpoint: Checkpoint, output: Output | None, available: int | N
     free = usable_bytes(available)
     layers = checkpoint.n_layers if free is None else _layers_within(checkpoint, free)
     if layers < checkpoint.n_layers:
-        if is_joined(checkpoint.config):
+        if checkpoint.encodes:
             return SelfCheck(skipped="it does not fit memory, and a part of an encoder is no model")
         if not layers:
             return SelfCheck(skipped=f"{_bytes(checkpoint, 1) / 1e9:.1f} GB are needed for its first layer")
