@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -283,14 +282,10 @@ def targets(weights: Iterable[Weight]) -> list[str]:
     """What stands for these weights in a config: a pattern for the experts of a layer, else modules' names.
 
     vLLM asks for experts under names of its own ("model.layers.0.block_sparse_moe.experts.0.gate_proj").
-    Where layers are not called so, the pattern is of the modules' own names.
     """
     found: list[str] = []
     for weight in weights:
-        if weight.is_expert and f"layers.{weight.layer}." not in modules(weight)[0]:
-            before, _, _ = re.split(r"(?<=experts\.expert_)(\d+)", modules(weight)[0])
-            found.append(rf"re:{re.escape(before)}\d+\..*")
-        elif weight.is_expert:
+        if weight.is_expert:
             found.append(rf"re:.*layers\.{weight.layer}\..*\bexperts\.\d+\..*")
         else:
             found += [*modules(weight), weight.place.param.removesuffix(".weight")]
