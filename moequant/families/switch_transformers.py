@@ -133,9 +133,7 @@ class _Block:
         module = f"{self.at}.{at}"
         site = Site(f"{own}.inner", module, "inner") if down else Site(f"{own}.input", module, "experts")
         get = (Get(f"{self.stored}.{at}.expert_{{e}}.{stored}.weight"),)
-        return Slot(
-            f"{own}.{role.value}", role, f"{module}.{param}", get, (), site, Stack.EXPERTS, adds=down
-        )
+        return Slot(f"{own}.{role.value}", role, f"{module}.{param}", get, (), site, Stack.EXPERTS, adds=down)
 
 
 SWITCH_TRANSFORMERS = Family(

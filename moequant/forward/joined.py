@@ -35,14 +35,14 @@ def halves(config: PreTrainedConfig, ids: Tensor) -> tuple[Tensor, Tensor]:
     """What encoder and decoder are fed of rows ids i64 [rows, n], n at least 2: the last token of the first
     half gives way to the end of a text, the first one of the second half to where decoders start."""
     source, target = ids[:, : cut(ids.shape[1])].clone(), ids[:, cut(ids.shape[1]) :].clone()
-    source[:, -1], target[:, 0] = config.eos_token_id, starting(config)
+    source[:, -1], target[:, 0] = int(config.eos_token_id), starting(config)
     return source, target
 
 
-def starting(config: Any) -> int | None:
+def starting(config: Any) -> int:
     """The token that decoders start with; of a config that does not say, the padding."""
-    told: int | None = getattr(config, "decoder_start_token_id", None)
-    return config.pad_token_id if told is None else told
+    told = getattr(config, "decoder_start_token_id", None)
+    return int(config.pad_token_id if told is None else told)
 
 
 def span(layer: nn.Module, length: int) -> slice:
@@ -97,10 +97,10 @@ class Joined(switch.SwitchTransformersPreTrainedModel):  # type: ignore[misc]  #
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(map(Half, [*encoder.block, *decoder.block], norms))
         self.norm, self.scaled = decoder.final_layer_norm, Scaled(config)
-        for layer in self.layers:
+        for block in (*encoder.block, *decoder.block):
             # The first block of a stack has the table of positions, and hands what it makes of it to the
             # others: here each has the table, and needs no other in memory.
-            attention = layer.block.layer[0].SelfAttention
+            attention = block.layer[0].SelfAttention
             attention.has_relative_attention_bias = True
             attention.relative_attention_bias = nn.Embedding(
                 config.relative_attention_num_buckets, config.num_heads

@@ -59,8 +59,8 @@ class FolderMenu:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, settings: FolderSettings) -> FolderMenu:
-        """What the settings allow. PlanError for unknown schemes, when a GPU has none of them, and for a model
-        that is served with one alone."""
+        """What the settings allow. PlanError for unknown schemes, when a GPU has none of them, and for a
+        model that nobody serves with several."""
         if checkpoint.encodes:
             raise PlanError(
                 f"{checkpoint.family.name}: only transformers runs it, and reads one scheme for all experts; "

@@ -136,8 +136,9 @@ class Card:
         head = f"## How to run it\n\n`{REPOSITORY}` stands for where you found this page.\n\n"
         if self.first.checkpoint.encodes:
             return head + (
-                "transformers loads it, with `pip install compressed-tensors`, and decodes the experts to their "
-                "original precision in memory:\n\n```python\nfrom transformers import AutoModelForSeq2SeqLM\n\n"
+                "transformers loads it, with `pip install compressed-tensors`, and decodes the experts to "
+                "their original precision in memory:\n\n"
+                "```python\nfrom transformers import AutoModelForSeq2SeqLM\n\n"
                 f'model = AutoModelForSeq2SeqLM.from_pretrained("{REPOSITORY}", dtype="auto")\n```\n'
             )
         if (folder := self.first.how.folder) is not None:

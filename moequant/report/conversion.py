@@ -65,7 +65,8 @@ def next_steps(made: Conversion, model: str) -> RenderableType:
         context = min(first.checkpoint.shape.context, 8192)
         start = f"llama-server -m {shlex.quote(outs[0])} -c {context}"
     compared = shlex.join(["moequant", "compare", model, *outs, "--html", "compare.html"])
-    return Group(line("next", style="bold"), *(line(f"  {each}", style="cyan") for each in (start, compared) if each))
+    steps = [each for each in (start, compared) if each]
+    return Group(line("next", style="bold"), *(line(f"  {each}", style="cyan") for each in steps))
 
 
 def _files(reports: tuple[Report, ...]) -> Table:

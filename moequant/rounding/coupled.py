@@ -227,7 +227,10 @@ class Coupled:
         fed = self.cross(layer, weights, streams)
         module = layer.part(weights[0].place.param.rpartition(".")[0])
         experts = Experts(self.rounder, self.stream, module, weights, fed, streams.folder / "inner")
-        sums = tuple(self._room(streams, layer, f"{name}-sum", fed.width) for name in ("exact", "rounded"))
+        exact, rounded = (
+            self._room(streams, layer, f"{name}-sum", fed.width) for name in ("exact", "rounded")
+        )
+        sums = exact, rounded
         done = experts.run(sums)
         fed.drop()
         layer.kept.experts = sums
