@@ -1,7 +1,8 @@
 """Switch Transformers: an encoder and a decoder of T5, whose sparse layers send a token to one expert of two.
 
 The encoder's layers come first in the list, then the decoder's (`forward/joined.py`). Each has a table of
-positions of its own there, which checkpoints store once for the encoder and once for the decoder.
+positions of its own there, which checkpoints store once for the encoder and once for the decoder. Of a row of
+text the encoder reads the first half; the rest is the decoder's, which is scored on it.
 """
 
 from __future__ import annotations
@@ -163,7 +164,6 @@ SWITCH_TRANSFORMERS = Family(
             "relative_attention_num_buckets",
             "relative_attention_max_distance",
             "router_bias",
-            "router_dtype",
             "decoder_start_token_id",
             "n_positions",
             # Of training, of generation, and of results that nobody asks for.

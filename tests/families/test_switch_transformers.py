@@ -198,6 +198,7 @@ def test_folders_load_in_transformers(made, folder: Path, effort: str) -> None:
     assert (found - ours(folder, IDS)).abs().max() > 1e-2, "it is rounded"
     card = (out / "README.md").read_text()
     assert "AutoModelForSeq2SeqLM" in card and "vllm" not in card
+    assert "the encoder reads the first half" in card
 
 
 def test_hessians_lose_less_than_the_plain_search(made) -> None:
@@ -286,7 +287,13 @@ def test_the_embedding_may_be_stored_again(folder: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "changes",
-    [{"tie_word_embeddings": False}, {"eos_token_id": None}, {"is_gated_act": True}, {"eos_token_id": 160}],
+    [
+        {"tie_word_embeddings": False},
+        {"eos_token_id": None},
+        {"eos_token_id": 160},
+        {"is_gated_act": True},
+        {"router_dtype": "bfloat16"},
+    ],
     ids=str,
 )
 def test_other_models_of_the_class_are_refused(tmp_path: Path, changes: dict[str, object]) -> None:
