@@ -26,7 +26,7 @@ from moequant.checkpoint.headers import read_json
 from moequant.errors import VerifyError, few, foreign, one_line
 from moequant.evaluate.activations import by_32
 from moequant.families.config import LAYERS
-from moequant.forward.causal import whole_class
+from moequant.forward.causal import logits, whole_class
 from moequant.forward.memory import usable_bytes
 from moequant.forward.model import Provider, build_model
 from moequant.runtimes.llama_cpp import logits as llama_cpp
@@ -115,6 +115,8 @@ def self_check(checkpoint: Checkpoint, output: Output | None, available: int | N
     free = usable_bytes(available)
     layers = checkpoint.n_layers if free is None else _layers_within(checkpoint, free)
     if layers < checkpoint.n_layers:
+        if checkpoint.encodes:
+            return SelfCheck(skipped="it does not fit memory, and a part of an encoder is no model")
         if not layers:
             return SelfCheck(skipped=f"{_bytes(checkpoint, 1) / 1e9:.1f} GB are needed for its first layer")
         if checkpoint.gguf is not None:
@@ -308,7 +310,8 @@ def _reference(checkpoint: Checkpoint, ids: Tensor, raw: dict[str, Any]) -> Tens
             output_loading_info=True,
         )
         # What it does not find it makes up, with a warning: files may have names that it does not read.
-        if made_up := sorted({each.place.param for each in checkpoint.weights} & {*told["missing_keys"]}):
+        ours = {name for each in checkpoint.weights for name in (each.place.param, *each.names)}
+        if made_up := sorted(ours & {*told["missing_keys"]}):
             raise VerifyError(f"it knows no file's names for {few(made_up, 2)}")
         return _logits(model, ids)
 
@@ -335,7 +338,7 @@ def _ours(checkpoint: Checkpoint, provider: Provider, ids: Tensor) -> Tensor:
 
 def _logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
     with torch.inference_mode():
-        found: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+        found = logits(model, ids).float()
     del model
     gc.collect()  # models hold cycles, and the next one needs the room
     return found
