@@ -19,6 +19,7 @@ from moequant.check.speed import measure
 from moequant.check.tensors import Against, check_tensor
 from moequant.check.text import token_rows
 from moequant.checkpoint import Checkpoint
+from moequant.commands.text import leading
 from moequant.containers.opened import open_model
 from moequant.errors import VerifyError
 from moequant.escape import shown
@@ -161,7 +162,8 @@ def _against(
         weight = by_name.get(entry.name)
         if weight is None or weight.numel != entry.shape[0] * entry.shape[1] * entry.shape[2]:
             raise VerifyError(f"{source.path}: {entry.name} {list(entry.shape)} is not in {baseline.path}")
-    ids, recorded = token_rows(baseline, settings.calib, settings.tokens), _has_checksums(source, entries)
+    ids = token_rows(baseline, settings.calib, settings.tokens, leading(baseline))
+    recorded = _has_checksums(source, entries)
     resources = Resources(device=product.device)
     with (
         LayerStream(model, ids, resources, among=WHOLE) as base,

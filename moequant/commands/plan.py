@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -31,7 +31,6 @@ from moequant.plan.folders import FolderMenu
 from moequant.plan.measure import Probing, measure
 from moequant.plan.menu import GgufMenu, Menu
 from moequant.progress import Meter
-from moequant.ranks import here
 from moequant.report.curve import draw
 from moequant.report.routing import check_picture
 from moequant.statistics.calibrate import calibrate
@@ -58,6 +57,8 @@ class PlanSettings:
     are those to choose from, `gpu` is the compute capability of the GPU that will serve it, and `tp` how many
     GPUs will share each weight.
 
+    `resources` are the memory and the device that are used; they do not change what is found.
+
     PlanError for what is no size, and for an option that the format does not have.
     """
 
@@ -75,6 +76,7 @@ class PlanSettings:
     schemes: str | None = None
     gpu: float | None = None
     tp: int | None = None
+    resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
         """See the class."""
@@ -223,10 +225,10 @@ def _survey(source: Folder, settings: PlanSettings, outputs: Outputs) -> Survey:
     if settings.stats is not None:
         calibration = load_statistics(opened, made.checkpoint, settings.stats).calibration
     else:
-        calibration = calibrate(made.checkpoint, calib_rows, Resources(ranks=here()))
+        calibration = calibrate(made.checkpoint, calib_rows, settings.resources)
     ids = probe_rows.ids if settings.probes else None
-    probing, shared = Probing(effort=settings.effort), Resources(ranks=here())
-    found = measure(made.checkpoint, calibration, ids, probing, made.menu, shared)
+    probing, menu = Probing(effort=settings.effort), made.menu
+    found = measure(made.checkpoint, calibration, ids, probing, menu, settings.resources)
     return Survey(made.checkpoint, found, made.curve(found, budgets, shown(opened.source)))
 
 

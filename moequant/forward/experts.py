@@ -63,7 +63,8 @@ def by_expert(index: Tensor, experts: int) -> list[tuple[int, Tensor]]:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a router sends the tokens of a batch: index i64 [n, k] and the router's weights [n, k]."""
+    """Where a router sends the tokens of a batch: index i64 [n, k] and the router's weights [n, k]; see
+    `Recorder.routed`."""
 
     index: Tensor
     gates: Tensor

@@ -25,6 +25,7 @@ from moequant.files import scratch
 from moequant.forward.calls import Skeleton, beside
 from moequant.forward.experts import EXPERTS
 from moequant.forward.hidden import Hidden, InMemory, OnDisk
+from moequant.forward.joined import span
 from moequant.forward.memory import ONE, Versions, chunks, usable_bytes
 from moequant.forward.model import Provider, empty_model, fill, own_buffers, release, some_experts
 from moequant.forward.passage import Passage, Way
@@ -126,6 +127,15 @@ class LayerStream:
         ends = (shape.hidden,) if shape.streams == 1 else (shape.streams, shape.hidden)
         return [(*batch.shape, *ends) for batch in self.batches]
 
+    def span(self, layer: int) -> slice:
+        """The tokens of a row that the layer computes with; it passes on the states of the others."""
+        return span(self.skeleton.layers[layer], self.batches[0].shape[1])
+
+    def tokens(self, layer: int, batch: int) -> tuple[int, int]:
+        """Rows and tokens of a row, of those that the layer computes with."""
+        rows, length = self.batches[batch].shape
+        return rows, len(range(length)[self.span(layer)])
+
     def __enter__(self) -> LayerStream:
         return self
 
@@ -149,10 +159,14 @@ class LayerStream:
         """The weights of a layer's routed experts."""
         return tuple(each for each in self.weights(layer) if each.is_expert and each.runs)
 
-    def new_hidden(self, folder: Path, width: int | None = None, among: int | None = None) -> Hidden:
-        """Room for the hidden states, or for so many numbers [n, width] a token: see `room`."""
-        flat = [] if width is None else [(batch.numel(), width) for batch in self.batches]
-        return self.room(folder, self.shapes if width is None else flat, among)
+    def new_hidden(self, folder: Path, among: int | None = None) -> Hidden:
+        """Room for the hidden states: see `room`."""
+        return self.room(folder, self.shapes, among)
+
+    def inside(self, folder: Path, layer: int, width: int, among: int | None = None) -> Hidden:
+        """Room for so many numbers [n, width] a token that the layer computes with: see `room`."""
+        every = (self.tokens(layer, batch) for batch in range(len(self.batches)))
+        return self.room(folder, [(rows * tokens, width) for rows, tokens in every], among)
 
     def room(self, folder: Path, shapes: Sequence[tuple[int, ...]], among: int | None = None) -> Hidden:
         """Room for a tensor of its own shape a batch: in memory when half of the limit holds them and the
@@ -251,7 +265,7 @@ class LayerStream:
             self._folder = self._kept.enter_context(scratch())
         self._rooms += 1
         fed, gave = (
-            self.new_hidden(self._folder / f"{self._rooms}-{name}", width) for name in ("fed", "gave")
+            self.inside(self._folder / f"{self._rooms}-{name}", layer, width) for name in ("fed", "gave")
         )
         return fed, gave
 

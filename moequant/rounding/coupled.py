@@ -197,8 +197,9 @@ class Coupled:
         if not ends or 2 * 4 * tokens * ends[0].n_in > self.rounding.kept_bytes:
             return Kept(index)
         last = inside(index, ends[0].place.param).removesuffix(".weight")
-        others = 1 if self.stream.checkpoint.family.chosen is None else 2
-        shapes = [(*batch.shape, ends[0].n_in) for batch in self.stream.batches]
+        others = self.stream.checkpoint.family.attention_gives - 1
+        every = range(len(self.stream.batches))
+        shapes = [(*self.stream.tokens(index, batch), ends[0].n_in) for batch in every]
         mixed = InMemory(shapes), InMemory(shapes)
         return Kept(index, last, 0 if ends[0].role is Role.SSM_OUT else others, mixed)
 
@@ -229,7 +230,10 @@ class Coupled:
         fed = self.cross(layer, weights, streams)
         module = layer.part(weights[0].place.param.rpartition(".")[0])
         experts = Experts(self.rounder, self.stream, module, weights, fed, streams.folder / "inner")
-        sums = self._room(streams, "exact-sum", fed.width), self._room(streams, "rounded-sum", fed.width)
+        exact, rounded = (
+            self._room(streams, layer, f"{name}-sum", fed.width) for name in ("exact", "rounded")
+        )
+        sums = exact, rounded
         done = experts.run(sums)
         fed.drop()
         layer.kept.experts = sums
@@ -240,9 +244,9 @@ class Coupled:
         first = [each for each in weights if each.site is not None and each.site.side == "experts"]
         (before,) = {each.site.name for each in first if each.site is not None}
         width = first[0].n_in
-        rooms = [self._room(streams, f"{name}-fed", width) for name in ("exact", "rounded")]
+        rooms = [self._room(streams, layer, f"{name}-fed", width) for name in ("exact", "rounded")]
         device = self.stream.resources.device
-        error = self._room(streams, "residual", self.stream.checkpoint.shape.hidden)
+        error = self._room(streams, layer, "residual", self.stream.checkpoint.shape.hidden)
         adds = any(weight.adds and self.rounder.rounds(weight) for weight in weights)
 
         def work(batch: int) -> tuple[list[Tensor], list[Route], bool]:
@@ -265,8 +269,8 @@ class Coupled:
             residual = residual if kept else None
         return Fed(layer.index, width, rooms[0], rooms[1], residual, routes)
 
-    def _room(self, streams: Streams, name: str, width: int) -> Hidden:
-        return self.stream.new_hidden(streams.folder / name, width, ROOMS)
+    def _room(self, streams: Streams, layer: Layer, name: str, width: int) -> Hidden:
+        return self.stream.inside(streams.folder / name, layer.index, width, ROOMS)
 
     def _pair(self, layer: Layer, batch: int, wanted: str, streams: Streams) -> Pair:
         """One batch through both streams up to that site; the error of the residual stream in the middle."""
@@ -324,10 +328,11 @@ class Coupled:
             pair = self._pair(layer, batch, site.name, streams)
             if weight.role not in MIXED:
                 return list(pair.seen())
-            shape = (*self.stream.batches[batch].shape, -1)
+            shape = (*self.stream.tokens(layer.index, batch), -1)
             exact, rounded = (as_fed(site, each.inputs).view(shape) for each in (pair.exact, pair.rounded))
             layer.kept.keep(batch, exact, rounded)
-            before = [each.get(layer.index, batch) for each in (streams.exact, streams.rounded)]
+            here = self.stream.span(layer.index)
+            before = [each.get(layer.index, batch)[:, here] for each in (streams.exact, streams.rounded)]
             residual = (before[0] - before[1]).flatten(0, -2).to(self.stream.resources.device)
             return list(replace(pair, residual=residual).seen())
 
@@ -373,7 +378,7 @@ class Coupled:
         rows = trial.sampled(first.shape[-2])
         sample = rounder.target(once[:, rows], grams.rows(rows))
         hessian = shrink(rounder.format(first), sample, grams.halves, grams.tokens, trial).hessian
-        bundles = [[each] for each in group] if rounder.apart(group) else [group]
+        bundles = rounder.bundles(group, grams)
 
         def work(mine: Sequence[list[Weight]]) -> list[list[Result]]:
             return [
@@ -383,8 +388,8 @@ class Coupled:
 
         costs = [sum(weight.numel for weight in each) for each in bundles]
         dealt = self.stream.resources.ranks.dealt(bundles, costs, work)
-        found = [result for each in dealt for result in each]
-        return {weight.name: joined(weight, [each]) for weight, each in zip(group, found, strict=True)}
+        found = {result[0].weight.name: result for each in dealt for result in each}
+        return {weight.name: joined(weight, [found[weight.name]]) for weight in group}
 
 
 def share(module: nn.Module, other: nn.Module) -> None:

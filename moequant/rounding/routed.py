@@ -56,7 +56,7 @@ class Fed:
         """Tokens of every expert of the rounded stream, in even and odd batches: i64 [2, E]."""
         found = torch.zeros(2, experts, dtype=torch.int64)
         for batch, (_, route) in enumerate(self.routes):
-            found[batch % 2] += torch.bincount(route.index.reshape(-1), minlength=experts).cpu()
+            found[batch % 2] += torch.bincount(route.index.reshape(-1), minlength=experts)[:experts].cpu()
         return found
 
     def drop(self) -> None:
@@ -320,7 +320,7 @@ class Experts:
         ranks = self.stream.resources.ranks
         both = ranks.dealt((0, 1), (1, 1), lambda mine: [half(number) for number in mine])
         halves = torch.stack([each.to(device) for each in both])
-        sent = [route.index.numel() for _, route in self.fed.routes]
+        sent = [int((route.index < self.weights[0].matrices).sum()) for _, route in self.fed.routes]
         tokens = torch.tensor([sum(sent[::2]), sum(sent[1::2])])
         return Layer.of(halves[:1], tokens[:1]), Layer.of(halves, tokens)
 

@@ -97,17 +97,17 @@ def _calibrated(
 def _recorders(
     checkpoint: Checkpoint, rows: Rows, domains: tuple[str, ...], stream: LayerStream
 ) -> Callable[[int], Moments]:
-    """A recorder for every batch, which knows the domain of each of its tokens."""
+    """A recorder for every batch, which knows the domain of each of its rows."""
     index = torch.tensor([domains.index(domain) for domain in rows.domains])
-    by_batch = torch.split(index.repeat_interleave(rows.ids.shape[1]), [b.numel() for b in stream.batches])
+    by_batch = torch.split(index, [len(batch) for batch in stream.batches])
     return lambda batch: Moments(checkpoint.n_experts, by_batch[batch], len(domains))
 
 
 def _part(moments: Moments, layer: int, rows: Rows, domains: tuple[str, ...]) -> Calibration:
     """One batch's sums in one layer."""
     routes = tuple(replace(route, layer=layer) for route in moments.routes.values())
-    tokens = len(moments.domains)
-    return Calibration(routes, moments.inputs, tokens // rows.ids.shape[1], tokens, rows.source, domains)
+    count = len(moments.domains)
+    return Calibration(routes, moments.inputs, count, count * rows.ids.shape[1], rows.source, domains)
 
 
 def _join(layers: list[Calibration]) -> Calibration:
