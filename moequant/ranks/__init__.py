@@ -62,13 +62,14 @@ class Ranks:
             stage, given = told
             found = stage(*given)
             if isinstance(found, Iterator):
-                for _ in found:  # the first gets them too
-                    pass
+                deque(found, 0)  # the first gets them too
 
     def leave(self) -> None:
-        """There are no more stages: the first says so."""
+        """There are no more stages: the first says so, and nobody goes before all know."""
         if self.first:
             self._from(0, lambda: None)
+        if self.wire is not None:
+            self.wire.part()
 
     def end(self, error: BaseException) -> bool:
         """A rank that serves ends with that error, which the first says. Whether this one is to say it,

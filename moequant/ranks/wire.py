@@ -26,9 +26,10 @@ from moequant.errors import MoequantError, RankError, one_line
 FOREVER = timedelta(days=365)
 """Ranks wait for each other as long as work takes. One that dies closes its connections, which ends that."""
 
-WHY, OVER, SAID, FIRST = "moequant/why", "moequant/over", "moequant/said", "moequant/first"
+WHY, OVER, SAID, FIRST, PARTED = (f"moequant/{name}" for name in ("why", "over", "said", "first", "parted"))
 """Keys of torchrun's store, which outlives the ranks: why a rank ended the run, that the first has ended and
-has said so, how many others would say it for one that is dead, and which process the first is."""
+has said so, how many others would say it for one that is dead, which process the first is, and how many have
+nothing more to do."""
 
 
 class Wire:
@@ -41,10 +42,9 @@ class Wire:
             self._store.set_timeout(FOREVER)
             if not self.rank:
                 self._store.set(FIRST, f"{os.getpid()} {socket.gethostname()}")
+            # A group of our own: transformers does other things where the process has a default group.
             named = dist.PrefixStore("moequant", self._store)  # type: ignore[attr-defined]
-            dist.init_process_group(
-                "gloo", store=named, rank=self.rank, world_size=self.count, timeout=FOREVER
-            )
+            self._group: Any = dist.ProcessGroupGloo(named, self.rank, self.count, FOREVER)
         except (RuntimeError, ValueError) as error:
             raise RankError(
                 f"the processes that torchrun started do not find each other ({one_line(error)})"
@@ -69,7 +69,7 @@ class Wire:
 
     def _pass(self, values: Tensor, source: int) -> Tensor:
         if values.numel():
-            dist.broadcast(values, source)
+            self._group.broadcast(values, source).wait()
         return values
 
     def _lost(self) -> Exception:
@@ -105,13 +105,21 @@ class Wire:
             return False
         return True
 
+    def part(self) -> None:
+        """Wait until every rank has come to its end: one that let go of the others before that would look
+        like one that is dead."""
+        self._store.add(PARTED, 1)
+        while int(self._store.add(PARTED, 0)) < self.count:
+            if self.rank and not self._first_lives():
+                return
+            time.sleep(0.02)
+
     def close(self) -> None:
         """Let go of the others, which the first does when it has said why. Once is enough."""
         if not self.rank:
             with suppress(RuntimeError):
                 self._store.set(OVER, "")
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self._group = None
 
 
 class _Packing(pickle.Pickler):

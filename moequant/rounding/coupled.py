@@ -375,7 +375,7 @@ class Coupled:
         rows = trial.sampled(first.shape[-2])
         sample = rounder.target(once[:, rows], grams.rows(rows))
         hessian = shrink(rounder.format(first), sample, grams.halves, grams.tokens, trial).hessian
-        bundles = [[each] for each in group] if rounder.apart(group) else [group]
+        bundles = rounder.bundles(group, grams)
 
         def work(mine: Sequence[list[Weight]]) -> list[list[Result]]:
             return [
@@ -385,8 +385,8 @@ class Coupled:
 
         costs = [sum(weight.numel for weight in each) for each in bundles]
         dealt = self.stream.resources.ranks.dealt(bundles, costs, work)
-        found = [result for each in dealt for result in each]
-        return {weight.name: joined(weight, [each]) for weight, each in zip(group, found, strict=True)}
+        found = {result[0].weight.name: result for each in dealt for result in each}
+        return {weight.name: joined(weight, [found[weight.name]]) for weight in group}
 
 
 def share(module: nn.Module, other: nn.Module) -> None:

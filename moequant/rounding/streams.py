@@ -57,9 +57,9 @@ class Streams:
         """What lies in front of `layer` is packed, and both streams are there. The results, kept in
         `parts`."""
         if parts is not None:
-            for each in (self.exact, self.rounded):
+            self.ranks.wait()  # the states of all are written
+            for each in (self.exact, self.rounded) if parts.writes else ():
                 each.sync(layer)
-            self.ranks.wait()  # the states of all ranks are on the disk
             parts.add(results)
         if layer and (parts is None or parts.writes):
             for each in (self.exact, self.rounded):

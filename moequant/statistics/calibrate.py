@@ -78,10 +78,10 @@ def _calibrated(
             if not all(torch.isfinite(stats.moment).all() for stats in found.inputs.values()):
                 _blame(checkpoint)
             if journal:
-                if layer < stream.n_layers:
-                    hidden.sync(layer + 1)
-                ranks.wait()  # the states of all ranks are on the disk
+                ranks.wait()  # the states of all are written
                 if ranks.first:
+                    if layer < stream.n_layers:
+                        hidden.sync(layer + 1)
                     journal.add(layer, found)
             return found
 

@@ -52,7 +52,9 @@ def file(tiny, text: Path, tmp_path_factory: pytest.TempPathFactory):
             convert(
                 tiny(family),
                 path,
-                Settings(type_, calib=text, calib_tokens=2048, eval_tokens=0, effort="fast"),
+                Settings(
+                    type_, calib=text, calib_tokens=1024, eval_tokens=0, effort="fast", self_check=False
+                ),
             )
         return path
 

@@ -52,7 +52,7 @@ def rounded(small, tmp_path_factory: pytest.TempPathFactory, text: Path):
     def get(family: str) -> tuple[Path, Report]:
         if family not in known:
             out = folder / f"{family}.gguf"
-            wanted = settings(text, "Q4_K_M", effort="default", calib_tokens=2048, eval_tokens=0)
+            wanted = settings(text, "Q5_K_M", effort="default", calib_tokens=2048, eval_tokens=0)
             known[family] = out, convert(small(family), out, wanted)
         return known[family]
 
