@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Resources:
     threads: int | None = None
     read_ahead: bool = False
     batch_tokens: int = BATCH_TOKENS
-    ranks: Ranks = ALONE
+    ranks: Ranks = field(default=ALONE, repr=False)
 
     def __reduce__(self) -> tuple[type[Resources], tuple[Any, ...]]:
         return Resources, tuple(getattr(self, each.name) for each in fields(self))

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from moequant.ranks.wire import Wire
@@ -52,9 +52,15 @@ class Ranks:
         return f"cuda:{self.local}" if self.count > 1 and asked.startswith("cuda") else asked
 
     def together(self, stage: Callable[..., T], *given: Any) -> T:
-        """`stage(*given)` by all ranks; called by the first. Raises what the stage raises on any of them."""
+        """`stage(*given)` by all ranks; called by the first. Raises what the stage raises on any of them.
+
+        What comes one by one is read to its end, or the run is over.
+        """
         self._from(0, lambda: (stage, given))
-        return stage(*given)
+        found = stage(*given)
+        if self.wire is not None and isinstance(found, Iterator):
+            return cast(T, self.wire.read(found))
+        return found
 
     def serve(self) -> None:
         """What every rank but the first does: its share of every stage, until there is none left."""

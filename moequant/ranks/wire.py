@@ -12,16 +12,18 @@ import pickle
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moequant.errors import MoequantError, RankError, one_line
+
+T = TypeVar("T")
 
 FOREVER = timedelta(days=365)
 """Ranks wait for each other as long as work takes. One that dies closes its connections, which ends that."""
@@ -67,8 +69,18 @@ class Wire:
             raise self._lost() from None
         return unpacked(told[0].numpy().tobytes(), told[1:])
 
+    def read(self, found: Iterator[T]) -> Iterator[T]:
+        """The same; where somebody stops before the end, the others, who go on, are let go."""
+        try:
+            yield from found
+        except GeneratorExit:
+            self.close()
+            raise
+
     def _pass(self, values: Tensor, source: int) -> Tensor:
         if values.numel():
+            if self._group is None:
+                raise RuntimeError("the others were let go")
             self._group.broadcast(values, source).wait()
         return values
 

@@ -93,6 +93,8 @@ def write(
             for entry, source in _kept(by_name[choice.weight]):
                 if entry.name not in writer.checksums:
                     writer.put(entry.name, _chunks(entry, source))
+        for item in stream:  # to its end: several processes end a stage together
+            raise VerifyError(f"{item.weight.name}: came where nothing more was planned")
     config = quantization(checkpoint, plan, settings)
     record = {
         "made_by": f"moequant {__version__}",
