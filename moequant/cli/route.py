@@ -77,7 +77,7 @@ def route(
     With --out finished layers are kept beside it: run the same command again after it was killed.
     """
     from moequant.commands.route import Outputs, RouteSettings  # torch only when there is work
-    from moequant.forward.stream import Resources
+    from moequant.forward.resources import Resources
     from moequant.library import route as run
 
     resources = guarded(lambda: Resources(ram=ram_bytes(ram), device=device))

@@ -25,7 +25,8 @@ from moequant.errors import VerifyError
 from moequant.escape import shown
 from moequant.forward.hidden import Hidden, InMemory
 from moequant.forward.memory import WHOLE
-from moequant.forward.stream import LayerStream, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream
 from moequant.hub import Model, named
 from moequant.hub.fetch import complete, headers, whole
 from moequant.kernels import KERNEL_FORMATS

@@ -27,7 +27,7 @@ from moequant.commands.job import Job
 from moequant.commands.settings import Settings
 from moequant.commands.text import Texts
 from moequant.containers.base import Written
-from moequant.errors import HubError, MoequantError, OutputError, VerifyError, one_line
+from moequant.errors import HubError, MoequantError, OutputError, RankError, VerifyError, one_line
 from moequant.files import Interrupted, atomic, discard, is_scratch, part_names
 from moequant.plan import Sensitivities
 from moequant.rounding.parts import Parts, loss_fields, loss_of, loss_tensors
@@ -57,9 +57,9 @@ _FILES = re.compile(rf"run\.json|route/run\.json|beside\.json|{_SEALED}|{_STATES
 _FOLDERS = re.compile(r"route|\d+|\d+/(exact|rounded)")
 _TEMPORARY = re.compile(r"\.(.+)\.moequant-(lock|[0-9a-f]{8})")
 
-ANOTHER_TIME = (OutputError, VerifyError, HubError)
-"""Errors that the same command may not meet again: disks get room, the Hub answers, and the self-check can be
-left out."""
+ANOTHER_TIME = (OutputError, VerifyError, HubError, RankError)
+"""Errors that the same command may not meet again: disks get room, the Hub answers, the self-check can be
+left out, and processes are not killed again."""
 
 GOES_ON = "finished work is kept: give the same command again to continue"
 

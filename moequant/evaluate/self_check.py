@@ -42,6 +42,9 @@ LIMIT = 1e-3
 QUANTILE = 0.75
 """Of the tokens, so many must be within the limit: a router near a tie sends a few elsewhere."""
 
+WEIGHT = 6
+"""Bytes of memory for each weight that is checked: in float32, and the pages of files read for it."""
+
 RUNTIME_LIMIT = 0.25
 """Largest difference of a token's logits in llama.cpp, in units of their own spread, for the median token:
 llama.cpp rounds what it multiplies weights of few bits with to 8 bits."""
@@ -191,9 +194,9 @@ def _source(checkpoint: Checkpoint, ids: Tensor, theirs: Tensor, ours: Tensor) -
     return source, differs
 
 
-def _bytes(checkpoint: Checkpoint, layers: int) -> float:
-    """What the first layers of a model take in float32, and computing with them."""
-    return 4.5 * sum(weight.numel for weight in checkpoint.weights if (weight.layer or 0) < layers)
+def _bytes(checkpoint: Checkpoint, layers: int) -> int:
+    """What the first layers of a model take in float32, with the pages of files that are read for them."""
+    return WEIGHT * sum(weight.numel for weight in checkpoint.weights if (weight.layer or 0) < layers)
 
 
 def _layers_within(checkpoint: Checkpoint, free: int) -> int:

@@ -25,7 +25,8 @@ from moequant.forward.hidden import Hidden
 from moequant.forward.memory import Versions
 from moequant.forward.model import Provider, held, of_experts, using
 from moequant.forward.passage import Passage
-from moequant.forward.stream import LayerStream, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream
 from moequant.forward.taps import Recorder, recording
 from moequant.progress import Bar
 from moequant.text.corpus import Rows

@@ -78,6 +78,10 @@ class Route:
             if expert in experts
         }
 
+    def on(self, device: str) -> Route:
+        """The same on that device."""
+        return Route(self.index.to(device), self.gates.to(device))
+
 
 def first_product(module: nn.Module, expert: int, inputs: Tensor) -> Tensor:
     """What one expert's gate and up (or up alone) make of inputs [m, h]."""

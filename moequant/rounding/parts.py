@@ -25,7 +25,7 @@ PART_BYTES = 1 << 28
 class Parts:
     """The finished parts in `folder`, of a run that is called `run`: weights of `formats`, rounded to those.
 
-    `again` ends the message about a part that is no good.
+    `again` ends the message about a part that is no good. Of several ranks the first `writes`.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Parts:
     ) -> None:
         self.folder, self.formats, self.run, self.again = folder, formats, run, again
         self._weights = {weight.name: weight for weight in weights}
-        self.count = 0
+        self.writes, self.count = True, 0
         while self._path(self.count).exists():
             self.count += 1
 
@@ -53,6 +53,9 @@ class Parts:
 
     def add(self, results: list[Result]) -> None:
         """One more part is finished. OutputError when the disk refuses."""
+        if not self.writes:
+            self.count += 1
+            return
         tensors: dict[str, Tensor] = {}
         for number, (packed, loss) in enumerate(results):
             tensors |= {f"{number}/data": packed.data, **loss_tensors(loss, str(number))}

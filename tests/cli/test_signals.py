@@ -31,8 +31,10 @@ app(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("format_", ["gguf", "safetensors"])
+@pytest.mark.parametrize(
+    ("number", "format_"),
+    [(signal.SIGINT, "gguf"), (signal.SIGTERM, "safetensors"), (signal.SIGHUP, "gguf")],
+)
 def test_a_conversion_ends_clean(tiny, tmp_path: Path, number: signal.Signals, format_: str) -> None:
     out, text = tmp_path / "out" / "q.gguf", tmp_path / "t.txt"
     out.parent.mkdir()

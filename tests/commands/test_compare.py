@@ -27,7 +27,7 @@ from moequant.evaluate.open_source import open_source
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.report.compare import compare_value
 from moequant.text import bundled
 from moequant.text.corpus import Rows
@@ -52,7 +52,9 @@ def file(tiny, text: Path, tmp_path_factory: pytest.TempPathFactory):
             convert(
                 tiny(family),
                 path,
-                Settings(type_, calib=text, calib_tokens=2048, eval_tokens=0, effort="fast"),
+                Settings(
+                    type_, calib=text, calib_tokens=1024, eval_tokens=0, effort="fast", self_check=False
+                ),
             )
         return path
 

@@ -42,8 +42,8 @@ def words(path: Path, seed: int) -> Path:
 
 
 def made(model: Path, out: Path, text: Path, **changes: object) -> Report:
-    wanted = {"format": "safetensors", "group_size": 64} | changes
-    return convert(model, out, Settings(calib=text, calib_tokens=8192, eval_tokens=0, **wanted))
+    usual = {"format": "safetensors", "group_size": 64, "calib_tokens": 2048, "self_check": False}
+    return convert(model, out, Settings(calib=text, eval_tokens=0, **(usual | changes)))
 
 
 def kl(model: Path, folder: Path, ids: Tensor) -> float:
@@ -86,9 +86,9 @@ def correlated(folder: Path) -> Path:
 
 def test_outputs_lose_less_than_by_the_plain_search(tmp_path: Path, text: Path) -> None:
     model = correlated(tmp_path / "model")
-    made(model, tmp_path / "plain", text, effort="fast")
-    alone = made(model, tmp_path / "alone", text, coupled=False)
-    made(model, tmp_path / "both", text)
+    made(model, tmp_path / "plain", text, effort="fast", calib_tokens=8192)
+    alone = made(model, tmp_path / "alone", text, coupled=False, calib_tokens=8192)
+    made(model, tmp_path / "both", text, calib_tokens=8192)
     hessians = first_hessians(model, text)
     weights = {w.name: w for w in alone.checkpoint.weights}
     for name in ("layers.0.experts.gate", "layers.0.experts.up"):

@@ -23,7 +23,7 @@ from moequant.commands.convert import convert
 from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.export import export
 from moequant.errors import FamilyError
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.report import Report
 from moequant.statistics.calibrate import calibrate
 from moequant.text.corpus import Rows
@@ -52,7 +52,7 @@ def rounded(small, tmp_path_factory: pytest.TempPathFactory, text: Path):
     def get(family: str) -> tuple[Path, Report]:
         if family not in known:
             out = folder / f"{family}.gguf"
-            wanted = settings(text, "Q4_K_M", effort="default", calib_tokens=2048, eval_tokens=0)
+            wanted = settings(text, "Q5_K_M", effort="default", calib_tokens=2048, eval_tokens=0)
             known[family] = out, convert(small(family), out, wanted)
         return known[family]
 

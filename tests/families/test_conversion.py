@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.header import Header
 from moequant.containers.gguf.read import read_header
 from moequant.forward.model import Provider, build_model
-from moequant.forward.stream import LayerStream, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream
 from moequant.hub.fetch import headers
 from moequant.inspection.presets import preset_files
 from moequant.report import Report
@@ -61,14 +63,30 @@ def released(folder: Path, family: str) -> Path:
     return models.as_released(models.build(folder / "model", family), family)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory):
+    """`saved("mixtral")`: a tiny checkpoint as transformers saves it, built once."""
+    return cache(lambda family: models.build(tmp_path_factory.mktemp(family) / "model", family))
+
+
+@pytest.fixture(scope="module")
+def exact(saved, tmp_path_factory: pytest.TempPathFactory, text: Path):
+    """`exact("mixtral")`: the file that has every number of it, made once. transformers saves no MTP."""
+
+    def get(family: str) -> Path:
+        out = tmp_path_factory.mktemp(family) / "f32.gguf"
+        converted(saved(family), out, text, "F32", self_check=False, mtp=False)
+        return out
+
+    return cache(get)
+
+
 @pytest.mark.parametrize("family", models.CONFIGS)
-def test_an_f32_file_gives_the_logits_of_transformers(tmp_path: Path, text: Path, family: str) -> None:
+def test_an_f32_file_gives_the_logits_of_transformers(saved, exact, family: str) -> None:
     """At every position: a wrong transpose or permutation shows."""
-    folder, out = models.build(tmp_path / "model", family), tmp_path / "f32.gguf"
-    converted(folder, out, text, "F32")
-    with Llama(out, threads=1) as llama:
+    with Llama(exact(family), threads=1) as llama:
         ids = torch.randint(1, llama.n_vocab, (256,), generator=torch.Generator().manual_seed(0))
-        difference = np.abs(llama.logits(ids.tolist()) - reference(folder, ids)).max(1)
+        difference = np.abs(llama.logits(ids.tolist()) - reference(saved(family), ids)).max(1)
     assert np.quantile(difference, TIES) < models.WITHIN.get(family, 5e-4)
 
 
@@ -93,21 +111,18 @@ def test_yarn_scales_attention_as_in_transformers(tmp_path: Path, text: Path, sc
 
 
 @pytest.mark.parametrize("family", models.CONFIGS)
-def test_however_it_is_saved_the_file_is_the_same(tmp_path: Path, text: Path, family: str) -> None:
+def test_however_it_is_saved_the_file_is_the_same(exact, tmp_path: Path, text: Path, family: str) -> None:
     """As it is released, as transformers 5 saves it, and with the experts in one tensor."""
-    folders = [released(tmp_path / "released", family)]
-    for fused in (False, True):
-        save = {"save_original_format": not fused}
-        folders.append(models.build(tmp_path / f"{fused}" / "model", family, save=save))
-    files = [tmp_path / f"{number}.gguf" for number in range(len(folders))]
-    for folder, file in zip(folders, files, strict=True):
-        converted(folder, file, text, "F32", self_check=False, mtp=False)  # transformers saves no MTP
-    assert len({file.read_bytes() for file in files}) == 1
+    fused = models.build(tmp_path / "fused" / "model", family, save={"save_original_format": False})
+    for number, folder in enumerate((released(tmp_path / "released", family), fused)):
+        file = tmp_path / f"{number}.gguf"
+        converted(folder, file, text, "F32", self_check=False, mtp=False)
+        assert file.read_bytes() == exact(family).read_bytes()
 
 
 @pytest.mark.parametrize("family", models.CONFIGS)
-def test_a_quantized_file_is_compared_and_generates(tmp_path: Path, text: Path, family: str) -> None:
-    folder, out = models.build(tmp_path / "model", family), tmp_path / "q.gguf"
+def test_a_quantized_file_is_compared_and_generates(saved, tmp_path: Path, text: Path, family: str) -> None:
+    folder, out = saved(family), tmp_path / "q.gguf"
     report = converted(folder, out, text, "Q4_K_M", eval_tokens=1024)
     assert report.comparison is not None and 0 < report.comparison.kl_mean.value < MOST.get(family, 0.5)
     with Llama(out, threads=1) as llama:
@@ -125,9 +140,9 @@ def memory(header: Header) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("family", models.CONFIGS)
-def test_every_weight_is_rounded_under_what_it_is_fed(tmp_path: Path, family: str) -> None:
+def test_every_weight_is_rounded_under_what_it_is_fed(saved, tmp_path: Path, family: str) -> None:
     """Two streams, exact and rounded, end where the two models do, whatever was taken from memory between."""
-    checkpoint = GgufContainer(open_checkpoint(models.build(tmp_path / "model", family))).checkpoint
+    checkpoint = GgufContainer(open_checkpoint(saved(family))).checkpoint
     matrices = [weight for weight in checkpoint.weights if not weight.role.keeps_precision]
     types = {weight.name: "Q8_0" if weight.n_in % 32 == 0 else "F16" for weight in matrices}
     ids = torch.randint(1, models.VOCAB, (4, 48), generator=torch.Generator().manual_seed(0))

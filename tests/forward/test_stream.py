@@ -19,7 +19,8 @@ from moequant.containers.gguf.export import export
 from moequant.errors import CheckpointError
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
-from moequant.forward.stream import LayerStream, Reader, Resources, sites
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream, Reader, sites
 from moequant.forward.taps import recording, watch
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
