@@ -59,7 +59,7 @@ class Card:
             *(f"{key}: {yaml(value)}" for key, value in licenses(checkpoint).items()),
             *(["language:", *(f"- {yaml(each)}" for each in languages)] if languages else []),
             f"library_name: {'transformers' if folder else 'gguf'}",
-            "pipeline_tag: text-generation",
+            f"pipeline_tag: {'text2text' if checkpoint.encodes else 'text'}-generation",
         ]
         return "\n".join(["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---\n"])
 

@@ -44,12 +44,13 @@ MIXED = (Role.ATTN_OUT, Role.SSM_OUT)
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A layer while it is rounded: its number, a copy with the original weights, the norm in its middle,
-    and what is known of its attention and its experts."""
+    what is known of its attention and its experts, and where what is finished of it is kept."""
 
     index: int
     original: nn.Module
     middle: str
     kept: Kept
+    parts: Parts | None = None
 
     def part(self, name: str) -> nn.Module:
         """The original module of that name in the model."""
@@ -126,7 +127,7 @@ class Coupled:
         copies = [copy.deepcopy(layer) for layer in stream.skeleton.layers]  # empty: on the meta device
         for index in stream.layers(max(0, count - 1), experts=False):
             share(stream.skeleton.layers[index], copies[index])
-            layer = Layer(index, copies[index], self._middle(index), self._kept(index))
+            layer = Layer(index, copies[index], self._middle(index), self._kept(index), parts)
             yield from streams.finished(self._layer(layer, streams), index + 1, parts)
             copies[index] = nn.Identity()
         behind = self._behind(streams)
@@ -229,10 +230,10 @@ class Coupled:
         """The routed experts of the layer; the layer is told what they give."""
         fed = self.cross(layer, weights, streams)
         module = layer.part(weights[0].place.param.rpartition(".")[0])
-        experts = Experts(self.rounder, self.stream, module, weights, fed, streams.folder / "inner")
-        exact, rounded = (
-            self._room(streams, layer, f"{name}-sum", fed.width) for name in ("exact", "rounded")
-        )
+        folder = streams.folder / "inner"
+        experts = Experts(self.rounder, self.stream, module, weights, fed, folder, layer.parts)
+        names = "exact-sum", "rounded-sum"
+        exact, rounded = (self._room(streams, layer, name, fed.width) for name in names)
         sums = exact, rounded
         done = experts.run(sums)
         fed.drop()

@@ -26,6 +26,7 @@ from moequant.forward.model import changed_experts, of_experts, some_experts
 from moequant.forward.stream import LayerStream
 from moequant.ranks import Ranks
 from moequant.rounding.paired import Grams, Seen
+from moequant.rounding.parts import Parts
 from moequant.rounding.results import Result, decoded, joined
 from moequant.rounding.rounder import Rounder
 from moequant.rounding.shrinkage import Layer, Mix, Shrinking, choose, classes, tried
@@ -86,6 +87,34 @@ class Mine:
 
 
 @dataclass(frozen=True, slots=True)
+class Pieces:
+    """Chunks of a layer's experts that `parts` keep, None: nothing is kept. Every rank gets the same."""
+
+    parts: Parts | None
+    ranks: Ranks
+
+    def lack(self, side: str, chunks: Sequence[range]) -> bool:
+        """Whether any of the chunks is still to be rounded."""
+        parts = self.parts
+        if parts is None:
+            return True
+        return self.ranks.told(lambda: not all(parts.has_piece(side, each) for each in chunks))
+
+    def found(self, side: str, experts: range) -> list[Result] | None:
+        """What was rounded before the process was killed, None: nothing. OutputError where it is damaged."""
+        parts = self.parts
+        if parts is None:
+            return None
+        return self.ranks.told(lambda: parts.piece(side, experts) if parts.has_piece(side, experts) else None)
+
+    def kept(self, side: str, experts: range, results: list[Result]) -> list[Result]:
+        """The same, which are found from now on."""
+        if self.parts is not None:
+            self.parts.add_piece(side, experts, results)
+        return results
+
+
+@dataclass(frozen=True, slots=True)
 class Given:
     """Where the experts of one chunk leave what they make: what the exact ones give is added to `exact`, the
     sum [n, h] of their stream; what the second products of the rounded stream are fed waits in `inner`,
@@ -101,7 +130,7 @@ class Experts:
 
     `module` is theirs, with everything but the matrices in memory; `weights` are the matrices, those that
     multiply the block's input first. What one chunk of experts makes lies under `folder` where memory is
-    limited.
+    limited. `parts` keep each chunk that is rounded, where there are several.
     """
 
     rounder: Rounder
@@ -110,6 +139,7 @@ class Experts:
     weights: tuple[Weight, ...]
     fed: Fed
     folder: Path
+    parts: Parts | None = None
 
     def run(self, sums: tuple[Hidden, Hidden]) -> dict[str, Result]:
         """Every matrix that is rounded under Hessians; what experts give together [n, h] goes to `sums`."""
@@ -121,20 +151,29 @@ class Experts:
                     self.fed.layer, batch, torch.zeros(len(self.fed.routes[batch][0].index), self.fed.width)
                 )
         costs = (self.fed.counts(self.weights[0].matrices).sum(0) + FIXED).tolist()
-        inputs = self._inputs_shrunk(first[0]) if first else None
-        inner = self._inner_shrunk(last[0]) if last else None
-        for experts in self._chunks():
+        chunks = list(self._chunks())
+        pieces = Pieces(self.parts if len(chunks) > 1 else None, self.stream.resources.ranks)
+        inputs = self._inputs_shrunk(first[0]) if first and pieces.lack("experts", chunks) else None
+        inner = self._inner_shrunk(last[0]) if last and pieces.lack("inner", chunks) else None
+        for experts in chunks:
             mine = Mine.of(experts, self.stream.resources.ranks, costs)
             exact = rounded = self.read(experts)
-            if inputs is not None:
-                found = self._round(first, exact, mine, self.input_grams(first[0], mine.own), inputs)
+            if first:
+                found = pieces.found("experts", experts)
+                if found is None:
+                    grams = self.input_grams(first[0], mine.own)
+                    found = pieces.kept("experts", experts, self._round(first, exact, mine, grams, inputs))
+                    del grams
                 rounded = self._packed(rounded, found, parts)
             given = Given(sums[0], self._waiting(experts))
-            grams = self.inner_grams(last[0] if last else None, experts, (exact, rounded), given, mine.own)
-            if inner is not None and grams is not None:
-                found = self._round(last, exact, mine, grams, inner)
+            found = pieces.found("inner", experts) if last else []
+            wanted = last[0] if found is None else None
+            made = self.inner_grams(wanted, experts, (exact, rounded), given, mine.own)
+            if made is not None:
+                found = pieces.kept("inner", experts, self._round(last, exact, mine, made, inner))
+            if found:
                 rounded = self._packed(rounded, found, parts)
-            del grams
+            del made
             self._add(given.inner, experts, rounded, sums[1])
         return {weight.name: joined(weight, parts[weight.name]) for weight in (*first, *last)}
 
@@ -244,9 +283,10 @@ class Experts:
         exact: nn.Module,
         mine: Mine,
         grams: Grams,
-        shrinking: Shrinking,
+        shrinking: Shrinking | None,
     ) -> list[Result]:
         """These experts of weights that share their inputs, each rounded by one rank."""
+        assert shrinking is not None
         found = list[Result]()
         if mine.own:
             hessian, at = shrinking.of(grams.halves, mine.own), mine.slice

@@ -198,7 +198,7 @@ def test_folders_load_in_transformers(made, folder: Path, effort: str) -> None:
     assert (found - ours(folder, IDS)).abs().max() > 1e-2, "it is rounded"
     card = (out / "README.md").read_text()
     assert "AutoModelForSeq2SeqLM" in card and "vllm" not in card
-    assert "the encoder reads the first half" in card
+    assert "the encoder reads the first half" in card and "pipeline_tag: text2text-generation" in card
 
 
 def test_hessians_lose_less_than_the_plain_search(made) -> None:
