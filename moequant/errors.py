@@ -9,7 +9,8 @@ MoequantError
 ├── FormatError        a type that does not exist, weights it cannot hold
 ├── PlanError          a budget or an override that cannot be met
 ├── OutputError        a path that cannot be written
-└── VerifyError        the file on disk is not what was meant
+├── VerifyError        the file on disk is not what was meant
+└── RankError          another process of the same run has ended
 
 Each message is one line: the thing, what was expected, what to do next. The
 command line prints it and exits with 1; anything else is a bug in moequant.
@@ -78,6 +79,10 @@ class OutputError(MoequantError):
 
 class VerifyError(MoequantError):
     """The file on disk decodes to something else than was written."""
+
+
+class RankError(MoequantError):
+    """Another process of the same run has ended."""
 
 
 @contextmanager

@@ -70,6 +70,7 @@ MODELS = {
     "qwen3_vl_moe": "Qwen3-VL 30B-A3B, 235B-A22B (text)",
     "solar_open": "Solar-Open",
     "step3p7": "Step-3.5-Flash, 3.7-Flash (text)",
+    "switch_transformers": "Switch Transformers: google/switch-base-8 and larger",
 }
 """What people call the models of a family, by its name in the code."""
 
@@ -88,7 +89,8 @@ These are the families of models that moequant converts. The columns say:
 - **llama.cpp differs**: where llama.cpp computes something else than transformers. Reports say it too.
 
 For each family the tests build a tiny model with transformers and convert it. In llama.cpp the logits
-of its F32 file equal those of transformers.
+of its F32 file equal those of transformers. Switch Transformers have an encoder and a decoder, and no server
+but transformers: [limits](limits.md#switch-transformers) says what a row of text means for them.
 
 All families are read in bf16, f16 and f32. They are also read quantized: as FP8 (DeepSeek's blocks,
 compressed-tensors), MXFP4, NVFP4, and int2 to int8 (compressed-tensors, GPTQ, AWQ). Families with a name

@@ -14,7 +14,7 @@ PACKAGE = Path(moequant.__file__).parent
 
 ORDER = [
     {"errors", "escape", "document"},
-    {"values", "progress", "files"},
+    {"values", "progress", "files", "ranks"},
     {"formats", "families"},
     {"kernels", "checkpoint"},
     {"text"},

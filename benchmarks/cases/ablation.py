@@ -18,7 +18,7 @@ from benchmarks.harness import Rows, case
 from moequant import Settings, convert
 from moequant.commands.convert import open_job
 from moequant.containers.gguf.weights import GgufWeights
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.rounding.diagonal import Quantizer, pack_all
 from moequant.rounding.feedback import Options
 from moequant.rounding.layerwise import round_checkpoint

@@ -11,7 +11,7 @@ from benchmarks.harness import Rows, case
 from moequant import Settings, convert
 from moequant.commands.compare import CompareSettings, run
 from moequant.evaluate import Comparison
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 
 
 @dataclass(frozen=True)

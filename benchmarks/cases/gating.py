@@ -15,7 +15,8 @@ from benchmarks.engine import Judge, plain_search
 from benchmarks.harness import Row, Rows, case
 from benchmarks.llama import as_file, preset_types
 from moequant.checkpoint import Checkpoint
-from moequant.forward.stream import LayerStream, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream
 from moequant.rounding.diagonal import Quantizer
 from moequant.statistics.moments import Moments
 from moequant.statistics.store import combine

@@ -52,7 +52,13 @@ def converted(model: Path, out: Path, effort: Any, tokens: int, ram: int) -> lis
     report = convert(model, out, settings)
     used = resource.getrusage(resource.RUSAGE_SELF)
     stages = [
-        {"stage": cost.name, "seconds": cost.seconds, "peak": cost.peak_bytes, "read": cost.read_bytes}
+        {
+            "stage": cost.name,
+            "seconds": cost.seconds,
+            "CPU seconds": cost.cpu_seconds,
+            "peak": cost.peak_bytes,
+            "read": cost.read_bytes,
+        }
         for cost in report.stages
     ]
     weights = sum(weight.numel for weight in report.checkpoint.weights)

@@ -23,7 +23,8 @@ from moequant import Settings, convert
 from moequant.checkpoint import load, open_checkpoint
 from moequant.evaluate.open_source import open_source
 from moequant.evaluate.side_by_side import Version, compare
-from moequant.forward.stream import Reader, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import Reader
 from moequant.progress import Meter
 from moequant.runtimes.llama_cpp.engine import Llama
 from moequant.statistics.calibrate import calibrate

@@ -17,7 +17,7 @@ from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.evaluate import score_row
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.layerwise import round_checkpoint
 from moequant.rounding.results import decoded

@@ -7,17 +7,16 @@ from pathlib import Path
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
-from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.text import corpus
 from moequant.text.rows import load_encoder
 
 ROW = 256
-"""Tokens in a row."""
+"""Tokens in a row. A shorter context has shorter rows."""
 
 
-def token_rows(baseline: Checkpoint, calib: str | Path | None, tokens: int) -> Tensor:
-    """i64 [rows, ROW] of `calib` as `corpus.read` takes it, None the bundled text."""
-    encoder, bos = load_encoder(baseline.path), read_tokenizer(baseline.path).leading
-    rows = corpus.pack(corpus.read(calib, "calibration"), encoder, ROW, tokens, 0, bos)
-    shape = baseline.shape
+def token_rows(baseline: Checkpoint, calib: str | Path | None, tokens: int, bos: int | None) -> Tensor:
+    """i64 [rows, n] of `calib` as `corpus.read` takes it, None the bundled text."""
+    encoder, shape = load_encoder(baseline.path), baseline.shape
+    length = min(ROW, shape.context)
+    rows = corpus.pack(corpus.read(calib, "calibration"), encoder, length, tokens, 0, bos)
     return corpus.check(rows, max_length=shape.context, vocab_size=shape.vocab).ids

@@ -85,6 +85,11 @@ class Checkpoint:
         return self.shape.tied
 
     @property
+    def encodes(self) -> bool:
+        """Whether the model has an encoder beside its decoder: of servers only transformers runs it."""
+        return bool(self.config.is_encoder_decoder)
+
+    @property
     def n_experts(self) -> int:
         """Experts per layer, 0 for a dense model."""
         return self.shape.experts
@@ -125,7 +130,7 @@ def open_checkpoint(model: Path | Folder) -> Checkpoint:
     quantization = _quantization(path, raw)
     found = recognise(read_headers(folder), quantization)
     stored = {renamed(family, name): each for name, each in found.items()}
-    tied = _tied(path, bool(make_config(family, raw).tie_word_embeddings), stored)
+    tied = _tied(path, family, make_config(family, raw), stored)
     config = make_config(family, raw, tied)
     shape = shape_of(family, config)
     weights, skipped = _assemble(family, config, shape, stored)
@@ -170,20 +175,24 @@ def renamed(family: Family, name: str) -> str:
     return name
 
 
-def _tied(path: Path, wanted: bool, stored: dict[str, Stored]) -> bool:
+def _tied(path: Path, family: Family, config: Config, stored: dict[str, Stored]) -> bool:
     """Whether the model's head is its embedding, as transformers decides it: not where both are stored and
-    differ. The second of two equal ones is dropped."""
-    embedding, head = (stored.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
-    if not wanted and head is None:
-        raise CheckpointError(
-            f"{path}: lm_head.weight is missing and tie_word_embeddings is not set; is the download complete?"
-        )
-    if not wanted or head is None or embedding is None:
-        return wanted
-    if _same(embedding, head):
-        del stored["lm_head.weight"]
-        return True
-    return False
+    differ. Of equal ones the first is kept."""
+    if not config.tie_word_embeddings:
+        if "lm_head.weight" not in stored:
+            raise CheckpointError(
+                f"{path}: lm_head.weight is missing and tie_word_embeddings is not set; is the download "
+                "complete?"
+            )
+        return False
+    slots = [slot for slot in _ends(family, config) if slot.role in (Role.EMBEDDING, Role.OUTPUT)]
+    names = dict.fromkeys(way.name for slot in slots for way in slot.ways)
+    first, *copies = [name for name in names if name in stored] or [""]
+    if not all(_same(stored[first], stored[copy]) for copy in copies):
+        return False
+    for copy in copies:
+        del stored[copy]
+    return True
 
 
 def _same(one: Stored, two: Stored, rows: int = 1024) -> bool:
@@ -248,11 +257,15 @@ def head_last(weights: Iterable[Weight]) -> tuple[Weight, ...]:
 
 def every_slot(family: Family, config: Config, shape: ModelShape) -> Iterator[tuple[int | None, Slot]]:
     """The slots of a model, each with its layer; those outside of layers first."""
-    with foreign(FamilyError, f"{family.name}: config.json does not say what is outside of layers"):
-        ends = family.ends(config)
-    yield from ((None, slot) for slot in ends)
+    yield from ((None, slot) for slot in _ends(family, config))
     for number in range(shape.layers):
         yield from ((number, slot) for slot in slots_of(family, config, number))
+
+
+def _ends(family: Family, config: Config) -> tuple[Slot, ...]:
+    """The slots outside of layers."""
+    with foreign(FamilyError, f"{family.name}: config.json does not say what is outside of layers"):
+        return family.ends(config)
 
 
 def slots_of(family: Family, config: Config, layer: int) -> tuple[Slot, ...]:

@@ -12,10 +12,12 @@ import typer
 from typer.core import TyperGroup
 
 from moequant import escape
-from moequant.cli.output import AsJson, console, emit, guarded, tell
+from moequant.cli.output import AsJson, console, emit, guarded, silent, tell
 from moequant.containers.gguf.presets import BASE_TYPES
+from moequant.errors import MoequantError, RankError, one_line
 from moequant.files import Interrupted, interruptible
 from moequant.hub import GgufModel, HubModel, located
+from moequant.ranks import Ranks, joined
 
 __all__ = ["AsJson", "Commands", "console", "emit", "guarded", "tell"]
 
@@ -114,6 +116,17 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output 
 class Commands(TyperGroup):
     """Runs a command so that no signal leaves litter, and no terminal is asked for what it cannot show."""
 
+    def main(self, *given: Any, **named: Any) -> Any:
+        """See the class. Of several processes that torchrun started, the first runs the command."""
+        try:
+            with joined() as ranks:
+                if ranks.first:
+                    return super().main(*given, **named)
+                return helped(ranks)
+        except RankError as error:
+            typer.echo(f"moequant: {error}", err=True)
+            raise SystemExit(1) from None
+
     def invoke(self, ctx: Any) -> Any:
         """See the class. A signal ends the process with one line and the exit code that shells expect."""
         for stream in (sys.stdout, sys.stderr):
@@ -126,6 +139,17 @@ class Commands(TyperGroup):
                 left = ["what was unfinished is removed", *getattr(signal, "__notes__", ())][-1]
                 typer.echo(f"moequant: ended by {signal}; {left}", err=True)
                 raise typer.Exit(signal.exit_code) from None
+
+
+def helped(ranks: Ranks) -> None:
+    """What a process does that helps the first: its share, in silence. Exits with 1 when the run fails."""
+    try:
+        with interruptible(), silent():
+            ranks.serve()
+    except (MoequantError, OSError, Interrupted) as error:
+        if ranks.end(error):
+            typer.echo(f"moequant: {one_line(error)}; give the same command again to continue", err=True)
+        raise SystemExit(1) from None
 
 
 def place(model: str, cache: Path | None = None) -> Path | HubModel:

@@ -98,7 +98,7 @@ def compare(
     """Score CANDIDATES against BASE: perplexity, KL divergence, routing, and every expert's error."""
     from moequant.commands.compare import CompareSettings  # torch is imported only when there is work
     from moequant.files import claim
-    from moequant.forward.stream import Resources
+    from moequant.forward.resources import Resources
     from moequant.library import compare as run
     from moequant.report.page import write
 

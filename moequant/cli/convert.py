@@ -202,7 +202,10 @@ def convert(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what was lost."""
+    """Quantize MODEL into a GGUF file for llama.cpp, or a folder for vLLM, and show what was lost.
+
+    Several processes share the work with the same result: torchrun --nproc-per-node N -m moequant convert …
+    """
     from moequant.commands.convert import (  # torch is imported only when there is work
         Settings,
         convert_all,

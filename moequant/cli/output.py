@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, cast
 
 import typer
@@ -128,6 +130,17 @@ def _said(quiet: bool, verbose: bool) -> Iterator[None]:
         finally:
             ours.setLevel(before[0])
             everybody.setLevel(before[1])
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Nothing is said while the block runs."""
+    logging.disable()
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 class _NoTerminal:

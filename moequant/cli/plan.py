@@ -13,14 +13,17 @@ from moequant.cli.common import (
     Calib,
     CalibTokens,
     Config,
+    Device,
     Effort,
     EffortOption,
     Format,
     Overwrite,
+    Ram,
     Seed,
     Source,
     TensorType,
     guarded,
+    ram_bytes,
     source,
     tell,
 )
@@ -83,6 +86,8 @@ def plan(
     ] = True,
     effort: EffortOption = Effort.default,
     seed: Seed = 0,
+    ram: Ram = None,
+    device: Device = "cpu",
     config: Config = None,
     cache_dir: CacheDir = None,
     overwrite: Overwrite = False,
@@ -93,8 +98,11 @@ def plan(
         Outputs,
         PlanSettings,
     )
+    from moequant.forward.resources import Resources
     from moequant.library import plan as run
+    from moequant.ranks import here
 
+    resources = guarded(lambda: Resources(ram=ram_bytes(ram), device=device, ranks=here()))
     pins = tuple(tensor_type or ())
     settings = guarded(
         lambda: PlanSettings(
@@ -112,6 +120,7 @@ def plan(
             schemes,
             gpu,
             tp,
+            resources,
         )
     )
     outputs = Outputs(out, curve, overwrite)

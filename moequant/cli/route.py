@@ -77,10 +77,11 @@ def route(
     With --out finished layers are kept beside it: run the same command again after it was killed.
     """
     from moequant.commands.route import Outputs, RouteSettings  # torch only when there is work
-    from moequant.forward.stream import Resources
+    from moequant.forward.resources import Resources
     from moequant.library import route as run
+    from moequant.ranks import here
 
-    resources = guarded(lambda: Resources(ram=ram_bytes(ram), device=device))
+    resources = guarded(lambda: Resources(ram=ram_bytes(ram), device=device, ranks=here()))
     settings = guarded(
         lambda: RouteSettings(
             calib, calib_tokens, seed, min_tokens_per_expert, max_tokens, tuple(merge or ()), resources

@@ -19,12 +19,14 @@ from moequant.check.speed import measure
 from moequant.check.tensors import Against, check_tensor
 from moequant.check.text import token_rows
 from moequant.checkpoint import Checkpoint
+from moequant.commands.text import leading
 from moequant.containers.opened import open_model
 from moequant.errors import VerifyError
 from moequant.escape import shown
 from moequant.forward.hidden import Hidden, InMemory
 from moequant.forward.memory import WHOLE
-from moequant.forward.stream import LayerStream, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream
 from moequant.hub import Model, named
 from moequant.hub.fetch import complete, headers, whole
 from moequant.kernels import KERNEL_FORMATS
@@ -160,7 +162,8 @@ def _against(
         weight = by_name.get(entry.name)
         if weight is None or weight.numel != entry.shape[0] * entry.shape[1] * entry.shape[2]:
             raise VerifyError(f"{source.path}: {entry.name} {list(entry.shape)} is not in {baseline.path}")
-    ids, recorded = token_rows(baseline, settings.calib, settings.tokens), _has_checksums(source, entries)
+    ids = token_rows(baseline, settings.calib, settings.tokens, leading(baseline))
+    recorded = _has_checksums(source, entries)
     resources = Resources(device=product.device)
     with (
         LayerStream(model, ids, resources, among=WHOLE) as base,

@@ -20,7 +20,7 @@ from moequant.evaluate.activations import Rounded
 from moequant.evaluate.compared import Compared
 from moequant.evaluate.open_source import Source, model_of, open_files, open_source
 from moequant.evaluate.side_by_side import Version, compare
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.hub import Model, named
 from moequant.hub.fetch import headers, whole
 from moequant.progress import Meter

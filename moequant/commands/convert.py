@@ -35,7 +35,8 @@ from moequant.hub import Source
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.hub.stream import announce, shelf_of, streamed
 from moequant.plan import Sensitivities
-from moequant.progress import Forecast, Meter
+from moequant.progress import Forecast, Meter, resident_bytes
+from moequant.ranks import ALONE
 from moequant.report import Conversion, How, Report, card, conversion_page
 from moequant.rounding.diagonal import Quantizer, pack_all, progress
 from moequant.rounding.layerwise import round_checkpoint
@@ -297,7 +298,8 @@ def _made(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finis
             container.verify(written, job.plan)
         if job.settings.self_check and shelf_of(job.model) is None:  # transformers reads a whole folder
             with meter.stage(job.stage("self-check")):
-                checked = self_check(job.model, _output(job, written), job.settings.ram).note
+                left = None if job.settings.ram is None else max(0, job.settings.ram - resident_bytes())
+                checked = self_check(job.model, _output(job, written), left).note
         first = part_names(out, len(container.parts(job.plan)))[0]
         finished = Finished(job, out, replace(written, path=first), tuple(losses), checked)
         if container.is_folder:  # whole when it appears; what was compared is written into it later
@@ -366,7 +368,7 @@ def _compared(done: Sequence[Finished], rows: Rows) -> tuple[Measured, ...]:
     candidates = [
         Version(each.written.path.name, each.job.container.open(each.written.path).load) for each in done
     ]
-    return compare(job.model, base, candidates, rows, job.settings.resources)
+    return compare(job.model, base, candidates, rows, replace(job.settings.resources, ranks=ALONE))
 
 
 def _report(finished: Finished, known: Known, found: Measured | None, meter: Meter) -> Report:

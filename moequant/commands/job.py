@@ -176,9 +176,13 @@ def _pins(file: GgufContainer, settings: Settings) -> dict[str, str]:
     return plan.pinned(settings.tensor_type, file.checkpoint.weights, file.exported.names)
 
 
+HALVES = "of each row of text the encoder reads the first half; the decoder is scored on the rest"
+
+
 def notes(job: Job) -> tuple[str, ...]:
     """What a person should know about this output, and could not guess from the tables."""
     dense = ["a dense model: there are no experts to treat one by one"] if not job.model.n_experts else []
+    halves = [HALVES] if job.model.encodes else []
     skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in job.model.skipped.items()]
     at = job.model.revision
     source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
@@ -187,4 +191,4 @@ def notes(job: Job) -> tuple[str, ...]:
         f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not compared with transformers" if shelf else None
     )
     known = (*job.container.notes, *job.model.notes)
-    return (*known, *dense, *skipped, *source, *([away] if away else []))
+    return (*known, *dense, *halves, *skipped, *source, *([away] if away else []))

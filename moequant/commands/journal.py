@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -27,7 +28,7 @@ from moequant.commands.job import Job
 from moequant.commands.settings import Settings
 from moequant.commands.text import Texts
 from moequant.containers.base import Written
-from moequant.errors import HubError, MoequantError, OutputError, VerifyError, one_line
+from moequant.errors import HubError, MoequantError, OutputError, RankError, VerifyError, one_line
 from moequant.files import Interrupted, atomic, discard, is_scratch, part_names
 from moequant.plan import Sensitivities
 from moequant.rounding.parts import Parts, loss_fields, loss_of, loss_tensors
@@ -51,15 +52,16 @@ they name is compared itself."""
 _INPUTS = ("stats", "imatrix", "plan")
 """Settings that name a file, which is compared by what is in it."""
 
-_SEALED = r"(plan|done-\d+|\d+/part-\d{4,}|route/layer-\d{4,})\.safetensors"
+_PART = r"\d+/(part-\d{4,}|piece-\d{4,}-(experts|inner)-\d+-\d+)"
+_SEALED = rf"(plan|done-\d+|{_PART}|route/layer-\d{{4,}})\.safetensors"
 _STATES = r"(route|\d+/(exact|rounded))/hidden-\d{4,}\.f32"
 _FILES = re.compile(rf"run\.json|route/run\.json|beside\.json|{_SEALED}|{_STATES}")
 _FOLDERS = re.compile(r"route|\d+|\d+/(exact|rounded)")
 _TEMPORARY = re.compile(r"\.(.+)\.moequant-(lock|[0-9a-f]{8})")
 
-ANOTHER_TIME = (OutputError, VerifyError, HubError)
-"""Errors that the same command may not meet again: disks get room, the Hub answers, and the self-check can be
-left out."""
+ANOTHER_TIME = (OutputError, VerifyError, HubError, RankError)
+"""Errors that the same command may not meet again: disks get room, the Hub answers, the self-check can be
+left out, and processes are not killed again."""
 
 GOES_ON = "finished work is kept: give the same command again to continue"
 
@@ -158,7 +160,7 @@ class RunJournal:
     @property
     def begun(self) -> bool:
         """Whether anything is finished, so that there is something to go on from."""
-        finished = ("route/layer-*", "plan.safetensors", "*/part-*", "done-*")
+        finished = ("route/layer-*", "plan.safetensors", "*/part-*", "*/piece-*", "done-*")
         return any(True for pattern in finished for _ in self.folder.glob(pattern))
 
     def statistics(self, checkpoint: Checkpoint, rows: Rows) -> Journal:
@@ -279,13 +281,17 @@ def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: T
 
 
 def journal_bytes(jobs: Sequence[Job], read: Texts) -> int:
-    """What a journal takes at most: one output's weights, statistics, and hidden states of two streams in
-    front of two layers."""
+    """What a journal takes at most: one output's weights, those of one layer twice, statistics, and hidden
+    states of two streams in front of two layers."""
     checkpoint = jobs[0].container.checkpoint
     tokens = 0 if read.calibration is None else read.calibration.ids.numel()
     states = 16 * tokens * checkpoint.shape.hidden * checkpoint.shape.streams
     sites = {weight.site.name: stacked(weight) * weight.n_in for weight in checkpoint.weights if weight.site}
-    return max(job.size for job in jobs) + states + 16 * sum(sites.values())
+    layers = Counter({weight.layer: 0 for weight in checkpoint.weights})
+    for weight in checkpoint.weights:
+        layers[weight.layer] += weight.numel
+    twice = 1 + max(layers.values()) / layers.total()
+    return round(twice * max(job.size for job in jobs)) + states + 16 * sum(sites.values())
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from moequant.errors import PlanError
 from moequant.escape import shown
 from moequant.files import atomic, claim
 from moequant.formats import Effort
+from moequant.forward.resources import Resources
 from moequant.hub import Source
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.plan import Budget, Point, Sensitivities, curve, points, preset_points
@@ -56,6 +57,8 @@ class PlanSettings:
     are those to choose from, `gpu` is the compute capability of the GPU that will serve it, and `tp` how many
     GPUs will share each weight.
 
+    `resources` are the memory and the device that are used; they do not change what is found.
+
     PlanError for what is no size, and for an option that the format does not have.
     """
 
@@ -73,6 +76,7 @@ class PlanSettings:
     schemes: str | None = None
     gpu: float | None = None
     tp: int | None = None
+    resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
         """See the class."""
@@ -221,9 +225,10 @@ def _survey(source: Folder, settings: PlanSettings, outputs: Outputs) -> Survey:
     if settings.stats is not None:
         calibration = load_statistics(opened, made.checkpoint, settings.stats).calibration
     else:
-        calibration = calibrate(made.checkpoint, calib_rows)
+        calibration = calibrate(made.checkpoint, calib_rows, settings.resources)
     ids = probe_rows.ids if settings.probes else None
-    found = measure(made.checkpoint, calibration, ids, Probing(effort=settings.effort), made.menu)
+    probing, menu = Probing(effort=settings.effort), made.menu
+    found = measure(made.checkpoint, calibration, ids, probing, menu, settings.resources)
     return Survey(made.checkpoint, found, made.curve(found, budgets, shown(opened.source)))
 
 

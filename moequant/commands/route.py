@@ -15,7 +15,7 @@ from moequant.containers.opened import open_model
 from moequant.errors import CorpusError, OutputError, PlanError
 from moequant.files import claim
 from moequant.forward.memory import check_memory
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.hub import Source
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.progress import Meter

@@ -10,7 +10,8 @@ from moequant.containers.folders.plan import FolderSettings
 from moequant.containers.gguf.sizes import Budget, parse_size
 from moequant.errors import PlanError
 from moequant.formats import Effort
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
+from moequant.ranks import here
 from moequant.statistics.importance import Gating
 
 FormatName = Literal["gguf", "safetensors", "gptq"]
@@ -193,7 +194,7 @@ class Settings:
     @property
     def resources(self) -> Resources:
         """What passes over the model may use."""
-        return Resources(ram=self.ram, device=self.device)
+        return Resources(ram=self.ram, device=self.device, ranks=here())
 
 
 def _option(name: str) -> str:

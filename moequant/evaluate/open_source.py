@@ -20,10 +20,8 @@ from moequant.containers.gguf.same import (
     same_metadata,
     same_texts,
     same_values,
-    same_vocabulary,
     that_runs,
 )
-from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.containers.gguf.weights import GgufWeights
 from moequant.containers.opened import open_model
 from moequant.errors import CheckpointError, VerifyError
@@ -34,6 +32,7 @@ from moequant.forward.model import Provider
 from moequant.hub import GgufModel
 from moequant.hub.fetch import headers
 from moequant.statistics.store import identity, identity_of
+from moequant.text.rows import vocabulary
 from moequant.values import Weight
 
 if TYPE_CHECKING:
@@ -131,10 +130,10 @@ def open_files(paths: Sequence[Path]) -> tuple[Source, ...]:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file")
     headers = [read_header(path) for path in paths]
-    first, vocabulary = headers[0], headers[0].array(TOKENS)
+    first, tokens = headers[0], headers[0].array(TOKENS)
     for header in headers[1:]:
         same_metadata(header.path, that_runs(header.metadata), first.path, that_runs(first.metadata))
-        same_texts(header.path, header.array(TOKENS), first.path, vocabulary)
+        same_texts(header.path, header.array(TOKENS), first.path, tokens)
     return tuple(
         Source(one.path, "GGUF", None, one.file_bytes, {each.name: each.type for each in one.tensors})
         for one in headers
@@ -232,4 +231,4 @@ def _same_shape(path: Path, weight: Weight, shape: tuple[int, ...] | None) -> No
 def _same_tokens(path: Path, checkpoint: Checkpoint) -> None:
     """The tokenizers of two folders, when the other one has any."""
     if path != checkpoint.path and (path / "tokenizer.json").is_file():
-        same_vocabulary(path, read_tokenizer(path).tokens, checkpoint)
+        same_texts(path, vocabulary(path), checkpoint.path, vocabulary(checkpoint.path))

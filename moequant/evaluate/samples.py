@@ -29,7 +29,13 @@ def fits(checkpoint: Checkpoint) -> bool:
 def sample(
     checkpoint: Checkpoint, provider: Provider, prompts: Iterable[Prompt], tokens: int
 ) -> tuple[Sample, ...]:
-    """Up to `tokens` likeliest tokens after every prompt. CorpusError for a prompt without tokens."""
+    """Up to `tokens` likeliest tokens after every prompt. CorpusError for a prompt without tokens, and for a
+    model with an encoder, which continues no prompt."""
+    if checkpoint.encodes:
+        raise CorpusError(
+            f"{checkpoint.path}: a model with an encoder answers a text and does not continue it; leave "
+            "--prompt and --sample-tokens out"
+        )
     model = build_model(checkpoint, EXPERTS, provider)
     tokenizer, encoder = read_tokenizer(checkpoint.path), load_encoder(checkpoint.path)
     start = [tokenizer.ids["bos"]] if tokenizer.add_bos and "bos" in tokenizer.ids else []

@@ -26,7 +26,7 @@ from moequant.checkpoint.headers import read_json
 from moequant.errors import VerifyError, few, foreign, one_line
 from moequant.evaluate.activations import by_32
 from moequant.families.config import LAYERS
-from moequant.forward.causal import whole_class
+from moequant.forward.causal import logits, whole_class
 from moequant.forward.memory import usable_bytes
 from moequant.forward.model import Provider, build_model
 from moequant.runtimes.llama_cpp import logits as llama_cpp
@@ -41,6 +41,9 @@ LIMIT = 1e-3
 
 QUANTILE = 0.75
 """Of the tokens, so many must be within the limit: a router near a tie sends a few elsewhere."""
+
+WEIGHT = 6
+"""Bytes of memory for each weight that is checked: in float32, and the pages of files read for it."""
 
 RUNTIME_LIMIT = 0.25
 """Largest difference of a token's logits in llama.cpp, in units of their own spread, for the median token:
@@ -112,6 +115,8 @@ def self_check(checkpoint: Checkpoint, output: Output | None, available: int | N
     free = usable_bytes(available)
     layers = checkpoint.n_layers if free is None else _layers_within(checkpoint, free)
     if layers < checkpoint.n_layers:
+        if checkpoint.encodes:
+            return SelfCheck(skipped="it does not fit memory, and a part of an encoder is no model")
         if not layers:
             return SelfCheck(skipped=f"{_bytes(checkpoint, 1) / 1e9:.1f} GB are needed for its first layer")
         if checkpoint.gguf is not None:
@@ -189,9 +194,9 @@ def _source(checkpoint: Checkpoint, ids: Tensor, theirs: Tensor, ours: Tensor) -
     return source, differs
 
 
-def _bytes(checkpoint: Checkpoint, layers: int) -> float:
-    """What the first layers of a model take in float32, and computing with them."""
-    return 4.5 * sum(weight.numel for weight in checkpoint.weights if (weight.layer or 0) < layers)
+def _bytes(checkpoint: Checkpoint, layers: int) -> int:
+    """What the first layers of a model take in float32, with the pages of files that are read for them."""
+    return WEIGHT * sum(weight.numel for weight in checkpoint.weights if (weight.layer or 0) < layers)
 
 
 def _layers_within(checkpoint: Checkpoint, free: int) -> int:
@@ -305,7 +310,8 @@ def _reference(checkpoint: Checkpoint, ids: Tensor, raw: dict[str, Any]) -> Tens
             output_loading_info=True,
         )
         # What it does not find it makes up, with a warning: files may have names that it does not read.
-        if made_up := sorted({each.place.param for each in checkpoint.weights} & {*told["missing_keys"]}):
+        ours = {name for each in checkpoint.weights for name in (each.place.param, *each.names)}
+        if made_up := sorted(ours & {*told["missing_keys"]}):
             raise VerifyError(f"it knows no file's names for {few(made_up, 2)}")
         return _logits(model, ids)
 
@@ -332,7 +338,7 @@ def _ours(checkpoint: Checkpoint, provider: Provider, ids: Tensor) -> Tensor:
 
 def _logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
     with torch.inference_mode():
-        found: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+        found = logits(model, ids).float()
     del model
     gc.collect()  # models hold cycles, and the next one needs the room
     return found

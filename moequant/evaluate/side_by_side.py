@@ -25,7 +25,8 @@ from moequant.forward.hidden import Hidden
 from moequant.forward.memory import Versions
 from moequant.forward.model import Provider, held, of_experts, using
 from moequant.forward.passage import Passage
-from moequant.forward.stream import LayerStream, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream
 from moequant.forward.taps import Recorder, recording
 from moequant.progress import Bar
 from moequant.text.corpus import Rows
@@ -179,7 +180,7 @@ def _cross(stream: LayerStream, layer: int, base: _Running, others: list[_Runnin
     first = _enter(stream, layer, base)
     chosen, tokens, kept = first.chosen, None, first.kept
     if chosen is not None:
-        tokens = torch.bincount(chosen.flatten().long(), minlength=stream.checkpoint.n_experts)
+        tokens = _sent(chosen, stream.checkpoint.n_experts)
     crossing = [first]
     for version in others:
         errors: dict[str, WeightError] = {}
@@ -238,15 +239,18 @@ def _told(stream: LayerStream, layer: int, crossing: _Crossing, tokens: Tensor |
 def _moved(chosen: Tensor, found: Tensor, experts: int) -> tuple[float | None, ...]:
     """Of the tokens that `chosen`, i16 [tokens, k], sends to each expert, the share that `found` does not."""
     lost = torch.stack([~(found == one[:, None]).any(1) for one in chosen.unbind(1)], 1)
-    sent = torch.bincount(chosen.flatten().long(), minlength=experts)
-    gone = torch.bincount(chosen[lost].long(), minlength=experts)
-    pairs = zip(gone.tolist(), sent.tolist(), strict=True)
+    pairs = zip(_sent(chosen[lost], experts).tolist(), _sent(chosen, experts).tolist(), strict=True)
     return tuple(one / all_ if all_ else None for one, all_ in pairs)
 
 
+def _sent(chosen: Tensor, experts: int) -> Tensor:
+    """How many tokens each expert is sent, i64 [E]."""
+    return torch.bincount(chosen.flatten().long(), minlength=experts)[:experts]
+
+
 def _change(layer: int, changed: Tensor, moved: tuple[float | None, ...], rows: Rows) -> RoutingChange:
-    """`changed` bool [tokens] as shares, by domain too."""
-    by_row = changed.view(rows.ids.shape).double().mean(1)
+    """`changed` bool [tokens], of all that the layer's router sees, as shares, by domain too."""
+    by_row = changed.view(len(rows.ids), -1).double().mean(1)
     by_domain = tuple(float(by_row[_of(rows, domain)].mean()) for domain in dict.fromkeys(rows.domains))
     return RoutingChange(layer, float(by_row.mean()), by_domain, moved)
 

@@ -56,6 +56,7 @@ from moequant.families.qwen3_moe import QWEN3_MOE
 from moequant.families.qwen3_next import QWEN3_NEXT
 from moequant.families.qwen3_vl_moe import QWEN3_VL_MOE
 from moequant.families.step3p7 import STEP3P7
+from moequant.families.switch_transformers import SWITCH_TRANSFORMERS
 
 __all__ = ["FAMILIES", "Config", "Family", "Get", "Slot", "architectures", "find", "nearest"]
 
@@ -108,6 +109,7 @@ FAMILIES: tuple[Family, ...] = (
     BAILING_HYBRID,
     HY_V4,
     GLM5_NEXT,
+    SWITCH_TRANSFORMERS,
 )
 
 
@@ -127,8 +129,8 @@ def find(raw: Mapping[str, Any]) -> Family:
     wanted = "/".join(names[:10]) or "(none in config.json)"
     if raw.get("is_encoder_decoder") is True:
         raise FamilyError(
-            f"architecture {wanted} has an encoder and a decoder: only decoders are read, and llama.cpp has "
-            "no such architecture with experts either"
+            f"architecture {wanted} has an encoder and a decoder: of those only "
+            f"{SWITCH_TRANSFORMERS.classes[0]} is read, and llama.cpp has no such architecture with experts"
         )
     near = nearest(names[0]) if names else None
     raise FamilyError(

@@ -87,9 +87,9 @@ class Family:
     expressions of stored names that are left out on purpose, with the reason. `predictions` lists the slots
     of layers behind the last, among what `skipped` calls PREDICTION: they have no `param`. `renamed` turns
     prefixes of stored names into those that `get` uses. `hoisted` are paths of keys outside `text_config`
-    that belong to the text's config as well. `layers_at` is where the decoder layers are. `chosen` is for
-    models whose layers also give, and are given, which tokens attention looks at: how many those are at
-    most; their attention gives them too.
+    that belong to the text's config as well. `layers_at` is where the decoder layers are. `attention_gives`
+    is how many values attention modules give, their output first. `chosen` is for models whose layers also
+    give, and are given, which tokens attention looks at: how many those are at most.
     """
 
     name: str
@@ -105,6 +105,7 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     hoisted: tuple[tuple[str, str], ...] = ()
     layers_at: str = "model.layers"
+    attention_gives: int = 2
     chosen: Callable[[Config], int] | None = None
     dialect: Callable[[dict[str, Any]], dict[str, Any]] = as_it_is
 

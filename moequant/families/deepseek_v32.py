@@ -95,5 +95,6 @@ GLM_MOE_DSA = Family(
     says={**ROUTER_SAYS, "rope_interleave": (True,), "indexer_rope_interleave": (True,)},
     skipped=prediction_layers,
     predictions=predictions,
+    attention_gives=3,
     chosen=chosen,
 )

@@ -124,5 +124,6 @@ GLM5_NEXT = Family(
     skipped=skipped,
     predictions=predictions,
     renamed=(("model.language_model.", "model."),),
+    attention_gives=3,
     chosen=chosen,
 )

@@ -133,5 +133,6 @@ HY_V4 = Family(
         "topk_method": ("noaux_tc",),
     },
     skipped=prediction_layers,
+    attention_gives=3,
     chosen=chosen,
 )

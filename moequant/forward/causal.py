@@ -14,10 +14,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from moequant.forward.joined import Joined, cut, halves, is_joined
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -31,11 +34,28 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def whole_class(config: PreTrainedConfig) -> Any:
     """The automatic class that loads a folder with that config: as text where it can, else whole."""
+    if is_joined(config):
+        return AutoModelForSeq2SeqLM
     return AutoModelForCausalLM if _is_text(config) else AutoModelForImageTextToText
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits [rows, m, vocab] of the last m tokens of rows ids i64 [rows, n], all of them or a decoder's: of
+    a model of `whole_class`, or of ours."""
+    fed, first = {"input_ids": ids}, 0
+    if is_joined(model.config):
+        first = cut(ids.shape[1])
+        if not isinstance(getattr(model, "model", None), Joined):
+            source, target = halves(model.config, ids)
+            fed, first = {"input_ids": source, "decoder_input_ids": target}, 0
+    found: Tensor = model(**fed, use_cache=False).logits[:, first:]
+    return found
 
 
 def _text_class(config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """The text model of a config's class; transformers lists not every one beside the whole models."""
+    if config is Joined.config_class:
+        return Joined
     if config in AutoModel._model_mapping:
         known: type[PreTrainedModel] = AutoModel._model_mapping[config]
         return known

@@ -2,8 +2,8 @@
 
 transformers dispatches most experts to a registered function (`experts`), but not those of DBRX, whose
 matrices are flat, nor those of Llama 4, where every expert multiplies every token, most of them zeros, nor
-those of Step 3.7, whose activations are clamped. On a model of our own such modules give way to `Experts`;
-nothing of transformers' is changed.
+those of Step 3.7, whose activations are clamped, nor those of Switch Transformers, each a module of its own.
+On a model of our own such modules give way to `Experts` or `Plain`; nothing of transformers' is changed.
 """
 
 from __future__ import annotations
@@ -49,6 +49,26 @@ class OwnGate(Experts):
         return gated
 
 
+class Plain(nn.Module):
+    """Experts of Switch Transformers, which have no gate: up_proj [E, f, h], down_proj [E, h, f]."""
+
+    has_gate = False
+
+    def __init__(self, old: Any) -> None:
+        super().__init__()
+        one = old["expert_0"]
+        self.num_experts, self.act_fn = old.num_experts, one.act
+        self.up_proj = nn.Parameter(torch.empty(old.num_experts, *one.wi.weight.shape))
+        self.down_proj = nn.Parameter(torch.empty(old.num_experts, *one.wo.weight.shape))
+
+    def forward(self, hidden_states: Tensor, selected: Tensor, weights: Tensor) -> Tensor:
+        """Hidden [n, h]; selected i64 [n, 1, E], 1 for the expert of a token, all 0 where that has as many
+        of its row's tokens as it may; weights [n, 1]."""
+        taken = selected.sum(-1)
+        index = torch.where(taken > 0, selected.argmax(-1), self.num_experts)
+        return experts_forward(self, hidden_states, index, weights * taken)
+
+
 class ScaledInputs(nn.Module):
     """Llama 4's block: a router that sends a token to one expert, scaled by its weight; a shared expert."""
 
@@ -83,6 +103,8 @@ def dispatch_all(model: nn.Module) -> None:
                 new = ScaledInputs(module)
             case "Step3p7Experts":
                 new = OwnGate(module)
+            case "SwitchTransformersExperts":
+                new = Plain(module)
             case _:
                 continue
         model.set_submodule(name, new)

@@ -63,7 +63,8 @@ def by_expert(index: Tensor, experts: int) -> list[tuple[int, Tensor]]:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a router sends the tokens of a batch: index i64 [n, k] and the router's weights [n, k]."""
+    """Where a router sends the tokens of a batch: index i64 [n, k] and the router's weights [n, k]; see
+    `Recorder.routed`."""
 
     index: Tensor
     gates: Tensor
@@ -76,6 +77,10 @@ class Route:
             for expert, chosen in by_expert(self.index, experts.stop)
             if expert in experts
         }
+
+    def on(self, device: str) -> Route:
+        """The same on that device."""
+        return Route(self.index.to(device), self.gates.to(device))
 
 
 def first_product(module: nn.Module, expert: int, inputs: Tensor) -> Tensor:

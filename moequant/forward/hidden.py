@@ -161,9 +161,10 @@ class Lasting:
         """See `Hidden`."""
         self.disk.sync(layer)
 
-    def resume(self, layer: int) -> None:
-        """Go on from what an earlier process left in front of `layer`. OutputError when it is damaged."""
-        for batch in range(len(self.disk.shapes)):
+    def resume(self, layer: int, batches: Sequence[int]) -> None:
+        """Go on from what an earlier process left of these in front of `layer`. OutputError when it is
+        damaged."""
+        for batch in batches:
             states = self.disk.get(layer, batch)
             if self.memory is not None:
                 self.memory.put(layer, batch, states)

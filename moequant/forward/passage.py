@@ -93,8 +93,9 @@ class Way:
 class Passage(Generic[R]):
     """Batches of one or more ways that have the layer's weights in common, each with its own recorder.
 
-    A task is a batch of a way: all of the first, then all of the next. The recorders are `make(task)`, in
-    `told` once they stand in front of the experts, and come back in the order of tasks.
+    A task is a batch of a way: all of the first, then all of the next, but those of this rank alone. The
+    recorders are `make(task)`, in `told` once they stand in front of the experts, and come back in the order
+    of tasks.
     """
 
     def __init__(
@@ -103,6 +104,8 @@ class Passage(Generic[R]):
         self._stream, self._layer, self._ways, self._make = stream, layer, ways, make
         self.told: list[R] = []
         self._waiting: list[tuple[Route, int]] = []
+        every = len(stream.batches)
+        self._tasks = [way * every + batch for way in range(len(ways)) for batch in stream.mine]
 
     def through(self) -> Iterator[R]:
         """All tasks cross the layer, whose weights are all there."""
@@ -134,31 +137,32 @@ class Passage(Generic[R]):
     def multiply(self, module: nn.Module, experts: range) -> None:
         """Let these experts, those of `module`, do their part; all of the layer's have their turn once."""
 
-        def work(task: int) -> None:
-            way, batch = self._way(task)
-            sent = self._waiting[task][0].to(experts)
+        def work(number: int) -> None:
+            way, batch = self._way(self._tasks[number])
+            sent = self._waiting[number][0].to(experts)
             if way.rooms is None or not sent:
                 return
             device = self._stream.resources.device
             fed, total = (room.get(self._layer, batch).to(device) for room in way.rooms)
-            with recording(self.told[task]):
+            with recording(self.told[number]):
                 add_experts(total, module, fed, sent, experts.start)
             way.rooms[1].put(self._layer, batch, total)
 
-        for _ in self._each(work):
+        for _ in self._each(work, range(len(self._tasks))):
             pass
 
     def leave(self) -> Iterator[R]:
         """All tasks are behind the layer, once its experts have had their turn."""
 
-        def work(task: int) -> R:
-            (way, batch), told = self._way(task), self.told[task]
+        def work(number: int) -> R:
+            task, told = self._tasks[number], self.told[number]
+            way, batch = self._way(task)
             if way.rooms is not None:
                 gave = way.rooms[1].get(self._layer, batch)
-                self._run(task, _Behind(told, self._waiting[task][1], gave))
+                self._run(task, _Behind(told, self._waiting[number][1], gave))
             return told
 
-        yield from self._each(work)
+        yield from self._each(work, range(len(self._tasks)))
         for way in self._ways:
             for room in way.rooms or ():
                 room.drop(self._layer)
@@ -175,11 +179,11 @@ class Passage(Generic[R]):
         number, batch = divmod(task, len(self._stream.batches))
         return self._ways[number], batch
 
-    def _each(self, work: Callable[[int], Any]) -> Iterator[Any]:
-        """See `LayerStream.each`, over all tasks."""
+    def _each(self, work: Callable[[int], Any], numbers: Sequence[int] | None = None) -> Iterator[Any]:
+        """See `LayerStream.each`, over all tasks, or over numbers of them."""
 
         def alone(task: int) -> Any:
             with torch.inference_mode():
                 return work(task)
 
-        return self._stream.each(alone, len(self._ways) * len(self._stream.batches))
+        return self._stream.each(alone, self._tasks if numbers is None else numbers)

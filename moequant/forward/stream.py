@@ -7,7 +7,6 @@ At any moment the weights of one decoder layer are in memory, or of some of its 
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,72 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint, load
-from moequant.errors import CheckpointError, PlanError, foreign
+from moequant.errors import CheckpointError, foreign
 from moequant.files import scratch
 from moequant.forward.calls import Skeleton, beside
 from moequant.forward.experts import EXPERTS
 from moequant.forward.hidden import Hidden, InMemory, OnDisk
+from moequant.forward.joined import span
 from moequant.forward.memory import ONE, Versions, chunks, usable_bytes
 from moequant.forward.model import Provider, empty_model, fill, own_buffers, release, some_experts
 from moequant.forward.passage import Passage, Way
+from moequant.forward.resources import FREE, Resources
 from moequant.forward.taps import Enough, Recorder, recording, watch
 from moequant.values import Role, Site, Weight
-
-BATCH_TOKENS = 4096
-"""Tokens per forward pass: enough for efficient products, few enough to bound the activations."""
 
 ENDS = frozenset({Role.NORM, Role.BIAS, Role.STREAMS})
 """Roles of the weights behind the last layer and in front of the head."""
 
 R = TypeVar("R", bound=Recorder)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What a pass over the model may use.
-
-    `ram` is the memory to use in bytes; past half of it hidden states go to disk; None is no limit. `device`
-    is where layers run. `threads` is how many batches run at once on a CPU, each in one thread; None is one a
-    core. `read_ahead` reads the next layer while this one runs, and needs memory for both; on an accelerator
-    that is always so. `batch_tokens` cross a layer in one forward pass.
-    """
-
-    ram: int | None = None
-    device: str = "cpu"
-    threads: int | None = None
-    read_ahead: bool = False
-    batch_tokens: int = BATCH_TOKENS
-
-    def __post_init__(self) -> None:
-        """PlanError for a device that is not there."""
-        try:
-            asked = torch.device(self.device)
-        except RuntimeError:
-            raise PlanError(f"--device {self.device}: cpu, cuda or cuda:1 was expected") from None
-        # The one kind that torch knows beside the CPU here: cuda, also of ROCm, or whatever is registered.
-        other = torch.accelerator.current_accelerator()
-        kinds = {"cpu", "cuda"} | ({other.type} if other is not None else set())
-        if asked.type not in kinds or (asked.type == "cpu" and asked.index):
-            raise PlanError(f"--device {self.device}: cpu, cuda or cuda:1 was expected")
-        there = torch.get_device_module(asked).device_count()
-        if (asked.index or 0) >= there:
-            raise PlanError(
-                f"--device {self.device}: torch finds {there} devices of that kind; leave it out to run on "
-                "the CPU"
-            )
-
-    @property
-    def reads_ahead(self) -> bool:
-        """Whether the next layer is read while this one runs."""
-        return self.read_ahead or self.device != "cpu"
-
-    @property
-    def workers(self) -> int:
-        """Batches that cross a layer at the same time."""
-        if self.device != "cpu":
-            return 1
-        return self.threads or os.cpu_count() or 1
 
 
 @dataclass(slots=True)
@@ -125,13 +76,15 @@ class LayerStream:
     the sites of all weights. Use as a context manager; hidden states are the caller's (`new_hidden`), so
     that several versions of the stream can cross the same layer. `among` says how many versions of weights
     are in memory together, and of hidden states; it decides what is in memory, never what comes out.
+
+    Batches are dealt to ranks: each has the hidden states of `mine` alone, and lets those alone cross.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         ids: Tensor,
-        resources: Resources = Resources(),
+        resources: Resources = FREE,
         provider: Provider = load,
         whole: bool = False,
         experts: str = EXPERTS,
@@ -142,6 +95,7 @@ class LayerStream:
         self.model = empty_model(checkpoint, experts, resources.device)
         watch(self.model, sites(checkpoint.weights) if watched is None else watched)
         self.batches = list(torch.split(ids, max(1, resources.batch_tokens // ids.shape[1])))
+        self.mine = resources.ranks.mine(len(self.batches))
         self._unfit = f"{checkpoint.path}: transformers cannot run the model that config.json describes"
         with foreign(CheckpointError, self._unfit):
             self.skeleton = Skeleton(
@@ -155,8 +109,8 @@ class LayerStream:
         self._disk = ThreadPoolExecutor(1)
         self._kept, self._rooms = ExitStack(), 0
         self._folder: Path | None = None
-        self._among = among
-        usable = usable_bytes(resources.ram, resources.device)
+        self._among, self._limit = among, resources.share
+        usable = usable_bytes(self._limit, resources.device)
         if resources.reads_ahead and usable is not None:
             usable //= 2
         self._chunks = [chunks(self.weights(layer), among.weights, usable) for layer in range(self.n_layers)]
@@ -172,6 +126,15 @@ class LayerStream:
         shape = self.checkpoint.shape
         ends = (shape.hidden,) if shape.streams == 1 else (shape.streams, shape.hidden)
         return [(*batch.shape, *ends) for batch in self.batches]
+
+    def span(self, layer: int) -> slice:
+        """The tokens of a row that the layer computes with; it passes on the states of the others."""
+        return span(self.skeleton.layers[layer], self.batches[0].shape[1])
+
+    def tokens(self, layer: int, batch: int) -> tuple[int, int]:
+        """Rows and tokens of a row, of those that the layer computes with."""
+        rows, length = self.batches[batch].shape
+        return rows, len(range(length)[self.span(layer)])
 
     def __enter__(self) -> LayerStream:
         return self
@@ -196,10 +159,14 @@ class LayerStream:
         """The weights of a layer's routed experts."""
         return tuple(each for each in self.weights(layer) if each.is_expert and each.runs)
 
-    def new_hidden(self, folder: Path, width: int | None = None, among: int | None = None) -> Hidden:
-        """Room for the hidden states, or for so many numbers [n, width] a token: see `room`."""
-        flat = [] if width is None else [(batch.numel(), width) for batch in self.batches]
-        return self.room(folder, self.shapes if width is None else flat, among)
+    def new_hidden(self, folder: Path, among: int | None = None) -> Hidden:
+        """Room for the hidden states: see `room`."""
+        return self.room(folder, self.shapes, among)
+
+    def inside(self, folder: Path, layer: int, width: int, among: int | None = None) -> Hidden:
+        """Room for so many numbers [n, width] a token that the layer computes with: see `room`."""
+        every = (self.tokens(layer, batch) for batch in range(len(self.batches)))
+        return self.room(folder, [(rows * tokens, width) for rows, tokens in every], among)
 
     def room(self, folder: Path, shapes: Sequence[tuple[int, ...]], among: int | None = None) -> Hidden:
         """Room for a tensor of its own shape a batch: in memory when half of the limit holds them and the
@@ -208,7 +175,7 @@ class LayerStream:
         if among is None:
             among = self._among.states * (3 if any(self._chunks) else 1)
         needed = 4 * sum(math.prod(shape) for shape in shapes)
-        if self.resources.ram is None or among * needed <= self.resources.ram // 2:
+        if self._limit is None or among * needed <= self._limit // 2:
             return InMemory(shapes)
         return OnDisk(folder, shapes)
 
@@ -218,7 +185,8 @@ class LayerStream:
         self._fill(embedding, provider)
         with torch.inference_mode():
             for batch, states in enumerate(self.skeleton.embed()):
-                hidden.put(0, batch, states)
+                if batch in self.mine:
+                    hidden.put(0, batch, states)
         release(self.model, embedding)
 
     def layers(self, first: int = 0, experts: bool = True) -> Iterator[int]:
@@ -256,7 +224,7 @@ class LayerStream:
         return some_experts(module, weights, experts, provider or self.provider, self.resources.device)
 
     def cross(self, layer: int, hidden: Hidden, make: Callable[[int], R], into: Hidden | None) -> Iterator[R]:
-        """Every batch through the layer with its present weights, each with its own recorder `make(batch)`.
+        """`mine` through the layer with its present weights, each with its own recorder `make(batch)`.
 
         Outputs go to `into` as what is fed to the next layer (None: nowhere). Recorders
         come back in the order of the batches, whatever the threads do. Experts that are not resident are
@@ -297,7 +265,7 @@ class LayerStream:
             self._folder = self._kept.enter_context(scratch())
         self._rooms += 1
         fed, gave = (
-            self.new_hidden(self._folder / f"{self._rooms}-{name}", width) for name in ("fed", "gave")
+            self.inside(self._folder / f"{self._rooms}-{name}", layer, width) for name in ("fed", "gave")
         )
         return fed, gave
 
@@ -312,14 +280,18 @@ class LayerStream:
             except Enough:
                 return None
 
-    def each(self, work: Callable[[int], T], count: int | None = None) -> Iterator[T]:
-        """`work(batch)` for every batch, or for so many numbers, a few at a time; results in their order."""
+    def shared(self, work: Callable[[int], T]) -> Iterator[T]:
+        """`work(batch)` for every batch, in their order, on every rank; each is worked at by one."""
+        return self.resources.ranks.in_turn(self.each(work), len(self.batches))
+
+    def each(self, work: Callable[[int], T], numbers: Sequence[int] | None = None) -> Iterator[T]:
+        """`work(batch)` for `mine`, or for other numbers, a few at a time; results in their order."""
         # More threads than cores would only wait; torch's own threads would wait for each other.
         workers = self.resources.workers
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as running:
             waiting = deque[Future[T]]()
             try:
-                for batch in range(len(self.batches) if count is None else count):
+                for batch in self.mine if numbers is None else numbers:
                     waiting.append(running.submit(work, batch))
                     if len(waiting) > workers:
                         yield waiting.popleft().result()
@@ -331,9 +303,9 @@ class LayerStream:
     def finish(
         self, hidden: Hidden, make: Callable[[int], R], provider: Provider | None = None
     ) -> Iterator[tuple[R, Any]]:
-        """The end of the forward pass, batch by batch: its recorder and what the model returns."""
+        """The end of the forward pass for `mine`, one by one: its recorder and what the model returns."""
         with self.ends(provider):
-            for batch in range(len(self.batches)):
+            for batch in self.mine:
                 told = make(batch)
                 with recording(told):
                     result = self.end(batch, hidden)

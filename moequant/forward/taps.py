@@ -34,7 +34,8 @@ class Recorder:
         """What each matrix of a stack of heads is fed, for every token: [..., heads, in]."""
 
     def routed(self, name: str, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
-        """The experts' common input [n, in] and the router's choice: index i64 [n, k], gates [n, k]."""
+        """The experts' common input [n, in] and the router's choice: index i64 [n, k], gates [n, k]. An index
+        of E sends to none of the E experts, with weight 0."""
 
     def expert(self, name: str, expert: int, inputs: Tensor, gates: Tensor) -> None:
         """What one product of one expert is fed: inputs [m, in], the router's weights [m] for them."""

@@ -16,6 +16,7 @@ from moequant.errors import HubError
 from moequant.files import scratch
 from moequant.hub.client import Snapshot, cache_folder, fetch
 from moequant.hub.ranges import RemoteFile
+from moequant.ranks import here
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def streamed(folder: Folder, limit: int | None) -> Iterator[Folder]:
     if limit is None or not remote:
         yield folder
         return
+    if here().count > 1:
+        raise HubError("--stream goes with one process, and torchrun started several; leave one of them out")
     cache = cache_folder(remote[0].found.model)
     cache.mkdir(parents=True, exist_ok=True)
     with scratch(cache) as place:

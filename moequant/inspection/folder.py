@@ -11,7 +11,7 @@ from typing import Any
 from moequant import families
 from moequant.checkpoint import Checkpoint, Folder
 from moequant.checkpoint.headers import read_header, read_json
-from moequant.checkpoint.open import renamed, slots_of
+from moequant.checkpoint.open import every_slot, renamed, shape_of
 from moequant.containers.gguf.export import check, export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.containers.opened import open_model
@@ -20,22 +20,23 @@ from moequant.families.config import HARMLESS, make_config, text_config
 from moequant.inspection import presets
 from moequant.inspection.runtimes import checkpoint_runtimes
 from moequant.inspection.values import Inspection, PresetSize, Stored, by_role, by_type
+from moequant.values import ModelShape
 
 _ROLES = (
     ("next token", r"(model\.)?mtp\b"),
     ("scales", r".*(_scale|_scales|scale_inv|zero_point|qzeros|g_idx|weight_shape|_scale_2|input_scale)$"),
     ("vision", r".*(visual|vision|mm_projector|multi_modal|audio)"),
-    ("embedding", r".*(embed_tokens|wte|word_embeddings)\b"),
+    ("embedding", r"(.*(embed_tokens|wte|word_embeddings)|shared)\b"),
     ("output", r"(.*\.)?(lm_head|embed_out)\b"),
     ("shared expert", r".*shared_(expert|mlp)"),
     ("router", r".*((mlp|block_sparse_moe|feed_forward|ffn|mixer|moe)\.(gate|router)|router)\b"),
     ("expert gate+up", r".*(experts\.gate_up_proj|experts\.\d+\.gate_up_proj|input_linear)"),
     ("expert gate", r".*experts\.(\d+\.)?(mlp\.)?(gate_proj|w1)\b"),
-    ("expert up", r".*experts\.(\d+\.)?(mlp\.)?(up_proj|w3|v1)\b"),
-    ("expert down", r".*(experts\.(\d+\.)?(mlp\.)?(down_proj|w2)|output_linear)"),
+    ("expert up", r".*experts\.((\d+\.)?(mlp\.)?(up_proj|w3|v1)|expert_\d+\.wi)\b"),
+    ("expert down", r".*(experts\.((\d+\.)?(mlp\.)?(down_proj|w2)|expert_\d+\.wo)|output_linear)"),
     ("expert other", r".*\.experts\."),
     ("norm", r".*(norm|layernorm|ln_\w)\b"),
-    ("attention", r".*(attn|attention)"),
+    ("attention", r".*(attn|[aA]ttention)"),
     ("recurrent", r".*(mamba|linear_attn|ssm|conv)"),
     ("dense ffn", r".*(mlp|feed_forward|ffn)\b"),
 )
@@ -67,12 +68,14 @@ def inspect_folder(folder: Folder) -> Inspection:
     tensors = _headers(folder)
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     facts = {name: _first(keys, config, text or {}) for name, keys in _KEYS.items()}
-    experts, used = facts["experts"] or _seen_experts(tensors), facts["used"]
+    support = _support(folder, config, tensors)
+    if (known := support.shape) is not None:
+        facts |= {"layers": known.layers, "experts": known.experts, "used": known.experts_used}
+    experts, used = facts["experts"] or _seen_experts(tensors), facts["used"] or None
     share = used / experts if experts and used else 1.0
     tied = not any(role_of(tensor.name) == "output" for tensor in tensors)
     stored = [_stored(tensor, share, tied, facts["layers"]) for tensor in tensors]
     architecture = (families.architectures(config) or ["(none in config.json)"])[0]
-    support = _support(folder, config, tensors)
     shared = facts["shared"] or (1 if any("shared_expert." in tensor.name for tensor in tensors) else None)
     return Inspection(
         path=path,
@@ -168,6 +171,7 @@ def _seen_experts(tensors: list[_Tensor]) -> int | None:
 @dataclass(frozen=True, slots=True)
 class _Support:
     family: str | None
+    shape: ModelShape | None
     tokenizer: str
     presets: tuple[PresetSize, ...]
     missing: tuple[str, ...]
@@ -178,12 +182,14 @@ def _support(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) 
     """Everything that keeps `moequant convert` from this folder; its sizes when nothing does."""
     missing: list[str] = []
     family: families.Family | None = None
+    shape: ModelShape | None = None
     checkpoint: Checkpoint | None = None
     tokenizer: TokenizerSpec | None = None
     sizes: tuple[PresetSize, ...] = ()
     try:
         family = families.find(config)
         text = make_config(family, config)
+        shape = shape_of(family, text)
         if unknown := _unknown(family, text, tensors):
             missing.append(f"{family.name}: unknown tensors: {few(unknown)}")
         check(family, text)
@@ -213,6 +219,7 @@ def _support(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) 
             missing.append(str(error))
     return _Support(
         family.name if family else None,
+        shape,
         _describe(tokenizer),
         sizes,
         tuple(dict.fromkeys(missing)),
@@ -222,8 +229,8 @@ def _support(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) 
 
 def _unknown(family: families.Family, config: families.Config, tensors: list[_Tensor]) -> list[str]:
     """Kinds of tensors that no slot of the family names, numbers replaced by `*`."""
-    slots = [slot for number in range(config.num_hidden_layers) for slot in slots_of(family, config, number)]
-    known = {_kind(way.name) for slot in (*family.ends(config), *slots) for way in slot.ways}
+    slots = every_slot(family, config, family.shape(config))
+    known = {_kind(way.name) for _, slot in slots for way in slot.ways}
     known.add("lm_head.weight")  # of a tied model it may be there, equal to the embedding
     skipped = [re.compile(pattern) for pattern in family.skipped(config)]
     names = (renamed(family, tensor.name) for tensor in tensors)
@@ -251,7 +258,7 @@ def _differences(near: families.Family, config: Mapping[str, Any], tensors: list
 
 def _kind(name: str) -> str:
     """A tensor's name without its numbers."""
-    return re.sub(r"(?<=\.)(\d+|\{e\})(?=\.)", "*", name)
+    return re.sub(r"(?<=[._])(\d+|\{e\})(?=\.)", "*", name)
 
 
 def _describe(tokenizer: TokenizerSpec | None) -> str:

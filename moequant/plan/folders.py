@@ -59,7 +59,13 @@ class FolderMenu:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, settings: FolderSettings) -> FolderMenu:
-        """What the settings allow. PlanError for unknown schemes, and when a GPU has none of them."""
+        """What the settings allow. PlanError for unknown schemes, when a GPU has none of them, and for a
+        model that nobody serves with several."""
+        if checkpoint.encodes:
+            raise PlanError(
+                f"{checkpoint.family.name}: only transformers runs it, and reads one scheme for all experts; "
+                "name it with --scheme"
+            )
         names = USUAL if settings.schemes is None else tuple(settings.schemes.split(","))
         found = [schemes.find(name.strip(), "--schemes") for name in names]
         if settings.gpu is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from moequant import formats
 from moequant.checkpoint import Checkpoint, load
 from moequant.formats import Effort
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.plan import Sensitivities, Unit, allocate
 from moequant.plan.menu import GGUF, Menu
 from moequant.plan.probes import FREE, divergences
@@ -66,14 +66,32 @@ def measure(
     """Sensitivities of all formats of the menu for all weights.
 
     `ids` i64 [rows, n] is text for the probes, better not the text of `calibration`; with
-    None only relative errors are measured, and sensitivities come from tables. Raises
-    CheckpointError for a weight that cannot be read.
+    None only relative errors are measured, and sensitivities come from tables. Samples and probes are dealt
+    to ranks. Raises CheckpointError for a weight that cannot be read.
     """
-    found = menu.prior(checkpoint.weights, checkpoint.n_layers)
-    errors = {
-        weight.name: sample_errors(weight, _stats(weight, calibration), probing, menu)
-        for weight in counted("errors", checkpoint.weights, "tensor")
-    }
+    return resources.ranks.together(_measured, checkpoint, calibration, ids, probing, menu, resources)
+
+
+def _measured(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    ids: Tensor | None,
+    probing: Probing,
+    menu: Menu,
+    resources: Resources,
+) -> Sensitivities:
+    """The same, by every rank."""
+
+    def sampled(mine: Sequence[Weight]) -> list[dict[str, float]]:
+        return [
+            sample_errors(weight, _stats(weight, calibration), probing, menu)
+            for weight in counted("errors", mine, "tensor")
+        ]
+
+    found, weights = menu.prior(checkpoint.weights, checkpoint.n_layers), checkpoint.weights
+    costs = [min(weight.numel, probing.sample) * len(menu.measured(weight)) for weight in weights]
+    names = [weight.name for weight in weights]
+    errors = dict(zip(names, resources.ranks.dealt(weights, costs, sampled), strict=True))
     if ids is None:
         table = {
             name: {fmt: error * found.per_error[name] for fmt, error in row.items()}

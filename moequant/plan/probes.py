@@ -21,7 +21,8 @@ from moequant.forward.hidden import Hidden
 from moequant.forward.memory import Versions
 from moequant.forward.model import Provider, changed, changed_experts, using
 from moequant.forward.passage import Passage
-from moequant.forward.stream import LayerStream, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream
 from moequant.forward.taps import Recorder
 from moequant.progress import Bar
 from moequant.values import Role, Weight
@@ -42,7 +43,30 @@ def divergences(
     rounded: Rounded,
     resources: Resources = FREE,
 ) -> list[float]:
-    """The mean KL divergence of every version to the model, over rows of tokens ids i64 [rows, n]."""
+    """The mean KL divergence of every version to the model, over rows of tokens ids i64 [rows, n].
+
+    Versions are dealt to ranks, each of which lets the model itself cross the layers with its own.
+    """
+
+    def work(mine: Sequence[Version]) -> list[float]:
+        return _divergences(checkpoint, ids, mine, rounded, resources.apart)
+
+    return resources.ranks.dealt(versions, [_cost(checkpoint, each) for each in versions], work)
+
+
+def _cost(checkpoint: Checkpoint, version: Version) -> int:
+    """Layers that a version crosses: from that of its first changed weight on, and the head."""
+    behind, firsts = checkpoint.n_layers, list[int]()
+    for weight in checkpoint.weights:
+        if weight.name in version:
+            outside = 0 if weight.role is Role.EMBEDDING else behind
+            firsts.append(outside if weight.layer is None else weight.layer)
+    return behind - min(firsts, default=behind) + 1
+
+
+def _divergences(
+    checkpoint: Checkpoint, ids: Tensor, versions: Sequence[Version], rounded: Rounded, resources: Resources
+) -> list[float]:
     one_row = replace(resources, batch_tokens=ids.shape[1])
     among = Versions(weights=2, states=len(versions) + 2)  # with what the model says
     with scratch() as folder, LayerStream(checkpoint, ids, one_row, whole=True, among=among) as stream:

@@ -59,7 +59,7 @@ class Card:
             *(f"{key}: {yaml(value)}" for key, value in licenses(checkpoint).items()),
             *(["language:", *(f"- {yaml(each)}" for each in languages)] if languages else []),
             f"library_name: {'transformers' if folder else 'gguf'}",
-            "pipeline_tag: text-generation",
+            f"pipeline_tag: {'text2text' if checkpoint.encodes else 'text'}-generation",
         ]
         return "\n".join(["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---\n"])
 
@@ -134,6 +134,13 @@ class Card:
     def _running(self) -> str:
         """How each of the usual programs starts it; whoever uploads the files knows the name."""
         head = f"## How to run it\n\n`{REPOSITORY}` stands for where you found this page.\n\n"
+        if self.first.checkpoint.encodes:
+            return head + (
+                "transformers loads it, with `pip install compressed-tensors`, and decodes the experts to "
+                "their original precision in memory:\n\n"
+                "```python\nfrom transformers import AutoModelForSeq2SeqLM\n\n"
+                f'model = AutoModelForSeq2SeqLM.from_pretrained("{REPOSITORY}", dtype="auto")\n```\n'
+            )
         if (folder := self.first.how.folder) is not None:
             text = head + f"```sh\nvllm serve {REPOSITORY}\n```\n"
             if folder.layout == "gptq":

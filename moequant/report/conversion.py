@@ -57,13 +57,16 @@ class Conversion(Shown):
 def next_steps(made: Conversion, model: str) -> RenderableType:
     """What a person types next, `model` as before: the commands that start a file and compare all of them."""
     first, outs = made.reports[0], [str(report.out) for report in made.reports]
-    if first.how.folder is not None:
+    if first.checkpoint.encodes:
+        start = None
+    elif first.how.folder is not None:
         start = f"vllm serve {shlex.quote(outs[0])}"
     else:
         context = min(first.checkpoint.shape.context, 8192)
         start = f"llama-server -m {shlex.quote(outs[0])} -c {context}"
     compared = shlex.join(["moequant", "compare", model, *outs, "--html", "compare.html"])
-    return Group(line("next", style="bold"), *(line(f"  {each}", style="cyan") for each in (start, compared)))
+    steps = [each for each in (start, compared) if each]
+    return Group(line("next", style="bold"), *(line(f"  {each}", style="cyan") for each in steps))
 
 
 def _files(reports: tuple[Report, ...]) -> Table:

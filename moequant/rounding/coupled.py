@@ -9,7 +9,7 @@ the next layer see the layer as it was rounded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,12 +44,13 @@ MIXED = (Role.ATTN_OUT, Role.SSM_OUT)
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A layer while it is rounded: its number, a copy with the original weights, the norm in its middle,
-    and what is known of its attention and its experts."""
+    what is known of its attention and its experts, and where what is finished of it is kept."""
 
     index: int
     original: nn.Module
     middle: str
     kept: Kept
+    parts: Parts | None = None
 
     def part(self, name: str) -> nn.Module:
         """The original module of that name in the model."""
@@ -117,7 +118,8 @@ class Coupled:
         model does not fit into memory.
         """
         if self.rounding.fisher_tokens and self.fishers is None:
-            yield from replace(self, fishers=self._gather()).run(streams, parts)
+            fishers = self.stream.resources.ranks.told(self._gather)
+            yield from replace(self, fishers=fishers).run(streams, parts)
             return
         stream, count = self.stream, 0 if parts is None else parts.count
         if not count:
@@ -125,7 +127,7 @@ class Coupled:
         copies = [copy.deepcopy(layer) for layer in stream.skeleton.layers]  # empty: on the meta device
         for index in stream.layers(max(0, count - 1), experts=False):
             share(stream.skeleton.layers[index], copies[index])
-            layer = Layer(index, copies[index], self._middle(index), self._kept(index))
+            layer = Layer(index, copies[index], self._middle(index), self._kept(index), parts)
             yield from streams.finished(self._layer(layer, streams), index + 1, parts)
             copies[index] = nn.Identity()
         behind = self._behind(streams)
@@ -138,7 +140,7 @@ class Coupled:
         found = []
         for weight in self.stream.weights(None):
             if weight.role is Role.EMBEDDING:
-                result = self._embedding(weight)
+                result = self.stream.resources.ranks.told(lambda one=weight: self._embedding(one))  # type: ignore[misc]
                 self._embed(result, streams)
                 found += [] if result is None else [result]
             elif weight.role is not Role.OUTPUT and weight.name in self.formats:
@@ -150,10 +152,12 @@ class Coupled:
         wanted = [each for each in self.stream.checkpoint.weights if each.name in self.formats]
         skipped = [each for each in wanted if each.layer is not None and not each.runs]
         heads = [each for each in wanted if each.layer is None and each.role is Role.OUTPUT]
-        return [
-            *(self.plain(each, self.formats[each.name]) for each in skipped),
-            *(self._head(each, streams) for each in heads),
-        ]
+        packed = self.stream.resources.ranks.dealt(
+            skipped,
+            [each.numel for each in skipped],
+            lambda mine: [self.plain(each, self.formats[each.name]) for each in mine],
+        )
+        return [*packed, *(self._head(each, streams) for each in heads)]
 
     def _gather(self) -> Fishers:
         stream = self.stream
@@ -194,8 +198,9 @@ class Coupled:
         if not ends or 2 * 4 * tokens * ends[0].n_in > self.rounding.kept_bytes:
             return Kept(index)
         last = inside(index, ends[0].place.param).removesuffix(".weight")
-        others = 1 if self.stream.checkpoint.family.chosen is None else 2
-        shapes = [(*batch.shape, ends[0].n_in) for batch in self.stream.batches]
+        others = self.stream.checkpoint.family.attention_gives - 1
+        every = range(len(self.stream.batches))
+        shapes = [(*self.stream.tokens(index, batch), ends[0].n_in) for batch in every]
         mixed = InMemory(shapes), InMemory(shapes)
         return Kept(index, last, 0 if ends[0].role is Role.SSM_OUT else others, mixed)
 
@@ -225,8 +230,11 @@ class Coupled:
         """The routed experts of the layer; the layer is told what they give."""
         fed = self.cross(layer, weights, streams)
         module = layer.part(weights[0].place.param.rpartition(".")[0])
-        experts = Experts(self.rounder, self.stream, module, weights, fed, streams.folder / "inner")
-        sums = self._room(streams, "exact-sum", fed.width), self._room(streams, "rounded-sum", fed.width)
+        folder = streams.folder / "inner"
+        experts = Experts(self.rounder, self.stream, module, weights, fed, folder, layer.parts)
+        names = "exact-sum", "rounded-sum"
+        exact, rounded = (self._room(streams, layer, name, fed.width) for name in names)
+        sums = exact, rounded
         done = experts.run(sums)
         fed.drop()
         layer.kept.experts = sums
@@ -237,27 +245,33 @@ class Coupled:
         first = [each for each in weights if each.site is not None and each.site.side == "experts"]
         (before,) = {each.site.name for each in first if each.site is not None}
         width = first[0].n_in
-        rooms = [self._room(streams, f"{name}-fed", width) for name in ("exact", "rounded")]
-        error = self._room(streams, "residual", self.stream.checkpoint.shape.hidden)
+        rooms = [self._room(streams, layer, f"{name}-fed", width) for name in ("exact", "rounded")]
+        device = self.stream.resources.device
+        error = self._room(streams, layer, "residual", self.stream.checkpoint.shape.hidden)
         adds = any(weight.adds and self.rounder.rounds(weight) for weight in weights)
 
-        def work(batch: int) -> tuple[tuple[Route, Route], bool]:
+        def work(batch: int) -> tuple[list[Tensor], list[Route], bool]:
             pair = self._pair(layer, batch, before, streams)
-            routes = []
-            for room, seen in zip(rooms, (pair.exact, pair.rounded), strict=True):
+            inputs, routes = [], []
+            for seen in (pair.exact, pair.rounded):
                 assert seen.inputs is not None and seen.index is not None and seen.gates is not None
-                room.put(layer.index, batch, seen.inputs)
+                inputs.append(seen.inputs)
                 routes.append(Route(seen.index, seen.gates))
             if adds and pair.residual is not None:
                 error.put(layer.index, batch, pair.residual)
-            return (routes[0], routes[1]), adds and pair.residual is not None
+            return inputs, routes, adds and pair.residual is not None
 
-        found = list(self.stream.each(work))
-        residual = error if all(kept for _, kept in found) else None
-        return Fed(layer.index, width, rooms[0], rooms[1], residual, [routes for routes, _ in found])
+        routes = []
+        residual: Hidden | None = error
+        for batch, (inputs, both, kept) in enumerate(self.stream.shared(work)):
+            for room, fed in zip(rooms, inputs, strict=True):
+                room.put(layer.index, batch, fed)
+            routes.append((both[0].on(device), both[1].on(device)))
+            residual = residual if kept else None
+        return Fed(layer.index, width, rooms[0], rooms[1], residual, routes)
 
-    def _room(self, streams: Streams, name: str, width: int) -> Hidden:
-        return self.stream.new_hidden(streams.folder / name, width, ROOMS)
+    def _room(self, streams: Streams, layer: Layer, name: str, width: int) -> Hidden:
+        return self.stream.inside(streams.folder / name, layer.index, width, ROOMS)
 
     def _pair(self, layer: Layer, batch: int, wanted: str, streams: Streams) -> Pair:
         """One batch through both streams up to that site; the error of the residual stream in the middle."""
@@ -311,22 +325,28 @@ class Coupled:
         site = weight.site
         grams = Grams.empty(weight.matrices, weight, self.stream.resources.device)
 
-        def work(batch: int) -> Pair:
+        def work(batch: int) -> list[tuple[int, Seen]]:
             pair = self._pair(layer, batch, site.name, streams)
             if weight.role not in MIXED:
-                return pair
-            shape = (*self.stream.batches[batch].shape, -1)
+                return list(pair.seen())
+            shape = (*self.stream.tokens(layer.index, batch), -1)
             exact, rounded = (as_fed(site, each.inputs).view(shape) for each in (pair.exact, pair.rounded))
             layer.kept.keep(batch, exact, rounded)
-            before = [each.get(layer.index, batch) for each in (streams.exact, streams.rounded)]
+            here = self.stream.span(layer.index)
+            before = [each.get(layer.index, batch)[:, here] for each in (streams.exact, streams.rounded)]
             residual = (before[0] - before[1]).flatten(0, -2).to(self.stream.resources.device)
-            return replace(pair, residual=residual)
+            return list(replace(pair, residual=residual).seen())
 
+        return self._sums(grams, self.stream.shared(work))
+
+    def _sums(self, grams: Grams, batches: Iterator[list[tuple[int, Seen]]]) -> Grams:
+        """Sums over all batches, one after the other; ranks share them out."""
+        ranks = self.stream.resources.ranks
         with torch.inference_mode():
-            for batch, pair in enumerate(self.stream.each(work)):
-                for matrix, seen in pair.seen():
-                    grams.add(matrix, batch % 2, seen)
-        return grams
+            for batch, found in enumerate(batches):
+                for matrix, seen in found:
+                    grams.add(matrix, batch % 2, seen, ranks)
+            return grams.exchanged(ranks)
 
     def _head(self, weight: Weight, streams: Streams) -> Result:
         """The output head, fed by what the decoder makes of its last layer's states."""
@@ -336,15 +356,14 @@ class Coupled:
         ends = [each for each in stream.weights(None) if each.role in ENDS]
         fill(stream.model, ends, device=stream.resources.device)
         grams = Grams.empty(1, weight, stream.resources.device)
-        with torch.inference_mode():
-            for batch in range(len(stream.batches)):
-                made = (
-                    stream.skeleton.finish(
-                        batch, hidden.get(stream.n_layers, batch).to(stream.resources.device)
-                    )
-                    for hidden in (streams.rounded, streams.exact)
-                )
-                grams.add(0, batch % 2, Seen(*(each.last_hidden_state.flatten(0, -2) for each in made)))
+
+        def seen(batch: int) -> list[tuple[int, Seen]]:
+            with torch.inference_mode():
+                made = (stream.end(batch, hidden) for hidden in (streams.rounded, streams.exact))
+                return [(0, Seen(*(each.last_hidden_state.flatten(0, -2) for each in made)))]
+
+        mine = (seen(batch) for batch in stream.mine)  # the end of the model is crossed by one at a time
+        grams = self._sums(grams, stream.resources.ranks.in_turn(mine, len(stream.batches)))
         release(stream.model, ends)
         return self._round([weight], grams)[weight.name]
 
@@ -360,8 +379,18 @@ class Coupled:
         rows = trial.sampled(first.shape[-2])
         sample = rounder.target(once[:, rows], grams.rows(rows))
         hessian = shrink(rounder.format(first), sample, grams.halves, grams.tokens, trial).hessian
-        found = rounder.round(group, lambda each: once if each is first else values(each), hessian, grams)
-        return {weight.name: joined(weight, [each]) for weight, each in zip(group, found, strict=True)}
+        bundles = rounder.bundles(group, grams)
+
+        def work(mine: Sequence[list[Weight]]) -> list[list[Result]]:
+            return [
+                rounder.round(each, lambda one: once if one is first else values(one), hessian, grams)
+                for each in mine
+            ]
+
+        costs = [sum(weight.numel for weight in each) for each in bundles]
+        dealt = self.stream.resources.ranks.dealt(bundles, costs, work)
+        found = {result[0].weight.name: result for each in dealt for result in each}
+        return {weight.name: joined(weight, [found[weight.name]]) for weight in group}
 
 
 def share(module: nn.Module, other: nn.Module) -> None:

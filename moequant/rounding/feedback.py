@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,13 +67,15 @@ class Fallback:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """data u8 [E, out, row_bytes]; error f64 [E], tr(E H Eᵀ) as decoded under the Hessian given, NaN
-    where that is not finite; damping f64 [E] that was needed, NaN for fallbacks."""
+    """data u8 [E, out, row_bytes]; damping f64 [E] that was needed, NaN for fallbacks."""
 
     data: Tensor
-    error: Tensor
     damping: Tensor
     fallbacks: tuple[Fallback, ...]
+
+    def chunk(self, count: int) -> list[Rounded]:
+        """The same in so many parts, of as many rows each."""
+        return [replace(self, data=data) for data in self.data.chunk(count, 1)]
 
 
 def round_to_hessian(
@@ -120,8 +122,7 @@ def round_to_hessian(
     for bad in (f for f in fallbacks if f.instead == PLAIN):
         own = None if shared is None else shared[bad.expert]
         data[bad.expert] = _plain(fmt, target[bad.expert], hessian[bad.expert], options, own)
-    error = torch.stack([outputs_lost(fmt, *each) for each in zip(target, data, hessian, strict=True)])
-    return Rounded(data, error, used, tuple(sorted(fallbacks, key=lambda bad: bad.expert)))
+    return Rounded(data, used, tuple(sorted(fallbacks, key=lambda bad: bad.expert)))
 
 
 def outputs_lost(

@@ -10,7 +10,8 @@ from torch import Tensor
 from moequant.checkpoint import Checkpoint
 from moequant.files import scratch
 from moequant.forward.memory import rounding_work
-from moequant.forward.stream import LayerStream, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream
 from moequant.rounding.coupled import Coupled
 from moequant.rounding.parts import Parts
 from moequant.rounding.results import Result
@@ -34,9 +35,24 @@ def round_checkpoint(
 
     Hidden states lie in a temporary folder where memory is limited; so many experts are rounded together as
     memory has room for. With `parts` what is finished is kept there, and nothing comes that was before.
+    Batches and experts are dealt to ranks, all of which get every result.
     """
+    ranks = resources.ranks
+    return ranks.together(_rounded, checkpoint, ids, formats, plain, rounding, resources, parts)
+
+
+def _rounded(
+    checkpoint: Checkpoint,
+    ids: Tensor,
+    formats: Mapping[str, str],
+    plain: Plain,
+    rounding: Rounding,
+    resources: Resources,
+    parts: Parts | None,
+) -> Iterator[Result]:
+    """The same, by every rank."""
     resources = replace(resources, batch_tokens=min(resources.batch_tokens, ids.numel() // BATCHES))
-    work = rounding_work(resources.ram)
+    work = rounding_work(resources.share)
     options = replace(rounding.options, memory=work)
     rounding = replace(rounding, gram_bytes=work, kept_bytes=work, options=options)
     with (
@@ -45,5 +61,6 @@ def round_checkpoint(
     ):
         streams = Streams.under(folder, stream)
         if parts is not None:
-            streams = streams.kept(parts, stream.shapes)
+            parts.writes = resources.ranks.first
+            streams = streams.kept(parts, stream)
         yield from Coupled(stream, formats, plain, rounding).run(streams, parts)

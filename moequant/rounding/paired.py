@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moequant.forward.taps import Enough, Recorder
+from moequant.ranks import ALONE, Ranks
 from moequant.values import Weight
 
 
@@ -28,6 +29,13 @@ class Seen:
     exact: Tensor
     weight: Tensor | None = None
     residual: Tensor | None = None
+
+    def on(self, device: torch.device) -> Seen:
+        """The same on that device."""
+        weight, residual = (
+            None if each is None else each.to(device) for each in (self.weight, self.residual)
+        )
+        return Seen(self.rounded.to(device), self.exact.to(device), weight, residual)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +74,26 @@ class Grams:
         """Those of some rows [n] of the weights: only `pull` tells rows apart."""
         return self if self.pull is None else replace(self, pull=self.pull[:, rows])
 
-    def add(self, expert: int, half: int, seen: Seen) -> None:
-        """Add tokens of one expert to that half."""
+    def add(self, expert: int, half: int, seen: Seen, ranks: Ranks = ALONE) -> None:
+        """Add tokens of one expert to that half. Of several ranks each adds to its own of the sums, and they
+        are `exchanged` at last."""
+        mine, seen = ranks.mine(4), seen.on(self.cross.device)
         weighted = seen.rounded if seen.weight is None else seen.rounded * seen.weight[:, None]
-        self.halves[half][expert].addmm_(weighted.T, seen.rounded)
-        self.cross[expert].addmm_(seen.exact.T, weighted)
-        if self.pull is not None and seen.residual is not None:
+        if 2 + half in mine:
+            self.halves[half][expert].addmm_(weighted.T, seen.rounded)
+        if 0 in mine:
+            self.cross[expert].addmm_(seen.exact.T, weighted)
+        if 1 in mine and self.pull is not None and seen.residual is not None:
             self.pull[expert].addmm_(seen.residual.T, weighted)
         self.tokens[expert] += len(weighted)
+
+    def exchanged(self, ranks: Ranks) -> Grams:
+        """All sums, of which every rank has made its own."""
+        own = [self.cross, self.pull, *self.halves]
+        every = ranks.in_turn(iter([own[number] for number in ranks.mine(4)]), 4)
+        cross, pull, even, odd = (None if each is None else each.to(self.cross.device) for each in every)
+        assert cross is not None and even is not None and odd is not None
+        return Grams((even, odd), cross, pull, self.tokens)
 
 
 class Capture(Recorder):

@@ -2,7 +2,8 @@
 
 One sealed file a part, in the order of the output: packed weights, and what their experts lost. A coupled
 pass makes a part of what is in front of the layers, of each layer, and of what is behind them; beside its
-parts lie the hidden states of both streams in front of the first layer that is not finished.
+parts lie the hidden states of both streams in front of the first layer that is not finished. Of that layer
+the experts that are rounded lie in pieces, where they are taken some at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PART_BYTES = 1 << 28
 class Parts:
     """The finished parts in `folder`, of a run that is called `run`: weights of `formats`, rounded to those.
 
-    `again` ends the message about a part that is no good.
+    `again` ends the message about a part that is no good. Of several ranks the first `writes`.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Parts:
     ) -> None:
         self.folder, self.formats, self.run, self.again = folder, formats, run, again
         self._weights = {weight.name: weight for weight in weights}
-        self.count = 0
+        self.writes, self.count = True, 0
         while self._path(self.count).exists():
             self.count += 1
 
@@ -41,18 +42,42 @@ class Parts:
         """All weights that are finished, in their order. OutputError for a file that is damaged, or that
         belongs to another place or run."""
         for number in range(self.count):
-            path = self._path(number)
-            try:
-                meta, tensors = sealed.opened(path)
-                if (meta["run"], meta["part"]) != (self.run, number):
-                    raise ValueError("of another part or another run")
-                found = [self._result(losses, tensors, at) for at, losses in enumerate(meta["losses"])]
-            except (ValueError, KeyError, TypeError) as error:
-                raise OutputError(f"{path}: cannot be continued from ({error}); {self.again}") from None
-            yield from found
+            yield from self._read(self._path(number), number, None)
 
     def add(self, results: list[Result]) -> None:
         """One more part is finished. OutputError when the disk refuses."""
+        if self.writes:
+            self._write(self._path(self.count), results)
+            for piece in self.folder.glob("piece-*"):
+                piece.unlink()
+        self.count += 1
+
+    def has_piece(self, side: str, experts: range) -> bool:
+        """Whether these experts of the first layer that is not finished are rounded: their matrices that are
+        fed there, "experts" or "inner"."""
+        return self._piece(side, experts).exists()
+
+    def piece(self, side: str, experts: range) -> list[Result]:
+        """They, as they were rounded. OutputError as of `results`."""
+        return self._read(self._piece(side, experts), self.count, experts)
+
+    def add_piece(self, side: str, experts: range, results: list[Result]) -> None:
+        """They are rounded. OutputError when the disk refuses."""
+        if self.writes:
+            self._write(self._piece(side, experts), results)
+
+    def _read(self, path: Path, part: int, experts: range | None) -> list[Result]:
+        """What a file holds of a part: weights, or some experts of them."""
+        try:
+            meta, tensors = sealed.opened(path)
+            if (meta["run"], meta["part"]) != (self.run, part):
+                raise ValueError("of another part or another run")
+            each = enumerate(meta["losses"])
+            return [self._result(losses, tensors, str(at), experts) for at, losses in each]
+        except (ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{path}: cannot be continued from ({error}); {self.again}") from None
+
+    def _write(self, path: Path, results: list[Result]) -> None:
         tensors: dict[str, Tensor] = {}
         for number, (packed, loss) in enumerate(results):
             tensors |= {f"{number}/data": packed.data, **loss_tensors(loss, str(number))}
@@ -60,8 +85,7 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         meta = {"run": self.run, "part": self.count, "losses": losses}
         # One may be there behind those that are missing, of a run that died while it removed them.
-        sealed.write(self._path(self.count), meta, tensors, overwrite=True)
-        self.count += 1
+        sealed.write(path, meta, tensors, overwrite=True)
 
     def kept(self, results: Iterable[Result]) -> Iterator[Result]:
         """The same results; every layer's are a part, and of a large layer several."""
@@ -80,15 +104,22 @@ class Parts:
             self.add(waiting)
             yield from waiting
 
-    def _result(self, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], number: int) -> Result:
+    def _result(
+        self, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], number: str, experts: range | None
+    ) -> Result:
         """ValueError for a type that is not the plan's, KeyError for a weight that is not."""
         weight, data = self._weights[fields["weight"]], tensors[f"{number}/data"]
         if fields["format"] != self.formats[weight.name]:
             raise ValueError(f"{weight.name} is {fields['format']}, not {self.formats[weight.name]}")
-        return Packed(weight, fields["format"], data), loss_of(weight, fields, tensors, str(number))
+        part = weight if experts is None else weight.of(experts)
+        return Packed(part, fields["format"], data), loss_of(weight, fields, tensors, number)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"part-{number:04d}.safetensors"
+
+    def _piece(self, side: str, experts: range) -> Path:
+        name = f"piece-{self.count:04d}-{side}-{experts.start}-{experts.stop}.safetensors"
+        return self.folder / name
 
 
 def loss_fields(loss: ExpertLoss) -> dict[str, Any]:

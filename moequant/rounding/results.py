@@ -33,7 +33,6 @@ def stacked(bands: Sequence[tuple[Rounded, Tensor]]) -> tuple[Rounded, Tensor]:
     fallbacks = {bad for one in each for bad in one.fallbacks}
     return Rounded(
         torch.cat([one.data for one in each], 1),
-        torch.stack([one.error for one in each]).sum(0),
         each[0].damping,
         tuple(sorted(fallbacks, key=lambda bad: bad.expert)),
     ), torch.stack([lost for _, lost in bands]).sum(0)

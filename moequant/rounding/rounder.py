@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moequant import formats
 from moequant.formats import Effort, Format, engine
-from moequant.rounding.feedback import ROWS_AT_ONCE, Options, round_to_hessian, usable
+from moequant.rounding.feedback import ROWS_AT_ONCE, Options, Rounded, round_to_hessian, usable
 from moequant.rounding.paired import Grams
 from moequant.rounding.results import Result, judged, lost_by, stacked
 from moequant.rounding.shrinkage import Trial
@@ -89,21 +89,46 @@ class Rounder:
     ) -> list[Result]:
         """Weights that share their inputs, or these experts of them: each of `values` [E, out, in] towards
         its target under shrunk Hessians [E, in, in], judged under those of `grams`."""
-        shared, found = self._shared(weights, values, grams), []
-        for weight in weights:
-            fmt, options = self.format(weight), replace(self.rounding.options, of=weight.numel)
-            part = weight if experts is None else weight.of(experts)
-            felt = None if self.fishers is None else self.fishers.outputs.get(weight.name)
+        shared, found = self._shared(weights, values, grams), dict[str, Result]()
+        for alike in self._alike(weights, grams):
+            first = alike[0]
+            fmt, options = self.format(first), replace(self.rounding.options, of=first.numel)
+            felt = None if self.fishers is None else self.fishers.outputs.get(first.name)
             if felt is not None and experts is not None:
                 felt = felt[experts.start : experts.stop]
-            whole, bands = values(weight), []
-            for rows in self._bands(weight, whole=felt is not None):
-                wanted = self.target(whole[:, rows], grams.rows(rows))
-                rounded = round_to_hessian(fmt, wanted, hessian, options, felt, shared.get(weight.name))
-                own = (first + second for first, second in zip(*grams.halves, strict=True))
-                bands.append((rounded, lost_by(fmt, wanted, rounded, own)))
-            found.append(judged(part, fmt, *stacked(bands), grams.tokens))
-        return found
+            whole = [values(each) for each in alike]
+            bands: list[list[tuple[Rounded, Tensor]]] = [[] for _ in alike]
+            for rows in self._bands(first, len(alike), felt is not None):
+                some = whole[0][:, rows] if len(alike) == 1 else torch.cat([w[:, rows] for w in whole], 1)
+                wanted = self.target(some, grams.rows(rows))
+                rounded = round_to_hessian(fmt, wanted, hessian, options, felt, shared.get(first.name))
+                parts = zip(wanted.chunk(len(alike), 1), rounded.chunk(len(alike)), strict=True)
+                for band, (target, part) in zip(bands, parts, strict=True):
+                    own = (one + other for one, other in zip(*grams.halves, strict=True))
+                    band.append((part, lost_by(fmt, target, part, own)))
+            for each, band in zip(alike, bands, strict=True):
+                weight = each if experts is None else each.of(experts)
+                found[each.name] = judged(weight, fmt, *stacked(band), grams.tokens)
+        return [found[weight.name] for weight in weights]
+
+    def _alike(self, weights: Sequence[Weight], grams: Grams) -> list[list[Weight]]:
+        """Weights that are rounded as one: of one format and shape, when rows have nothing in common. What a
+        Hessian costs, targets and factors, is paid once for them."""
+        if self.fishers is not None or grams.pull is not None:
+            return [[weight] for weight in weights]
+        found: dict[object, list[Weight]] = {}
+        for weight in weights:
+            common = self.format(weight).shared is not None
+            key = (self.formats[weight.name], weight.shape, weight.name if common else "")
+            found.setdefault(key, []).append(weight)
+        return list(found.values())
+
+    def bundles(self, weights: Sequence[Weight], grams: Grams) -> list[list[Weight]]:
+        """The same in parts, each of which is rounded as it would be with the others."""
+        shared = [self.format(weight).shared for weight in weights]
+        if any(each is not None and each.across for each in shared):
+            return [list(weights)]
+        return self._alike(weights, grams)
 
     def _shared(
         self, weights: Sequence[Weight], values: Callable[[Weight], Tensor], grams: Grams
@@ -121,11 +146,12 @@ class Rounder:
             found |= {weight.name: part for weight, part in zip(members, parts, strict=True)}
         return found
 
-    def _bands(self, weight: Weight, whole: bool) -> Iterator[slice]:
-        """Rows that are rounded at a time: all, but of one large matrix whose rows have nothing in common."""
+    def _bands(self, weight: Weight, alike: int, whole: bool) -> Iterator[slice]:
+        """Rows of each of so many weights that are rounded at a time: all, but of one large matrix whose rows
+        have nothing in common."""
         rows = weight.shape[-2]
         if whole or weight.stack is not Stack.NONE or self.format(weight).shared is not None:
             yield slice(0, rows)
             return
-        step = max(ROWS_AT_ONCE, self.rounding.band // weight.n_in)
+        step = max(ROWS_AT_ONCE, self.rounding.band // (alike * weight.n_in))
         yield from (slice(at, min(at + step, rows)) for at in range(0, rows, step))

@@ -5,6 +5,9 @@ time are read, rounded and multiplied, and forgotten: gate and up under the Hess
 under those of what the rounded gate and up make of them. What they give is added to both streams' sums in the
 order of the experts, as the model does it. How many are taken at a time decides nothing: what a layer's
 experts have in common, and how far their own Hessians are trusted, is known before the first is rounded.
+
+Of several ranks each multiplies its batches by all experts, and rounds some of the experts that are taken at
+a time. What experts are fed is sent to all, and so are the experts as they were rounded.
 """
 
 from __future__ import annotations
@@ -21,13 +24,18 @@ from moequant.forward.experts import Route, add_output, between, first_product, 
 from moequant.forward.hidden import Hidden
 from moequant.forward.model import changed_experts, of_experts, some_experts
 from moequant.forward.stream import LayerStream
+from moequant.ranks import Ranks
 from moequant.rounding.paired import Grams, Seen
+from moequant.rounding.parts import Parts
 from moequant.rounding.results import Result, decoded, joined
 from moequant.rounding.rounder import Rounder
 from moequant.rounding.shrinkage import Layer, Mix, Shrinking, choose, classes, tried
 from moequant.values import Weight
 
 T = TypeVar("T")
+
+FIXED = 2048
+"""Tokens that take as long to sum up as an expert takes to round, whatever it saw."""
 
 INNER = 8
 """What the second products of a chunk are fed stays in memory where so many times as much would find room."""
@@ -49,7 +57,7 @@ class Fed:
         """Tokens of every expert of the rounded stream, in even and odd batches: i64 [2, E]."""
         found = torch.zeros(2, experts, dtype=torch.int64)
         for batch, (_, route) in enumerate(self.routes):
-            found[batch % 2] += torch.bincount(route.index.reshape(-1), minlength=experts).cpu()
+            found[batch % 2] += torch.bincount(route.index.reshape(-1), minlength=experts)[:experts].cpu()
         return found
 
     def drop(self) -> None:
@@ -57,6 +65,53 @@ class Fed:
         for each in (self.exact, self.rounded, self.residual):
             if each is not None:
                 each.drop(self.layer)
+
+
+@dataclass(frozen=True, slots=True)
+class Mine:
+    """Experts that are taken at a time, and this rank's `own` among them."""
+
+    experts: range
+    own: range
+
+    @classmethod
+    def of(cls, experts: range, ranks: Ranks, costs: Sequence[float]) -> Mine:
+        """Neighbours, so that what they cost is much the same on every rank."""
+        part = ranks.part([costs[expert] for expert in experts])
+        return cls(experts, range(experts.start + part.start, experts.start + part.stop))
+
+    @property
+    def slice(self) -> slice:
+        """Where its own are."""
+        return slice(self.own.start - self.experts.start, self.own.stop - self.experts.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Chunks of a layer's experts that `parts` keep, None: nothing is kept. Every rank gets the same."""
+
+    parts: Parts | None
+    ranks: Ranks
+
+    def lack(self, side: str, chunks: Sequence[range]) -> bool:
+        """Whether any of the chunks is still to be rounded."""
+        parts = self.parts
+        if parts is None:
+            return True
+        return self.ranks.told(lambda: not all(parts.has_piece(side, each) for each in chunks))
+
+    def found(self, side: str, experts: range) -> list[Result] | None:
+        """What was rounded before the process was killed, None: nothing. OutputError where it is damaged."""
+        parts = self.parts
+        if parts is None:
+            return None
+        return self.ranks.told(lambda: parts.piece(side, experts) if parts.has_piece(side, experts) else None)
+
+    def kept(self, side: str, experts: range, results: list[Result]) -> list[Result]:
+        """The same, which are found from now on."""
+        if self.parts is not None:
+            self.parts.add_piece(side, experts, results)
+        return results
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +130,7 @@ class Experts:
 
     `module` is theirs, with everything but the matrices in memory; `weights` are the matrices, those that
     multiply the block's input first. What one chunk of experts makes lies under `folder` where memory is
-    limited.
+    limited. `parts` keep each chunk that is rounded, where there are several.
     """
 
     rounder: Rounder
@@ -84,27 +139,41 @@ class Experts:
     weights: tuple[Weight, ...]
     fed: Fed
     folder: Path
+    parts: Parts | None = None
 
     def run(self, sums: tuple[Hidden, Hidden]) -> dict[str, Result]:
         """Every matrix that is rounded under Hessians; what experts give together [n, h] goes to `sums`."""
         first, last = (self._rounded(side) for side in ("experts", "inner"))
         parts: dict[str, list[Result]] = {weight.name: [] for weight in (*first, *last)}
-        for batch, (route, _) in enumerate(self.fed.routes):
+        for batch in self.stream.mine:
             for each in sums:
-                each.put(self.fed.layer, batch, torch.zeros(len(route.index), self.fed.width))
-        inputs = self._inputs_shrunk(first[0]) if first else None
-        inner = self._inner_shrunk(last[0]) if last else None
-        for experts in self._chunks():
+                each.put(
+                    self.fed.layer, batch, torch.zeros(len(self.fed.routes[batch][0].index), self.fed.width)
+                )
+        costs = (self.fed.counts(self.weights[0].matrices).sum(0) + FIXED).tolist()
+        chunks = list(self._chunks())
+        pieces = Pieces(self.parts if len(chunks) > 1 else None, self.stream.resources.ranks)
+        inputs = self._inputs_shrunk(first[0]) if first and pieces.lack("experts", chunks) else None
+        inner = self._inner_shrunk(last[0]) if last and pieces.lack("inner", chunks) else None
+        for experts in chunks:
+            mine = Mine.of(experts, self.stream.resources.ranks, costs)
             exact = rounded = self.read(experts)
-            if inputs is not None:
-                found = self._round(first, exact, experts, self.input_grams(first[0], experts), inputs)
+            if first:
+                found = pieces.found("experts", experts)
+                if found is None:
+                    grams = self.input_grams(first[0], mine.own)
+                    found = pieces.kept("experts", experts, self._round(first, exact, mine, grams, inputs))
+                    del grams
                 rounded = self._packed(rounded, found, parts)
             given = Given(sums[0], self._waiting(experts))
-            grams = self.inner_grams(last[0] if last else None, experts, (exact, rounded), given)
-            if inner is not None and grams is not None:
-                found = self._round(last, exact, experts, grams, inner)
+            found = pieces.found("inner", experts) if last else []
+            wanted = last[0] if found is None else None
+            made = self.inner_grams(wanted, experts, (exact, rounded), given, mine.own)
+            if made is not None:
+                found = pieces.kept("inner", experts, self._round(last, exact, mine, made, inner))
+            if found:
                 rounded = self._packed(rounded, found, parts)
-            del grams
+            del made
             self._add(given.inner, experts, rounded, sums[1])
         return {weight.name: joined(weight, parts[weight.name]) for weight in (*first, *last)}
 
@@ -120,7 +189,8 @@ class Experts:
             ]
 
         grams = Grams.empty(len(experts), weight, self.stream.resources.device)
-        for batch, found in enumerate(self._each(seen)):
+        every = range(len(self.stream.batches)) if experts else ()
+        for batch, found in enumerate(self.stream.each(_alone(seen), every)):
             for expert, each in found:
                 grams.add(expert - experts.start, batch % 2, each)
         return grams
@@ -131,17 +201,24 @@ class Experts:
         experts: range,
         modules: tuple[nn.Module, nn.Module],
         given: Given | None = None,
+        own: range | None = None,
     ) -> Grams | None:
-        """Grams for `weight` of what second products of the rounded stream are fed.
+        """Grams for `weight` of what second products of the rounded stream are fed, of its `own` experts.
 
         `modules` are the experts as they are and as they are rounded so far; `given` None: what they make is
         forgotten.
         """
-        grams = None if weight is None else Grams.empty(len(experts), weight, self.stream.resources.device)
-        for batch, seen in enumerate(self._each(lambda at: self._inner(at, experts, modules, given))):
-            for expert, each in seen if grams is not None else ():
-                assert grams is not None
-                grams.add(expert - experts.start, batch % 2, each)
+        own = experts if own is None else own
+
+        def work(batch: int) -> list[tuple[int, Seen]]:
+            seen = self._inner(batch, experts, modules, given)
+            return [] if weight is None else seen  # what nobody adds up is not sent
+
+        grams = None if weight is None else Grams.empty(len(own), weight, self.stream.resources.device)
+        for batch, found in enumerate(self.stream.shared(_alone(work))):
+            for expert, each in found:
+                if grams is not None and expert in own:
+                    grams.add(expert - own.start, batch % 2, each)
         return grams
 
     def _inner(
@@ -196,7 +273,7 @@ class Experts:
                 add_output(total, tokens, last_product(rounded, expert - experts.start, fed), gates)
             into.put(self.fed.layer, batch, total)
 
-        for _ in self._each(add):
+        for _ in self.stream.each(_alone(add)):
             pass
         inner.drop(self.fed.layer)
 
@@ -204,26 +281,39 @@ class Experts:
         self,
         weights: Sequence[Weight],
         exact: nn.Module,
-        experts: range,
+        mine: Mine,
         grams: Grams,
-        shrinking: Shrinking,
+        shrinking: Shrinking | None,
     ) -> list[Result]:
-        """These experts of weights that share their inputs."""
-        hessian, rounder = shrinking.of(grams.halves, experts), self.rounder
-
-        return rounder.round(weights, lambda each: of_experts(exact, each), hessian, grams, experts)
+        """These experts of weights that share their inputs, each rounded by one rank."""
+        assert shrinking is not None
+        found = list[Result]()
+        if mine.own:
+            hessian, at = shrinking.of(grams.halves, mine.own), mine.slice
+            found = self.rounder.round(
+                weights, lambda each: of_experts(exact, each)[at], hessian, grams, mine.own
+            )
+        every = [each for each in self.stream.resources.ranks.all(found) if each]
+        return [
+            joined(weight.of(mine.experts), [each[at] for each in every]) for at, weight in enumerate(weights)
+        ]
 
     def _inputs_shrunk(self, weight: Weight) -> Shrinking:
         """How far the Hessians of the block's inputs are trusted."""
         half, whole = self._common(weight.n_in)
         counts, trial = self.fed.counts(weight.matrices), self.rounder.rounding.trial
         every = classes(counts.sum(0), (counts > 0).all(0), weight.n_in, trial)
-        errors = {}
-        for expert in (expert for each in every for expert in each.tried):
-            one = range(expert, expert + 1)
-            grams = self.input_grams(weight, one)
-            errors[expert] = self._tried(weight, self.read(one, (weight,)), grams, half)
-        return Shrinking(whole, choose(every, errors))
+        wanted = [expert for each in every for expert in each.tried]
+
+        def work(mine: list[int]) -> list[dict[Mix, float]]:
+            ones = [range(expert, expert + 1) for expert in mine]
+            return [
+                self._tried(weight, self.read(one, (weight,)), self.input_grams(weight, one), half)
+                for one in ones
+            ]
+
+        errors = self.stream.resources.ranks.dealt(wanted, [1] * len(wanted), work)
+        return Shrinking(whole, choose(every, dict(zip(wanted, errors, strict=True))))
 
     def _inner_shrunk(self, weight: Weight) -> Shrinking:
         """The same of what second products are fed, tried with gate and up as they are.
@@ -233,13 +323,20 @@ class Experts:
         counts, trial = self.fed.counts(weight.matrices), self.rounder.rounding.trial
         every = classes(counts.sum(0), (counts > 0).all(0), weight.n_in, trial)
         wanted = [range(expert, expert + 1) for each in every for expert in each.tried]
-        layer = Layer(None, self._scale(wanted))
-        errors = {}
-        for one in wanted:
-            exact = self.read(one)
-            grams = self.inner_grams(weight, one, (exact, exact))
-            assert grams is not None
-            errors[one.start] = self._tried(weight, exact, grams, layer)
+        layer, ranks = Layer(None, self._scale(wanted)), self.stream.resources.ranks
+        errors = dict[int, dict[Mix, float]]()
+        for at in range(0, len(wanted), ranks.count):  # one for each rank, all of which sum it up together
+            found = dict[int, dict[Mix, float]]()
+            for rank, one in enumerate(wanted[at : at + ranks.count]):
+                exact = self.read(one)
+                own = one if rank == ranks.rank else range(0)
+                grams = self.inner_grams(weight, one, (exact, exact), own=own)
+                if own and grams is not None:
+                    mine = (exact, grams)
+            if at + ranks.rank < len(wanted):
+                found[wanted[at + ranks.rank].start] = self._tried(weight, *mine, layer)
+            for each in ranks.all(found):
+                errors |= each
         return Shrinking(layer, choose(every, errors))
 
     def _tried(self, weight: Weight, exact: nn.Module, grams: Grams, layer: Layer) -> dict[Mix, float]:
@@ -250,13 +347,21 @@ class Experts:
 
     def _common(self, width: int) -> tuple[Layer, Layer]:
         """What the inputs of all experts have in common: of even batches, and of all."""
-        halves = torch.zeros(2, width, width, device=self.stream.resources.device)
-        tokens = torch.zeros(2, dtype=torch.int64)
-        for batch, (_, route) in enumerate(self.fed.routes):
-            fed = self._get(self.fed.rounded, batch)
-            fed = torch.where(fed.isfinite().all(1, keepdim=True), fed, 0.0)
-            halves[batch % 2].addmm_((fed * route.gates.square().sum(1, keepdim=True)).T, fed)
-            tokens[batch % 2] += route.index.numel()
+        device = self.stream.resources.device
+
+        def half(number: int) -> Tensor:
+            total = torch.zeros(width, width, device=device)
+            for batch in range(number, len(self.fed.routes), 2):
+                route, fed = self.fed.routes[batch][1], self._get(self.fed.rounded, batch)
+                fed = torch.where(fed.isfinite().all(1, keepdim=True), fed, 0.0)
+                total.addmm_((fed * route.gates.square().sum(1, keepdim=True)).T, fed)
+            return total
+
+        ranks = self.stream.resources.ranks
+        both = ranks.dealt((0, 1), (1, 1), lambda mine: [half(number) for number in mine])
+        halves = torch.stack([each.to(device) for each in both])
+        sent = [int((route.index < self.weights[0].matrices).sum()) for _, route in self.fed.routes]
+        tokens = torch.tensor([sum(sent[::2]), sum(sent[1::2])])
         return Layer.of(halves[:1], tokens[:1]), Layer.of(halves, tokens)
 
     def _scale(self, wanted: list[range]) -> Tensor:
@@ -264,11 +369,19 @@ class Experts:
         total, count = torch.zeros((), dtype=torch.float64), 0
         for one in wanted:
             exact = self.read(one, self._side("experts"))
-            for seen in self._each(lambda at, one=one, both=(exact, exact): self._inner(at, one, both)):  # type: ignore[misc]
-                for _, each in seen:
+
+            def work(batch: int, one: range = one, exact: nn.Module = exact) -> list[tuple[Tensor, int]]:
+                found = list[tuple[Tensor, int]]()
+                for _, each in self._inner(batch, one, (exact, exact)):
                     assert each.weight is not None
-                    total += (each.rounded.square().sum(1) * each.weight).sum().double().cpu()
-                    count += each.rounded.numel()
+                    sum_ = (each.rounded.square().sum(1) * each.weight).sum().double().cpu()
+                    found.append((sum_, each.rounded.numel()))
+                return found
+
+            for found in self.stream.shared(_alone(work)):
+                for sum_, numbers in found:
+                    total += sum_
+                    count += numbers
         return total / max(count, 1)
 
     def _side(self, side: str) -> tuple[Weight, ...]:
@@ -288,7 +401,8 @@ class Experts:
             rows, columns = weight.shape[-2:]
             each = max(each, columns * (5 * columns + rows))
         each += 3 * sum(weight.numel // weight.matrices for weight in self.weights)
-        step, total = max(1, self.rounder.rounding.gram_bytes // (4 * each)), self.weights[0].matrices
+        step = max(1, self.rounder.rounding.gram_bytes // (4 * each)) * self.stream.resources.ranks.count
+        total = self.weights[0].matrices
         yield from (range(at, min(at + step, total)) for at in range(0, total, step))
 
     def read(self, experts: range, weights: tuple[Weight, ...] | None = None) -> nn.Module:
@@ -312,11 +426,12 @@ class Experts:
     def _get(self, hidden: Hidden, batch: int) -> Tensor:
         return hidden.get(self.fed.layer, batch).to(self.stream.resources.device)
 
-    def _each(self, work: Callable[[int], T]) -> Iterator[T]:
-        """See `LayerStream.each`; without gradients in its threads as well."""
 
-        def alone(batch: int) -> T:
-            with torch.inference_mode():
-                return work(batch)
+def _alone(work: Callable[[int], T]) -> Callable[[int], T]:
+    """The same without gradients, in threads as well."""
 
-        return self.stream.each(alone)
+    def alone(batch: int) -> T:
+        with torch.inference_mode():
+            return work(batch)
+
+    return alone

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moequant.forward.hidden import Hidden, InMemory, Lasting, OnDisk
 from moequant.forward.stream import LayerStream
+from moequant.ranks import ALONE, Ranks
 from moequant.rounding.parts import Parts
 from moequant.rounding.results import Result
 
@@ -26,6 +27,7 @@ class Streams:
     exact: Hidden
     rounded: Hidden
     folder: Path
+    ranks: Ranks = ALONE
 
     @classmethod
     def under(cls, folder: Path, stream: LayerStream) -> Streams:
@@ -34,20 +36,20 @@ class Streams:
         for each in both:
             each.mkdir()
         exact, rounded = (stream.new_hidden(each, among=ROOMS) for each in both)
-        return cls(exact, rounded, folder)
+        return cls(exact, rounded, folder, stream.resources.ranks)
 
-    def kept(self, parts: Parts, shapes: list[tuple[int, ...]]) -> Streams:
+    def kept(self, parts: Parts, stream: LayerStream) -> Streams:
         """The same that outlive the process, beside `parts`, from where an earlier one stopped. OutputError
         when what that left is damaged."""
         exact, rounded = (
             Lasting(
-                OnDisk(parts.folder / name, shapes, parts.again),
+                OnDisk(parts.folder / name, stream.shapes, parts.again),
                 each if isinstance(each, InMemory) else None,
             )
             for name, each in zip(STREAMS, (self.exact, self.rounded), strict=True)
         )
         for each in (exact, rounded) if parts.count else ():
-            each.resume(parts.count - 1)
+            each.resume(parts.count - 1, stream.mine)
             each.drop(parts.count - 2)  # it may have died before it did
         return replace(self, exact=exact, rounded=rounded)
 
@@ -55,9 +57,11 @@ class Streams:
         """What lies in front of `layer` is packed, and both streams are there. The results, kept in
         `parts`."""
         if parts is not None:
-            for each in (self.exact, self.rounded):
+            self.ranks.wait()  # the states of all are written
+            for each in (self.exact, self.rounded) if parts.writes else ():
                 each.sync(layer)
             parts.add(results)
-        for each in (self.exact, self.rounded) if layer else ():
-            each.drop(layer - 1)
+        if layer and (parts is None or parts.writes):
+            for each in (self.exact, self.rounded):
+                each.drop(layer - 1)
         return results

@@ -15,7 +15,8 @@ from moequant.errors import CheckpointError
 from moequant.files import scratch
 from moequant.forward.hidden import OnDisk
 from moequant.forward.model import Provider
-from moequant.forward.stream import LayerStream, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream
 from moequant.progress import Bar
 from moequant.statistics.journal import Journal
 from moequant.statistics.moments import Moments
@@ -37,9 +38,23 @@ def calibrate(
     """Route `rows` through the checkpoint and collect the moments of every weight's inputs, or of `watched`.
 
     With a `journal`, finished layers are kept and a run that was killed goes on after them,
-    with the same result. Raises CheckpointError naming the tensor when the activations
-    are not finite because a weight is not.
+    with the same result. Batches are dealt to ranks. Raises CheckpointError naming the tensor
+    when the activations are not finite because a weight is not.
     """
+    given = None if watched is None else tuple(watched)
+    return resources.ranks.together(_calibrated, checkpoint, rows, resources, provider, journal, given)
+
+
+def _calibrated(
+    checkpoint: Checkpoint,
+    rows: Rows,
+    resources: Resources,
+    provider: Provider,
+    journal: Journal | None,
+    watched: Iterable[Site] | None,
+) -> Calibration:
+    """The same, by every rank."""
+    ranks = resources.ranks
     parts = journal.finished() if journal else []
     with (
         _folder(journal) as folder,
@@ -55,21 +70,26 @@ def calibrate(
 
         def total(recorders: Iterable[Moments], layer: int) -> Calibration:
             # One by one: the sums of all batches of a wide layer would be gigabytes.
-            parts = (_part(recorder, layer, rows, domains) for recorder in recorders)
-            found = reduce(lambda one, two: combine([one, two]), parts)
+            mine = (_part(recorder, layer, rows, domains) for recorder in recorders)
+            every = ranks.in_turn(mine, len(stream.batches))
+            if layer < stream.n_layers:
+                every = _counted(every, bar, stream.n_layers)
+            found = reduce(lambda one, two: combine([one, two]), every)
             if not all(torch.isfinite(stats.moment).all() for stats in found.inputs.values()):
                 _blame(checkpoint)
             if journal:
-                if layer < stream.n_layers:
-                    hidden.sync(layer + 1)
-                journal.add(layer, found)
+                ranks.wait()  # the states of all are written
+                if ranks.first:
+                    if layer < stream.n_layers:
+                        hidden.sync(layer + 1)
+                    journal.add(layer, found)
             return found
 
         with _progress(rows, stream.n_layers, done=len(parts)) as bar:
             for layer in stream.layers(len(parts)):
-                crossing = stream.cross(layer, hidden, make, hidden)
-                parts.append(total(_counted(crossing, bar, stream.n_layers), layer))
-                hidden.drop(layer)
+                parts.append(total(stream.cross(layer, hidden, make, hidden), layer))
+                if ranks.first or not journal:
+                    hidden.drop(layer)
             parts.append(total((recorder for recorder, _ in stream.finish(hidden, make)), stream.n_layers))
     return _join(parts)
 
@@ -77,17 +97,17 @@ def calibrate(
 def _recorders(
     checkpoint: Checkpoint, rows: Rows, domains: tuple[str, ...], stream: LayerStream
 ) -> Callable[[int], Moments]:
-    """A recorder for every batch, which knows the domain of each of its tokens."""
+    """A recorder for every batch, which knows the domain of each of its rows."""
     index = torch.tensor([domains.index(domain) for domain in rows.domains])
-    by_batch = torch.split(index.repeat_interleave(rows.ids.shape[1]), [b.numel() for b in stream.batches])
+    by_batch = torch.split(index, [len(batch) for batch in stream.batches])
     return lambda batch: Moments(checkpoint.n_experts, by_batch[batch], len(domains))
 
 
 def _part(moments: Moments, layer: int, rows: Rows, domains: tuple[str, ...]) -> Calibration:
     """One batch's sums in one layer."""
     routes = tuple(replace(route, layer=layer) for route in moments.routes.values())
-    tokens = len(moments.domains)
-    return Calibration(routes, moments.inputs, tokens // rows.ids.shape[1], tokens, rows.source, domains)
+    count = len(moments.domains)
+    return Calibration(routes, moments.inputs, count, count * rows.ids.shape[1], rows.source, domains)
 
 
 def _join(layers: list[Calibration]) -> Calibration:
@@ -115,10 +135,10 @@ def _progress(rows: Rows, layers: int, done: int) -> Bar:
     return Bar("calibrate", tokens, "tok", done=tokens * done // layers)
 
 
-def _counted(recorders: Iterator[Moments], bar: Bar, layers: int) -> Iterator[Moments]:
-    for recorder in recorders:
-        yield recorder
-        bar.update(len(recorder.domains) / layers)
+def _counted(parts: Iterator[Calibration], bar: Bar, layers: int) -> Iterator[Calibration]:
+    for part in parts:
+        yield part
+        bar.update(part.tokens / layers)
 
 
 def _blame(checkpoint: Checkpoint) -> None:

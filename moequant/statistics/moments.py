@@ -12,7 +12,7 @@ from moequant.values import InputStats, RouteStats
 class Moments(Recorder):
     """A recorder that sums the squares of what every weight is fed, and where the router sends tokens.
 
-    `experts` is E; `domains` i64 [n] is the domain of every token of the batch, out of `n_domains`.
+    `experts` is E; `domains` i64 [rows] is the domain of every row of the batch, out of `n_domains`.
     Squares are float32 as computed by the model and so are sums over one batch; batches
     are added in float64, so that rounding does not grow with the number of tokens.
     """
@@ -42,16 +42,18 @@ class Moments(Recorder):
     def routed(self, name: str, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
         """Counts of experts, of pairs of them, and by domain."""
         n, experts = len(index), self.experts
-        chosen = torch.zeros(n, experts, device=index.device).scatter_(1, index, 1.0)
+        # One more, for what is sent to no expert.
+        chosen = torch.zeros(n, experts + 1, device=index.device).scatter_(1, index, 1.0)[:, :experts]
         domains = torch.zeros(n, self.n_domains, device=index.device)
-        domains.scatter_(1, self.domains.to(index.device)[:, None], 1.0)
+        of_tokens = self.domains.to(index.device).repeat_interleave(n // len(self.domains))
+        domains.scatter_(1, of_tokens[:, None], 1.0)
         shares = gates.double() / gates.double().sum(1, keepdim=True).clamp_min(1e-30)
-        mass = torch.zeros(experts, dtype=torch.float64, device=index.device)
+        mass = torch.zeros(experts + 1, dtype=torch.float64, device=index.device)
         mass.index_add_(0, index.reshape(-1), gates.reshape(-1).double())
         self.routes[name] = RouteStats(
             layer=-1,
             tokens=chosen.sum(0).long().cpu(),
-            gate_mass=mass.cpu(),
+            gate_mass=mass[:experts].cpu(),
             domain_tokens=(domains.T @ chosen).long().cpu(),
             pairs=(chosen.T @ chosen).long().cpu(),
             gate_entropy=float(torch.special.entr(shares).sum()),

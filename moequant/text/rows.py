@@ -64,6 +64,12 @@ def load_encoder(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def vocabulary(folder: Path) -> list[str]:
+    """The text of every token of the folder's tokenizer, by its id; "" where an id has none."""
+    by_id = {number: text for text, number in load_encoder(folder).get_vocab().items()}
+    return [by_id.get(number, "") for number in range(max(by_id, default=-1) + 1)]
+
+
 def _checked(checkpoint: Checkpoint, rows: Rows) -> Rows:
     return corpus.check(rows, max_length=checkpoint.shape.context, vocab_size=checkpoint.shape.vocab)
 

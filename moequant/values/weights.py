@@ -32,6 +32,8 @@ class Role(StrEnum):
     KV_B = "kv_b"
     K_B = "k_b"
     V_B = "v_b"
+    CROSS_OUT = "cross_out"
+    POSITIONS = "positions"
     SINKS = "sinks"
     STREAMS = "streams"
     INDEXER = "indexer"
@@ -75,6 +77,7 @@ _PRECISE = frozenset(
         Role.NORM,
         Role.BIAS,
         Role.SCALE,
+        Role.POSITIONS,
         Role.SINKS,
         Role.STREAMS,
         Role.ROUTER,

@@ -27,7 +27,7 @@ from moequant.evaluate.open_source import open_source
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.report.compare import compare_value
 from moequant.text import bundled
 from moequant.text.corpus import Rows

@@ -13,7 +13,7 @@ from moequant.commands.compare import CompareSettings, run
 from moequant.commands.convert import Settings, convert
 from moequant.errors import MoequantError
 from moequant.evaluate.open_source import open_source
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.report.compare import compare_value
 from tests.containers.folders.cases import own_decoder, quantized
 

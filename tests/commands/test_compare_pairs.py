@@ -10,7 +10,7 @@ from moequant.checkpoint import open_checkpoint
 from moequant.commands.compare import CompareSettings, run
 from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.export import export
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.plan.document import plan_from_types, to_json
 from moequant.report.compare import TELLING
 from moequant.text import bundled

@@ -17,7 +17,7 @@ from moequant.errors import MoequantError
 from moequant.escape import plain
 from moequant.evaluate import environment as record
 from moequant.evaluate.samples import sample
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.report.compare_running import same_tokens, speeds
 from moequant.runtimes.llama_cpp.engine import Llama, LlamaError
 from moequant.runtimes.llama_cpp.serving import Prompt, serve

@@ -23,7 +23,7 @@ from moequant.commands.convert import convert
 from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.export import export
 from moequant.errors import FamilyError
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.report import Report
 from moequant.statistics.calibrate import calibrate
 from moequant.text.corpus import Rows

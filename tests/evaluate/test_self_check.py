@@ -20,7 +20,7 @@ from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.container import GgufContainer
 from moequant.errors import CheckpointError, MoequantError, VerifyError
-from moequant.evaluate.self_check import LIMIT, Output, _without_kernels, self_check
+from moequant.evaluate.self_check import LIMIT, WEIGHT, Output, _without_kernels, self_check
 from moequant.values import Role
 from tests import models
 
@@ -144,7 +144,7 @@ def test_too_little_memory_is_said_and_no_error(tiny) -> None:
 def test_of_a_model_larger_than_memory_the_first_layers_are_checked(tiny, family: str) -> None:
     checkpoint = open_checkpoint(tiny(family))
     first = [weight for weight in checkpoint.weights if not weight.layer]
-    room = int(4.5 * sum(weight.numel for weight in first))
+    room = WEIGHT * sum(weight.numel for weight in first)
     found = self_check(checkpoint, Output(load, exact=True), available=room)
     assert found.source is not None and found.source <= LIMIT and found.decoded == 0
     assert f"1 of {checkpoint.n_layers} layers, which fit" in found.note

@@ -15,7 +15,8 @@ from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.header import Header
 from moequant.containers.gguf.read import read_header
 from moequant.forward.model import Provider, build_model
-from moequant.forward.stream import LayerStream, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream
 from moequant.hub.fetch import headers
 from moequant.inspection.presets import preset_files
 from moequant.report import Report

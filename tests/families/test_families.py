@@ -218,9 +218,9 @@ def test_an_unknown_architecture_names_the_nearest() -> None:
 
 
 def test_encoders_with_decoders_are_refused_as_such() -> None:
-    """No decoder is near Switch Transformers."""
-    raw = AutoConfig.for_model("switch_transformers").to_dict()
-    raw["architectures"] = ["SwitchTransformersForConditionalGeneration"]
+    """No decoder is near NLLB."""
+    raw = AutoConfig.for_model("nllb-moe").to_dict()
+    raw["architectures"] = ["NllbMoeForConditionalGeneration"]
     with pytest.raises(FamilyError, match="has an encoder and a decoder") as caught:
         families.find(raw)
     assert "nearest" not in str(caught.value)

@@ -21,7 +21,8 @@ from moequant.containers.gguf.read import read_header
 from moequant.containers.gguf.weights import GgufWeights
 from moequant.errors import FamilyError
 from moequant.evaluate.open_source import open_source
-from moequant.forward.stream import LayerStream, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream
 from moequant.inspection.fit import Hardware, place
 from moequant.inspection.gguf_file import inspect_gguf
 from moequant.plan import candidates

@@ -19,7 +19,8 @@ from moequant.containers.gguf.export import export
 from moequant.errors import CheckpointError
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
-from moequant.forward.stream import LayerStream, Reader, Resources, sites
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream, Reader, sites
 from moequant.forward.taps import recording, watch
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
@@ -50,7 +51,7 @@ def test_statistics_equal_a_resident_run(tiny, family: str) -> None:
     found = calibrate(checkpoint, text, SMALL)
     model = build_model(checkpoint, EXPERTS)
     watch(model, sites(checkpoint.weights))
-    domains = torch.tensor(["ab".index(d) for d in text.domains]).repeat_interleave(text.ids.shape[1])
+    domains = torch.tensor(["ab".index(d) for d in text.domains])
     resident = Moments(checkpoint.n_experts, domains, 2)
     with torch.inference_mode(), recording(resident):
         model.get_submodule(checkpoint.family.decoder)(input_ids=text.ids, use_cache=False)

@@ -28,7 +28,7 @@ from moequant.errors import (
     foreign,
 )
 from moequant.evaluate.divergence import score_tokens
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.inspection.folder import inspect_folder
 from moequant.plan import document
 from tests import models

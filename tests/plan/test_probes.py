@@ -14,7 +14,7 @@ from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.evaluate import score_row
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
-from moequant.forward.stream import Resources
+from moequant.forward.resources import Resources
 from moequant.plan.probes import divergences
 from moequant.values import Weight
 from tests import models

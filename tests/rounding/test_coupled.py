@@ -17,7 +17,8 @@ from moequant.formats import get
 from moequant.forward.experts import EXPERTS
 from moequant.forward.hidden import OnDisk
 from moequant.forward.model import build_model
-from moequant.forward.stream import LayerStream, Reader, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import LayerStream, Reader
 from moequant.rounding.coupled import Coupled, Layer
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.feedback import Options

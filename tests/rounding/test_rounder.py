@@ -74,3 +74,25 @@ def test_a_useless_hessian_is_told_once_however_many_bands() -> None:
     rounder = Rounder({"head": "Q4_0"}, lambda *_: pytest.fail(), Rounding(options=QUICK, band=1))
     ((_, loss),) = rounder.round([weight], lambda _: values, seen.own, seen)
     assert len(loss.fallbacks) == 1
+
+
+@pytest.mark.parametrize("band", [1, 1 << 25])
+def test_weights_that_share_their_inputs_lose_what_they_lose_alone(band: int) -> None:
+    """Those of one format and shape are rounded as one, each to its own values."""
+    first = matrix(adds=False)
+    names = {"head": "Q4_0", "other": "Q4_0", "fine": "Q8_0", "short": "Q4_0"}
+    weights = [replace(first, name=name, shape=(ROWS - (name == "short"), COLUMNS)) for name in names]
+    g = torch.Generator().manual_seed(2)
+    values = {each.name: 0.02 * torch.randn(1, *each.shape, generator=g) for each in weights}
+    seen = grams(first)
+    rounder = Rounder(names, lambda *_: pytest.fail(), Rounding(options=QUICK, band=band))
+
+    def rounded(some: list[Weight]) -> list[Result]:
+        return rounder.round(some, lambda each: values[each.name], seen.own, seen)
+
+    for weight, (packed, loss) in zip(weights, rounded(weights), strict=True):
+        ((alone, lost),) = rounded([weight])
+        assert (packed.weight, packed.format, loss.weight) == (weight, names[weight.name], weight.name)
+        assert packed.data.shape == alone.data.shape
+        assert (packed.data == alone.data).all(-1).double().mean() > 0.99
+        torch.testing.assert_close(loss.error, lost.error, rtol=1e-3, atol=0)

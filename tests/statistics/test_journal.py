@@ -13,7 +13,8 @@ import torch
 
 from moequant.checkpoint import open_checkpoint
 from moequant.errors import OutputError
-from moequant.forward.stream import Reader, Resources
+from moequant.forward.resources import Resources
+from moequant.forward.stream import Reader
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.journal import Journal
@@ -34,7 +35,7 @@ KILLED = textwrap.dedent(
     from moequant.statistics import store
     from moequant.statistics.calibrate import calibrate
     from moequant.statistics.journal import Journal
-    from moequant.forward.stream import Resources
+    from moequant.forward.resources import Resources
 
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     checkpoint = open_checkpoint(folder)

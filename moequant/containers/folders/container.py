@@ -82,8 +82,14 @@ class FolderContainer:
 def as_released(checkpoint: Checkpoint, settings: FolderSettings) -> FolderSettings:
     """The settings with the layout that a family is released in, where loaders take no other.
 
-    FamilyError for another scheme of it, and PlanError for attention, which they read as it is.
+    FamilyError for another scheme of it, and for a layout that nobody loads; PlanError for attention, which
+    they read as it is.
     """
+    if checkpoint.encodes and settings.layout == "gptq":
+        raise FamilyError(
+            f"{checkpoint.family.name}: only transformers runs it, and transformers loads no GPTQ folder; "
+            "write --format safetensors"
+        )
     if checkpoint.family.name != mxfp4.FAMILY:
         return settings
     asked = settings.scheme and schemes.find(settings.scheme)

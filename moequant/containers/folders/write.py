@@ -93,6 +93,8 @@ def write(
             for entry, source in _kept(by_name[choice.weight]):
                 if entry.name not in writer.checksums:
                     writer.put(entry.name, _chunks(entry, source))
+        for item in stream:  # to its end: several processes end a stage together
+            raise VerifyError(f"{item.weight.name}: came where nothing more was planned")
     config = quantization(checkpoint, plan, settings)
     record = {
         "made_by": f"moequant {__version__}",
@@ -113,7 +115,9 @@ def quantization(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -
     else:
         by_name = {weight.name: weight for weight in checkpoint.weights}
         groups = [(find(name), targets([by_name[w] for w in weights])) for name, weights in named.items()]
-    return LAYOUTS[settings.layout].config(groups, kept)
+    found = LAYOUTS[settings.layout].config(groups, kept)
+    # transformers 5.24 fails on modules without a plain weight where it makes an encoder and a decoder.
+    return found | {"dequantize": True} if checkpoint.encodes else found
 
 
 def verify(written: Written, checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> int:

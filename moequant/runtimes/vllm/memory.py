@@ -94,6 +94,11 @@ class Serving:
 def check(checkpoint: Checkpoint, serving: Serving) -> None:
     """PlanError for a model or a load that the GPUs cannot share, or whose cache is not described."""
     shape, tp = checkpoint.shape, serving.tp
+    if checkpoint.encodes:
+        raise PlanError(
+            f"{checkpoint.path}: vLLM has no model with an encoder, a decoder and experts; transformers runs "
+            "the folder that moequant convert --format safetensors writes"
+        )
     if shape.context and serving.ctx > shape.context:
         raise PlanError(
             f"{checkpoint.path}: --ctx {serving.ctx:,} is more than the model's context; give --ctx "

@@ -95,5 +95,6 @@ EXPORTS: Mapping[str, Export] = {
 OTHERS: Mapping[str, str] = {
     "phimoe": "llama.cpp's 'phimoe' has RMS norms and a softmax over the chosen experts where the model has "
     "layer norms and SparseMixer: a file would compute something else",
+    "switch_transformers": "llama.cpp has no architecture with an encoder, a decoder and experts",
 }
-"""Families whose architecture llama.cpp has, and computes as something else: why there is no way."""
+"""Families that llama.cpp does not compute: why there is no way."""

@@ -1,0 +1,89 @@
+"""`python -m torch.distributed.run … -m tests.ranks.processes WHAT …`: what torchrun starts in tests.
+
+`deal` says what three ranks are told; `fail` has the last of them fail in a stage; `convert RANK …` is the
+command with a rank that kills itself when it has made its second part of the output.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import typer
+
+from moequant.cli import app
+from moequant.cli.common import Commands, guarded
+from moequant.errors import CheckpointError
+from moequant.ranks import Ranks, here
+from moequant.rounding.parts import Parts
+
+small = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+
+
+def stage(ranks: Ranks, columns: torch.Tensor) -> list[object]:
+    """Every way to share."""
+
+    def work(mine: Sequence[int]) -> list[str]:
+        return [f"{number} by {ranks.rank}" for number in mine]
+
+    mine = (columns[:, each] * ranks.count for each in ranks.mine(4))
+    in_turn = torch.stack(list(ranks.in_turn(mine, 4)), 1)
+    return [
+        ranks.dealt((0, 1, 2, 3), (1, 5, 2, 1), work),
+        in_turn.tolist(),
+        [[each.start, each.stop] for each in ranks.all(ranks.part((9, 1, 1, 9, 10)))],
+        ranks.told(lambda: ranks.rank),
+    ]
+
+
+def numbers(ranks: Ranks) -> Iterator[int]:
+    """A stage that is read one by one."""
+    yield from ranks.all(ranks.rank)
+
+
+def failing(ranks: Ranks) -> None:
+    """The last rank meets an error, the others wait for it."""
+    if ranks.rank == ranks.count - 1:
+        raise CheckpointError("layers.0: is not finite")
+    ranks.wait()
+
+
+@small.command()
+def deal(out: Path) -> None:
+    """What ranks are told, into a file."""
+    ranks = here()
+    columns = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
+    found = ranks.together(stage, ranks, columns), list(ranks.together(numbers, ranks))
+    out.write_text(repr(found))
+
+
+@small.command()
+def fail() -> None:
+    """See `failing`."""
+    ranks = here()
+    guarded(lambda: ranks.together(failing, ranks))
+
+
+def main() -> None:
+    """See the module."""
+    if sys.argv[1] != "convert":
+        small()
+        return
+    doomed, add = sys.argv.pop(2), Parts.add
+
+    def adding(self: Parts, results: list[object]) -> None:
+        if self.count == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, results)  # type: ignore[arg-type]
+
+    if os.environ["RANK"] == doomed:
+        Parts.add = adding  # type: ignore[method-assign, assignment]
+    app()
+
+
+if __name__ == "__main__":
+    main()
