@@ -94,6 +94,15 @@ def test_only_reports_and_the_command_line_draw() -> None:
     assert drawing == DRAWING, "somebody draws"
 
 
+def test_matplotlib_is_imported_where_something_is_drawn() -> None:
+    """It takes half a second, and most commands draw nothing."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert "matplotlib" not in {name.split(".")[0] for name in names}, path
+
+
 def test_plan_and_families_do_without_torch() -> None:
     code = "import sys, moequant.plan, moequant.families; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,7 @@
-"""The pictures of pages, drawn by matplotlib as SVG that takes the page's own colours."""
+"""The pictures of pages, drawn by matplotlib as SVG that takes the page's own colours.
+
+It is imported where something is drawn: a command that draws nothing starts without it.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from moequant.escape import mathtext
 from moequant.evaluate import Estimate, Measured
 from moequant.evaluate.compared import Compared
 from moequant.files import atomic
 from moequant.values import Role
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#010203"
 """Drawn for whatever is text or line, and replaced by the page's colour: pages are light or dark."""
@@ -66,6 +67,8 @@ def svg(figure: Figure) -> str:
 @contextmanager
 def style(salt: str) -> Iterator[None]:
     """Settings under which a figure is made and written; `salt` keeps ids of several pictures apart."""
+    from matplotlib import rc_context
+
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     settings: dict[Any, Any] = {  # rc_context wants every key as a literal
         **dict.fromkeys(ink, INK),
@@ -81,6 +84,8 @@ def style(salt: str) -> Iterator[None]:
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -157,6 +162,8 @@ def domains(found: Compared) -> str:
 
 def rerouted(measured: Sequence[Measured]) -> str:
     """Share of tokens whose set of experts changed, layer by layer."""
+    from matplotlib.ticker import MaxNLocator
+
     with style("rerouted"):
         figure, axes = _figure(2.4)
         for number, one in enumerate(measured):
@@ -173,6 +180,10 @@ def rerouted(measured: Sequence[Measured]) -> str:
 
 def types(weights: Sequence[Typed], salt: str) -> str:
     """The type of every weight: a row a layer, a column a projection."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
     roles = list(dict.fromkeys(weight.role for weight in weights))
     layers = sorted({weight.layer for weight in weights})
     names = sorted({weight.type for weight in weights})

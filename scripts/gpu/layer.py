@@ -29,7 +29,7 @@ from moequant.evaluate.environment import libraries
 from moequant.report import Report
 
 QWEN3 = Shape(1, 2048, 128, 768, 4096, 0, top_k=8, heads=32, kv_heads=4, head=128)
-TINY = Shape(1, 256, 8, 256, 1024, 0)
+TINY = Shape(1, 256, 4, 256, 1024, 0)
 
 
 def converted(folder: Path, out: Path, device: str, effort: str, tokens: int, scored: int) -> Report:

@@ -349,11 +349,12 @@ def test_our_engine_agrees_with_llama_cpp(
     folder = bundled.path("demo") if model == "demo" else request.getfixturevalue("mix")
     data = None if model == "demo" else models.SHARED / "data"
     base, out = tmp_path / "F32.gguf", tmp_path / f"{type_}.gguf"
-    convert(folder, base, Settings("F32", eval_tokens=0))
+    convert(folder, base, Settings("F32", eval_tokens=0, self_check=False))
     calib = data and data / "calib.txt"
-    convert(folder, out, Settings(type_, calib=calib, calib_tokens=8192, eval_tokens=0, effort="fast"))
+    quick = {"calib_tokens": 8192, "eval_tokens": 0, "effort": "fast", "self_check": False}
+    convert(folder, out, Settings(type_, calib=calib, **quick))
     wanted = CompareSettings(
-        data and data / "eval.txt", 8192, sample_tokens=0, resources=Resources(threads=1)
+        data and data / "eval.txt", 4096, sample_tokens=0, resources=Resources(threads=1)
     )
     ours = run(folder, [base, out], wanted)
     theirs = run(base, [base, out], replace(wanted, engine="llama.cpp", model=folder))

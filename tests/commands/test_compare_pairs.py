@@ -35,7 +35,9 @@ def packed(model: Path, out: Path, **changes: str) -> Path:
         types[weight.name] = chosen.get(name) or chosen.get(name.split(".")[-1]) or "F32"
     plan = out.with_suffix(".json")
     plan.write_text(to_json(plan_from_types(weights, types)), encoding="utf-8")
-    convert(model, out, Settings(plan=plan, calib_tokens=4096, eval_tokens=0, effort="fast"))
+    convert(
+        model, out, Settings(plan=plan, calib_tokens=4096, eval_tokens=0, effort="fast", self_check=False)
+    )
     return out
 
 

@@ -24,9 +24,7 @@ def test_decoder_is_ggml_bit_for_bit(fmt: Format) -> None:
 
 
 @FORMATS
-@pytest.mark.parametrize(
-    ("kind", "importance"), [("gauss", "mild"), ("heavy", "mild"), ("gauss", "spiky"), ("heavy", "flat")]
-)
+@pytest.mark.parametrize(("kind", "importance"), [("gauss", "mild"), ("heavy", "flat")])
 def test_error_is_below_ggml(fmt: Format, kind: str, importance: str) -> None:
     assert ratio_to_ggml(fmt, kind, importance) <= 0.97
 
@@ -36,6 +34,7 @@ def test_more_effort_never_loses(fmt: Format) -> None:
     fast, default, best = (ratio_to_ggml(fmt, "gauss", "spiky", e) for e in ("fast", "default", "best"))
     # In IQ1, scales that suit a sub-block better may suit the d they share a little worse.
     assert best <= default <= fast * (1.005 if fmt in (IQ1_M, IQ1_S) else 1)
+    assert default <= 0.97, "as for other weights and importances"
 
 
 @FORMATS
