@@ -29,9 +29,10 @@ from moequant.rounding.parts import Parts
 from moequant.rounding.recall import Kept
 from moequant.rounding.results import Result, decoded, joined, judged, lost_by
 from moequant.rounding.rounder import UNROUNDED, Plain, Rounder, Rounding
-from moequant.rounding.routed import Experts, Fed
+from moequant.rounding.routed import Experts
 from moequant.rounding.shrinkage import shrink
 from moequant.rounding.streams import ROOMS, Streams
+from moequant.rounding.taken import Fed
 from moequant.rounding.twosided import even_fisher
 from moequant.statistics.fisher import Fishers, gather
 from moequant.values import Packed, Role, Site, Weight
