@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from moequant.checkpoint import load, open_checkpoint
-from moequant.commands.plan import PlanSettings, survey
 from moequant.containers.folders import compressed_tensors
 from moequant.containers.folders.plan import KEPT
 from moequant.containers.gguf.export import export
-from moequant.forward.resources import Resources
 from moequant.plan import read
 from moequant.statistics import store
 from moequant.statistics.calibrate import calibrate
@@ -33,24 +30,15 @@ def model(tiny) -> Path:
 def test_one_run_measures_writes_and_draws(model: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "plan.json", tmp_path / "curve.svg"
-    done = run(
-        "plan", model, "--sizes", "1M", "-o", out, "--curve", picture, "--calib", text, "--effort", "fast"
-    )
+    wanted = ("--sizes", "1M", "-o", out, "--curve", picture)
+    # With so little memory hidden states lie on the disk and experts come some at a time.
+    done = run("plan", model, *wanted, "--calib", text, "--effort", "fast", "--ram", "64K")
     assert done.returncode == 0, done.stderr
     assert "at most 1M" in done.stdout and "probes of" in done.stdout and "IQ3_XXS" in done.stdout
     assert picture.read_text().lstrip().startswith("<?xml")
     plan = read(out, export(open_checkpoint(model)).weights)
     assert plan.target == "at most 1M" and plan.kl is not None
     assert json.loads(out.read_text())["predicted_kl"] == plan.kl
-
-
-def test_memory_decides_nothing(model: Path, text: Path) -> None:
-    """With next to none, hidden states lie on the disk and experts come one at a time."""
-    asked = PlanSettings(calib=text, calib_tokens=2048, effort="fast")
-    free, bounded = (
-        survey(model, replace(asked, resources=each)) for each in (Resources(), Resources(ram=1 << 16))
-    )
-    assert bounded.sensitivities == free.sensitivities
 
 
 def test_statistics_replace_the_calibration_pass(model: Path, text: Path, tmp_path: Path) -> None:
