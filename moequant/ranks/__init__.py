@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 T = TypeVar("T")
 
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""What torchrun alone sets, for every process that it starts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -155,11 +158,15 @@ def deal(costs: Sequence[float], count: int) -> list[list[int]]:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """This process among those that torchrun has started, while the block runs; `ALONE` without torchrun.
+    """This process among those that torchrun has started, while the block runs; `ALONE` without torchrun,
+    whatever a scheduler says in the variables that both use.
 
     The first runs its command in the block, the others `serve`. RankError where they do not find each other.
     """
-    rank, count, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if TORCHRUN not in os.environ:
+        yield ALONE
+        return
+    rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if count < 2:
         yield ALONE
         return

@@ -52,7 +52,8 @@ def _rounded(
 ) -> Iterator[Result]:
     """The same, by every rank."""
     resources = replace(resources, batch_tokens=min(resources.batch_tokens, ids.numel() // BATCHES))
-    work = rounding_work(resources.share)
+    # The same on every rank, whatever each finds free: it decides which experts they take at a time.
+    work = min(resources.ranks.all(rounding_work(resources.share)))
     options = replace(rounding.options, memory=work)
     rounding = replace(rounding, gram_bytes=work, kept_bytes=work, options=options)
     with (

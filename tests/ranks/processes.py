@@ -1,7 +1,8 @@
 """`python -m torch.distributed.run … -m tests.ranks.processes WHAT …`: what torchrun starts in tests.
 
 `deal` says what three ranks are told; `fail` has the last of them fail in a stage; `convert RANK …` is the
-command with a rank that kills itself when it has made its second part of the output.
+command with a rank that kills itself when it has made its second part of the output. Each rank of it finds
+another amount of memory free, which is little: all take a few experts at a time, the same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from moequant.cli import app
 from moequant.cli.common import Commands, guarded
 from moequant.errors import CheckpointError
 from moequant.ranks import Ranks, here
+from moequant.rounding import layerwise
 from moequant.rounding.parts import Parts
+
+WORK = 1 << 20
+"""Bytes that the first rank may work with, and each of the others a quarter of those of the one before."""
 
 small = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
 
@@ -73,6 +78,7 @@ def main() -> None:
     if sys.argv[1] != "convert":
         small()
         return
+    layerwise.rounding_work = lambda ram: WORK >> 2 * int(os.environ["RANK"])
     doomed, add = sys.argv.pop(2), Parts.add
 
     def adding(self: Parts, results: list[object]) -> None:

@@ -16,7 +16,7 @@ from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.container import GgufContainer
 from moequant.plan.document import plan_from_types, to_json
-from moequant.ranks import ALONE, deal
+from moequant.ranks import ALONE, deal, joined
 from moequant.ranks.wire import packed, unpacked
 from tests import models
 from tests.commands.killed import SMALL
@@ -121,6 +121,15 @@ def test_an_error_of_any_rank_is_one_line() -> None:
     ended = torchrun(3, "fail")
     assert ended.code and ended.ours == ["moequant: layers.0: is not finite"], ended.says
     assert "RankError" not in ended.says
+
+
+@pytest.mark.parametrize("told", [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": "4", "RANK": ""}], ids=str)
+def test_what_a_scheduler_sets_starts_no_ranks(told: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ordinary command waits for nobody where only torchrun's variables are missing."""
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with joined() as ranks:
+        assert ranks is ALONE
 
 
 def test_one_process_deals_all_to_itself() -> None:
