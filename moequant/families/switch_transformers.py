@@ -177,6 +177,7 @@ SWITCH_TRANSFORMERS = Family(
     says={
         "feed_forward_proj": ("relu",),
         "is_gated_act": (False,),
+        "num_selected_experts": (1,),
         "router_type": ("tokens_masked",),
         "is_encoder_decoder": (True,),
         "is_decoder": (False,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -293,6 +294,7 @@ def test_the_embedding_may_be_stored_again(folder: Path, tmp_path: Path) -> None
         {"eos_token_id": 160},
         {"is_gated_act": True},
         {"router_dtype": "bfloat16"},
+        {"num_selected_experts": 2},
     ],
     ids=str,
 )
@@ -300,3 +302,16 @@ def test_other_models_of_the_class_are_refused(tmp_path: Path, changes: dict[str
     (key,) = changes
     with pytest.raises(FamilyError, match=key):
         open_checkpoint(switch.build(tmp_path / "model", **changes))
+
+
+def test_keys_of_releases_are_read(tmp_path: Path) -> None:
+    """Those that the first releases have and transformers' class has no use for."""
+    kept = {
+        "num_selected_experts": 1,
+        "output_past": True,
+        "task_specific_params": {"a": {"max_length": 200}},
+    }
+    folder = switch.build(tmp_path / "model")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | kept))
+    assert open_checkpoint(folder).n_experts == switch.SHAPE["num_experts"]
