@@ -177,6 +177,7 @@ def _pins(file: GgufContainer, settings: Settings) -> dict[str, str]:
 
 
 HALVES = "of each row of text the encoder reads the first half; the decoder is scored on the rest"
+"""What a figure of a model with an encoder means."""
 
 
 def notes(job: Job) -> tuple[str, ...]:

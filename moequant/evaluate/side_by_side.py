@@ -25,15 +25,13 @@ from moequant.forward.hidden import Hidden
 from moequant.forward.memory import Versions
 from moequant.forward.model import Provider, held, of_experts, using
 from moequant.forward.passage import Passage
-from moequant.forward.resources import Resources
+from moequant.forward.resources import FREE, Resources
 from moequant.forward.stream import LayerStream
 from moequant.forward.taps import Recorder, recording
 from moequant.progress import Bar
 from moequant.text.corpus import Rows
 from moequant.values import Role, Weight
 from moequant.values.ops import apply
-
-FREE = Resources()
 
 AT_ONCE = 1 << 24
 """Weights whose errors are summed at a time."""

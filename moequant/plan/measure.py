@@ -19,10 +19,10 @@ from torch import Tensor
 from moequant import formats
 from moequant.checkpoint import Checkpoint, load
 from moequant.formats import Effort
-from moequant.forward.resources import Resources
+from moequant.forward.resources import FREE, Resources
 from moequant.plan import Sensitivities, Unit, allocate
 from moequant.plan.menu import GGUF, Menu
-from moequant.plan.probes import FREE, divergences
+from moequant.plan.probes import divergences
 from moequant.progress import counted
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, InputStats, Weight

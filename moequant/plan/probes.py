@@ -21,7 +21,7 @@ from moequant.forward.hidden import Hidden
 from moequant.forward.memory import Versions
 from moequant.forward.model import Provider, changed, changed_experts, using
 from moequant.forward.passage import Passage
-from moequant.forward.resources import Resources
+from moequant.forward.resources import FREE, Resources
 from moequant.forward.stream import LayerStream
 from moequant.forward.taps import Recorder
 from moequant.progress import Bar
@@ -29,8 +29,6 @@ from moequant.values import Role, Weight
 
 Version = Mapping[str, str]
 """The formats that weights of a version are rounded to; weights that are not named stay."""
-
-FREE = Resources()
 
 Rounded = Callable[[Weight, str], Tensor]
 """A weight, or some of its experts, as it decodes from a format."""

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from moequant.errors import RankError
+
 if TYPE_CHECKING:
     from moequant.ranks.wire import Wire
 
@@ -166,7 +168,13 @@ def joined() -> Iterator[Ranks]:
     if TORCHRUN not in os.environ:
         yield ALONE
         return
-    rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    try:
+        rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except (KeyError, ValueError):
+        raise RankError(
+            f"{TORCHRUN} is set, but RANK, WORLD_SIZE and LOCAL_RANK are not all numbers; start with "
+            f"torchrun, or unset {TORCHRUN}"
+        ) from None
     if count < 2:
         yield ALONE
         return

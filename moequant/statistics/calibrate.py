@@ -15,7 +15,7 @@ from moequant.errors import CheckpointError
 from moequant.files import scratch
 from moequant.forward.hidden import OnDisk
 from moequant.forward.model import Provider
-from moequant.forward.resources import Resources
+from moequant.forward.resources import FREE, Resources
 from moequant.forward.stream import LayerStream
 from moequant.progress import Bar
 from moequant.statistics.journal import Journal
@@ -23,8 +23,6 @@ from moequant.statistics.moments import Moments
 from moequant.statistics.store import combine
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, Site
-
-FREE = Resources()
 
 
 def calibrate(

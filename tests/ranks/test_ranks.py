@@ -15,8 +15,9 @@ import torch
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.container import GgufContainer
+from moequant.errors import RankError
 from moequant.plan.document import plan_from_types, to_json
-from moequant.ranks import ALONE, deal, joined
+from moequant.ranks import ALONE, TORCHRUN, deal, joined
 from moequant.ranks.wire import packed, unpacked
 from tests import models
 from tests.commands.killed import SMALL
@@ -130,6 +131,16 @@ def test_what_a_scheduler_sets_starts_no_ranks(told: dict[str, str], monkeypatch
         monkeypatch.setenv(name, value)
     with joined() as ranks:
         assert ranks is ALONE
+
+
+@pytest.mark.parametrize("told", [{}, {"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}], ids=str)
+def test_half_of_what_torchrun_sets_is_refused(told: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {TORCHRUN: "x", **told}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match="start with torchrun, or unset TORCHELASTIC_RUN_ID"), joined():
+        pytest.fail("nothing starts")
 
 
 def test_one_process_deals_all_to_itself() -> None:
