@@ -26,6 +26,9 @@ CROSSING = {_aten.copy_.default, _aten._to_copy.default, _aten._copy_from.defaul
 INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
 """What takes indices of the CPU for a tensor of any device, as on CUDA."""
 
+WHOLE = {_aten.scaled_dot_product_attention.default}
+"""What torch makes of other operations, by the device: here it is the CPU's kernel, for the CPU's results."""
+
 FACTORIES = (
     _aten.empty.memory_format,
     _aten.empty_strided.default,
@@ -117,7 +120,8 @@ def _raw(value: Any) -> Any:
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operation on CPU tensors, its results on the device that torch would put them on."""
-    made_of_others = func.decompose(*args, **kwargs)  # in inference mode torch leaves that to us
+    # In inference mode torch leaves it to us to make operations of others.
+    made_of_others = NotImplemented if func in WHOLE else func.decompose(*args, **kwargs)
     if made_of_others is not NotImplemented:
         return made_of_others
     tensors = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
