@@ -50,7 +50,9 @@ def identity(checkpoint: Checkpoint) -> Model:
 
 def identity_of(family: Family, config: Config) -> Model:
     """The family, and every config value that its tables know, as the class in transformers fills them."""
-    values = {key: getattr(config, key, None) for key in sorted(family.known)}
+    # What differs from layer to layer such a config gives in this way alone.
+    told = config.to_dict() if config.is_heterogeneous else {}
+    values = {key: told[key] if key in told else getattr(config, key, None) for key in sorted(family.known)}
     found = {"family": family.name, **values}
     # Through JSON, because that is what a file keeps: tuples are lists there.
     known: dict[str, Any] = json.loads(json.dumps(found, default=str))

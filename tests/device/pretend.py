@@ -79,6 +79,10 @@ class Pretend(Tensor):
         """torch gives no lists of subclasses, but those of a device."""
         return self.raw.tolist()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """The memory, which tells views from copies."""
+        return self.raw.untyped_storage()
+
     def __repr__(self, **options: Any) -> str:
         return f"Pretend({self.raw!r})"
 

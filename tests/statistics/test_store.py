@@ -70,6 +70,13 @@ def test_the_same_statistics_are_the_same_bytes(whole, tmp_path: Path) -> None:
         store.save(two, whole)
 
 
+def test_layers_that_differ_are_part_of_what_the_model_is(tiny) -> None:
+    """transformers gives no one value of what differs from layer to layer."""
+    one, two = (store.identity(open_checkpoint(tiny("step3p7"))) for _ in range(2))
+    assert one == two and {heads["num_attention_heads"] for heads in one["per_layer_config"].values()} == {6}
+    assert "num_attention_heads" in one
+
+
 def test_others_may_read_it_as_any_file(whole, tmp_path: Path) -> None:
     store.save(tmp_path / "s", whole)
     (tmp_path / "plain").touch()
