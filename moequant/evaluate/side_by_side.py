@@ -269,16 +269,16 @@ def _as_error(weight: Weight, sums: Tensor, tokens: Tensor | None) -> WeightErro
 
 
 def _sums(weight: Weight, base: Tensor, candidate: Tensor) -> Tensor:
-    """Squared errors and squares of every expert, f64 [2, E]."""
+    """Squared errors and squares of every expert, of tensors on one device: f64 [2, E] on the CPU."""
     shape = (weight.matrices, *weight.shape[-2:]) if weight.shape[1:] else (1, 1, *weight.shape)
-    error, total = sums = torch.zeros(2, weight.matrices, dtype=torch.float64)
+    error, total = sums = torch.zeros(2, weight.matrices, dtype=torch.float64, device=base.device)
     rows = max(1, AT_ONCE // shape[-1])
     for expert, both in enumerate(zip(base.reshape(shape), candidate.reshape(shape), strict=True)):
         for one, two in zip(*(torch.split(each, rows) for each in both), strict=True):
             exact = one.float()
             error[expert] += (exact - two).square().sum(dtype=torch.float64)
             total[expert] += exact.square().sum(dtype=torch.float64)
-    return sums
+    return sums.cpu()
 
 
 def _finish(stream: LayerStream, base: _Running, others: list[_Running], folder: Path) -> None:

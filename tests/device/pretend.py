@@ -3,12 +3,18 @@
 It is torch's own PrivateUse1 device under another name. A tensor on it is a wrapper: torch sees its device,
 its numbers are in a CPU tensor that only `_run` touches. So whatever forgets `.to(device)`, or reads a tensor
 of a device as if it were the CPU's, fails here as it would on CUDA, with the CPU's results everywhere else.
-What it cannot find: kernels that CUDA lacks, and order: everything here happens at once.
+It says as well where the CPU waits for the device (`waits`), which costs nothing here and much on CUDA.
+What it cannot find: most kernels that CUDA lacks, and order: everything here happens at once.
 """
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +31,24 @@ CROSSING = {_aten.copy_.default, _aten._to_copy.default, _aten._copy_from.defaul
 
 INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
 """What takes indices of the CPU for a tensor of any device, as on CUDA."""
+
+SCALARS = INDEXED | {_aten.masked_fill.Tensor, _aten.masked_fill_.Tensor, _aten.fill.Tensor, _aten.fill_.Tensor}
+"""What takes single numbers of the CPU, beside all that works on number by number."""
+
+PRODUCTS = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default, _aten.mv.default}
+"""What CUDA has for floats alone."""
+
+WAITS = {
+    _aten._local_scalar_dense.default,
+    _aten._linalg_check_errors.default,
+    _aten.bincount.default,
+    _aten.equal.default,
+    _aten.masked_select.default,
+    _aten.nonzero.default,
+    _aten.repeat_interleave.Tensor,
+    _aten._unique2.default,
+}
+"""What the CPU waits for on CUDA, beside what moves numbers and masks as indices."""
 
 WHOLE = {_aten.scaled_dot_product_attention.default}
 """What torch makes of other operations, by the device: here it is the CPU's kernel, for the CPU's results."""
@@ -77,6 +101,7 @@ class Pretend(Tensor):
 
     def tolist(self) -> Any:
         """torch gives no lists of subclasses, but those of a device."""
+        _waited("tolist")
         return self.raw.tolist()
 
     def untyped_storage(self) -> torch.UntypedStorage:
@@ -110,6 +135,7 @@ def _factory(op: Any) -> Any:
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    _waited("copy")
     _raw(target).copy_(_raw(source))
     return target
 
@@ -130,7 +156,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return made_of_others
     tensors = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
     indices = args[1] if func in INDEXED and isinstance(args[0], Pretend) else ()
-    _check(func, [each for each in tensors if not any(each is index for index in indices)])
+    _check(func, [each for each in tensors if not any(each is index for index in indices)], args, kwargs)
+    _wait(func, args, kwargs, [index for index in indices if index is not None])
     asked = kwargs.get("device")
     here = any(isinstance(each, Pretend) for each in tensors) if asked is None else asked.type == NAME
     out = func(*pytree.tree_map(_raw, args), **pytree.tree_map(_raw, kwargs))
@@ -149,10 +176,67 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return pytree.tree_map_only(Tensor, wrap, out)
 
 
-def _check(func: Any, tensors: list[Tensor]) -> None:
+def _check(func: Any, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Mixed, where CUDA would refuse; single numbers of the CPU may meet tensors of any device."""
-    theirs = [each for each in tensors if not isinstance(each, Pretend) and each.dim()]
     ours = [each for each in tensors if isinstance(each, Pretend)]
+    theirs = [each for each in tensors if not isinstance(each, Pretend)]
+    if torch.Tag.pointwise in func.tags or func in SCALARS:
+        written = _written(func, args, kwargs) if theirs else []
+        theirs = [each for each in theirs if each.dim() or any(each is one for one in written)]
     if theirs and ours and func not in CROSSING:
         shapes = ", ".join(f"{each.device}{list(each.shape)}" for each in (*ours, *theirs))
         raise Mixed(f"{func}: expected all tensors to be on the same device, found {shapes}")
+    if ours and isinstance(kwargs.get("generator"), torch.Generator):
+        raise Mixed(f"{func}: expected a generator of the same device")
+    if ours and func in PRODUCTS and not ours[0].is_floating_point():
+        raise Mixed(f"{func}: not there for {ours[0].dtype}")
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What the operation writes to."""
+    named = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+    writes = (each for each in func._schema.arguments if each.alias_info is not None and each.alias_info.is_write)
+    return [named[each.name] for each in writes if each.name in named]
+
+
+@contextmanager
+def waits() -> Iterator[Counter[tuple[str, str]]]:
+    """Inside the block, how often the CPU waits for the device: by (file:line function, operation), the line
+    being the innermost of the package."""
+    found = Counter[tuple[str, str]]()
+    _counting.append(found)
+    try:
+        yield found
+    finally:
+        _counting.remove(found)
+
+
+_counting: list[Counter[tuple[str, str]]] = []
+_PACKAGE = str(Path(__file__).parents[2] / "moequant") + "/"
+
+
+def _wait(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], indices: list[Tensor]) -> None:
+    """Note what the CPU waits for."""
+    if not _counting:
+        return
+    if func in WAITS:
+        _waited(func.overloadpacket.__name__)
+    elif func is _aten._to_copy.default and "device" in kwargs and kwargs["device"] != args[0].device:
+        _waited("copy")
+    elif func is _aten.copy_.default and args[0].device != args[1].device:
+        _waited("copy")
+    elif any(index.dtype is torch.bool or not isinstance(index, Pretend) for index in indices):
+        _waited("index")
+
+
+def _waited(what: str) -> None:
+    if not _counting:
+        return
+    frame: Any = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    at = "elsewhere"
+    if frame is not None:
+        at = f"{frame.f_code.co_filename.removeprefix(_PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
+    for each in _counting:
+        each[at, what] += 1
