@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -50,18 +51,18 @@ class Known(Protocol):
         """The weighted sum [n, h] for the tokens hidden [n, h]."""
 
 
-def by_expert(index: Tensor, experts: int) -> list[tuple[int, Tensor]]:
+def by_expert(index: Tensor) -> list[tuple[int, Tensor]]:
     """(expert, its slots i64 [m]) for every expert that was chosen; a slot is token·k + choice.
 
     index i64 [n, k]. Slots are in the order of the tokens.
     """
     slots = index.reshape(-1)
     order = torch.argsort(slots, stable=True)
-    counts = torch.bincount(slots, minlength=experts).tolist()
+    counts = torch.bincount(slots).tolist()
     return [(expert, chosen) for expert, chosen in enumerate(torch.split(order, counts)) if len(chosen)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Route:
     """Where a router sends the tokens of a batch: index i64 [n, k] and the router's weights [n, k]; see
     `Recorder.routed`."""
@@ -69,12 +70,17 @@ class Route:
     index: Tensor
     gates: Tensor
 
+    @cached_property
+    def sent(self) -> list[tuple[int, Tensor]]:
+        """See `by_expert`: sorted once, however few experts are asked for at a time."""
+        return by_expert(self.index)
+
     def to(self, experts: range) -> dict[int, tuple[Tensor, Tensor]]:
         """Tokens i64 [m] and weights [m] of each of these experts that has any, in the order of experts."""
         flat, k = self.gates.reshape(-1), self.index.shape[1]
         return {
             expert: (torch.div(chosen, k, rounding_mode="floor"), flat[chosen])
-            for expert, chosen in by_expert(self.index, experts.stop)
+            for expert, chosen in self.sent
             if expert in experts
         }
 

@@ -107,15 +107,17 @@ def round_to_hessian(
     if shared is None and fmt.shared is not None:
         shared = engine.shared_scales(fmt, target, usable(hessian.diagonal(dim1=1, dim2=2)), options.effort)
     for chunk in _chunks(options.memory, target):
-        reasons = trouble(hessian[chunk])
+        every = slice(chunk[0], chunk[-1] + 1)
+        reasons = trouble(hessian[every])
         good = [e for e, reason in zip(chunk, reasons, strict=True) if reason is None]
         fallbacks += [Fallback(e, r) for e, r in zip(chunk, reasons, strict=True) if r is not None]
         if good:
-            factored, damping = factorise(lattice, hessian[good], options.damping)
-            felt = None if fisher is None else _usable(fisher[good], good, options, fallbacks)
-            task = Task(target[good], None if shared is None else shared[good], felt)
-            data[good] = _round_chunk(lattice, task, factored, options)
-            used[good] = damping.cpu()
+            some = every if good == chunk else good  # all of them need no copies
+            factored, damping = factorise(lattice, hessian[some], options.damping)
+            felt = None if fisher is None else _usable(fisher[some], good, options, fallbacks)
+            task = Task(target[some], None if shared is None else shared[some], felt)
+            data[some] = _round_chunk(lattice, task, factored, options)
+            used[some] = damping
     for expert in torch.isinf(used).nonzero().flatten().tolist():
         fallbacks.append(Fallback(expert, "the Hessian does not factorise, whatever the damping"))
         used[expert] = torch.nan
@@ -128,16 +130,16 @@ def round_to_hessian(
 def outputs_lost(
     fmt: Format, target: Tensor, data: Tensor, hessian: Tensor, fisher: Tensor | None = None
 ) -> Tensor:
-    """tr(E H Eᵀ), or tr(G E H Eᵀ), of one expert, f64 [] on the CPU.
+    """tr(E H Eᵀ), or tr(G E H Eᵀ), of one expert, f64 [].
 
     target [out, in], data u8 [out, row_bytes], hessian [in, in], fisher [out, out].
     """
     step = max(1, AT_ONCE // target.shape[1]) if fisher is None else len(target)
-    lost = torch.zeros((), dtype=torch.float64)
+    lost = torch.zeros((), dtype=torch.float64, device=target.device)
     for rows in (slice(at, at + step) for at in range(0, len(target), step)):
         error = target[rows].float() - formats.dequantize(fmt, data[rows])
         felt = error if fisher is None else fisher.float() @ error
-        lost += ((felt @ hessian.float()).double() * error.double()).sum().cpu()
+        lost += ((felt @ hessian.float()).double() * error.double()).sum()
     return lost
 
 

@@ -42,16 +42,9 @@ def trouble(hessian: Tensor) -> list[str | None]:
     """For each of [E, in, in], why no rounding can be based on it; None where nothing is wrong."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     finite = torch.stack([torch.isfinite(torch.stack(h.aminmax())).all() for h in hessian])
-    reasons = (
-        (~finite, "the Hessian is not finite"),
-        ((diagonal < 0).any(1), "the Hessian has a negative diagonal"),
-        (diagonal.sum(1) == 0, "no input was seen"),
-    )
-    found: list[str | None] = [None] * len(hessian)
-    for bad, reason in reversed(reasons):
-        for expert in bad.nonzero().flatten().tolist():
-            found[expert] = reason
-    return found
+    reasons = "the Hessian is not finite", "the Hessian has a negative diagonal", "no input was seen"
+    bad = torch.stack([~finite, (diagonal < 0).any(1), diagonal.sum(1) == 0], 1).tolist()
+    return [next((reason for reason, is_so in zip(reasons, of, strict=True) if is_so), None) for of in bad]
 
 
 def factorise(lattice: Lattice, hessian: Tensor, damping: float) -> tuple[Factored, Tensor]:
@@ -64,29 +57,44 @@ def factorise(lattice: Lattice, hessian: Tensor, damping: float) -> tuple[Factor
     order = _order(lattice, hessian.diagonal(dim1=1, dim2=2))
     damped, unit = (torch.empty((experts, n, n), device=device) for _ in range(2))
     corner = torch.empty((experts, n // group, group, group), device=device)
-    used = torch.empty(experts, dtype=torch.float64)
+    used, failed = torch.full((experts,), damping, dtype=torch.float64), []
     for e in range(experts):  # one after another: what is in flight stays in the processor's cache
         torch.div(hessian[e], hessian[e].diagonal().mean(), out=damped[e])
-        upper, used[e] = _upper(damped[e], order[e], damping)
-        damped[e].diagonal().add_(min(float(used[e]), 1.0))
+        upper, info = _upper(_backwards(damped[e], order[e]), damping)
         unit[e], corner[e] = _by_groups(upper, group)
+        failed.append(info)
+    for e in torch.stack(failed).nonzero().flatten().tolist():  # few: a GPU is asked once for all
+        upper, used[e] = _damped_more(_backwards(damped[e], order[e]), damping)
+        unit[e], corner[e] = _by_groups(upper, group)
+    damped.diagonal(dim1=1, dim2=2).add_(used.clamp(max=1).float().to(device)[:, None])
     return Factored(damped, order, unit, corner), used
 
 
-def _upper(even: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
-    """C upper triangular, C Cᵀ = even [n, n] in `order` and damped; and the damping."""
-    # That is a Cholesky factorisation with all columns taken backwards.
+def _backwards(even: Tensor, order: Tensor) -> Tensor:
+    """A copy of [n, n] in `order`, from its last column to its first."""
     backwards = order.flip(0)
-    flipped = even[backwards[:, None], backwards]
-    added, total = 0.0, damping
-    while True:
-        flipped.diagonal().add_(total - added)
-        factor, info = torch.linalg.cholesky_ex(flipped)
+    return even[backwards[:, None], backwards]
+
+
+def _upper(flipped: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """C upper triangular, C Cᵀ = the matrix [n, n] that is `flipped`, damped, which stays so; and whether
+    there is none, not 0 then."""
+    # That is a Cholesky factorisation with all columns taken backwards.
+    flipped.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(flipped)
+    return factor.flip(0, 1), info
+
+
+def _damped_more(flipped: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The same of what that damping is not enough for, and the damping that is."""
+    flipped.diagonal().add_(damping)
+    while damping < 1:
+        more = min(max(damping * 10, 1e-6), 1.0)
+        upper, info = _upper(flipped, more - damping)
         if not int(info):
-            return factor.flip(0, 1), total
-        if total >= 1:
-            return torch.eye(len(even), device=even.device), float("inf")
-        added, total = total, min(max(total * 10, 1e-6), 1.0)
+            return upper, more
+        damping = more
+    return torch.eye(len(flipped), device=flipped.device), float("inf")
 
 
 def _order(lattice: Lattice, diagonal: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ Result = tuple[Packed, ExpertLoss]
 
 def lost_by(fmt: Format, target: Tensor, found: Rounded, hessians: Iterable[Tensor]) -> Tensor:
     """What each of the experts target f32 [E, out, in] lost under its Hessian [in, in], and what there was to
-    lose: f64 [2, E]."""
+    lose: f64 [2, E] on the CPU."""
     both = [
         torch.stack([outputs_lost(fmt, values, data, hessian), _energy(values, hessian)])
         for values, data, hessian in zip(target, found.data, hessians, strict=True)
     ]
-    return torch.stack(both, 1)
+    return torch.stack(both, 1).cpu()
 
 
 def stacked(bands: Sequence[tuple[Rounded, Tensor]]) -> tuple[Rounded, Tensor]:
@@ -54,9 +54,9 @@ def judged(weight: Weight, fmt: Format, found: Rounded, both: Tensor, tokens: Te
 
 
 def _energy(values: Tensor, hessian: Tensor) -> Tensor:
-    """tr(W H Wᵀ) of one expert, f64 [] on the CPU."""
+    """tr(W H Wᵀ) of one expert, f64 []."""
     parts = torch.split(values, max(1, AT_ONCE // values.shape[1]))
-    return torch.stack([((part @ hessian) * part).sum().double().cpu() for part in parts]).sum()
+    return torch.stack([((part @ hessian) * part).sum().double() for part in parts]).sum()
 
 
 def decoded(packed: Packed) -> Tensor:

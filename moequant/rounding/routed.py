@@ -147,12 +147,11 @@ class Experts:
         residual = None if self.fed.residual is None else self._get(self.fed.residual, batch)
         mass = self.fed.routes[batch][1].gates.sum(1, keepdim=True)
         total = None if given is None else self._get(given.exact, batch)
-        seen = list[tuple[int, Seen]]()
+        seen, either = list[tuple[int, Seen]](), self._either(batch, experts)
         for expert in sorted(routes[0].keys() | routes[1].keys()):
             at = expert - experts.start
-            sent = [route[expert][0] for route in routes if expert in route]
-            same = all(torch.equal(sent[0], each) for each in sent)
-            rows = sent[0] if same else torch.unique(torch.cat(sent))
+            sent, rows = [route[expert][0] for route in routes if expert in route], either[at]
+            same = all(len(each) == len(rows) for each in sent)
             made = between(exact, first_product(exact, at, inputs[0][rows]))
             own = [made if same else made[torch.searchsorted(rows, tokens)] for tokens in sent]
             if expert in routes[0] and total is not None:
@@ -169,6 +168,17 @@ class Experts:
             if seen:
                 given.inner.put(self.fed.layer, batch, torch.cat([each.rounded for _, each in seen]))
         return seen
+
+    def _either(self, batch: int, experts: range) -> list[Tensor]:
+        """Tokens i64 [m] that either stream sends each of these experts, found for all of them at once: a GPU
+        is not waited for an expert at a time."""
+        routes = self.fed.routes[batch]
+        shape = len(routes[0].index), self.weights[0].matrices + 1  # one more, for what is sent to nobody
+        sent = torch.zeros(shape, dtype=torch.bool, device=routes[0].index.device)
+        for route in routes:
+            sent.scatter_(1, route.index, True)
+        sent = sent[:, experts.start : experts.stop].T
+        return list(torch.split(sent.nonzero()[:, 1], sent.sum(1).tolist()))
 
     def _waiting(self, experts: range) -> Hidden:
         """Room for what the second products of these experts are fed."""

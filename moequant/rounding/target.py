@@ -56,5 +56,4 @@ class Coupling:
             correction = torch.cholesky_solve(drift.mT, factor).mT
             useful &= correction.isfinite().all(-1).all(-1)
             made[:, rows] = weights[:, rows] + self.strength * correction
-        made[~useful] = weights[~useful]
-        return made
+        return torch.where(useful[:, None, None], made, weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,16 @@ class Moments(Recorder):
 
     def __init__(self, experts: int, domains: Tensor, n_domains: int) -> None:
         self.experts, self.domains, self.n_domains = experts, domains, n_domains
-        self.inputs: dict[str, InputStats] = {}
+        self._sums: dict[str, InputStats] = {}  # where layers run, which nobody waits for an expert at a time
         self.routes: dict[str, RouteStats] = {}
+
+    @property
+    def inputs(self) -> dict[str, InputStats]:
+        """The sums of every site, on the CPU."""
+        return {
+            name: InputStats(*(getattr(sums, each.name).cpu() for each in fields(sums)))
+            for name, sums in self._sums.items()
+        }
 
     def dense(self, name: str, inputs: Tensor) -> None:
         """One moment for all tokens."""
@@ -60,25 +70,29 @@ class Moments(Recorder):
         )
 
     def _add(self, name: str, experts: int, expert: int, inputs: Tensor, gates: Tensor) -> None:
-        if name not in self.inputs:
-            self.inputs[name] = empty_stats(experts, inputs.shape[-1])
-        sums, g = self.inputs[name], gates.float()
+        if name not in self._sums:
+            self._sums[name] = empty_stats(experts, inputs.shape[-1], inputs.device)
+        sums, g = self._sums[name], gates.float()
         squares = g * g
         moments = torch.stack([torch.ones_like(g), squares]) @ inputs.float().square()
         sums.tokens[expert] += len(inputs)
-        sums.gate_mass[expert] += g.double().sum().cpu()
-        sums.gate_square[expert] += squares.double().sum().cpu()
-        sums.moment[expert] += moments[0].double().cpu()
-        sums.gated_moment[expert] += moments[1].double().cpu()
+        sums.gate_mass[expert] += g.double().sum()
+        sums.gate_square[expert] += squares.double().sum()
+        sums.moment[expert] += moments[0].double()
+        sums.gated_moment[expert] += moments[1].double()
 
 
-def empty_stats(experts: int, n_in: int) -> InputStats:
-    """Zero sums for E = `experts` matrices with rows of `n_in`."""
-    zeros = torch.zeros(experts, dtype=torch.float64)
+def empty_stats(experts: int, n_in: int, device: torch.device) -> InputStats:
+    """Zero sums for E = `experts` matrices with rows of `n_in`; counts of tokens, which the CPU knows, on it,
+    all else on `device`."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
     return InputStats(
         tokens=torch.zeros(experts, dtype=torch.int64),
-        gate_mass=zeros,
-        gate_square=zeros.clone(),
-        moment=torch.zeros(experts, n_in, dtype=torch.float64),
-        gated_moment=torch.zeros(experts, n_in, dtype=torch.float64),
+        gate_mass=zeros(experts),
+        gate_square=zeros(experts),
+        moment=zeros(experts, n_in),
+        gated_moment=zeros(experts, n_in),
     )

@@ -208,7 +208,7 @@ class Taken(Op):
 
     def put(self, into: Tensor, x: Tensor) -> None:
         """See `Op`."""
-        into.index_copy_(into.ndim + self.axis, self._index(into), x.to(into.dtype))
+        into.index_copy_(into.ndim + self.axis, self._index(into), x.to(into))
 
     def _index(self, like: Tensor) -> Tensor:
         return like.new_empty(0).long().new_tensor(self.index)  # never as floats: bf16 counts to 256
@@ -293,7 +293,8 @@ def apply(ops: Sequence[Op], x: Tensor) -> Tensor:
 
 
 def put(ops: Sequence[Op], into: Tensor, x: Tensor) -> None:
-    """Give `into` values such that `apply(ops, into)` is x; what the ops leave out stays as it is."""
+    """Give `into` values such that `apply(ops, into)` is x, of whatever dtype and device; what the ops leave
+    out stays as it is."""
     if not ops:
         into.copy_(x.reshape(into.shape))
         return

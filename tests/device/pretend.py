@@ -32,7 +32,12 @@ CROSSING = {_aten.copy_.default, _aten._to_copy.default, _aten._copy_from.defaul
 INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
 """What takes indices of the CPU for a tensor of any device, as on CUDA."""
 
-SCALARS = INDEXED | {_aten.masked_fill.Tensor, _aten.masked_fill_.Tensor, _aten.fill.Tensor, _aten.fill_.Tensor}
+SCALARS = INDEXED | {
+    _aten.masked_fill.Tensor,
+    _aten.masked_fill_.Tensor,
+    _aten.fill.Tensor,
+    _aten.fill_.Tensor,
+}
 """What takes single numbers of the CPU, beside all that works on number by number."""
 
 PRODUCTS = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default, _aten.mv.default}
@@ -195,7 +200,9 @@ def _check(func: Any, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """What the operation writes to."""
     named = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
-    writes = (each for each in func._schema.arguments if each.alias_info is not None and each.alias_info.is_write)
+    writes = (
+        each for each in func._schema.arguments if each.alias_info is not None and each.alias_info.is_write
+    )
     return [named[each.name] for each in writes if each.name in named]
 
 

@@ -64,7 +64,7 @@ def test_what_recorders_are_told_adds_up_to_the_output(tiny, family: str) -> Non
     with recording(told):
         assert torch.equal(experts(*args), plain), "whoever listens changes nothing"
     total = torch.zeros_like(plain)
-    for expert, slots in by_expert(told.index, experts.num_experts):
+    for expert, slots in by_expert(told.index):
         tokens = slots // told.index.shape[1]
         inputs = told.inputs[BEFORE, expert]
         assert torch.equal(inputs, args[0][tokens])
@@ -90,5 +90,5 @@ def test_a_recorder_that_rounds_changes_what_products_are_fed(tiny) -> None:
 
 def test_slots_are_sorted_by_expert_and_then_by_token() -> None:
     index = torch.tensor([[2, 0], [0, 3], [2, 3]])
-    found = [(expert, slots.tolist()) for expert, slots in by_expert(index, 5)]
+    found = [(expert, slots.tolist()) for expert, slots in by_expert(index)]
     assert found == [(0, [1, 2]), (2, [0, 4]), (3, [3, 5])]
