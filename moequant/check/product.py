@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moequant.errors import VerifyError
+from moequant.forward.resources import Resources
 from moequant.kernels import KERNEL_FORMATS, Matrix
-
-Device = Literal["cpu", "cuda", "interpreter"]
 
 Multiply = Callable[[Tensor, Matrix, Tensor], Tensor]
 """(x f32 [n, in], matrix (E, out, in), experts i64 [n]) -> f32 [n, out]: each row times its own expert."""
@@ -32,7 +30,7 @@ class Product:
     def of(self, matrix: Matrix, rows: int) -> tuple[str, Multiply]:
         """What multiplies that many rows by a matrix here, and what to call it, arithmetic included."""
         if not self.kernels or matrix.format not in KERNEL_FORMATS:
-            return IN_TORCH, _in_torch
+            return IN_TORCH, self._in_torch
         from moequant.kernels.matmul import arithmetic  # imports Triton
 
         return f"{self.name}, {arithmetic(matrix, rows, 1)}", self._by_kernel
@@ -43,11 +41,20 @@ class Product:
         on = self.device
         return grouped_matmul(x.to(on), matrix.to(on), experts[:, None].to(on))[:, 0].cpu()
 
+    def _in_torch(self, x: Tensor, matrix: Matrix, experts: Tensor) -> Tensor:
+        x, packed = x.to(self.device), matrix.to(self.device)
+        out = torch.empty(len(x), matrix.shape[1], device=self.device)
+        for expert in sorted(set(experts.tolist())):
+            rows = experts == expert
+            out[rows] = x[rows] @ packed.experts(expert, expert + 1).decode()[0].T
+        return out.cpu()
 
-def choose(device: Device | None) -> tuple[Product, tuple[str, ...]]:
+
+def choose(device: str | None) -> tuple[Product, tuple[str, ...]]:
     """The product on that device (None: a GPU when there is one), and notes on what that leaves unchecked.
+    "interpreter" is Triton's; kernels run on "cuda" alone, and elsewhere torch multiplies.
 
-    VerifyError when the device is asked for and not there.
+    VerifyError or PlanError when the device is asked for and not there.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +66,7 @@ def choose(device: Device | None) -> tuple[Product, tuple[str, ...]]:
         _need_interpreter()
         return Product("Triton kernels in its interpreter", "cpu", True), ()
     note = "no CUDA device is used: the GPU kernels did not run; products are decoded and multiplied in torch"
-    return Product(IN_TORCH, "cpu", False), (note,)
+    return Product(IN_TORCH, Resources(device=device).device, False), (note,)
 
 
 def _need_interpreter() -> None:
@@ -69,11 +76,3 @@ def _need_interpreter() -> None:
 
     if not knobs.runtime.interpret:
         raise VerifyError("--device interpreter: set TRITON_INTERPRET=1 before moequant starts")
-
-
-def _in_torch(x: Tensor, matrix: Matrix, experts: Tensor) -> Tensor:
-    out = torch.empty(len(x), matrix.shape[1])
-    for expert in sorted(set(experts.tolist())):
-        rows = experts == expert
-        out[rows] = x[rows] @ matrix.experts(expert, expert + 1).decode()[0].T
-    return out

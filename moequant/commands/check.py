@@ -14,7 +14,7 @@ from moequant.check.blocks import check_block
 from moequant.check.damage import expected_error
 from moequant.check.environment import versions
 from moequant.check.figures import BlockFigures, CheckReport, Damage, TensorFigures
-from moequant.check.product import Device, Product, choose
+from moequant.check.product import Product, choose
 from moequant.check.speed import measure
 from moequant.check.tensors import Against, check_tensor
 from moequant.check.text import token_rows
@@ -39,13 +39,14 @@ class CheckSettings:
     """What to check, and against what.
 
     `baseline` is the model that the file was made from; without it no expert is compared. `device` is where
-    the kernels run; None takes a GPU when there is one. `sample` is how many tensors are checked, spread over
+    products are computed: "cuda" (by the kernels), "cpu", Triton's "interpreter" or another that torch has;
+    None takes a GPU when there is one. `sample` is how many tensors are checked, spread over
     the file; None checks all. `tokens` of the text `calib` are run through both models; None is the bundled
     text. `speed` times the kernels too, which needs a GPU.
     """
 
     baseline: Model | None = None
-    device: Device | None = None
+    device: str | None = None
     sample: int | None = None
     calib: str | Path | None = None
     tokens: int = 2048
