@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -145,40 +144,66 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
     return target
 
 
+@cache
+def _made_of_others(func: Any) -> bool:
+    """Whether torch makes the operation of others, which in inference mode it leaves to us."""
+    implicit = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return implicit and func not in WHOLE
+
+
 def _raw(value: Any) -> Any:
+    """The same of the CPU."""
     if isinstance(value, Pretend):
         return value.raw
+    if isinstance(value, list | tuple):
+        return [_raw(each) for each in value]
     if isinstance(value, torch.device) and value.type == NAME:
         return torch.device("cpu")
     return value
 
 
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among the arguments of an operation."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [each for each in value if isinstance(each, Tensor)]
+    return found
+
+
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operation on CPU tensors, its results on the device that torch would put them on."""
-    # In inference mode torch leaves it to us to make operations of others.
-    made_of_others = NotImplemented if func in WHOLE else func.decompose(*args, **kwargs)
-    if made_of_others is not NotImplemented:
-        return made_of_others
-    tensors = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
-    indices = args[1] if func in INDEXED and isinstance(args[0], Pretend) else ()
+    if _made_of_others(func):
+        return func.decompose(*args, **kwargs)
+    tensors = _tensors((*args, *kwargs.values()))
+    indices = _tensors(args[1]) if func in INDEXED and isinstance(args[0], Pretend) else []
     _check(func, [each for each in tensors if not any(each is index for index in indices)], args, kwargs)
-    _wait(func, args, kwargs, [index for index in indices if index is not None])
+    _wait(func, args, kwargs, indices)
     asked = kwargs.get("device")
     here = any(isinstance(each, Pretend) for each in tensors) if asked is None else asked.type == NAME
-    out = func(*pytree.tree_map(_raw, args), **pytree.tree_map(_raw, kwargs))
+    out = func(*_raw(args), **{name: _raw(value) for name, value in kwargs.items()})
     given = {id(_raw(each)): each for each in tensors}
+    inside = torch.is_inference_mode_enabled()
     # A view of what was made outside of inference mode is none of its tensors.
-    inside = torch.is_inference_mode_enabled() and not (func.is_view and not tensors[0].is_inference())
+    outside = inside and func.is_view and not tensors[0].is_inference()
 
-    def wrap(made: Tensor) -> Tensor:
+    def wrap(made: Any) -> Any:
+        if not isinstance(made, Tensor):
+            return made
         found = given.get(id(made))
-        if found is None:
-            with torch.inference_mode(inside):
-                return Pretend(made) if here else made
-        assert found.shape == made.shape, f"{func} changed a shape in place"
-        return found
+        if found is not None:
+            assert found.shape == made.shape, f"{func} changed a shape in place"
+            return found
+        if not here:
+            return made
+        if not outside:
+            return Pretend(made)
+        with torch.inference_mode(False):
+            return Pretend(made)
 
-    return pytree.tree_map_only(Tensor, wrap, out)
+    return type(out)(wrap(each) for each in out) if isinstance(out, list | tuple) else wrap(out)
 
 
 def _check(func: Any, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
