@@ -1,4 +1,4 @@
-"""Sums over one batch of what every weight is fed and where the router sends tokens."""
+"""Sums and peaks over one batch of what every weight is fed and where the router sends tokens."""
 
 from __future__ import annotations
 
@@ -80,6 +80,8 @@ class Moments(Recorder):
         sums.gate_square[expert] += squares.double().sum()
         sums.moment[expert] += moments[0].double()
         sums.gated_moment[expert] += moments[1].double()
+        assert sums.peak is not None
+        sums.peak[expert] = torch.maximum(sums.peak[expert], inputs.abs().amax().double())
 
 
 def empty_stats(experts: int, n_in: int, device: torch.device) -> InputStats:
@@ -95,4 +97,5 @@ def empty_stats(experts: int, n_in: int, device: torch.device) -> InputStats:
         gate_square=zeros(experts),
         moment=zeros(experts, n_in),
         gated_moment=zeros(experts, n_in),
+        peak=zeros(experts),
     )

@@ -22,11 +22,13 @@ from moequant.families import Config, Family
 from moequant.statistics import sealed
 from moequant.values import Calibration, InputStats, RouteStats, Weight
 
-VERSION = 2
-"""Layout of the file: sites and keys of the config have the model's names. Version 1 had those of
-llama.cpp."""
+PEAK = "peak"
 
-_INPUT_FIELDS = tuple(field.name for field in fields(InputStats))
+VERSION = 3
+"""Layout of the file: sites and keys of the config have the model's names, and the largest inputs are there.
+Version 2 had none of those, version 1 had llama.cpp's names as well."""
+
+_INPUT_SUMS = tuple(field.name for field in fields(InputStats) if field.name != PEAK)
 _ROUTE_FIELDS = ("tokens", "gate_mass", "domain_tokens", "pairs")
 
 Model = Mapping[str, Any]
@@ -88,7 +90,7 @@ def load(path: Path) -> Stored:
         raise CorpusError(f"{path}: cannot be read as statistics ({error})") from None
     if not isinstance(meta, dict):
         raise CorpusError(f"{path}: a safetensors file, but not statistics from moequant route")
-    if meta.get("version") not in (1, VERSION):
+    if meta.get("version") not in (1, 2, VERSION):
         raise CorpusError(
             f"{path}: statistics of version {meta.get('version')}, expected {VERSION}; route again"
         )
@@ -115,9 +117,8 @@ def _check_sound(calibration: Calibration) -> None:
             (torch.float64, (experts,)),
             (torch.float64, (experts, width)),
         )
-        _check_sums(
-            f"input/{name}", stats, dict(zip(_INPUT_FIELDS, (counts, sums, sums, table, table), strict=True))
-        )
+        wanted = dict(zip(_INPUT_SUMS, (counts, sums, sums, table, table), strict=True))
+        _check_sums(f"input/{name}", stats, wanted if stats.peak is None else wanted | {PEAK: sums})
     for route in calibration.routes:
         n = len(route.tokens)
         shapes = (
@@ -197,7 +198,9 @@ def combine(parts: Sequence[Calibration]) -> Calibration:
 
 
 def _add_inputs(parts: Sequence[InputStats]) -> InputStats:
-    return InputStats(*(sum_of([getattr(part, name) for part in parts]) for name in _INPUT_FIELDS))
+    sums = (sum_of([getattr(part, name) for part in parts]) for name in _INPUT_SUMS)
+    peaks = [part.peak for part in parts if part.peak is not None]
+    return InputStats(*sums, torch.stack(peaks).amax(0) if len(peaks) == len(parts) else None)
 
 
 def _add_routes(
@@ -245,7 +248,7 @@ def _tensors(calibration: Calibration) -> dict[str, Tensor]:
     """Every tensor by its name in the file."""
     found: dict[str, Tensor] = {}
     for name, stats in calibration.inputs.items():
-        for field in _INPUT_FIELDS:
+        for field in _INPUT_SUMS if stats.peak is None else (*_INPUT_SUMS, PEAK):
             found[f"input/{name}/{field}"] = getattr(stats, field)
     for route in calibration.routes:
         for field in _ROUTE_FIELDS:

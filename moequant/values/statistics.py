@@ -16,7 +16,8 @@ class InputStats:
 
     `tokens` i64 [E] rows seen; `gate_mass` f64 [E] sum of the router's weights g;
     `moment` f64 [E, in] sum of x²; `gated_moment` f64 [E, in] sum of g²·x², and
-    `gate_square` f64 [E] sum of g².
+    `gate_square` f64 [E] sum of g². `peak` f64 [E] is the largest |x|, 0 where nothing was seen; None in
+    statistics that do not know it.
     """
 
     tokens: Tensor
@@ -24,6 +25,7 @@ class InputStats:
     gate_square: Tensor
     moment: Tensor
     gated_moment: Tensor
+    peak: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from moequant.files import claim
 from moequant.statistics import sealed, store
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.coverage import take
+from moequant.statistics.store import Model
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, InputStats, RouteStats
 from tests import models
@@ -46,6 +48,9 @@ def assert_same(one: Calibration, two: Calibration, rtol: float = 0) -> None:
     pairs = [(one.inputs[name], two.inputs[name]) for name in one.inputs]
     for left, right in [*pairs, *zip(one.routes, two.routes, strict=True)]:
         for field in left.__slots__:
+            if getattr(left, field) is None:
+                assert getattr(right, field) is None, field
+                continue
             a, b = (torch.as_tensor(getattr(stats, field)) for stats in (left, right))
             assert a.dtype == b.dtype, field
             torch.testing.assert_close(a, b, rtol=rtol, atol=0, msg=field)
@@ -176,7 +181,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(3)}, path)
     refused(path, "not statistics from moequant route")
     save_file({"weight": torch.ones(3)}, path, {sealed.METADATA: '{"version": 99}'})
-    refused(path, "version 99, expected 2")
+    refused(path, "version 99, expected 3")
     save_file({"weight": torch.ones(3)}, path, {sealed.METADATA: '{"version": 1}'})
     refused(path, "damaged")
 
@@ -198,12 +203,24 @@ OLD_MODEL = {
 """Keys and names of files of version 1: those of llama.cpp, and modules of transformers."""
 
 
+def without_peaks(calibration: Calibration) -> Calibration:
+    inputs = {name: replace(stats, peak=None) for name, stats in calibration.inputs.items()}
+    return replace(calibration, inputs=inputs)
+
+
 def write_version_1(path: Path, calibration: Calibration, **changes: object) -> None:
-    """What `moequant route` of 2025 wrote: layout, names and checksum written anew here."""
+    """What `moequant route` of 2025 wrote."""
     names = {"head.input": "model.norm:out"}
     names |= {new.format(i): old.format(i) for new, old in OLD_NAMES.items() for i in range(2)}
+    write_old(path, 1, OLD_MODEL | changes, calibration, names)
+
+
+def write_old(
+    path: Path, version: int, model: Model, calibration: Calibration, names: Mapping[str, str]
+) -> None:
+    """Layout, names and checksum of the first versions, written anew here."""
     tensors = {
-        f"input/{names[name]}/{field}": getattr(stats, field).clone()
+        f"input/{names.get(name, name)}/{field}": getattr(stats, field).clone()
         for name, stats in calibration.inputs.items()
         for field in ("tokens", "gate_mass", "gate_square", "moment", "gated_moment")
     }
@@ -211,8 +228,8 @@ def write_version_1(path: Path, calibration: Calibration, **changes: object) -> 
         for field in ("tokens", "gate_mass", "domain_tokens", "pairs"):
             tensors[f"route/{route.layer}/{field}"] = getattr(route, field).clone()
     meta: dict[str, object] = {
-        "version": 1,
-        "model": OLD_MODEL | changes,
+        "version": version,
+        "model": dict(model),
         "rows": calibration.rows,
         "tokens": calibration.tokens,
         "source": calibration.source,
@@ -230,13 +247,23 @@ def test_statistics_of_version_1_are_read(checkpoint, whole, tmp_path: Path) -> 
     path = tmp_path / "old.safetensors"
     write_version_1(path, whole.calibration)
     assert store.load(path).version == 1
-    found = load_statistics(checkpoint, checkpoint, path)
-    assert_same(found.calibration, whole.calibration)
-    assert found.version == store.VERSION == 2 and dict(found.model) == dict(whole.model)
+    found, expected = load_statistics(checkpoint, checkpoint, path), without_peaks(whole.calibration)
+    assert_same(found.calibration, expected)
+    assert found.version == store.VERSION == 3 and dict(found.model) == dict(whole.model)
     # Once read they are like others, and are saved as such.
     store.save(tmp_path / "new", found)
-    assert_same(store.load(tmp_path / "new").calibration, whole.calibration)
+    assert_same(store.load(tmp_path / "new").calibration, expected)
     store.check(checkpoint, store.merge([whole, found]))
+
+
+def test_statistics_of_version_2_know_no_largest_inputs(checkpoint, whole, tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    write_old(path, 2, whole.model, whole.calibration, {})
+    found = load_statistics(checkpoint, checkpoint, path)
+    assert found.version == 2
+    assert_same(found.calibration, without_peaks(whole.calibration))
+    merged = store.merge([whole, found]).calibration
+    assert all(stats.peak is None for stats in merged.inputs.values())
 
 
 def test_statistics_of_version_1_of_another_model_are_refused(checkpoint, whole, tmp_path: Path) -> None:
