@@ -20,6 +20,7 @@ from moequant.commands.settings import Settings
 from moequant.commands.statistics import all_sites, given_statistics
 from moequant.commands.text import Texts, texts
 from moequant.containers.base import Written
+from moequant.containers.folders import inputs
 from moequant.containers.folders.container import FolderContainer
 from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.container import GgufContainer
@@ -122,6 +123,8 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings, finished:
         if settings.imatrix_out is not None:
             export(first.model)  # says why not, where llama.cpp has no such model
         calibration = given_statistics(first.model, checkpoint, settings)
+        if calibration is not None and any(job.scales_inputs for job in jobs):
+            inputs.check(calibration)
         read = _texts(jobs, settings, calibration is not None)
         check_memory(checkpoint, models=2 if read.evaluation else 1 if read.calibration else 0)
         if read.calibration is not None and any(job.quantizes for job in jobs):
@@ -264,7 +267,8 @@ def _routes(job: Job, read: Texts, given: Calibration | None) -> bool:
     if read.calibration is None or given is not None:
         return False
     is_file = isinstance(job.container, GgufContainer)
-    return is_file or job.measures or job.settings.effort == "fast" or job.settings.imatrix_out is not None
+    wanted = job.measures or job.scales_inputs or job.settings.imatrix_out is not None
+    return is_file or wanted or job.settings.effort == "fast"
 
 
 def _again(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finished | None:
@@ -293,7 +297,9 @@ def _made(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finis
     with _place(job, out) as partial:
         with meter.stage(job.stage("quantize")):
             parts = None if journal is None else journal.parts(number, job)
-            written = container.write(partial, job.plan, _rounded(job, known, parts, losses))
+            written = container.write(
+                partial, job.plan, _rounded(job, known, parts, losses), known.calibration
+            )
         with meter.stage(job.stage("verify")):
             container.verify(written, job.plan)
         if job.settings.self_check and shelf_of(job.model) is None:  # transformers reads a whole folder
@@ -371,6 +377,14 @@ def _compared(done: Sequence[Finished], rows: Rows) -> tuple[Measured, ...]:
     return compare(job.model, base, candidates, rows, replace(job.settings.resources, ranks=ALONE))
 
 
+def _of_inputs(job: Job, known: Known) -> tuple[str, ...]:
+    """What a person should know of the numbers that scale inputs."""
+    if not job.scales_inputs:
+        return ()
+    told = inputs.note(job.container.checkpoint, job.plan, known.calibration)
+    return () if told is None else (told,)
+
+
 def _report(finished: Finished, known: Known, found: Measured | None, meter: Meter) -> Report:
     """What is told of an output."""
     job, container = finished.job, finished.job.container
@@ -387,7 +401,7 @@ def _report(finished: Finished, known: Known, found: Measured | None, meter: Met
         measured=found,
         stages=tuple(meter.costs),
         forecast=known.forecast,
-        notes=notes(job),
+        notes=(*notes(job), *_of_inputs(job, known)),
         checked=finished.checked,
         parts=job.parts(finished.out),
         how=How(rounded_on, job.settings.coupled, job.settings.folder if is_folder else None),

@@ -10,7 +10,9 @@ from moequant import plan
 from moequant.checkpoint import Checkpoint, Folder
 from moequant.commands.settings import Settings
 from moequant.containers.base import Container
+from moequant.containers.folders import inputs
 from moequant.containers.folders.container import FolderContainer
+from moequant.containers.folders.schemes import find
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.presets import facts
 from moequant.containers.opened import open_model
@@ -79,6 +81,15 @@ class Job:
         is_file, asked = isinstance(self.container, GgufContainer), self.settings
         is_open = asked.plan is None if is_file else asked.size is not None
         return is_open and self.quantizes and self.settings.effort != "fast"
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether a scheme, or one that may be chosen, scales inputs by the largest that calibration saw."""
+        if isinstance(self.container, GgufContainer):
+            return False
+        asked = self.settings.schemes if self.measures else None
+        allowed = [find(name.strip()) for name in (asked or "").split(",") if name]
+        return inputs.scales(self.plan) or any(scheme.scales_inputs for scheme in allowed)
 
     @property
     def limit(self) -> int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moequant.checkpoint import Checkpoint
-from moequant.values import Packed, Plan, Weight
+from moequant.values import Calibration, Packed, Plan, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,8 +55,11 @@ class Container(Protocol):
         """By weight, the formats in which they are rounded; one that is copied as it is stored is not
         there."""
 
-    def write(self, path: Path, plan: Plan, packed: Iterable[Packed]) -> Written:
-        """Write the plan; `packed` yields the weights of `formats` in the plan's order."""
+    def write(
+        self, path: Path, plan: Plan, packed: Iterable[Packed], calibration: Calibration | None = None
+    ) -> Written:
+        """Write the plan; `packed` yields the weights of `formats` in the plan's order. Some schemes also store
+        what `calibration` says of inputs."""
 
     def verify(self, written: Written, plan: Plan) -> None:
         """Read it again. VerifyError names what is not as it was meant."""

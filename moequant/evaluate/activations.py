@@ -6,7 +6,8 @@ I-types, blocks of 32 with a float16 scale for the older ones, and the weights' 
 for 16-bit files. With this a file's perplexity here is the one that the runtime will show.
 
 Folders say in their config what their schemes do to activations, and vLLM does it: a scale for each token,
-or for 128 channels of one, that puts the largest at the end of the range.
+or for 128 channels of one, that puts the largest at the end of the range. Where a scheme's scales come from
+calibration, one number of the folder serves all that a layer's experts are fed, as in vLLM's fused kernels.
 """
 
 from __future__ import annotations
@@ -55,23 +56,62 @@ def dynamic(inputs: Tensor, group: int, is_float: bool) -> Tensor:
     return (codes * scale).view_as(inputs)
 
 
-def of_scheme(told: Mapping[str, Any] | None) -> str:
-    """What `rounding` calls the `input_activations` of compressed-tensors; F32 for none, and for those whose
-    scale is not made on the way (static ones, and NVFP4's)."""
-    if not told or told.get("dynamic") is not True or told.get("num_bits") != 8:
+def fixed(inputs: Tensor, scale: float) -> Tensor:
+    """FP8 (e4m3) and back under one scale: [..., n]; what is beyond 448 of it is cut off."""
+    codes = (inputs / scale).clamp(-448.0, 448.0)
+    return codes.to(torch.float8_e4m3fn).to(inputs.dtype) * scale
+
+
+def nvfp4(inputs: Tensor, divisor: float) -> Tensor:
+    """NVFP4 and back: [..., n], an e4m3 scale for each 16 channels, which `divisor` divides.
+
+    Codes are the nearest of e2m1; of two that are as near, the even one.
+    """
+    blocks = inputs.reshape(*inputs.shape[:-1], -1, 16)
+    reach = (blocks.abs().amax(-1, keepdim=True) * (divisor / 6)).clamp_max(448.0)
+    scale = reach.to(torch.float8_e4m3fn).to(inputs.dtype) / divisor
+    size = (blocks.abs() * torch.where(scale > 0, 1 / scale, 0.0)).clamp_max(6.0)
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return ((size / step).round() * step * scale).copysign(blocks).view_as(inputs)
+
+
+def number_of(told: Mapping[str, Any] | None) -> tuple[str, Callable[[float, float], float]] | None:
+    """The tensor of a module that scales its inputs by calibration, and which of two of those serves both;
+    None where scales are made on the way or there are none."""
+    match (told or {}).get("dynamic"), (told or {}).get("type"), (told or {}).get("num_bits"):
+        case "local", "float", 4:
+            return "input_global_scale", min  # it divides
+        case False, "float", 8:
+            return "input_scale", max
+    return None
+
+
+def of_scheme(told: Mapping[str, Any] | None, number: float | None = None) -> str:
+    """What `rounding` calls the `input_activations` of compressed-tensors, with the number of `number_of`;
+    F32 for none, and for those that no runtime is known for."""
+    if not told:
+        return "F32"
+    if number is not None:
+        return f"{told['type']}{told['num_bits']}/{16 if told['num_bits'] == 4 else -1}/{number!r}"
+    if told.get("dynamic") is not True or told.get("num_bits") != 8:
         return "F32"
     group = {"token": 0, "group": told.get("group_size")}.get(str(told.get("strategy")))
     return "F32" if group is None else f"{told['type']}8/{group}"
 
 
+_WORDS = {"float8": "FP8", "float4": "NVFP4"}
+
+
 def described(inputs: Mapping[str, str] | None) -> str:
     """What a folder's schemes do to inputs, in words; `inputs` has the word of `of_scheme` by weight."""
-    found = []
+    found = list[str]()
     for word in sorted(set((inputs or {}).values()) - {"F32"}):
-        kind, group = word.split("/")
-        scales = f"for {group} channels of a token" if int(group) else "a token"
-        found.append(f"{'FP8' if kind == 'float8' else kind}, a scale {scales}")
-    return "; ".join(found) or "as they are"
+        kind, group, *number = word.split("/")
+        scales = f"a scale for {group} channels of a token" if int(group) > 0 else "a scale a token"
+        told = "one scale from calibration" if int(group) < 0 else scales
+        also = " and one number from calibration" if number and int(group) > 0 else ""
+        found.append(f"{_WORDS.get(kind, kind)}, {told}{also}")
+    return "; ".join(dict.fromkeys(found)) or "as they are"
 
 
 @cache
@@ -81,7 +121,10 @@ def rounding(type_: str) -> Rounding | None:
     if type_ == "F32":
         return None
     if "/" in type_:
-        kind, group = type_.split("/")
+        kind, group, *number = type_.split("/")
+        if number:
+            known = float(number[0])
+            return partial(nvfp4, divisor=known) if kind == "float4" else partial(fixed, scale=known)
         return partial(dynamic, group=int(group), is_float=kind == "float8")
     if type_ in _NARROW:
         return lambda inputs: inputs.to(_NARROW[type_]).float()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from moequant.containers.gguf.weights import GgufWeights
 from moequant.containers.opened import open_model
 from moequant.errors import CheckpointError, VerifyError
 from moequant.escape import shown
-from moequant.evaluate.activations import of_scheme
+from moequant.evaluate.activations import number_of, of_scheme
 from moequant.files import RECORD
 from moequant.forward.model import Provider
 from moequant.hub import GgufModel
@@ -193,22 +194,63 @@ def _inputs(
     config: Mapping[str, Any] | None, checkpoint: Checkpoint, version: FolderWeights | Checkpoint
 ) -> dict[str, str]:
     """By weight, what its scheme makes of its inputs."""
-    from moequant.containers.folders.compressed_tensors import group_of, names
+    from moequant.containers.folders.compressed_tensors import group_of, names, open_folder
 
-    def of(weight: Weight) -> str:
+    is_model = isinstance(version, Checkpoint)
+    theirs = {weight.name: weight for weight in version.weights} if is_model else {}
+
+    def rounds(weight: Weight) -> bool:
+        if is_model:
+            return theirs[weight.name].origin.stored[0].codec.name != "plain"
+        return version.is_quantized(weight)
+
+    def told(weight: Weight) -> Mapping[str, Any] | None:
         if not config or config.get("quant_method") != "compressed-tensors" or len(weight.shape) < 2:
-            return "F32"
-        if not isinstance(version, Checkpoint) and not version.is_quantized(weight):
-            return "F32"
+            return None
+        if not rounds(weight):
+            return None
         module = weight.names[0].removesuffix(".weight") if weight.names else ""
         if names(config.get("ignore", ()), module) or weight.role.keeps_precision or not weight.site:
-            return "F32"
+            return None
         try:
-            return of_scheme(group_of(config, module).get("input_activations"))
+            found: Mapping[str, Any] | None = group_of(config, module).get("input_activations")
         except VerifyError:
-            return "F32"
+            return None
+        return found
 
-    return {weight.name: of(weight) for weight in checkpoint.weights}
+    by_name = {weight.name: told(weight) for weight in checkpoint.weights}
+    numbers = dict[str, float]()
+    if any(number_of(each) for each in by_name.values()):
+        folder = open_folder(version.path) if is_model else version
+        numbers = _numbers(version.weights if is_model else checkpoint.weights, by_name, folder)
+
+    def word(weight: Weight) -> str:
+        number = numbers.get(weight.site.name) if weight.site is not None else None
+        asked = by_name[weight.name]
+        return of_scheme(asked, number if number_of(asked) else None)
+
+    return {weight.name: word(weight) for weight in checkpoint.weights}
+
+
+def _numbers(
+    weights: Sequence[Weight], told: Mapping[str, Mapping[str, Any] | None], folder: FolderWeights
+) -> dict[str, float]:
+    """By site, the number that scales its inputs: the one of all stored there that cuts off least.
+
+    VerifyError where one is missing, or is no number that scales.
+    """
+    found = dict[str, float]()
+    for weight in weights:
+        if weight.site is None or (wanted := number_of(told.get(weight.name))) is None:
+            continue
+        ending, pick = wanted
+        for name in weight.names:
+            stored = f"{name.removesuffix('.weight')}.{ending}"
+            for value in folder.tensor(stored).flatten().tolist():
+                if not (isfinite(value) and value > 0):
+                    raise VerifyError(f"{folder.path}: {stored} is {value}, expected a number above 0")
+                found[weight.site.name] = pick(found.get(weight.site.name, value), value)
+    return found
 
 
 def _gguf(path: Path, checkpoint: Checkpoint) -> Source:

@@ -11,12 +11,13 @@ from moequant.checkpoint import Checkpoint
 from moequant.containers.base import Written
 from moequant.containers.folders import mxfp4, schemes
 from moequant.containers.folders import write as folder
+from moequant.containers.folders.inputs import input_scales
 from moequant.containers.folders.layouts import LAYOUTS
 from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores, with_copies
 from moequant.containers.folders.read import FolderWeights
 from moequant.errors import FamilyError, PlanError
 from moequant.families.base import PREDICTION
-from moequant.values import Packed, Plan
+from moequant.values import Calibration, Packed, Plan
 
 
 class FolderContainer:
@@ -66,9 +67,12 @@ class FolderContainer:
         found = stores(self.checkpoint, plan, self.settings.layout)
         return {name: storage.block_format(rows[name]) for name, storage in found.items()}
 
-    def write(self, path: Path, plan: Plan, packed: Iterable[Packed]) -> Written:
-        """See `Container`."""
-        return folder.write(path, self.checkpoint, plan, self.settings, packed)
+    def write(
+        self, path: Path, plan: Plan, packed: Iterable[Packed], calibration: Calibration | None = None
+    ) -> Written:
+        """See `Container`; PlanError where a scheme scales inputs that calibration did not measure."""
+        scales = input_scales(self.checkpoint, plan, calibration)
+        return folder.write(path, self.checkpoint, plan, self.settings, packed, scales)
 
     def verify(self, written: Written, plan: Plan) -> None:
         """See `Container`."""

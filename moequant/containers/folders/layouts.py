@@ -22,6 +22,9 @@ from moequant.containers.folders.shards import Entry
 from moequant.containers.folders.storage import Storage
 from moequant.values import Packed, Weight
 
+Scales = Mapping[str, Tensor]
+"""By weight, where its scheme scales inputs: f32 [E], `storage.INPUT` of every matrix."""
+
 Groups = Sequence[tuple[Scheme, list[str]]]
 """Schemes, and the targets of each."""
 
@@ -49,12 +52,16 @@ class Layout:
             for entry in storage.entries(module, weight.shape[-2], weight.n_in)
         )
 
-    def values(self, items: Sequence[Packed], storage: Storage) -> Iterator[Iterable[Tensor]]:
+    def values(
+        self, items: Sequence[Packed], storage: Storage, inputs: Scales
+    ) -> Iterator[Iterable[Tensor]]:
         """What is in each of `entries`, in parts, of the weights since the last that were written."""
         for item in items:
             rows = item.data.reshape(item.weight.matrices, item.weight.shape[-2], -1)
-            for matrix in rows:
+            for matrix, scale in zip(rows, inputs.get(item.weight.name, [None] * len(rows)), strict=True):
                 yield from ((tensor,) for tensor in storage.tensors(matrix, item.weight.n_in))
+                if scale is not None:
+                    yield (scale.view(1),)
 
 
 class _Stacked(Layout):
@@ -66,7 +73,9 @@ class _Stacked(Layout):
         """See `Layout`."""
         return mxfp4.entries(weight)
 
-    def values(self, items: Sequence[Packed], storage: Storage) -> Iterator[Iterable[Tensor]]:
+    def values(
+        self, items: Sequence[Packed], storage: Storage, inputs: Scales
+    ) -> Iterator[Iterable[Tensor]]:
         """See `Layout`: of one expert after another, so that memory holds the codes of one more."""
         for number in range(len(mxfp4.ENDINGS)):
             yield (each[number] for each in mxfp4.values(items))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,7 @@ class Scheme:
     """A preset of compressed-tensors and the weights of a row that share a scale (-1: all).
 
     `capability` is the least compute capability of a GPU that vLLM serves it on, ten times the number.
+    `scales_inputs`: it has a number from calibration that scales what a weight is fed.
     """
 
     preset: str
@@ -43,6 +44,7 @@ class Scheme:
     group: int
     capability: int
     words: str
+    scales_inputs: bool = False
 
     @property
     def name(self) -> str:
@@ -76,7 +78,7 @@ class Scheme:
             case "FP8_DYNAMIC" | "FP8_BLOCK":
                 return Float8(self.kind == "FP8_BLOCK", scale_dtypes)
             case "NVFP4":
-                return Nvfp4()
+                return Nvfp4(self.scales_inputs)
             case "MXFP4":
                 return Mxfp4()
 
@@ -111,13 +113,13 @@ PRESETS: dict[str, Scheme] = {
         _other("FP8_BLOCK", "FP8_BLOCK", 8, 80, "FP8, one scale for 128 x 128 weights"),
         _other("MXFP4A16", "MXFP4", 4, 75, "MXFP4"),
         _other("NVFP4A16", "NVFP4", 4, 75, "NVFP4"),
+        replace(_other("NVFP4", "NVFP4", 4, 100, "NVFP4, inputs as well"), scales_inputs=True),
         _other("W8A8", "W8A8", 8, 75, "int8, one scale a row"),
     )
 }
 """Every scheme that is written, by the name of its preset."""
 
 UNWRITTEN: Mapping[str, str] = {
-    "NVFP4": "rounds its inputs by a number from calibration; NVFP4A16 has the same weights",
     "MXFP4": "rounds its inputs to four bits; MXFP4A16 has the same weights",
     "FP8": "has scales of inputs from calibration; FP8_DYNAMIC makes them on the way",
     "W4A16_ASYM": "has zero points, which vLLM's experts do not take; W4A16 has none",
@@ -150,7 +152,7 @@ def with_group(scheme: Scheme, group: int) -> Scheme:
         raise PlanError(
             f"--group-size {group}: loaders take {', '.join(map(str, GROUPS[:-1]))} or -1 (one scale a row)"
         )
-    return Scheme(scheme.preset, scheme.kind, scheme.bits, group, scheme.capability, scheme.words)
+    return replace(scheme, group=group)
 
 
 def of_config(group: Mapping[str, Any], stored_as: str) -> Scheme:
@@ -164,7 +166,8 @@ def of_config(group: Mapping[str, Any], stored_as: str) -> Scheme:
         if stored_as == "pack-quantized" and strategy in ("group", "channel"):
             return with_group(find(f"W{bits}A16"), size or -1)
     if kind == "float":
-        for name in ("FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16"):
+        nvfp4 = "NVFP4" if group.get("input_activations") else "NVFP4A16"
+        for name in ("FP8_DYNAMIC", "FP8_BLOCK", nvfp4, "MXFP4A16"):
             known = PRESETS[name]
             same_size = size == known.group if known.bits == 4 else (square is not None) == (known.rows > 1)
             if known.format == stored_as and same_size and strategy != "tensor":

@@ -21,11 +21,15 @@ from moequant.formats.float8 import SIDE
 from moequant.formats.groups import GroupFormat
 from moequant.formats.layout import join_nibbles, split_nibbles
 
+INPUT = "input_global_scale"
+"""The tensor that scales what a module is fed: F32 [1], which divides. Calibration knows it."""
+
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class Storage(Protocol):
-    """The tensors of one linear module [out, in]; `suffixes` are their names after the module's."""
+    """The tensors of one linear module [out, in]; `suffixes` are the names of those of its weight, after the
+    module's. `INPUT` may stand behind them."""
 
     @property
     def suffixes(self) -> Sequence[str]:
@@ -35,10 +39,10 @@ class Storage(Protocol):
         """What `formats.get` calls the numbers of rows of `n_in`."""
 
     def entries(self, module: str, n_out: int, n_in: int) -> tuple[Entry, ...]:
-        """Names, types and shapes, in the order of `suffixes`."""
+        """Names, types and shapes, in the order of `suffixes`; last, if there is one, `INPUT`."""
 
     def tensors(self, rows: Tensor, n_in: int) -> tuple[Tensor, ...]:
-        """u8 [out, row_bytes] of the block format -> the values of `entries`."""
+        """u8 [out, row_bytes] of the block format -> the values of `entries`, but for that of inputs."""
 
     def packed(self, stored: Mapping[str, Tensor], n_in: int) -> Tensor:
         """The inverse of `tensors`, of values by suffix."""
@@ -240,9 +244,10 @@ class Nvfp4:
     """compressed-tensors `nvfp4-pack-quantized`.
 
     `weight_packed` U8 [out, in / 2] as in `Mxfp4`, `weight_scale` F8_E4M3 [out, in / 16], and
-    `weight_global_scale` F32 [1], which divides.
+    `weight_global_scale` F32 [1], which divides. With `scales_inputs` also `INPUT`.
     """
 
+    scales_inputs: bool = False
     suffixes: Sequence[str] = ("weight_packed", "weight_scale", "weight_global_scale")
 
     def block_format(self, n_in: int) -> str:
@@ -255,6 +260,7 @@ class Nvfp4:
             Entry(f"{module}.weight_packed", "U8", (n_out, n_in // 2)),
             Entry(f"{module}.weight_scale", "F8_E4M3", (n_out, n_in // 16)),
             Entry(f"{module}.weight_global_scale", "F32", (1,)),
+            *((Entry(f"{module}.{INPUT}", "F32", (1,)),) if self.scales_inputs else ()),
         )
 
     def tensors(self, rows: Tensor, n_in: int) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ from moequant import __version__
 from moequant.checkpoint import Checkpoint, load
 from moequant.containers.base import Written
 from moequant.containers.folders import compressed_tensors, shards, side_files
-from moequant.containers.folders.layouts import LAYOUTS
+from moequant.containers.folders.layouts import LAYOUTS, Scales
 from moequant.containers.folders.plan import (
     FolderSettings,
     kept_dtype,
@@ -64,12 +64,17 @@ def check_target(path: Path, checkpoint: Checkpoint, plan: Plan, settings: Folde
 
 
 def write(
-    folder: Path, checkpoint: Checkpoint, plan: Plan, settings: FolderSettings, packed: Iterable[Packed]
+    folder: Path,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    settings: FolderSettings,
+    packed: Iterable[Packed],
+    inputs: Scales,
 ) -> Written:
     """Write a plan into the empty `folder`: weights, config, tokenizer and all side files; the card comes
     later.
 
-    `packed` must yield the plan's rounded weights, in the formats of their `Storage` and the plan's order;
+    `inputs` are of the weights whose scheme scales those. `packed` must yield the plan's rounded weights, in the formats of their `Storage` and the plan's order;
     each is written as it comes and not kept. Raises OutputError when the disk refuses.
     """
     layout, kinds = LAYOUTS[settings.layout], stores(checkpoint, plan, settings.layout)
@@ -86,7 +91,7 @@ def write(
                 del item
                 storage = kinds[choice.weight]
                 if whole := layout.entries(held[-1].weight, storage):
-                    for entry, parts in zip(whole, layout.values(held, storage), strict=True):
+                    for entry, parts in zip(whole, layout.values(held, storage, inputs), strict=True):
                         writer.put(entry.name, map(_bytes, parts))
                     held.clear()
                 continue

@@ -70,7 +70,9 @@ class GgufContainer:
         """See `Container`: a file holds every weight in a format of its own."""
         return {choice.weight: choice.format for choice in plan.choices}
 
-    def write(self, path: Path, plan: Plan, packed: Iterable[Packed]) -> Written:
+    def write(
+        self, path: Path, plan: Plan, packed: Iterable[Packed], calibration: Calibration | None = None
+    ) -> Written:
         """See `Container`."""
         return file.write(path, self._content, plan, packed, self.split)
 

@@ -1,0 +1,89 @@
+"""Numbers that scale what weights are fed, for schemes that round it: from the largest that calibration saw.
+
+NVFP4 rounds 16 inputs under an e4m3 scale, and one number of the module says where those scales lie: the
+largest input just reaches the largest scale (compressed-tensors' static_minmax). Each expert has the number
+of its own inputs. The largest of few tokens says little about the next, so it is moved towards the largest
+that any expert of the layer saw. A number that is too large costs next to nothing, because scales are floats;
+one that is too small cuts inputs off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moequant.checkpoint import Checkpoint
+from moequant.containers.folders.plan import KEPT
+from moequant.containers.folders.schemes import find
+from moequant.errors import PlanError
+from moequant.formats.nvfp4 import REACH
+from moequant.values import Calibration, InputStats, Plan, Weight
+
+PRIOR_TOKENS = 32.0
+"""An expert that saw so many tokens counts its own largest input as much as the layer's."""
+
+NAMED = 5
+"""Experts that a note names, at most."""
+
+
+def scales(plan: Plan) -> bool:
+    """Whether a scheme of the plan scales inputs."""
+    return any(find(name).scales_inputs for name in {c.format for c in plan.choices} - {*KEPT})
+
+
+def input_scales(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None) -> dict[str, Tensor]:
+    """By weight whose scheme scales inputs: f32 [E], what divides (`storage.INPUT`), a number a matrix.
+
+    PlanError where calibration did not measure the largest inputs.
+    """
+    return {
+        weight.name: (REACH / expected_peak(_stats(weight, calibration))).float()
+        for weight in _scaled(checkpoint, plan)
+    }
+
+
+def check(calibration: Calibration | None) -> None:
+    """PlanError unless calibration measured the largest inputs: an imatrix and old statistics did not."""
+    if calibration is None or any(stats.peak is None for stats in calibration.inputs.values()):
+        of = "there are no statistics" if calibration is None else f"{calibration.source} does not say it"
+        raise PlanError(
+            f"NVFP4 scales inputs by the largest that calibration saw, and {of}; leave out --stats and "
+            "--imatrix, run route again, or take NVFP4A16, which leaves inputs as they are"
+        )
+
+
+def expected_peak(stats: InputStats) -> Tensor:
+    """The largest input that each matrix is expected to meet, f64 [E] above 0; `stats.peak` is there."""
+    assert stats.peak is not None
+    most, tokens = stats.peak.max(), stats.tokens.double()
+    shrunk = (tokens * stats.peak + PRIOR_TOKENS * most) / (tokens + PRIOR_TOKENS)
+    return torch.where(shrunk > 0, shrunk, 1.0)
+
+
+def note(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None) -> str | None:
+    """Which experts have a number that is not of their own inputs, because they were fed none."""
+    unseen = [
+        f"{weight.name} {expert}"
+        for weight in _scaled(checkpoint, plan)
+        for expert in (_stats(weight, calibration).tokens == 0).nonzero().flatten().tolist()
+    ]
+    if not unseen:
+        return None
+    more = f" and {len(unseen) - NAMED} more" if len(unseen) > NAMED else ""
+    return f"inputs never seen, scaled by the layer's largest: {', '.join(unseen[:NAMED])}{more}"
+
+
+def _scaled(checkpoint: Checkpoint, plan: Plan) -> Iterator[Weight]:
+    formats = {choice.weight: choice.format for choice in plan.choices}
+    for weight in checkpoint.weights:
+        name = formats[weight.name]
+        if name not in KEPT and find(name).scales_inputs:
+            yield weight
+
+
+def _stats(weight: Weight, calibration: Calibration | None) -> InputStats:
+    check(calibration)
+    assert calibration is not None and weight.site is not None
+    return calibration.inputs[weight.site.name]
