@@ -72,6 +72,10 @@ def auto_round(model: str, out: str, scheme: str, rows: list[list[int]]) -> None
         device_map="cpu",
         **also,
     ).quantize_and_save(out, format="llm_compressor")
+    (made,) = Path(out).iterdir()  # a folder of a name of its own
+    for file in made.iterdir():
+        file.rename(Path(out) / file.name)
+    made.rmdir()
 
 
 def loader(rows: list[list[int]]) -> Any:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from moequant.hub import GgufModel, HubModel
 
 
-SCHEMES = "W2A16 to W8A16, W8A8, FP8_BLOCK, FP8_DYNAMIC, MXFP4A16, NVFP4A16"
+SCHEMES = "W2A16 to W8A16, W8A8, FP8_BLOCK, FP8_DYNAMIC, MXFP4A16, NVFP4A16, NVFP4"
 
 
 class Format(StrEnum):

@@ -58,8 +58,8 @@ class Container(Protocol):
     def write(
         self, path: Path, plan: Plan, packed: Iterable[Packed], calibration: Calibration | None = None
     ) -> Written:
-        """Write the plan; `packed` yields the weights of `formats` in the plan's order. Some schemes also store
-        what `calibration` says of inputs."""
+        """Write the plan; `packed` yields the weights of `formats` in the plan's order. Some schemes also
+        store what `calibration` says of inputs."""
 
     def verify(self, written: Written, plan: Plan) -> None:
         """Read it again. VerifyError names what is not as it was meant."""

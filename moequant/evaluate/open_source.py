@@ -5,7 +5,7 @@ Decoders are other people's: gguf-py's for GGUF, the compressed-tensors package'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -196,11 +196,12 @@ def _inputs(
     """By weight, what its scheme makes of its inputs."""
     from moequant.containers.folders.compressed_tensors import group_of, names, open_folder
 
-    is_model = isinstance(version, Checkpoint)
-    theirs = {weight.name: weight for weight in version.weights} if is_model else {}
+    theirs = {
+        each.name: each for each in (version if isinstance(version, Checkpoint) else checkpoint).weights
+    }
 
     def rounds(weight: Weight) -> bool:
-        if is_model:
+        if isinstance(version, Checkpoint):
             return theirs[weight.name].origin.stored[0].codec.name != "plain"
         return version.is_quantized(weight)
 
@@ -221,8 +222,8 @@ def _inputs(
     by_name = {weight.name: told(weight) for weight in checkpoint.weights}
     numbers = dict[str, float]()
     if any(number_of(each) for each in by_name.values()):
-        folder = open_folder(version.path) if is_model else version
-        numbers = _numbers(version.weights if is_model else checkpoint.weights, by_name, folder)
+        folder = open_folder(version.path) if isinstance(version, Checkpoint) else version
+        numbers = _numbers(theirs.values(), by_name, folder)
 
     def word(weight: Weight) -> str:
         number = numbers.get(weight.site.name) if weight.site is not None else None
@@ -233,7 +234,7 @@ def _inputs(
 
 
 def _numbers(
-    weights: Sequence[Weight], told: Mapping[str, Mapping[str, Any] | None], folder: FolderWeights
+    weights: Iterable[Weight], told: Mapping[str, Mapping[str, Any] | None], folder: FolderWeights
 ) -> dict[str, float]:
     """By site, the number that scales its inputs: the one of all stored there that cuts off least.
 

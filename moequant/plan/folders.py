@@ -42,7 +42,12 @@ RELATIVE_ERROR: Mapping[str, float] = {
 }  # fmt: skip
 """Squared error over square of normal weights, for when nothing was measured; groups of 128."""
 
-INPUT_ERROR: Mapping[str, float] = {"W8A8": 1.3e-4, "FP8_DYNAMIC": 6.5e-4, "FP8_BLOCK": 6.5e-4, "NVFP4": 8.6e-3}
+INPUT_ERROR: Mapping[str, float] = {
+    "W8A8": 1.3e-4,
+    "FP8_DYNAMIC": 6.5e-4,
+    "FP8_BLOCK": 6.5e-4,
+    "NVFP4": 8.6e-3,
+}
 """What rounding the inputs adds, where a token's largest is five times its root mean square."""
 
 SHARES = (0.0, 0.3)

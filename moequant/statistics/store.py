@@ -198,9 +198,9 @@ def combine(parts: Sequence[Calibration]) -> Calibration:
 
 
 def _add_inputs(parts: Sequence[InputStats]) -> InputStats:
-    sums = (sum_of([getattr(part, name) for part in parts]) for name in _INPUT_SUMS)
+    sums = {name: sum_of([getattr(part, name) for part in parts]) for name in _INPUT_SUMS}
     peaks = [part.peak for part in parts if part.peak is not None]
-    return InputStats(*sums, torch.stack(peaks).amax(0) if len(peaks) == len(parts) else None)
+    return InputStats(**sums, peak=torch.stack(peaks).amax(0) if len(peaks) == len(parts) else None)
 
 
 def _add_routes(

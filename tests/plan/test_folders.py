@@ -89,7 +89,7 @@ def test_vllm_finds_experts_by_its_own_names(tiny) -> None:
         ({"schemes": "W4A16"}, "--schemes is for a folder with --size"),
         ({"plan": Path("p.json"), "size": "1G"}, "--size: --plan chooses schemes itself"),
         ({"plan": Path("p.json"), "tp": 2}, "p.json: cannot be read"),
-        ({"size": "1G", "schemes": "NVFP4"}, "--schemes NVFP4: rounds its inputs.* NVFP4A16 has the same"),
+        ({"size": "1G", "schemes": "MXFP4"}, "--schemes MXFP4: rounds its inputs.* MXFP4A16 has the same"),
         ({"size": "1G", "format": "gptq"}, "--size does not go with --format gptq"),
         ({"size": "1G", "tp": 3}, "--tp 3 does not divide"),
     ],

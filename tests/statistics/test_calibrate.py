@@ -64,6 +64,9 @@ def test_moments_equal_a_float64_reference(tiny, family: str) -> None:
             gated = (g[:, None] * inputs.double()).square().sum(0)
             torch.testing.assert_close(sums.gated_moment[expert], gated, rtol=1e-4, atol=1e-9)
             torch.testing.assert_close(sums.gate_mass[expert], g.sum(), rtol=1e-5, atol=1e-9)
+            assert sums.peak is not None
+            largest = inputs.abs().max().double() if len(inputs) else torch.zeros((), dtype=torch.float64)
+            torch.testing.assert_close(sums.peak[expert], largest, rtol=1e-4, atol=1e-9)
 
 
 def test_dense_moments_and_the_head(tiny) -> None:

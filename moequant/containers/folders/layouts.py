@@ -52,9 +52,7 @@ class Layout:
             for entry in storage.entries(module, weight.shape[-2], weight.n_in)
         )
 
-    def values(
-        self, items: Sequence[Packed], storage: Storage, inputs: Scales
-    ) -> Iterator[Iterable[Tensor]]:
+    def values(self, items: Sequence[Packed], storage: Storage, inputs: Scales) -> Iterator[Iterable[Tensor]]:
         """What is in each of `entries`, in parts, of the weights since the last that were written."""
         for item in items:
             rows = item.data.reshape(item.weight.matrices, item.weight.shape[-2], -1)
@@ -73,9 +71,7 @@ class _Stacked(Layout):
         """See `Layout`."""
         return mxfp4.entries(weight)
 
-    def values(
-        self, items: Sequence[Packed], storage: Storage, inputs: Scales
-    ) -> Iterator[Iterable[Tensor]]:
+    def values(self, items: Sequence[Packed], storage: Storage, inputs: Scales) -> Iterator[Iterable[Tensor]]:
         """See `Layout`: of one expert after another, so that memory holds the codes of one more."""
         for number in range(len(mxfp4.ENDINGS)):
             yield (each[number] for each in mxfp4.values(items))

@@ -74,8 +74,9 @@ def write(
     """Write a plan into the empty `folder`: weights, config, tokenizer and all side files; the card comes
     later.
 
-    `inputs` are of the weights whose scheme scales those. `packed` must yield the plan's rounded weights, in the formats of their `Storage` and the plan's order;
-    each is written as it comes and not kept. Raises OutputError when the disk refuses.
+    `inputs` are of the weights whose scheme scales those. `packed` must yield the plan's rounded weights, in
+    the formats of their `Storage` and the plan's order; each is written as it comes and not kept. Raises
+    OutputError when the disk refuses.
     """
     layout, kinds = LAYOUTS[settings.layout], stores(checkpoint, plan, settings.layout)
     files = _shards(checkpoint, plan, settings)

@@ -14,7 +14,7 @@ from moequant.containers.gguf.sizes import data_bytes
 from moequant.containers.gguf.tokenizer.spec import read_tokenizer
 from moequant.containers.gguf.verify import verify
 from moequant.containers.gguf.weights import GgufWeights
-from moequant.values import Packed, Plan
+from moequant.values import Calibration, Packed, Plan
 
 
 def provenance(checkpoint: Checkpoint) -> dict[str, str]:

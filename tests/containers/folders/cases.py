@@ -44,7 +44,7 @@ def convert(
     with claim(folder=out, overwrite=overwrite, inputs=(folder.checkpoint.path,)):
         folder.check_target(out, folder.plan)
         with atomic_folder(out) as partial:
-            written = folder.write(partial, folder.plan, packed(folder, losses, calibration))
+            written = folder.write(partial, folder.plan, packed(folder, losses, calibration), calibration)
             folder.verify(written, folder.plan)
             files = Report(
                 folder.checkpoint.path, out, written.bytes, folder.checkpoint, folder.plan, calibration

@@ -84,7 +84,7 @@ def test_what_transformers_5_23_gets_wrong(tiny, tmp_path: Path) -> None:
     found, and the number of NVFP4 is dropped. vLLM and compressed-tensors read all of it as it is meant."""
     model = tiny("qwen3_moe", moe_intermediate_size=128)
     assert {one.name for one in schemes.PRESETS.values() if not one.in_transformers} == {
-        "FP8_BLOCK", "W8A8", "NVFP4A16"
+        "FP8_BLOCK", "W8A8", "NVFP4A16", "NVFP4"
     }  # fmt: skip
     for scheme in ("FP8_BLOCK", "W8A8", "NVFP4A16"):
         quantized(model, tmp_path / scheme, scheme=scheme)
