@@ -15,7 +15,7 @@ from typing import Any
 
 KEPT = ["lm_head", "re:.*self_attn.*", "re:.*gate$"]
 AUTOROUND = {
-    "W4A16_G32": ("W4A16G32", {}),
+    "W4A16_G32": ("W4A16", {"group_size": 32}),
     "W3A16": ("W3A16", {}),
     "W4A16": ("W4A16", {}),
     "NVFP4A16": ("NVFP4", {"act_bits": 16}),
