@@ -107,7 +107,7 @@ def test_what_the_loss_feels(small: Path) -> None:
     here, there = (gather(checkpoint, ids, device=device) for device in ("cpu", DEVICE))
     assert here.outputs.keys() == there.outputs.keys()
     for name, each in here.outputs.items():
-        torch.testing.assert_close(there.outputs[name].cpu(), each, rtol=1e-3, atol=1e-9)
+        assert (there.outputs[name].cpu() - each).norm() < 1e-5 * each.norm()
     target, fisher = torch.randn(4, 32, 32), here.outputs["layers.1.experts.gate"]
     rows = torch.randn(4, 200, 32)
     given = target, rows.mT @ rows, fisher
@@ -158,10 +158,11 @@ def test_a_gpu_is_not_waited_for_expert_by_expert(tmp_path: Path, text: Path) ->
         changes = SMALL | {"num_hidden_layers": 1, "num_experts": experts}
         model = models.build(tmp_path / f"model-{experts}", "qwen3_moe", **changes)
         with waits() as counted:
+            library.route(model, RouteSettings(text, 1024, resources=Resources(device=DEVICE)))
             how = {"format": "safetensors", "bits": 4, "group_size": 32}
             converted(model, tmp_path / f"out-{experts}", DEVICE, text, **how)
         found.append(counted)
     few, many = found
     assert sum(few.values()) > 100, "they are counted"
-    grown = {where: (few[where], count) for where, count in many.items() if count >= 1.6 * few[where] + 2}
+    grown = {where: (few[where], count) for where, count in many.items() if count > 1.4 * few[where] + 3}
     assert not grown
