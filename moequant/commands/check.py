@@ -163,6 +163,9 @@ def _against(
         weight = by_name.get(entry.name)
         if weight is None or weight.numel != entry.shape[0] * entry.shape[1] * entry.shape[2]:
             raise VerifyError(f"{source.path}: {entry.name} {list(entry.shape)} is not in {baseline.path}")
+    alone = not any(each.is_expert and _stands_in_layer(model, each) for each in model.weights)
+    if not alone:
+        found.notes.append("experts and router are no block of their own in this model: blocks were not run")
     ids = token_rows(baseline, settings.calib, settings.tokens, leading(baseline))
     recorded = _has_checksums(source, entries)
     resources = Resources(device=product.device)
@@ -177,13 +180,18 @@ def _against(
                 _tensor(source, entry, product, Against(by_name[entry.name], seen[0]), found)
                 bar.update()
             up = next((w for w in model.weights if w.layer == layer and w.role is Role.UP), None)
-            if layer is not None and up is not None and up.site is not None:
+            if alone and layer is not None and up is not None and up.site is not None:
                 expected = _expected(source, layer)
                 vouched = recorded and not any(each.what == ALTERED for each in found.damages[before:])
                 models = (base.model, other.model)
                 figures, damages = check_block(up.site, models, seen, layer, expected, vouched)
                 found.blocks.append(figures)
                 found.damages += damages
+
+
+def _stands_in_layer(model: Checkpoint, expert: Weight) -> bool:
+    """Whether the module of a layer's experts is one of the layer itself, beside the router's."""
+    return expert.place.param.rpartition(".")[0].count(".") == model.family.layers_at.count(".") + 2
 
 
 def _crossed(weight: Weight) -> int | None:

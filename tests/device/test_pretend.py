@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.device.pretend import Mixed, Pretend, register
+from tests.device.pretend import Mixed, Pretend, register, waits
 
 DEVICE = register()
 
@@ -45,6 +45,9 @@ def test_devices_do_not_mix() -> None:
         lambda: there.index_put_((torch.tensor([0]),), here[:1]),
         lambda: here.index_add_(0, torch.tensor([0, 1], device=DEVICE), here),
         lambda: torch.where(there > 0, here, there),
+        lambda: torch.zeros(()).add_(there.sum()),
+        lambda: here[0, 0].add_(there[0, 0]),
+        lambda: torch.stack([torch.tensor(1.0), there.sum()]),
     ):
         with pytest.raises(Mixed, match="same device"):
             mixed()
@@ -52,6 +55,10 @@ def test_devices_do_not_mix() -> None:
         there.numpy()
     with pytest.raises((TypeError, RuntimeError)):
         np.asarray(there)
+    with pytest.raises(Mixed, match="generator"):
+        there.uniform_(generator=torch.Generator())
+    with pytest.raises(Mixed, match="int64"):
+        there.long() @ there.long()
     assert there[torch.tensor([1])].tolist() == [[1, 1]], "CUDA takes indices of the CPU"
     assert (there * torch.tensor(2.0)).tolist() == [[2, 2], [2, 2]], "single numbers may come from the CPU"
     here.copy_(there * 3)
@@ -65,6 +72,23 @@ def test_views_and_writes_are_of_the_same_memory() -> None:
     assert x.tolist() == [[5, 0, 0, 0], [1, 0, 1, 0], [1, 0, 1, 0]]
     x.data[0] = 0
     assert x.sum().item() == 4
+
+
+def test_waits_are_counted() -> None:
+    x = torch.arange(4.0, device=DEVICE)
+    with waits() as found:
+        assert x.sum() > 1 and x.tolist() and x.cpu() is not None
+        x[x > 1].add_(x.to("cpu").to(DEVICE)[:2])
+        x.mul_(2).clamp_(max=3)
+    x.tolist()
+    assert sorted(what for _, what in found.elements()) == [
+        "_local_scalar_dense",
+        "copy",
+        "copy",
+        "copy",
+        "index",
+        "tolist",
+    ]
 
 
 def test_modules_gradients_and_threads() -> None:
