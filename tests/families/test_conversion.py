@@ -19,7 +19,7 @@ from moequant.forward.resources import Resources
 from moequant.forward.stream import LayerStream
 from moequant.hub.fetch import headers
 from moequant.inspection.presets import preset_files
-from moequant.report import Report
+from moequant.report.summary import Report
 from moequant.rounding.coupled import Coupled
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.feedback import Options
