@@ -16,7 +16,7 @@ from moequant.evaluate import score_row
 from moequant.formats import get
 from moequant.forward.experts import EXPERTS
 from moequant.forward.hidden import OnDisk
-from moequant.forward.model import build_model
+from moequant.forward.model import Provider, build_model
 from moequant.forward.resources import Resources
 from moequant.forward.stream import LayerStream, Reader
 from moequant.rounding.coupled import Coupled, Layer
@@ -75,12 +75,20 @@ def coupled(
         return {packed.weight.name: (packed, loss) for packed, loss in run}
 
 
-def kl(checkpoint: Checkpoint, made: dict[str, tuple[Packed, ExpertLoss]], ids: Tensor) -> float:
-    base = build_model(checkpoint, EXPERTS)
-    rounded = build_model(checkpoint, EXPERTS, lambda weight: decoded(made[weight.name][0]))
-    with torch.inference_mode():
-        pairs = zip(base(ids).logits, rounded(ids).logits, ids, strict=True)
+def kl(checkpoint: Checkpoint, ids: Tensor, *versions: dict[str, tuple[Packed, ExpertLoss]]) -> list[float]:
+    """The mean divergence of each version of the model."""
+
+    def logits(provider: Provider) -> Tensor:
+        model = build_model(checkpoint, EXPERTS, provider)
+        with torch.inference_mode():
+            return model(ids).logits
+
+    def divergence(made: dict[str, tuple[Packed, ExpertLoss]]) -> float:
+        pairs = zip(base, logits(lambda weight: decoded(made[weight.name][0])), ids, strict=True)
         return float(torch.cat([score_row(*each).kl for each in pairs]).mean())
+
+    base = logits(load)
+    return [divergence(made) for made in versions]
 
 
 def test_grams_are_the_sums_that_the_definition_says(tiny, tmp_path: Path) -> None:
@@ -252,7 +260,7 @@ def test_hessians_coupling_and_fishers_each_lower_the_divergence(mix: Path, tmp_
         coupled(checkpoint, calibration, formats, rounding, tmp_path / str(number))
         for number, rounding in enumerate(every)
     )
-    found = [kl(checkpoint, made, held_out) for made in (plain, alone, both, felt)]
+    found = kl(checkpoint, held_out, plain, alone, both, felt)
     assert found[1] < 0.9 * found[0] and found[2] < 0.95 * found[1]
     assert found[3] < found[2], found
 
