@@ -3,7 +3,7 @@
 report = moequant.convert("./model", "model-Q4_K_M.gguf", moequant.Settings(type="Q4_K_M"))
 print(report.summary())
 
-The other verbs are in `moequant.library`, which takes a second or more to import; see docs/reference.md.
+The other verbs are in `moequant.library`; see docs/reference.md.
 """
 
 from __future__ import annotations

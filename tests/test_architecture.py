@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import moequant
+from moequant import library
+from tests import gguf_shapes
 
 PACKAGE = Path(moequant.__file__).parent
 
@@ -108,6 +110,70 @@ def test_plan_and_families_do_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_command_line_starts_without_torch() -> None:
-    code = "import sys, moequant.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+WITHOUT_TORCH = {
+    "--help": 0,
+    "convert --help": 0,
+    "convert --no-such-option": 2,
+    "inspect nothing": 1,
+    "inspect {file}": 0,
+    "fit {file} --vram 1GiB --ram 1GiB --ctx 64": 0,
+}
+"""Commands that need neither torch nor transformers, and the code with which they end."""
+
+WITHOUT_MODELS = {
+    "inspect {folder}": 0,
+    "fit {folder} --vram 1GiB --ram 1GiB --ctx 64": 0,
+    "fit {folder} --vram 2GiB --ctx 64 --format safetensors": 0,
+    "convert nothing -o out.gguf": 1,
+    "convert {folder} -o out.gguf --size all": 1,
+    "check nothing": 1,
+    "compare nothing nothing.gguf": 1,
+    "plan nothing": 1,
+    "route nothing": 1,
+}
+"""Commands that need no model of transformers': importing those takes seconds, which a user would wait even
+for an error of one line."""
+
+PROGRAM = (
+    """
+import sys
+from pathlib import Path
+
+from moequant.cli import app
+
+def run(commands, needless):
+    for command, code in commands.items():
+        try:
+            app(command.format(file="model.gguf", folder=sys.argv[1]).split())
+        except SystemExit as end:
+            assert end.code == code, command
+        assert not needless & sys.modules.keys(), f"{command} imports {needless & sys.modules.keys()}"
+
+torch = {"torch", "transformers"}
+models = {"transformers.modeling_utils", "transformers.masking_utils", "torch._dynamo", "sympy"}
+"""
+    + f"run({WITHOUT_TORCH!r}, torch)\nrun({WITHOUT_MODELS!r}, models)"
+    + """
+
+from moequant.checkpoint import open_checkpoint
+from moequant.forward.model import empty_model
+
+empty_model(open_checkpoint(Path(sys.argv[1])))
+assert torch | models <= sys.modules.keys(), "these are the names, and a model needs them all"
+"""
+)
+
+
+def test_a_command_imports_what_it_needs(tiny, tmp_path: Path) -> None:
+    """Of commands in one process, in this order, none has loaded what it does without."""
+    sizes = {"hidden": 256, "heads": 2, "kv": 1, "experts": 4, "used": 2, "ff": 256, "vocab": 256}
+    gguf_shapes.gqa(tmp_path / "model.gguf", "llama", layers=1, **sizes)
+    ran = [sys.executable, "-c", PROGRAM, str(tiny("mixtral"))]
+    done = subprocess.run(ran, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_library_has_every_name_in_its_table() -> None:
+    names = sorted(name for each in library.PLACES.values() for name in each)
+    assert names == sorted(library.__all__)
+    assert all(getattr(library, name) for name in names)

@@ -20,7 +20,7 @@ from benchmarks.trained import MODELS
 from moequant import Settings, convert
 from moequant.evaluate import summarize
 from moequant.formats import Effort
-from moequant.report import Report
+from moequant.report.summary import Report
 from moequant.text import corpus
 from moequant.text.rows import ROW, load_encoder
 

@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from moequant.errors import CheckpointError
-from moequant.files.read import check_regular
+from moequant.files.local import LocalFile
 from moequant.values import File
 
 MISTRAL = "params.json"
@@ -17,37 +16,6 @@ MISTRAL = "params.json"
 
 _SHARED = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 """Names in the blobs that all models of a Hugging Face cache share."""
-
-
-@dataclass(frozen=True, slots=True)
-class LocalFile:
-    """A regular file of this machine; see `values.File`. What reads it raises CheckpointError."""
-
-    path: Path
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    @property
-    def name(self) -> str:
-        """See `File`."""
-        return self.path.name
-
-    @property
-    def bytes(self) -> int:
-        """See `File`."""
-        check_regular(self.path)
-        return self.path.stat().st_size
-
-    @property
-    def stamp(self) -> str:
-        """See `File`: size and time."""
-        return f"{self.bytes} {self.path.stat().st_mtime_ns}"
-
-    def open(self) -> BinaryIO:
-        """See `File`."""
-        check_regular(self.path)
-        return self.path.open("rb", buffering=0)
 
 
 @dataclass(frozen=True, slots=True)

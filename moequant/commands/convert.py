@@ -38,7 +38,9 @@ from moequant.hub.stream import announce, shelf_of, streamed
 from moequant.plan import Sensitivities
 from moequant.progress import Forecast, Meter, resident_bytes
 from moequant.ranks import ALONE
-from moequant.report import Conversion, How, Report, card, conversion_page
+from moequant.report import card, conversion_page
+from moequant.report.conversion import Conversion
+from moequant.report.summary import How, Report
 from moequant.rounding.diagonal import Quantizer, pack_all, progress
 from moequant.rounding.layerwise import round_checkpoint
 from moequant.rounding.parts import Parts

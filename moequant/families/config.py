@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from moequant.errors import CheckpointError, FamilyError, foreign
@@ -195,13 +194,18 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 @cache
 def _model_source(cls: type) -> str:
-    """The source of the model that a config class belongs to, and of the masks that all models share."""
+    """The source of the model that a config class belongs to, and of the masks that all models share; it is
+    read, and not imported, which takes seconds."""
     module = cls.__module__.replace(".configuration_", ".modeling_")
+    return _source(module) + _source("transformers.masking_utils")
+
+
+def _source(module: str) -> str:
+    """The source of a module; of one that has none, nothing."""
     try:
-        return "".join(
-            inspect.getsource(import_module(name)) for name in (module, "transformers.masking_utils")
-        )
-    except (ImportError, OSError):
+        loader: Any = getattr(find_spec(module), "loader", None)
+        return loader.get_source(module) or ""
+    except (ImportError, AttributeError):
         return ""
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moequant.checkpoint import Checkpoint
@@ -158,7 +158,7 @@ class Skeleton:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: transformers.PreTrainedModel,
         forward: Callable[..., Any],
         layers_at: str,
         batches: list[Tensor],

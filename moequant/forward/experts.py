@@ -17,9 +17,9 @@ from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moequant.forward.taps import SEEN, Seen, recorder
 
@@ -193,4 +193,6 @@ def _has(module: nn.Module, what: str) -> bool:
     return bool(getattr(module, what, what == "has_gate"))
 
 
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
+def register() -> None:
+    """Give transformers the function, before a model is made that names it; a second time changes nothing."""
+    transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)

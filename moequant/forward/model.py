@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.errors import CheckpointError, foreign
 from moequant.families import Config
 from moequant.forward.causal import causal_class
 from moequant.forward.dispatch import dispatch_all
-from moequant.forward.experts import EXPERTS, part
+from moequant.forward.experts import EXPERTS, part, register
 from moequant.values import Weight
 from moequant.values.ops import apply, put, shape_after
 
@@ -32,7 +32,7 @@ def build_model(
     experts: str = EXPERTS,
     provider: Provider = load,
     dtype: torch.dtype = torch.float32,
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """The checkpoint's whole model in evaluation mode with weights from `provider`.
 
     `experts` names the registered experts implementation that runs the MoE blocks, see
@@ -47,7 +47,7 @@ def build_model(
 
 def empty_model(
     checkpoint: Checkpoint, experts: str = EXPERTS, device: str | torch.device = "cpu"
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """The model without memory for its weights: parameters are on the meta device, buffers on `device`.
 
     Raises CheckpointError for a weight of another shape than the model's, and when a parameter or a buffer
@@ -62,18 +62,19 @@ def empty_model(
                 for name, buffer in list(module.named_buffers(recurse=False)):
                     module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
                 model._init_weights(module)
-    made: PreTrainedModel = model.eval().requires_grad_(False)
+    made: transformers.PreTrainedModel = model.eval().requires_grad_(False)
     return made
 
 
 _UNFIT = "transformers cannot build the model that config.json describes"
 
 
-def _without_memory(path: Path, config: Config, experts: str = EXPERTS) -> PreTrainedModel:
+def _without_memory(path: Path, config: Config, experts: str = EXPERTS) -> transformers.PreTrainedModel:
     """The model of a config, everything in it on the meta device."""
+    register()
     cls = causal_class(config)
     with foreign(CheckpointError, f"{path}: {_UNFIT}"), torch.device("meta"):
-        model: PreTrainedModel = cls._from_config(
+        model: transformers.PreTrainedModel = cls._from_config(
             copy.deepcopy(config),
             dtype=torch.float32,
             # torch's attention kernels, unless the class has terms that they do not know, such as sinks.
@@ -90,7 +91,7 @@ def shapes(path: Path, config: Config) -> dict[str, tuple[int, ...]]:
     return _shapes(_without_memory(path, config))
 
 
-def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def _shapes(model: transformers.PreTrainedModel) -> dict[str, tuple[int, ...]]:
     found = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
     return found | {name: tuple(one.shape) for name, one in model.named_buffers() if _is_stored(model, name)}
 
@@ -243,7 +244,7 @@ def _assign(model: nn.Module, name: str, values: Tensor) -> Tensor:
     return new
 
 
-def _check_filled(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+def _check_filled(checkpoint: Checkpoint, model: transformers.PreTrainedModel) -> None:
     """Every parameter and stored buffer will have its values, every weight its place and its shape."""
     there = _shapes(model)
     for weight in _placed(checkpoint.weights):

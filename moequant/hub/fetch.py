@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
-from moequant.checkpoint import Folder, LocalFile, folder_of
+from moequant.checkpoint import Folder, folder_of
 from moequant.checkpoint.headers import INDEX, read_index
 from moequant.containers.folders.side_files import COPIED
 from moequant.containers.gguf.header import Header
 from moequant.containers.gguf.read import read_header, shards
 from moequant.errors import CheckpointError, HubError
+from moequant.files.local import LocalFile
 from moequant.hub.client import Snapshot, Unreachable, cache_folder, cached, download, look_up
 from moequant.hub.names import GgufModel, HubModel, Model, Source, located
 from moequant.hub.ranges import RemoteFile, with_header

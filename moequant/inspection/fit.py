@@ -20,7 +20,7 @@ from moequant.containers.gguf.roles import is_embedding, is_tied
 from moequant.errors import CheckpointError, PlanError
 from moequant.escape import of_cache, shown
 from moequant.hub import HubModel, Model, located
-from moequant.inspection.presets import PresetFile, preset_files
+from moequant.inspection.values import PresetFile
 from moequant.runtimes.llama_cpp.kv_cache import (
     Load,
     compute_bytes,
@@ -152,6 +152,7 @@ def fit(model: Model, hardware: Hardware, load: Load, min_speed: float = 0.0) ->
         files = iter([PresetFile(place.name, header, None)])
     elif isinstance(place, HubModel) or place.is_dir():
         from moequant.hub.fetch import headers  # torch
+        from moequant.inspection.presets import preset_files
 
         folder = headers(place)
         place = folder.path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from moequant.checkpoint import Folder
 from moequant.containers.gguf import write as gguf
@@ -13,19 +12,11 @@ from moequant.containers.gguf.header import Header, TensorInfo
 from moequant.containers.gguf.presets import BASE_TYPES, facts
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.containers.opened import open_model
+from moequant.inspection.values import PresetFile
 from moequant.plan import ALIGNMENT, preset_plan
 from moequant.values import Plan
 
 _FLOATS = {"F32": "F32", "BF16": "BF16", "F16": "F16"}
-
-
-@dataclass(frozen=True, slots=True)
-class PresetFile:
-    """What `--type name` gives: the file's header, and the KL divergence that its plan expects, if known."""
-
-    name: str
-    header: Header
-    kl: float | None
 
 
 def preset_files(folder: Folder) -> Iterator[PresetFile]:

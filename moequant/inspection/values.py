@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from moequant.containers.gguf.header import Header
+
 
 @dataclass(frozen=True, slots=True)
 class RoleBytes:
@@ -117,3 +119,12 @@ def _counts(pairs: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
     for name, count in pairs:
         totals[name] = totals.get(name, 0) + count
     return tuple(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class PresetFile:
+    """What `--type name` gives: the file's header, and the KL divergence that its plan expects, if known."""
+
+    name: str
+    header: Header
+    kl: float | None

@@ -13,14 +13,17 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from moequant.evaluate import RoutingChange
 from moequant.values import Role
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moequant.evaluate import RoutingChange
 
 Kind = Literal["tokens", "error", "moved"]
 
@@ -181,7 +184,7 @@ def _map(
     """Rows of any lengths as one map, NaN beyond their ends."""
     if not rows:
         return None
-    lists = [row.tolist() if isinstance(row, Tensor) else list(row) for row in rows.values()]
+    lists = [list(row) if isinstance(row, Sequence) else row.tolist() for row in rows.values()]
     values = np.full((len(lists), max(map(len, lists))), math.nan)
     for at, row in enumerate(lists):
         values[at, : len(row)] = [math.nan if value is None else value for value in row]

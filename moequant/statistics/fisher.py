@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from transformers import PreTrainedModel
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.errors import CheckpointError
@@ -126,7 +126,9 @@ def _draw(chances: Tensor, generator: torch.Generator) -> Tensor:
 class _Sums(Recorder):
     """A recorder of what experts give, hooks in a model, and the sums that both add to."""
 
-    def __init__(self, model: PreTrainedModel, wanted: Sequence[Weight], width: int, device: str) -> None:
+    def __init__(
+        self, model: transformers.PreTrainedModel, wanted: Sequence[Weight], width: int, device: str
+    ) -> None:
         self.wanted, self.device = wanted, device
         self.grams = {
             weight.name: torch.zeros(weight.matrices, *[weight.shape[-2]] * 2, device=device)

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moequant.checkpoint.folder import LocalFile
 from moequant.checkpoint.headers import read_header
 from moequant.errors import CheckpointError
 from moequant.files import atomic
+from moequant.files.local import LocalFile
 
 METADATA = "moequant"
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.synthetic import Shape, build
 from moequant.commands.convert import Settings, convert
 from moequant.evaluate.environment import libraries
-from moequant.report import Report
+from moequant.report.summary import Report
 
 QWEN3 = Shape(1, 2048, 128, 768, 4096, 0, top_k=8, heads=32, kv_heads=4, head=128)
 TINY = Shape(1, 256, 4, 256, 1024, 0)

@@ -19,8 +19,9 @@ from moequant.containers.folders.plan import FolderSettings
 from moequant.containers.gguf.export import export
 from moequant.errors import CheckpointError, FamilyError
 from moequant.forward.model import empty_model
-from moequant.report import Conversion, How, Report
 from moequant.report.card import Card
+from moequant.report.conversion import Conversion
+from moequant.report.summary import How, Report
 from moequant.values import Plan, Role, Weight
 from moequant.values.ops import apply
 from tests import models

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moequant.checkpoint import load, open_checkpoint
+from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.cli import app
 from moequant.commands.compare import CompareSettings, run
 from moequant.commands.convert import Settings, convert
@@ -26,11 +26,12 @@ from moequant.evaluate.divergence import PERCENTILES, join, score_tokens
 from moequant.evaluate.open_source import open_source
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.forward.experts import EXPERTS
-from moequant.forward.model import build_model
+from moequant.forward.model import Provider, build_model
 from moequant.forward.resources import Resources
 from moequant.report.compare import compare_value
 from moequant.text import bundled
 from moequant.text.corpus import Rows
+from moequant.values import Weight
 from tests import models
 
 SMALL = Resources(threads=1, batch_tokens=128)
@@ -140,14 +141,31 @@ def test_parts_and_pieces_are_the_whole() -> None:
     assert torch.equal(join([whole.part(values < 5), whole.part(values >= 5)]).kl, values)
 
 
+def coarse(weight: Weight) -> torch.Tensor:
+    """Values of two bits behind the point: a version of a weight that needs no file."""
+    return load(weight).to(torch.float8_e5m2).float()
+
+
 @pytest.mark.parametrize("family", models.CONFIGS)
-def test_streamed_scores_equal_resident_ones(tiny, file, family: str) -> None:
-    checkpoint, text = open_checkpoint(tiny(family)), rows()
-    weights = GgufWeights(file(family, "Q3_K_M"), export(checkpoint))
-    (found,) = compare(checkpoint, Version("base", load), [Version("q", weights.load)], text, SMALL)
+def test_streamed_scores_equal_resident_ones(tiny, family: str) -> None:
+    checkpoint = open_checkpoint(tiny(family))
+    equals_the_resident(checkpoint, coarse)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_streamed_scores_of_a_file_equal_resident_ones(tiny, file, family: str) -> None:
+    checkpoint = open_checkpoint(tiny(family))
+    equals_the_resident(checkpoint, GgufWeights(file(family, "Q3_K_M"), export(checkpoint)).load)
+
+
+def equals_the_resident(checkpoint: Checkpoint, candidate: Provider) -> None:
+    """Scores and errors of a candidate, layer by layer, are those of two whole models."""
+    text = rows()
+    (found,) = compare(checkpoint, Version("base", load), [Version("q", candidate)], text, SMALL)
     with torch.inference_mode():
-        logits = [build_model(checkpoint, EXPERTS, one)(text.ids).logits for one in (load, weights.load)]
+        logits = [build_model(checkpoint, EXPERTS, one)(text.ids).logits for one in (load, candidate)]
     expected = join([score_row(*pair) for pair in zip(*logits, text.ids, strict=True)])
+    assert float(expected.kl.mean()) > 1e-3, "they differ"
     torch.testing.assert_close(found.scores.kl, expected.kl, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(found.scores.base_nll, expected.base_nll, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.scores.candidate_nll, expected.candidate_nll, rtol=1e-4, atol=1e-5)
@@ -157,7 +175,7 @@ def test_streamed_scores_equal_resident_ones(tiny, file, family: str) -> None:
     for one in found.errors:
         weight = next(weight for weight in checkpoint.weights if weight.name == one.weight)
         exact = load(weight).double().reshape(weight.matrices, -1)
-        decoded = weights.load(weight).double().reshape(weight.matrices, -1)
+        decoded = candidate(weight).double().reshape(weight.matrices, -1)
         energy = exact.square().sum(1).clamp_min(1e-300)  # a bias may be 0
         expected = (exact - decoded).square().sum(1) / energy
         torch.testing.assert_close(one.error, expected, rtol=1e-4, atol=1e-12)

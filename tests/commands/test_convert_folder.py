@@ -17,7 +17,7 @@ from moequant.containers.folders.plan import storage
 from moequant.evaluate import score_row
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
-from moequant.report import Report
+from moequant.report.summary import Report
 from moequant.text import corpus
 from moequant.text.rows import token_rows
 from moequant.values import Role

@@ -24,7 +24,7 @@ from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.export import export
 from moequant.errors import FamilyError
 from moequant.forward.resources import Resources
-from moequant.report import Report
+from moequant.report.summary import Report
 from moequant.statistics.calibrate import calibrate
 from moequant.text.corpus import Rows
 from moequant.values import Role, Stack

@@ -19,7 +19,7 @@ from moequant.forward.resources import Resources
 from moequant.forward.stream import LayerStream
 from moequant.hub.fetch import headers
 from moequant.inspection.presets import preset_files
-from moequant.report import Report
+from moequant.report.summary import Report
 from moequant.rounding.coupled import Coupled
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.feedback import Options
@@ -160,7 +160,11 @@ def test_every_weight_is_rounded_under_what_it_is_fed(saved, tmp_path: Path, fam
     assert made.keys() == types.keys()
     assert all(weight.site or weight.role is Role.EMBEDDING for weight in matrices)
     assert not [loss for _, loss in made.values() if loss.fallbacks]
-    assert max(float(loss.error.max()) for _, loss in made.values()) < 1e-3
+    for weight in matrices:
+        packed, loss = made[weight.name]
+        assert packed.data.shape[:-1] == weight.shape[:-1]
+        assert loss.error.shape == (weight.matrices,) and bool(loss.error.isfinite().all())
+        assert float(loss.error.max()) < 1e-3, weight.name
 
     def rounded(weight: Weight) -> torch.Tensor:
         return decoded(made[weight.name][0]) if weight.name in made else load(weight)

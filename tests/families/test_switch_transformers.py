@@ -26,7 +26,7 @@ from moequant.inspection.fit import Hardware
 from moequant.inspection.folder import inspect_folder
 from moequant.inspection.served import Gpus
 from moequant.library import FitSettings, FolderFitSettings, fit, fit_folder
-from moequant.report import Report
+from moequant.report.summary import Report
 from moequant.rounding.coupled import Coupled
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.results import decoded

@@ -16,12 +16,9 @@ from pathlib import Path
 import torch
 import typer
 
-from moequant.cli import app
 from moequant.cli.common import Commands, guarded
 from moequant.errors import CheckpointError
 from moequant.ranks import Ranks, here
-from moequant.rounding import layerwise
-from moequant.rounding.parts import Parts
 
 WORK = 1 << 20
 """Bytes that the first rank may work with, and each of the others a quarter of those of the one before."""
@@ -75,9 +72,18 @@ def fail() -> None:
 
 def main() -> None:
     """See the module."""
-    if sys.argv[1] != "convert":
+    if sys.argv[1] == "convert":
+        convert()
+    else:
         small()
-        return
+
+
+def convert() -> None:
+    """See the module. What is imported here takes seconds, in every process that only talks."""
+    from moequant.cli import app
+    from moequant.rounding import layerwise
+    from moequant.rounding.parts import Parts
+
     layerwise.rounding_work = lambda ram: WORK >> 2 * int(os.environ["RANK"])
     doomed, add = sys.argv.pop(2), Parts.add
 

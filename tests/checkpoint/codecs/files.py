@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moequant.checkpoint import LocalFile
 from moequant.checkpoint.codecs import Stored, recognise
+from moequant.files.local import LocalFile
 from moequant.values import TensorRef
 
 

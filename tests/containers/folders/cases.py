@@ -17,7 +17,9 @@ from moequant.containers.folders.container import FolderContainer
 from moequant.containers.folders.plan import FolderSettings
 from moequant.containers.folders.read import Decode, FolderWeights
 from moequant.files import atomic_folder, claim
-from moequant.report import Conversion, How, Report, card
+from moequant.report import card
+from moequant.report.conversion import Conversion
+from moequant.report.summary import How, Report
 from moequant.rounding.diagonal import Quantizer, pack_all
 from moequant.values import Calibration, ExpertLoss, Packed
 

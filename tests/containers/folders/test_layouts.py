@@ -36,7 +36,7 @@ def test_values_are_those_of_the_entries(tiny, name: str) -> None:
         assert layout.storage(config, module, torch.bfloat16).suffixes == storage.suffixes
         held.append(item)
         if whole := layout.entries(item.weight, storage):
-            for entry, parts in zip(whole, layout.values(held, storage), strict=True):
+            for entry, parts in zip(whole, layout.values(held, storage, {}), strict=True):
                 assert sum(part.nbytes for part in parts) == entry.bytes, entry
                 names.append(entry.name)
             held.clear()

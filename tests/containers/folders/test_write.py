@@ -22,8 +22,9 @@ from moequant.errors import CheckpointError, OutputError, PlanError, VerifyError
 from moequant.evaluate import Comparison, Estimate, Measured, Scores
 from moequant.evaluate.divergence import PERCENTILES
 from moequant.files import RECORD
-from moequant.report import Conversion, How, Report
 from moequant.report.card import Card
+from moequant.report.conversion import Conversion
+from moequant.report.summary import How, Report
 from tests import models
 from tests.containers.folders.cases import convert, folder_of, own_decoder, packed, quantized
 

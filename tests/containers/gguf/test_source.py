@@ -19,7 +19,7 @@ from moequant.containers.opened import open_model
 from moequant.errors import MoequantError, OutputError
 from moequant.hub import GgufModel
 from moequant.hub.fetch import headers
-from moequant.report import Report
+from moequant.report.summary import Report
 from moequant.values.ops import Exp, NegativeExp, Plus
 from tests import models
 
