@@ -351,7 +351,7 @@ def _unfinished(job: Job, known: Known, parts: Parts | None, finished: Set[str])
     `parts`."""
     settings, checkpoint = job.settings, job.container.checkpoint
     types = job.container.formats(job.plan)
-    quantizer = Quantizer(known.calibration, settings.effort, settings.gating)
+    quantizer = Quantizer(known.calibration, settings.effort, settings.gating, settings.resources.device)
     rows = known.texts.calibration
     if rows is None or settings.effort == "fast" or not job.quantizes:
         found = pack_all(checkpoint, types, quantizer, finished)

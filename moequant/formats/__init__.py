@@ -75,11 +75,12 @@ def quantize(
     magnitude: float | None = None,
     threads: int | None = None,
     shared: Tensor | None = None,
+    device: str | None = None,
 ) -> Tensor:
     """Pack weights [..., rows, in] into uint8 [..., rows, row_bytes]; see `engine.quantize`."""
     fmt = get(fmt) if isinstance(fmt, str) else fmt
     return engine.quantize(
-        fmt, weights, importance, effort, magnitude=magnitude, threads=threads, shared=shared
+        fmt, weights, importance, effort, magnitude=magnitude, threads=threads, shared=shared, device=device
     )
 
 

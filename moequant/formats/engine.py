@@ -44,13 +44,15 @@ def quantize(
     magnitude: float | None = None,
     threads: int | None = None,
     shared: Tensor | None = None,
+    device: str | None = None,
 ) -> Tensor:
     """Pack weights [..., rows, in] (any float dtype) -> uint8 [..., rows, row_bytes].
 
     importance [..., in], all >= 0, is one weight per input channel, shared by the rows;
     None means all equal. Only ratios within a block matter. `magnitude` overrides the
     format's exponent. `threads` None means one per core on a CPU. `shared` f32 [E, rows, in / block] is
-    the scale of blocks that rows have in common, None: found here, for formats that have one.
+    the scale of blocks that rows have in common, None: found here, for formats that have one. `device` is
+    where tiles are searched, None: where the weights are; what comes out is where those are.
 
     FormatError: rows that the block does not divide, shapes that do not match, NaN,
     infinity, or a weight beyond `fmt.limit` (with its expert, row and column).
@@ -60,23 +62,25 @@ def quantize(
     stack = weights if weights.ndim == 3 else weights.reshape(-1, *weights.shape[-2:])
     per_expert = _check_importance(weights, importance)
     exponent = fmt.magnitude if magnitude is None else magnitude
-    device = weights.device.type
-    large = compiles(fmt, weights.numel(), exponent, effort, weights.device)
-    step = _blocks_at_once(fmt, device) if large else max(1, tile(device) // 4 // fmt.block)
+    there = weights.device if device is None else torch.device(device)
+    large = compiles(fmt, weights.numel(), exponent, effort, there)
+    step = _blocks_at_once(fmt, there.type) if large else max(1, tile(there.type) // 4 // fmt.block)
     if shared is None and fmt.shared is not None:
         shared = fmt.shared.find(stack.float(), per_expert, effort)
-    given = None if shared is None else shared.reshape(-1, 1)
+    given = None if shared is None else shared.reshape(-1, 1).to(there)
+    per_expert = per_expert.to(there)
     out = torch.empty((stack[..., 0].numel() * row_bytes,), dtype=torch.uint8, device=weights.device)
     blocks = out.view(-1, fmt.block_bytes)
 
     def work(first: int, last: int) -> None:
-        x = _read(stack, fmt, first, last)
+        x = _read(stack, fmt, first, last).to(there)
         _check_weights(x, fmt, stack, first)
         per_block = _importance_of(per_expert, stack, fmt, first, last)
         d = None if given is None else given[first:last]
-        blocks[first:last] = _encode(fmt, Blocks(x, per_block, d), effort, exponent, step if large else None)
+        made = _encode(fmt, Blocks(x, per_block, d), effort, exponent, step if large else None)
+        blocks[first:last] = made.to(blocks.device)
 
-    _for_each_tile(work, len(blocks), step, threads, weights.device)
+    _for_each_tile(work, len(blocks), step, threads, there)
     return out.view(*weights.shape[:-1], row_bytes)
 
 
@@ -267,7 +271,7 @@ def even_out(per_expert: Tensor) -> Tensor:
 def _importance_of(per_expert: Tensor, stack: Tensor, fmt: Format, first: int, last: int) -> Tensor:
     """f32 [last - first, block]: the importance of those blocks."""
     per_row = stack.shape[-1] // fmt.block
-    rows = torch.arange(first // per_row, -(-last // per_row), device=stack.device)
+    rows = torch.arange(first // per_row, -(-last // per_row), device=per_expert.device)
     skip = first % per_row
     return per_expert[rows // stack.shape[1]].view(-1, fmt.block)[skip : skip + last - first]
 

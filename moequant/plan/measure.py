@@ -84,7 +84,7 @@ def _measured(
 
     def sampled(mine: Sequence[Weight]) -> list[dict[str, float]]:
         return [
-            sample_errors(weight, _stats(weight, calibration), probing, menu)
+            sample_errors(weight, _stats(weight, calibration), probing, menu, resources.device)
             for weight in counted("errors", mine, "tensor")
         ]
 
@@ -102,7 +102,11 @@ def _measured(
 
 
 def sample_errors(
-    weight: Weight, stats: InputStats | None, probing: Probing, menu: Menu = GGUF
+    weight: Weight,
+    stats: InputStats | None,
+    probing: Probing,
+    menu: Menu = GGUF,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """Format -> relative squared error that it makes in the output of `weight`, over all of its experts: of
     every one that the menu wants measured, with what the menu adds for rounded inputs.
@@ -118,10 +122,10 @@ def sample_errors(
     experts, rows = probing.sampled(weight)
     chosen, mass = _sample_experts(stats if count > 1 else None, count, experts)
     at = torch.linspace(0, weight.shape[-2] - 1, rows).round().long()
-    sample = _sampled(weight, chosen, at)
-    columns = None if stats is None else importance(stats, probing.gating)[chosen]
+    sample = _sampled(weight, chosen, at).to(device)
+    columns = None if stats is None else importance(stats, probing.gating)[chosen].to(device)
     share = torch.ones_like(sample[:, 0]) if columns is None else columns
-    share = share.double() * mass[:, None]
+    share = share.double() * mass[:, None].to(device)
     total = (sample.double().square().sum(1) * share).sum()
     errors = {}
     for name in names:
@@ -227,9 +231,10 @@ class _Prober:
             columns = columns[weight.experts] if weight.is_expert else columns
             columns = columns[0] if values.ndim == 2 else columns
         fmt = formats.get(self.menu.block_format(name, weight))
-        packed = formats.quantize(fmt, values, columns, self.probing.effort)
+        device = self.resources.device
+        packed = formats.quantize(fmt, values, columns, self.probing.effort, device=device)
         del values  # a head has gigabytes
-        return formats.dequantize(fmt, packed)
+        return formats.dequantize(fmt, packed.to(device))
 
 
 def fit(checks: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -22,11 +22,13 @@ ROWS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Quantizer:
-    """How weights are rounded: what calibration saw, how hard to search, how tokens are weighted."""
+    """How weights are rounded: what calibration saw, how hard to search, how tokens are weighted, and the
+    device that searches."""
 
     calibration: Calibration | None
     effort: Effort = "default"
     gating: Gating = "gate2"
+    device: str = "cpu"
 
     def stats(self, weight: Weight) -> InputStats | None:
         """What calibration saw of the inputs of `weight`."""
@@ -57,7 +59,7 @@ class Quantizer:
         fmt = formats.get(format_name)
         try:
             shared = self._shared(fmt, weight, columns, together) if len(together) > 1 else None
-            data = formats.quantize(fmt, matrix, columns, self.effort, shared=shared)
+            data = formats.quantize(fmt, matrix, columns, self.effort, shared=shared, device=self.device)
         except FormatError as error:
             raise CheckpointError(not_finite(weight, values) or f"{weight.name}: {error}") from error
         loss = ExpertLoss(
@@ -65,7 +67,7 @@ class Quantizer:
             weight.role,
             weight.layer,
             format_name,
-            relative_error(fmt, matrix, data, columns),
+            relative_error(fmt, matrix, data, columns, self.device),
             seen,
         )
         return Packed(weight, format_name, data), loss
@@ -84,25 +86,26 @@ class Quantizer:
         return parts[[each.name for each in together].index(weight.name)]
 
 
-def relative_error(fmt: formats.Format, values: Tensor, data: Tensor, columns: Tensor | None) -> Tensor:
-    """Importance-weighted squared error over weighted square of each expert.
+def relative_error(
+    fmt: formats.Format, values: Tensor, data: Tensor, columns: Tensor | None, device: str = "cpu"
+) -> Tensor:
+    """Importance-weighted squared error over weighted square of each expert, summed on that device.
 
     values [E, out, in] or [out, in], data u8 [..., out, row_bytes], columns [E, in] or
-    [in] or None -> f64 [E].
+    [in] or None -> f64 [E] on the CPU.
     """
     stack = values.reshape(-1, *values.shape[-2:])
     packed = data.reshape(*stack.shape[:2], -1)
     weights = torch.ones(len(stack), stack.shape[-1]) if columns is None else columns.reshape(len(stack), -1)
-    step = max(1, ROWS_AT_ONCE // stack.shape[-1])
-    error = torch.zeros(len(stack), dtype=torch.float64)
-    total = torch.zeros(len(stack), dtype=torch.float64)
+    weights, step = weights.to(device), max(1, ROWS_AT_ONCE // stack.shape[-1])
+    error, total = torch.zeros((2, len(stack)), dtype=torch.float64, device=device).unbind()
     for expert in range(len(stack)):
         for first in range(0, stack.shape[1], step):
-            exact = stack[expert, first : first + step].float()
-            decoded = formats.dequantize(fmt, packed[expert, first : first + step])
+            exact = stack[expert, first : first + step].to(device).float()
+            decoded = formats.dequantize(fmt, packed[expert, first : first + step].to(device))
             error[expert] += ((exact - decoded).square().sum(0).double() * weights[expert]).sum()
             total[expert] += (exact.square().sum(0).double() * weights[expert]).sum()
-    return error / total.clamp(min=torch.finfo(torch.float64).tiny)
+    return (error / total.clamp(min=torch.finfo(torch.float64).tiny)).cpu()
 
 
 def pack_all(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moequant import library
+from moequant import formats, library
 from moequant.checkpoint import open_checkpoint
 from moequant.forward.memory import chunks, layer_bytes
 from moequant.forward.resources import Resources
@@ -166,3 +166,17 @@ def test_a_gpu_is_not_waited_for_expert_by_expert(tmp_path: Path, text: Path) ->
     assert sum(few.values()) > 100, "they are counted"
     grown = {where: (few[where], count) for where, count in many.items() if count > 1.4 * few[where] + 3}
     assert not grown
+
+
+def test_the_plain_search_runs_there(small: Path, text: Path, tmp_path: Path) -> None:
+    """Weights stay in the CPU's memory and cross tile by tile; errors of types are summed on the device."""
+    weights, columns = torch.randn(3, 40, 256, dtype=torch.bfloat16), torch.rand(3, 256)
+    for name in ("Q4_K", "IQ2_XS", "NVFP4_64"):
+        with waits() as counted:
+            there = formats.quantize(name, weights, columns, device=DEVICE)
+        assert any("engine.py" in where for where, _ in counted), "tiles come back from there"
+        assert there.device.type == "cpu" and torch.equal(there, formats.quantize(name, weights, columns))
+    with waits() as counted:
+        library.plan(small, PlanSettings(text, 1024, resources=Resources(device=DEVICE)))
+    files = {Path(where.partition(":")[0]).name for where, _ in counted}
+    assert files >= {"measure.py", "engine.py"}
