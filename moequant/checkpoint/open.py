@@ -127,7 +127,7 @@ def open_checkpoint(model: Path | Folder) -> Checkpoint:
     folder = folder_of(model)
     path = folder.path
     raw, family = read_config(path)
-    quantization = _quantization(path, raw)
+    quantization = quantization_of(path, raw)
     found = recognise(read_headers(folder), quantization)
     stored = {renamed(family, name): each for name, each in found.items()}
     tied = _tied(path, family, make_config(family, raw), stored)
@@ -153,7 +153,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Family]:
     return raw, families.find(raw)
 
 
-def _quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
+def quantization_of(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
     """How the checkpoint says that it is quantized: in config.json, or in ModelOpt's own file."""
     inner = raw.get("text_config")
     nested = inner.get("quantization_config") if isinstance(inner, dict) else None

@@ -12,8 +12,9 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import transformers
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint, load
+from moequant.checkpoint.codecs.nvfp4 import Nvfp4
 from moequant.checkpoint.headers import read_json
 from moequant.errors import VerifyError, few, foreign, one_line
 from moequant.evaluate.activations import by_32
@@ -30,6 +32,7 @@ from moequant.forward.causal import logits, whole_class
 from moequant.forward.memory import usable_bytes
 from moequant.forward.model import Provider, build_model
 from moequant.runtimes.llama_cpp import logits as llama_cpp
+from moequant.values import Weight
 
 TOKENS = 96
 """Tokens of a row: past most windows of tiny models, and a second's work for large ones."""
@@ -38,6 +41,9 @@ ROWS = 2
 
 LIMIT = 1e-3
 """Largest difference of a logit, in units of the largest logit where that is above 1."""
+
+MISREAD = 10 * LIMIT
+"""The same beside a mistake of transformers that is made here too."""
 
 QUANTILE = 0.75
 """Of the tokens, so many must be within the limit: a router near a tie sends a few elsewhere."""
@@ -184,8 +190,8 @@ def _source(checkpoint: Checkpoint, ids: Tensor, theirs: Tensor, ours: Tensor) -
     where it is too far."""
     source, differs = _distance(theirs, ours), None
     if not source <= LIMIT:
-        differs, source = _known(checkpoint, ids, ours, source)
-    if not source <= LIMIT:
+        differs, source = _known(checkpoint, ids, (theirs, ours), source)
+    if differs is None and not source <= LIMIT:
         raise VerifyError(
             f"{checkpoint.path}: transformers computes something else of this folder than moequant (logits "
             f"differ by {source:.2g}, at most {LIMIT:g} was expected); nothing was written, please report it "
@@ -234,16 +240,44 @@ def _shortened(raw: Mapping[str, Any], whole: int, layers: int) -> dict[str, Any
     return found
 
 
-def _known(checkpoint: Checkpoint, ids: Tensor, ours: Tensor, off: float) -> tuple[str | None, float]:
-    """A difference that the family's dialect explains, in words, and what is left; else None, and all."""
+def _known(
+    checkpoint: Checkpoint, ids: Tensor, both: tuple[Tensor, Tensor], off: float
+) -> tuple[str | None, float]:
+    """A difference that is explained, in words, and what is left of it; else None, and all. The family's
+    dialect explains one, and so does NVFP4: with the mistake of transformers' loader made here as well,
+    logits must be equal, but for what experts do that are hundreds of times too large."""
+    theirs, ours = both
     raw = dict(checkpoint.raw)
     given = checkpoint.family.dialect(raw)
-    changed = sorted(key for key in given if given[key] != raw.get(key))
-    if not changed:
-        return None, off
-    left = _distance(_reference(checkpoint, ids, given), ours)
-    words = f"transformers takes no account of the release's {', '.join(changed)}, which alone is {off:.1g}"
-    return (words, left) if left <= LIMIT else (None, off)
+    if changed := sorted(key for key in given if given[key] != raw.get(key)):
+        left = _distance(_reference(checkpoint, ids, given), ours)
+        if left <= LIMIT:
+            of = ", ".join(changed)
+            return f"transformers takes no account of the release's {of}, which alone is {off:.1g}", left
+    if any(_has_number(weight) for weight in checkpoint.weights):
+        left = _distance(theirs, _ours(checkpoint, _without_number, ids))
+        if left <= MISREAD:
+            return f"transformers drops the number of NVFP4's experts, which alone is {off:.1g}", left
+    return None, off
+
+
+def _has_number(weight: Weight) -> bool:
+    """Whether transformers 5.24 drops a number of each matrix: of experts as compressed-tensors has them."""
+    codecs = [stored.codec for stored in weight.origin.stored]
+    return weight.is_expert and all(isinstance(codec, Nvfp4) and codec.divides for codec in codecs)
+
+
+def _without_number(weight: Weight) -> Tensor:
+    """A weight as transformers reads it."""
+    values = load(weight)
+    if not _has_number(weight):
+        return values
+    numbers = [
+        stored.codec.multiplier(stored, None)
+        for stored in weight.origin.stored
+        if isinstance(stored.codec, Nvfp4)
+    ]
+    return values.float() / torch.stack(numbers).view(-1, *[1] * (values.ndim - 1))
 
 
 def _in_llama_cpp(checkpoint: Checkpoint, output: Output, ids: Tensor, written: Tensor) -> float | None:
@@ -354,13 +388,14 @@ def _distance(theirs: Tensor, ours: Tensor) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' bars and warnings are about its loading, not about the conversion."""
+    """Bars and warnings of transformers, and of the packages it loads with, are not about the conversion."""
     logger = logging.getLogger("transformers")
     before, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
     logger.setLevel(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(StringIO()):  # compressed-tensors asks nobody
+            yield
     finally:
         logger.setLevel(before)
         if bars:

@@ -10,8 +10,9 @@ from typing import Any
 
 from moequant import families
 from moequant.checkpoint import Checkpoint, Folder
-from moequant.checkpoint.headers import read_header, read_json
-from moequant.checkpoint.open import every_slot, renamed, shape_of
+from moequant.checkpoint.codecs import recognise
+from moequant.checkpoint.headers import read_header, read_headers, read_json
+from moequant.checkpoint.open import every_slot, quantization_of, renamed, shape_of
 from moequant.containers.gguf.export import check, export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.containers.opened import open_model
@@ -190,14 +191,14 @@ def _support(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) 
         family = families.find(config)
         text = make_config(family, config)
         shape = shape_of(family, text)
-        if unknown := _unknown(family, text, tensors):
+        if unknown := _unknown(family, text, _names(folder, config, tensors)):
             missing.append(f"{family.name}: unknown tensors: {few(unknown)}")
         check(family, text)
     except FamilyError as error:
         missing.append(str(error))
         architecture = (families.architectures(config) or [""])[0]
         if family is None and (near := families.nearest(architecture)):
-            missing += _differences(near, config, tensors)
+            missing += _differences(near, config, _names(folder, config, tensors))
     if not missing:
         try:
             checkpoint = open_model(folder)
@@ -227,18 +228,27 @@ def _support(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) 
     )
 
 
-def _unknown(family: families.Family, config: families.Config, tensors: list[_Tensor]) -> list[str]:
+def _names(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) -> list[str]:
+    """Names of the tensors, quantized ones by those that they have in bf16; where that cannot be told, which
+    opening the model explains, as they are stored."""
+    try:
+        return list(recognise(read_headers(folder), quantization_of(folder.path, config)))
+    except MoequantError:
+        return [tensor.name for tensor in tensors]
+
+
+def _unknown(family: families.Family, config: families.Config, tensors: list[str]) -> list[str]:
     """Kinds of tensors that no slot of the family names, numbers replaced by `*`."""
     slots = every_slot(family, config, family.shape(config))
     known = {_kind(way.name) for _, slot in slots for way in slot.ways}
     known.add("lm_head.weight")  # of a tied model it may be there, equal to the embedding
     skipped = [re.compile(pattern) for pattern in family.skipped(config)]
-    names = (renamed(family, tensor.name) for tensor in tensors)
+    names = (renamed(family, name) for name in tensors)
     left = (name for name in names if not any(pattern.fullmatch(name) for pattern in skipped))
     return sorted({_kind(name) for name in left} - known)
 
 
-def _differences(near: families.Family, config: Mapping[str, Any], tensors: list[_Tensor]) -> list[str]:
+def _differences(near: families.Family, config: Mapping[str, Any], tensors: list[str]) -> list[str]:
     """What a model has that the nearest family does not, two lines at most."""
     found = []
     text = text_config(config)
@@ -249,7 +259,7 @@ def _differences(near: families.Family, config: Mapping[str, Any], tensors: list
         understood = {key: text[key] for key in text if key in near.known or key in near.says}
         unknown = _unknown(near, make_config(near, {**understood, "model_type": near.model_type}), tensors)
     except (FamilyError, AttributeError, TypeError, ValueError):
-        kinds = sorted({_kind(tensor.name) for tensor in tensors})
+        kinds = sorted({_kind(name) for name in tensors})
         return [*found, f"its tensors: {few(kinds)}"]
     if unknown:
         found.append(f"tensors that {near.name} has not: {few(unknown)}")

@@ -20,9 +20,11 @@ from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.container import GgufContainer
 from moequant.errors import CheckpointError, MoequantError, VerifyError
-from moequant.evaluate.self_check import LIMIT, WEIGHT, Output, _without_kernels, self_check
+from moequant.evaluate.self_check import LIMIT, MISREAD, WEIGHT, Output, _without_kernels, self_check
 from moequant.values import Role
 from tests import models
+from tests.containers.folders.cases import quantized
+from tests.containers.folders.test_schemes import FAMILIES
 
 
 def misread(checkpoint: Checkpoint, **values: object) -> Checkpoint:
@@ -204,6 +206,25 @@ def test_a_known_difference_excuses_no_other(dbrx: Path) -> None:
             continue
         with pytest.raises(VerifyError, match="transformers computes something else"):
             self_check(checkpoint, None)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_numbers_that_transformers_drops_are_named_and_excuse_no_other(
+    tiny, tmp_path: Path, family: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of NVFP4: its loader of experts leaves out the number of each matrix."""
+    quantized(tiny(family, **FAMILIES[family]), tmp_path / "model", scheme="NVFP4A16")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    capfd.readouterr()
+    found = self_check(checkpoint, None)
+    assert found.source is not None and found.source <= MISREAD
+    assert re.search(
+        r"transformers drops the number of NVFP4's experts, which alone is [0-9.e-]+", found.note
+    )
+    assert "Compressing" not in capfd.readouterr().err, "bars of other packages are not shown"
+    for wrong in (rope(500.0), lambda one: misread(one, rms_norm_eps=1e-2)):
+        with pytest.raises(VerifyError, match="transformers computes something else"):
+            self_check(wrong(checkpoint), None)
 
 
 KEYS = {

@@ -25,6 +25,7 @@ from moequant.containers.gguf.roles import role_of as gguf_role
 from moequant.errors import CheckpointError
 from moequant.inspection import Inspection, inspect
 from tests import gguf_shapes, models
+from tests.containers.folders.cases import quantized
 
 MOE = ["mixtral", "qwen3_moe", "olmoe"]
 
@@ -275,6 +276,27 @@ def test_a_quantized_checkpoint_says_so(tiny, tmp_path: Path) -> None:
     models.edit_config(folder, quantization_config={"quant_method": "strange"})
     found = inspect(folder)
     assert found.made_by == "strange" and any("quantized" in reason for reason in found.missing)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_DYNAMIC", "MXFP4A16", "NVFP4A16", "fp8"])
+def test_a_quantized_checkpoint_that_converts_is_no_unknown_one(tiny, tmp_path: Path, scheme: str) -> None:
+    """Scales beside weights are parts of them, whoever wrote the folder."""
+    model, folder = tiny("qwen3_moe", moe_intermediate_size=128), tmp_path / "model"
+    if scheme != "fp8":
+        quantized(model, folder, scheme=scheme)
+    else:
+        shutil.copytree(model, folder)
+        tensors = load_file(folder / "model.safetensors")
+        for name in [name for name in tensors if ".experts." in name]:
+            rows, columns = tensors[name].shape
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.ones(-(-rows // 128), -(-columns // 128))
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        told = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        models.edit_config(folder, quantization_config=told)
+    found = inspect(folder)
+    assert found.missing == () and found.presets and found.made_by is not None
+    assert found.experts == inspect(model).experts
 
 
 def test_a_cut_off_shard_is_named(tiny, tmp_path: Path) -> None:
