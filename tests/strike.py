@@ -13,6 +13,9 @@ DEAD = 9
 COUNTED = ("open", "os.", "shutil.", "fcntl.")
 """Audit events of file operations begin so; reading ones are counted too, which does no harm."""
 
+IMPORTED = (sys.prefix, sys.base_prefix)
+"""Where packages lie: modules are imported when they are needed, and that is no work of a command."""
+
 
 def killed_at_every_step(action: Callable[[], object], check: Callable[[int], None]) -> int:
     """Run `action` in forked processes, the first killed before its first file operation, and so on.
@@ -57,7 +60,7 @@ def watch(count: Callable[[], object]) -> None:
     """Call `count` before every file operation of this process from now on."""
 
     def audited(event: str, args: object) -> None:
-        if event.startswith(COUNTED):
+        if event.startswith(COUNTED) and not _of_import(args):
             count()
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:
@@ -71,3 +74,8 @@ def watch(count: Callable[[], object]) -> None:
     os.fsync = counted(os.fsync)  # type: ignore[assignment]
     rename.renameat2 = counted(rename.renameat2)  # type: ignore[assignment]
     sys.addaudithook(audited)
+
+
+def _of_import(args: object) -> bool:
+    path = args[0] if isinstance(args, tuple) and args else None
+    return isinstance(path, str) and (path.startswith(IMPORTED) or path.endswith((".py", ".pyc")))
