@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.quantizers import AutoHfQuantizer
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.checkpoint.headers import read_json
@@ -337,6 +336,8 @@ def _must_decode(checkpoint: Checkpoint, config: transformers.PretrainedConfig) 
     method, it loads codes as numbers."""
     if all(stored.parts.keys() == {""} for weight in checkpoint.weights for stored in weight.origin.stored):
         return
+    from transformers.quantizers import AutoHfQuantizer  # seconds: all that transformers knows of models
+
     told = getattr(config, "quantization_config", None)
     if told is None:
         raise VerifyError("it reads no other quantization_config than that of config.json")
