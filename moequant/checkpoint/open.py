@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moequant import families
-from moequant.checkpoint.codecs import recognise
+from moequant.checkpoint.codecs import declared, recognise
 from moequant.checkpoint.folder import Folder, folder_of
 from moequant.checkpoint.headers import read_headers, read_json
 from moequant.checkpoint.predictions import Predictions
@@ -165,6 +165,19 @@ def quantization_of(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None
             f"{path / 'config.json'}: quantization_config is {found!r}; an object was expected"
         )
     return found
+
+
+def method_of(path: Path, raw: Mapping[str, Any]) -> str | None:
+    """What a folder's quantization is called, None when it has none."""
+    try:
+        found = quantization_of(path, raw)
+    except CheckpointError:
+        return "unknown"
+    try:
+        with foreign(CheckpointError, "quantization_config cannot be read"):
+            return declared.read_config(found).method or None
+    except CheckpointError:  # a method that is not read has a name too
+        return str(found.get("quant_method", "unknown")) if found else None
 
 
 def renamed(family: Family, name: str) -> str:

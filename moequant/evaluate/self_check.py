@@ -139,7 +139,8 @@ def _checked(checkpoint: Checkpoint, output: Output | None) -> SelfCheck:
     try:
         theirs = _reference(checkpoint, ids, dict(checkpoint.raw))
     except Exception as error:  # transformers and its quantizers raise what they like
-        skipped = f"transformers does not run it here ({one_line(error, 160)})"
+        said = one_line(error, 160).partition(". For details look at")[0]  # at a report that was not printed
+        skipped = f"transformers does not run it here ({said})"
     with foreign(VerifyError, f"{checkpoint.path}: transformers cannot run what config.json describes"):
         ours = _ours(checkpoint, load, ids)
     source, differs = (None, None) if theirs is None else _source(checkpoint, ids, theirs, ours)

@@ -6,15 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from moequant import families
 from moequant.checkpoint import Checkpoint, Folder
 from moequant.checkpoint.codecs import recognise
-from moequant.checkpoint.codecs.declared import read_config
 from moequant.checkpoint.headers import read_header, read_headers, read_json
-from moequant.checkpoint.open import every_slot, quantization_of, renamed, shape_of
+from moequant.checkpoint.open import every_slot, method_of, quantization_of, renamed, shape_of
 from moequant.containers.gguf.export import check, export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.containers.opened import open_model
@@ -101,24 +99,12 @@ def inspect_folder(folder: Folder) -> Inspection:
         types=by_type(counted),
         roles=by_role(counted, ORDER),
         tokenizer=support.tokenizer,
-        made_by=_method(path, config),
+        made_by=method_of(path, config),
         presets=support.presets,
         missing=support.missing,
         notes=support.notes,
         runtimes=checkpoint_runtimes(architecture, str(config.get("model_type", "")), not support.missing),
     )
-
-
-def _method(path: Path, config: Mapping[str, Any]) -> str | None:
-    """How the folder is quantized, None when it is not."""
-    try:
-        found = quantization_of(path, config)
-    except CheckpointError:
-        return "unknown"
-    try:
-        return read_config(found).method or None
-    except MoequantError:  # a method that is not read has a name too
-        return str(found.get("quant_method", "unknown")) if found else None
 
 
 def role_of(name: str) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from moequant.check.baseline import FolderSource
+from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, open_job
 from moequant.commands.job import notes
+from moequant.errors import VerifyError
 from moequant.inspection.served import Gpus, fit_folder
 from moequant.report.served import nothing_serves
 from moequant.runtimes.vllm.memory import Serving
@@ -35,3 +40,14 @@ def test_other_schemes_of_a_quantized_folder_are_not_promised(tiny, tmp_path: Pa
     assert [found.best for found in said] == [None, None]
     assert ["--schemes" in nothing_serves(found) for found in said] == [True, False]
     assert [any("quantized already" in note for note in found.notes) for found in said] == [False, True]
+
+
+def test_a_folder_that_is_not_checked_is_called_what_it_is(tiny, tmp_path: Path) -> None:
+    model, folder = tiny("qwen3_moe"), tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    with pytest.raises(VerifyError, match=r"is modelopt; folders of .* are checked, and moequant compare"):
+        FolderSource(folder, open_checkpoint(model))
+    (folder / "hf_quant_config.json").unlink()
+    with pytest.raises(VerifyError, match="is not quantized"):
+        FolderSource(folder, open_checkpoint(model))
