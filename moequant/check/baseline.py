@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint
+from moequant.checkpoint.open import method_of
 from moequant.containers.folders.layouts import LAYOUTS
 from moequant.containers.folders.read import FolderWeights
 from moequant.containers.folders.storage import GptqIntegers, PackedIntegers, Storage
@@ -269,9 +270,14 @@ def _layout_of(path: Path) -> str:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise VerifyError(f"{path}: config.json cannot be read ({error})") from error
-    method = str(config.get("quantization_config", {}).get("quant_method", "not quantized"))
+    method = method_of(path, config)
+    if method is None:
+        raise VerifyError(f"{path}: is not quantized; expected one of {', '.join(LAYOUTS)}")
     if method not in LAYOUTS:
-        raise VerifyError(f"{path}: is {method}; expected one of {', '.join(LAYOUTS)}")
+        raise VerifyError(
+            f"{path}: is {method}; folders of {', '.join(LAYOUTS)} are checked, and moequant compare scores "
+            "every one"
+        )
     return method
 
 

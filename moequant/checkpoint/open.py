@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moequant import families
-from moequant.checkpoint.codecs import recognise
+from moequant.checkpoint.codecs import declared, recognise
 from moequant.checkpoint.folder import Folder, folder_of
 from moequant.checkpoint.headers import read_headers, read_json
 from moequant.checkpoint.predictions import Predictions
@@ -26,8 +26,8 @@ from moequant.families.base import PREDICTION
 from moequant.families.config import check_experts, check_groups, make_config
 from moequant.values import ModelShape, Role, Stored, Weight
 
-MODELOPT = "hf_quant_config.json"
-"""Where ModelOpt says how it quantized."""
+DECLARED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Where ModelOpt, AutoGPTQ and AutoAWQ say how they quantized; of the last two, old versions nowhere else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,17 +154,30 @@ def read_config(path: Path) -> tuple[dict[str, Any], Family]:
 
 
 def quantization_of(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How the checkpoint says that it is quantized: in config.json, or in ModelOpt's own file."""
+    """How the checkpoint says that it is quantized: in config.json, or in its tool's own file."""
     inner = raw.get("text_config")
     nested = inner.get("quantization_config") if isinstance(inner, dict) else None
     found = raw.get("quantization_config") or nested
-    if found is None and (path / MODELOPT).is_file():
-        found = read_json(path / MODELOPT)
+    if found is None and (own := [path / name for name in DECLARED if (path / name).is_file()]):
+        found = read_json(own[0])
     if found is not None and not isinstance(found, dict):
         raise CheckpointError(
             f"{path / 'config.json'}: quantization_config is {found!r}; an object was expected"
         )
     return found
+
+
+def method_of(path: Path, raw: Mapping[str, Any]) -> str | None:
+    """What a folder's quantization is called, None when it has none."""
+    try:
+        found = quantization_of(path, raw)
+    except CheckpointError:
+        return "unknown"
+    try:
+        with foreign(CheckpointError, "quantization_config cannot be read"):
+            return declared.read_config(found).method or None
+    except CheckpointError:  # a method that is not read has a name too
+        return str(found.get("quant_method", "unknown")) if found else None
 
 
 def renamed(family: Family, name: str) -> str:

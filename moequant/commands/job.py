@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,9 @@ calibration text of a trained model, at llama.cpp's types for Q2_K_S."""
 
 LEFT_COUPLED = 0.55
 """The same with coupled streams: 0.62 seen there, 0.48 on the demo model at Q4_K_M; between the two."""
+
+RELEASED = ("plain", "fp8", "mxfp8", "mxfp4")
+"""What models are trained or released in: of those there is often no other original."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,5 +206,20 @@ def notes(job: Job) -> tuple[str, ...]:
     away = (
         f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not compared with transformers" if shelf else None
     )
-    known = (*job.container.notes, *job.model.notes)
+    known = (*job.container.notes, *job.model.notes, *_already_lost(job.model))
     return (*known, *dense, *halves, *skipped, *source, *([away] if away else []))
+
+
+def _already_lost(model: Checkpoint) -> tuple[str, ...]:
+    """What a person should know who quantizes a quantized checkpoint. A GGUF file's own notes say it."""
+    if model.gguf is not None:
+        return ()
+    stored = {each.name: each.codec.name for weight in model.weights for each in weight.origin.stored}
+    kinds = Counter(kind for kind in stored.values() if kind not in RELEASED)
+    if not kinds:
+        return ()
+    lossy = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return (
+        f"made from a checkpoint that is quantized already ({lossy} tensors): what that lost stays lost, and "
+        "the comparison does not see it; convert the original where there is one",
+    )

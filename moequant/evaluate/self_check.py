@@ -23,16 +23,15 @@ import transformers
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint, load
-from moequant.checkpoint.codecs.nvfp4 import Nvfp4
 from moequant.checkpoint.headers import read_json
 from moequant.errors import VerifyError, few, foreign, one_line
 from moequant.evaluate.activations import by_32
+from moequant.evaluate.misreadings import MISREADINGS
 from moequant.families.config import LAYERS
 from moequant.forward.causal import logits, whole_class
 from moequant.forward.memory import usable_bytes
 from moequant.forward.model import Provider, build_model
 from moequant.runtimes.llama_cpp import logits as llama_cpp
-from moequant.values import Weight
 
 TOKENS = 96
 """Tokens of a row: past most windows of tiny models, and a second's work for large ones."""
@@ -41,9 +40,6 @@ ROWS = 2
 
 LIMIT = 1e-3
 """Largest difference of a logit, in units of the largest logit where that is above 1."""
-
-MISREAD = 10 * LIMIT
-"""The same beside a mistake of transformers that is made here too."""
 
 QUANTILE = 0.75
 """Of the tokens, so many must be within the limit: a router near a tie sends a few elsewhere."""
@@ -143,7 +139,8 @@ def _checked(checkpoint: Checkpoint, output: Output | None) -> SelfCheck:
     try:
         theirs = _reference(checkpoint, ids, dict(checkpoint.raw))
     except Exception as error:  # transformers and its quantizers raise what they like
-        skipped = f"transformers does not run it here ({one_line(error, 160)})"
+        said = one_line(error, 160).partition(". For details look at")[0]  # at a report that was not printed
+        skipped = f"transformers does not run it here ({said})"
     with foreign(VerifyError, f"{checkpoint.path}: transformers cannot run what config.json describes"):
         ours = _ours(checkpoint, load, ids)
     source, differs = (None, None) if theirs is None else _source(checkpoint, ids, theirs, ours)
@@ -244,8 +241,7 @@ def _known(
     checkpoint: Checkpoint, ids: Tensor, both: tuple[Tensor, Tensor], off: float
 ) -> tuple[str | None, float]:
     """A difference that is explained, in words, and what is left of it; else None, and all. The family's
-    dialect explains one, and so does NVFP4: with the mistake of transformers' loader made here as well,
-    logits must be equal, but for what experts do that are hundreds of times too large."""
+    dialect explains one, and so does a mistake of transformers: made here as well, logits are equal."""
     theirs, ours = both
     raw = dict(checkpoint.raw)
     given = checkpoint.family.dialect(raw)
@@ -254,30 +250,12 @@ def _known(
         if left <= LIMIT:
             of = ", ".join(changed)
             return f"transformers takes no account of the release's {of}, which alone is {off:.1g}", left
-    if any(_has_number(weight) for weight in checkpoint.weights):
-        left = _distance(theirs, _ours(checkpoint, _without_number, ids))
-        if left <= MISREAD:
-            return f"transformers drops the number of NVFP4's experts, which alone is {off:.1g}", left
+    for known in MISREADINGS:
+        if any(known.concerns(weight) for weight in checkpoint.weights):
+            left = _distance(theirs, _ours(checkpoint, known.load, ids))
+            if left <= LIMIT:
+                return f"transformers {known.words}, which alone is {off:.1g}", left
     return None, off
-
-
-def _has_number(weight: Weight) -> bool:
-    """Whether transformers 5.24 drops a number of each matrix: of experts as compressed-tensors has them."""
-    codecs = [stored.codec for stored in weight.origin.stored]
-    return weight.is_expert and all(isinstance(codec, Nvfp4) and codec.divides for codec in codecs)
-
-
-def _without_number(weight: Weight) -> Tensor:
-    """A weight as transformers reads it."""
-    values = load(weight)
-    if not _has_number(weight):
-        return values
-    numbers = [
-        stored.codec.multiplier(stored, None)
-        for stored in weight.origin.stored
-        if isinstance(stored.codec, Nvfp4)
-    ]
-    return values.float() / torch.stack(numbers).view(-1, *[1] * (values.ndim - 1))
 
 
 def _in_llama_cpp(checkpoint: Checkpoint, output: Output, ids: Tensor, written: Tensor) -> float | None:
@@ -331,6 +309,7 @@ def _reference(checkpoint: Checkpoint, ids: Tensor, raw: dict[str, Any]) -> Tens
         )
         if raw != read_json(checkpoint.path / "config.json"):
             config = type(config).from_dict(raw)
+        _must_decode(checkpoint, config)
         # Ours to say, not the config's: it may ask for kernels of the Hub, which are code.
         config._attn_implementation = config._experts_implementation = None
         config.return_dict = config.get_text_config().return_dict = True
@@ -347,7 +326,24 @@ def _reference(checkpoint: Checkpoint, ids: Tensor, raw: dict[str, Any]) -> Tens
         ours = {name for each in checkpoint.weights for name in (each.place.param, *each.names)}
         if made_up := sorted(ours & {*told["missing_keys"]}):
             raise VerifyError(f"it knows no file's names for {few(made_up, 2)}")
+        for parameter in model.parameters():  # experts that it decoded stay in bfloat16, whatever was asked
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
         return _logits(model, ids)
+
+
+def _must_decode(checkpoint: Checkpoint, config: transformers.PretrainedConfig) -> None:
+    """VerifyError for quantized weights that transformers would take for plain ones: where it knows of no
+    method, it loads codes as numbers."""
+    if all(stored.parts.keys() == {""} for weight in checkpoint.weights for stored in weight.origin.stored):
+        return
+    from transformers.quantizers import AutoHfQuantizer  # seconds: all that transformers knows of models
+
+    told = getattr(config, "quantization_config", None)
+    if told is None:
+        raise VerifyError("it reads no other quantization_config than that of config.json")
+    if isinstance(told, dict) and not AutoHfQuantizer.supports_quant_method(told):
+        raise VerifyError(f"it does not decode weights of the quant_method {told['quant_method']}")
 
 
 _NO_KERNELS: dict[Any, dict[str, bool]] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moequant.checkpoint import Folder, folder_of
 from moequant.checkpoint.headers import INDEX, read_index
+from moequant.checkpoint.open import DECLARED
 from moequant.containers.folders.side_files import COPIED
 from moequant.containers.gguf.header import Header
 from moequant.containers.gguf.read import read_header, shards
@@ -21,7 +22,7 @@ from moequant.hub.client import Snapshot, Unreachable, cache_folder, cached, dow
 from moequant.hub.names import GgufModel, HubModel, Model, Source, located
 from moequant.hub.ranges import RemoteFile, with_header
 
-SMALL = ("config.json", "hf_quant_config.json", "tekken.json", "README.md", INDEX, *COPIED)
+SMALL = ("config.json", *DECLARED, "tekken.json", "README.md", INDEX, *COPIED)
 """Patterns of the files that belong to a model beside its weights. No code, no pickles, no second copies."""
 
 WHOLE = "model.safetensors"

@@ -12,7 +12,7 @@ from moequant import families
 from moequant.checkpoint import Checkpoint, Folder
 from moequant.checkpoint.codecs import recognise
 from moequant.checkpoint.headers import read_header, read_headers, read_json
-from moequant.checkpoint.open import every_slot, quantization_of, renamed, shape_of
+from moequant.checkpoint.open import every_slot, method_of, quantization_of, renamed, shape_of
 from moequant.containers.gguf.export import check, export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.containers.opened import open_model
@@ -20,12 +20,12 @@ from moequant.errors import CheckpointError, FamilyError, MoequantError, Tokeniz
 from moequant.families.config import HARMLESS, make_config, text_config
 from moequant.inspection import presets
 from moequant.inspection.runtimes import checkpoint_runtimes
-from moequant.inspection.values import Inspection, PresetSize, Stored, by_role, by_type
-from moequant.values import ModelShape
+from moequant.inspection.values import Counted, Inspection, PresetSize, by_role, by_type
+from moequant.values import ModelShape, Stored, TensorRef
 
 _ROLES = (
     ("next token", r"(model\.)?mtp\b"),
-    ("scales", r".*(_scale|_scales|scale_inv|zero_point|qzeros|g_idx|weight_shape|_scale_2|input_scale)$"),
+    ("scales", r".*(_scale|[._]scales|scale_inv|zero_point|qzeros|g_idx|weight_shape|_scale_2|input_scale)$"),
     ("vision", r".*(visual|vision|mm_projector|multi_modal|audio)"),
     ("embedding", r"(.*(embed_tokens|wte|word_embeddings)|shared)\b"),
     ("output", r"(.*\.)?(lm_head|embed_out)\b"),
@@ -57,25 +57,28 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
 @dataclass(frozen=True, slots=True)
 class _Tensor:
     name: str
-    shape: tuple[int, ...]
     type: str
     bytes: int
+    parameters: int
+    role: str
 
 
 def inspect_folder(folder: Folder) -> Inspection:
     """Describe a model folder. Raises CheckpointError without readable config and safetensors files."""
     path = folder.path
     config = read_json(path / "config.json")
-    tensors = _headers(folder)
+    weights = _weights(folder, config)
+    tensors = _headers(folder, weights)
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     facts = {name: _first(keys, config, text or {}) for name, keys in _KEYS.items()}
-    support = _support(folder, config, tensors)
+    names = list(weights) or [tensor.name for tensor in tensors]
+    support = _support(folder, config, names)
     if (known := support.shape) is not None:
         facts |= {"layers": known.layers, "experts": known.experts, "used": known.experts_used}
     experts, used = facts["experts"] or _seen_experts(tensors), facts["used"] or None
     share = used / experts if experts and used else 1.0
-    tied = not any(role_of(tensor.name) == "output" for tensor in tensors)
-    stored = [_stored(tensor, share, tied, facts["layers"]) for tensor in tensors]
+    tied = not any(tensor.role == "output" for tensor in tensors)
+    counted = [_counted(tensor, share, tied, facts["layers"]) for tensor in tensors]
     architecture = (families.architectures(config) or ["(none in config.json)"])[0]
     shared = facts["shared"] or (1 if any("shared_expert." in tensor.name for tensor in tensors) else None)
     return Inspection(
@@ -88,15 +91,15 @@ def inspect_folder(folder: Folder) -> Inspection:
         experts_per_token=used,
         shared_experts=shared,
         context=facts["context"],
-        parameters=sum(tensor.parameters for tensor in stored),
-        active=round(sum(tensor.parameters * tensor.share for tensor in stored)),
-        bytes=sum(tensor.bytes for tensor in stored),
-        active_bytes=round(sum(tensor.bytes * tensor.share for tensor in stored if tensor.read)),
+        parameters=sum(tensor.parameters for tensor in counted),
+        active=round(sum(tensor.parameters * tensor.share for tensor in counted)),
+        bytes=sum(tensor.bytes for tensor in counted),
+        active_bytes=round(sum(tensor.bytes * tensor.share for tensor in counted if tensor.read)),
         file_bytes=sum(file.bytes for file in folder.weights.values()),
-        types=by_type(stored),
-        roles=by_role(stored, ORDER),
+        types=by_type(counted),
+        roles=by_role(counted, ORDER),
         tokenizer=support.tokenizer,
-        made_by=_method(config),
+        made_by=method_of(path, config),
         presets=support.presets,
         missing=support.missing,
         notes=support.notes,
@@ -104,48 +107,65 @@ def inspect_folder(folder: Folder) -> Inspection:
     )
 
 
-def _method(config: Mapping[str, Any]) -> str | None:
-    """How the folder is quantized, None when it is not."""
-    found = config.get("quantization_config")
-    return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else None
-
-
 def role_of(name: str) -> str:
     """What a tensor of that name does, in any family; `other` when its name does not tell."""
     return next((role for role, pattern in _ROLES if re.match(pattern, name)), "other")
 
 
-def _headers(folder: Folder) -> list[_Tensor]:
-    """Every tensor of every safetensors file, whether an index names it or not."""
+def _weights(folder: Folder, config: Mapping[str, Any]) -> dict[str, Stored]:
+    """The tensors as the numbers that they hold, quantized ones by the names that they have in bf16. Empty
+    where that cannot be told, which opening the model explains."""
+    try:
+        return recognise(read_headers(folder), quantization_of(folder.path, config))
+    except MoequantError:
+        return {}
+
+
+def _headers(folder: Folder, weights: Mapping[str, Stored]) -> list[_Tensor]:
+    """Every tensor of every safetensors file, whether an index names it or not. Of a quantized weight the
+    codes stand for all its numbers, and what lies beside them for none."""
     if not folder.weights:
         raise CheckpointError(f"{folder.path}: no *.safetensors file; other weight formats are not read")
     refs = (ref for _, file in sorted(folder.weights.items()) for ref in read_header(file))
-    return [_Tensor(ref.name, ref.shape, ref.dtype, ref.end - ref.begin) for ref in refs]
+    codes, beside = dict[str, int](), set[str]()
+    for weight in weights.values():
+        for part, ref in weight.parts.items():
+            if part in ("", "weight"):
+                codes[ref.name] = prod(weight.shape)
+            else:
+                beside.add(ref.name)
+    made = []
+    for ref in refs:
+        role = role_of(ref.name)
+        if ref.name in beside and role != "next token":
+            role = "scales"
+        count = 0 if ref.name in beside else codes.get(ref.name, _guess(ref, role))
+        made.append(_Tensor(ref.name, ref.dtype, ref.end - ref.begin, count, role))
+    return made
 
 
-def _stored(tensor: _Tensor, share: float, tied: bool, layers: int | None) -> Stored:
-    role = role_of(tensor.name)
+def _counted(tensor: _Tensor, share: float, tied: bool, layers: int | None) -> Counted:
+    role = tensor.role
     beyond = re.match(r"(?:model\.)?layers\.(\d+)\.", tensor.name)
     if role == "next token" or (beyond and layers and int(beyond[1]) >= layers):
         # Layers that guess the token after the next one are not run in plain decoding.
-        return Stored("next token", tensor.type, _parameters(tensor, role), tensor.bytes, 0.0)
+        return Counted("next token", tensor.type, tensor.parameters, tensor.bytes, 0.0)
     routed = ".experts" in tensor.name or role in ("expert gate+up", "expert down")
     active = share if routed and not role.startswith("shared") else 1.0
-    return Stored(
-        role, tensor.type, _parameters(tensor, role), tensor.bytes, active, role != "embedding" or tied
-    )
+    return Counted(role, tensor.type, tensor.parameters, tensor.bytes, active, role != "embedding" or tied)
 
 
-def _parameters(tensor: _Tensor, role: str) -> int:
-    """Weights that a tensor stands for: packed codes hold several a number, scales none."""
+def _guess(ref: TensorRef, role: str) -> int:
+    """Weights that a tensor of a form that is not read stands for: packed codes hold several a number,
+    scales none."""
     if role == "scales":
         return 0
     packed = {"_blocks": 4, "qweight": 4, "weight_packed": 4}
     for suffix, bits in packed.items():
         # 4 bits is what MXFP4 has, and what nearly all GPTQ and AWQ checkpoints have.
-        if tensor.name.endswith(suffix):
-            return tensor.bytes * 8 // bits
-    return prod(tensor.shape)
+        if ref.name.endswith(suffix):
+            return (ref.end - ref.begin) * 8 // bits
+    return prod(ref.shape)
 
 
 def _first(keys: tuple[str, ...], *configs: Mapping[str, Any]) -> int | None:
@@ -179,7 +199,7 @@ class _Support:
     notes: tuple[str, ...]
 
 
-def _support(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) -> _Support:
+def _support(folder: Folder, config: Mapping[str, Any], names: list[str]) -> _Support:
     """Everything that keeps `moequant convert` from this folder; its sizes when nothing does."""
     missing: list[str] = []
     family: families.Family | None = None
@@ -191,14 +211,14 @@ def _support(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) 
         family = families.find(config)
         text = make_config(family, config)
         shape = shape_of(family, text)
-        if unknown := _unknown(family, text, _names(folder, config, tensors)):
+        if unknown := _unknown(family, text, names):
             missing.append(f"{family.name}: unknown tensors: {few(unknown)}")
         check(family, text)
     except FamilyError as error:
         missing.append(str(error))
         architecture = (families.architectures(config) or [""])[0]
         if family is None and (near := families.nearest(architecture)):
-            missing += _differences(near, config, _names(folder, config, tensors))
+            missing += _differences(near, config, names)
     if not missing:
         try:
             checkpoint = open_model(folder)
@@ -226,15 +246,6 @@ def _support(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) 
         tuple(dict.fromkeys(missing)),
         tokenizer.notes if tokenizer else (),
     )
-
-
-def _names(folder: Folder, config: Mapping[str, Any], tensors: list[_Tensor]) -> list[str]:
-    """Names of the tensors, quantized ones by those that they have in bf16; where that cannot be told, which
-    opening the model explains, as they are stored."""
-    try:
-        return list(recognise(read_headers(folder), quantization_of(folder.path, config)))
-    except MoequantError:
-        return [tensor.name for tensor in tensors]
 
 
 def _unknown(family: families.Family, config: families.Config, tensors: list[str]) -> list[str]:

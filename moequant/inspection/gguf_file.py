@@ -6,7 +6,7 @@ from moequant.containers.gguf.header import Header, TensorInfo
 from moequant.containers.gguf.roles import ROLES, is_embedding, is_tied, role_of
 from moequant.errors import CheckpointError
 from moequant.inspection.runtimes import gguf_runtimes
-from moequant.inspection.values import Inspection, Stored, by_role, by_type
+from moequant.inspection.values import Counted, Inspection, by_role, by_type
 from moequant.runtimes.llama_cpp.kv_cache import experts_used
 
 ORDER = (*(role for role, _ in ROLES), "other")
@@ -24,8 +24,8 @@ def inspect_gguf(header: Header) -> Inspection:
     # Blocks that guess the token after the next one are not run in plain decoding.
     running = layers - header.count("nextn_predict_layers")
     tied = is_tied(header.tensors)
-    stored = [_stored(tensor, header, running, tied) for tensor in header.tensors]
-    types = by_type(stored)
+    counted = [_counted(tensor, header, running, tied) for tensor in header.tensors]
+    types = by_type(counted)
     return Inspection(
         path=path,
         kind="gguf",
@@ -36,13 +36,13 @@ def inspect_gguf(header: Header) -> Inspection:
         experts_per_token=header.largest("expert_used_count") or None,
         shared_experts=header.largest("expert_shared_count") or _has_shared(header),
         context=header.count("context_length") or None,
-        parameters=sum(tensor.parameters for tensor in stored),
-        active=round(sum(tensor.parameters * tensor.share for tensor in stored)),
-        bytes=sum(tensor.bytes for tensor in stored),
-        active_bytes=round(sum(tensor.bytes * tensor.share for tensor in stored if tensor.read)),
+        parameters=sum(tensor.parameters for tensor in counted),
+        active=round(sum(tensor.parameters * tensor.share for tensor in counted)),
+        bytes=sum(tensor.bytes for tensor in counted),
+        active_bytes=round(sum(tensor.bytes * tensor.share for tensor in counted if tensor.read)),
         file_bytes=header.file_bytes,
         types=types,
-        roles=by_role(stored, ORDER),
+        roles=by_role(counted, ORDER),
         tokenizer=_tokenizer(header),
         made_by=header.text("general.quantized_by"),
         presets=(),
@@ -52,7 +52,7 @@ def inspect_gguf(header: Header) -> Inspection:
     )
 
 
-def _stored(tensor: TensorInfo, header: Header, running: int, tied: bool) -> Stored:
+def _counted(tensor: TensorInfo, header: Header, running: int, tied: bool) -> Counted:
     role = role_of(tensor.name)
     share, layer = 1.0, tensor.layer
     if layer is not None and layer >= running:
@@ -60,7 +60,7 @@ def _stored(tensor: TensorInfo, header: Header, running: int, tied: bool) -> Sto
     elif layer is not None and tensor.is_expert:
         share = experts_used(header, layer, tensor.shape[0]) / tensor.shape[0]
     read = role != "embedding" or (tied and is_embedding(tensor))
-    return Stored(role, tensor.type, tensor.numel, tensor.bytes, share, read)
+    return Counted(role, tensor.type, tensor.numel, tensor.bytes, share, read)
 
 
 def _has_shared(header: Header) -> int | None:

@@ -150,6 +150,11 @@ def fit_folder(
             notes.append(str(error))
     elif schemes is not None:
         raise PlanError(f"--schemes: {shown(folder.path)} is quantized already; leave it out")
+    else:
+        notes.append(
+            "quantized already, so no other scheme is tried here; moequant plan --format safetensors has "
+            "their sizes, and convert makes them"
+        )
     candidates.sort(key=lambda each: -each.file_bytes)
     good = [each for each in candidates if each.fits]
     best = min(good, key=lambda each: (each.kl is None, each.kl or 0.0), default=None)

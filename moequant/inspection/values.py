@@ -80,7 +80,7 @@ class Inspection:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class Counted:
     """One stored tensor: its role, its numbers, its bytes, and the share of it that a token meets."""
 
     role: str
@@ -91,9 +91,9 @@ class Stored:
     read: bool = True
 
 
-def by_role(tensors: Iterable[Stored], order: tuple[str, ...]) -> tuple[RoleBytes, ...]:
+def by_role(tensors: Iterable[Counted], order: tuple[str, ...]) -> tuple[RoleBytes, ...]:
     """Sums by role, in that order, empty roles left out."""
-    groups: dict[str, list[Stored]] = {}
+    groups: dict[str, list[Counted]] = {}
     for tensor in tensors:
         groups.setdefault(tensor.role, []).append(tensor)
     return tuple(
@@ -109,7 +109,7 @@ def by_role(tensors: Iterable[Stored], order: tuple[str, ...]) -> tuple[RoleByte
     )
 
 
-def by_type(tensors: Iterable[Stored]) -> tuple[tuple[str, int], ...]:
+def by_type(tensors: Iterable[Counted]) -> tuple[tuple[str, int], ...]:
     """Bytes of each type, most first."""
     return _counts((tensor.type, tensor.bytes) for tensor in tensors)
 

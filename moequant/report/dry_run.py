@@ -46,7 +46,7 @@ def dry_run_table(
             )
         )
     if known:
-        lines.append(line(f"expected KL divergence to the unquantized model: {plan.kl:.5f}"))
+        lines.append(line(f"expected KL divergence to the checkpoint: {plan.kl:.5f}"))
     return Group(made, *lines)
 
 

@@ -49,9 +49,15 @@ def nothing_serves(found: FolderFit) -> str:
     """One line: the smallest candidate and how much memory it lacks."""
     small = min(found.candidates, key=lambda each: each.lacking)
     name = "the folder" if small.name == AS_IT_IS else small.name
+    there = all(each.name == AS_IT_IS for each in found.candidates)
+    ways = (
+        "a shorter --ctx or --cache-type fp8"
+        if there
+        else "a shorter --ctx, --cache-type fp8 or smaller --schemes"
+    )
     return (
         f"nothing fits: {name} ({gib(small.file_bytes)}) needs {gib(small.lacking)} more on each GPU; more "
-        "GPUs (--tp), a shorter --ctx, --cache-type fp8 or smaller --schemes may help"
+        f"GPUs (--tp), {ways} may help"
     )
 
 

@@ -25,6 +25,7 @@ from moequant.report.summary import How, Report
 from moequant.values import Plan, Role, Weight
 from moequant.values.ops import apply
 from tests import models
+from tests.containers.folders.cases import quantized
 
 
 @pytest.fixture
@@ -380,3 +381,21 @@ def test_experts_under_the_names_of_llm_compressor(tiny, tmp_path: Path) -> None
         open_checkpoint(tiny("mixtral")).weights, open_checkpoint(model).weights, strict=True
     ):
         assert one.names == two.names and torch.equal(load(one), load(two))
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_how_old_tools_say_that_they_quantized(tiny, tmp_path: Path, name: str) -> None:
+    """Beside a config.json that does not."""
+    folder = tmp_path / "model"
+    quantized(tiny("qwen3_moe", moe_intermediate_size=128), folder, scheme="W4A16", layout="gptq")
+    told = open_checkpoint(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    beside = json.loads((folder / "quantize_config.json").read_text())
+    (folder / "quantize_config.json").unlink()
+    beside.pop("quant_method", None)
+    (folder / name).write_text(json.dumps(beside))
+    found = open_checkpoint(folder)
+    for one, two in zip(found.weights, told.weights, strict=True):
+        assert torch.equal(load(one), load(two))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.quantizers import AutoHfQuantizer
 
@@ -20,7 +21,7 @@ from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.container import GgufContainer
 from moequant.errors import CheckpointError, MoequantError, VerifyError
-from moequant.evaluate.self_check import LIMIT, MISREAD, WEIGHT, Output, _without_kernels, self_check
+from moequant.evaluate.self_check import LIMIT, WEIGHT, Output, _without_kernels, self_check
 from moequant.values import Role
 from tests import models
 from tests.containers.folders.cases import quantized
@@ -209,22 +210,51 @@ def test_a_known_difference_excuses_no_other(dbrx: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
-def test_numbers_that_transformers_drops_are_named_and_excuse_no_other(
-    tiny, tmp_path: Path, family: str, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ("NVFP4A16", "transformers drops the number of NVFP4's experts, which alone is [0-9.e-]+"),
+        ("W4A16", "transformers rounds decoded integers to the precision of their scales, which alone is"),
+        ("MXFP4A16", "logits differ by [0-9.e-]+ at most$"),
+    ],
+)
+def test_what_transformers_reads_otherwise_is_named_and_excuses_no_other(
+    tiny, tmp_path: Path, family: str, scheme: str, words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder of NVFP4: its loader of experts leaves out the number of each matrix."""
-    quantized(tiny(family, **FAMILIES[family]), tmp_path / "model", scheme="NVFP4A16")
+    """Of NVFP4 its loader of experts leaves out the number of each matrix. And experts that it decodes stay
+    in bfloat16: computed so, the logits of any folder are off."""
+    quantized(tiny(family, **FAMILIES[family]), tmp_path / "model", scheme=scheme)
     checkpoint = open_checkpoint(tmp_path / "model")
     capfd.readouterr()
     found = self_check(checkpoint, None)
-    assert found.source is not None and found.source <= MISREAD
-    assert re.search(
-        r"transformers drops the number of NVFP4's experts, which alone is [0-9.e-]+", found.note
-    )
+    assert found.source is not None and found.source <= 0.01 * LIMIT
+    assert re.search(words, found.note)
     assert "Compressing" not in capfd.readouterr().err, "bars of other packages are not shown"
     for wrong in (rope(500.0), lambda one: misread(one, rms_norm_eps=1e-2)):
         with pytest.raises(VerifyError, match="transformers computes something else"):
             self_check(wrong(checkpoint), None)
+
+
+@pytest.mark.parametrize("told", [None, "modelopt"])
+def test_a_method_that_transformers_does_not_know_is_no_difference(
+    tiny, tmp_path: Path, told: str | None
+) -> None:
+    """It takes the codes of ModelOpt's FP8 for numbers, which is no reason to refuse them."""
+    folder = Path(shutil.copytree(tiny("mixtral"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        tensors[name] = (tensors[name].float() * 100).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = torch.tensor(0.01)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    how = {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    if told:
+        models.edit_config(folder, quantization_config={"quant_method": told, **how})
+    else:
+        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": how}))
+    found = self_check(open_checkpoint(folder), None)
+    assert found.source is None and found.skipped is not None
+    why = "does not decode weights of the quant_method modelopt" if told else "no other quantization_config"
+    assert why in found.note
 
 
 KEYS = {

@@ -278,25 +278,54 @@ def test_a_quantized_checkpoint_says_so(tiny, tmp_path: Path) -> None:
     assert found.made_by == "strange" and any("quantized" in reason for reason in found.missing)
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_DYNAMIC", "MXFP4A16", "NVFP4A16", "fp8"])
-def test_a_quantized_checkpoint_that_converts_is_no_unknown_one(tiny, tmp_path: Path, scheme: str) -> None:
-    """Scales beside weights are parts of them, whoever wrote the folder."""
+@pytest.mark.parametrize(
+    "form", ["W4A16", "W8A16", "W8A8", "FP8_DYNAMIC", "MXFP4A16", "NVFP4A16", "fp8", "modelopt", "gptq"]
+)
+def test_a_quantized_checkpoint_is_its_model(tiny, tmp_path: Path, form: str) -> None:
+    """Scales beside weights are parts of them, and codes stand for all their numbers, whoever wrote them."""
     model, folder = tiny("qwen3_moe", moe_intermediate_size=128), tmp_path / "model"
-    if scheme != "fp8":
-        quantized(model, folder, scheme=scheme)
+    if form[0].isupper():
+        quantized(model, folder, scheme=form)
+    elif form == "gptq":
+        quantized(model, folder, scheme="W4A16", layout="gptq")
     else:
         shutil.copytree(model, folder)
         tensors = load_file(folder / "model.safetensors")
         for name in [name for name in tensors if ".experts." in name]:
             rows, columns = tensors[name].shape
-            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = torch.ones(-(-rows // 128), -(-columns // 128))
+            tensors |= _fp8(name, rows, columns) if form == "fp8" else _nvfp4(name, rows, columns)
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        told = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-        models.edit_config(folder, quantization_config=told)
-    found = inspect(folder)
-    assert found.missing == () and found.presets and found.made_by is not None
-    assert found.experts == inspect(model).experts
+        if form == "fp8":
+            told = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+            models.edit_config(folder, quantization_config=told)
+        else:
+            said = {
+                "producer": {"name": "modelopt"},
+                "quantization": {"quant_algo": "NVFP4", "group_size": 16},
+            }
+            (folder / "hf_quant_config.json").write_text(json.dumps(said))
+    found, plain = inspect(folder), inspect(model)
+    assert found.missing == () and found.presets
+    assert found.made_by == (form if form.islower() else "compressed-tensors")
+    assert (found.experts, found.parameters, found.active) == (plain.experts, plain.parameters, plain.active)
+    numbers = {role.role: role.parameters for role in found.roles}
+    assert numbers.pop("scales") == 0 and numbers == {role.role: role.parameters for role in plain.roles}
+
+
+def _fp8(name: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """A weight as DeepSeek's checkpoints have it."""
+    codes = torch.ones(rows, columns).to(torch.float8_e4m3fn)
+    return {name: codes, f"{name}_scale_inv": torch.ones(-(-rows // 128), -(-columns // 128))}
+
+
+def _nvfp4(name: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """A weight as ModelOpt's checkpoints have it."""
+    return {
+        name: torch.ones(rows, columns // 2, dtype=torch.uint8),
+        f"{name}_scale": torch.ones(rows, columns // 16).to(torch.float8_e4m3fn),
+        f"{name}_scale_2": torch.tensor(0.5),
+        name.removesuffix("weight") + "input_scale": torch.tensor(0.5),
+    }
 
 
 def test_a_cut_off_shard_is_named(tiny, tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""Checkpoints that are quantized already, as what a conversion reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moequant.check.baseline import FolderSource
+from moequant.checkpoint import open_checkpoint
+from moequant.commands.convert import Settings, open_job
+from moequant.commands.job import notes
+from moequant.errors import VerifyError
+from moequant.inspection.served import Gpus, fit_folder
+from moequant.report.served import nothing_serves
+from moequant.runtimes.vllm.memory import Serving
+from tests.containers.folders.cases import quantized
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kinds"),
+    [("W4A16", "48 int4"), ("W8A8", "48 int8"), ("NVFP4A16", "48 nvfp4"), ("FP8_DYNAMIC", None)],
+)
+def test_what_was_lost_before_is_said(tiny, tmp_path: Path, scheme: str, kinds: str | None) -> None:
+    """But not of FP8, in which many models are released."""
+    folder = tmp_path / "model"
+    quantized(tiny("qwen3_moe", moe_intermediate_size=128), folder, scheme=scheme)
+    said = " ".join(notes(open_job(folder, Settings("Q4_K_M"))))
+    assert ("quantized already" in said) == (kinds is not None)
+    assert kinds is None or f"({kinds} tensors)" in said
+
+
+def test_other_schemes_of_a_quantized_folder_are_not_promised(tiny, tmp_path: Path) -> None:
+    """Where nothing fits, no option is named that would be refused."""
+    model, folder = tiny("qwen3_moe", moe_intermediate_size=128), tmp_path / "model"
+    quantized(model, folder, scheme="W4A16")
+    said = [fit_folder(each, Gpus(1 << 20), Serving(512)) for each in (model, folder)]
+    assert [found.best for found in said] == [None, None]
+    assert ["--schemes" in nothing_serves(found) for found in said] == [True, False]
+    assert [any("quantized already" in note for note in found.notes) for found in said] == [False, True]
+
+
+def test_a_folder_that_is_not_checked_is_called_what_it_is(tiny, tmp_path: Path) -> None:
+    model, folder = tiny("qwen3_moe"), tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    with pytest.raises(VerifyError, match=r"is modelopt; folders of .* are checked, and moequant compare"):
+        FolderSource(folder, open_checkpoint(model))
+    (folder / "hf_quant_config.json").unlink()
+    with pytest.raises(VerifyError, match="is not quantized"):
+        FolderSource(folder, open_checkpoint(model))
