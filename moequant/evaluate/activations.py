@@ -7,7 +7,7 @@ for 16-bit files. With this a file's perplexity here is the one that the runtime
 
 Folders say in their config what their schemes do to activations, and vLLM does it: a scale for each token,
 or for 128 channels of one, that puts the largest at the end of the range. Where a scheme's scales come from
-calibration, one number of the folder serves all that a layer's experts are fed, as in vLLM's fused kernels.
+calibration, one number of the folder serves all that a layer's experts are fed, as in FlashInfer's kernels.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def test_every_matrix_has_the_number_of_its_inputs(tiny, tmp_path: Path, family:
     assert group.input_activations.model_dump(exclude={"zp_dtype"}) == preset.input_activations.model_dump(
         exclude={"zp_dtype"}
     )
-    # One number serves all experts of a layer, as in vLLM's fused kernels: the one that cuts off least.
+    # One number serves all experts of a layer, as in FlashInfer's kernels: the one that cuts off least.
     for ours in (True, False):
         if not ours:
             (tmp_path / "NVFP4" / "moequant.json").unlink()  # as if another tool had written it
