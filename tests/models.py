@@ -1371,7 +1371,14 @@ def as_released(folder: Path, family: str) -> Path:
     extra |= predicting(folder, family)
     if extra:
         save_file(extra, folder / "model-mtp.safetensors", {"format": "pt"})
+        indexed(folder)
     return folder
+
+
+def indexed(folder: Path) -> None:
+    """Write the index without which nothing beside model.safetensors is read."""
+    named = {name: file.name for file in folder.glob("*.safetensors") for name in load_file(file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
 
 
 def predicting(folder: Path, family: str, seed: int = 0) -> dict[str, torch.Tensor]:

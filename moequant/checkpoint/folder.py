@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from moequant.errors import CheckpointError
 from moequant.files.local import LocalFile
+from moequant.files.read import read_json
 from moequant.values import File
 
 MISTRAL = "params.json"
 """What Mistral calls its config, beside names of tensors of its own."""
+
+INDEX = "model.safetensors.index.json"
+
+WHOLE = "model.safetensors"
+"""The weights of a model in one file."""
+
+_SHARD = re.compile(r"[^/\\\0\ud800-\udfff]{1,200}\.safetensors")
+"""A file of the folder itself, of a name that a file can have."""
 
 _SHARED = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 """Names in the blobs that all models of a Hugging Face cache share."""
@@ -21,11 +30,13 @@ _SHARED = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 @dataclass(frozen=True, slots=True)
 class Folder:
     """A model folder: `path` has config, tokenizer and whatever else is small; `weights` are the
-    safetensors files by their names, or the parts of `gguf`, a file that has the weights instead."""
+    safetensors files by their names, or the parts of `gguf`, a file that has the weights instead. `beside`
+    names safetensors files that are not the model's."""
 
     path: Path
     weights: Mapping[str, File]
     gguf: Path | None = None
+    beside: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -48,7 +59,36 @@ def folder_of(model: Path | Folder) -> Folder:
         raise CheckpointError(
             f"{model}: not a Hugging Face model folder (config.json and *.safetensors expected)"
         )
-    return Folder(model, {file.name: LocalFile(file) for file in sorted(model.glob("*.safetensors"))})
+    there = {file.name: LocalFile(file) for file in sorted(model.glob("*.safetensors"))}
+    chosen = files_of_model(there, read_index(model))
+    beside = tuple(name for name in there if name not in chosen)
+    return Folder(model, {name: there[name] for name in chosen if name in there}, beside=beside)
+
+
+def files_of_model(names: Collection[str], weight_map: Mapping[str, str]) -> list[str]:
+    """Which safetensors files are the model, as transformers decides it: the one that has all of it, else
+    those of the index, and without an index all. Others, such as Mistral's own or adapters, lie beside it."""
+    indexed = sorted(set(weight_map.values()))
+    if WHOLE in names and WHOLE not in indexed:
+        return [WHOLE]
+    return indexed or sorted(names)
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The file of every tensor as the index says, checked: files lie in the folder itself. Empty without an
+    index."""
+    if not (folder / INDEX).is_file():
+        return {}
+    found = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{folder / INDEX}: has no weight_map; is the download complete?")
+    for tensor, name in found.items():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise CheckpointError(
+                f"{folder / INDEX}: {tensor!r} is said to lie in {name!r}; a *.safetensors file of the "
+                "folder was expected"
+            )
+    return found
 
 
 def belongs(file: Path, source: Path) -> bool:

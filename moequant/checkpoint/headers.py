@@ -7,23 +7,15 @@ without gap or overlap, and every tensor's bytes are its shape times its type.
 from __future__ import annotations
 
 import json
-import re
 from math import prod
-from pathlib import Path
 from typing import Any
 
-from moequant.checkpoint.folder import Folder
+from moequant.checkpoint.folder import INDEX, Folder, files_of_model, read_index
 from moequant.errors import CheckpointError
-from moequant.files.read import read_text
 from moequant.values import File, TensorRef
 
 MAX_HEADER = 100_000_000
 """The format's own limit on its JSON header, in bytes."""
-
-INDEX = "model.safetensors.index.json"
-
-_SHARD = re.compile(r"[^/\\\0\ud800-\udfff]{1,200}\.safetensors")
-"""A file of the folder itself, of a name that a file can have."""
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
@@ -33,21 +25,10 @@ BITS = {
 """Bits of a number of each of the format's types."""
 
 
-def read_json(path: Path, limit: int = MAX_HEADER) -> dict[str, Any]:
-    """A JSON object from a regular file; CheckpointError when there is none."""
-    try:
-        value = json.loads(read_text(path, limit))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object was expected; download it again")
-    return value
-
-
 def read_headers(folder: Folder) -> dict[str, TensorRef]:
     """All tensors of a folder by name, the index checked against the shards."""
     weight_map = read_index(folder.path)
-    shards = sorted(set(weight_map.values())) or sorted(folder.weights)
+    shards = files_of_model(folder.weights, weight_map)
     if not shards:
         raise CheckpointError(f"{folder.path}: no *.safetensors file; other weight formats are not read")
     if missing := [name for name in shards if name not in folder.weights]:
@@ -64,28 +45,12 @@ def read_headers(folder: Folder) -> dict[str, TensorRef]:
                     f"{refs[ref.name].file.name}"
                 )
             refs[ref.name] = ref
-    if absent := sorted(weight_map.keys() - refs.keys()):
+    named = {tensor for tensor, name in weight_map.items() if name in shards}
+    if absent := sorted(named - refs.keys()):
         raise CheckpointError(
             f"{folder.path}: {absent[0]} is in the index but not in {weight_map[absent[0]]}"
         )
     return refs
-
-
-def read_index(folder: Path) -> dict[str, str]:
-    """The file of every tensor as the index says, checked: files lie in the folder itself. Empty without an
-    index."""
-    if not (folder / INDEX).is_file():
-        return {}
-    found = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise CheckpointError(f"{folder / INDEX}: has no weight_map; is the download complete?")
-    for tensor, name in found.items():
-        if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            raise CheckpointError(
-                f"{folder / INDEX}: {tensor!r} is said to lie in {name!r}; a *.safetensors file of the "
-                "folder was expected"
-            )
-    return found
 
 
 def read_header(path: File) -> tuple[TensorRef, ...]:

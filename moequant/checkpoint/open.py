@@ -16,14 +16,15 @@ import torch
 from moequant import families
 from moequant.checkpoint.codecs import declared, recognise
 from moequant.checkpoint.folder import Folder, folder_of
-from moequant.checkpoint.headers import read_headers, read_json
+from moequant.checkpoint.headers import read_headers
 from moequant.checkpoint.predictions import Predictions
 from moequant.checkpoint.slots import weight_of
-from moequant.errors import CheckpointError, FamilyError, foreign
+from moequant.errors import CheckpointError, FamilyError, few, foreign
 from moequant.escape import of_cache
 from moequant.families import Config, Family, Slot
 from moequant.families.base import PREDICTION
 from moequant.families.config import check_experts, check_groups, make_config
+from moequant.files.read import read_json
 from moequant.values import ModelShape, Role, Stored, Weight
 
 DECLARED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
@@ -144,7 +145,8 @@ def open_checkpoint(model: Path | Folder) -> Checkpoint:
             f"{[shape.vocab, shape.hidden]} (vocab_size, hidden_size)"
         )
     counted = {reason: len(names) for reason, names in skipped.items()}
-    return Checkpoint(path, raw, config, family, shape, weights, counted, predictions)
+    notes = [f"not read, as in transformers: {few(folder.beside, 5)}"] if folder.beside else []
+    return Checkpoint(path, raw, config, family, shape, weights, counted, predictions, notes=tuple(notes))
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Family]:

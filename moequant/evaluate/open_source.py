@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moequant.checkpoint import Checkpoint, Folder, load, open_checkpoint
-from moequant.checkpoint.headers import read_json
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.read import GgufFile, read_header
 from moequant.containers.gguf.same import (
@@ -29,6 +28,7 @@ from moequant.errors import CheckpointError, VerifyError
 from moequant.escape import shown
 from moequant.evaluate.activations import number_of, of_scheme
 from moequant.files import RECORD
+from moequant.files.read import read_json
 from moequant.forward.model import Provider
 from moequant.hub import GgufModel
 from moequant.hub.fetch import headers

@@ -23,11 +23,11 @@ import transformers
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint, load
-from moequant.checkpoint.headers import read_json
 from moequant.errors import VerifyError, few, foreign, one_line
 from moequant.evaluate.activations import by_32
 from moequant.evaluate.misreadings import MISREADINGS
 from moequant.families.config import LAYERS
+from moequant.files.read import read_json
 from moequant.forward.causal import logits, whole_class
 from moequant.forward.memory import usable_bytes
 from moequant.forward.model import Provider, build_model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from pathlib import Path
+from typing import Any
 
 from moequant.errors import CheckpointError
 
@@ -20,6 +22,17 @@ def read_text(path: Path, limit: int = LARGEST) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_json(path: Path, limit: int = LARGEST) -> dict[str, Any]:
+    """A JSON object from a regular file; CheckpointError when there is none."""
+    try:
+        value = json.loads(read_text(path, limit))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: a JSON object was expected; download it again")
+    return value
 
 
 def check_regular(path: Path) -> None:

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from moequant.checkpoint import Folder, folder_of
-from moequant.checkpoint.headers import INDEX, read_index
+from moequant.checkpoint.folder import INDEX, files_of_model, read_index
 from moequant.checkpoint.open import DECLARED
 from moequant.containers.folders.side_files import COPIED
 from moequant.containers.gguf.header import Header
@@ -24,9 +24,6 @@ from moequant.hub.ranges import RemoteFile, with_header
 
 SMALL = ("config.json", *DECLARED, "tekken.json", "README.md", INDEX, *COPIED)
 """Patterns of the files that belong to a model beside its weights. No code, no pickles, no second copies."""
-
-WHOLE = "model.safetensors"
-"""The weights of a model in one file. Others beside it, such as Mistral's own, are copies."""
 
 GGUF = ".gguf"
 
@@ -150,13 +147,9 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _weights(found: Snapshot, path: Path) -> list[str]:
-    """The safetensors files that are the model: those of the index, or the one, or all at the top."""
-    if INDEX in found.sizes:
-        names = sorted(set(read_index(path).values()))
-    elif WHOLE in found.sizes:
-        names = [WHOLE]
-    else:
-        names = sorted(name for name in found.sizes if _matches(name, "*.safetensors"))
+    """The safetensors files that are the model; see `files_of_model`."""
+    there = [name for name in found.sizes if _matches(name, "*.safetensors")]
+    names = files_of_model(there, read_index(path) if INDEX in found.sizes else {})
     if not names:
         raise HubError(f"{found.model}: has no *.safetensors file; other weight formats are not read")
     if gone := [name for name in names if name not in found.sizes]:

@@ -11,13 +11,14 @@ from typing import Any
 from moequant import families
 from moequant.checkpoint import Checkpoint, Folder
 from moequant.checkpoint.codecs import recognise
-from moequant.checkpoint.headers import read_header, read_headers, read_json
+from moequant.checkpoint.headers import read_header, read_headers
 from moequant.checkpoint.open import every_slot, method_of, quantization_of, renamed, shape_of
 from moequant.containers.gguf.export import check, export
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.containers.opened import open_model
 from moequant.errors import CheckpointError, FamilyError, MoequantError, TokenizerError, few
 from moequant.families.config import HARMLESS, make_config, text_config
+from moequant.files.read import read_json
 from moequant.inspection import presets
 from moequant.inspection.runtimes import checkpoint_runtimes
 from moequant.inspection.values import Counted, Inspection, PresetSize, by_role, by_type
@@ -122,7 +123,7 @@ def _weights(folder: Folder, config: Mapping[str, Any]) -> dict[str, Stored]:
 
 
 def _headers(folder: Folder, weights: Mapping[str, Stored]) -> list[_Tensor]:
-    """Every tensor of every safetensors file, whether an index names it or not. Of a quantized weight the
+    """Every tensor of the model's files, whether an index names it or not. Of a quantized weight the
     codes stand for all its numbers, and what lies beside them for none."""
     if not folder.weights:
         raise CheckpointError(f"{folder.path}: no *.safetensors file; other weight formats are not read")
@@ -244,7 +245,7 @@ def _support(folder: Folder, config: Mapping[str, Any], names: list[str]) -> _Su
         _describe(tokenizer),
         sizes,
         tuple(dict.fromkeys(missing)),
-        tokenizer.notes if tokenizer else (),
+        (*(tokenizer.notes if tokenizer else ()), *(checkpoint.notes if checkpoint else ())),
     )
 
 

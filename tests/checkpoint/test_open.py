@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moequant.checkpoint import load, open_checkpoint
+from moequant.checkpoint import folder_of, load, open_checkpoint
 from moequant.containers.folders.plan import FolderSettings
 from moequant.containers.gguf.export import export
 from moequant.errors import CheckpointError, FamilyError
 from moequant.forward.model import empty_model
+from moequant.inspection.folder import inspect_folder
 from moequant.report.card import Card
 from moequant.report.conversion import Conversion
 from moequant.report.summary import How, Report
@@ -253,7 +254,23 @@ def test_a_checkpoint_of_an_unknown_method_is_refused(broken: Path) -> None:
 
 def test_a_tensor_in_two_shards_is_refused(broken: Path) -> None:
     shutil.copy(broken / "model.safetensors", broken / "other.safetensors")
+    (broken / "model.safetensors").rename(broken / "another.safetensors")
     fails(broken, "two shards")
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_of_several_files_those_are_read_that_transformers_reads(broken: Path, indexed: bool) -> None:
+    """The one that has all of it, whatever an index beside it says: saved later, or Mistral's own names."""
+    other = {name: each + 1 for name, each in load_file(broken / "model.safetensors").items()}
+    save_file(other, broken / "other.safetensors", {"format": "pt"})
+    if indexed:
+        index = {"weight_map": dict.fromkeys(other, "other.safetensors")}
+        (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = open_checkpoint(broken)
+    model = AutoModelForCausalLM.from_pretrained(broken, dtype=torch.bfloat16)
+    assert torch.equal(load(checkpoint.weights[-1]), model.get_output_embeddings().weight)
+    assert checkpoint.notes == ("not read, as in transformers: other.safetensors",)
+    assert inspect_folder(folder_of(broken)).notes[-1:] == checkpoint.notes
 
 
 def test_the_index_must_match_the_shards(broken: Path) -> None:

@@ -126,6 +126,7 @@ def test_what_nobody_describes_is_left_out_of_files_with_the_reason(tmp_path: Pa
     tensors = models.load_file(file)
     del tensors["model.layers.3.eh_proj.weight"]
     models.save_file(tensors, file, {"format": "pt"})
+    models.indexed(folder)
     (note,) = export(open_checkpoint(folder)).warnings
     assert re.search(r"left out: \d+ tensors.*layer 3 nextn is missing", note)
 

@@ -204,7 +204,8 @@ def test_links_out_of_the_model_folder(tmp_path: Path) -> None:
 
 
 def test_a_shard_of_a_name_that_no_file_has(tmp_path: Path) -> None:
-    from moequant.checkpoint.headers import INDEX, read_headers
+    from moequant.checkpoint.folder import INDEX
+    from moequant.checkpoint.headers import read_headers
 
     for name in ("x" * 300 + ".safetensors", "\\ud800.safetensors"):
         (tmp_path / INDEX).write_text(f'{{"weight_map": {{"a": "{name}"}}}}')

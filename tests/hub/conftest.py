@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from moequant.checkpoint.headers import INDEX
+from moequant.checkpoint.folder import INDEX
 from tests.hub.server import FIRST, Hub, serve
 
 LITTER = ("model.py", "pytorch_model.bin", "original/model.safetensors", "consolidated.safetensors", "a.onnx")

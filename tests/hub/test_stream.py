@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moequant.checkpoint import load, open_checkpoint
-from moequant.checkpoint.headers import INDEX
+from moequant.checkpoint.folder import INDEX
 from moequant.errors import HubError
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.hub.stream import announce, shelf_of, streamed
