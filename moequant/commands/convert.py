@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moequant.checkpoint import Checkpoint, Folder, load
 from moequant.commands.duration import forecast
-from moequant.commands.job import Job, chosen, measured, notes, open_job, open_jobs
+from moequant.commands.job import Job, check_runtime, chosen, measured, notes, open_job, open_jobs
 from moequant.commands.journal import RunJournal, begun, kept
 from moequant.commands.outputs import CARD, card_path, check_targets, claimed, keeping, names
 from moequant.commands.settings import Settings
@@ -120,6 +120,7 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings, finished:
         jobs = open_jobs(source, settings)
         check_targets(jobs, outs, finished)
         first = jobs[0]
+        check_runtime(first)
         checkpoint = first.container.checkpoint
         empty_model(checkpoint)  # every weight has its place in the model, before any is read
         if settings.imatrix_out is not None:

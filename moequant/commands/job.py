@@ -17,7 +17,8 @@ from moequant.containers.folders.schemes import find
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.presets import facts
 from moequant.containers.opened import open_model
-from moequant.files import part_names
+from moequant.errors import VerifyError
+from moequant.files import part_names, scratch
 from moequant.hub import Source
 from moequant.hub.fetch import headers
 from moequant.hub.stream import shelf_of
@@ -25,6 +26,8 @@ from moequant.plan.folders import FolderMenu, budget_plan
 from moequant.plan.measure import Probing, measure
 from moequant.plan.menu import GgufMenu, Menu
 from moequant.rounding.rounder import UNROUNDED
+from moequant.runtimes.llama_cpp import acceptance, logits
+from moequant.runtimes.llama_cpp.engine import LlamaError
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, Plan
 
@@ -130,6 +133,25 @@ def open_jobs(model: Source | Folder, settings: Settings) -> tuple[Job, ...]:
         Job(checkpoint, file, _chosen(file, each), each, label)
         for each, label in zip(wanted, labels, strict=True)
     )
+
+
+def check_runtime(job: Job) -> None:
+    """VerifyError when llama.cpp, where it is here, refuses such a file: said before any work is done."""
+    output = job.container
+    if not (isinstance(output, GgufContainer) and job.settings.self_check and logits.available()):
+        return
+    with scratch() as folder:
+        header = folder / "header.gguf"
+        try:
+            output.outline(header, job.plan)
+        except OSError:  # a disk without holes: the self-check at the end asks llama.cpp again
+            return
+        try:
+            acceptance.check(header, str(job.model.source))
+        except LlamaError as error:
+            raise VerifyError(
+                f"{error}; nothing was written (--no-self-check writes it all the same)"
+            ) from None
 
 
 def measured(jobs: Sequence[Job], calibration: Calibration, probes: Rows) -> plan.Sensitivities:

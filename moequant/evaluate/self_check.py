@@ -32,6 +32,7 @@ from moequant.forward.causal import logits, whole_class
 from moequant.forward.memory import usable_bytes
 from moequant.forward.model import Provider, build_model
 from moequant.runtimes.llama_cpp import logits as llama_cpp
+from moequant.runtimes.llama_cpp.engine import LlamaError
 
 TOKENS = 96
 """Tokens of a row: past most windows of tiny models, and a second's work for large ones."""
@@ -262,7 +263,10 @@ def _in_llama_cpp(checkpoint: Checkpoint, output: Output, ids: Tensor, written: 
     """How far llama.cpp is off with the file; None where it is not asked. VerifyError where it is too far."""
     if output.file is None or not llama_cpp.available():
         return None
-    found = torch.from_numpy(llama_cpp.logits(output.file, ids.numpy(), torch.get_num_threads()).copy())
+    try:
+        found = torch.from_numpy(llama_cpp.logits(output.file, ids.numpy(), torch.get_num_threads()).copy())
+    except LlamaError as error:
+        raise VerifyError(f"{error}; nothing was kept (--no-self-check keeps it all the same)") from None
     if found.shape != written.shape:
         raise VerifyError(
             f"{output.file.name}: llama.cpp gives logits {list(found.shape)}, {list(written.shape)} were "

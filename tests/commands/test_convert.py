@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moequant.checkpoint import open_checkpoint
-from moequant.commands.convert import Settings, convert
+from moequant.commands.convert import Settings, convert, open_job
 from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.presets import BASE_TYPES
 from moequant.containers.gguf.weights import GgufWeights
-from moequant.errors import CheckpointError
+from moequant.errors import CheckpointError, VerifyError
 from moequant.forward.experts import EXPERTS
 from moequant.forward.memory import check_memory
 from moequant.forward.model import build_model
@@ -50,6 +50,20 @@ def agrees(folder: Path, file: Path, count: int = 256, within: float = 1e-3) -> 
         ids = ids_for(llama.n_vocab, count)
         difference = np.abs(llama.logits(ids.tolist()) - reference_logits(folder, ids))
     assert difference.max() < within
+
+
+def test_what_llama_cpp_refuses_is_said_before_any_work(tmp_path: Path) -> None:
+    """In llama.cpp's OLMoE keys have as many heads as queries; in transformers' they may have fewer."""
+    folder = models.build(tmp_path / "model", "olmoe", num_hidden_layers=1, num_key_value_heads=1)
+    asked = settings(tmp_path / "a text that nobody came to read", "Q4_K_M")
+    with pytest.raises(VerifyError, match=r"attn_k_norm\.weight' has wrong shape; .*; nothing was written"):
+        convert(folder, tmp_path / "a.gguf", asked)
+
+
+def test_an_outline_has_the_size_of_the_file_and_takes_no_room(tiny, tmp_path: Path, text: Path) -> None:
+    job, out = open_job(tiny("qwen3_moe"), settings(text, "Q4_K_M")), tmp_path / "a.gguf"
+    job.container.outline(out, job.plan)
+    assert out.stat().st_size == job.size > 8 * 512 * out.stat().st_blocks
 
 
 def test_f32_of_the_trained_model(mix: Path, tmp_path: Path, text: Path) -> None:

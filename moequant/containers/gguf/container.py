@@ -76,6 +76,10 @@ class GgufContainer:
         """See `Container`."""
         return file.write(path, self._content, plan, packed, self.split)
 
+    def outline(self, path: Path, plan: Plan) -> None:
+        """The header of the file, and a hole for its weights: what llama.cpp can be asked about."""
+        file.outline(path, self._content, plan)
+
     def verify(self, written: Written, plan: Plan) -> None:
         """See `Container`."""
         verify(written, plan, self.exported)

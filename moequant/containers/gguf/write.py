@@ -6,6 +6,7 @@ gguf-py lays out the header, of several parts as of one; the packed bytes are ou
 from __future__ import annotations
 
 import io
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,15 @@ def part_bytes(content: Content, plan: Plan, split: int | None = None) -> tuple[
         _aligned(header.tell()) + sum(_aligned(tensor.nbytes) for tensor in tensors.values())
         for header, tensors in zip(headers, writer.tensors, strict=True)
     )
+
+
+def outline(path: Path, content: Content, plan: Plan) -> None:
+    """The file with a hole where its weights will be: it has the size, and takes no room on disk."""
+    writer = _lay_out(content, plan, None)
+    _write_header(writer, path)
+    writer.close()
+    (whole,) = part_bytes(content, plan)
+    os.truncate(path, whole)
 
 
 def check_target(path: Path, size: int) -> None:

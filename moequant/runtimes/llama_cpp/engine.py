@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes as C
 import functools
 import importlib.util
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ from moequant.errors import MoequantError
 
 _LOG_TYPE = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)
 
+_CAUSES = re.compile(r"error loading model: (.+)|(GGML_ASSERT\(.+\) failed|GGML_ABORT.+)")
+"""How llama.cpp says why it gives up: in what it logs, and on stderr where it aborts."""
+
 
 class LlamaError(MoequantError):
     """llama.cpp refused, or is not there; the message ends with what it logged."""
@@ -34,10 +38,14 @@ class ModelParams(C.Structure):
         ("devices", C.c_void_p),
         ("buffer_overrides", C.c_void_p),
         ("n_gpu_layers", C.c_int32),
-        ("unused", C.c_uint8 * 52),
+        ("unused", C.c_uint8 * 4),
+        ("load_mode", C.c_int32),
+        ("unused_too", C.c_uint8 * 44),
         ("vocab_only", C.c_bool),
+        ("flags", C.c_bool * 3),
+        ("no_alloc", C.c_bool),
         # Larger than the real structure: what follows is carried along unread.
-        ("rest", C.c_uint8 * 199),
+        ("rest", C.c_uint8 * 195),
     )
 
 
@@ -142,8 +150,16 @@ class Library:
             )
 
     def log(self, length: int = 300) -> str:
-        """The end of what was logged, as one line."""
-        return " ".join("".join(self.lines).split())[-length:]
+        """Why llama.cpp gave up, by what it logged, as one line."""
+        return cause("".join(self.lines), length)
+
+
+def cause(said: str, length: int = 300) -> str:
+    """Why llama.cpp gave up, as one line: its last word on it in what it said, else the end of that."""
+    found = _CAUSES.findall(said)
+    if not found:
+        return " ".join(said.split())[-length:]
+    return " ".join("".join(found[-1]).split())[:length]
 
 
 @functools.cache

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import moequant
+from moequant.runtimes.llama_cpp.engine import LlamaError, cause
 
 _START = """
 import importlib, importlib.util, pathlib, sys
@@ -17,6 +22,16 @@ spec.loader.exec_module(module)
 importlib.import_module(sys.argv[2]).main()
 """
 """Imports this very moequant by its place: the folder it lies in is not searched for anything else."""
+
+
+def ask(module: str, job: Mapping[str, Any], failed: str) -> bytes:
+    """What `main` of a module of moequant answers to a job, in a process of its own. LlamaError begins with
+    `failed` and ends with what llama.cpp said, when it refuses or aborts."""
+    done = subprocess.run(command(module), input=json.dumps(job).encode(), capture_output=True, check=False)
+    if done.returncode != 0:
+        said = cause(done.stderr.decode(errors="replace"))
+        raise LlamaError(f"{failed} ({said or f'it ended with {done.returncode}'})")
+    return done.stdout
 
 
 def command(module: str) -> list[str]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moequant.errors import MoequantError, one_line
+from moequant.errors import MoequantError
 from moequant.runtimes.llama_cpp.engine import Llama, LlamaError, library
-from moequant.runtimes.llama_cpp.isolated import command
+from moequant.runtimes.llama_cpp.isolated import ask
 
 
 def available() -> bool:
@@ -30,11 +29,8 @@ def logits(path: Path, ids: NDArray[np.int64], threads: int = 1) -> NDArray[np.f
     LlamaError, with what llama.cpp said, when it refuses the file or does not get through.
     """
     job = {"path": str(path), "ids": ids.tolist(), "threads": threads}
-    done = subprocess.run(command(__name__), input=json.dumps(job).encode(), capture_output=True, check=False)
-    if done.returncode != 0:
-        reason = one_line(done.stderr.decode(errors="replace")[-300:]) if done.stderr else ""
-        raise LlamaError(f"{path}: llama.cpp cannot run it ({reason or f'ended with {done.returncode}'})")
-    return np.frombuffer(done.stdout, np.float32).reshape(*ids.shape, -1)
+    found = ask(__name__, job, f"{path}: llama.cpp cannot run it")
+    return np.frombuffer(found, np.float32).reshape(*ids.shape, -1)
 
 
 def main() -> None:

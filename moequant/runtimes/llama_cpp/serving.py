@@ -7,7 +7,6 @@ Cache and attention are llama.cpp's defaults; decoding is greedy.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from moequant.errors import MoequantError
 from moequant.progress import peak_bytes, resident_bytes
 from moequant.runtimes.llama_cpp.engine import Llama, LlamaError
-from moequant.runtimes.llama_cpp.isolated import command
+from moequant.runtimes.llama_cpp.isolated import ask
 
 CONTEXT = 4096
 """Positions at most; fewer where the model was made for fewer."""
@@ -101,13 +100,7 @@ def serve(path: Path, prompts: Sequence[Prompt], tokens: int, threads: int) -> S
         "threads": threads,
         "prompts": [asdict(prompt) for prompt in prompts],
     }
-    done = subprocess.run(
-        command(__name__), input=json.dumps(job), capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        reason = " ".join(done.stderr.split())[-300:] or f"it ended with {done.returncode}"
-        raise LlamaError(f"{path}: llama.cpp did not get through the prompts: {reason}")
-    found = json.loads(done.stdout)
+    found = json.loads(ask(__name__, job, f"{path}: llama.cpp did not get through the prompts"))
     samples = [
         Sample(**one | {"ids": tuple(one["ids"]), "seconds": tuple(one["seconds"])})
         for one in found.pop("samples")
