@@ -162,7 +162,10 @@ def _against(
     for entry in entries:
         weight = by_name.get(entry.name)
         if weight is None or weight.numel != entry.shape[0] * entry.shape[1] * entry.shape[2]:
-            raise VerifyError(f"{source.path}: {entry.name} {list(entry.shape)} is not in {baseline.path}")
+            raise VerifyError(
+                f"{source.path}: another model than {baseline.path}, which has no "
+                f"{entry.name} {list(entry.shape)}"
+            )
     alone = not any(each.is_expert and _stands_in_layer(model, each) for each in model.weights)
     if not alone:
         found.notes.append("experts and router are no block of their own in this model: blocks were not run")

@@ -142,8 +142,11 @@ def _scored(opened: _Opened, settings: CompareSettings) -> tuple[Measured, ...]:
 
 
 def _rounded(checkpoint: Checkpoint, source: Source, settings: CompareSettings) -> Rounded | None:
-    if settings.exact:
-        return None
+    return None if settings.exact else rounded_by_runtime(checkpoint, source)
+
+
+def rounded_by_runtime(checkpoint: Checkpoint, source: Source) -> Rounded | None:
+    """What llama.cpp or vLLM does to the inputs of this version's products, None where nothing."""
     if source.inputs is not None:
         rounds = any(kind != "F32" for kind in source.inputs.values())
         return Rounded(checkpoint, source.inputs) if rounds else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint, Folder, load
+from moequant.commands.compare import rounded_by_runtime
 from moequant.commands.duration import forecast
 from moequant.commands.job import Job, check_runtime, chosen, measured, notes, open_job, open_jobs
 from moequant.commands.journal import RunJournal, begun, kept
@@ -27,6 +28,8 @@ from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
 from moequant.errors import MoequantError, OutputError, PlanError
 from moequant.evaluate import Measured
+from moequant.evaluate.activations import Rounded
+from moequant.evaluate.open_source import open_source
 from moequant.evaluate.self_check import Output, computes_plainly, self_check
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder, atomic_parts, part_names, scratch, sweep_scratch
@@ -375,17 +378,27 @@ def _compared(done: Sequence[Finished], rows: Rows) -> tuple[Measured, ...]:
     job = done[0].job
     base = Version("checkpoint", load)
     candidates = [
-        Version(each.written.path.name, each.job.container.open(each.written.path).load) for each in done
+        Version(each.written.path.name, each.job.container.open(each.written.path).load, _served(each))
+        for each in done
     ]
     return compare(job.model, base, candidates, rows, replace(job.settings.resources, ranks=ALONE))
 
 
-def _of_inputs(job: Job, known: Known) -> tuple[str, ...]:
-    """What a person should know of the numbers that scale inputs."""
-    if not job.scales_inputs:
-        return ()
-    told = inputs.note(job.container.checkpoint, job.plan, known.calibration)
-    return () if told is None else (told,)
+def _served(each: Finished) -> Rounded | None:
+    """What vLLM does to inputs, where a folder's schemes say so: it is part of what the folder loses."""
+    if not each.job.rounds_inputs:
+        return None
+    model = each.job.model
+    return rounded_by_runtime(model, open_source(each.written.path, model))
+
+
+def _of_inputs(job: Job, known: Known, measured: bool) -> tuple[str, ...]:
+    """What a person should know of how inputs are rounded, and of the numbers that scale them."""
+    found = ["scored with inputs rounded as vLLM rounds them"] if measured and job.rounds_inputs else []
+    if job.scales_inputs:
+        told = inputs.note(job.container.checkpoint, job.plan, known.calibration)
+        found += [] if told is None else [told]
+    return tuple(found)
 
 
 def _report(finished: Finished, known: Known, found: Measured | None, meter: Meter) -> Report:
@@ -404,7 +417,7 @@ def _report(finished: Finished, known: Known, found: Measured | None, meter: Met
         measured=found,
         stages=tuple(meter.costs),
         forecast=known.forecast,
-        notes=(*notes(job), *_of_inputs(job, known)),
+        notes=(*notes(job), *_of_inputs(job, known, found is not None)),
         checked=finished.checked,
         parts=job.parts(finished.out),
         how=How(rounded_on, job.settings.coupled, job.settings.folder if is_folder else None),

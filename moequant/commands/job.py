@@ -99,6 +99,11 @@ class Job:
         return inputs.scales(self.plan) or any(scheme.scales_inputs for scheme in allowed)
 
     @property
+    def rounds_inputs(self) -> bool:
+        """Whether vLLM rounds inputs too, as schemes of a folder say."""
+        return isinstance(self.container, FolderContainer) and inputs.rounds(self.plan)
+
+    @property
     def limit(self) -> int | None:
         """The largest file that may come out when types are still to be measured, None when they stay."""
         if not self.measures:

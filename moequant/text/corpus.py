@@ -122,11 +122,11 @@ def _file(file: Path, domain: str, source: str, render: Render | None) -> list[D
     if not file.is_file():
         raise CorpusError(f"{file}: neither a file nor a folder; expected text")
     text = _decode(file)
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() != ".jsonl":
         return [Document(domain, text, source)]
     found: list[Document] = []
     # Not splitlines(): JSON strings may hold U+2028 and its kin unescaped.
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
         if line.strip():
             where = f"{file}:{number}"
             found.append(_record(_json(line, where), where, Document(domain, "", source), render))
@@ -252,7 +252,7 @@ def pack(
     if total < MIN_ROWS * length:
         raise CorpusError(
             f"{source or 'no documents'}: {total} tokens found, {MIN_ROWS * length} needed "
-            f"({MIN_ROWS} rows of {length}); give more text or shorter rows"
+            f"({MIN_ROWS} rows of {length}); give more text"
         )
     queues = {domain: _cut(stream, length) for domain, stream in streams.items()}
     rest = torch.cat([stream[len(queues[domain]) * length :] for domain, stream in streams.items()])
@@ -290,7 +290,7 @@ def _check_budget(tokens: int, length: int) -> None:
     """CorpusError when `tokens` are fewer than MIN_ROWS rows of `length`."""
     if tokens < MIN_ROWS * length:
         raise CorpusError(
-            f"a budget of {tokens} tokens: expected at least {MIN_ROWS} rows of {length} tokens"
+            f"a budget of {tokens} tokens: {MIN_ROWS * length} are the least ({MIN_ROWS} rows of {length})"
         )
 
 

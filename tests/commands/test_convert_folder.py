@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moequant.checkpoint import load, open_checkpoint
+from moequant.commands.compare import CompareSettings
+from moequant.commands.compare import run as compare
 from moequant.commands.convert import Settings, convert
 from moequant.containers.folders import compressed_tensors, gptq
 from moequant.containers.folders.plan import storage
@@ -130,6 +133,17 @@ def test_transformers_computes_what_our_decoder_predicts(
         exact, decoded = (x.flatten().double() for x in (load(weight), reader.load(weight)))
         assert float(exact @ decoded / (exact.norm() * decoded.norm())) > 0.5, loss.weight
     assert any(loss.role is Role.ATTN_Q for loss in report.losses) == attention
+
+
+def test_what_rounded_inputs_lose_is_in_the_report(tiny, tmp_path: Path, text: Path) -> None:
+    """The figures of the card are those of `compare`: what the folder loses where it is served."""
+    model, out = tiny("qwen3_moe"), tmp_path / "out"
+    scored = {"eval": text, "eval_tokens": 1024, "effort": "fast", "self_check": False}
+    report = convert(model, out, Settings(format="safetensors", scheme="FP8_DYNAMIC", calib=text, **scored))
+    asked = CompareSettings(eval=text, eval_tokens=1024)
+    served, exact = (compare(model, [out], each).measured[0] for each in (asked, replace(asked, exact=True)))
+    assert report.comparison == served.comparison != exact.comparison
+    assert "scored with inputs rounded as vLLM rounds them" in report.notes
 
 
 def test_gptq_holds_the_same_codes(tiny, tmp_path: Path, text: Path) -> None:

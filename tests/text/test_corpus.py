@@ -57,6 +57,12 @@ def packed(documents: list[Document], length: int, **options: int | None) -> Row
 # Packing
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL"])
+def test_json_lines_as_windows_writes_them(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes('\ufeff{"text": "one"}\r\n{"text": "two"}\r\n'.encode())
+    assert [document.text for document in corpus.read(tmp_path / name)] == ["one", "two"]
+
+
 @given(corpora, lengths)
 def test_no_token_is_lost_or_invented_but_the_tail(documents: list[Document], length: int) -> None:
     rows = packed(documents, length)
@@ -194,7 +200,7 @@ def test_sources_are_named_once() -> None:
     [
         (1, None, r"row length 1: a row needs at least 2 tokens"),
         (512, None, r"a\.txt: 20 tokens found, 1024 needed \(2 rows of 512\)"),
-        (8, 15, r"a budget of 15 tokens: expected at least 2 rows of 8"),
+        (8, 15, r"a budget of 15 tokens: 16 are the least \(2 rows of 8\)"),
     ],
 )
 def test_rows_that_cannot_be(length: int, tokens: int | None, message: str) -> None:

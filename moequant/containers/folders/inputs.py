@@ -33,6 +33,11 @@ def scales(plan: Plan) -> bool:
     return any(find(name).scales_inputs for name in {c.format for c in plan.choices} - {*KEPT})
 
 
+def rounds(plan: Plan) -> bool:
+    """Whether a scheme of the plan has vLLM round what weights are fed."""
+    return any(find(name).rounds_inputs for name in {c.format for c in plan.choices} - {*KEPT})
+
+
 def input_scales(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None) -> dict[str, Tensor]:
     """By weight whose scheme scales inputs: f32 [E], what divides (`storage.INPUT`), a number a matrix.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import Literal
 
 import torch
@@ -242,7 +242,11 @@ def refusal(weight: Weight, scheme: Scheme, settings: FolderSettings) -> str | N
         if not _fits(part, scheme.group, scheme.bits):
             works = [str(group) for group in GROUPS if _fits(part, group, scheme.bits)]
             advice = f"--group-size {' or '.join(works)} would work" if works else "write GGUF instead"
-            return f"{weight.name}: --group-size {scheme.group} does not divide rows of {part}{cut}; {advice}"
+            asked = f"--group-size {scheme.group} does not divide"
+            if scheme.group == -1:
+                at_once = 32 // gcd(32, scheme.bits)
+                asked = f"integers of {scheme.bits} bits are packed {at_once} at a time, not"
+            return f"{weight.name}: {asked} rows of {part}{cut}; {advice}"
         if settings.layout == "gptq" and n_out * scheme.bits % 32:
             return f"{weight.name}: GPTQ packs {32 // scheme.bits} rows at a time, not {n_out}"
         return None

@@ -198,7 +198,7 @@ def test_links_into_the_cache_of_hugging_face_are_followed(tiny, tmp_path: Path)
         ),
         ({}, {"tp": 3}, "--tp 3 does not divide its 256 channels"),
         ({}, {"tp": 0}, "1 GPU or more"),
-        ({"moe_intermediate_size": 36}, {"group_size": -1}, "rows of 36; write GGUF instead"),
+        ({"moe_intermediate_size": 36}, {"group_size": -1}, "packed 8 at a time, not rows of 36; write GGUF"),
         ({"moe_intermediate_size": 36}, {"group_size": -1, "bits": 8, "layout": "gptq"}, None),
         ({}, {"tp": 2}, None),
         ({}, {"tp": 8, "group_size": 32}, None),
