@@ -53,8 +53,8 @@ Where it counts the search is measured, type by type."""
 COMPILING = 3.3
 """CPU seconds until a compiled encoder is loaded; the first time on a machine it takes longer."""
 
-PROBED = 6
-"""Encoders that are compiled for probes and whole plans, where one is."""
+DISTORTED = 20
+"""Times that a weight is handled until it has the error of a probe."""
 
 SAMPLED = 1100
 """Times that a sampled weight is handled in one type, small as samples are."""
@@ -278,7 +278,7 @@ def counted(jobs: Sequence[Job], read: Texts, routes: bool, search: Search) -> d
     if routes and read.calibration is not None:
         found["route"] = _route(model, read.calibration.tokens, batch)
     if read.probes is not None and any(job.measures for job in jobs):
-        found["plan"] = _plan(model, read.probes, menu_of(first.container, first.settings), search)
+        found["plan"] = _plan(model, read.probes, menu_of(first.container, first.settings))
     for job in jobs:
         plain = read.calibration is None or job.settings.effort == "fast" or not job.quantizes
         types = job.container.formats(job.plan)
@@ -296,7 +296,7 @@ def _route(model: Model, tokens: int, batch: int) -> Work:
     return model.passing(tokens, batch) + Work(numbers=LOADED * model.stored + SQUARED * tokens * model.fed)
 
 
-def _plan(model: Model, probes: Rows, menu: Menu, search: Search) -> Work:
+def _plan(model: Model, probes: Rows, menu: Menu) -> Work:
     """Errors of samples in every type; then every group of weights in a version of its own, which crosses the
     layers from the first that it changes, and two whole plans."""
     checkpoint, probing = model.checkpoint, Probing()
@@ -310,22 +310,15 @@ def _plan(model: Model, probes: Rows, menu: Menu, search: Search) -> Work:
         layers - (group[0].layer or 0) for group in groups if group[0].role is not Role.OUTPUT
     )
     passes = model.passing(tokens * crossed / layers, row)
-    samples, compiled = 0, set[str]()
+    samples = 0
     for weight in running:
         if others := len(menu.measured(weight)) - 1:
             experts, rows = probing.sampled(weight)
             samples += others * experts * rows * weight.n_in
-    searched = Work()
-    for group in groups:
-        for weight in group:
-            name = menu.block_format(menu.probe(weight), weight)
-            searched += _searched(weight, 3 * search(name))
-            compiled |= {name} if weight.numel >= engine.COMPILE_FROM else set()
     logits = tokens / 2 * versions
-    head = Work(
-        logits * model.head, SCORED * logits * checkpoint.shape.vocab, PROBED * COMPILING * len(compiled)
-    )
-    return passes + searched + head + Work(numbers=SAMPLED * samples + 2 * LOADED * model.stored)
+    head = Work(logits * model.head, SCORED * logits * checkpoint.shape.vocab)
+    changed = 3 * DISTORTED * sum(weight.numel for group in groups for weight in group)
+    return passes + head + Work(numbers=SAMPLED * samples + changed + 2 * LOADED * model.stored)
 
 
 def _searched(weight: Weight, times: float) -> Work:

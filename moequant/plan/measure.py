@@ -1,8 +1,8 @@
 """What every format would cost every weight, in KL divergence, measured on this model.
 
 What a format costs in a weight is its relative error, from a sample of rows and experts,
-times the loss's sensitivity to that weight, from a probe: the weight alone is quantized
-in the whole model and the KL divergence to the unquantized one is scored. Probes of two
+times the loss's sensitivity to that weight, from a probe: the weight alone is given an error
+in the whole model and the KL divergence to the unchanged one is scored. Probes of two
 whole plans, the best for those sensitivities, then say how sensitivities add up. `benchmarks/cases/plan.py`
 holds predictions against measurements.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import sqrt
 
 import torch
@@ -21,11 +22,16 @@ from moequant.checkpoint import Checkpoint, load
 from moequant.formats import Effort
 from moequant.forward.resources import FREE, Resources
 from moequant.plan import Sensitivities, Unit, allocate
+from moequant.plan.distortion import distorted
 from moequant.plan.menu import GGUF, Menu
-from moequant.plan.probes import divergences
+from moequant.plan.probes import Version, divergences
 from moequant.progress import counted
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, InputStats, Weight
+
+PROBED = 0.06
+"""The relative squared error of a probed weight, about that of Q2_K: so much that the KL divergence is
+that of the error itself, and not of the few tokens that a tiny error already sends to other experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ def _measured(
             for name, row in errors.items()
         }
         return replace(found, table=table, source="relative errors measured, sensitivities from tables")
-    return _Prober(checkpoint, calibration, ids, probing, menu, resources).sensitivities(errors)
+    return _Prober(checkpoint, calibration, errors, ids, probing, menu, resources).sensitivities()
 
 
 def sample_errors(
@@ -165,44 +171,49 @@ def _stats(weight: Weight, calibration: Calibration) -> InputStats | None:
     return None if weight.site is None else calibration.inputs[weight.site.name]
 
 
+@dataclass(frozen=True)
 class _Prober:
-    """Versions of the model in which some weights are rounded, and their KL divergences to it."""
+    """Versions of the model whose weights are off as formats would make them by `errors`, weight -> format ->
+    relative error, and their KL divergences to it, on some of the rows `ids`."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        calibration: Calibration,
-        ids: Tensor,
-        probing: Probing,
-        menu: Menu,
-        resources: Resources,
-    ) -> None:
-        self.checkpoint, self.menu, self.resources = checkpoint, menu, resources
-        self.weights, self.calibration, self.probing = checkpoint.weights, calibration, probing
-        running = tuple(weight for weight in checkpoint.weights if weight.runs)
-        self.groups = [g for g in menu.groups(running) if len(menu.candidates(g[0])) > 1]
-        count = probing.scored(len(self.groups), ids)
-        self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]
+    checkpoint: Checkpoint
+    calibration: Calibration
+    errors: Mapping[str, Mapping[str, float]]
+    ids: Tensor
+    probing: Probing
+    menu: Menu
+    resources: Resources
 
-    def sensitivities(self, errors: Mapping[str, Mapping[str, float]]) -> Sensitivities:
+    @cached_property
+    def groups(self) -> list[tuple[Weight, ...]]:
+        """Weights that are probed together: those that must have one format, where there is a choice."""
+        running = tuple(weight for weight in self.checkpoint.weights if weight.runs)
+        return [group for group in self.menu.groups(running) if len(self.menu.candidates(group[0])) > 1]
+
+    @cached_property
+    def scored(self) -> Tensor:
+        """The rows of tokens that are scored."""
+        count = self.probing.scored(len(self.groups), self.ids)
+        return self.ids[torch.linspace(0, len(self.ids) - 1, count).round().long()]
+
+    def sensitivities(self) -> Sensitivities:
         """Sensitivities of every group, then how the sensitivities of whole plans add up."""
-        table: dict[str, dict[str, float]] = {}
-        for weight in self.weights:
-            table[weight.name] = dict(errors[weight.name])
-        per_error = dict.fromkeys(table, 0.0)
-        versions = [{weight.name: self.menu.probe(weight) for weight in group} for group in self.groups]
+        per_error = dict.fromkeys(self.errors, 0.0)
+        versions = [dict.fromkeys((weight.name for weight in group), PROBED) for group in self.groups]
         for probed, kl in zip(versions, self._divergences(versions), strict=True):
-            error = sum(errors[name][fmt] for name, fmt in probed.items())
-            per_error.update(dict.fromkeys(probed, max(kl, 0.0) / error if error else 0.0))
+            per_error.update(dict.fromkeys(probed, max(kl, 0.0) / sum(probed.values())))
         table = {
-            name: {fmt: error * per_error[name] for fmt, error in row.items()} for name, row in table.items()
+            name: {fmt: error * per_error[name] for fmt, error in row.items()}
+            for name, row in self.errors.items()
         }
         found = Sensitivities(table, per_error, "")
-        units = self.menu.units(self.weights, found)
-        plans = [self._plan(units, size) for size in self.menu.checks(self.weights, units)]
+        weights = self.checkpoint.weights
+        units = self.menu.units(weights, found)
+        plans = [self._plan(units, size) for size in self.menu.checks(weights, units)]
         sums = [sum(table[name][fmt] for name, fmt in types.items()) for types in plans]
-        linear, root = fit(zip(sums, self._divergences(plans), strict=True))
-        tokens = self.ids.shape[0] * (self.ids.shape[1] // 2 - 1)
+        probed = [{name: self.errors[name][fmt] for name, fmt in types.items()} for types in plans]
+        linear, root = fit(zip(sums, self._divergences(probed), strict=True))
+        tokens = self.scored.shape[0] * (self.scored.shape[1] // 2 - 1)
         source = f"{len(self.groups)} probes of {tokens:,} tokens each"
         return replace(found, source=source, linear=linear, root=root)
 
@@ -214,27 +225,20 @@ class _Prober:
             types.update(dict.fromkeys((weight.name for weight in unit.weights), option.format))
         return types
 
-    def _divergences(self, versions: Sequence[Mapping[str, str]]) -> list[float]:
-        """Of versions with weights in these formats; those that always stay do so."""
-        open_to = {weight.name for group in self.groups for weight in group}
-        changed = [{name: fmt for name, fmt in each.items() if name in open_to} for each in versions]
-        return divergences(self.checkpoint, self.ids, changed, self._quantized, self.resources)
+    def _divergences(self, versions: Sequence[Version]) -> list[float]:
+        """Of versions whose weights have these errors."""
+        changed = [{name: error for name, error in each.items() if error} for each in versions]
+        return divergences(self.checkpoint, self.scored, changed, self._distorted, self.resources)
 
-    def _quantized(self, weight: Weight, name: str) -> Tensor:
-        """The weight, or some of its experts, as it decodes from that format."""
+    def _distorted(self, weight: Weight, error: float) -> Tensor:
+        """The weight, or some of its experts, with an error."""
         values = load(weight)
-        if name == self.menu.exact(weight):
-            return values
         stats = _stats(weight, self.calibration)
         columns = None if stats is None else importance(stats, self.probing.gating)
         if columns is not None:
             columns = columns[weight.experts] if weight.is_expert else columns
             columns = columns[0] if values.ndim == 2 else columns
-        fmt = formats.get(self.menu.block_format(name, weight))
-        device = self.resources.device
-        packed = formats.quantize(fmt, values, columns, self.probing.effort, device=device)
-        del values  # a head has gigabytes
-        return formats.dequantize(fmt, packed.to(device))
+        return distorted(values.to(self.resources.device), error, columns)
 
 
 def fit(checks: Iterable[tuple[float, float]]) -> tuple[float, float]:

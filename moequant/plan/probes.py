@@ -27,18 +27,18 @@ from moequant.forward.taps import Recorder
 from moequant.progress import Bar
 from moequant.values import Role, Weight
 
-Version = Mapping[str, str]
-"""The formats that weights of a version are rounded to; weights that are not named stay."""
+Version = Mapping[str, float]
+"""The relative squared errors that weights of a version have; weights that are not named have none."""
 
-Rounded = Callable[[Weight, str], Tensor]
-"""A weight, or some of its experts, as it decodes from a format."""
+Distorted = Callable[[Weight, float], Tensor]
+"""A weight, or some of its experts, with that error."""
 
 
 def divergences(
     checkpoint: Checkpoint,
     ids: Tensor,
     versions: Sequence[Version],
-    rounded: Rounded,
+    distorted: Distorted,
     resources: Resources = FREE,
 ) -> list[float]:
     """The mean KL divergence of every version to the model, over rows of tokens ids i64 [rows, n].
@@ -47,7 +47,7 @@ def divergences(
     """
 
     def work(mine: Sequence[Version]) -> list[float]:
-        return _divergences(checkpoint, ids, mine, rounded, resources.apart)
+        return _divergences(checkpoint, ids, mine, distorted, resources.apart)
 
     return resources.ranks.dealt(versions, [_cost(checkpoint, each) for each in versions], work)
 
@@ -63,14 +63,18 @@ def _cost(checkpoint: Checkpoint, version: Version) -> int:
 
 
 def _divergences(
-    checkpoint: Checkpoint, ids: Tensor, versions: Sequence[Version], rounded: Rounded, resources: Resources
+    checkpoint: Checkpoint,
+    ids: Tensor,
+    versions: Sequence[Version],
+    distorted: Distorted,
+    resources: Resources,
 ) -> list[float]:
     one_row = replace(resources, batch_tokens=ids.shape[1])
     among = Versions(weights=2, states=len(versions) + 2)  # with what the model says
     with scratch() as folder, LayerStream(checkpoint, ids, one_row, whole=True, among=among) as stream:
         scored = ids.shape[1] - ids.shape[1] // 2 - 1
         states = [stream.new_hidden(folder / str(number)) for number in range(len(versions))]
-        probes = _Probes(stream, versions, rounded, stream.new_hidden(folder / "model"), states, scored)
+        probes = _Probes(stream, versions, distorted, stream.new_hidden(folder / "model"), states, scored)
         return probes.run(stream.room(folder / "said", [(scored, checkpoint.shape.vocab)] * len(ids)))
 
 
@@ -92,7 +96,7 @@ class _Probes:
 
     stream: LayerStream
     versions: Sequence[Version]
-    rounded: Rounded
+    distorted: Distorted
     model: Hidden
     states: Sequence[Hidden]
     scored: int
@@ -180,7 +184,7 @@ class _Probes:
 
     def _provider(self, number: int) -> Provider:
         """The weights that a version changes."""
-        return lambda weight: self.rounded(weight, self.versions[number][weight.name])
+        return lambda weight: self.distorted(weight, self.versions[number][weight.name])
 
 
 def _nobody(task: int) -> Recorder:
