@@ -211,8 +211,8 @@ class _Prober:
         units = self.menu.units(weights, found)
         plans = [self._plan(units, size) for size in self.menu.checks(weights, units)]
         sums = [sum(table[name][fmt] for name, fmt in types.items()) for types in plans]
-        probed = [{name: self.errors[name][fmt] for name, fmt in types.items()} for types in plans]
-        linear, root = fit(zip(sums, self._divergences(probed), strict=True))
+        off = [{name: self.errors[name][fmt] for name, fmt in types.items()} for types in plans]
+        linear, root = fit(zip(sums, self._divergences(off), strict=True))
         tokens = self.scored.shape[0] * (self.scored.shape[1] // 2 - 1)
         source = f"{len(self.groups)} probes of {tokens:,} tokens each"
         return replace(found, source=source, linear=linear, root=root)
