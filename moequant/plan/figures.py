@@ -50,7 +50,7 @@ class Figures:
             if (meta["run"], meta["place"]) != (self.run, self._place(path)):
                 raise ValueError("of another place or another run")
             return json.loads(meta["value"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{path}: cannot be continued from ({error}); {self.again}") from None
 
     def every(self, kind: str, numbers: Iterable[int]) -> dict[int, Any]:
