@@ -21,14 +21,13 @@ import torch
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint
-from moequant.commands.job import Job, menu_of
+from moequant.commands.job import Job, probing_of
 from moequant.commands.journal import journal_bytes
 from moequant.commands.text import Texts
 from moequant.escape import shown
 from moequant.formats import Effort, engine
 from moequant.forward.memory import rounding_work, usable_bytes, working_bytes
 from moequant.plan.measure import Probing
-from moequant.plan.menu import Menu
 from moequant.progress import Forecast, resident_bytes
 from moequant.rounding.layerwise import BATCHES
 from moequant.rounding.rounder import UNROUNDED
@@ -278,7 +277,7 @@ def counted(jobs: Sequence[Job], read: Texts, routes: bool, search: Search) -> d
     if routes and read.calibration is not None:
         found["route"] = _route(model, read.calibration.tokens, batch)
     if read.probes is not None and any(job.measures for job in jobs):
-        found["plan"] = _plan(model, read.probes, menu_of(first.container, first.settings))
+        found["plan"] = _plan(model, read.probes, probing_of(first.container, first.settings))
     for job in jobs:
         plain = read.calibration is None or job.settings.effort == "fast" or not job.quantizes
         types = job.container.formats(job.plan)
@@ -296,12 +295,12 @@ def _route(model: Model, tokens: int, batch: int) -> Work:
     return model.passing(tokens, batch) + Work(numbers=LOADED * model.stored + SQUARED * tokens * model.fed)
 
 
-def _plan(model: Model, probes: Rows, menu: Menu) -> Work:
+def _plan(model: Model, probes: Rows, probing: Probing) -> Work:
     """Errors of samples in every type; then every group of weights in a version of its own, which crosses the
     layers from the first that it changes, and two whole plans."""
-    checkpoint, probing = model.checkpoint, Probing()
+    checkpoint, menu = model.checkpoint, probing.menu
     running = tuple(weight for weight in checkpoint.weights if weight.runs)
-    groups = [group for group in menu.groups(running) if len(menu.candidates(group[0])) > 1]
+    groups = probing.groups(running)
     row = probes.ids.shape[1]
     tokens = row * probing.scored(len(groups), probes.ids)
     layers = checkpoint.shape.layers
