@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint
-from moequant.evaluate import kl_divergence, log_softmax
+from moequant.evaluate import log_softmax
 from moequant.files import scratch
 from moequant.forward.hidden import Hidden
 from moequant.forward.memory import Versions
@@ -25,6 +26,7 @@ from moequant.forward.resources import FREE, Resources
 from moequant.forward.stream import LayerStream
 from moequant.forward.taps import Recorder
 from moequant.plan.figures import Crossing, Figures
+from moequant.plan.vocabulary import Said
 from moequant.progress import Bar
 from moequant.values import Role, Weight
 
@@ -91,14 +93,14 @@ def _divergences(
 ) -> list[float]:
     """Those of this rank's versions, by number."""
     one_row = replace(resources.apart, batch_tokens=ids.shape[1])
-    among = Versions(weights=2, states=len(versions) + 2)  # with what the model says
+    among = Versions(weights=2, states=len(versions) + 1)
     with scratch() as folder, LayerStream(checkpoint, ids, one_row, whole=True, among=among) as stream:
         scored = ids.shape[1] - ids.shape[1] // 2 - 1
         states = {number: stream.new_hidden(folder / str(number)) for number in versions}
         probes = _Probes(stream, versions, distorted, stream.new_hidden(folder / "model"), states, scored)
         if figures is not None:
             probes = probes.lasting(Crossing.of(figures, stream.shapes, versions, resources.ranks))
-        return probes.run(stream.room(folder / "said", [(scored, checkpoint.shape.vocab)] * len(ids)))
+        return probes.run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +140,8 @@ class _Probes:
             each.resume(first, range(len(shapes)))
         return replace(self, model=model, states=states, crossing=crossing, first=first)
 
-    def run(self, said: Hidden) -> list[float]:
-        """The divergence of each version; there is room for what the model `said`."""
+    def run(self) -> list[float]:
+        """The divergence of each version."""
         stream, started = self.stream, self._started(self.first)
         if not self.first:
             stream.embed(self.model)
@@ -151,7 +153,7 @@ class _Probes:
                 if self.crossing is not None:
                     self.crossing.finish(layer + 1)
                 bar.update()
-        return self._divergences(said, started)
+        return self._divergences(started)
 
     def _started(self, layer: int) -> set[int]:
         """Versions that are no longer the model itself in front of that layer."""
@@ -195,27 +197,30 @@ class _Probes:
         parts = [each.of(experts) for each in crossing.experts]
         return changed_experts(module, parts, self._provider(crossing.number))
 
-    def _divergences(self, said: Hidden, started: set[int]) -> list[float]:
+    def _divergences(self, started: set[int]) -> list[float]:
         """What the ends of the versions say, held against what the model says."""
         stream, found = self.stream, list[float]()
-        rows = range(len(stream.batches))
         with stream.ends():
-            for row in rows:
-                said.put(0, row, log_softmax("baseline", self._logits(row, self.model)))
+            said = [self._said(row) for row in range(len(stream.batches))]
             for number, states in self.states.items():
                 named = self._named(number, None, *self._at_the_end)
                 with using(stream.model, changed(stream.model, named, self._provider(number))):
                     stream.tie()
                     given = states if number in started else self.model
-                    kl = [kl_divergence(said.get(0, row), self._logits(row, given)) for row in rows]
+                    kl = [each.divergence(self._logits(row, given, each)) for row, each in enumerate(said)]
                 found.append(float(torch.cat(kl).mean()))
                 if self.crossing is not None:
                     self.crossing.figures.keep(found[-1], KL, number)
         return found
 
-    def _logits(self, row: int, states: Hidden) -> Tensor:
-        """What is said at the scored positions of a row, [m, vocab]."""
-        logits: Tensor = self.stream.end(row, states, logits_to_keep=self.scored + 1).logits[0]
+    def _said(self, row: int) -> Said:
+        """What the model says at the scored positions of a row."""
+        return Said.of(log_softmax("baseline", self._logits(row, self.model)))
+
+    def _logits(self, row: int, states: Hidden, said: Said | None = None) -> Tensor:
+        """Logits at the scored positions of a row, [m, vocab]; or [m, s], of tokens that were drawn."""
+        with nullcontext() if said is None else self.stream.only(said.tokens):
+            logits: Tensor = self.stream.end(row, states, logits_to_keep=self.scored + 1).logits[0]
         return logits[:-1].cpu()
 
     @property
