@@ -199,13 +199,13 @@ def _routed(job: Job, rows: Rows, journal: RunJournal | None) -> Calibration:
 def _sensitivities(
     jobs: Sequence[Job], calibration: Calibration, probes: Rows, journal: RunJournal | None
 ) -> Sensitivities:
-    """What types cost, measured once."""
+    """What types cost, measured once, from where it stopped."""
     if journal is None:
         return measured(jobs, calibration, probes)
-    if (known := journal.sensitivities()) is not None:
-        return known
-    found = measured(jobs, calibration, probes)
-    journal.keep_sensitivities(found)
+    if (found := journal.sensitivities()) is None:
+        found = measured(jobs, calibration, probes, journal.figures)
+        journal.keep_sensitivities(found)
+    journal.forget_figures()
     return found
 
 

@@ -21,14 +21,13 @@ import torch
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint
-from moequant.commands.job import Job, menu_of
+from moequant.commands.job import Job, probing_of
 from moequant.commands.journal import journal_bytes
 from moequant.commands.text import Texts
 from moequant.escape import shown
 from moequant.formats import Effort, engine
 from moequant.forward.memory import rounding_work, usable_bytes, working_bytes
 from moequant.plan.measure import Probing
-from moequant.plan.menu import Menu
 from moequant.progress import Forecast, resident_bytes
 from moequant.rounding.layerwise import BATCHES
 from moequant.rounding.rounder import UNROUNDED
@@ -53,8 +52,8 @@ Where it counts the search is measured, type by type."""
 COMPILING = 3.3
 """CPU seconds until a compiled encoder is loaded; the first time on a machine it takes longer."""
 
-PROBED = 6
-"""Encoders that are compiled for probes and whole plans, where one is."""
+DISTORTED = 20
+"""Times that a weight is handled until it has the error of a probe."""
 
 SAMPLED = 1100
 """Times that a sampled weight is handled in one type, small as samples are."""
@@ -278,7 +277,7 @@ def counted(jobs: Sequence[Job], read: Texts, routes: bool, search: Search) -> d
     if routes and read.calibration is not None:
         found["route"] = _route(model, read.calibration.tokens, batch)
     if read.probes is not None and any(job.measures for job in jobs):
-        found["plan"] = _plan(model, read.probes, menu_of(first.container, first.settings), search)
+        found["plan"] = _plan(model, read.probes, probing_of(first.container, first.settings))
     for job in jobs:
         plain = read.calibration is None or job.settings.effort == "fast" or not job.quantizes
         types = job.container.formats(job.plan)
@@ -296,12 +295,12 @@ def _route(model: Model, tokens: int, batch: int) -> Work:
     return model.passing(tokens, batch) + Work(numbers=LOADED * model.stored + SQUARED * tokens * model.fed)
 
 
-def _plan(model: Model, probes: Rows, menu: Menu, search: Search) -> Work:
+def _plan(model: Model, probes: Rows, probing: Probing) -> Work:
     """Errors of samples in every type; then every group of weights in a version of its own, which crosses the
     layers from the first that it changes, and two whole plans."""
-    checkpoint, probing = model.checkpoint, Probing()
+    checkpoint, menu = model.checkpoint, probing.menu
     running = tuple(weight for weight in checkpoint.weights if weight.runs)
-    groups = [group for group in menu.groups(running) if len(menu.candidates(group[0])) > 1]
+    groups = probing.groups(running)
     row = probes.ids.shape[1]
     tokens = row * probing.scored(len(groups), probes.ids)
     layers = checkpoint.shape.layers
@@ -310,22 +309,15 @@ def _plan(model: Model, probes: Rows, menu: Menu, search: Search) -> Work:
         layers - (group[0].layer or 0) for group in groups if group[0].role is not Role.OUTPUT
     )
     passes = model.passing(tokens * crossed / layers, row)
-    samples, compiled = 0, set[str]()
+    samples = 0
     for weight in running:
         if others := len(menu.measured(weight)) - 1:
             experts, rows = probing.sampled(weight)
             samples += others * experts * rows * weight.n_in
-    searched = Work()
-    for group in groups:
-        for weight in group:
-            name = menu.block_format(menu.probe(weight), weight)
-            searched += _searched(weight, 3 * search(name))
-            compiled |= {name} if weight.numel >= engine.COMPILE_FROM else set()
     logits = tokens / 2 * versions
-    head = Work(
-        logits * model.head, SCORED * logits * checkpoint.shape.vocab, PROBED * COMPILING * len(compiled)
-    )
-    return passes + searched + head + Work(numbers=SAMPLED * samples + 2 * LOADED * model.stored)
+    head = Work(logits * model.head, SCORED * logits * checkpoint.shape.vocab)
+    changed = 3 * DISTORTED * sum(weight.numel for group in groups for weight in group)
+    return passes + head + Work(numbers=SAMPLED * samples + changed + 2 * LOADED * model.stored)
 
 
 def _searched(weight: Weight, times: float) -> Work:

@@ -22,6 +22,7 @@ from moequant.files import part_names, scratch
 from moequant.hub import Source
 from moequant.hub.fetch import headers
 from moequant.hub.stream import shelf_of
+from moequant.plan.figures import Figures
 from moequant.plan.folders import FolderMenu, budget_plan
 from moequant.plan.measure import Probing, measure
 from moequant.plan.menu import GgufMenu, Menu
@@ -159,11 +160,14 @@ def check_runtime(job: Job) -> None:
             ) from None
 
 
-def measured(jobs: Sequence[Job], calibration: Calibration, probes: Rows) -> plan.Sensitivities:
-    """What each type would cost this model, measured once for all jobs."""
+def measured(
+    jobs: Sequence[Job], calibration: Calibration, probes: Rows, figures: Figures | None = None
+) -> plan.Sensitivities:
+    """What each type would cost this model, measured once for all jobs; what is finished is kept in
+    `figures`."""
     output, settings = jobs[0].container, jobs[0].settings
-    menu, probing = menu_of(output, settings), Probing(gating=settings.gating)
-    return measure(output.checkpoint, calibration, probes.ids, probing, menu, settings.resources)
+    probing = probing_of(output, settings)
+    return measure(output.checkpoint, calibration, probes.ids, probing, settings.resources, figures)
 
 
 def chosen(jobs: Sequence[Job], found: plan.Sensitivities) -> tuple[Job, ...]:
@@ -174,6 +178,11 @@ def chosen(jobs: Sequence[Job], found: plan.Sensitivities) -> tuple[Job, ...]:
     return tuple(
         replace(job, plan=_planned(output, job.settings, found)) if job.measures else job for job in jobs
     )
+
+
+def probing_of(output: Container, settings: Settings) -> Probing:
+    """How types are measured for this output."""
+    return Probing(gating=settings.gating, menu=menu_of(output, settings))
 
 
 def menu_of(output: Container, settings: Settings) -> Menu:

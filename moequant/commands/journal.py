@@ -1,8 +1,9 @@
 """What a conversion has finished, in a folder beside its output: the same command goes on from there.
 
 `run.json` says which run it is. `route/` has the statistics of finished layers (`statistics.journal`), `plan`
-what types cost, a folder for each output its finished parts (`rounding.parts`), and `done-N` of a finished
-output what was written. All but `run.json` have checksums. The lock of the first output is the journal's too.
+what types cost, or `plan/` what is measured of that (`plan.figures`), a folder for each output its finished
+parts (`rounding.parts`), and `done-N` of a finished output what was written. All but `run.json` have
+checksums. The lock of the first output is the journal's too.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import transformers
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
-from moequant.commands.job import Job
+from moequant.commands.job import Job, probing_of
 from moequant.commands.settings import Settings
 from moequant.commands.text import Texts
 from moequant.containers.base import Written
 from moequant.errors import HubError, MoequantError, OutputError, RankError, VerifyError, one_line
 from moequant.files import Interrupted, atomic, discard, is_scratch, part_names
 from moequant.plan import Sensitivities
+from moequant.plan.figures import Figures
 from moequant.rounding.parts import Parts, loss_fields, loss_of, loss_tensors
 from moequant.statistics import sealed
 from moequant.statistics.journal import Journal, digest, fingerprint
@@ -53,10 +55,12 @@ _INPUTS = ("stats", "imatrix", "plan")
 """Settings that name a file, which is compared by what is in it."""
 
 _PART = r"\d+/(part-\d{4,}|piece-\d{4,}-(experts|inner)-\d+-\d+)"
-_SEALED = rf"(plan|done-\d+|{_PART}|route/layer-\d{{4,}})\.safetensors"
-_STATES = r"(route|\d+/(exact|rounded))/hidden-\d{4,}\.f32"
+_CROSSING = r"plan/(probes|plans)"
+_FIGURE = rf"plan/errors-\d{{4,}}|{_CROSSING}/(kl-\d{{4,}}|reached)"
+_SEALED = rf"(plan|done-\d+|{_PART}|{_FIGURE}|route/layer-\d{{4,}})\.safetensors"
+_STATES = rf"(route|{_CROSSING}|\d+/(exact|rounded))/hidden-\d{{4,}}\.f32"
 _FILES = re.compile(rf"run\.json|route/run\.json|beside\.json|{_SEALED}|{_STATES}")
-_FOLDERS = re.compile(r"route|\d+|\d+/(exact|rounded)")
+_FOLDERS = re.compile(rf"route|plan|{_CROSSING}|\d+|\d+/(exact|rounded)")
 _TEMPORARY = re.compile(r"\.(.+)\.moequant-(lock|[0-9a-f]{8})")
 
 ANOTHER_TIME = (OutputError, VerifyError, HubError, RankError)
@@ -160,7 +164,8 @@ class RunJournal:
     @property
     def begun(self) -> bool:
         """Whether anything is finished, so that there is something to go on from."""
-        finished = ("route/layer-*", "plan.safetensors", "*/part-*", "*/piece-*", "done-*")
+        measured = ("plan.safetensors", "plan/errors-*", "plan/*/reached*")
+        finished = ("route/layer-*", *measured, "*/part-*", "*/piece-*", "done-*")
         return any(True for pattern in finished for _ in self.folder.glob(pattern))
 
     def statistics(self, checkpoint: Checkpoint, rows: Rows) -> Journal:
@@ -179,6 +184,15 @@ class RunJournal:
             return Sensitivities(**json.loads(meta["sensitivities"]))
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(path, error) from None
+
+    @property
+    def figures(self) -> Figures:
+        """What is finished of measuring it."""
+        return Figures(self.folder / "plan", self.name, self.again)
+
+    def forget_figures(self) -> None:
+        """It is measured: what that was made of is needed no more."""
+        remove(self.folder / "plan", self.folder)
 
     def keep_sensitivities(self, found: Sensitivities) -> None:
         """They are measured."""
@@ -281,8 +295,8 @@ def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: T
 
 
 def journal_bytes(jobs: Sequence[Job], read: Texts) -> int:
-    """What a journal takes at most: one output's weights, those of one layer twice, statistics, and hidden
-    states of two streams in front of two layers."""
+    """What a journal takes at most: statistics, and either what measuring takes, or, later, one output's
+    weights, those of one layer twice, and hidden states of two streams in front of two layers."""
     checkpoint = jobs[0].container.checkpoint
     tokens = 0 if read.calibration is None else read.calibration.ids.numel()
     states = 16 * tokens * checkpoint.shape.hidden * checkpoint.shape.streams
@@ -291,7 +305,17 @@ def journal_bytes(jobs: Sequence[Job], read: Texts) -> int:
     for weight in checkpoint.weights:
         layers[weight.layer] += weight.numel
     twice = 1 + max(layers.values()) / layers.total()
-    return round(twice * max(job.size for job in jobs)) + states + 16 * sum(sites.values())
+    rounding = round(twice * max(job.size for job in jobs)) + states
+    return max(rounding, _measuring_bytes(jobs, read)) + 16 * sum(sites.values())
+
+
+def _measuring_bytes(jobs: Sequence[Job], read: Texts) -> int:
+    """What is kept at most while types are measured."""
+    first = jobs[0]
+    if read.probes is None or not any(job.measures for job in jobs):
+        return 0
+    probing = probing_of(first.container, first.settings)
+    return probing.kept_bytes(first.container.checkpoint, read.probes.ids)
 
 
 @contextmanager

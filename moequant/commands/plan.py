@@ -227,8 +227,8 @@ def _survey(source: Folder, settings: PlanSettings, outputs: Outputs) -> Survey:
     else:
         calibration = calibrate(made.checkpoint, calib_rows, settings.resources)
     ids = probe_rows.ids if settings.probes else None
-    probing, menu = Probing(effort=settings.effort), made.menu
-    found = measure(made.checkpoint, calibration, ids, probing, menu, settings.resources)
+    probing = Probing(effort=settings.effort, menu=made.menu)
+    found = measure(made.checkpoint, calibration, ids, probing, settings.resources)
     return Survey(made.checkpoint, found, made.curve(found, budgets, shown(opened.source)))
 
 

@@ -127,14 +127,6 @@ def score_tokens(base: Tensor, candidate: Tensor, target: Tensor) -> Scores:
     return join([_score(*part) for part in parts])
 
 
-def kl_divergence(log_p: Tensor, candidate: Tensor) -> Tensor:
-    """The KL divergence alone, f64 [m]: from the baseline's log-probabilities and the candidate's logits,
-    both [m, vocab], a few tokens at a time. VerifyError as for `score_tokens`."""
-    step = max(1, LOGITS // log_p.shape[-1])
-    parts = zip(torch.split(log_p, step), torch.split(candidate, step), strict=True)
-    return torch.cat([_divergence(one, log_softmax("candidate", two)) for one, two in parts])
-
-
 def log_softmax(name: str, logits: Tensor) -> Tensor:
     """The log-probabilities f32 of a model that is called so."""
     logs = torch.log_softmax(logits.float(), -1)

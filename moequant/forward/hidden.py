@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, Protocol
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from moequant.errors import OutputError
 from moequant.files import sync
+from moequant.ranks import Ranks
 
 
 class Hidden(Protocol):
@@ -136,11 +138,33 @@ class OnDisk:
         return self.folder / f"hidden-{layer:04d}.f32"
 
 
+class Batches:
+    """Some of the batches of `whole`, from `first` on, as hidden states of their own. Whoever has the whole
+    drops and syncs it."""
+
+    def __init__(self, whole: Hidden, first: int) -> None:
+        self.whole, self.first = whole, first
+
+    def get(self, layer: int, batch: int) -> Tensor:
+        """See `Hidden`."""
+        return self.whole.get(layer, self.first + batch)
+
+    def put(self, layer: int, batch: int, states: Tensor) -> None:
+        """See `Hidden`."""
+        self.whole.put(layer, self.first + batch, states)
+
+    def drop(self, layer: int) -> None:
+        """Others may still need theirs."""
+
+    def sync(self, layer: int) -> None:
+        """Those of others may not be there yet."""
+
+
 class Lasting:
     """Hidden states that outlive the process: on `disk`, and where there is room also in `memory`, which
     spares reading them."""
 
-    def __init__(self, disk: OnDisk, memory: InMemory | None) -> None:
+    def __init__(self, disk: OnDisk | Batches, memory: InMemory | None) -> None:
         self.disk, self.memory = disk, memory
 
     def get(self, layer: int, batch: int) -> Tensor:
@@ -168,6 +192,18 @@ class Lasting:
             states = self.disk.get(layer, batch)
             if self.memory is not None:
                 self.memory.put(layer, batch, states)
+
+
+@contextmanager
+def settled(states: Sequence[Hidden], layer: int, ranks: Ranks) -> Iterator[None]:
+    """This rank has written all that is fed to `layer`. In the block, where that is noted, all ranks have,
+    and it is on the disk; what was fed to the layer before is forgotten only after that."""
+    ranks.wait()
+    for each in states if ranks.first else ():
+        each.sync(layer)
+    yield
+    for each in states if ranks.first else ():
+        each.drop(layer - 1)
 
 
 def _checksum(values: NDArray[np.float32], layer: int, batch: int) -> int:

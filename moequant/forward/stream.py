@@ -27,7 +27,7 @@ from moequant.forward.experts import EXPERTS
 from moequant.forward.hidden import Hidden, InMemory, OnDisk
 from moequant.forward.joined import span
 from moequant.forward.memory import ONE, Versions, chunks, usable_bytes
-from moequant.forward.model import Provider, empty_model, fill, own_buffers, release, some_experts
+from moequant.forward.model import Provider, empty_model, fill, own_buffers, release, some_experts, using
 from moequant.forward.passage import Passage, Way
 from moequant.forward.resources import FREE, Resources
 from moequant.forward.taps import Enough, Recorder, recording, watch
@@ -334,6 +334,15 @@ class LayerStream:
         """Where one matrix is embedding and head, the head is what the embedding is now."""
         if self.whole and self.checkpoint.tied:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+
+    @contextmanager
+    def only(self, tokens: Tensor) -> Iterator[None]:
+        """Inside the block the head, which is in memory, has logits of these tokens alone, i64 [s]."""
+        head = self.model.get_output_embeddings()
+        path = next(name for name, module in self.model.named_modules() if module is head)
+        whole = {f"{path}.{name}": values for name, values in head.named_parameters()}
+        with using(self.model, {name: values[tokens.to(values.device)] for name, values in whole.items()}):
+            yield
 
     def _outside(self, *roles: Role) -> tuple[Weight, ...]:
         """Weights of these roles outside all layers, the embedding only when something computes with it."""

@@ -101,8 +101,7 @@ class FolderMenu:
 
     def measured(self, weight: Weight) -> tuple[str, ...]:
         """See `Menu`."""
-        names = self.candidates(weight)
-        return names if len(names) == 1 else (*names, self.probe(weight))
+        return self.candidates(weight)
 
     def exact(self, weight: Weight) -> str | None:
         """See `Menu`."""
@@ -117,10 +116,6 @@ class FolderMenu:
     def input_error(self, name: str) -> float:
         """See `Menu`."""
         return INPUT_ERROR.get(name, 0.0)
-
-    def probe(self, weight: Weight) -> str:
-        """See `Menu`: three bits, in groups of 32 where those divide the rows."""
-        return f"INT3_G{32 if weight.n_in % 32 == 0 else weight.n_in}_BF16"
 
     def groups(self, weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
         """See `Menu`."""

@@ -1,8 +1,8 @@
 """What every format would cost every weight, in KL divergence, measured on this model.
 
 What a format costs in a weight is its relative error, from a sample of rows and experts,
-times the loss's sensitivity to that weight, from a probe: the weight alone is quantized
-in the whole model and the KL divergence to the unquantized one is scored. Probes of two
+times the loss's sensitivity to that weight, from a probe: the weight alone is given an error
+in the whole model and the KL divergence to the unchanged one is scored. Probes of two
 whole plans, the best for those sensitivities, then say how sensitivities add up. `benchmarks/cases/plan.py`
 holds predictions against measurements.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import sqrt
 
 import torch
@@ -21,16 +22,22 @@ from moequant.checkpoint import Checkpoint, load
 from moequant.formats import Effort
 from moequant.forward.resources import FREE, Resources
 from moequant.plan import Sensitivities, Unit, allocate
+from moequant.plan.distortion import distorted
+from moequant.plan.figures import FILE_BYTES, Figures
 from moequant.plan.menu import GGUF, Menu
-from moequant.plan.probes import divergences
+from moequant.plan.probes import Version, divergences
 from moequant.progress import counted
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, InputStats, Weight
 
+PROBED = 0.06
+"""The relative squared error of a probed weight, about that of Q2_K: so much that the KL divergence is
+that of the error itself, and not of the few tokens that a tiny error already sends to other experts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Probing:
-    """How much is spent on measuring.
+    """What is measured, every format of the `menu`, and how much is spent on it.
 
     `tokens` are shared by all probes, each scoring whole rows, at least one and at most
     `rows`; `sample` weights of every matrix are packed in every format, from at most
@@ -43,6 +50,12 @@ class Probing:
     experts: int = 16
     effort: Effort = "default"
     gating: Gating = "gate2"
+    menu: Menu = GGUF
+
+    def groups(self, weights: Iterable[Weight]) -> list[tuple[Weight, ...]]:
+        """Of the weights, those that are probed together: that run, and may have one format or another."""
+        running = tuple(weight for weight in weights if weight.runs)
+        return [g for g in self.menu.groups(running) if len(self.menu.candidates(g[0])) > 1]
 
     def scored(self, groups: int, ids: Tensor) -> int:
         """How many rows of ids i64 [rows, n] each of the probes of so many groups scores."""
@@ -54,22 +67,31 @@ class Probing:
         experts = min(weight.matrices, self.experts)
         return experts, max(1, min(weight.shape[-2], self.sample // (experts * weight.n_in)))
 
+    def kept_bytes(self, checkpoint: Checkpoint, ids: Tensor) -> int:
+        """What `Figures` of it take at most: hidden states of the model and of all probes in front of two
+        layers, and what is found of every weight and probe."""
+        groups, shape = len(self.groups(checkpoint.weights)), checkpoint.shape
+        tokens = self.scored(groups, ids) * ids.shape[1]
+        states = 4 * (1 + groups) * tokens * shape.hidden * shape.streams
+        return 2 * states + FILE_BYTES * (len(checkpoint.weights) + groups)
+
 
 def measure(
     checkpoint: Checkpoint,
     calibration: Calibration,
     ids: Tensor | None,
     probing: Probing = Probing(),  # frozen
-    menu: Menu = GGUF,
     resources: Resources = FREE,
+    figures: Figures | None = None,
 ) -> Sensitivities:
     """Sensitivities of all formats of the menu for all weights.
 
     `ids` i64 [rows, n] is text for the probes, better not the text of `calibration`; with
     None only relative errors are measured, and sensitivities come from tables. Samples and probes are dealt
-    to ranks. Raises CheckpointError for a weight that cannot be read.
+    to ranks. What is finished is kept in `figures`, and a run that was killed goes on after it, with the same
+    result. Raises CheckpointError for a weight that cannot be read.
     """
-    return resources.ranks.together(_measured, checkpoint, calibration, ids, probing, menu, resources)
+    return resources.ranks.together(_measured, checkpoint, calibration, ids, probing, resources, figures)
 
 
 def _measured(
@@ -77,35 +99,54 @@ def _measured(
     calibration: Calibration,
     ids: Tensor | None,
     probing: Probing,
-    menu: Menu,
     resources: Resources,
+    figures: Figures | None,
 ) -> Sensitivities:
     """The same, by every rank."""
-
-    def sampled(mine: Sequence[Weight]) -> list[dict[str, float]]:
-        return [
-            sample_errors(weight, _stats(weight, calibration), probing, menu, resources.device)
-            for weight in counted("errors", mine, "tensor")
-        ]
-
-    found, weights = menu.prior(checkpoint.weights, checkpoint.n_layers), checkpoint.weights
-    costs = [min(weight.numel, probing.sample) * len(menu.measured(weight)) for weight in weights]
-    names = [weight.name for weight in weights]
-    errors = dict(zip(names, resources.ranks.dealt(weights, costs, sampled), strict=True))
+    errors = _errors(checkpoint.weights, calibration, probing, resources, figures)
     if ids is None:
+        found = probing.menu.prior(checkpoint.weights, checkpoint.n_layers)
         table = {
             name: {fmt: error * found.per_error[name] for fmt, error in row.items()}
             for name, row in errors.items()
         }
         return replace(found, table=table, source="relative errors measured, sensitivities from tables")
-    return _Prober(checkpoint, calibration, ids, probing, menu, resources).sensitivities(errors)
+    return _Prober(checkpoint, calibration, errors, ids, probing, resources, figures).sensitivities()
+
+
+def _errors(
+    weights: Sequence[Weight],
+    calibration: Calibration,
+    probing: Probing,
+    resources: Resources,
+    figures: Figures | None,
+) -> dict[str, dict[str, float]]:
+    """By the names of weights, their `sample_errors`."""
+    every, ranks = range(len(weights)), resources.ranks
+    known = {} if figures is None else ranks.told(lambda: figures.every("errors", every))
+
+    def sampled(mine: Sequence[int]) -> list[dict[str, float]]:
+        found = list[dict[str, float]]()
+        for number in counted("errors", mine, "tensor"):
+            weight = weights[number]
+            found.append(sample_errors(weight, _stats(weight, calibration), probing, resources.device))
+            if figures is not None and any(found[-1].values()):  # others are found at once
+                figures.keep(found[-1], "errors", number)
+        return found
+
+    left = [number for number in every if number not in known]
+    costs = [
+        min(weights[number].numel, probing.sample) * len(probing.menu.measured(weights[number]))
+        for number in left
+    ]
+    known |= zip(left, ranks.dealt(left, costs, sampled), strict=True)
+    return {weight.name: known[number] for number, weight in enumerate(weights)}
 
 
 def sample_errors(
     weight: Weight,
     stats: InputStats | None,
     probing: Probing,
-    menu: Menu = GGUF,
     device: str = "cpu",
 ) -> dict[str, float]:
     """Format -> relative squared error that it makes in the output of `weight`, over all of its experts: of
@@ -115,7 +156,7 @@ def sample_errors(
     the sum of the squared router weights of their tokens. Experts are sampled evenly in
     order of that mass, each standing for its neighbours; rows are sampled evenly.
     """
-    names = menu.measured(weight)
+    menu, names = probing.menu, probing.menu.measured(weight)
     if len(names) == 1 or not weight.runs:
         return dict.fromkeys(names, 0.0)
     count = weight.matrices
@@ -165,44 +206,48 @@ def _stats(weight: Weight, calibration: Calibration) -> InputStats | None:
     return None if weight.site is None else calibration.inputs[weight.site.name]
 
 
+@dataclass(frozen=True)
 class _Prober:
-    """Versions of the model in which some weights are rounded, and their KL divergences to it."""
+    """Versions of the model whose weights are off as formats would make them by `errors`, weight -> format ->
+    relative error, and their KL divergences to it, on some of the rows `ids`. What is finished is kept in
+    `figures`."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        calibration: Calibration,
-        ids: Tensor,
-        probing: Probing,
-        menu: Menu,
-        resources: Resources,
-    ) -> None:
-        self.checkpoint, self.menu, self.resources = checkpoint, menu, resources
-        self.weights, self.calibration, self.probing = checkpoint.weights, calibration, probing
-        running = tuple(weight for weight in checkpoint.weights if weight.runs)
-        self.groups = [g for g in menu.groups(running) if len(menu.candidates(g[0])) > 1]
-        count = probing.scored(len(self.groups), ids)
-        self.ids = ids[torch.linspace(0, len(ids) - 1, count).round().long()]
+    checkpoint: Checkpoint
+    calibration: Calibration
+    errors: Mapping[str, Mapping[str, float]]
+    ids: Tensor
+    probing: Probing
+    resources: Resources
+    figures: Figures | None
 
-    def sensitivities(self, errors: Mapping[str, Mapping[str, float]]) -> Sensitivities:
+    @cached_property
+    def groups(self) -> list[tuple[Weight, ...]]:
+        """Weights that are probed together."""
+        return self.probing.groups(self.checkpoint.weights)
+
+    @cached_property
+    def scored(self) -> Tensor:
+        """The rows of tokens that are scored."""
+        count = self.probing.scored(len(self.groups), self.ids)
+        return self.ids[torch.linspace(0, len(self.ids) - 1, count).round().long()]
+
+    def sensitivities(self) -> Sensitivities:
         """Sensitivities of every group, then how the sensitivities of whole plans add up."""
-        table: dict[str, dict[str, float]] = {}
-        for weight in self.weights:
-            table[weight.name] = dict(errors[weight.name])
-        per_error = dict.fromkeys(table, 0.0)
-        versions = [{weight.name: self.menu.probe(weight) for weight in group} for group in self.groups]
-        for probed, kl in zip(versions, self._divergences(versions), strict=True):
-            error = sum(errors[name][fmt] for name, fmt in probed.items())
-            per_error.update(dict.fromkeys(probed, max(kl, 0.0) / error if error else 0.0))
+        menu, weights, per_error = self.probing.menu, self.checkpoint.weights, dict.fromkeys(self.errors, 0.0)
+        versions = [dict.fromkeys((weight.name for weight in group), PROBED) for group in self.groups]
+        for probed, kl in zip(versions, self._divergences("probes", versions), strict=True):
+            per_error.update(dict.fromkeys(probed, max(kl, 0.0) / sum(probed.values())))
         table = {
-            name: {fmt: error * per_error[name] for fmt, error in row.items()} for name, row in table.items()
+            name: {fmt: error * per_error[name] for fmt, error in row.items()}
+            for name, row in self.errors.items()
         }
         found = Sensitivities(table, per_error, "")
-        units = self.menu.units(self.weights, found)
-        plans = [self._plan(units, size) for size in self.menu.checks(self.weights, units)]
+        units = menu.units(weights, found)
+        plans = [self._plan(units, size) for size in menu.checks(weights, units)]
         sums = [sum(table[name][fmt] for name, fmt in types.items()) for types in plans]
-        linear, root = fit(zip(sums, self._divergences(plans), strict=True))
-        tokens = self.ids.shape[0] * (self.ids.shape[1] // 2 - 1)
+        off = [{name: self.errors[name][fmt] for name, fmt in types.items()} for types in plans]
+        linear, root = fit(zip(sums, self._divergences("plans", off), strict=True))
+        tokens = self.scored.shape[0] * (self.scored.shape[1] // 2 - 1)
         source = f"{len(self.groups)} probes of {tokens:,} tokens each"
         return replace(found, source=source, linear=linear, root=root)
 
@@ -214,27 +259,20 @@ class _Prober:
             types.update(dict.fromkeys((weight.name for weight in unit.weights), option.format))
         return types
 
-    def _divergences(self, versions: Sequence[Mapping[str, str]]) -> list[float]:
-        """Of versions with weights in these formats; those that always stay do so."""
-        open_to = {weight.name for group in self.groups for weight in group}
-        changed = [{name: fmt for name, fmt in each.items() if name in open_to} for each in versions]
-        return divergences(self.checkpoint, self.ids, changed, self._quantized, self.resources)
+    def _divergences(self, name: str, versions: Sequence[Version]) -> list[float]:
+        """Of versions whose weights have these errors. They are kept under that name."""
+        off = [{name: error for name, error in each.items() if error} for each in versions]
+        figures = None if self.figures is None else self.figures.within(name)
+        return divergences(self.checkpoint, self.scored, off, self._distorted, self.resources, figures)
 
-    def _quantized(self, weight: Weight, name: str) -> Tensor:
-        """The weight, or some of its experts, as it decodes from that format."""
-        values = load(weight)
-        if name == self.menu.exact(weight):
-            return values
-        stats = _stats(weight, self.calibration)
+    def _distorted(self, weight: Weight, error: float) -> Tensor:
+        """The weight, or some of its experts, with an error."""
+        values, stats = load(weight), _stats(weight, self.calibration)
         columns = None if stats is None else importance(stats, self.probing.gating)
         if columns is not None:
             columns = columns[weight.experts] if weight.is_expert else columns
             columns = columns[0] if values.ndim == 2 else columns
-        fmt = formats.get(self.menu.block_format(name, weight))
-        device = self.resources.device
-        packed = formats.quantize(fmt, values, columns, self.probing.effort, device=device)
-        del values  # a head has gigabytes
-        return formats.dequantize(fmt, packed.to(device))
+        return distorted(values.to(self.resources.device), error, columns)
 
 
 def fit(checks: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -12,10 +12,6 @@ from moequant.plan.choose import groups, make_units
 from moequant.plan.sensitivity import Sensitivities, as_stored, candidates, prior_sensitivities
 from moequant.values import Weight
 
-PROBE = ("Q2_K", "IQ4_NL")
-"""What a probed weight is quantized to, with rows of 256s and of 32s: coarse, so that the KL divergence is
-that of the error itself and not of the few tokens that a tiny error already sends to other experts."""
-
 CHECKS = (2.5, 5.25)
 """Bits per weight of two whole plans that say how sensitivities add up, a coarse one and a fine one."""
 
@@ -37,9 +33,6 @@ class Menu(Protocol):
 
     def input_error(self, name: str) -> float:
         """Squared error over square that the runtime's rounding of inputs adds to a candidate's."""
-
-    def probe(self, weight: Weight) -> str:
-        """The coarse format, a candidate or not, that a probed weight is rounded to."""
 
     def groups(self, weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
         """Weights that must have the same format."""
@@ -80,10 +73,6 @@ class GgufMenu:
     def input_error(self, name: str) -> float:
         """See `Menu`: the same for all types of a product, and fixed by the file's kind."""
         return 0.0
-
-    def probe(self, weight: Weight) -> str:
-        """See `Menu`."""
-        return PROBE[0] if weight.n_in % 256 == 0 else PROBE[1]
 
     def groups(self, weights: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
         """See `Menu`."""

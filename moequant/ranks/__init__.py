@@ -115,11 +115,10 @@ class Ranks:
     def dealt(
         self, items: Sequence[R], costs: Sequence[float], work: Callable[[list[R]], Sequence[T]]
     ) -> list[T]:
-        """`work` gives a result for each of some items. Every item is done by one rank, so that the costs of
-        the ranks are much the same; all get every result, in the order of the items."""
+        """`work` gives a result for each of some items, of none too. Every item is done by one rank, so that
+        the costs of the ranks are much the same; all get every result, in the order of the items."""
         shares = deal(costs, self.count)
-        mine = shares[self.rank]
-        found = self.all(list(work([items[at] for at in mine])) if mine else [])
+        found = self.all(list(work([items[at] for at in shares[self.rank]])))
         by_item = dict(zip(chain.from_iterable(shares), chain.from_iterable(found), strict=True))
         return [by_item[at] for at in range(len(items))]
 

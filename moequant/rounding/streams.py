@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moequant.forward.hidden import Hidden, InMemory, Lasting, OnDisk
+from moequant.forward.hidden import Hidden, InMemory, Lasting, OnDisk, settled
 from moequant.forward.stream import LayerStream
 from moequant.ranks import ALONE, Ranks
 from moequant.rounding.parts import Parts
@@ -56,12 +56,11 @@ class Streams:
     def finished(self, results: list[Result], layer: int, parts: Parts | None) -> list[Result]:
         """What lies in front of `layer` is packed, and both streams are there. The results, kept in
         `parts`."""
-        if parts is not None:
-            self.ranks.wait()  # the states of all are written
-            for each in (self.exact, self.rounded) if parts.writes else ():
-                each.sync(layer)
-            parts.add(results)
-        if layer and (parts is None or parts.writes):
-            for each in (self.exact, self.rounded):
+        both = self.exact, self.rounded
+        if parts is None:
+            for each in both:
                 each.drop(layer - 1)
+            return results
+        with settled(both, layer, self.ranks):
+            parts.add(results)
         return results

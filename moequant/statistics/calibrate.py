@@ -13,7 +13,7 @@ import torch
 from moequant.checkpoint import Checkpoint, load, not_finite
 from moequant.errors import CheckpointError
 from moequant.files import scratch
-from moequant.forward.hidden import OnDisk
+from moequant.forward.hidden import OnDisk, settled
 from moequant.forward.model import Provider
 from moequant.forward.resources import FREE, Resources
 from moequant.forward.stream import LayerStream
@@ -75,19 +75,19 @@ def _calibrated(
             found = reduce(lambda one, two: combine([one, two]), every)
             if not all(torch.isfinite(stats.moment).all() for stats in found.inputs.values()):
                 _blame(checkpoint)
-            if journal:
-                ranks.wait()  # the states of all are written
+            states = [hidden] if layer < stream.n_layers else []  # the end of the pass feeds nobody
+            if not journal:
+                for each in states:
+                    each.drop(layer)
+                return found
+            with settled(states, layer + 1, ranks):
                 if ranks.first:
-                    if layer < stream.n_layers:
-                        hidden.sync(layer + 1)
                     journal.add(layer, found)
             return found
 
         with _progress(rows, stream.n_layers, done=len(parts)) as bar:
             for layer in stream.layers(len(parts)):
                 parts.append(total(stream.cross(layer, hidden, make, hidden), layer))
-                if ranks.first or not journal:
-                    hidden.drop(layer)
             parts.append(total((recorder for recorder, _ in stream.finish(hidden, make)), stream.n_layers))
     return _join(parts)
 

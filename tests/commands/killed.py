@@ -1,7 +1,7 @@
-"""`python -m tests.commands.killed MODEL TEXT WORK KIND SHARE…`: a conversion in forked children, killed.
+"""`python -m tests.commands.killed MODEL TEXT WORK KIND WHEN…`: a conversion in forked children, killed.
 
-Each is killed after a share of its file operations and given again; prints what it left and what the second
-run did.
+Each is killed after a share of its file operations, or before it opens a file of the journal, and given
+again; prints what it left and what the second run did.
 
 A process of its own, that forks before torch has started a thread. A hook on all modules counts which decoder
 layers are called.
@@ -45,15 +45,18 @@ KINDS = {
     "folder": ("-o", "{out}/f", "--format", "safetensors", "--group-size", "32"),
     "sizes": ("-o", "{out}/a-{type}.gguf", "--type", "Q4_0,Q5_0", "--effort", "fast", "--split-size", "100K",
               "--card", "{out}/README.md"),
+    "measured": ("-o", "{out}/a.gguf", "--type", "Q4_0"),
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """How a run ended: its exit code, file operations, and the decoder layers that it called, in order."""
+    """How a run ended: its exit code, file operations, those that first opened a file of the journal, by its
+    name, and the decoder layers that it called, in order."""
 
     code: int
     steps: int
+    opened: dict[str, int]
     layers: list[int]
     says: str
 
@@ -79,11 +82,11 @@ def run(arguments: Sequence[str], log: Path, kill_at: int | None = None) -> Told
         finally:
             os._exit(99)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return Told(**json.loads(log.read_text())) if log.exists() else Told(code, 0, [], "")
+    return Told(**json.loads(log.read_text())) if log.exists() else Told(code, 0, {}, [], "")
 
 
 def _child(arguments: Sequence[str], log: Path, kill_at: int | None) -> None:
-    steps, layers = 0, list[int]()
+    steps, opened, layers = 0, dict[str, int](), list[int]()
 
     def count() -> None:
         nonlocal steps
@@ -95,10 +98,16 @@ def _child(arguments: Sequence[str], log: Path, kill_at: int | None) -> None:
         if hasattr(module, "layer_idx"):
             layers.append(int(module.layer_idx))
 
+    def seen(event: str, args: tuple[object, ...]) -> None:
+        _, inside, name = str(args[0]).partition(".journal/") if event == "open" else ("", "", "")
+        if inside:
+            opened.setdefault(name.replace("/.", "/").partition(".")[0], steps)
+
     torch.nn.modules.module.register_module_forward_pre_hook(called)
     watch(count)
+    sys.addaudithook(seen)
     result = CliRunner().invoke(app, arguments)
-    told = Told(result.exit_code, steps, layers, result.stderr)
+    told = Told(result.exit_code, steps, opened, layers, result.stderr)
     log.write_text(json.dumps(asdict(told)))
     os._exit(result.exit_code)
 
@@ -115,8 +124,13 @@ def parts(left: Sequence[str]) -> int:
     return every.count(max(every)) if every else 0
 
 
-def main(model: Path, text: str, work: Path, kind: str, shares: Sequence[float]) -> list[Kill]:
-    """Every kill of that kind."""
+def when(whole: Told, told: str) -> int:
+    """The file operation that is meant: a share of all, or the name of a file of the journal."""
+    return whole.opened[told] if told in whole.opened else max(1, int(whole.steps * float(told)))
+
+
+def main(model: Path, text: str, work: Path, kind: str, every: Sequence[str]) -> tuple[Told, list[Kill]]:
+    """The undisturbed run, and every kill of that kind."""
     weights = GgufContainer(open_checkpoint(model)).checkpoint.weights
     kept = {weight.name for weight in weights if weight.role.keeps_precision or len(weight.shape) < 2}
     types = {weight.name: "F32" if weight.name in kept else "Q4_0" for weight in weights}
@@ -134,17 +148,17 @@ def main(model: Path, text: str, work: Path, kind: str, shares: Sequence[float])
     whole = run(arguments(work / "whole"), log)
     assert whole.code == 0, whole.says
     found = []
-    for number, share in enumerate(shares):
+    for number, told in enumerate(every):
         out = work / str(number)
-        killed = run(arguments(out), log, max(1, int(whole.steps * share)))
+        killed = run(arguments(out), log, when(whole, told))
         left = sorted(state(out))
         again = run(arguments(out), log)
         same = state(out) == state(work / "whole")
         found.append(Kill(killed.code, parts(left), again, same, sorted(state(out))))
-    return found
+    return whole, found
 
 
 if __name__ == "__main__":
-    model_, text_, work_, kind_, *shares_ = sys.argv[1:]
-    every = main(Path(model_), text_, Path(work_), kind_, [float(each) for each in shares_])
-    print(json.dumps([asdict(each) for each in every]))
+    model_, text_, work_, kind_, *whens = sys.argv[1:]
+    undisturbed, kills = main(Path(model_), text_, Path(work_), kind_, whens)
+    print(json.dumps([asdict(undisturbed), [asdict(each) for each in kills]]))

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,10 @@ def fast(text: Path, type_: str = "Q4_0", **changes: object) -> Settings:
     return Settings(type_, **(usual | changes))
 
 
-@pytest.mark.parametrize(("kind", "shares"), [("gguf", (0.8,)), ("folder", (0.85,)), ("sizes", (0.4, 0.85))])
-def test_killed_anywhere_it_goes_on_with_the_same_bytes(
-    small: Path, text: Path, tmp_path: Path, kind: str, shares: tuple[float, ...]
-) -> None:
+def killed(model: Path, text: Path, work: Path, kind: str, *when: object) -> tuple[dict, list[dict]]:
+    """What `tests.commands.killed` tells of the undisturbed run and of each kill; all went on well."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.commands.killed", small, text, tmp_path, kind, *map(str, shares)],
+        [sys.executable, "-m", "tests.commands.killed", model, text, work, kind, *map(str, when)],
         capture_output=True,
         text=True,
         check=False,
@@ -50,10 +49,18 @@ def test_killed_anywhere_it_goes_on_with_the_same_bytes(
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    kills = json.loads(done.stdout)
+    whole, kills = json.loads(done.stdout)
     for kill in kills:
         assert kill["code"] == -9 and kill["again"]["code"] == 0, kill["again"]["says"]
         assert kill["same"], kill["state"]
+    return whole, kills
+
+
+@pytest.mark.parametrize(("kind", "shares"), [("gguf", (0.8,)), ("folder", (0.85,)), ("sizes", (0.4, 0.85))])
+def test_killed_anywhere_it_goes_on_with_the_same_bytes(
+    small: Path, text: Path, tmp_path: Path, kind: str, shares: tuple[float, ...]
+) -> None:
+    _, kills = killed(small, text, tmp_path, kind, *shares)
     if kind != "sizes":  # the first part is what is in front of the layers
         for kill in kills:
             called = kill["again"]["layers"]
@@ -61,6 +68,29 @@ def test_killed_anywhere_it_goes_on_with_the_same_bytes(
         assert kills[-1]["parts"] > 1
     else:
         assert kills[-1]["parts"] and not kills[-1]["again"]["layers"]
+
+
+def test_killed_while_types_are_measured_it_crosses_no_finished_layer_again(
+    small: Path, text: Path, tmp_path: Path
+) -> None:
+    """Statistics, probes, whole plans and rounding cross the layers one after the other."""
+    stops = {
+        "plan/probes/hidden-0003": (2, 3),
+        "plan/probes/kl-0007": (0, 2),
+        "plan/plans/hidden-0002": (1, 2),
+    }
+    whole, kills = killed(small, text, tmp_path, "measured", *stops)
+    assert crossings(whole["layers"]) == 4
+    for kill, (first, left) in zip(kills, stops.values(), strict=True):
+        called = kill["again"]["layers"]
+        assert (called[0], crossings(called)) == (first, left)
+        before = whole["layers"][: -len(called)]
+        assert before[-1] == (first - 1) % 3 and before + called == whole["layers"], "whole layers are left"
+
+
+def crossings(layers: list[int]) -> int:
+    """How often it begins at the front, or somewhere behind it."""
+    return 1 + sum(after < before for before, after in pairwise(layers))
 
 
 def test_a_full_disk_keeps_what_is_finished(

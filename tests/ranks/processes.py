@@ -1,8 +1,9 @@
 """`python -m torch.distributed.run … -m tests.ranks.processes WHAT …`: what torchrun starts in tests.
 
 `deal` says what three ranks are told; `fail` has the last of them fail in a stage; `convert RANK …` is the
-command with a rank that kills itself when it has made its second part of the output. Each rank of it finds
-another amount of memory free, which is little: all take a few experts at a time, the same.
+command with a rank that kills itself when it has made its second part of the output, `measure RANK …` with
+one that does so when its versions of the model have crossed the second layer. Each rank of it finds another
+amount of memory free, which is little: all take a few experts at a time, the same.
 """
 
 from __future__ import annotations
@@ -72,27 +73,35 @@ def fail() -> None:
 
 def main() -> None:
     """See the module."""
-    if sys.argv[1] == "convert":
-        convert()
+    if sys.argv[1] in ("convert", "measure"):
+        convert(sys.argv[1])
     else:
         small()
 
 
-def convert() -> None:
+def convert(stage: str) -> None:
     """See the module. What is imported here takes seconds, in every process that only talks."""
     from moequant.cli import app
+    from moequant.plan.figures import Crossing
     from moequant.rounding import layerwise
     from moequant.rounding.parts import Parts
 
     layerwise.rounding_work = lambda ram: WORK >> 2 * int(os.environ["RANK"])
-    doomed, add = sys.argv.pop(2), Parts.add
+    sys.argv[1], doomed, add, finish = "convert", sys.argv.pop(2), Parts.add, Crossing.finish
 
     def adding(self: Parts, results: list[object]) -> None:
         if self.count == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         add(self, results)  # type: ignore[arg-type]
 
-    if os.environ["RANK"] == doomed:
+    def finishing(self: Crossing, layer: int) -> None:
+        if layer == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        finish(self, layer)
+
+    if os.environ["RANK"] == doomed and stage == "measure":
+        Crossing.finish = finishing  # type: ignore[method-assign]
+    elif os.environ["RANK"] == doomed:
         Parts.add = adding  # type: ignore[method-assign, assignment]
     app()
 

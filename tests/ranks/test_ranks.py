@@ -86,11 +86,17 @@ def test_a_killed_run_goes_on_with_other_ranks_and_ends_with_the_bytes_of_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "one.gguf", "plan.json"]
 
 
-def test_a_folder_of_two_ranks_has_the_bytes_of_one(tiny, text: Path, tmp_path: Path) -> None:
+def test_a_folder_of_ranks_that_measured_types_has_the_bytes_of_one(tiny, text: Path, tmp_path: Path) -> None:
+    """Two go over to three in the middle; of those one has none of the two whole plans that are measured."""
     model = tiny("deepseek_v3", hidden_size=128, moe_intermediate_size=64, intermediate_size=128)
-    given = ("-o", tmp_path / "two", "--format", "safetensors", "--size", SIZE)
-    ended = torchrun(2, "convert", -1, model, *given, *options(text))
-    assert ended.code == 0 and not ended.ours, ended.says
+    given = (model, "-o", tmp_path / "two", "--format", "safetensors", "--size", SIZE, *options(text))
+    killed, kept = torchrun(2, "measure", 1, *given), tmp_path / "two.journal" / "plan" / "probes"
+    assert killed.code and (kept / "hidden-0001.f32").exists() and (kept / "reached.safetensors").exists()
+    ended = torchrun(3, "convert", -1, *given)
+    assert ended.code == 0, ended.says
+    assert ended.ours == [
+        f"moequant: {tmp_path}/two.journal: continues after the work that is finished there"
+    ]
     convert(model, tmp_path / "one", asked(text, format="safetensors", size=SIZE))
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
@@ -147,7 +153,7 @@ def test_one_process_deals_all_to_itself() -> None:
     assert ALONE.first and ALONE.mine(3) == range(3) and ALONE.part((1, 2)) == range(2)
     assert ALONE.dealt("ab", (1, 2), lambda mine: [each.upper() for each in mine]) == ["A", "B"]
     assert list(ALONE.in_turn(iter("abc"), 3)) == ["a", "b", "c"] and ALONE.all(1) == [1]
-    assert ALONE.dealt((), (), lambda mine: pytest.fail("there is nothing to do")) == []
+    assert ALONE.dealt((), (), lambda mine: [each.upper() for each in mine]) == []
 
 
 def test_the_dearest_goes_to_whom_has_least() -> None:
