@@ -84,8 +84,8 @@ def test_every_matrix_has_the_number_of_its_inputs(tiny, tmp_path: Path, family:
             (tmp_path / "NVFP4" / "moequant.json").unlink()  # as if another tool had written it
         source = open_source(tmp_path / "NVFP4", checkpoint)
         assert source.inputs is not None
-        told = {name: word for name, word in source.inputs.items() if word != "F32"}
-        assert told == {name: f"float4/16/{number!r}" for name, number in numbers.items()}
+        told = {name: inputs.number for name, inputs in source.inputs.items() if inputs.numbers == "NVFP4"}
+        assert told == numbers
     # What is stored for an expert that another tool left out is an error, and no guess.
     last = next(name for name in named if ".experts.0." in name)
     files = theirs.files[last]
