@@ -119,7 +119,7 @@ def test_gate_and_up_have_one_number(tiny, tmp_path: Path, family: str) -> None:
 def test_names_of_schemes() -> None:
     assert schemes.find("w4a16_g32").group == 32 and schemes.find("W2A16_CHANNEL").group == -1
     assert schemes.find("W4A16_G32").name == "W4A16_G32" and schemes.find("W4A16_G128").name == "W4A16"
-    for name in ("", "W9A16", "W4A16_G100", "W4A16_G", "NVFP4A16_G32", "FP8"):
+    for name in ("", "W9A16", "W4A16_G100", "W4A16_G", "NVFP4A16_G32", "FP8_G32"):
         with pytest.raises(PlanError):
             schemes.find(name)
 
