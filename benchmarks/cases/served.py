@@ -26,9 +26,9 @@ TOOL = Path(__file__).parents[1] / "served_tool.py"
 class Served:
     """`tools` is the Python of an environment with llm-compressor and AutoRound; without one there are only
     our folders. `rivals` are tools of it, of one scheme alone where that stands behind (`gptq-W4A16`). What
-    is made stays in `cache`, and is found there again. `uniform` are schemes that mixed folders stand against,
-    each for the experts and for all linears; the bytes of the `mixed` among them are spent anew. A plan may
-    choose among `menu`."""
+    is made stays in `cache`, and is found there again. `uniform` are schemes that mixed folders stand
+    against, each for the experts and for all linears; the bytes of the `mixed` among them are spent anew. A
+    plan may choose among `menu`."""
 
     model: Path = MIX
     calib: Path = CALIB
@@ -71,10 +71,10 @@ def served(o: Served) -> Rows:
     by its default, in a process of its own with one thread; CPU seconds and memory are of all of it, imports
     too. `moequant compare` scores the folders; ± is paired by token. The ratio is to the best of the others.
 
-    Then our mixed folders, in which the scheme of every layer is chosen, attention's with it, beside our uniform
-    ones: one scheme for the experts, or for all linears. A mixed folder stands against the best uniform one that
-    is no larger, and against what a uniform one of its bytes would lose: the logarithm of KL on a straight line
-    between the two of its neighbours in size that lie lowest.
+    Then our mixed folders, in which the scheme of every layer is chosen, attention's with it, beside our
+    uniform ones: one scheme for the experts, or for all linears. A mixed folder stands against the best
+    uniform one that is no larger, and against what a uniform one of its bytes would lose: the logarithm of KL
+    on the lowest straight line between one that is smaller and one that is larger.
 
     The environment of the tools: `python -m venv ~/.cache/moequant/tools`, and in it `pip install
     torch==2.13.0+cpu llmcompressor==0.14.0.1`, which brings AutoRound 0.15.1 and transformers 5.17."""
