@@ -206,8 +206,19 @@ def notes(job: Job) -> tuple[str, ...]:
     away = (
         f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not compared with transformers" if shelf else None
     )
-    known = (*job.container.notes, *job.model.notes, *_already_lost(job.model))
+    known = (*job.container.notes, *job.model.notes, *_already_lost(job.model), *_larger(job))
     return (*known, *dense, *halves, *skipped, *source, *([away] if away else []))
+
+
+def _larger(job: Job) -> tuple[str, ...]:
+    """That an output is larger than what it is made of, where that is quantized: bytes bring nothing back."""
+    stored = (each for weight in job.model.weights for each in weight.origin.stored)
+    if job.size <= job.model.source_bytes or all(each.codec.name == "plain" for each in stored):
+        return ()
+    return (
+        f"larger than the quantized weights that it is made from: {job.size:,} bytes instead of "
+        f"{job.model.source_bytes:,}",
+    )
 
 
 def _already_lost(model: Checkpoint) -> tuple[str, ...]:

@@ -32,6 +32,28 @@ def test_what_was_lost_before_is_said(tiny, tmp_path: Path, scheme: str, kinds: 
     assert kinds is None or f"({kinds} tensors)" in said
 
 
+@pytest.mark.parametrize(
+    ("settings", "larger"),
+    [
+        (Settings("Q2_K"), False),
+        (Settings("F16"), True),
+        (Settings(format="safetensors", bits=3, quantize_attention=True), False),
+        (Settings(format="safetensors", bits=8), True),
+    ],
+)
+def test_an_output_that_is_larger_than_its_quantized_source_is_remarked(
+    tiny, tmp_path: Path, settings: Settings, larger: bool
+) -> None:
+    model, folder = tiny("qwen3_moe", moe_intermediate_size=128), tmp_path / "model"
+    quantized(model, folder, scheme="W4A16", quantize_attention=True)
+    job = open_job(folder, settings)
+    said = [note for note in notes(job) if "larger" in note]
+    stored = sum(each.bytes for weight in job.model.weights for each in weight.origin.stored)
+    told = f"larger than the quantized weights that it is made from: {job.size:,} bytes instead of {stored:,}"
+    assert said == ([told] if larger else [])
+    assert not any("larger" in note for note in notes(open_job(model, Settings("F32")))), "of bf16"
+
+
 def test_other_schemes_of_a_quantized_folder_are_not_promised(tiny, tmp_path: Path) -> None:
     """Where nothing fits, no option is named that would be refused."""
     model, folder = tiny("qwen3_moe", moe_intermediate_size=128), tmp_path / "model"
