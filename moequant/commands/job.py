@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moequant import plan
 from moequant.checkpoint import Checkpoint, Folder
+from moequant.checkpoint.codecs import RELEASED
 from moequant.commands.settings import Settings
 from moequant.containers.base import Container
 from moequant.containers.folders import inputs
@@ -34,9 +35,6 @@ calibration text of a trained model, at llama.cpp's types for Q2_K_S."""
 
 LEFT_COUPLED = 0.55
 """The same with coupled streams: 0.62 seen there, 0.48 on the demo model at Q4_K_M; between the two."""
-
-RELEASED = ("plain", "fp8", "mxfp8", "mxfp4")
-"""What models are trained or released in: of those there is often no other original."""
 
 
 @dataclass(frozen=True, slots=True)

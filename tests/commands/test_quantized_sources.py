@@ -17,6 +17,7 @@ from moequant.inspection.served import Gpus, fit_folder
 from moequant.report.served import nothing_serves
 from moequant.runtimes.vllm.memory import Serving
 from tests.containers.folders.cases import quantized
+from tests.evaluate.released import blocks, release
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,26 @@ def test_other_schemes_of_a_quantized_folder_are_not_promised(tiny, tmp_path: Pa
     assert [found.best for found in said] == [None, None]
     assert ["--schemes" in nothing_serves(found) for found in said] == [True, False]
     assert [any("quantized already" in note for note in found.notes) for found in said] == [False, True]
+
+
+def test_smaller_schemes_of_an_fp8_release_are_tried(tiny, tmp_path: Path) -> None:
+    """Many models are released in FP8 alone; what would be larger than the release is no answer."""
+    form, config = (
+        blocks,
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+    )
+    folder = tmp_path / "release"
+    release(tiny("mixtral"), folder, form, config)
+    found = fit_folder(folder, Gpus(1 << 40), Serving(512))
+    by_name = {each.name: each for each in found.candidates}
+    assert found.best is not None and found.best.name == "as it is" and found.best.kl == 0
+    assert {"W4A16", "NVFP4A16"} <= by_name.keys() and not {"FP8_BLOCK", "W8A16"} & by_name.keys()
+    whole = by_name.pop("as it is")
+    assert all(each.file_bytes < whole.file_bytes and each.kl for each in by_name.values())
+    assert (
+        "an FP8 release: schemes that would make it larger are left out; KL is to the release" in found.notes
+    )
+    assert not any("no other scheme" in note for note in found.notes)
 
 
 def test_a_folder_that_is_not_checked_is_called_what_it_is(tiny, tmp_path: Path) -> None:
