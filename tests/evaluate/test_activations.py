@@ -23,6 +23,7 @@ TOLD = {
     "FP8_DYNAMIC": Inputs("FP8", 0),
     "FP8_BLOCK": Inputs("FP8", 128),
     "W8A8": Inputs("int8", 0),
+    "FP8": Inputs("FP8", endings=("input_scale",)),
     "NVFP4": Inputs("NVFP4", 16, endings=("input_global_scale",)),
 }
 

@@ -243,6 +243,13 @@ def shown(tables: RenderableType) -> str:
     return out.getvalue()
 
 
+def ct(dynamic: bool, **told: object) -> dict[str, Any]:
+    """A config of compressed-tensors whose inputs are FP8."""
+    inputs = {"num_bits": 8, "type": "float", "dynamic": dynamic} | told
+    group = {"targets": ["Linear"], "weights": {}, "input_activations": inputs}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -266,6 +273,11 @@ def shown(tables: RenderableType) -> str:
         ({"qformat_weight": "fp8_e4m3", "qscheme_act": "NO_SCALES"}, Inputs("FP8", 0)),
         ({"qformat_weight": "fp8_e4m3", "qscheme_act": "X"}, "activation_scheme is missing"),
         ({"quant_method": "fp8", "activation_scheme": "other"}, "activation_scheme is other"),
+        (DEEPSEEK | {"weight_block_size": [128, -1]}, "weight_block_size is [128, -1]"),
+        (ct(True, strategy="group", group_size=64), Inputs("FP8", 64)),
+        (ct(True, strategy="group", group_size=-1), "float of 8 bits, group, dynamic: True, which"),
+        (ct(True, strategy="tensor"), "float of 8 bits, tensor, dynamic: True, which no runtime"),
+        (ct(False, strategy="channel"), "float of 8 bits, channel, dynamic: False, which no runtime"),
     ],
 )  # fmt: skip
 def test_every_config_says_it_or_not(config: dict[str, Any], expected: Inputs | str) -> None:

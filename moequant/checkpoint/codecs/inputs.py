@@ -108,8 +108,10 @@ def _of_fp8(raw: Config) -> Inputs:
         return _FIXED
     if scheme != "dynamic":
         return Inputs(untold=f"activation_scheme is {scheme or 'missing'}")
-    block = raw.get("weight_block_size")
-    return Inputs("FP8", int(block[1]) if block else 0, power=raw.get("scale_fmt") == "ue8m0")
+    block = raw.get("weight_block_size") or (0, 0)
+    if int(block[1]) < 0:
+        return Inputs(untold=f"weight_block_size is {list(block)}")
+    return Inputs("FP8", int(block[1]), power=raw.get("scale_fmt") == "ue8m0")
 
 
 def of_group(told: Config | None) -> Inputs:
@@ -121,10 +123,11 @@ def of_group(told: Config | None) -> Inputs:
     match dynamic, kind, bits:
         case "local", "float", 4:
             return Inputs("NVFP4", 16, endings=("input_global_scale",))
-        case False, "float", 8:
+        case False, "float", 8 if strategy in (None, "tensor"):
             return Inputs("FP8", endings=("input_scale",))
-        case True, "float" | "int", 8 if strategy == "token" or (strategy == "group" and size):
+        case True, "float" | "int", 8 if strategy == "token" or (strategy == "group" and int(size or 0) > 0):
+            group = int(size or 0) if strategy == "group" else 0
             power = told.get("scale_dtype") in ("torch.uint8", "uint8")
-            return Inputs("FP8" if kind == "float" else "int8", int(size or 0), power=power)
+            return Inputs("FP8" if kind == "float" else "int8", group, power=power)
     said = f"{kind} of {bits} bits, {strategy}, dynamic: {dynamic}"
     return Inputs(untold=f"{said}, which no runtime is known for")
