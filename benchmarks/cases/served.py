@@ -1,4 +1,4 @@
-"""Folders of one scheme by three tools and by us, then mixed folders of the same bytes."""
+"""Folders of one scheme by three tools and by us."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ TOOL = Path(__file__).parents[1] / "served_tool.py"
 class Served:
     """`tools` is the Python of an environment with llm-compressor and AutoRound; without one there are only
     our folders. `rivals` are tools of it, of one scheme alone where that stands behind (`gptq-W4A16`). What
-    is made stays in `cache`, and is found there again. `uniform` are schemes that mixed folders stand
-    against, each for the experts and for all linears; the bytes of the `mixed` among them are spent anew. A
-    plan may choose among `menu`."""
+    is made stays in `cache`, and is found there again."""
 
     model: Path = MIX
     calib: Path = CALIB
@@ -39,16 +37,9 @@ class Served:
     eval_tokens: int = 61_440
     rivals: tuple[str, ...] = RIVALS
     schemes: tuple[str, ...] = ("W4A16", "W4A16_G32", "W3A16", "NVFP4A16", "FP8_BLOCK")
-    uniform: tuple[str, ...] = (
-        "W3A16", "W4A16", "W4A16_G32", "NVFP4A16", "W5A16", "W6A16", "FP8_BLOCK", "FP8_DYNAMIC", "W8A16",
-    )  # fmt: skip
-    mixed: tuple[str, ...] = ("W3A16", "W4A16", "W4A16_G32", "W5A16", "W6A16", "FP8_BLOCK", "W8A16")
-    menu: str = "W3A16,W4A16,W4A16_G32,NVFP4A16,W5A16,W6A16,W8A16,FP8_BLOCK,FP8_DYNAMIC"
 
 
-SMOKE = Served(
-    DEMO, ONE_TEXT, ONE_TEXT, None, "/tmp/moequant-smoke/served", 1024, 1024, (), ("W8A16",), (), ()
-)
+SMOKE = Served(DEMO, ONE_TEXT, ONE_TEXT, None, "/tmp/moequant-smoke/served", 1024, 1024, (), ("W8A16",))
 
 
 @dataclass(frozen=True)
@@ -71,11 +62,6 @@ def served(o: Served) -> Rows:
     by its default, in a process of its own with one thread; CPU seconds and memory are of all of it, imports
     too. `moequant compare` scores the folders; ± is paired by token. The ratio is to the best of the others.
 
-    Then our mixed folders, in which the scheme of every layer is chosen, attention's with it, beside our
-    uniform ones: one scheme for the experts, or for all linears. A mixed folder stands against the best
-    uniform one that is no larger, and against what a uniform one of its bytes would lose: the logarithm of KL
-    on the lowest straight line between one that is smaller and one that is larger.
-
     The environment of the tools: `python -m venv ~/.cache/moequant/tools`, and in it `pip install
     torch==2.13.0+cpu llmcompressor==0.14.0.1`, which brings AutoRound 0.15.1 and transformers 5.17."""
     cache = Path(o.cache)
@@ -84,8 +70,6 @@ def served(o: Served) -> Rows:
         rivals = [tool for tool in RIVALS if {tool, f"{tool}-{scheme}"} & set(o.rivals) and o.tools]
         made = {tool: theirs(o, tool, scheme) for tool in rivals}
         yield from table(o, scheme, made | {"ours": uniform(o, scheme)})
-    if o.mixed:
-        yield from mixtures(o)
 
 
 def table(o: Served, scheme: str, made: dict[str, Made]) -> Rows:
@@ -104,45 +88,6 @@ def table(o: Served, scheme: str, made: dict[str, Made]) -> Rows:
             "CPU s": folder.cpu,
             "peak MB": folder.peak / 1e6,
         }
-
-
-def mixtures(o: Served) -> Rows:
-    """Mixed folders beside the uniform ones."""
-    alike = {}
-    for scheme in o.uniform:
-        alike[scheme] = uniform(o, scheme)
-        alike[f"{scheme}, all linears"] = ours(
-            o, f"{scheme}-attention", "--scheme", scheme, "--quantize-attention"
-        )
-    wanted = [name for name in alike if name.partition(",")[0] in o.mixed]
-    mixed = {
-        f"mixed, bytes of {name}": ours(
-            o,
-            "mixed-" + name.replace(", all linears", "-attention"),
-            *("--size", str(alike[name].bytes), "--schemes", o.menu),
-        )
-        for name in wanted
-    }
-    made = alike | mixed
-    measured = dict(zip(made, scored(o, list(made.values())), strict=True))
-    points = {folder.bytes: measured[name].scores.kl for name, folder in alike.items()}
-    for name, folder in sorted(made.items(), key=lambda item: item[1].bytes):
-        found: dict[str, float | None] = dict.fromkeys(RATIOS)
-        if name in mixed:
-            mine = measured[name].scores.kl
-            best = min((kl for size, kl in points.items() if size <= folder.bytes), key=lambda kl: kl.mean())
-            found = dict(
-                zip(
-                    RATIOS,
-                    (*measure.ratio(mine, best), *measure.below(mine, folder.bytes, points)),
-                    strict=True,
-                )
-            )
-        yield {"folder": name} | figures(folder, measured[name]) | found
-
-
-RATIOS = ("of the best uniform", "± of it", "of a uniform one of its bytes", "± of that")
-"""What is said of a mixed folder."""
 
 
 def figures(folder: Made, one: Measured) -> dict[str, float | int]:
