@@ -43,6 +43,32 @@ def ratio(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     return value, error
 
 
+def below(ours: Tensor, size: int, others: Mapping[int, Tensor]) -> tuple[float | None, float | None]:
+    """Mean of ours over what `others`, by size, would have at that size, with its standard error, paired.
+
+    The logarithm of the mean is on the lowest straight line between two of them, one not larger and one not
+    smaller; None where there is none of either.
+    """
+    lines = [
+        (at, one, two)
+        for low, one in others.items()
+        for high, two in others.items()
+        if low <= size <= high
+        for at in [(size - low) / (high - low) if high > low else 0.0]
+    ]
+    if not lines:
+        return None, None
+
+    def height(line: tuple[float, Tensor, Tensor]) -> float:
+        at, one, two = line
+        return (1 - at) * math.log(one.mean()) + at * math.log(two.mean())
+
+    at, one, two = lowest = min(lines, key=height)
+    value = float(ours.mean()) / math.exp(height(lowest))
+    shares = ours / ours.mean() - (1 - at) * one / one.mean() - at * two / two.mean()
+    return value, value * float(shares.std() / len(ours) ** 0.5)
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     """Of positive numbers."""
     return math.exp(statistics.fmean(map(math.log, values)))

@@ -1,4 +1,4 @@
-"""Folders of one scheme by three tools and by us, then mixed folders of the same bytes."""
+"""Folders of one scheme by three tools and by us."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ TOOL = Path(__file__).parents[1] / "served_tool.py"
 class Served:
     """`tools` is the Python of an environment with llm-compressor and AutoRound; without one there are only
     our folders. `rivals` are tools of it, of one scheme alone where that stands behind (`gptq-W4A16`). What
-    is made stays in `cache`, and is found there again. `mixed` are schemes whose bytes are spent anew; a plan
-    may choose among `menu`."""
+    is made stays in `cache`, and is found there again."""
 
     model: Path = MIX
     calib: Path = CALIB
@@ -38,13 +37,9 @@ class Served:
     eval_tokens: int = 61_440
     rivals: tuple[str, ...] = RIVALS
     schemes: tuple[str, ...] = ("W4A16", "W4A16_G32", "W3A16", "NVFP4A16", "FP8_BLOCK")
-    mixed: tuple[str, ...] = (
-        "W4A16", "W4A16_G32", "W3A16", "NVFP4A16", "FP8_BLOCK", "FP8_DYNAMIC", "W8A16",
-    )  # fmt: skip
-    menu: str = "W3A16,W4A16,W4A16_G32,NVFP4A16,W5A16,W6A16,W8A16,FP8_BLOCK,FP8_DYNAMIC"
 
 
-SMOKE = Served(DEMO, ONE_TEXT, ONE_TEXT, None, "/tmp/moequant-smoke/served", 1024, 1024, (), ("W8A16",), ())
+SMOKE = Served(DEMO, ONE_TEXT, ONE_TEXT, None, "/tmp/moequant-smoke/served", 1024, 1024, (), ("W8A16",))
 
 
 @dataclass(frozen=True)
@@ -67,9 +62,6 @@ def served(o: Served) -> Rows:
     by its default, in a process of its own with one thread; CPU seconds and memory are of all of it, imports
     too. `moequant compare` scores the folders; ± is paired by token. The ratio is to the best of the others.
 
-    Then for every scheme our folder of at most its bytes, with the scheme of every layer chosen, attention
-    with it, beside that scheme's folder, and the latter with attention in the scheme as well.
-
     The environment of the tools: `python -m venv ~/.cache/moequant/tools`, and in it `pip install
     torch==2.13.0+cpu llmcompressor==0.14.0.1`, which brings AutoRound 0.15.1 and transformers 5.17."""
     cache = Path(o.cache)
@@ -78,8 +70,6 @@ def served(o: Served) -> Rows:
         rivals = [tool for tool in RIVALS if {tool, f"{tool}-{scheme}"} & set(o.rivals) and o.tools]
         made = {tool: theirs(o, tool, scheme) for tool in rivals}
         yield from table(o, scheme, made | {"ours": uniform(o, scheme)})
-    for scheme in o.mixed:
-        yield from budget(o, scheme)
 
 
 def table(o: Served, scheme: str, made: dict[str, Made]) -> Rows:
@@ -98,19 +88,6 @@ def table(o: Served, scheme: str, made: dict[str, Made]) -> Rows:
             "CPU s": folder.cpu,
             "peak MB": folder.peak / 1e6,
         }
-
-
-def budget(o: Served, scheme: str) -> Rows:
-    """A mixed folder beside the uniform ones of its bytes or fewer."""
-    whole = ours(o, f"{scheme}-attention", "--scheme", scheme, "--quantize-attention")
-    plain = uniform(o, scheme)
-    chosen = ours(o, f"mixed-{scheme}", "--size", str(plain.bytes), "--schemes", o.menu)
-    made = {scheme: plain, f"{scheme}, attention too": whole, "mixed": chosen}
-    measured = scored(o, list(made.values()))
-    for (name, folder), one in zip(made.items(), measured, strict=True):
-        value, error = measure.ratio(measured[-1].scores.kl, one.scores.kl)
-        kept = {"mixed of it": value, "± of that": error}
-        yield {"bytes of": scheme, "folder": name} | figures(folder, one) | kept
 
 
 def figures(folder: Made, one: Measured) -> dict[str, float | int]:

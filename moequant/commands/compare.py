@@ -114,7 +114,7 @@ def _opened(base: Path, candidates: Sequence[Path], settings: CompareSettings) -
     model = None if settings.model is None else headers(settings.model)
     if settings.engine == "moequant":
         checkpoint = model_of(paths, model)
-        sources = tuple(open_source(path, checkpoint) for path in paths)
+        sources = tuple(open_source(path, checkpoint, settings.exact) for path in paths)
         return _Opened(sources, _rows(checkpoint, settings), checkpoint)
     sources = open_files(paths)
     if model is not None:
@@ -148,7 +148,7 @@ def _rounded(checkpoint: Checkpoint, source: Source, settings: CompareSettings) 
 def rounded_by_runtime(checkpoint: Checkpoint, source: Source) -> Rounded | None:
     """What llama.cpp or vLLM does to the inputs of this version's products, None where nothing."""
     if source.inputs is not None:
-        rounds = any(kind != "F32" for kind in source.inputs.values())
+        rounds = any(told.numbers for told in source.inputs.values())
         return Rounded(checkpoint, source.inputs) if rounds else None
     return Rounded(checkpoint, source.types) if source.kind == "GGUF" else None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moequant import plan
 from moequant.checkpoint import Checkpoint, Folder
+from moequant.checkpoint.codecs import RELEASED
 from moequant.commands.settings import Settings
 from moequant.containers.base import Container
 from moequant.containers.folders import inputs
@@ -38,9 +39,6 @@ calibration text of a trained model, at llama.cpp's types for Q2_K_S."""
 
 LEFT_COUPLED = 0.55
 """The same with coupled streams: 0.62 seen there, 0.48 on the demo model at Q4_K_M; between the two."""
-
-RELEASED = ("plain", "fp8", "mxfp8", "mxfp4")
-"""What models are trained or released in: of those there is often no other original."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +240,19 @@ def notes(job: Job) -> tuple[str, ...]:
     away = (
         f"streamed: {shelf.fetched / 1e9:.3f} GB fetched; not compared with transformers" if shelf else None
     )
-    known = (*job.container.notes, *job.model.notes, *_already_lost(job.model))
+    known = (*job.container.notes, *job.model.notes, *_already_lost(job.model), *_larger(job))
     return (*known, *dense, *halves, *skipped, *source, *([away] if away else []))
+
+
+def _larger(job: Job) -> tuple[str, ...]:
+    """That an output is larger than what it is made of, where that is quantized: bytes bring nothing back."""
+    stored = (each for weight in job.model.weights for each in weight.origin.stored)
+    if job.size <= job.model.source_bytes or all(each.codec.name == "plain" for each in stored):
+        return ()
+    return (
+        f"larger than the quantized weights that it is made from: {job.size:,} bytes instead of "
+        f"{job.model.source_bytes:,}",
+    )
 
 
 def _already_lost(model: Checkpoint) -> tuple[str, ...]:

@@ -5,21 +5,21 @@ well (type_traits_cpu.vec_dot_type in ggml-cpu): blocks of 256 with a float32 sc
 I-types, blocks of 32 with a float16 scale for the older ones, and the weights' own precision
 for 16-bit files. With this a file's perplexity here is the one that the runtime will show.
 
-Folders say in their config what their schemes do to activations, and vLLM does it: a scale for each token,
-or for 128 channels of one, that puts the largest at the end of the range. Where a scheme's scales come from
-calibration, one number of the folder serves all that a layer's experts are fed, as in FlashInfer's kernels.
+Folders say in their config what becomes of activations (`checkpoint.codecs.inputs`), and vLLM does it: a
+scale for each token, or for 128 channels of one, that puts the largest at the end of the range. Where scales
+come from calibration, one number of the folder serves all that a layer's experts are fed (`folder_inputs`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint
+from moequant.checkpoint.codecs.inputs import Inputs
 from moequant.errors import VerifyError
 from moequant.forward.taps import recorder
 from moequant.values import Role
@@ -46,14 +46,23 @@ def by_256(inputs: Tensor) -> Tensor:
     return (torch.round(blocks / scale).clamp_max(127) * scale).view_as(inputs)
 
 
-def dynamic(inputs: Tensor, group: int, is_float: bool) -> Tensor:
-    """FP8 (e4m3) or int8 and back: [..., n], a scale for each `group` channels, all of them where it is 0."""
-    blocks = inputs.reshape(*inputs.shape[:-1], -1, group or inputs.shape[-1])
-    top = 448.0 if is_float else 127.0
-    scale = (blocks.abs().amax(-1, keepdim=True) / top).clamp_min(1e-12)
+def dynamic(inputs: Tensor, told: Inputs) -> Tensor:
+    """FP8 (e4m3) or int8 and back: [..., n], a scale for each `told.group` channels (the last may be fewer),
+    all of them where it is 0."""
+    width = inputs.shape[-1]
+    group = told.group or width
+    padded = nn.functional.pad(inputs, (0, -width % group))
+    blocks = padded.reshape(*inputs.shape[:-1], padded.shape[-1] // group, group)
+    top = 448.0 if told.numbers == "FP8" else 127.0
+    reach = blocks.abs().amax(-1, keepdim=True)
+    if told.most is not None:
+        reach = reach.clamp_max(told.most)
+    scale = (reach / top).clamp_min(1e-12)
+    if told.power:
+        scale = scale.log2().ceil().exp2()
     codes = (blocks / scale).clamp(-top, top)
-    codes = codes.to(torch.float8_e4m3fn).to(inputs.dtype) if is_float else codes.round()
-    return (codes * scale).view_as(inputs)
+    codes = codes.to(torch.float8_e4m3fn).to(inputs.dtype) if told.numbers == "FP8" else codes.round()
+    return (codes * scale).flatten(-2)[..., :width]
 
 
 def fixed(inputs: Tensor, scale: float) -> Tensor:
@@ -75,66 +84,36 @@ def nvfp4(inputs: Tensor, divisor: float) -> Tensor:
     return ((size / step).round() * step * scale).copysign(blocks).view_as(inputs)
 
 
-def number_of(told: Mapping[str, Any] | None) -> tuple[str, Callable[[float, float], float]] | None:
-    """The tensor of a module that scales its inputs by calibration, and which of two of those serves both;
-    None where scales are made on the way or there are none."""
-    match (told or {}).get("dynamic"), (told or {}).get("type"), (told or {}).get("num_bits"):
-        case "local", "float", 4:
-            return "input_global_scale", min  # it divides
-        case False, "float", 8:
-            return "input_scale", max
-    return None
-
-
-def of_scheme(told: Mapping[str, Any] | None, number: float | None = None) -> str:
-    """What `rounding` calls the `input_activations` of compressed-tensors, with the number of `number_of`;
-    F32 for none, and for those that no runtime is known for."""
-    if not told:
-        return "F32"
-    if number is not None:
-        return f"{told['type']}{told['num_bits']}/{16 if told['num_bits'] == 4 else -1}/{number!r}"
-    if told.get("dynamic") is not True or told.get("num_bits") != 8:
-        return "F32"
-    group = {"token": 0, "group": told.get("group_size")}.get(str(told.get("strategy")))
-    return "F32" if group is None else f"{told['type']}8/{group}"
-
-
-_WORDS = {"float8": "FP8", "float4": "NVFP4"}
-
-
-def described(inputs: Mapping[str, str] | None) -> str:
-    """What a folder's schemes do to inputs, in words; `inputs` has the word of `of_scheme` by weight."""
-    found = list[str]()
-    for word in sorted(set((inputs or {}).values()) - {"F32"}):
-        kind, group, *number = word.split("/")
-        scales = f"a scale for {group} channels of a token" if int(group) > 0 else "a scale a token"
-        told = "one scale from calibration" if int(group) < 0 else scales
-        also = " and one number from calibration" if number and int(group) > 0 else ""
-        found.append(f"{_WORDS.get(kind, kind)}, {told}{also}")
-    return "; ".join(dict.fromkeys(found)) or "as they are"
-
-
 @cache
-def rounding(type_: str) -> Rounding | None:
-    """What a runtime does to the activations that meet weights of that type (ggml's, or the word of
-    `of_scheme`); None when nothing."""
-    if type_ == "F32":
+def rounding(kind: str | Inputs) -> Rounding | None:
+    """What a runtime does to the activations that meet weights of a type of ggml, or of a folder that says
+    it; None when nothing."""
+    if isinstance(kind, Inputs):
+        return _as_told(kind)
+    if kind == "F32":
         return None
-    if "/" in type_:
-        kind, group, *number = type_.split("/")
-        if number:
-            known = float(number[0])
-            return partial(nvfp4, divisor=known) if kind == "float4" else partial(fixed, scale=known)
-        return partial(dynamic, group=int(group), is_float=kind == "float8")
-    if type_ in _NARROW:
-        return lambda inputs: inputs.to(_NARROW[type_]).float()
-    return by_32 if type_ in _BY_32 else by_256
+    if kind in _NARROW:
+        return lambda inputs: inputs.to(_NARROW[kind]).float()
+    return by_32 if kind in _BY_32 else by_256
+
+
+def _as_told(told: Inputs) -> Rounding | None:
+    match told.numbers:
+        case "":
+            return None
+        case "NVFP4":
+            assert told.number is not None
+            return partial(nvfp4, divisor=told.number)
+        case _ if told.group < 0:
+            assert told.number is not None
+            return partial(fixed, scale=told.number)
+    return partial(dynamic, told=told)
 
 
 class Rounded:
     """The roundings of one file by the name of the module, or side of the experts, that they come before."""
 
-    def __init__(self, checkpoint: Checkpoint, types: Mapping[str, str]) -> None:
+    def __init__(self, checkpoint: Checkpoint, types: Mapping[str, str] | Mapping[str, Inputs]) -> None:
         found: dict[str, set[Rounding | None]] = {}
         names: dict[str, str] = {}
         for weight in checkpoint.weights:
@@ -149,8 +128,8 @@ class Rounded:
         for place, kinds in found.items():
             if len(kinds) > 1:
                 raise VerifyError(
-                    f"{names[place]}: shares its input with a weight of a type for which llama.cpp rounds "
-                    "the input in another way; compare with --exact"
+                    f"{names[place]}: shares its input with a weight for which the runtime rounds it in "
+                    "another way; compare with --exact"
                 )
             (kind,) = kinds
             if kind is not None:

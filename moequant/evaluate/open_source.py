@@ -5,13 +5,14 @@ Decoders are other people's: gguf-py's for GGUF, the compressed-tensors package'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from moequant.checkpoint import Checkpoint, Folder, load, open_checkpoint
+from moequant.checkpoint.codecs.declared import read_config
+from moequant.checkpoint.codecs.inputs import Inputs
+from moequant.checkpoint.open import quantization_of
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.read import GgufFile, read_header
 from moequant.containers.gguf.same import (
@@ -26,7 +27,7 @@ from moequant.containers.gguf.weights import GgufWeights
 from moequant.containers.opened import open_model
 from moequant.errors import CheckpointError, VerifyError
 from moequant.escape import shown
-from moequant.evaluate.activations import number_of, of_scheme
+from moequant.evaluate.folder_inputs import folder_inputs, stored_codes
 from moequant.files import RECORD
 from moequant.files.read import read_json
 from moequant.forward.model import Provider
@@ -35,9 +36,6 @@ from moequant.hub.fetch import headers
 from moequant.statistics.store import identity, identity_of
 from moequant.text.rows import vocabulary
 from moequant.values import Weight
-
-if TYPE_CHECKING:
-    from moequant.containers.folders.read import FolderWeights
 
 SAME_CONFIG = (
     "family",
@@ -62,8 +60,8 @@ PACKED = ("compressed-tensors", "gptq")
 class Source:
     """A version of a model: where and what it is, its bytes, the type of every weight.
 
-    `provider` loads its weights; None when another engine runs it. `inputs` are what `activations.rounding`
-    calls what happens to the inputs of every weight, None where that follows from types.
+    `provider` loads its weights; None when another engine runs it. `inputs` are what becomes of the inputs of
+    every weight of a quantized folder, None where that follows from types, or nobody asked.
     """
 
     path: Path
@@ -71,7 +69,7 @@ class Source:
     provider: Provider | None
     bytes: int
     types: Mapping[str, str]
-    inputs: Mapping[str, str] | None = None
+    inputs: Mapping[str, Inputs] | None = None
 
     @property
     def name(self) -> str:
@@ -103,16 +101,16 @@ def model_of(paths: Sequence[Path], model: Folder | None) -> Checkpoint:
     )
 
 
-def open_source(path: Path, checkpoint: Checkpoint) -> Source:
-    """A folder or a GGUF file as weights of `checkpoint`.
+def open_source(path: Path, checkpoint: Checkpoint, exact: bool = False) -> Source:
+    """A folder or a GGUF file as weights of `checkpoint`; `exact`: nobody asks what becomes of inputs.
 
     Raises CheckpointError for what is neither, and VerifyError when it is another model.
     """
     if path.is_dir():
         layout = _layout(path)
         if layout is not None and (path / RECORD).is_file():  # ours, which somebody else's decoder reads
-            return _quantized(path, layout, checkpoint)
-        return _folder(path, layout or "checkpoint", checkpoint)
+            return _quantized(path, layout, checkpoint, exact)
+        return _folder(path, layout or "checkpoint", checkpoint, exact)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder")
     return _gguf(path, checkpoint)
@@ -153,7 +151,7 @@ def _layout(path: Path) -> str | None:
     return method if method in PACKED else None
 
 
-def _folder(path: Path, kind: str, checkpoint: Checkpoint) -> Source:
+def _folder(path: Path, kind: str, checkpoint: Checkpoint, exact: bool) -> Source:
     """A folder of any tool, its weights decoded as a conversion of it would: every scale and zero point has
     its place, or the folder is refused."""
     other = checkpoint if path == checkpoint.path else open_checkpoint(path)
@@ -165,14 +163,17 @@ def _folder(path: Path, kind: str, checkpoint: Checkpoint) -> Source:
     if extra := sorted(theirs.keys() - {weight.name for weight in checkpoint.weights}):
         raise VerifyError(f"{path}: {extra[0]} is not in {checkpoint.path}; is one tied and the other not?")
     types = {name: weight.origin.dtype for name, weight in theirs.items()}
+    declared = read_config(quantization_of(path, other.raw))
     inputs = (
-        None if kind == "checkpoint" else _inputs(other.raw.get("quantization_config"), checkpoint, other)
+        folder_inputs(path, declared, theirs.values(), stored_codes)
+        if declared.method and not exact
+        else None
     )
     provider: Provider = lambda weight: load(theirs[weight.name].like(weight))  # noqa: E731
     return Source(path, kind, provider, other.source_bytes, types, inputs)
 
 
-def _quantized(path: Path, layout: str, checkpoint: Checkpoint) -> Source:
+def _quantized(path: Path, layout: str, checkpoint: Checkpoint, exact: bool) -> Source:
     """A folder of packed integers, decoded by the package of its layout."""
     # the decoder is an optional package
     from moequant.containers.folders import compressed_tensors, gptq
@@ -187,71 +188,10 @@ def _quantized(path: Path, layout: str, checkpoint: Checkpoint) -> Source:
         weight.name: layout if found.is_quantized(weight) else weight.origin.dtype
         for weight in checkpoint.weights
     }
-    return Source(path, layout, found.load, size, types, _inputs(found.quantization, checkpoint, found))
-
-
-def _inputs(
-    config: Mapping[str, Any] | None, checkpoint: Checkpoint, version: FolderWeights | Checkpoint
-) -> dict[str, str]:
-    """By weight, what its scheme makes of its inputs."""
-    from moequant.containers.folders.compressed_tensors import group_of, names, open_folder
-
-    theirs = {
-        each.name: each for each in (version if isinstance(version, Checkpoint) else checkpoint).weights
-    }
-
-    def rounds(weight: Weight) -> bool:
-        if isinstance(version, Checkpoint):
-            return theirs[weight.name].origin.stored[0].codec.name != "plain"
-        return version.is_quantized(weight)
-
-    def told(weight: Weight) -> Mapping[str, Any] | None:
-        if not config or config.get("quant_method") != "compressed-tensors" or len(weight.shape) < 2:
-            return None
-        if not rounds(weight):
-            return None
-        module = weight.names[0].removesuffix(".weight") if weight.names else ""
-        if names(config.get("ignore", ()), module) or weight.role.keeps_precision or not weight.site:
-            return None
-        try:
-            found: Mapping[str, Any] | None = group_of(config, module).get("input_activations")
-        except VerifyError:
-            return None
-        return found
-
-    by_name = {weight.name: told(weight) for weight in checkpoint.weights}
-    numbers = dict[str, float]()
-    if any(number_of(each) for each in by_name.values()):
-        folder = open_folder(version.path) if isinstance(version, Checkpoint) else version
-        numbers = _numbers(theirs.values(), by_name, folder)
-
-    def word(weight: Weight) -> str:
-        number = numbers.get(weight.site.name) if weight.site is not None else None
-        asked = by_name[weight.name]
-        return of_scheme(asked, number if number_of(asked) else None)
-
-    return {weight.name: word(weight) for weight in checkpoint.weights}
-
-
-def _numbers(
-    weights: Iterable[Weight], told: Mapping[str, Mapping[str, Any] | None], folder: FolderWeights
-) -> dict[str, float]:
-    """By site, the number that scales its inputs: the one of all stored there that cuts off least.
-
-    VerifyError where one is missing, or is no number that scales.
-    """
-    found = dict[str, float]()
-    for weight in weights:
-        if weight.site is None or (wanted := number_of(told.get(weight.name))) is None:
-            continue
-        ending, pick = wanted
-        for name in weight.names:
-            stored = f"{name.removesuffix('.weight')}.{ending}"
-            for value in folder.tensor(stored).flatten().tolist():
-                if not (isfinite(value) and value > 0):
-                    raise VerifyError(f"{folder.path}: {stored} is {value}, expected a number above 0")
-                found[weight.site.name] = pick(found.get(weight.site.name, value), value)
-    return found
+    inputs = None
+    if not exact:
+        inputs = folder_inputs(path, read_config(found.quantization), checkpoint.weights, found.codes)
+    return Source(path, layout, found.load, size, types, inputs)
 
 
 def _gguf(path: Path, checkpoint: Checkpoint) -> Source:

@@ -1,7 +1,9 @@
-"""FP8 (e4m3) as safetensors folders hold it: weight = code · scale, with a scale for a row or a square.
+"""FP8 (e4m3) as safetensors folders hold it: weight = code · scale, for a row, a square or a matrix.
 
 A block is part of a row: its scale in 16 bits, then a byte for each weight. In FP8_B128 blocks of 128
-weights share their scale with those of 128 rows, which files hold once; here every block has a copy.
+weights share their scale with those of 128 rows, and in FP8_W… rows share it with all of the matrix and of
+weights that multiply the same inputs: vLLM fuses those, and would round them again to the largest scale.
+Files hold such a scale once; here every block has a copy.
 
 Codes have 4 significant bits whatever their size, so that a scale decides two things only: where in
 their octave the weights fall, and whether the largest is cut off. It is chosen by measured error.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +29,15 @@ TOP = 448.0
 SIDE = 128
 """Rows and columns that share a scale in FP8_B128."""
 
-_NAME = re.compile(r"FP8_(G[1-9]\d*|B128)_(" + "|".join(SCALES) + ")")
+ROWS = 256
+"""Rows of a matrix on which the scale of all of it is tried."""
+
+_NAME = re.compile(r"FP8_([GW])([1-9]\d*)_(" + "|".join(SCALES) + ")|FP8_(B)(128)_(" + "|".join(SCALES) + ")")
+
+Span = Literal["row", "square", "matrix"]
+"""What a scale serves."""
+
+_LETTERS: dict[Span, str] = {"row": "G", "square": "B", "matrix": "W"}
 
 # The scale over the one that just reaches the largest weight: 1 first, then through the octave.
 _TRIED: dict[Effort, tuple[float, ...]] = {
@@ -36,10 +47,10 @@ _TRIED: dict[Effort, tuple[float, ...]] = {
 }
 
 
-def name_of(group: int, scale_dtypes: tuple[torch.dtype, ...]) -> str:
-    """What `formats.get` calls rows of blocks of `group` with a scale each; 0 is squares of 128."""
+def name_of(span: Span, n_in: int, scale_dtypes: tuple[torch.dtype, ...]) -> str:
+    """What `formats.get` calls rows of `n_in` whose scales serve that much of a matrix."""
     scales = next(name for name, dtypes in SCALES.items() if dtypes == scale_dtypes)
-    return f"FP8_{f'G{group}' if group else 'B128'}_{scales}"
+    return f"FP8_{_LETTERS[span]}{SIDE if span == 'square' else n_in}_{scales}"
 
 
 def named(name: str) -> Format | None:
@@ -47,8 +58,9 @@ def named(name: str) -> Format | None:
     found = _NAME.fullmatch(name)
     if found is None:
         return None
-    shape, scales = found.groups()
-    return _block_format(0 if shape == "B128" else int(shape[1:]), SCALES[scales])
+    letter, block, scales = (group for group in found.groups() if group is not None)
+    span = next(span for span, known in _LETTERS.items() if known == letter)
+    return _block_format(span, int(block), SCALES[scales])
 
 
 def snap(t: Tensor) -> Tensor:
@@ -68,8 +80,8 @@ def _levels() -> tuple[float, ...]:
 
 
 @cache
-def _block_format(group: int, dtypes: tuple[torch.dtype, ...]) -> Format:
-    block, dtype = group or SIDE, dtypes[-1]
+def _block_format(span: Span, block: int, dtypes: tuple[torch.dtype, ...]) -> Format:
+    dtype, common = dtypes[-1], {"square": _squares, "matrix": _whole}.get(span)
 
     def pack(parts: Parts) -> Tensor:
         scale = parts.d.to(dtype).flatten().contiguous().view(-1, 1).view(torch.uint8)
@@ -87,7 +99,8 @@ def _block_format(group: int, dtypes: tuple[torch.dtype, ...]) -> Format:
         return encode_at(x, w, _search(x, w, effort, dtypes)[:, None], effort)
 
     def find(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-        return torch.stack([_squares(*each, effort, dtypes) for each in zip(x, w, strict=True)])
+        assert common is not None
+        return torch.stack([common(*each, effort, dtypes) for each in zip(x, w, strict=True)])
 
     def decode(blocks: Tensor) -> Tensor:
         parts = unpack(blocks)  # in the scale's own precision, as a model computes it
@@ -106,14 +119,18 @@ def _block_format(group: int, dtypes: tuple[torch.dtype, ...]) -> Format:
     )
     limit = min(torch.finfo(each).max for each in dtypes)
     return Format(
-        name_of(group, dtypes), NO_GGML_TYPE, block, block + dtype.itemsize, encode, decode,
-        limit=min(limit, 1e38), view=view, shared=None if group else Shared(find, encode_at),
+        name_of(span, block, dtypes), NO_GGML_TYPE, block, block + dtype.itemsize, encode, decode,
+        limit=min(limit, 1e38), view=view,
+        shared=None if common is None else Shared(find, encode_at, across=span == "matrix"),
     )  # fmt: skip
 
 
-def _search(x: Tensor, w: Tensor, effort: Effort, dtypes: tuple[torch.dtype, ...]) -> Tensor:
-    """The best storable scale of each row: x, w [n, k] -> f32 [n]."""
-    reach = x.abs().amax(-1) / TOP
+def _search(
+    x: Tensor, w: Tensor, effort: Effort, dtypes: tuple[torch.dtype, ...], most: Tensor | None = None
+) -> Tensor:
+    """The best storable scale of each row: x, w [n, k] -> f32 [n]. `most` f32 [n] is the largest weight that
+    it is for, where x is not all of them."""
+    reach = (x.abs().amax(-1) if most is None else most) / TOP
     best: tuple[Tensor, ...] = (torch.full_like(reach, torch.inf), torch.zeros_like(reach))
     for factor in _TRIED[effort]:
         scale = storable(reach * factor, dtypes)
@@ -140,3 +157,11 @@ def _squares(x: Tensor, w: Tensor, effort: Effort, dtypes: tuple[torch.dtype, ..
     weights = w.view(1, across, 1, SIDE).expand(rows, across, SIDE, SIDE).reshape(rows * across, -1)
     found = _search(squares, weights, effort, dtypes)
     return found.view(rows, across).repeat_interleave(SIDE, 0)[: len(x)]
+
+
+def _whole(x: Tensor, w: Tensor, effort: Effort, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """The scale of one matrix x [out, in], w [in], found on some of its rows -> f32 [out, 1]."""
+    rows = x[torch.linspace(0, len(x) - 1, min(ROWS, len(x))).round().long()]
+    weights = w.expand_as(rows).reshape(1, -1)
+    found = _search(rows.reshape(1, -1), weights, effort, dtypes, x.abs().amax().view(1))
+    return found.expand(len(x), 1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint, Folder
+from moequant.checkpoint.codecs import RELEASED as RELEASED_IN
 from moequant.containers.folders import mxfp4
 from moequant.containers.folders.container import FolderContainer
 from moequant.containers.folders.plan import KEPT, FolderSettings, check_tp
@@ -127,9 +128,9 @@ class FolderFit:
 def fit_folder(
     model: Model, gpus: Gpus, serving: Serving, schemes: str | None = None, gpu: float | None = None
 ) -> FolderFit:
-    """Place a model folder, or one of the Hub, on GPUs: as it is stored and, where it is not quantized yet,
-    in every scheme of `schemes` (by commas) that runs on compute capability `gpu`, and in the largest
-    mixture that fits.
+    """Place a model folder, or one of the Hub, on GPUs: as it is stored and, where it is stored as models are
+    released, in every scheme of `schemes` (by commas) that runs on compute capability `gpu`, and in the
+    largest mixture that fits. Of an FP8 release schemes are tried that make it smaller.
 
     `best` is the folder of least expected KL divergence among those that fit. Raises what reading the model
     raises; PlanError for a load that it cannot have and for unknown schemes.
@@ -142,12 +143,19 @@ def fit_folder(
     folder: Folder = headers(place)
     found = _Model(open_model(folder), gpus, serving)
     candidates, notes = [found.as_it_is()], list(found.notes())
-    if found.is_plain:
+    if found.is_released:
         settings = FolderSettings(schemes=schemes, gpu=gpu, tp=serving.tp)
         try:
-            candidates += found.quantized(settings, notes)
+            made = list(found.quantized(settings, notes))
         except FamilyError as error:
+            made = []
             notes.append(str(error))
+        smaller = [each for each in made if found.is_plain or each.file_bytes < candidates[0].file_bytes]
+        if len(smaller) < len(made):
+            notes.append(
+                "an FP8 release: schemes that would make it larger are left out; KL is to the release"
+            )
+        candidates += smaller
     elif schemes is not None:
         raise PlanError(f"--schemes: {shown(folder.path)} is quantized already; leave it out")
     else:
@@ -182,6 +190,12 @@ class _Model:
         """Whether the checkpoint holds floats only."""
         return all(each.codec.name == "plain" for w in self.checkpoint.weights for each in w.origin.stored)
 
+    @property
+    def is_released(self) -> bool:
+        """Whether it holds floats, or FP8 as a release; gpt-oss in its MXFP4 has no other scheme."""
+        kinds = {each.codec.name for w in self.checkpoint.weights for each in w.origin.stored}
+        return self.is_plain or (kinds <= {*RELEASED_IN} and self.checkpoint.family.name != mxfp4.FAMILY)
+
     def notes(self) -> Iterator[str]:
         """What is not counted."""
         for reason, count in self.checkpoint.skipped.items():
@@ -191,7 +205,7 @@ class _Model:
         """The folder that is there."""
         path = self.checkpoint.source
         served = shown(path) if of_cache(path) else str(path)
-        kl = 0.0 if self.is_plain else None
+        kl = 0.0 if self.is_released else None
         return self._candidate(AS_IT_IS, self.checkpoint.source_bytes, kl, self.stored, served, None)
 
     def quantized(self, settings: FolderSettings, notes: list[str]) -> Iterator[Served]:

@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moequant.checkpoint.codecs.inputs import AS_THEY_ARE
 from moequant.escape import shown
 from moequant.evaluate import Comparison, Difference, Estimate, Measured, WeightError
-from moequant.evaluate.activations import described
 from moequant.evaluate.compared import Compared
 from moequant.evaluate.divergence import PERCENTILES
 from moequant.evaluate.open_source import Source
@@ -20,6 +20,8 @@ from moequant.report.style import line, size, table
 
 WORST = 8
 """Experts listed as worst; the JSON has all."""
+
+KEPT = str(AS_THEY_ARE)
 
 OUTLIER = 4.0
 """An expert that errs so many times as much as its tensor's middle one is named: damaged, not rounded."""
@@ -50,6 +52,11 @@ def compare_tables(found: Compared) -> RenderableType:
     parts: list[RenderableType] = [
         line(f"{shown(found.base.path)} ({found.base.kind}) is the baseline", style="bold"),
         *(line(f"{one.name}: {verdict(one)}") for one in found.measured),
+        *(
+            line(f"{source.name}: inputs {told}")
+            for source in (found.base, *found.candidates)
+            if source.inputs is not None and (told := _activations(found, source)) not in ("exact", KEPT)
+        ),
         line(
             f"{found.tokens:,} tokens read, {scored:,} scored of: {found.source}; {found.engine}{rounded}\n"
         ),
@@ -232,7 +239,10 @@ def _activations(found: Compared, source: Source) -> str:
     """What is done to the inputs of a version's products: by llama.cpp, by its scheme, or nothing."""
     if found.engine == "llama.cpp" or (found.rounded and source.kind == "GGUF"):
         return "llama.cpp"
-    return described(source.inputs) if found.rounded else "exact"
+    if not found.rounded:
+        return "exact"
+    told = sorted({str(each) for each in (source.inputs or {}).values()} - {KEPT})
+    return "; ".join(told) or KEPT
 
 
 def _source(found: Compared, source: Source) -> dict[str, Any]:

@@ -123,6 +123,17 @@ def test_ratios_are_paired_and_turns_alternate() -> None:
     assert turns == list("ABABAB")
 
 
+def test_a_size_between_two_is_interpolated() -> None:
+    """On the lowest line of logarithms; what is above every line between others does not count."""
+    kl = torch.rand(50, generator=torch.Generator().manual_seed(0)) + 1
+    others = {100: 8 * kl, 150: 7 * kl, 200: 2 * kl, 300: kl}
+    assert measure.below(kl, 150, others) == pytest.approx((1 / 4, 0), abs=1e-6)
+    assert measure.below(kl, 200, others) == pytest.approx((1 / 2, 0), abs=1e-6)
+    assert measure.below(kl, 301, others) == (None, None)
+    value, error = measure.below(kl.flip(0), 250, others)
+    assert value == pytest.approx(1 / 2**0.5) and error is not None and error > 0.01
+
+
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_every_case_explains_itself_and_has_a_smoke_run(name: str) -> None:
     case = CASES[name]

@@ -32,7 +32,7 @@ def plans(checkpoint: Checkpoint) -> list[Plan]:
     menu = FolderMenu.of(checkpoint, settings)
     first = min(w.layer for w in weights if w.is_expert and w.layer is not None)
     found = []
-    for attention in (None, "FP8_DYNAMIC"):
+    for attention in (None, "FP8_DYNAMIC", "FP8"):
         kinds = {weight.name: kept_dtype(weight) for weight in weights}
         for weight in menu.choosable.values():
             if weight.is_expert and weight.layer != first:

@@ -17,6 +17,7 @@ from moequant.inspection.served import Gpus, fit_folder
 from moequant.report.served import nothing_serves
 from moequant.runtimes.vllm.memory import Serving
 from tests.containers.folders.cases import quantized
+from tests.evaluate.released import blocks, release
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,28 @@ def test_what_was_lost_before_is_said(tiny, tmp_path: Path, scheme: str, kinds: 
     assert kinds is None or f"({kinds} tensors)" in said
 
 
+@pytest.mark.parametrize(
+    ("settings", "larger"),
+    [
+        (Settings("Q2_K"), False),
+        (Settings("F16"), True),
+        (Settings(format="safetensors", bits=3, quantize_attention=True), False),
+        (Settings(format="safetensors", bits=8), True),
+    ],
+)
+def test_an_output_that_is_larger_than_its_quantized_source_is_remarked(
+    tiny, tmp_path: Path, settings: Settings, larger: bool
+) -> None:
+    model, folder = tiny("qwen3_moe", moe_intermediate_size=128), tmp_path / "model"
+    quantized(model, folder, scheme="W4A16", quantize_attention=True)
+    job = open_job(folder, settings)
+    said = [note for note in notes(job) if "larger" in note]
+    stored = sum(each.bytes for weight in job.model.weights for each in weight.origin.stored)
+    told = f"larger than the quantized weights that it is made from: {job.size:,} bytes instead of {stored:,}"
+    assert said == ([told] if larger else [])
+    assert not any("larger" in note for note in notes(open_job(model, Settings("F32")))), "of bf16"
+
+
 def test_other_schemes_of_a_quantized_folder_are_not_promised(tiny, tmp_path: Path) -> None:
     """Where nothing fits, no option is named that would be refused."""
     model, folder = tiny("qwen3_moe", moe_intermediate_size=128), tmp_path / "model"
@@ -40,6 +63,26 @@ def test_other_schemes_of_a_quantized_folder_are_not_promised(tiny, tmp_path: Pa
     assert [found.best for found in said] == [None, None]
     assert ["--schemes" in nothing_serves(found) for found in said] == [True, False]
     assert [any("quantized already" in note for note in found.notes) for found in said] == [False, True]
+
+
+def test_smaller_schemes_of_an_fp8_release_are_tried(tiny, tmp_path: Path) -> None:
+    """Many models are released in FP8 alone; what would be larger than the release is no answer."""
+    form, config = (
+        blocks,
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+    )
+    folder = tmp_path / "release"
+    release(tiny("mixtral"), folder, form, config)
+    found = fit_folder(folder, Gpus(1 << 40), Serving(512))
+    by_name = {each.name: each for each in found.candidates}
+    assert found.best is not None and found.best.name == "as it is" and found.best.kl == 0
+    assert {"W4A16", "NVFP4A16"} <= by_name.keys() and not {"FP8_BLOCK", "W8A16"} & by_name.keys()
+    whole = by_name.pop("as it is")
+    assert all(each.file_bytes < whole.file_bytes and each.kl for each in by_name.values())
+    assert (
+        "an FP8 release: schemes that would make it larger are left out; KL is to the release" in found.notes
+    )
+    assert not any("no other scheme" in note for note in found.notes)
 
 
 def test_a_folder_that_is_not_checked_is_called_what_it_is(tiny, tmp_path: Path) -> None:

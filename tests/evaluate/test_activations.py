@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,42 +13,62 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
 
 from moequant.checkpoint import open_checkpoint
+from moequant.checkpoint.codecs.inputs import Inputs, of_group
 from moequant.containers.folders.schemes import PRESETS
-from moequant.evaluate.activations import Rounded, described, dynamic, number_of, of_scheme, rounding
+from moequant.evaluate.activations import Rounded, dynamic, rounding
 from moequant.evaluate.open_source import open_source
 from tests.containers.folders.cases import quantized
 
-WORDS = {"FP8_DYNAMIC": "float8/0", "FP8_BLOCK": "float8/128", "W8A8": "int8/0"}
 TOLD = {
-    "FP8_DYNAMIC": "FP8, a scale a token",
-    "FP8_BLOCK": "FP8, a scale for 128 channels of a token",
-    "W8A8": "int8, a scale a token",
+    "FP8_DYNAMIC": Inputs("FP8", 0),
+    "FP8_BLOCK": Inputs("FP8", 128),
+    "W8A8": Inputs("int8", 0),
+    "FP8": Inputs("FP8", endings=("input_scale",)),
+    "NVFP4": Inputs("NVFP4", 16, endings=("input_global_scale",)),
 }
-"""What `compare --json` says of them."""
 
 
 @pytest.mark.parametrize("scheme", PRESETS)
 def test_a_scheme_says_what_becomes_of_its_inputs(scheme: str) -> None:
-    told = json.loads(json.dumps(PRESETS[scheme].config(["Linear"])))["input_activations"]
-    assert (number_of(told) is not None) == PRESETS[scheme].scales_inputs
-    assert of_scheme(told) == WORDS.get(scheme, "F32")
-    assert described({"a": of_scheme(told), "b": "F32"}) == TOLD.get(scheme, "as they are")
+    told = of_group(json.loads(json.dumps(PRESETS[scheme].config(["Linear"])))["input_activations"])
+    assert bool(told.endings) == PRESETS[scheme].scales_inputs
+    assert told == TOLD.get(scheme, Inputs())
 
 
-@pytest.mark.parametrize("word", WORDS.values())
-def test_rounding_is_that_of_compressed_tensors(word: str) -> None:
-    kind, group = word.split("/")
+@pytest.mark.parametrize(
+    "preset", ["FP8", "FP8_BLOCK", "FP8_DYNAMIC", "MXFP8", "NVFP4", "W8A8", "MXFP4", "INT8"]
+)
+def test_presets_of_other_tools_are_known_or_said_not_to_be(preset: str) -> None:
+    args = preset_name_to_scheme(preset, ["Linear"]).input_activations
+    assert args is not None
+    told = of_group(args.model_dump(mode="json"))
+    assert told.untold == (
+        "float of 4 bits, group, dynamic: True, which no runtime is known for" if preset == "MXFP4" else ""
+    )
+    assert bool(told.numbers) == (preset != "MXFP4")
+    assert told.power == (preset == "MXFP8")
+
+
+@pytest.mark.parametrize("told", [TOLD["FP8_DYNAMIC"], TOLD["FP8_BLOCK"], TOLD["W8A8"]])
+def test_rounding_is_that_of_compressed_tensors(told: Inputs) -> None:
     x = torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(0)) * 3  # a scale a token of a row
-    strategy = {"strategy": "group", "group_size": int(group)} if int(group) else {"strategy": "token"}
-    type_ = "float" if kind == "float8" else "int"
+    strategy = {"strategy": "group", "group_size": told.group} if told.group else {"strategy": "token"}
+    type_ = "float" if told.numbers == "FP8" else "int"
     args = QuantizationArgs(num_bits=8, type=type_, symmetric=True, dynamic=True, **strategy)
     scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1))
-    theirs, ours = fake_quantize(x, scale, zero, args), rounding(word)(x)
+    theirs, ours = fake_quantize(x, scale, zero, args), rounding(told)(x)
     step = 448 / 16 if type_ == "float" else 127.5  # theirs divides integers by 127.5, vLLM by 127
     assert (ours - theirs).abs().max() <= 1.01 * x.abs().max() / step
     if type_ == "float":
         assert torch.equal(ours, theirs)
-    assert torch.equal(dynamic(ours, int(group), type_ == "float"), ours), "rounding again changes nothing"
+    assert torch.equal(dynamic(ours, told), ours), "rounding again changes nothing"
+
+
+def test_the_last_channels_may_be_fewer_than_share_a_scale() -> None:
+    x = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
+    told = TOLD["FP8_BLOCK"]
+    assert torch.equal(dynamic(x, told), torch.cat([dynamic(x[:, :128], told), dynamic(x[:, 128:], told)], 1))
+    assert dynamic(x[:0], told).shape == (0, 200)
 
 
 @pytest.mark.parametrize("number", [2688.0, 700.3, 12.96, 1e-3, 1e6])
@@ -63,25 +84,21 @@ def test_nvfp4_is_that_of_compressed_tensors(number: float) -> None:
     blocks, divisor = x.view(40, -1, 16), torch.tensor([number])
     scale, zero = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, global_scale=divisor)
     theirs = fake_quantize(x, scale, zero, args, global_scale=divisor)
-    ours = rounding(of_scheme({"type": "float", "num_bits": 4, "dynamic": "local"}, number))(x)
+    told = replace(TOLD["NVFP4"], number=number)
+    ours = rounding(told)(x)
     assert torch.equal(ours, theirs)
-    assert torch.equal(
-        rounding(f"float4/16/{number!r}")(ours[None])[0], rounding(f"float4/16/{number!r}")(ours)
-    )
+    assert torch.equal(rounding(told)(ours[None])[0], rounding(told)(ours))
 
 
 def test_fp8_under_one_scale_is_that_of_compressed_tensors() -> None:
-    """moequant writes no such folder, and scores those of other tools."""
     args = preset_name_to_scheme("FP8", ["Linear"]).input_activations
-    assert args is not None and number_of(args.model_dump()) == ("input_scale", max)
+    assert args is not None
+    told = of_group(args.model_dump(mode="json"))
+    assert told == Inputs("FP8", endings=("input_scale",))
     x, scale = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0.004])
-    word = of_scheme(args.model_dump(mode="json"), float(scale))
-    ours, theirs = rounding(word)(x), fake_quantize(x, scale, torch.zeros(1), args)
+    ours = rounding(replace(told, number=float(scale)))(x)
+    theirs = fake_quantize(x, scale, torch.zeros(1), args)
     assert torch.equal(ours, theirs) and ours.abs().max() == 448 * scale
-    assert described({"a": word}) == "FP8, one scale from calibration"
-    assert described({"a": "float4/16/3.0", "b": "float4/16/4.0"}) == (
-        "NVFP4, a scale for 16 channels of a token and one number from calibration"
-    )
 
 
 def test_a_folder_knows_where_inputs_are_rounded(tiny, tmp_path: Path) -> None:
@@ -90,7 +107,9 @@ def test_a_folder_knows_where_inputs_are_rounded(tiny, tmp_path: Path) -> None:
     source = open_source(tmp_path / "out", checkpoint)
     assert source.inputs is not None
     for weight in checkpoint.weights:
-        assert source.inputs[weight.name] == ("float8/0" if weight.is_expert else "F32"), weight.name
+        assert source.inputs[weight.name] == (TOLD["FP8_DYNAMIC"] if weight.is_expert else Inputs()), (
+            weight.name
+        )
     rounded = Rounded(checkpoint, source.inputs)
     assert set(rounded.by_place) == {w.site.name for w in checkpoint.weights if w.is_expert and w.site}
     (tmp_path / "out" / "moequant.json").unlink()  # as if another tool had written it

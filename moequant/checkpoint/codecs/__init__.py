@@ -9,7 +9,11 @@ from moequant.checkpoint.codecs.recognise import activation_scales, recognise
 from moequant.checkpoint.codecs.repack import as_shipped, multiplier, repack
 from moequant.values import Codec, Stored
 
+RELEASED = ("plain", "fp8", "mxfp8", "mxfp4")
+"""What models are trained or released in: of those there is often no other original."""
+
 __all__ = [
+    "RELEASED",
     "Codec",
     "Stored",
     "activation_scales",

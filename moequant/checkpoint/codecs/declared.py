@@ -109,13 +109,40 @@ class Declared:
             key, pattern = found
             raise disagrees(tensor, "is quantized", f"quantization_config.{key} has {pattern!r}")
         if self.method == "compressed-tensors":
-            return _from_groups(self.raw, tensor, module)
+            group = self.group(tensor)
+            return _of_group(*group) if group else Scheme()
         if self.method.startswith("modelopt"):
-            return _from_algorithm(self.raw, module)
+            return _from_algorithm(self.algorithm(module))
         if self.method in ("gptq", "awq"):
             return self._of_integers(tensor, module)
         block = self.raw.get("weight_block_size")
         return Scheme("weight_block_size", block=(int(block[0]), int(block[1])) if block else None)
+
+    def group(self, tensor: str) -> tuple[str, Config] | None:
+        """compressed-tensors: name and entry of the config group that names the tensor's module, else of the
+        one for its class; None without groups. CheckpointError when none is for it."""
+        groups: Mapping[str, Config] = self.raw.get("config_groups") or {}
+        module, by_class = tensor.removesuffix(".weight"), None
+        for name, group in groups.items():
+            for target in map(str, group.get("targets") or ()):
+                if target == module or (target.startswith("re:") and _matches(target[3:], module)):
+                    return name, group
+                if re.fullmatch(r"[A-Z]\w*", target):
+                    by_class = by_class or (name, group)
+        if groups and by_class is None:
+            raise disagrees(tensor, "is quantized", "no targets of quantization_config.config_groups name it")
+        return by_class
+
+    def algorithm(self, module: str) -> str | None:
+        """ModelOpt: the algorithm of the layer, else of all; in capitals. CheckpointError: it is unknown."""
+        layer = (self.raw.get("quantized_layers") or {}).get(module) or {}
+        name = layer.get("quant_algo") or self.raw.get("quant_algo")
+        if name is not None and str(name).upper() not in _ALGORITHMS:
+            raise CheckpointError(
+                f"quantization_config.quant_algo is {name}, expected one of {few(_ALGORITHMS)}; give the "
+                "unquantized checkpoint"
+            )
+        return None if name is None else str(name).upper()
 
     def _of_integers(self, tensor: str, module: str) -> Scheme:
         """GPTQ, AWQ and auto-round: bits and group of all, and what `dynamic` or `extra_config` change."""
@@ -216,23 +243,6 @@ def _auto_round(raw: Config) -> tuple[Config, str]:
     )
 
 
-def _from_groups(raw: Config, tensor: str, module: str) -> Scheme:
-    """compressed-tensors: the config group that names the module, else the one for its class."""
-    groups: Mapping[str, Config] = raw.get("config_groups") or {}
-    if not groups:
-        return Scheme()
-    by_class = None
-    for name, group in groups.items():
-        for target in map(str, group.get("targets") or ()):
-            if target == module or (target.startswith("re:") and _matches(target[3:], module)):
-                return _of_group(name, group)
-            if re.fullmatch(r"[A-Z]\w*", target):
-                by_class = by_class or (name, group)
-    if by_class is None:
-        raise disagrees(tensor, "is quantized", "no targets of quantization_config.config_groups name it")
-    return _of_group(*by_class)
-
-
 def _of_group(name: str, group: Config) -> Scheme:
     weights: Config = group.get("weights") or {}
     size, strategy = weights.get("group_size"), weights.get("strategy")
@@ -255,18 +265,11 @@ def _of_group(name: str, group: Config) -> Scheme:
     )
 
 
-def _from_algorithm(raw: Config, module: str) -> Scheme:
-    """ModelOpt: the algorithm of the layer, else of all; its config groups say the same."""
-    layer = (raw.get("quantized_layers") or {}).get(module) or {}
-    name = layer.get("quant_algo") or raw.get("quant_algo")
+def _from_algorithm(name: str | None) -> Scheme:
+    """ModelOpt's algorithm; its config groups say the same."""
     if name is None:
         return Scheme()
-    if str(name).upper() not in _ALGORITHMS:
-        raise CheckpointError(
-            f"quantization_config.quant_algo is {name}, expected one of {few(_ALGORITHMS)}; give the "
-            "unquantized checkpoint"
-        )
-    bits, group = _ALGORITHMS[str(name).upper()]
+    bits, group = _ALGORITHMS[name]
     return Scheme(f"quant_algo {name}", bits, "float" if bits else None, (1, group) if group else None)
 
 

@@ -1,10 +1,10 @@
 """Numbers that scale what weights are fed, for schemes that round it: from the largest that calibration saw.
 
 NVFP4 rounds 16 inputs under an e4m3 scale, and one number of the module says where those scales lie: the
-largest input just reaches the largest scale (compressed-tensors' static_minmax). Each expert has the number
-of its own inputs. The largest of few tokens says little about the next, so it is moved towards the largest
-that any expert of the layer saw. A number that is too large costs next to nothing, because scales are floats;
-one that is too small cuts inputs off.
+largest input just reaches the largest scale (compressed-tensors' static_minmax). FP8 rounds inputs under that
+number alone. Each expert has the number of its own inputs. The largest of few tokens says little about the
+next, so it is moved towards the largest that any expert of the layer saw. A number for too large inputs costs
+next to nothing, because scales and FP8 are floats; one for too small ones cuts inputs off.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
 from moequant.containers.folders.plan import KEPT
-from moequant.containers.folders.schemes import find
+from moequant.containers.folders.schemes import Kind, find
 from moequant.errors import PlanError
+from moequant.formats.float8 import TOP
 from moequant.formats.nvfp4 import REACH
 from moequant.values import Calibration, InputStats, Plan, Weight
 
@@ -39,14 +40,16 @@ def rounds(plan: Plan) -> bool:
 
 
 def input_scales(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None) -> dict[str, Tensor]:
-    """By weight whose scheme scales inputs: f32 [E], what divides (`storage.INPUT`), a number a matrix.
+    """By weight whose scheme scales inputs: f32 [E], a number a matrix: what divides (`storage.INPUT`), or
+    multiplies (`storage.INPUT_FP8`).
 
     PlanError where calibration did not measure the largest inputs.
     """
-    return {
-        weight.name: (REACH / expected_peak(_stats(weight, calibration))).float()
-        for weight in _scaled(checkpoint, plan)
-    }
+    found = dict[str, Tensor]()
+    for weight, kind in _scaled(checkpoint, plan):
+        peak = expected_peak(_stats(weight, calibration))
+        found[weight.name] = (REACH / peak if kind == "NVFP4" else peak / TOP).float()
+    return found
 
 
 def check(calibration: Calibration | None) -> None:
@@ -54,8 +57,8 @@ def check(calibration: Calibration | None) -> None:
     if calibration is None or any(stats.peak is None for stats in calibration.inputs.values()):
         of = "there are no statistics" if calibration is None else f"{calibration.source} does not say it"
         raise PlanError(
-            f"NVFP4 scales inputs by the largest that calibration saw, and {of}; leave out --stats and "
-            "--imatrix, run route again, or take NVFP4A16, which leaves inputs as they are"
+            f"NVFP4 and FP8 scale inputs by the largest that calibration saw, and {of}; leave out --stats "
+            "and --imatrix, run route again, or take NVFP4A16 or FP8_DYNAMIC, which need no such number"
         )
 
 
@@ -71,7 +74,7 @@ def note(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None) ->
     """Which experts have a number that is not of their own inputs, because they were fed none."""
     unseen = [
         f"{weight.name} {expert}"
-        for weight in _scaled(checkpoint, plan)
+        for weight, _ in _scaled(checkpoint, plan)
         for expert in (_stats(weight, calibration).tokens == 0).nonzero().flatten().tolist()
     ]
     if not unseen:
@@ -80,12 +83,12 @@ def note(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None) ->
     return f"inputs never seen, scaled by the layer's largest: {', '.join(unseen[:NAMED])}{more}"
 
 
-def _scaled(checkpoint: Checkpoint, plan: Plan) -> Iterator[Weight]:
+def _scaled(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[Weight, Kind]]:
     formats = {choice.weight: choice.format for choice in plan.choices}
     for weight in checkpoint.weights:
         name = formats[weight.name]
-        if name not in KEPT and find(name).scales_inputs:
-            yield weight
+        if name not in KEPT and (scheme := find(name)).scales_inputs:
+            yield weight, scheme.kind
 
 
 def _stats(weight: Weight, calibration: Calibration | None) -> InputStats:

@@ -76,6 +76,16 @@ class FolderWeights:
         """Whether the folder holds codes for it."""
         return any(suffix in _CODES for suffix in self.suffixes.get(modules(weight)[0], ()))
 
+    def codes(self, weight: Weight) -> tuple[str, ...]:
+        """The names of the tensors of its codes, of every expert; none where it is not quantized."""
+        if len(weight.shape) < 2 or not self.is_quantized(weight):
+            return ()
+        named = ("weight_packed", "qweight", "weight")
+        return tuple(
+            f"{module}.{next(suffix for suffix in named if suffix in self.suffixes[module])}"
+            for module in modules(weight)
+        )
+
     def parts(self, weight: Weight) -> tuple[tuple[str, ...], ...]:
         """Of every expert of a quantized weight, the names of the stored tensors."""
         return tuple(

@@ -15,19 +15,23 @@ import torch
 
 from moequant.containers.folders.storage import Float8, Mxfp4, Nvfp4, PackedIntegers, PlainIntegers, Storage
 from moequant.errors import PlanError
+from moequant.formats.float8 import Span
 from moequant.formats.groups import GROUPS, GroupFormat
 
-Kind = Literal["integers", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "MXFP4"]
+Kind = Literal["integers", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4", "MXFP4"]
 
-_GROUP_OF = {"W8A8": -1, "FP8_DYNAMIC": -1, "FP8_BLOCK": 128, "NVFP4": 16, "MXFP4": 32}
+_GROUP_OF = {"W8A8": -1, "FP8": -1, "FP8_DYNAMIC": -1, "FP8_BLOCK": 128, "NVFP4": 16, "MXFP4": 32}
 _FORMATS = {
     "integers": "pack-quantized",
     "W8A8": "int-quantized",
+    "FP8": "float-quantized",
     "FP8_DYNAMIC": "float-quantized",
     "FP8_BLOCK": "float-quantized",
     "NVFP4": "nvfp4-pack-quantized",
     "MXFP4": "mxfp4-pack-quantized",
 }
+
+_SPANS: Mapping[Kind, Span] = {"FP8": "matrix", "FP8_DYNAMIC": "row", "FP8_BLOCK": "square"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,8 @@ class Scheme:
                 return PackedIntegers(GroupFormat(self.bits, self.group, scale_dtypes))
             case "W8A8":
                 return PlainIntegers(GroupFormat(8, -1, scale_dtypes))
-            case "FP8_DYNAMIC" | "FP8_BLOCK":
-                return Float8(self.kind == "FP8_BLOCK", scale_dtypes)
+            case "FP8" | "FP8_DYNAMIC" | "FP8_BLOCK":
+                return Float8(_SPANS[self.kind], scale_dtypes, self.scales_inputs)
             case "NVFP4":
                 return Nvfp4(self.scales_inputs)
             case "MXFP4":
@@ -114,6 +118,7 @@ PRESETS: dict[str, Scheme] = {
     scheme.preset: scheme
     for scheme in (
         *(_integers(bits) for bits in range(2, 9)),
+        replace(_other("FP8", "FP8", 8, 80, "FP8, one scale a matrix, inputs too"), scales_inputs=True),
         _other("FP8_DYNAMIC", "FP8_DYNAMIC", 8, 80, "FP8, one scale a row"),
         _other("FP8_BLOCK", "FP8_BLOCK", 8, 80, "FP8, one scale for 128 x 128 weights"),
         _other("MXFP4A16", "MXFP4", 4, 75, "MXFP4"),
@@ -126,7 +131,6 @@ PRESETS: dict[str, Scheme] = {
 
 UNWRITTEN: Mapping[str, str] = {
     "MXFP4": "rounds its inputs to four bits; MXFP4A16 has the same weights",
-    "FP8": "has scales of inputs from calibration; FP8_DYNAMIC makes them on the way",
     "W4A16_ASYM": "has zero points, which vLLM's experts do not take; W4A16 has none",
 }
 """Presets that people know and that are not written: why, and what comes closest."""
@@ -170,11 +174,15 @@ def of_config(group: Mapping[str, Any], stored_as: str) -> Scheme:
             return PRESETS["W8A8"]
         if stored_as == "pack-quantized" and strategy in ("group", "channel"):
             return with_group(find(f"W{bits}A16"), size or -1)
-    if kind == "float":
-        nvfp4 = "NVFP4" if group.get("input_activations") else "NVFP4A16"
+    inputs: Mapping[str, Any] = group.get("input_activations") or {}
+    if (kind, bits, strategy, stored_as) == ("float", 8, "tensor", "float-quantized"):
+        if inputs.get("dynamic") is False:
+            return PRESETS["FP8"]
+    elif kind == "float":
+        nvfp4 = "NVFP4" if inputs else "NVFP4A16"
         for name in ("FP8_DYNAMIC", "FP8_BLOCK", nvfp4, "MXFP4A16"):
             known = PRESETS[name]
             same_size = size == known.group if known.bits == 4 else (square is not None) == (known.rows > 1)
-            if known.format == stored_as and same_size and strategy != "tensor":
+            if known.format == stored_as and same_size:
                 return known
     raise PlanError(f"{stored_as} with {kind} of {bits} bits, {strategy}: no scheme that moequant knows")

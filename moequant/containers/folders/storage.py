@@ -17,19 +17,22 @@ from torch import Tensor
 from moequant import formats
 from moequant.containers.folders.shards import Entry
 from moequant.formats import float8, groups, nvfp4
-from moequant.formats.float8 import SIDE
+from moequant.formats.float8 import SIDE, Span
 from moequant.formats.groups import GroupFormat
 from moequant.formats.layout import join_nibbles, split_nibbles
 
 INPUT = "input_global_scale"
-"""The tensor that scales what a module is fed: F32 [1], which divides. Calibration knows it."""
+"""The tensor that scales what a module of NVFP4 is fed: F32 [1], which divides. Calibration knows it."""
+
+INPUT_FP8 = "input_scale"
+"""The same of FP8; it multiplies."""
 
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class Storage(Protocol):
     """The tensors of one linear module [out, in]; `suffixes` are the names of those of its weight, after the
-    module's. `INPUT` may stand behind them."""
+    module's. One that scales inputs may stand behind them."""
 
     @property
     def suffixes(self) -> Sequence[str]:
@@ -39,7 +42,7 @@ class Storage(Protocol):
         """What `formats.get` calls the numbers of rows of `n_in`."""
 
     def entries(self, module: str, n_out: int, n_in: int) -> tuple[Entry, ...]:
-        """Names, types and shapes, in the order of `suffixes`; last, if there is one, `INPUT`."""
+        """Names, types and shapes, in the order of `suffixes`; last, if there is one, what scales inputs."""
 
     def tensors(self, rows: Tensor, n_in: int) -> tuple[Tensor, ...]:
         """u8 [out, row_bytes] of the block format -> the values of `entries`, but for that of inputs."""
@@ -167,23 +170,27 @@ class PlainIntegers:
 class Float8:
     """compressed-tensors `float-quantized`: `weight` F8_E4M3 [out, in] and `weight_scale` BF16 or F16.
 
-    The scale is [out, 1], or, in squares of 128, [out / 128, in / 128].
+    The scale is [out, 1], of squares of 128 [out / 128, in / 128], and [1] of a matrix. With `scales_inputs`
+    also `INPUT_FP8`.
     """
 
-    squares: bool
+    span: Span
     scale_dtypes: tuple[torch.dtype, ...]
+    scales_inputs: bool = False
     suffixes: Sequence[str] = ("weight", "weight_scale")
 
     def block_format(self, n_in: int) -> str:
         """See `Storage`."""
-        return float8.name_of(0 if self.squares else n_in, self.scale_dtypes)
+        return float8.name_of(self.span, n_in, self.scale_dtypes)
 
     def entries(self, module: str, n_out: int, n_in: int) -> tuple[Entry, ...]:
         """See `Storage`."""
-        shape = (-(-n_out // SIDE), -(-n_in // SIDE)) if self.squares else (n_out, 1)
+        squares = (-(-n_out // SIDE), -(-n_in // SIDE))
+        shape = {"row": (n_out, 1), "square": squares, "matrix": (1,)}[self.span]
         return (
             Entry(f"{module}.weight", "F8_E4M3", (n_out, n_in)),
             Entry(f"{module}.weight_scale", _DTYPES[self.scale_dtypes[-1]], shape),
+            *((Entry(f"{module}.{INPUT_FP8}", "F32", (1,)),) if self.scales_inputs else ()),
         )
 
     def tensors(self, rows: Tensor, n_in: int) -> tuple[Tensor, ...]:
@@ -191,19 +198,26 @@ class Float8:
         blocks = rows.view(len(rows), n_in // self._block(n_in), -1)
         codes = blocks[..., 2:].flatten(1).contiguous().view(torch.float8_e4m3fn)
         scales = blocks[..., :2].contiguous().view(self.scale_dtypes[-1])[..., 0]
-        return codes, scales[::SIDE].contiguous() if self.squares else scales
+        match self.span:
+            case "square":
+                return codes, scales[::SIDE].contiguous()
+            case "matrix":
+                return codes, scales[:1, 0].contiguous()
+        return codes, scales
 
     def packed(self, stored: Mapping[str, Tensor], n_in: int) -> Tensor:
         """See `Storage`."""
         codes = stored["weight"].view(torch.uint8).view(len(stored["weight"]), -1, self._block(n_in))
         scales = stored["weight_scale"]
-        if self.squares:
+        if self.span == "square":
             scales = scales.repeat_interleave(SIDE, 0)[: len(codes)]
+        elif self.span == "matrix":
+            scales = scales.view(1, 1).expand(len(codes), 1)
         scales = scales[..., None].contiguous().view(torch.uint8)
         return torch.cat([scales, codes], -1).flatten(1)
 
     def _block(self, n_in: int) -> int:
-        return SIDE if self.squares else n_in
+        return SIDE if self.span == "square" else n_in
 
 
 @dataclass(frozen=True, slots=True)

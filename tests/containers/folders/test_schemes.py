@@ -15,8 +15,10 @@ from moequant.containers.folders import compressed_tensors, schemes
 from moequant.errors import PlanError
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
+from moequant.statistics.calibrate import calibrate
 from tests import models
 from tests.containers.folders.cases import own_decoder, quantized
+from tests.forward.test_stream import rows
 
 FAMILIES = {
     "mixtral": {"intermediate_size": 384},
@@ -61,7 +63,7 @@ def test_their_decoder_and_ours_say_the_same(tiny, tmp_path: Path, family: str, 
     assert stored + shapes == sum(theirs.tensor(name).nbytes for name in theirs.tensors)
 
 
-LOADS = ["W3A16", "W4A16", "W8A16", "FP8_DYNAMIC", "MXFP4A16"]
+LOADS = ["W3A16", "W4A16", "W8A16", "FP8", "FP8_DYNAMIC", "MXFP4A16"]
 """Schemes whose experts transformers 5.23 decodes as they are meant."""
 
 
@@ -71,7 +73,8 @@ def test_transformers_computes_what_our_decoder_predicts(
     tiny, tmp_path: Path, family: str, scheme: str
 ) -> None:
     out, model = tmp_path / "out", tiny(family, **FAMILIES[family])
-    quantized(model, out, scheme=scheme)
+    scales = schemes.find(scheme).scales_inputs
+    quantized(model, out, calibrate(open_checkpoint(model), rows(2)) if scales else None, scheme=scheme)
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto", experts_implementation="eager")
     loaded = torch.nn.Module.float(loaded.eval())
     ours = build_model(open_checkpoint(model), EXPERTS, own_decoder(out).load)
@@ -119,7 +122,7 @@ def test_gate_and_up_have_one_number(tiny, tmp_path: Path, family: str) -> None:
 def test_names_of_schemes() -> None:
     assert schemes.find("w4a16_g32").group == 32 and schemes.find("W2A16_CHANNEL").group == -1
     assert schemes.find("W4A16_G32").name == "W4A16_G32" and schemes.find("W4A16_G128").name == "W4A16"
-    for name in ("", "W9A16", "W4A16_G100", "W4A16_G", "NVFP4A16_G32", "FP8"):
+    for name in ("", "W9A16", "W4A16_G100", "W4A16_G", "NVFP4A16_G32", "FP8_G32"):
         with pytest.raises(PlanError):
             schemes.find(name)
 

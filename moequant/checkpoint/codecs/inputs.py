@@ -1,0 +1,133 @@
+"""What a quantization config says of inputs: the numbers that a runtime rounds them to before it multiplies.
+
+| said by | inputs |
+|---|---|
+| compressed-tensors | `input_activations` of the module's config group |
+| ModelOpt | its algorithm; calibrated scales are `input_scale`, which multiplies |
+| `fp8` (transformers, DeepSeek) | `activation_scheme`; with `weight_block_size` a scale for a block |
+| Mistral | `qscheme_act` |
+| `fbgemm_fp8` | a scale a token, of at most `activation_scale_ub` |
+| MXFP8 | a power of two for 32 channels |
+| GPTQ, AWQ, auto-round, MXFP4 of gpt-oss | as they are, unless `act_bits` says otherwise |
+
+What no config says is not guessed: `Inputs.untold` has the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moequant.checkpoint.codecs.declared import Declared
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What becomes of the inputs of a weight.
+
+    `numbers` are what they are rounded to, "" for nothing. `group` channels of a token share a scale that is
+    made as the model runs; 0 are all of a token, and -1 is for no such scale. `power`: these scales are
+    powers of two. `most`: a larger input does not make a scale larger.
+
+    `number` comes from calibration: FP8 is multiplied by it, NVFP4's scales are divided by it. It is stored
+    under one of `endings`, behind the module's name; `inverse`: what is stored is 1 / `number`.
+
+    `untold` is why a config does not tell, empty where it does.
+    """
+
+    numbers: Literal["", "FP8", "int8", "NVFP4"] = ""
+    group: int = -1
+    power: bool = False
+    most: float | None = None
+    endings: tuple[str, ...] = ()
+    inverse: bool = False
+    number: float | None = None
+    untold: str = ""
+
+    def __str__(self) -> str:
+        if not self.numbers:
+            return f"as they are ({self.untold})" if self.untold else "as they are"
+        if self.group < 0:
+            return f"{self.numbers}, one scale from calibration"
+        scales = f"a scale for {self.group} channels of a token" if self.group else "a scale a token"
+        also = " and one number from calibration" if self.endings else ""
+        return f"{self.numbers}, {scales}{', a power of two' if self.power else ''}{also}"
+
+
+AS_THEY_ARE = Inputs()
+
+_PER_TOKEN = Inputs("FP8", 0)
+_FIXED = Inputs("FP8", endings=("input_scale", "activation_scale", "qscale_act"))
+_MXFP8 = Inputs("FP8", 32, power=True)
+
+_ALGORITHMS = {
+    "FP8": _FIXED,
+    "FP8_PER_CHANNEL_PER_TOKEN": _PER_TOKEN,
+    # "Weights only", but vLLM and TensorRT-LLM have no kernel that leaves its inputs as they are.
+    "FP8_PB_WO": Inputs("FP8", 128),
+    "NVFP4": Inputs("NVFP4", 16, endings=("input_scale",), inverse=True),
+    "W4A16_NVFP4": AS_THEY_ARE,
+    "W4A8_NVFP4_FP8": _FIXED,
+    "MXFP8": _MXFP8,
+}
+"""ModelOpt's `quant_algo`. MXFP4 and W4A8_MXFP4_FP8 do not say how their inputs are scaled."""
+
+
+def inputs_of(declared: Declared, tensor: str) -> Inputs:
+    """What becomes of the inputs of a quantized weight, by its plain name; numbers are not read yet."""
+    raw, method = declared.raw, declared.method
+    match method:
+        case "compressed-tensors":
+            found = declared.group(tensor)
+            return of_group(found[1].get("input_activations")) if found else AS_THEY_ARE
+        case "fp8":
+            return _of_fp8(raw)
+        case "fbgemm_fp8":
+            most = raw.get("activation_scale_ub")
+            return Inputs("FP8", 0, most=None if most is None else float(most))
+        case "mxfp8":
+            return _MXFP8
+        case _ if method.startswith("modelopt"):
+            name = declared.algorithm(tensor.removesuffix(".weight"))
+            if name is None:
+                return Inputs(untold=f"{method} without a quant_algo")
+            return _ALGORITHMS.get(name, Inputs(untold=f"quant_algo {name} does not say how they are scaled"))
+    bits = raw.get("act_bits") or 16
+    return AS_THEY_ARE if bits >= 16 else Inputs(untold=f"act_bits {bits}, which no runtime is known for")
+
+
+def _of_fp8(raw: Config) -> Inputs:
+    """Releases of DeepSeek and those like it; Mistral's own config says the same in words of its own."""
+    scheme = raw.get("activation_scheme")
+    if "qformat_weight" in raw:
+        scheme = {"TENSOR": "static", "NO_SCALES": "dynamic"}.get(str(raw.get("qscheme_act")))
+    if scheme == "static":
+        return _FIXED
+    if scheme != "dynamic":
+        return Inputs(untold=f"activation_scheme is {scheme or 'missing'}")
+    block = raw.get("weight_block_size") or (0, 0)
+    if int(block[1]) < 0:
+        return Inputs(untold=f"weight_block_size is {list(block)}")
+    return Inputs("FP8", int(block[1]), power=raw.get("scale_fmt") == "ue8m0")
+
+
+def of_group(told: Config | None) -> Inputs:
+    """The `input_activations` of compressed-tensors."""
+    if not told:
+        return AS_THEY_ARE
+    kind, bits, dynamic = told.get("type"), told.get("num_bits"), told.get("dynamic")
+    strategy, size = told.get("strategy"), told.get("group_size")
+    match dynamic, kind, bits:
+        case "local", "float", 4:
+            return Inputs("NVFP4", 16, endings=("input_global_scale",))
+        case False, "float", 8 if strategy in (None, "tensor"):
+            return Inputs("FP8", endings=("input_scale",))
+        case True, "float" | "int", 8 if strategy == "token" or (strategy == "group" and int(size or 0) > 0):
+            group = int(size or 0) if strategy == "group" else 0
+            power = told.get("scale_dtype") in ("torch.uint8", "uint8")
+            return Inputs("FP8" if kind == "float" else "int8", group, power=power)
+    said = f"{kind} of {bits} bits, {strategy}, dynamic: {dynamic}"
+    return Inputs(untold=f"{said}, which no runtime is known for")
