@@ -76,7 +76,12 @@ def fit(
         float | None,
         typer.Option(help="Share of a GPU that vLLM may take (--gpu-memory-utilization; default 0.92)."),
     ] = None,
-    ctx: Annotated[int, typer.Option(min=1, max=MOST, help="Tokens of context for each sequence.")] = 8192,
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MOST, help="Tokens of context for each sequence (default 8192, or all of a model's)."
+        ),
+    ] = None,
     parallel: Annotated[
         int, typer.Option(min=1, max=1 << 20, help="How many sequences are served at once.")
     ] = 1,
@@ -111,7 +116,7 @@ def fit(
         cache = (cache_type or CacheType.auto).value
         taken = {} if utilization is None else {"utilization": utilization}
         gpus = guarded(lambda: Gpus(vram, vram_bandwidth * 1e9, **taken))
-        serving = Serving(ctx, parallel, 1 if tp is None else tp, cache)
+        serving = Serving(ctx or 0, parallel, 1 if tp is None else tp, cache)
         asked = FolderFitSettings(gpus, serving, schemes, gpu)
         served = guarded(lambda: fit_folder(place(path, cache_dir), asked))
         tell(served, as_json)
@@ -125,7 +130,7 @@ def fit(
 
     disk, system = disk_bandwidth * 1e9 if disk_bandwidth else None, (ram_bandwidth or 60) * 1e9
     hardware = guarded(lambda: Hardware(vram, ram or 0, vram_bandwidth * 1e9, system, disk))
-    load = Load(ctx, parallel, (cache_type or CacheType.f16).value)
+    load = Load(ctx or 0, parallel, (cache_type or CacheType.f16).value)
     settings = FitSettings(hardware, load, min_speed or 0)
     result = guarded(lambda: run(place(path, cache_dir), settings))
     tell(result, as_json)

@@ -160,9 +160,11 @@ def fit(model: Model, hardware: Hardware, load: Load, min_speed: float = 0.0) ->
         files = preset_files(folder)
     else:
         files = iter([PresetFile(place.name, read_header(place), None)])
-    found = [
-        _candidate(f"{name}-{file.name}.gguf" if name else str(place), file, hardware, load) for file in files
-    ]
+    found = []
+    for file in files:
+        load = load.within(file.header.count("context_length"))
+        path = f"{name}-{file.name}.gguf" if name else str(place)
+        found.append(_candidate(path, file, hardware, load))
     found.sort(key=lambda candidate: -candidate.file_bytes)
     good = [c for c in found if c.placement.fits and c.placement.speed >= min_speed]
     alone = [c for c in good if c.placement.all_on_gpu]
@@ -187,7 +189,7 @@ def place(header: Header, hardware: Hardware, load: Load) -> Placement:
         raise PlanError(
             f"{header.path}: --ctx {load.ctx:,} is more than the model's context; give --ctx {limit} or less"
         )
-    model = _Model.of(header, load)
+    model = _Model.of(header, load.within(limit))
     if not model.head + sum(model.dense) + sum(model.active):
         raise CheckpointError(f"{header.path}: no weight that a token would read; make it again")
     placement = model.placement(0, model.layers, hardware)

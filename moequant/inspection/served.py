@@ -141,7 +141,9 @@ def fit_folder(
     if place.file if isinstance(place, HubModel) else place.is_file():
         raise PlanError(f"{place}: vLLM serves folders; give one, or leave --format safetensors out")
     folder: Folder = headers(place)
-    found = _Model(open_model(folder), gpus, serving)
+    checkpoint = open_model(folder)
+    serving = serving.within(checkpoint.shape.context)
+    found = _Model(checkpoint, gpus, serving)
     candidates, notes = [found.as_it_is()], list(found.notes())
     if found.is_released:
         settings = FolderSettings(schemes=schemes, gpu=gpu, tp=serving.tp)

@@ -28,7 +28,7 @@ class FitSettings:
     """
 
     hardware: Hardware
-    load: Load = Load(8192)  # frozen
+    load: Load = Load()  # frozen
     min_speed: float = 0.0
 
 

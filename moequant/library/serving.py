@@ -27,7 +27,7 @@ class FolderFitSettings:
     """
 
     gpus: Gpus
-    serving: Serving = Serving(8192)  # frozen
+    serving: Serving = Serving()  # frozen
     schemes: str | None = None
     gpu: float | None = None
 

@@ -259,6 +259,13 @@ def test_a_folder_is_answered_with_its_best_type(tiny) -> None:
     assert on_gpu.fastest is on_gpu.best
 
 
+def test_a_short_context_is_taken_whole(tiny) -> None:
+    """The usual 8,192 tokens are more than some models have."""
+    short = fit(tiny("mixtral", max_position_embeddings=2048), Hardware(0, GIB), Load())
+    assert short.load.ctx == 2048 and "-c 2048" in short.candidates[0].command
+    assert fit(tiny("mixtral", max_position_embeddings=16384), Hardware(0, GIB), Load()).load.ctx == 8192
+
+
 def test_what_cannot_be_known_is_refused(qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="--ctx 40,000 is more than the model's context; give --ctx 32768"):
         fit(qwen, hardware(24), Load(40_000))

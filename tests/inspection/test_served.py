@@ -155,7 +155,7 @@ def test_refused_in_one_line(tiny, options: list[str], says: str) -> None:
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("wrong", [{"ctx": 0}, {"ctx": 8, "tp": 0}, {"ctx": 8, "cache_type": "f16"}])
+@pytest.mark.parametrize("wrong", [{"ctx": -1}, {"ctx": 8, "tp": 0}, {"ctx": 8, "cache_type": "f16"}])
 def test_a_load_that_is_none(wrong: dict[str, object]) -> None:
     with pytest.raises(PlanError, match="was expected"):
         Serving(**wrong)
@@ -171,3 +171,8 @@ def test_a_file_is_no_folder(tmp_path: Path, path: str) -> None:
 def test_what_nobody_described_is_refused(tiny) -> None:
     with pytest.raises(PlanError, match="attention whose cache in vLLM is not known"):
         fit_folder(tiny("qwen3_next"), Gpus(GIB), Serving(256))
+
+
+def test_a_short_context_is_taken_whole(tiny) -> None:
+    found = fit_folder(tiny("mixtral", max_position_embeddings=2048), Gpus(6 * GIB), Serving())
+    assert found.serving.ctx == 2048 and "--max-model-len 2048" in found.candidates[0].command

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from moequant.containers.gguf.header import Header
 from moequant.errors import CheckpointError, PlanError
+from moequant.runtimes.context import usual_context
 
 UBATCH = 512
 """Tokens that llama.cpp computes at once (`-ub`): the width of every buffer."""
@@ -59,11 +60,16 @@ UNMODELLED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How a model is served: tokens of context for each of `parallel` sequences, and the cache's type."""
+    """How a model is served: tokens of context for each of `parallel` sequences, 0 for what is usual, and the
+    cache's type."""
 
-    ctx: int
+    ctx: int = 0
     parallel: int = 1
     cache_type: str = "f16"
+
+    def within(self, limit: int | None) -> Load:
+        """The same with a context; `limit` is the model's."""
+        return self if self.ctx else replace(self, ctx=usual_context(limit))
 
     @property
     def cells(self) -> int:

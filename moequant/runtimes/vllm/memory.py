@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from moequant.checkpoint import Checkpoint
 from moequant.errors import PlanError
+from moequant.runtimes.context import usual_context
 from moequant.values import ModelShape, Role, Weight
 
 UTILIZATION = 0.92
@@ -68,21 +69,28 @@ _UNKNOWN = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """How a model is served: `ctx` tokens for each of `parallel` sequences, on `tp` GPUs that share every
-    weight, with the cache in `cache_type` (one of `CACHE_BYTES`). PlanError for what is no such load."""
+    """How a model is served: `ctx` tokens for each of `parallel` sequences, 0 for what is usual, on `tp` GPUs
+    that share every weight, with the cache in `cache_type` (one of `CACHE_BYTES`). PlanError for what is no
+    such load."""
 
-    ctx: int
+    ctx: int = 0
     parallel: int = 1
     tp: int = 1
     cache_type: str = "auto"
 
     def __post_init__(self) -> None:
         """See the class."""
-        for name in ("ctx", "parallel", "tp"):
+        for name in ("parallel", "tp"):
             if getattr(self, name) < 1:
                 raise PlanError(f"--{name} {getattr(self, name)}: 1 or more was expected")
+        if self.ctx < 0:
+            raise PlanError(f"--ctx {self.ctx}: 1 or more was expected")
         if self.cache_type not in CACHE_BYTES:
             raise PlanError(f"--cache-type {self.cache_type}: {' or '.join(CACHE_BYTES)} was expected")
+
+    def within(self, limit: int | None) -> Serving:
+        """The same with a context; `limit` is the model's."""
+        return self if self.ctx else replace(self, ctx=usual_context(limit))
 
     def batch(self, vram: int) -> int:
         """Tokens that are computed at once on GPUs of so many bytes (`get_batch_defaults` in
