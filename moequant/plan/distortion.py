@@ -28,30 +28,32 @@ def distorted(values: Tensor, error: float, columns: Tensor | None) -> Tensor:
     attention's values up to twice as sensitive.
     """
     stack = values.reshape(-1, *values.shape[-2:])
-    shares = None if columns is None else columns.reshape(-1, values.shape[-1]).float()
+    shares = torch.ones(1, values.shape[-1], device=values.device)
+    if columns is not None:
+        shares = columns.reshape(-1, values.shape[-1]).to(values.device, torch.float32)
     out = torch.empty(stack.shape, dtype=torch.float32, device=values.device)
     step = max(1, AT_ONCE // values.shape[-1])
-    for matrix, kept in enumerate(stack):
-        share = (
-            torch.ones_like(kept[0], dtype=torch.float32)
-            if shares is None
-            else shares[matrix].to(kept.device)
-        )
+    for kept, share, made in zip(stack, shares.expand(len(stack), -1), out, strict=True):
         for first in range(0, len(kept), step):
             rows = slice(first, first + step)
-            out[matrix, rows] = _off(kept[rows].float(), error, share)
+            _off(made[rows].copy_(kept[rows]), error, share)
     return out.view(values.shape)
 
 
-def _off(x: Tensor, error: float, share: Tensor) -> Tensor:
-    """Rows x f32 [rows, in], off by `error` where columns count by `share` f32 [in]."""
-    pad = -x.shape[-1] % BLOCK
-    blocks = nn.functional.pad(x, (0, pad)).view(len(x), -1, BLOCK)
-    weight = nn.functional.pad(share, (0, pad)).view(-1, BLOCK)
+def _off(x: Tensor, error: float, share: Tensor) -> None:
+    """Move rows x f32 [rows, in] off by `error`, in place, where columns count by `share` f32 [in]."""
+    square = x.square()
     # Even steps of a size s make errors of s²/12 in the mean.
-    steps = blocks.square().mean(-1, keepdim=True).mul_(12 * error).sqrt_()
-    off = (blocks / steps.clamp(min=torch.finfo(torch.float32).tiny)).round_().mul_(steps).sub_(blocks)
-    made, whole = ((weight * y.square()).sum(dtype=torch.float64) for y in (off, blocks))
-    if not made > 0:
-        return x
-    return off.mul_((error * whole / made).sqrt().float()).add_(blocks).flatten(-2)[:, : x.shape[-1]]
+    steps = _by_block(square).mean(-1, keepdim=True).mul_(12 * error).sqrt_()
+    steps.clamp_(min=torch.finfo(torch.float32).tiny)
+    off = (_by_block(x) / steps).round_().mul_(steps).flatten(1)[:, : x.shape[1]].sub_(x)
+    whole = (square @ share).sum(dtype=torch.float64)
+    made = (torch.mul(off, off, out=square) @ share).sum(dtype=torch.float64)
+    if made > 0:
+        x.add_(off.mul_((error * whole / made).sqrt().float()))
+
+
+def _by_block(x: Tensor) -> Tensor:
+    """[rows, in] as [rows, blocks, BLOCK], a last block filled up with zeros."""
+    pad = -x.shape[1] % BLOCK
+    return (nn.functional.pad(x, (0, pad)) if pad else x).view(len(x), -1, BLOCK)
