@@ -28,6 +28,7 @@ from moequant.escape import shown
 from moequant.formats import Effort, engine
 from moequant.forward.memory import rounding_work, usable_bytes, working_bytes
 from moequant.plan.measure import Probing
+from moequant.plan.vocabulary import TOKENS
 from moequant.progress import Forecast, resident_bytes
 from moequant.rounding.layerwise import BATCHES
 from moequant.rounding.rounder import UNROUNDED
@@ -52,7 +53,7 @@ Where it counts the search is measured, type by type."""
 COMPILING = 3.3
 """CPU seconds until a compiled encoder is loaded; the first time on a machine it takes longer."""
 
-DISTORTED = 20
+DISTORTED = 10
 """Times that a weight is handled until it has the error of a probe."""
 
 SAMPLED = 1100
@@ -304,7 +305,6 @@ def _plan(model: Model, probes: Rows, probing: Probing) -> Work:
     row = probes.ids.shape[1]
     tokens = row * probing.scored(len(groups), probes.ids)
     layers = checkpoint.shape.layers
-    versions = len(groups) + 4  # two plans, and the model itself beside the groups and beside the plans
     crossed = 4 * layers + sum(
         layers - (group[0].layer or 0) for group in groups if group[0].role is not Role.OUTPUT
     )
@@ -314,8 +314,10 @@ def _plan(model: Model, probes: Rows, probing: Probing) -> Work:
         if others := len(menu.measured(weight)) - 1:
             experts, rows = probing.sampled(weight)
             samples += others * experts * rows * weight.n_in
-    logits = tokens / 2 * versions
-    head = Work(logits * model.head, SCORED * logits * checkpoint.shape.vocab)
+    # The model itself, beside the groups and beside the plans; of versions some tokens of the vocabulary.
+    vocab = checkpoint.shape.vocab
+    heads = tokens / 2 * (2 + (len(groups) + 2) * min(1.0, TOKENS / vocab))
+    head = Work(heads * model.head, SCORED * heads * vocab)
     changed = 3 * DISTORTED * sum(weight.numel for group in groups for weight in group)
     return passes + head + Work(numbers=SAMPLED * samples + changed + 2 * LOADED * model.stored)
 
