@@ -211,8 +211,9 @@ def convert(
         convert_all,
         planned,
     )
+    from moequant.commands.job import notes
     from moequant.report.conversion import next_steps
-    from moequant.report.dry_run import dry_run_table
+    from moequant.report.dry_run import DryRun, dry_run_table
     from moequant.report.machine import dry_run_json
 
     settings = guarded(
@@ -255,14 +256,20 @@ def convert(
     given = source(model, config, cache_dir)
     if dry_run:
         files = [
-            (job.container.checkpoint, job.plan, guarded(lambda: job.parts(path)), job.limit)  # noqa: B023  called at once
+            DryRun(
+                job.container.checkpoint,
+                job.plan,
+                guarded(lambda: job.parts(path)),  # noqa: B023  called at once
+                job.limit,
+                notes(job),
+            )
             for job, path in guarded(lambda: planned(given, out, settings))
         ]
         if as_json:
             emit("convert", dry_run_json(files))
         else:
             for each in files:
-                console().print(dry_run_table(*each))
+                console().print(dry_run_table(each))
         return
     guarded(lambda: _announce(given, settings))
     made = guarded(lambda: convert_all(given, out, settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -13,13 +14,21 @@ from moequant.report.style import line, parts_table, size, table
 from moequant.values import Choice, Plan
 
 
-def dry_run_table(
-    checkpoint: Checkpoint, plan: Plan, parts: Mapping[Path, int], limit: int | None = None
-) -> Group:
-    """One row a tensor, in file order; the last line has the file's size in bytes. `parts` are its files.
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a conversion would write: the bytes of its files, `parts`; `limit`, the largest file where it will
+    measure and choose again; and what a person should know of it."""
 
-    `limit` is the largest file that the conversion may make when it will measure and choose again.
-    """
+    checkpoint: Checkpoint
+    plan: Plan
+    parts: Mapping[Path, int]
+    limit: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def dry_run_table(found: DryRun) -> Group:
+    """One row a tensor, in file order; below them the file's size in bytes, and the notes."""
+    checkpoint, plan, parts, limit = found.checkpoint, found.plan, found.parts, found.limit
     weights = {weight.name: weight for weight in checkpoint.weights}
     known = plan.kl is not None
     made = table("", "tensor", "shape", "type", "size", *(["expected KL"] if known else []), "why")
@@ -47,7 +56,7 @@ def dry_run_table(
         )
     if known:
         lines.append(line(f"expected KL divergence to the checkpoint: {plan.kl:.5f}"))
-    return Group(made, *lines)
+    return Group(made, *lines, *(line(f"note: {note}") for note in found.notes))
 
 
 def _kl(choice: Choice) -> str:

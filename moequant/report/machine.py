@@ -11,6 +11,7 @@ from moequant.checkpoint import Checkpoint
 from moequant.escape import shown
 from moequant.plan import Point
 from moequant.plan.curve import Curve
+from moequant.report.dry_run import DryRun
 from moequant.report.summary import Report
 from moequant.values import Calibration, ExpertLoss, Plan
 
@@ -56,16 +57,19 @@ def _parts(parts: Mapping[Path, int]) -> list[dict[str, Any]]:
     return [{"name": path.name, "bytes": size} for path, size in parts.items()]
 
 
-def dry_run_json(
-    files: Sequence[tuple[Checkpoint, Plan, Mapping[Path, int], int | None]],
-) -> dict[str, Any]:
-    """What a conversion would make, from (model, plan, bytes of its parts, limit) of each file; `limit` is
-    its largest size where it measures and chooses again."""
+def dry_run_json(files: Sequence[DryRun]) -> dict[str, Any]:
+    """What a conversion would make, of each file."""
     made = [
-        {"bytes": sum(parts.values()), "parts": _parts(parts), "limit": limit, **plan_json(plan)}
-        for _, plan, parts, limit in files
+        {
+            "bytes": sum(each.parts.values()),
+            "parts": _parts(each.parts),
+            "limit": each.limit,
+            "notes": list(each.notes),
+            **plan_json(each.plan),
+        }
+        for each in files
     ]
-    return {**model_json(files[0][0]), "files": made}
+    return {**model_json(files[0].checkpoint), "files": made}
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -93,6 +93,11 @@ def test_the_dry_run_reads_only_headers(model: Path, tmp_path: Path) -> None:
     assert run("convert", model, "-o", tmp_path / "q.gguf", "--dry-run").returncode == 0
 
 
+def test_the_dry_run_says_what_the_report_would_note(tiny, tmp_path: Path) -> None:
+    dry = run("convert", tiny("llama"), "-o", tmp_path / "q.gguf", "--dry-run")
+    assert dry.returncode == 0 and "note: a dense model" in dry.stdout, dry.stdout[-500:]
+
+
 def test_best_says_first_what_its_gradients_take(tiny, text: Path, tmp_path: Path) -> None:
     out, model = tmp_path / "q.gguf", tiny("qwen3_moe", num_hidden_layers=1, num_experts=4)
     wanted = "convert", model, "-o", out, "--calib", text, "--calib-tokens", 512, "--type", "Q8_0"
