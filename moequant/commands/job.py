@@ -18,7 +18,7 @@ from moequant.containers.folders.schemes import find
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.presets import facts
 from moequant.containers.opened import open_model
-from moequant.errors import VerifyError
+from moequant.errors import OutputError, VerifyError
 from moequant.files import part_names, scratch
 from moequant.hub import Source
 from moequant.hub.fetch import headers
@@ -144,18 +144,15 @@ def check_runtime(job: Job) -> None:
     output = job.container
     if not (isinstance(output, GgufContainer) and job.settings.self_check and logits.available()):
         return
-    with scratch() as folder:
-        header = folder / "header.gguf"
-        try:
+    try:
+        with scratch() as folder:
+            header = folder / "header.gguf"
             output.outline(header, job.plan)
-        except OSError:  # a disk without holes: the self-check at the end asks llama.cpp again
-            return
-        try:
             acceptance.check(header, str(job.model.source))
-        except LlamaError as error:
-            raise VerifyError(
-                f"{error}; nothing was written (--no-self-check writes it all the same)"
-            ) from None
+    except LlamaError as error:
+        raise VerifyError(f"{error}; nothing was written (--no-self-check writes it all the same)") from None
+    except (OSError, OutputError):
+        return  # no room, or a disk without holes: the self-check at the end asks llama.cpp again
 
 
 def measured(

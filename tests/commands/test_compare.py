@@ -387,7 +387,7 @@ def test_a_rounding_that_siblings_do_not_share_is_refused(tiny) -> None:
     checkpoint = open_checkpoint(tiny("mixtral"))
     types = dict.fromkeys((weight.name for weight in checkpoint.weights), "Q4_K")
     Rounded(checkpoint, types)
-    with pytest.raises(VerifyError, match="rounds the input in another way"):
+    with pytest.raises(VerifyError, match="rounds it in another way"):
         Rounded(checkpoint, types | {"layers.0.experts.up": "Q5_0"})
 
 

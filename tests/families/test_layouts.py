@@ -31,6 +31,8 @@ def relaid(
             save_file(made, out / file.name, {"format": "pt"})
         else:
             (out / file.name).write_bytes(file.read_bytes())
+    if len(list(out.glob("*.safetensors"))) > 1:
+        models.indexed(out)
     raw = json.loads((out / "config.json").read_text()) | config
     kept = {key: value for key, value in raw.items() if value is not None}
     (out / "config.json").write_text(json.dumps(kept))

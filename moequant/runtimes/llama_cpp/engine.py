@@ -25,8 +25,11 @@ from moequant.errors import MoequantError
 
 _LOG_TYPE = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)
 
-_CAUSES = re.compile(r"error loading model: (.+)|(GGML_ASSERT\(.+\) failed|GGML_ABORT.+)")
-"""How llama.cpp says why it gives up: in what it logs, and on stderr where it aborts."""
+_CAUSES = re.compile(
+    r"error loading model: (?!llama_model_loader: failed)(.+)|(GGML_ASSERT\(.+\) failed|GGML_ABORT.+)"
+)
+"""How llama.cpp says why it gives up: in what it logs, and on stderr where it aborts. That its loader failed
+is no cause: the lines in front of it say that."""
 
 
 class LlamaError(MoequantError):
