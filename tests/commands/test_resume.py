@@ -74,11 +74,7 @@ def test_killed_while_types_are_measured_it_crosses_no_finished_layer_again(
     small: Path, text: Path, tmp_path: Path
 ) -> None:
     """Statistics, probes, whole plans and rounding cross the layers one after the other."""
-    stops = {
-        "plan/probes/hidden-0003": (2, 3),
-        "plan/probes/kl-0007": (0, 2),
-        "plan/plans/hidden-0002": (1, 2),
-    }
+    stops = {"plan/probes/hidden-0003": (2, 3), "plan/plans/hidden-0002": (1, 2)}
     whole, kills = killed(small, text, tmp_path, "measured", *stops)
     assert crossings(whole["layers"]) == 4
     for kill, (first, left) in zip(kills, stops.values(), strict=True):
