@@ -31,10 +31,11 @@ class Said:
     def of(cls, log_p: Tensor, count: int = TOKENS) -> Said:
         """From log-probabilities f32 [m, vocab] of all tokens, `count` of them drawn.
 
-        Systematic sampling with a chance in proportion to the mean probability, 1 at most (Särndal,
-        Swensson and Wretman, Model Assisted Survey Sampling, 1992, section 3.6.2). Nothing is random.
+        Systematic sampling with a chance in proportion to the mean probability, 1 at most (Madow, "On the
+        theory of systematic sampling, II", 1949). Nothing is random.
         """
-        chance = _chances(log_p.exp().mean(0, dtype=torch.float64), min(count, log_p.shape[-1]))
+        expected = torch.logsumexp(log_p, 0).double().exp()  # of m positions together
+        chance = _chances(expected, min(count, log_p.shape[-1]))
         # Token k is drawn when a whole number and a half lies between the sums up to it and with it.
         bounds = (chance.cumsum(0) + 0.5).floor()
         tokens = torch.diff(bounds, prepend=bounds.new_zeros(1)).nonzero().flatten()

@@ -110,6 +110,9 @@ def test_what_nobody_can_run_is_not_written(one_expert: Path, tmp_path: Path, te
     with pytest.raises(CheckpointError, match=r"transformers cannot run the model"):
         convert(one_expert, tmp_path / "b.gguf", settings)
     assert {path.suffix for path in tmp_path.glob("*.gguf*")} <= {".journal"}
+    checkpoint = open_checkpoint(one_expert)
+    with pytest.raises(VerifyError, match=r"transformers cannot run what config\.json describes"):
+        self_check(checkpoint, Output(load, True))
 
 
 def test_where_transformers_does_not_load_a_folder_llama_cpp_still_counts(

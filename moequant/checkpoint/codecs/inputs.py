@@ -66,7 +66,7 @@ _MXFP8 = Inputs("FP8", 32, power=True)
 _ALGORITHMS = {
     "FP8": _FIXED,
     "FP8_PER_CHANNEL_PER_TOKEN": _PER_TOKEN,
-    # "Weights only", but vLLM and TensorRT-LLM have no kernel that leaves its inputs as they are.
+    # "Weights only", but vLLM rounds inputs all the same (read).
     "FP8_PB_WO": Inputs("FP8", 128),
     "NVFP4": Inputs("NVFP4", 16, endings=("input_scale",), inverse=True),
     "W4A16_NVFP4": AS_THEY_ARE,

@@ -17,9 +17,6 @@ from moequant.runtimes.llama_cpp.isolated import ask
 TOKENS = 32
 """Context and batch: shapes of the graph do not depend on it."""
 
-FLAGS = [False, True, False]
-"""Those in front of `no_alloc`: what tells that it lies where this build of llama.cpp has it."""
-
 
 def check(header: Path, what: str) -> None:
     """LlamaError when llama.cpp refuses a file that has a header and a hole for weights; `what` names it."""
@@ -30,8 +27,6 @@ def _check(path: str) -> None:
     """The job itself, in the process that `check` started."""
     lib = library()
     params = lib.llama_model_default_params()
-    if list(params.flags) != FLAGS:
-        raise LlamaError(f"xllamacpp: structure layout changed (flags read as {list(params.flags)})")
     params.n_gpu_layers, params.load_mode, params.no_alloc = 0, 0, True
     model = lib.llama_model_load_from_file(path.encode(), params)
     if not model:

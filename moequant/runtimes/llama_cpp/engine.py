@@ -143,10 +143,10 @@ class Library:
         """LlamaError when the defaults are not where this build of llama.cpp has them."""
         model, context = self.llama_model_default_params(), self.llama_context_default_params()
         found = (
-            model.n_gpu_layers, context.n_ctx, context.n_batch, context.n_seq_max,
+            model.n_gpu_layers, *model.flags, context.n_ctx, context.n_batch, context.n_seq_max,
             context.flash_attn, context.type_k, context.type_v,
         )  # fmt: skip
-        if found != (-1, 512, 2048, 1, -1, 1, 1):
+        if found != (-1, False, True, False, 512, 2048, 1, -1, 1, 1):
             raise LlamaError(
                 f"xllamacpp: another version than moequant knows (defaults read as {found}); "
                 "pip install xllamacpp==2026.10.11549"
