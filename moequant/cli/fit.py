@@ -9,7 +9,6 @@ import typer
 
 from moequant.cli.common import MOST, AsJson, CacheDir, Format, guarded, place, tell
 from moequant.errors import PlanError
-from moequant.escape import plain
 
 
 class CacheType(StrEnum):
@@ -111,7 +110,6 @@ def fit(
     guarded(lambda: _check(format_, cache_type, given))
     if format_ is Format.safetensors:
         from moequant.library import FolderFitSettings, Gpus, Serving, fit_folder
-        from moequant.report.served import nothing_serves
 
         cache = (cache_type or CacheType.auto).value
         taken = {} if utilization is None else {"utilization": utilization}
@@ -120,12 +118,11 @@ def fit(
         asked = FolderFitSettings(gpus, serving, schemes, gpu)
         served = guarded(lambda: fit_folder(place(path, cache_dir), asked))
         tell(served, as_json)
-        _end(None if served.found.best else nothing_serves(served.found))
+        _end(served.found.best)
         return
     from moequant.inspection.fit import Hardware
     from moequant.library import FitSettings
     from moequant.library import fit as run
-    from moequant.report.fit import nothing_fits
     from moequant.runtimes.llama_cpp.kv_cache import Load
 
     disk, system = disk_bandwidth * 1e9 if disk_bandwidth else None, (ram_bandwidth or 60) * 1e9
@@ -134,7 +131,7 @@ def fit(
     settings = FitSettings(hardware, load, min_speed or 0)
     result = guarded(lambda: run(place(path, cache_dir), settings))
     tell(result, as_json)
-    _end(None if result.found.best else nothing_fits(result.found))
+    _end(result.found.best)
 
 
 def _check(format_: Format, cache: CacheType | None, given: dict[str, object]) -> None:
@@ -151,8 +148,7 @@ def _check(format_: Format, cache: CacheType | None, given: dict[str, object]) -
         raise PlanError("--ram is missing: the system memory that the model may use, such as 64GiB")
 
 
-def _end(why: str | None) -> None:
-    """Exit code 1, with a line on stderr, where nothing fits."""
-    if why is not None:
-        typer.echo(f"moequant: {plain(why)}", err=True)
+def _end(best: object) -> None:
+    """Exit code 1 where nothing fits. That is an answer, not an error: the report says it."""
+    if best is None:
         raise typer.Exit(1)

@@ -40,6 +40,7 @@ def fit_json(found: Fit) -> dict[str, Any]:
         "hardware": asdict(found.hardware),
         "load": asdict(found.load),
         "best": found.best.name if found.best else None,
+        "nothing_fits": None if found.best else nothing_fits(found),
         "best_on_gpu": found.fastest.name if found.fastest else None,
         "candidates": [_candidate_json(candidate) for candidate in found.candidates],
     }

@@ -40,6 +40,7 @@ def served_json(found: FolderFit) -> dict[str, Any]:
         "gpus": {**asdict(found.gpus), "count": serving.tp, "room": found.gpus.room},
         "load": {"ctx": serving.ctx, "parallel": serving.parallel, "cache_type": serving.cache_type},
         "best": found.best.name if found.best else None,
+        "nothing_fits": None if found.best else nothing_serves(found),
         "candidates": [_json(each) for each in found.candidates],
         "notes": list(found.notes),
     }

@@ -324,19 +324,25 @@ def test_the_command(tiny, qwen: Path) -> None:
     code, plain, _ = run("fit", qwen, "--vram", "12GiB", "--ram", "64GiB", "--ctx", 8192, "--json")
     found = json.loads(plain)
     assert found["candidates"][0]["command"] == best.command and found["best"] == "qwen.gguf"
+    assert found["nothing_fits"] is None
     code, shown, _ = run("fit", tiny("olmoe"), "--vram", 0, "--ram", "1G", "--ctx", 256)
     assert code == 0 and "moequant convert" in shown and "--type BF16" in shown
 
 
-def test_when_nothing_fits_the_smallest_is_named(tiny, qwen: Path) -> None:
+def test_when_nothing_fits_the_smallest_is_named_once(tiny, qwen: Path) -> None:
+    """It is the answer: on stdout, as the rest of it, and with an exit code for scripts."""
     code, shown, says = run("fit", tiny("mixtral"), "--vram", 0, "--ram", "1MiB", "--ctx", 256)
     smallest = fit(tiny("mixtral"), Hardware(0, 2**20), Load(256)).candidates[-1].name
-    assert code == 1 and says.count("\n") == 1 and f"the smallest, {smallest} " in says
-    assert "MiB too much" in shown
-    code, _, says = run("fit", qwen, "--vram", "4G", "--ram", "4G")
-    assert code == 1 and "GiB more system memory" in says
-    code, _, says = run("fit", qwen, "--vram", "24G", "--ram", "64G", "--min-speed", 100_000)
-    assert code == 1 and "as fast as --min-speed asks for" in says
+    assert code == 1 and says == "" and "MiB too much" in shown
+    assert shown.count("nothing fits") == 1 and f"nothing fits: the smallest, {smallest} " in shown
+    small = ("fit", qwen, "--vram", "4G", "--ram", "4G")
+    code, shown, says = run(*small)
+    assert code == 1 and says == "" and "GiB more system memory" in shown
+    code, shown, says = run(*small, "--json")
+    found = json.loads(shown)
+    assert code == 1 and says == "" and found["best"] is None and "more system" in found["nothing_fits"]
+    code, shown, _ = run("fit", qwen, "--vram", "24G", "--ram", "64G", "--min-speed", 100_000)
+    assert code == 1 and "as fast as --min-speed asks for" in shown
     code, _, says = run("fit", qwen, "--vram", "many", "--ram", "64G")
     assert code == 2 and "24GiB" in says
 
