@@ -70,9 +70,9 @@ def of_cache(path: Path) -> tuple[str, str, str] | None:
 
 
 def described(path: Path) -> dict[str, str | None]:
-    """A model for a machine: its name and commit where it lies in Hugging Face's cache, else its path."""
+    """A model for a machine: its name, and its commit where it lies in Hugging Face's cache."""
     cached = of_cache(path)
-    return {"path": shown(path) if cached else str(path), "revision": cached[1] if cached else None}
+    return {"path": shown(path), "revision": cached[1] if cached else None}
 
 
 def mathtext(text: str) -> str:

@@ -36,13 +36,30 @@ def documented() -> dict[str, set[str]]:
     return {name: keys for name, keys in found.items() if name not in ("schema", "command", "error")}
 
 
+PATHS = {"convert": {"out"}, "fit": {"file", "command", "convert"}}
+"""Keys that docs/json.md lets hold paths, as they were typed."""
+
+
+def naming(folder: str, value: Any, key: str = "") -> set[str]:
+    """Keys under which that folder of this machine is named."""
+    if isinstance(value, dict):
+        return {found for name, each in value.items() for found in naming(folder, each, name)}
+    if isinstance(value, list):
+        return {found for each in value for found in naming(folder, each, key)}
+    return {key} if isinstance(value, str) and folder in value else set()
+
+
 def printed(name: str, *arguments: object) -> dict[str, Any]:
-    """What a command prints with --json: the keys that the page says, no others."""
+    """What a command prints with --json: the keys that the page says, no others, and paths where it says."""
     done = run(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     value: dict[str, Any] = json.loads(done.stdout)
     assert value.pop("schema") == SCHEMA == 1 and value.pop("command") == name.split()[0]
     assert value.keys() == documented()[name] - ({"coverage"} if name == "route" else set())
+    folders = {str(each.parent) for each in arguments if isinstance(each, Path)}
+    assert folders and {key for each in folders for key in naming(each, value)} <= PATHS.get(
+        name.split()[0], set()
+    )
     return value
 
 
@@ -56,6 +73,8 @@ def test_what_every_command_prints(tiny, text: Path, tmp_path: Path) -> None:
     model, out, stats = tiny("qwen3_moe"), tmp_path / "q.gguf", tmp_path / "s.safetensors"
     some = ("--calib", text, "--calib-tokens", 1024)
     assert printed("inspect", "inspect", model)["experts"] == 8
+    folders = ("--format", "safetensors", "--vram", "4G", "--ctx", 512)
+    assert printed("fit --format safetensors", "fit", model, *folders)["candidates"]
     assert printed("fit", "fit", model, "--vram", "1G", "--ram", "4G", "--ctx", 512)["candidates"]
     dry = printed("convert --dry-run", "convert", model, "-o", out, *FAST, "--dry-run")
     assert dry["revision"] is None and not out.exists()
@@ -69,6 +88,10 @@ def test_what_every_command_prints(tiny, text: Path, tmp_path: Path) -> None:
     assert (
         file["bytes"] == out.stat().st_size == meant["bytes"] and file["comparison"]["kl_mean"]["value"] > 0
     )
+    assert file["out"] == str(out), "as it was typed"
+    assert printed("fit", "fit", out, "--vram", 0, "--ram", "4G", "--ctx", 512)["candidates"][0][
+        "file"
+    ] == str(out)
     assert file["types"] == meant["types"] and len(file["losses"][-1]["relative_error"]) >= 1
     compared = printed("compare", "compare", model, out, "--eval", text, "--eval-tokens", 1024)
     assert compared["candidates"][0]["name"] == "q.gguf"
