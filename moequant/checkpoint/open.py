@@ -64,6 +64,12 @@ class Checkpoint:
         return repository(self.path)
 
     @property
+    def hub_name(self) -> str | None:
+        """ORG/NAME, as the Hub calls the model; None of a folder, which does not tell it."""
+        cached = of_cache(self.path)
+        return cached[0] if cached else None
+
+    @property
     def revision(self) -> str | None:
         """The commit of a model of the Hub, None of a folder that does not tell, and of a file."""
         cached = None if self.gguf else of_cache(self.path)

@@ -64,9 +64,16 @@ class Card:
         return "\n".join(["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---\n"])
 
     def _base(self) -> list[str]:
-        """The model by its name on the Hub. A folder's own name is none, and the Hub would look for it."""
-        name = self.first.checkpoint.repository
-        return [f"base_model: {yaml(name)}", "base_model_relation: quantized"] if "/" in name else []
+        """The model by its name on the Hub. A folder does not tell it: config and card name what the model
+        itself was made from. So whoever publishes the files fills it in."""
+        checkpoint = self.first.checkpoint
+        if (named := checkpoint.hub_name) is not None:
+            return [f"base_model: {yaml(named)}", "base_model_relation: quantized"]
+        return [
+            "# Put in the OWNER of the original model on the Hub, and take the two # away:",
+            f"# base_model: {yaml(f'OWNER/{checkpoint.name}')}",
+            "# base_model_relation: quantized",
+        ]
 
     def _what(self) -> str:
         checkpoint, folder = self.first.checkpoint, self.first.how.folder

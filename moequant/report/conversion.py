@@ -54,8 +54,9 @@ class Conversion(Shown):
         return page(self)
 
 
-def next_steps(made: Conversion, model: str) -> RenderableType:
-    """What a person types next, `model` as before: the commands that start a file and compare all of them."""
+def next_steps(made: Conversion, model: str, card: bool = False) -> RenderableType:
+    """What a person does next, `model` as was typed: the commands that start a file and compare all of them,
+    and what the card still lacks, if there is one."""
     first, outs = made.reports[0], [str(report.out) for report in made.reports]
     if first.checkpoint.encodes:
         start = None
@@ -66,7 +67,12 @@ def next_steps(made: Conversion, model: str) -> RenderableType:
         start = f"llama-server -m {shlex.quote(outs[0])} -c {context}"
     compared = shlex.join(["moequant", "compare", model, *outs, "--html", "compare.html"])
     steps = [each for each in (start, compared) if each]
-    return Group(line("next", style="bold"), *(line(f"  {each}", style="cyan") for each in steps))
+    lines = [line(f"  {each}", style="cyan") for each in steps]
+    if card and first.checkpoint.hub_name is None:
+        lines.append(
+            line("  before you publish the card, put the original's name on the Hub into its first lines")
+        )
+    return Group(line("next", style="bold"), *lines)
 
 
 def _files(reports: tuple[Report, ...]) -> Table:

@@ -107,6 +107,32 @@ def test_several_files_are_drawn(cached: Path, text: Path, tmp_path: Path) -> No
     assert (tmp_path / "quality.png").read_text() == "precious" and not (tmp_path / "three").exists()
 
 
+def test_the_card_of_a_folder_says_where_its_base_model_goes(tiny, text: Path, tmp_path: Path) -> None:
+    """Config and card name what the model itself was made from: that is not claimed, and no path is told."""
+    folder = tmp_path / "Tiny-MoE"
+    shutil.copytree(tiny("qwen3_moe", num_hidden_layers=1, _name_or_path="/home/me/base"), folder)
+    (folder / "README.md").write_text(FRONT)
+    some = (
+        "--calib",
+        text,
+        "--calib-tokens",
+        1024,
+        "--eval-tokens",
+        0,
+        "--effort",
+        "fast",
+        "--no-self-check",
+    )
+    done = run("convert", folder, "-o", tmp_path / "q.gguf", "-t", "Q8_0", "--card", tmp_path, *some)
+    assert done.returncode == 0 and "put the original's name on the Hub into its first lines" in done.stdout
+    card = (tmp_path / "README.md").read_text()
+    front = card.split("---\n")[1]
+    assert not {"base_model", "base_model_relation"} & yaml.safe_load(front).keys()
+    filled = yaml.safe_load(front.replace("# base", "base").replace("OWNER", "acme"))
+    assert filled["base_model"] == "acme/Tiny-MoE" and filled["base_model_relation"] == "quantized"
+    assert "/home/me" not in card and str(tmp_path) not in card and "Tiny-MoE-1B-Base" not in card
+
+
 def test_a_file_says_whose_it_is_as_llama_cpp_does(cached: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "q.gguf"
     convert_all(cached, out, settings(text, "Q8_0", eval_tokens=0, self_check=False))
