@@ -311,7 +311,7 @@ def _plan(model: Model, probes: Rows, probing: Probing) -> Work:
     passes = model.passing(tokens * crossed / layers, row)
     samples = 0
     for weight in running:
-        if others := len(menu.measured(weight)) - 1:
+        if (others := len(menu.measured(weight)) - 1) > 0:
             experts, rows = probing.sampled(weight)
             samples += others * experts * rows * weight.n_in
     # The model itself, beside the groups and beside the plans; of versions some tokens of the vocabulary.

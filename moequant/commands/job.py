@@ -185,7 +185,7 @@ def menu_of(output: Container, settings: Settings) -> Menu:
     if isinstance(output, FolderContainer):
         return FolderMenu.of(output.checkpoint, output.settings)
     assert isinstance(output, GgufContainer)
-    return GgufMenu(_pins(output, settings))
+    return GgufMenu(_pins(output, settings), settled=True)
 
 
 def _planned(output: Container, settings: Settings, found: plan.Sensitivities) -> Plan:

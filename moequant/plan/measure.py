@@ -157,7 +157,7 @@ def sample_errors(
     order of that mass, each standing for its neighbours; rows are sampled evenly.
     """
     menu, names = probing.menu, probing.menu.measured(weight)
-    if len(names) == 1 or not weight.runs:
+    if len(menu.candidates(weight)) == 1 or not weight.runs:
         return dict.fromkeys(names, 0.0)
     count = weight.matrices
     experts, rows = probing.sampled(weight)
@@ -234,7 +234,8 @@ class _Prober:
     def sensitivities(self) -> Sensitivities:
         """Sensitivities of every group, then how the sensitivities of whole plans add up."""
         menu, weights, per_error = self.probing.menu, self.checkpoint.weights, dict.fromkeys(self.errors, 0.0)
-        versions = [dict.fromkeys((weight.name for weight in group), PROBED) for group in self.groups]
+        asked = [group for group in self.groups if any(self.errors[weight.name] for weight in group)]
+        versions = [dict.fromkeys((weight.name for weight in group), PROBED) for group in asked]
         for probed, kl in zip(versions, self._divergences("probes", versions), strict=True):
             per_error.update(dict.fromkeys(probed, max(kl, 0.0) / sum(probed.values())))
         table = {
@@ -244,11 +245,11 @@ class _Prober:
         found = Sensitivities(table, per_error, "")
         units = menu.units(weights, found)
         plans = [self._plan(units, size) for size in menu.checks(weights, units)]
-        sums = [sum(table[name][fmt] for name, fmt in types.items()) for types in plans]
-        off = [{name: self.errors[name][fmt] for name, fmt in types.items()} for types in plans]
+        sums = [sum(table[name].get(fmt, 0.0) for name, fmt in types.items()) for types in plans]
+        off = [{name: self.errors[name].get(fmt, 0.0) for name, fmt in types.items()} for types in plans]
         linear, root = fit(zip(sums, self._divergences("plans", off), strict=True))
         tokens = self.scored.shape[0] * (self.scored.shape[1] // 2 - 1)
-        source = f"{len(self.groups)} probes of {tokens:,} tokens each"
+        source = f"{len(asked)} probes of {tokens:,} tokens each"
         return replace(found, source=source, linear=linear, root=root)
 
     def _plan(self, units: list[Unit], limit: int) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from moequant.containers.gguf.presets import UNQUANTIZED
 from moequant.plan.allocate import Unit
-from moequant.plan.choose import groups, make_units
+from moequant.plan.choose import NO_PINS, groups, make_units
 from moequant.plan.sensitivity import Sensitivities, as_stored, candidates, prior_sensitivities
 from moequant.values import Weight
 
@@ -23,7 +23,8 @@ class Menu(Protocol):
         """Names of formats, as plans have them; a single one is no choice."""
 
     def measured(self, weight: Weight) -> tuple[str, ...]:
-        """Every format whose error is measured: candidates, and what else somebody asks for."""
+        """Every format whose error is measured: candidates, and what else somebody asks for; of a weight that
+        has its format already that one, or none where it costs nothing."""
 
     def exact(self, weight: Weight) -> str | None:
         """The candidate that has the very numbers of the checkpoint, None when none does."""
@@ -49,9 +50,11 @@ class Menu(Protocol):
 
 @dataclass(frozen=True)
 class GgufMenu:
-    """llama.cpp's types; `pins` are those that a person gave to weights."""
+    """llama.cpp's types; `pins` are those that a person gave to weights. If these are `settled`, nobody asks
+    what such a weight would cost in another type."""
 
     pins: Mapping[str, str] = field(default_factory=dict)
+    settled: bool = False
 
     def candidates(self, weight: Weight) -> tuple[str, ...]:
         """See `Menu`."""
@@ -60,6 +63,8 @@ class GgufMenu:
     def measured(self, weight: Weight) -> tuple[str, ...]:
         """See `Menu`."""
         names, pin = candidates(weight), self.pins.get(weight.name)
+        if self.settled and pin is not None:
+            return () if pin in UNQUANTIZED else (pin,)
         return names if pin is None or pin in (*names, *UNQUANTIZED) else (*names, pin)
 
     def exact(self, weight: Weight) -> str | None:
@@ -80,7 +85,7 @@ class GgufMenu:
 
     def units(self, weights: tuple[Weight, ...], sensitivities: Sensitivities) -> list[Unit]:
         """See `Menu`."""
-        return make_units(weights, sensitivities)
+        return make_units(weights, sensitivities, pins=self.pins if self.settled else NO_PINS)
 
     def checks(self, weights: tuple[Weight, ...], units: Sequence[Unit]) -> tuple[int, ...]:
         """See `Menu`."""

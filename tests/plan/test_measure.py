@@ -18,7 +18,7 @@ from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
 from moequant.plan import candidates, make_plan, preset_plan
 from moequant.plan.measure import Probing, fit, measure, sample_errors
-from moequant.plan.menu import CHECKS
+from moequant.plan.menu import CHECKS, GgufMenu
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.importance import importance
 from moequant.text.corpus import Rows
@@ -105,6 +105,29 @@ def test_cost_grows_as_bits_shrink(sensitivities, known) -> None:
 def test_nothing_is_left_changed_by_probes(known, sensitivities) -> None:
     again = measure(*known, rows(2, seed=1).ids, PROBING)
     assert again == sensitivities
+
+
+def test_what_is_pinned_is_not_measured_in_other_types(known, sensitivities, rules) -> None:
+    """The plan is the one that comes out where it is; what whole plans cost is measured with the pins."""
+    checkpoint, calibration = known
+    pins = {"layers.0.experts.down": "Q6_K", "layers.0.attn_v": "BF16", "layers.0.attn_out": "MXFP4"}
+    ids, budget = rows(2, seed=1).ids, Budget.of_bpw("4.5")
+    settled = replace(PROBING, menu=GgufMenu(pins, settled=True))
+    found = measure(checkpoint, calibration, ids, settled)
+    whole = measure(checkpoint, calibration, ids, replace(PROBING, menu=GgufMenu(pins)))
+    assert {name: tuple(found.table[name]) for name in pins} == {
+        "layers.0.experts.down": ("Q6_K",),
+        "layers.0.attn_v": (),
+        "layers.0.attn_out": ("MXFP4",),
+    }
+    assert found.per_error["layers.0.attn_v"] == 0 < whole.per_error["layers.0.attn_v"], "no probe of it"
+    for name, row in whole.table.items():
+        assert {fmt: row[fmt] for fmt in found.table[name]} == found.table[name]
+        assert name in pins or found.table[name] == sensitivities.table[name]
+    ours, theirs = (make_plan(checkpoint.weights, budget, rules, each, 0, pins) for each in (found, whole))
+    assert [each.format for each in ours.choices] == [each.format for each in theirs.choices]
+    (down,) = [each for each in ours.choices if each.weight == "layers.0.experts.down"]
+    assert down.kl > 0, "what a pinned weight costs is expected too"
 
 
 def test_predictions_are_what_whole_plans_measure(known, sensitivities, rules) -> None:
