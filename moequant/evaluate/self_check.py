@@ -9,7 +9,6 @@ of its own, which our engine never reads: where llama.cpp is installed, it compu
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -373,8 +372,9 @@ def _ours(checkpoint: Checkpoint, provider: Provider, ids: Tensor) -> Tensor:
 def _logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
     with torch.inference_mode():
         found = logits(model, ids).float()
-    del model
-    gc.collect()  # models hold cycles, and the next one needs the room
+    # A model holds cycles and goes when it pleases Python; the next one needs the room of its weights now.
+    for held in (*model.parameters(), *model.buffers()):
+        held.data = torch.empty(0, dtype=held.dtype)
     return found
 
 

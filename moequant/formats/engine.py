@@ -174,6 +174,9 @@ def _for_each_tile(
     """Call work(first, last) for consecutive ranges of `step` blocks that cover `n_blocks`."""
     if threads is None:
         threads = os.cpu_count() or 1 if device.type == "cpu" else 1
+    if 0 < n_blocks <= step and torch.get_num_threads() == 1:
+        work(0, n_blocks)  # what a thread of its own would compute, without the cost of starting one
+        return
     with _workers(threads) as pool:
         tiles = [pool.submit(work, i, min(i + step, n_blocks)) for i in range(0, n_blocks, step)]
         try:

@@ -99,12 +99,15 @@ def relative_error(
     weights = torch.ones(len(stack), stack.shape[-1]) if columns is None else columns.reshape(len(stack), -1)
     weights, step = weights.to(device), max(1, ROWS_AT_ONCE // stack.shape[-1])
     error, total = torch.zeros((2, len(stack)), dtype=torch.float64, device=device).unbind()
-    for expert in range(len(stack)):
+    some = max(1, step // max(1, stack.shape[1]))
+    for at in range(0, len(stack), some):
         for first in range(0, stack.shape[1], step):
-            exact = stack[expert, first : first + step].to(device).float()
-            decoded = formats.dequantize(fmt, packed[expert, first : first + step].to(device))
-            error[expert] += ((exact - decoded).square().sum(0).double() * weights[expert]).sum()
-            total[expert] += (exact.square().sum(0).double() * weights[expert]).sum()
+            rows = slice(first, first + step)
+            decoded = formats.dequantize(fmt, packed[at : at + some, rows].to(device))
+            for expert, made in enumerate(decoded, at):
+                exact = stack[expert, rows].to(device).float()
+                error[expert] += ((exact - made).square().sum(0).double() * weights[expert]).sum()
+                total[expert] += (exact.square().sum(0).double() * weights[expert]).sum()
     return (error / total.clamp(min=torch.finfo(torch.float64).tiny)).cpu()
 
 

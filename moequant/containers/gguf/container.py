@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache, partial
 from pathlib import Path
 
 from moequant import __version__
@@ -39,6 +40,8 @@ class GgufContainer:
         self.tokenizer = read_tokenizer(checkpoint.path)
         self.checkpoint = self.exported.checkpoint
         self._content = file.Content(self.exported, self.tokenizer, provenance(checkpoint))
+        # Asked a dozen times in a run; a header is laid out with all of a vocabulary.
+        self._parts = cache(partial(file.part_bytes, self._content, split=split))
         self.notes = (*self.tokenizer.notes, *self.exported.warnings)
 
     def size(self, plan: Plan) -> int:
@@ -47,7 +50,7 @@ class GgufContainer:
 
     def parts(self, plan: Plan) -> tuple[int, ...]:
         """See `Container`."""
-        return file.part_bytes(self._content, plan, self.split)
+        return self._parts(plan)
 
     def overhead(self, plan: Plan) -> int:
         """Bytes of the file that are not weights, of one in parts at most: the same for every plan."""
