@@ -190,7 +190,7 @@ def _quantized(path: Path, layout: str, checkpoint: Checkpoint, exact: bool) -> 
     mine = identity(checkpoint)
     same_values(path, identity_of(found.family, found.config), checkpoint.path, mine, SAME_CONFIG)
     _same_tokens(path, checkpoint)
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    size = sum((path / name).stat().st_size for name in set(found.files.values()))
     types = {
         weight.name: layout if found.is_quantized(weight) else weight.origin.dtype
         for weight in checkpoint.weights

@@ -14,16 +14,15 @@ from torch import Tensor
 
 from moequant.check.figures import CheckReport
 from moequant.check.folder import FolderSource
-from moequant.check.product import NO_KERNEL
+from moequant.check.product import NO_KERNEL, choose
+from moequant.check.source import Entry
+from moequant.check.tensors import check_tensor
 from moequant.checkpoint import open_checkpoint
-from moequant.checkpoint.codecs.awq import Awq
-from moequant.checkpoint.codecs.eight_bit import EightBit
-from moequant.checkpoint.codecs.gptq import Gptq
 from moequant.commands.check import CheckSettings, check
 from moequant.containers.folders.schemes import PRESETS
 from moequant.errors import VerifyError
+from moequant.kernels import Matrix
 from moequant.statistics.calibrate import calibrate
-from moequant.values import Stored
 from tests.containers.folders.cases import quantized
 from tests.containers.folders.test_inputs import rows
 from tests.evaluate import released
@@ -168,22 +167,25 @@ def test_what_a_folder_of_another_tool_has_lost_is_named(model: Path, text: Path
 PT = {"format": "pt"}
 
 
-@pytest.mark.parametrize("name", ["FP8 of DeepSeek", "GPTQ", "AWQ"])
-def test_a_decoder_of_ours_that_errs_is_found_out(
-    model: Path, text: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Shifted(FolderSource):
+    """One whose decoder takes rows for their neighbours."""
+
+    def decode(self, entry: Entry, matrix: Matrix | None) -> Tensor:
+        return super().decode(entry, matrix).roll(1, 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_decoder_of_ours_that_errs_is_found_out(model: Path, tmp_path: Path, name: str) -> None:
     """The other decoder does not go by ours."""
     out = tmp_path / "out"
     released.release(model, out, *CASES[name][:2])
-    kind: Any = {"FP8 of DeepSeek": EightBit, "GPTQ": Gptq, "AWQ": Awq}[name]
-    right = kind.decode
-
-    def wrong(self: Any, stored: Stored, index: int | None, rows: range | None) -> Tensor:
-        return torch.roll(right(self, stored, index, rows), 1, 0)
-
-    monkeypatch.setattr(kind, "decode", wrong)
-    said = {damage.what for damage in checked(out, None, text).damages}
-    assert "the reference decoder makes other values of it" in said
+    product, _ = choose("cpu")
+    for kind, holds in ((FolderSource, True), (Shifted, False)):
+        source = kind(out, None)
+        entry = next(entry for entry in source.entries if entry.stacked)
+        figures, damages = check_tensor(source, entry, product, None)
+        assert [expert.same_decoded for expert in figures.experts] == [holds] * len(figures.experts)
+        assert holds == (not damages)
 
 
 @pytest.mark.parametrize("name", ["FP8 of ModelOpt", "AWQ"])
