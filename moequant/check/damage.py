@@ -29,8 +29,6 @@ from torch import Tensor
 from moequant import formats
 from moequant.formats.grids import points
 from moequant.formats.parts import Scalar, Vector, look_up
-from moequant.kernels import Matrix
-from moequant.kernels.matrix import INTEGERS
 
 DIRECTION = 0.3
 """Least cosine of an expert with its source; the coarsest type (1.6 bits, with feedback) keeps 0.8, what
@@ -55,6 +53,16 @@ _SAMPLE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """What the codes of an expert reach: f32 [out, sub-blocks], the smallest and the largest weight of each
+    sub-block. A scale of its own serves `block` weights of a row."""
+
+    block: int
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Marks:
     """What one expert's rounding looks like.
 
@@ -75,15 +83,15 @@ class Marks:
     high_gain: tuple[float, int, int]
 
 
-def marks(matrix: Matrix, expert: int, source: Tensor, decoded: Tensor) -> Marks:
+def marks(span: Span, source: Tensor, decoded: Tensor) -> Marks:
     """Compare one expert, source and decoded f32 [out, in]."""
     square, product = float(source.square().sum()), float((source * decoded).sum())
     norm = float(decoded.square().sum())
     off = (source - decoded).abs()
-    ratio = _ratio(matrix, expert, source, decoded)
+    ratio = _ratio(span, source, decoded)
     at = int(ratio.argmax())
     sample = ratio.flatten()[:: max(1, ratio.numel() // _SAMPLE)]
-    block, gains = _block_gains(matrix, source, decoded)
+    block, gains = span.block, _block_gains(span.block, source, decoded)
     low, high = int(gains.argmin()), int(gains.argmax())
 
     def place(index: int) -> tuple[float, int, int]:
@@ -104,12 +112,12 @@ def marks(matrix: Matrix, expert: int, source: Tensor, decoded: Tensor) -> Marks
     )
 
 
-def _ratio(matrix: Matrix, expert: int, source: Tensor, decoded: Tensor) -> Tensor:
+def _ratio(reach: Span, source: Tensor, decoded: Tensor) -> Tensor:
     """|w - q| in units of what the codes of the sub-block span, [out, in].
 
     A weight beyond what they reach counts from there: clipping outliers is part of rounding.
     """
-    low, high = _interval(matrix, expert)
+    low, high = reach.low, reach.high
     w, q = (x.view(len(x), low.shape[1], -1) for x in (source, decoded))
     near = torch.minimum(torch.maximum(w, low[..., None]), high[..., None])
     span = high - low
@@ -199,36 +207,30 @@ def _nearest(sources: Tensor, decoded: Tensor) -> list[tuple[int, float]]:
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
-def _block_gains(matrix: Matrix, source: Tensor, decoded: Tensor) -> tuple[int, Tensor]:
-    """(block, gains [rows, blocks]); blocks that are nearly empty count as the usual gain.
-
-    A block is what shares a scale of its own: of a ggml format its block, of groups the group.
-    """
-    if matrix.scales is None:
-        block = formats.get(matrix.format).block
-    else:
-        block = matrix.shape[2] // matrix.scales.shape[2]
+def _block_gains(block: int, source: Tensor, decoded: Tensor) -> Tensor:
+    """Gains [rows, blocks]; blocks that are nearly empty count as the usual gain."""
     w, q = source.view(len(source), -1, block), decoded.view(len(decoded), -1, block)
     square = w.square().sum(-1)
     gains = (w * q).sum(-1) / square.clamp_min(1e-30)
     # A block far below its row's mean is rounded by what the rest of a super-block needs.
     enough = square > 0.05 * square.mean()
     usual = gains[enough].median() if bool(enough.any()) else gains.new_tensor(1.0)
-    return block, torch.where(enough, gains, usual)
+    return torch.where(enough, gains, usual)
 
 
-def _interval(matrix: Matrix, expert: int) -> tuple[Tensor, Tensor]:
-    """f32 [out, sub-blocks] each: the smallest and largest weight that the codes of a sub-block say."""
-    if matrix.format in INTEGERS:
-        assert matrix.scales is not None
-        half = 1 << INTEGERS[matrix.format] - 1
-        scale = matrix.scales[expert].float()
-        ends = (-half * scale, (half - 1) * scale)
-    else:
-        fmt, data = formats.get(matrix.format), matrix.data[expert]
-        ends = _ends(fmt.view, data.reshape(-1, fmt.block_bytes))
-    low, high = (torch.nan_to_num(end.reshape(matrix.shape[1], -1)) for end in ends)
-    return torch.minimum(low, high), torch.maximum(low, high)
+def of_codes(name: str, data: Tensor) -> Span:
+    """What the codes of an expert can say: u8 [out, row_bytes] in a format of blocks."""
+    fmt = formats.get(name)
+    ends = _ends(fmt.view, data.reshape(-1, fmt.block_bytes))
+    low, high = (torch.nan_to_num(end.reshape(len(data), -1)) for end in ends)
+    return Span(fmt.block, torch.minimum(low, high), torch.maximum(low, high))
+
+
+def of_values(decoded: Tensor, columns: int) -> Span:
+    """What those of an expert do say, decoded f32 [out, in], where `columns` weights share a scale."""
+    block = columns if decoded.shape[1] % columns == 0 else decoded.shape[1]
+    low, high = torch.nan_to_num(decoded).view(len(decoded), -1, block).aminmax(dim=-1)
+    return Span(block, low, high)
 
 
 def _ends(view: Scalar | Vector | None, blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,9 @@ Multiply = Callable[[Tensor, Matrix, Tensor], Tensor]
 
 IN_TORCH = "decode, then multiply in torch"
 
+NO_KERNEL = "no kernel: decode, then multiply in torch"
+"""Of numbers that no kernel of moequant takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Product:
@@ -39,14 +42,26 @@ class Product:
         from moequant.kernels.matmul import grouped_matmul  # imports Triton
 
         on = self.device
-        return grouped_matmul(x.to(on), matrix.to(on), experts[:, None].to(on))[:, 0].cpu()
+        out = grouped_matmul(x.to(on), matrix.to(on), experts[:, None].to(on))[:, 0].cpu()
+        return out if matrix.factors is None else out * matrix.factors[experts, None]
 
     def _in_torch(self, x: Tensor, matrix: Matrix, experts: Tensor) -> Tensor:
-        x, packed = x.to(self.device), matrix.to(self.device)
-        out = torch.empty(len(x), matrix.shape[1], device=self.device)
+        packed = matrix.to(self.device)
+        return self._each(
+            x, experts, matrix.shape[1], lambda expert: packed.experts(expert, expert + 1).decode()[0]
+        )
+
+    def of_values(self, x: Tensor, decoded: Tensor, experts: Tensor) -> Tensor:
+        """The same product of decoded weights f32 [E, out, in]: where there is no kernel."""
+        return self._each(x, experts, decoded.shape[1], lambda expert: decoded[expert].to(self.device))
+
+    def _each(self, x: Tensor, experts: Tensor, n_out: int, weights: Callable[[int], Tensor]) -> Tensor:
+        """Each row times the weights of its expert, by torch."""
+        x = x.to(self.device)
+        out = torch.empty(len(x), n_out, device=self.device)
         for expert in sorted(set(experts.tolist())):
-            rows = experts == expert
-            out[rows] = x[rows] @ packed.experts(expert, expert + 1).decode()[0].T
+            rows = (experts == expert).to(self.device)
+            out[rows] = x[rows] @ weights(expert).T
         return out.cpu()
 
 

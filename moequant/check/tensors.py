@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from moequant.check.activations import TOKENS, Collector
-from moequant.check.baseline import ALTERED, Entry, Source
 from moequant.check.damage import Marks, expected_error, find, marks
 from moequant.check.figures import KERNEL_LIMIT, Damage, ExpertFigures, TensorFigures
-from moequant.check.product import Product
+from moequant.check.product import NO_KERNEL, Product
+from moequant.check.source import ALTERED, Entry, Source
 from moequant.checkpoint import load
 from moequant.kernels import Matrix
 from moequant.values import Weight
@@ -40,17 +40,18 @@ def check_tensor(
     """Everything about one tensor, and what is wrong with it."""
     matrix = source.matrix(entry)
     changed = source.altered(entry, matrix)
-    damages = [Damage(source.label(entry, e), ALTERED) for e in changed or ()]
+    damages = [Damage(source.label(entry, e), ALTERED) for e in changed]
     decoded, reference = source.decode(entry, matrix), source.reference(entry, matrix)
-    same = [_same_bits(*pair) for pair in zip(decoded, reference, strict=True)]
+    same = [_same(*pair, entry.steps) for pair in zip(decoded, reference, strict=True)]
     damages += [
         Damage(source.label(entry, e), "the reference decoder makes other values of it")
         for e, agrees in enumerate(same)
         if not agrees
     ]
-    expected = expected_error(entry.format)
+    expected = expected_error(entry.alike)
     rows = _rows(entry, against)
-    name, figures = _products(matrix, product, rows, same, reference)
+    name, got = _product(matrix, decoded, product, rows)
+    figures = _figures(got, reference, rows, same)
     damages += [
         Damage(
             source.label(entry, f.expert), f"kernel is off by {f.kernel_error:.2g} (limit {KERNEL_LIMIT:g})"
@@ -60,18 +61,23 @@ def check_tensor(
     ]
     if against is not None:
         values = load(against.weight).float().view(entry.shape)
-        found = [marks(matrix, e, values[e], decoded[e]) for e in range(entry.shape[0])]
+        found = [
+            marks(source.span(entry, matrix, e, decoded[e]), values[e], decoded[e])
+            for e in range(entry.shape[0])
+        ]
         figures = [_with_baseline(f, m, values, decoded, rows) for f, m in zip(figures, found, strict=True)]
-        vouched = [changed is not None and e not in changed for e in range(entry.shape[0])]
+        vouched = [source.recorded and e not in changed for e in range(entry.shape[0])]
         told = find(found, vouched, expected, values, decoded)
         damages += [Damage(source.label(entry, e), what) for e, what in told]
     return TensorFigures(entry.name, entry.format, entry.shape, name, expected, tuple(figures)), damages
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, any NaN equal to any other."""
-    both = torch.isnan(a) & torch.isnan(b)
-    return bool(((a.view(torch.int32) == b.view(torch.int32)) | both).all())
+def _same(a: Tensor, b: Tensor, steps: int) -> bool:
+    """Equal bit for bit, any NaN equal to any other; or as near as so many steps of f32's last place."""
+    equal = (a.view(torch.int32) == b.view(torch.int32)) | (torch.isnan(a) & torch.isnan(b))
+    if steps:
+        equal |= (a - b).abs() <= steps * torch.finfo(torch.float32).eps * b.abs()
+    return bool(equal.all())
 
 
 def _rows(entry: Entry, against: Against | None) -> _Rows:
@@ -89,19 +95,22 @@ def _rows(entry: Entry, against: Against | None) -> _Rows:
     return _Rows(torch.cat(xs), torch.cat(experts), real)
 
 
-def _products(
-    matrix: Matrix, product: Product, rows: _Rows, same: list[bool], reference: Tensor
-) -> tuple[str, list[ExpertFigures]]:
-    """What multiplied, and each expert's product against float32 of its decoded weights."""
+def _product(matrix: Matrix | None, decoded: Tensor, product: Product, rows: _Rows) -> tuple[str, Tensor]:
+    """What multiplied, and what came out [n, out]."""
+    if matrix is None:
+        return NO_KERNEL, product.of_values(rows.x, decoded, rows.expert)
     name, multiply = product.of(matrix, len(rows.x))
-    got, figures = multiply(rows.x, matrix, rows.expert), []
-    # Groups: loaders round code · scale to the scale's precision, kernels need not; both are near this.
-    exact = reference if matrix.scales is None else matrix.decode()
-    for expert, weights in enumerate(exact):
+    return name, multiply(rows.x, matrix, rows.expert)
+
+
+def _figures(got: Tensor, reference: Tensor, rows: _Rows, same: list[bool]) -> list[ExpertFigures]:
+    """Each expert's product against float32 of its weights as the other decoder has them."""
+    figures = []
+    for expert, weights in enumerate(reference):
         of = rows.expert == expert
         want = rows.x[of] @ weights.T
         figures.append(ExpertFigures(expert, same[expert], _relative(got[of], want), rows.real[expert]))
-    return name, figures
+    return figures
 
 
 def _with_baseline(

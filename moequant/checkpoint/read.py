@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from moequant.checkpoint.codecs import repack
 from moequant.checkpoint.slots import FLOATS
-from moequant.values import Origin, Stack, Weight
+from moequant.values import Origin, Stack, Stored, Weight
 from moequant.values.ops import Part, Stacked, apply, shape_after
 
 
@@ -37,16 +39,27 @@ def load_packed(weight: Weight) -> Tensor | None:
     origin, kind = weight.origin, weight.origin.shipped
     if kind is None or kind in FLOATS:
         return None
-    stacked = len(origin.stored) == 1 and len(origin.stored[0].shape) == 3
-    several = weight.is_expert or stacked
     parts = []
-    for number in _numbers(weight) if several else range(1):
-        stored = origin.stored[0] if stacked else origin.stored[number]
-        rows = repack(stored, kind, number if stacked else None, range(stored.shape[-2]))
+    for stored, index in matrices(weight):
+        rows = repack(stored, kind, index, range(stored.shape[-2]))
         if rows is None:
             return None
         parts.append(apply(origin.ops, rows))
+    several = weight.is_expert or _is_stacked(origin)
     return torch.stack(parts) if several else parts[0].contiguous()
+
+
+def matrices(weight: Weight) -> Iterator[tuple[Stored, int | None]]:
+    """What is stored of each matrix of a weight, and which one of a stack it is; of a weight that lies in
+    several tensors, one below the other, the first."""
+    stacked = _is_stacked(weight.origin)
+    for number in _numbers(weight) if weight.is_expert or stacked else range(1):
+        yield (weight.origin.stored[0], number) if stacked else (weight.origin.stored[number], None)
+
+
+def _is_stacked(origin: Origin) -> bool:
+    """Whether all matrices lie in one tensor."""
+    return len(origin.stored) == 1 and len(origin.stored[0].shape) == 3
 
 
 def _is_cut(origin: Origin) -> bool:
@@ -72,8 +85,7 @@ def _cut_out(origin: Origin, wanted: range) -> Tensor:
 
 def _matrix(origin: Origin, number: int) -> Tensor:
     """One expert's matrix; where the first op takes rows, no others are read."""
-    stacked = len(origin.stored[0].shape) == 3
-    stored, index = (origin.stored[0], number) if stacked else (origin.stored[number], None)
+    stored, index = (origin.stored[0], number) if _is_stacked(origin) else (origin.stored[number], None)
     first = origin.ops[0] if origin.ops else None
     if isinstance(first, Part) and first.axis == -2 and first.step == 1:
         return apply(origin.ops[1:], stored.read(index, range(first.start, first.stop)))

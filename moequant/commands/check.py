@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from moequant.check.activations import Collector, merged
-from moequant.check.baseline import ALTERED, Entry, Source, open_source
 from moequant.check.blocks import check_block
 from moequant.check.damage import expected_error
 from moequant.check.environment import versions
 from moequant.check.figures import BlockFigures, CheckReport, Damage, TensorFigures
-from moequant.check.product import Product, choose
+from moequant.check.opened import open_source
+from moequant.check.product import NO_KERNEL, Product, choose
+from moequant.check.source import ALTERED, Entry, Source
 from moequant.check.speed import measure
 from moequant.check.tensors import Against, check_tensor
 from moequant.check.text import token_rows
@@ -89,7 +90,7 @@ def _check(out: Model, settings: CheckSettings) -> CheckReport:
         found.notes.append("the file has no quantized tensor")
     if settings.sample is None:
         found.damages += [Damage(name, what) for name, what in source.altered_rest()]
-    if not _has_checksums(source, entries):
+    if not source.recorded:
         found.notes.append(
             "the file records no checksums: a flipped low bit, as large as ordinary rounding, cannot be seen"
         )
@@ -99,6 +100,10 @@ def _check(out: Model, settings: CheckSettings) -> CheckReport:
             _tensor(source, entry, product, None, found)
     else:
         _against(source, entries, product, baseline, settings, found)
+    if without := sorted({each.format for each in found.tensors if each.product == NO_KERNEL}):
+        found.notes.append(
+            f"no kernel of moequant takes {', '.join(without)}: torch multiplied decoded weights"
+        )
     speed = _speed(source, entries, product, baseline, found) if settings.speed else ()
     base = None if settings.baseline is None else named(settings.baseline)
     return CheckReport(
@@ -124,7 +129,7 @@ def _speed(
     rows: list[dict[str, float | int | str]] = []
     for entry in {entry.format: entry for entry in reversed(entries) if entry.stacked}.values():
         matrix = source.matrix(entry)
-        if matrix.format in KERNEL_FORMATS:
+        if matrix is not None and matrix.format in KERNEL_FORMATS:
             top_k = min(8 if baseline is None else baseline.shape.experts_used, entry.shape[0])
             rows += measure(matrix, top_k)
     return tuple(rows)
@@ -136,10 +141,6 @@ def _sample(entries: tuple[Entry, ...], count: int | None) -> tuple[Entry, ...]:
         return entries
     chosen = {round(i) for i in torch.linspace(0, len(entries) - 1, count).tolist()}
     return tuple(entry for i, entry in enumerate(entries) if i in chosen)
-
-
-def _has_checksums(source: Source, entries: tuple[Entry, ...]) -> bool:
-    return not entries or source.altered(entries[0], source.matrix(entries[0])) is not None
 
 
 def _tensor(source: Source, entry: Entry, product: Product, against: Against | None, found: _Found) -> None:
@@ -170,7 +171,6 @@ def _against(
     if not alone:
         found.notes.append("experts and router are no block of their own in this model: blocks were not run")
     ids = token_rows(baseline, settings.calib, settings.tokens, leading(baseline))
-    recorded = _has_checksums(source, entries)
     resources = Resources(device=product.device)
     with (
         LayerStream(model, ids, resources, among=WHOLE) as base,
@@ -185,7 +185,7 @@ def _against(
             up = next((w for w in model.weights if w.layer == layer and w.role is Role.UP), None)
             if alone and layer is not None and up is not None and up.site is not None:
                 expected = _expected(source, layer)
-                vouched = recorded and not any(each.what == ALTERED for each in found.damages[before:])
+                vouched = source.recorded and not any(each.what == ALTERED for each in found.damages[before:])
                 models = (base.model, other.model)
                 figures, damages = check_block(up.site, models, seen, layer, expected, vouched)
                 found.blocks.append(figures)
@@ -222,6 +222,6 @@ def _layers(
 def _expected(source: Source, layer: int) -> float:
     """Relative errors of the formats of a block's experts, added as independent ones."""
     of_layer = [entry for entry in source.entries if source.weights[entry.name].layer == layer]
-    formats = [entry.format for entry in of_layer if source.weights[entry.name].is_expert]
+    formats = [entry.alike for entry in of_layer if source.weights[entry.name].is_expert]
     total = sum(expected_error(name) ** 2 for name in formats)
     return float(max(total**0.5, 1e-3))

@@ -155,13 +155,8 @@ def _folder(path: Path, kind: str, checkpoint: Checkpoint, exact: bool) -> Sourc
     """A folder of any tool, its weights decoded as a conversion of it would: every scale and zero point has
     its place, or the folder is refused."""
     other = checkpoint if path == checkpoint.path else open_checkpoint(path)
-    same_values(path, identity(other), checkpoint.path, identity(checkpoint), SAME_CONFIG)
-    _same_tokens(path, checkpoint)
+    same_model(other, checkpoint)
     theirs = {weight.name: weight for weight in other.weights}
-    for weight in checkpoint.weights:
-        _same_shape(path, weight, theirs[weight.name].shape if weight.name in theirs else None)
-    if extra := sorted(theirs.keys() - {weight.name for weight in checkpoint.weights}):
-        raise VerifyError(f"{path}: {extra[0]} is not in {checkpoint.path}; is one tied and the other not?")
     types = {name: weight.origin.dtype for name, weight in theirs.items()}
     declared = read_config(quantization_of(path, other.raw))
     inputs = (
@@ -171,6 +166,18 @@ def _folder(path: Path, kind: str, checkpoint: Checkpoint, exact: bool) -> Sourc
     )
     provider: Provider = lambda weight: load(theirs[weight.name].like(weight))  # noqa: E731
     return Source(path, kind, provider, other.source_bytes, types, inputs)
+
+
+def same_model(other: Checkpoint, checkpoint: Checkpoint) -> None:
+    """VerifyError when a folder is no version of that model: other sizes, tokens or weights."""
+    path = other.path
+    same_values(path, identity(other), checkpoint.path, identity(checkpoint), SAME_CONFIG)
+    _same_tokens(path, checkpoint)
+    shapes = {weight.name: weight.shape for weight in other.weights}
+    for weight in checkpoint.weights:
+        _same_shape(path, weight, shapes.get(weight.name))
+    if extra := sorted(shapes.keys() - {weight.name for weight in checkpoint.weights}):
+        raise VerifyError(f"{path}: {extra[0]} is not in {checkpoint.path}; is one tied and the other not?")
 
 
 def _quantized(path: Path, layout: str, checkpoint: Checkpoint, exact: bool) -> Source:
@@ -183,7 +190,7 @@ def _quantized(path: Path, layout: str, checkpoint: Checkpoint, exact: bool) -> 
     mine = identity(checkpoint)
     same_values(path, identity_of(found.family, found.config), checkpoint.path, mine, SAME_CONFIG)
     _same_tokens(path, checkpoint)
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    size = sum((path / name).stat().st_size for name in set(found.files.values()))
     types = {
         weight.name: layout if found.is_quantized(weight) else weight.origin.dtype
         for weight in checkpoint.weights

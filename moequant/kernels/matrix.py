@@ -21,13 +21,15 @@ class Matrix:
     """E matrices of [out, in] in one format: shape (E, out, in), E = 1 when dense.
 
     `data` u8 [E, out, row_bytes]. ggml formats keep their scales in `data`; INT4 and INT8 have
-    `scales` (any float type) [E, out, groups], each for in / groups neighbouring weights.
+    `scales` (any float type) [E, out, groups], each for in / groups neighbouring weights. A kernel knows
+    nothing of `factors` f32 [E]: its product is to be multiplied by them (the one number of NVFP4).
     """
 
     format: str
     shape: tuple[int, int, int]
     data: Tensor
     scales: Tensor | None = None
+    factors: Tensor | None = None
 
     def __post_init__(self) -> None:
         experts, rows, n_in = self.shape
@@ -61,17 +63,20 @@ class Matrix:
     def experts(self, first: int, last: int) -> Matrix:
         """Experts first:last, as views."""
         scales = None if self.scales is None else self.scales[first:last]
-        return Matrix(self.format, (last - first, *self.shape[1:]), self.data[first:last], scales)
+        factors = None if self.factors is None else self.factors[first:last]
+        return Matrix(self.format, (last - first, *self.shape[1:]), self.data[first:last], scales, factors)
 
     def to(self, device: str) -> Matrix:
         """The same on another device."""
         scales = None if self.scales is None else self.scales.to(device)
-        return Matrix(self.format, self.shape, self.data.to(device), scales)
+        factors = None if self.factors is None else self.factors.to(device)
+        return Matrix(self.format, self.shape, self.data.to(device), scales, factors)
 
     def decode(self) -> Tensor:
         """f32 [E, out, in], by moequant's decoders in torch."""
         if self.format not in INTEGERS:
-            return formats.dequantize(self.format, self.data)
+            values = formats.dequantize(self.format, self.data)
+            return values if self.factors is None else values * self.factors[:, None, None]
         assert self.scales is not None
         bits = INTEGERS[self.format]
         if bits == 4:

@@ -120,13 +120,31 @@ def test_what_was_kept_and_what_is_new_is_looked_at_too(
 
     def edit(stored: Stored) -> None:
         stored[router].view(torch.int16)[2, 7] ^= 1
-        stored["model.layers.0.mlp.gate.bias"] = torch.zeros(8)
+        stored["model.layers.0.self_attn.k_scale"] = torch.zeros(1)  # of a cache, which no weight needs
 
     out = edited(folder, tmp_path / "damaged", edit)
     assert pairs(checked(out, tiny("qwen3_moe"), text)) == [
         (router, "bytes are not those that were written"),
-        ("model.layers.0.mlp.gate.bias", "was not written by moequant"),
+        ("model.layers.0.self_attn.k_scale", "was not written by moequant"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("gate.bias", "was not written by"), ("gate.weight", "is missing")]
+)
+def test_a_folder_that_is_no_model_any_more(
+    tiny, folder: Path, text: Path, tmp_path: Path, name: str, what: str
+) -> None:
+    """With tensors that no family knows, or without some: the record says which."""
+    name = f"model.layers.0.mlp.{name}"
+
+    def edit(stored: Stored) -> None:
+        if stored.pop(name, None) is None:
+            stored[name] = torch.zeros(8)
+
+    out = edited(folder, tmp_path / "damaged", edit)
+    with pytest.raises(VerifyError, match=f"{name} {what}.*; convert it again"):
+        checked(out, tiny("qwen3_moe"), text)
 
 
 def test_the_record_and_the_config_must_agree(tiny, folder: Path, text: Path, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.compare import CompareSettings, run
@@ -101,3 +104,22 @@ def test_wrong_pairs_with_folders_are_one_line(
         with pytest.raises(MoequantError, match=match) as error:
             run(base, [candidate], settings(text))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq"])
+def test_of_several_files_of_a_folder_the_whole_one_is_read(
+    tiny, made: dict[str, Path], tmp_path: Path, layout: str
+) -> None:
+    """As transformers does, and as of sources: an old index does not count beside `model.safetensors`."""
+    checkpoint, out = open_checkpoint(tiny("mixtral")), tmp_path / "out"
+    shutil.copytree(made[layout], out)
+    stored = load_file(out / "model.safetensors")
+    old = {name: torch.zeros_like(values) for name, values in stored.items()}
+    save_file(old, out / "old.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(old, "old.safetensors")}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    sources = [open_source(path, checkpoint) for path in (made[layout], out)]
+    assert sources[0].bytes == sources[1].bytes
+    for weight in checkpoint.weights:
+        one, two = (source.provider(weight) for source in sources if source.provider is not None)
+        assert torch.equal(one, two) and one.any(), weight.name

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from moequant.check.baseline import FolderSource
-from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, open_job
 from moequant.commands.job import notes
-from moequant.errors import VerifyError
 from moequant.inspection.served import Gpus, fit_folder
 from moequant.report.served import nothing_serves
 from moequant.runtimes.vllm.memory import Serving
@@ -83,14 +78,3 @@ def test_smaller_schemes_of_an_fp8_release_are_tried(tiny, tmp_path: Path) -> No
         "an FP8 release: schemes that would make it larger are left out; KL is to the release" in found.notes
     )
     assert not any("no other scheme" in note for note in found.notes)
-
-
-def test_a_folder_that_is_not_checked_is_called_what_it_is(tiny, tmp_path: Path) -> None:
-    model, folder = tiny("qwen3_moe"), tmp_path / "model"
-    shutil.copytree(model, folder)
-    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
-    with pytest.raises(VerifyError, match=r"is modelopt; folders of .* are checked, and moequant compare"):
-        FolderSource(folder, open_checkpoint(model))
-    (folder / "hf_quant_config.json").unlink()
-    with pytest.raises(VerifyError, match="is not quantized"):
-        FolderSource(folder, open_checkpoint(model))

@@ -72,6 +72,72 @@ def nvfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
     }
 
 
+def _codes(weight: Tensor, bits: int, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes from 0 [out, in], scales f16 and zero points [out, groups]."""
+    groups, top = weight.float().unflatten(1, (-1, group)), 2**bits - 1
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scale = ((high - low) / top).half()
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-low / scale).round().clamp(0, top)
+    codes = (groups / scale[..., None].float() + zero[..., None]).round().clamp(0, top)
+    return codes.flatten(1).long(), scale, zero.long()
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """Codes [n, m] -> i32 [n · bits / 32, m], lowest bits first, by a stream of bits."""
+    stream = (codes[:, None] >> torch.arange(bits)[:, None] & 1).flatten(0, 1).unflatten(0, (-1, 32))
+    words = (stream << torch.arange(32)[:, None]).sum(1)
+    return (words - (words >> 31 << 32)).to(torch.int32)
+
+
+def gptq(
+    bits: int, group: int, symmetric: bool = True, version: int = 1, act_order: bool = False
+) -> Callable[[str, Tensor], dict[str, Tensor]]:
+    """GPTQ's, both versions; with `act_order` columns are in the groups that `g_idx` names."""
+
+    def made(name: str, weight: Tensor) -> dict[str, Tensor]:
+        n_in = weight.shape[1]
+        order = torch.randperm(n_in, generator=torch.Generator().manual_seed(3))
+        order = order if act_order else torch.arange(n_in)
+        codes, scale, zero = _codes(weight[:, order], bits, group, symmetric)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(n_in)
+        stored = zero if version == 2 else (zero - 1) % 2**bits
+        return {
+            "qweight": _words(codes[:, back].T, bits),
+            "qzeros": _words(stored, bits).T,
+            "scales": scale.T,
+            "g_idx": (back // group).to(torch.int32),
+        }
+
+    return made
+
+
+def awq(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """AutoAWQ's in gemm order, groups of 64."""
+    codes, scale, zero = _codes(weight, 4, 64, False)
+
+    def packed(t: Tensor) -> Tensor:
+        eights = t.T.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+        words = (eights << 4 * torch.arange(8)).sum(-1)
+        return (words - (words >> 31 << 32)).to(torch.int32)
+
+    return {"qweight": packed(codes), "qzeros": packed(zero), "scales": scale.T}
+
+
+def packed(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """compressed-tensors' integers of 4 bits with zero points, as llm-compressor's `W4A16_ASYM` has them."""
+    codes, scale, zero = _codes(weight, 4, 64, False)
+    return {
+        "weight_packed": _words(codes.T, 4).T,
+        "weight_scale": scale,
+        "weight_zero_point": _words(zero, 4),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
 def release(
     model: Path, out: Path, form: Callable[[str, Tensor], dict[str, Tensor]], config: dict[str, Any]
 ) -> dict[str, Tensor]:

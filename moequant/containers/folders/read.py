@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moequant import families
+from moequant.checkpoint import folder_of
+from moequant.checkpoint.headers import read_headers
 from moequant.containers.folders.plan import modules
-from moequant.containers.folders.shards import INDEX
-from moequant.errors import VerifyError
+from moequant.errors import CheckpointError, VerifyError
 from moequant.families.config import make_config
 from moequant.values import Weight
 from moequant.values.ops import apply
@@ -37,8 +38,8 @@ class FolderWeights:
         self._opened: tuple[str, Any] = ("", None)
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            self.files = _files(path)
-        except (OSError, ValueError, SafetensorError) as error:
+            self.files = {ref.name: ref.file.name for ref in read_headers(folder_of(path)).values()}
+        except (OSError, ValueError, CheckpointError) as error:
             raise VerifyError(f"{path}: not a readable model folder ({error})") from error
         self.quantization: dict[str, Any] = config.pop("quantization_config", {})
         method = self.quantization.get("quant_method", "not quantized")
@@ -149,18 +150,3 @@ class FolderWeights:
         if tuple(values.shape) != shape:
             raise VerifyError(f"{self.path}: {name} is {list(values.shape)}, expected {list(shape)}")
         return values
-
-
-def _files(path: Path) -> dict[str, str]:
-    """The file of every tensor, from the index or from the headers."""
-    index = path / INDEX
-    if index.is_file():
-        named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return named
-    found: dict[str, str] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            found |= dict.fromkeys(opened.keys(), file.name)
-    if not found:
-        raise ValueError("no *.safetensors file")
-    return found

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from moequant.check.baseline import FolderSource
+from moequant.check.folder import FolderSource
 from moequant.checkpoint import load, open_checkpoint
 from moequant.containers.folders import mxfp4
 from moequant.errors import PlanError

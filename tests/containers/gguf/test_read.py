@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader, GGUFWriter
 from gguf import GGUFValueType as V
 
-from moequant.check.baseline import open_source
+from moequant.check.opened import open_source
 from moequant.containers.gguf import checksums, imatrix
 from moequant.containers.gguf.read import GgufFile, read_header
 from moequant.errors import CheckpointError, CorpusError, MoequantError, VerifyError

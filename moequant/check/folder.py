@@ -1,0 +1,183 @@
+"""A quantized folder under check, whoever made it; compressed-tensors is the other decoder."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moequant.check.damage import Span, of_values
+from moequant.check.forms import Form, form_of, matrix_of
+from moequant.check.others import by_others
+from moequant.check.source import ALTERED, Entry, three
+from moequant.checkpoint import Checkpoint, folder_of, load, open_checkpoint
+from moequant.checkpoint.headers import read_headers
+from moequant.checkpoint.open import quantization_of, read_config
+from moequant.errors import MoequantError, VerifyError
+from moequant.evaluate.open_source import same_model
+from moequant.files import RECORD
+from moequant.kernels import Matrix
+from moequant.values import Stored, TensorRef, Weight
+
+_CHUNK = 1 << 24
+"""Bytes that are read at once for a checksum."""
+
+
+class FolderSource:
+    """See `Source`. Its weights are read as a conversion of the folder would, as `compare` does."""
+
+    def __init__(self, path: Path, baseline: Checkpoint | None) -> None:
+        self.path, self.model = path, baseline
+        self._checksums = _recorded(path)
+        self.recorded = self._checksums is not None
+        self._refs = read_headers(folder_of(path)) if self.recorded else {}
+        opened = self._opened()
+        if baseline is not None:
+            same_model(opened, baseline)
+        self._all = {weight.name: weight for weight in opened.weights}
+        self._quantized = {name: each for name, each in self._all.items() if _is_quantized(each)}
+        if not self._quantized:
+            raise VerifyError(f"{path}: is not quantized; give a GGUF file or a quantized folder")
+        # The baseline's: what a quantized folder calls a weight's place, or what it is fed, is the same.
+        own = () if baseline is None else baseline.weights
+        self.weights = {weight.name: weight for weight in own if weight.name in self._quantized}
+        self._forms = {name: form_of(each.origin.stored[0]) for name, each in self._quantized.items()}
+        self.entries = tuple(_entry(each, self._forms[name]) for name, each in self._quantized.items())
+
+    def _opened(self) -> Checkpoint:
+        """The folder by its headers. VerifyError: it has other tensors than were written, and is no model."""
+        try:
+            return open_checkpoint(self.path)
+        except MoequantError as error:
+            written = self._checksums or self._refs
+            if others := sorted(written.keys() ^ self._refs.keys()):
+                what = "is missing" if others[0] in written else "was not written by moequant"
+                more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+                raise VerifyError(f"{self.path}: {others[0]} {what}{more}; convert it again") from error
+            raise
+
+    def matrix(self, entry: Entry) -> Matrix | None:
+        """See `Source`."""
+        return matrix_of(self._quantized[entry.name], entry.shape)
+
+    def decode(self, entry: Entry, matrix: Matrix | None) -> Tensor:
+        """See `Source`."""
+        return _values(self._quantized[entry.name], entry)
+
+    def reference(self, entry: Entry, matrix: Matrix | None) -> Tensor:
+        """See `Source`."""
+        return _values(by_others(self._quantized[entry.name]), entry)
+
+    def span(self, entry: Entry, matrix: Matrix | None, expert: int, decoded: Tensor) -> Span:
+        """See `Source`."""
+        return of_values(decoded, self._forms[entry.name].columns)
+
+    def load(self, weight: Weight) -> Tensor:
+        """See `Source`."""
+        return load(self._all[weight.name].like(weight))
+
+    def altered(self, entry: Entry, matrix: Matrix | None) -> tuple[int, ...]:
+        """See `Source`."""
+        if self._checksums is None:
+            return ()
+        parts = [{ref.name for ref in each.parts.values()} for each in self._stored(entry)]
+        changed = self._changed(set().union(*parts))
+        if len(parts) != entry.shape[0]:  # several tensors for a matrix, or one for all experts
+            return tuple(range(entry.shape[0])) if changed else ()
+        return tuple(expert for expert, names in enumerate(parts) if names & changed)
+
+    def altered_rest(self) -> tuple[tuple[str, str], ...]:
+        """See `Source`; also tensors that are new, or gone."""
+        if self._checksums is None:
+            return ()
+        parts = (each.parts.values() for weight in self._quantized.values() for each in weight.origin.stored)
+        quantized = {ref.name for refs in parts for ref in refs}
+        kept = self._checksums.keys() - quantized
+        return (
+            *((name, ALTERED) for name in sorted(self._changed(kept & self._refs.keys()))),
+            *((name, "is missing") for name in sorted(kept - self._refs.keys())),
+            *(
+                (name, "was not written by moequant")
+                for name in sorted(self._refs.keys() - self._checksums.keys())
+            ),
+        )
+
+    def label(self, entry: Entry, expert: int) -> str:
+        """Tensor, expert, and the module's own name."""
+        stored = self._stored(entry)
+        own = entry.stacked and len(stored) > 1
+        module = stored[expert if own else 0].name.removesuffix(".weight").removesuffix("_blocks")
+        if not entry.stacked:
+            return f"{entry.name} ({module})"
+        return f"{entry.name} expert {expert} ({module if own else f'{module}[{expert}]'})"
+
+    def _stored(self, entry: Entry) -> tuple[Stored, ...]:
+        return self._quantized[entry.name].origin.stored
+
+    def _changed(self, names: set[str]) -> set[str]:
+        """Which stored tensors are not those that were written."""
+        known = self._checksums or {}
+        return {name for name in names if _crc(self._refs[name]) != known.get(name)}
+
+
+def _is_quantized(weight: Weight) -> bool:
+    """Whether it is a matrix, or a stack of them, that is stored as codes."""
+    return len(weight.shape) in (2, 3) and weight.origin.stored[0].codec.name != "plain"
+
+
+def _entry(weight: Weight, form: Form) -> Entry:
+    return Entry(weight.name, form.name, three(weight.shape), len(weight.shape) == 3, form.alike, form.steps)
+
+
+def _values(weight: Weight, entry: Entry) -> Tensor:
+    # -0, which a code of 0 and FP4's second 0 may be, is no other number.
+    return load(weight).to(torch.float32).view(entry.shape) + 0.0
+
+
+def _crc(ref: TensorRef) -> int:
+    """CRC-32 of a stored tensor's bytes."""
+    found, left = 0, ref.end - ref.begin
+    with ref.file.open() as file:
+        file.seek(ref.begin)
+        while left and (data := file.read(min(left, _CHUNK))):
+            found, left = zlib.crc32(data, found), left - len(data)
+    return found
+
+
+def _recorded(path: Path) -> dict[str, int] | None:
+    """{stored tensor: CRC-32} from `moequant.json` beside the weights, None when it is not there.
+
+    VerifyError when config.json reads the codes otherwise than they were written.
+    """
+    file = path / RECORD
+    if not file.is_file():
+        return None
+    now = quantization_of(path, read_config(path)[0]) or {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, int] = record["crc32"]
+        written: Mapping[str, Any] = record["quantization_config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VerifyError(f"{file}: cannot be read ({error})") from error
+    was, says = (dict(_leaves("", config)) for config in (written, now))
+    for name in (*was, *says):
+        if was.get(name) != says.get(name):
+            raise VerifyError(
+                f"{path}: config.json says {name.removeprefix('.')} is {says.get(name)}, its weights were "
+                f"written with {was.get(name)}; restore config.json"
+            )
+    return found
+
+
+def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of everything in a JSON value."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{name}.{key}", inner)
+    else:
+        yield name, value
