@@ -59,13 +59,23 @@ def move_scales(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tens
             minima, lifted, saved = _best_minima(lattice, block, s, own, g, grown)
             change = change + saved
         change[REACH] = change[REACH].clamp_max(0) if lattice.minima else 0.0
-        best = change.argmin(0, keepdim=True)
+        best = _first_least(change)
         block.scale[:, s] = scales.gather(0, best)[0]
         torch.mul(grown.gather(0, best).movedim(0, 1), level, out=moved[:, columns])
         if lattice.minima:
             block.minimum[:, s] = minima.gather(0, best)[0]
             moved[:, columns] -= lifted.gather(0, best).movedim(0, 1)
     gradient.baddbmm_(hessian, moved, alpha=-1)
+
+
+def _first_least(change: Tensor) -> Tensor:
+    """i64 [1, E, R]: which of [k, E, R] is least, the first of equal ones. torch's argmin takes many times as
+    long along the first of three dimensions."""
+    least, at = change[0], torch.zeros_like(change[0])
+    for k, other in enumerate(change[1:].unbind(), 1):
+        at.masked_fill_(other < least, k)
+        least = torch.minimum(least, other)
+    return at[None].long()
 
 
 def _follow(gradient: Tensor, hessian: Tensor, moved: Tensor, columns: slice) -> Tensor:

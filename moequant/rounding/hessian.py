@@ -73,7 +73,7 @@ def factorise(lattice: Lattice, hessian: Tensor, damping: float) -> tuple[Factor
 def _backwards(even: Tensor, order: Tensor) -> Tensor:
     """A copy of [n, n] in `order`, from its last column to its first."""
     backwards = order.flip(0)
-    return even[backwards[:, None], backwards]
+    return even.index_select(0, backwards).index_select(1, backwards)
 
 
 def _upper(flipped: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -333,11 +333,14 @@ class Experts:
         yield from (range(at, min(at + step, total)) for at in range(0, total, step))
 
     def read(self, experts: range, weights: tuple[Weight, ...] | None = None) -> nn.Module:
-        """The module with these experts' values; of `weights` alone where given."""
+        """The module with these experts' values, in f32: every batch multiplies with them; of `weights` alone
+        where given."""
         stream = self.stream
-        return some_experts(
-            self.module, weights or self.weights, experts, stream.provider, stream.resources.device
-        )
+
+        def values(weight: Weight) -> Tensor:
+            return stream.provider(weight).float()
+
+        return some_experts(self.module, weights or self.weights, experts, values, stream.resources.device)
 
     def _packed(self, module: nn.Module, found: list[Result], parts: dict[str, list[Result]]) -> nn.Module:
         """The module with these experts as they were packed; they are put to the other `parts`."""

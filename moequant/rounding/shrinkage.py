@@ -180,7 +180,7 @@ def _held_out(
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What the experts of a layer have in common: correlation [in, in], mean square of inputs [in]; f64.
+    """What the experts of a layer have in common: correlation f32 [in, in], mean square of inputs f64 [in].
 
     Where they have nothing but a scale in common, there is no correlation and the mean square is one number.
     """
@@ -198,18 +198,19 @@ class Layer:
         diagonal = pooled.diagonal().clone()
         scale = torch.where(diagonal > 0, diagonal.clamp_min(1e-300).rsqrt(), 0.0)
         seen = float(tokens.to(finite.device)[finite].sum())
-        return cls(pooled * scale[:, None] * scale, diagonal / max(seen, 1.0))
+        correlation = pooled.mul_(scale[:, None]).mul_(scale).float()
+        return cls(correlation, diagonal / max(seen, 1.0))
 
     def mixed(self, hessian: Tensor, mix: Mix) -> Tensor:
-        """An expert's Hessian [in, in], mixed; f32."""
+        """An expert's Hessian f32 [in, in], mixed; f32."""
         diagonal = hessian.diagonal().double() + PRIOR_TOKENS * self.square
-        root = diagonal.sqrt()
-        made = mix.own * hessian.double()
+        made = hessian.float() * mix.own
         if mix.layer and self.correlation is not None:
-            made = made + mix.layer * (root[:, None] * self.correlation * root)
+            root = diagonal.sqrt().float()
+            made.addcmul_(self.correlation * root, root[:, None], value=mix.layer)
         own = mix.diagonal + (mix.layer if self.correlation is None else 0.0)
-        made.diagonal().add_(own * diagonal)
-        return made.float()
+        made.diagonal().add_((own * diagonal).float())
+        return made
 
 
 @dataclass(frozen=True, slots=True)
