@@ -61,9 +61,9 @@ class Packed:
 class ExpertLoss:
     """What rounding cost each expert of one weight.
 
-    `error` f64 [E], relative squared error of its outputs: under the Hessian of its inputs where
-    it was rounded with one, of 256 rows where it has more, else under their mean squares. `fallbacks`
-    are the reasons why experts were rounded by the plain search instead.
+    `error` f64 [E], relative squared error of its outputs: under the Hessian of its inputs where it was
+    rounded with one, by every fourth row where there are more than 256; else under their mean squares.
+    `fallbacks` are the reasons why experts were rounded by the plain search instead.
     """
 
     weight: str
