@@ -13,15 +13,17 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from moequant.errors import OutputError
+from moequant.errors import OutputError, VerifyError
 from moequant.files import (
     RECORD,
     Interrupted,
     atomic,
     atomic_folder,
+    atomic_parts,
     check_output,
     claim,
     interruptible,
@@ -396,3 +398,12 @@ def test_scratch_folders_of_dead_runs_go(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(tmp_path) == {"moequant-scratch-of-mine"}
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     refused(lambda: scratch().__enter__(), "no folder for temporary files .*; set TMPDIR")
+
+
+@pytest.mark.parametrize("place", [atomic, atomic_folder, atomic_parts])
+def test_an_error_calls_the_output_by_its_own_name(tmp_path: Path, place: Callable[..., Any]) -> None:
+    """What is verified and checked lies under a temporary name."""
+    out = tmp_path / "out.gguf"
+    with pytest.raises(VerifyError) as error, place(out) as partial:
+        raise VerifyError(f"{partial}: not its weights; {partial.name} was removed")
+    assert str(error.value) == f"{out}: not its weights; out.gguf was removed"

@@ -23,7 +23,7 @@ from moequant.errors import CheckpointError, FamilyError, few, foreign
 from moequant.escape import of_cache
 from moequant.families import Config, Family, Slot
 from moequant.families.base import PREDICTION
-from moequant.families.config import check_experts, check_groups, make_config
+from moequant.families.config import SHARED, check_experts, check_groups, make_config, no_shared
 from moequant.files.read import read_json
 from moequant.values import ModelShape, Role, Stored, Weight
 
@@ -292,7 +292,8 @@ def _ends(family: Family, config: Config) -> tuple[Slot, ...]:
 def slots_of(family: Family, config: Config, layer: int) -> tuple[Slot, ...]:
     """The slots of a decoder layer; FamilyError when the config's lists do not get that far."""
     with foreign(FamilyError, f"{family.name}: config.json does not say what layer {layer} is"):
-        return family.layer(config, layer)
+        slots = family.layer(config, layer)
+        return tuple(slot for slot in slots if slot.role not in SHARED) if no_shared(config) else slots
 
 
 def _left_out(
@@ -303,6 +304,9 @@ def _left_out(
         reasons = [(re.compile(pattern), reason) for pattern, reason in family.skipped(config).items()]
     skipped: dict[str, list[str]] = {}
     for name in names:
+        if 0 in stored[name].shape:  # of no shared experts transformers saves matrices all the same
+            skipped.setdefault("without any number", []).append(name)
+            continue
         reason = next((reason for pattern, reason in reasons if pattern.fullmatch(name)), None)
         if reason is None:
             layer = re.search(r"layers\.(\d+)\.", name)

@@ -10,6 +10,7 @@ of its own, which our engine never reads: where llama.cpp is installed, it compu
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
@@ -394,7 +395,8 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     try:
-        with redirect_stderr(StringIO()):  # compressed-tensors asks nobody
+        with redirect_stderr(StringIO()), warnings.catch_warnings():  # compressed-tensors asks nobody
+            warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(before)

@@ -10,6 +10,7 @@ from typing import Any
 
 from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.families.base import Config, Family
+from moequant.values import Role
 
 HARMLESS = frozenset(
     {
@@ -211,6 +212,17 @@ def _source(module: str) -> str:
 
 def _mentions(source: str, key: str) -> bool:
     return f"config.{key}" in source or f'"{key}"' in source
+
+
+SHARED = (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)
+"""What shared experts are made of."""
+
+
+def no_shared(config: Config) -> str | None:
+    """The config key that says that there are no shared experts, of a class that knows them; None where there
+    are some."""
+    keys = ("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size")
+    return next((key for key in keys if getattr(config, key, None) == 0), None)
 
 
 def check_experts(family: Family, experts: int, used: int) -> None:

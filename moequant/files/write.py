@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from moequant.errors import OutputError
+from moequant.errors import MoequantError, OutputError
 from moequant.files import parts as set_of_parts
 from moequant.files.folder import carry_over
 from moequant.files.lock import locked
@@ -160,6 +160,11 @@ def _partial(target: Target) -> Iterator[Path]:
         raise unwritable(target.given, error) from error
     try:
         yield partial
+    except MoequantError as error:  # people know the output, by the name that they gave it
+        kept = target.given.parent if target.kind == "parts" else target.given
+        said = str(error).replace(str(partial), str(kept)).replace(partial.name, target.given.name)
+        error.args = (said,)
+        raise
     except OSError as error:
         other = Path(str(error.filename or partial))
         if other in (partial, target.path) or partial in other.parents:

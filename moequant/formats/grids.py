@@ -158,8 +158,8 @@ def near_lists(grid: Grid, lists: int, device: torch.device) -> list[Tensor]:
     return [part.contiguous().to(device) for part in near.t().view(lists, LISTED, -1)]
 
 
-def steps_up(grid: Grid, word: Tensor, i: int) -> Tensor:
-    """(value - low) / step of weight i in rows given as words, without delta, f32."""
+def steps_up(grid: Grid, word: Tensor, i: int | Tensor) -> Tensor:
+    """(value - low) / step of weight i, or of several, in rows given as words, without delta, f32."""
     c = (word >> (grid.bits * i) & ((1 << grid.bits) - 1)).to(torch.float32)
     return torch.where(c == grid.highest, c + grid.extra / grid.step, c) if grid.extra else c
 
@@ -191,12 +191,56 @@ def closest(
         better = error < least
         least = torch.where(better, error, least)
         word = torch.where(better, new, word)
+    return _better(grid, target, (word, least), found)
+
+
+@closest.uncompiled
+def _closest_at_once(
+    x: Tensor, w: Tensor, grid: Grid, near: Tensor, target: Target, found: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """`closest`, all weights of a group in one call."""
+    inv, low = target.inv / grid.step, (target.shift + grid.low) / grid.step
+    t = x * inv
+    up = t - low
+    pull = -2 * w * up
+    key = torch.zeros_like(x[0], dtype=torch.int32)
+    for digit in (up + 0.5).floor().clamp(0, grid.highest).to(torch.int32).unbind():
+        key = key * (grid.highest + 1) + digit
+    start = _in_turn(torch.zeros_like(x[0]), w * low * (low - 2 * t))
+    word, least, weights = torch.zeros_like(key), torch.full_like(start, torch.inf), _weights(grid, x.device)
+    for row in near.unbind():
+        new = row[key]
+        c = steps_up(grid, new, weights)
+        error = _in_turn(start, c * (w * c + pull))
+        better = error < least
+        least = torch.where(better, error, least)
+        word = torch.where(better, new, word)
+    return _better(grid, target, (word, least), found)
+
+
+def _better(
+    grid: Grid, target: Target, new: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """The better rows of two choices, the new ones with the direction of their shift."""
+    word, least = new
     if grid.delta:
         word = word | (target.shift < 0).to(torch.int32) * DOWN
     if found is None:
         return word, least
     better = least < found[1]
     return torch.where(better, word, found[0]), torch.where(better, least, found[1])
+
+
+def _weights(grid: Grid, device: torch.device) -> Tensor:
+    """The numbers of the weights of a group, [group, 1, 1]."""
+    return torch.arange(grid.group, dtype=torch.int32, device=device).view(-1, 1, 1)
+
+
+def _in_turn(total: Tensor, rest: Tensor) -> Tensor:
+    """The total with every one of the rest added, first to last."""
+    for each in rest.unbind():
+        total = total + each
+    return total
 
 
 @kernel
@@ -213,7 +257,11 @@ def judge(
         v = low + grid.step * steps_up(grid, word, i)
         wv = w[i] * v
         a, b = a + wv * x[i], b + wv * v
-    a, b = a.sum(0), b.sum(0)
+    return _judged(a.sum(0), b.sum(0), step, best)
+
+
+def _judged(a: Tensor, b: Tensor, step: Tensor | None, best: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `judge` gives for rows of these sums."""
     scale = ratio(a.clamp_min(0), b) if step is None else step
     saved = scale * (2 * a - scale * b)
     better = saved > best.saved
@@ -223,6 +271,18 @@ def judge(
         torch.where(better, b, best.b),
         torch.where(better, saved, best.saved),
     )
+
+
+@judge.uncompiled
+def _judge_at_once(
+    x: Tensor, w: Tensor, grid: Grid, word: Tensor, step: Tensor | None, best: Rows
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`judge`, all weights of a group in one call."""
+    zero = torch.zeros_like(x[0])
+    low = grid.low + torch.where(word < DOWN, grid.delta, -grid.delta)
+    v = low + grid.step * steps_up(grid, word, _weights(grid, x.device))
+    wv = w * v
+    return _judged(_in_turn(zero, wv * x).sum(0), _in_turn(zero, wv * v).sum(0), step, best)
 
 
 def keep(x: Tensor, w: Tensor, grid: Grid, word: Tensor, step: Tensor | None, best: Rows) -> Rows:
@@ -359,38 +419,3 @@ def _search_levels(
         level = torch.where((new.saved > best.saved).view_as(level), option, level)
         best = new
     return level, best
-
-
-def sign_values(packed: Tensor) -> Tensor:
-    """uint8 [n, k] -> f32 [n, 8 k]: bit 0 first, 1 or -1."""
-    bits = packed[:, :, None] >> torch.arange(8, device=packed.device).to(torch.uint8) & 1
-    return 1 - 2 * bits.to(torch.float32).flatten(1)
-
-
-def join_signs(value: Tensor) -> Tensor:
-    """f32 [n, 8 k] -> uint8 [n, k]: the inverse of `sign_values`."""
-    place = torch.arange(8, dtype=torch.uint8, device=value.device)
-    bits = (value < 0).view(len(value), value.shape[1] // 8, 8).to(torch.uint8) << place
-    return bits.sum(-1, dtype=torch.uint8)
-
-
-def fill_parity(signs: Tensor) -> Tensor:
-    """int [...] of 7 sign bits -> uint8, with the eighth that makes their number even."""
-    parity = signs ^ signs >> 4
-    parity = parity ^ parity >> 2
-    return (signs | (parity ^ parity >> 1) << 7 & 128).to(torch.uint8)
-
-
-def join_signs_and_scales(signs: Tensor, scale: Tensor) -> Tensor:
-    """uint8 signs [n, 32], l [n, 8] -> uint8 [n, 32]: for each 32 weights a u32, 4 x 7 signs and l above."""
-    seven = torch.arange(0, 28, 7, device=signs.device)
-    field = ((signs.view(-1, 8, 4).to(torch.int64) & 127) << seven).sum(-1) | scale.to(torch.int64) << 28
-    return (field[..., None] >> torch.arange(0, 32, 8, device=field.device) & 255).to(torch.uint8).flatten(1)
-
-
-def split_signs_and_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `join_signs_and_scales`, the eighth sign filled in."""
-    byte = packed.reshape(-1, 8, 4).to(torch.int64)
-    field = (byte << torch.arange(0, 32, 8, device=packed.device)).sum(-1, keepdim=True)
-    signs = field >> torch.arange(0, 28, 7, device=packed.device) & 127
-    return fill_parity(signs).flatten(1), (field[..., 0] >> 28 & 15).to(torch.uint8)

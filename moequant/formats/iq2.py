@@ -22,13 +22,11 @@ from moequant.formats.codebook import Ladder, u16_bytes, u16_from
 from moequant.formats.grids import (
     Grid,
     Layout,
-    fill_parity,
-    join_signs_and_scales,
     search,
-    split_signs_and_scales,
 )
 from moequant.formats.layout import half_at, half_bytes, join_nibbles, split_nibbles
 from moequant.formats.parts import Vector, VectorParts
+from moequant.formats.signs import fill_parity, join_signs_and_scales, split_signs_and_scales
 
 LADDER = Ladder(1, 31, 2)
 LANDINGS = (1.12, 0.92, 1.48, 1.24, 0.7, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,9 @@ def empty_model(
                 for name, buffer in list(module.named_buffers(recurse=False)):
                     module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
                 model._init_weights(module)
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if not parameter.numel():  # what has no number is complete
+                    _assign(module, name, torch.empty_like(parameter, device=device))
     made: transformers.PreTrainedModel = model.eval().requires_grad_(False)
     return made
 
@@ -73,7 +77,8 @@ def _without_memory(path: Path, config: Config, experts: str = EXPERTS) -> trans
     """The model of a config, everything in it on the meta device."""
     register()
     cls = causal_class(config)
-    with foreign(CheckpointError, f"{path}: {_UNFIT}"), torch.device("meta"):
+    with foreign(CheckpointError, f"{path}: {_UNFIT}"), torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no shared experts
         model: transformers.PreTrainedModel = cls._from_config(
             copy.deepcopy(config),
             dtype=torch.float32,
@@ -265,7 +270,7 @@ def _check_filled(checkpoint: Checkpoint, model: transformers.PreTrainedModel) -
     filled = {weight.place.param for weight in checkpoint.weights}
     if checkpoint.tied:
         filled.add("lm_head.weight")
-    if empty := sorted(there.keys() - filled):
+    if empty := sorted(name for name, shape in there.items() if name not in filled and 0 not in shape):
         raise CheckpointError(
             f"{type(model).__name__}: nothing in the checkpoint fills {', '.join(empty[:3])}"
         )

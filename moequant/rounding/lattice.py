@@ -19,9 +19,10 @@ from torch import Tensor
 
 from moequant.errors import FormatError
 from moequant.formats import Format
-from moequant.formats.grids import Layout, join_signs
+from moequant.formats.grids import Layout
 from moequant.formats.layout import half
 from moequant.formats.parts import Parts, Scalar, Vector, VectorParts, count_up, look_up
+from moequant.formats.signs import join_signs
 from moequant.rounding.vectors import DOWN, EIGHT
 
 

@@ -1,10 +1,11 @@
-"""`python -m tests.commands.killed MODEL TEXT WORK KIND WHEN…`: a conversion in forked children, killed.
+"""`python -m tests.commands.killed MODEL TEXT WORK KINDS`: conversions in forked children, killed.
 
-Each is killed after a share of its file operations, or before it opens a file of the journal, and given
-again; prints what it left and what the second run did.
+KINDS is JSON: when to kill a conversion of that kind, several times. Each is killed after a share of its file
+operations, or before it opens a file of the journal, and given again; prints, by kind, what the undisturbed
+run did, what each left, and what its second run did.
 
-A process of its own, that forks before torch has started a thread. A hook on all modules counts which decoder
-layers are called.
+A process of its own, that imports once and forks before torch has started a thread. A hook on all modules
+counts which decoder layers are called.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import moequant.commands.convert  # noqa: F401  before the forks
 from moequant.checkpoint import open_checkpoint
 from moequant.cli import app
 from moequant.containers.gguf.container import GgufContainer
+from moequant.forward.model import empty_model
 from moequant.plan.document import plan_from_types, to_json
 from tests.strike import watch
 
@@ -130,7 +132,8 @@ def when(whole: Told, told: str) -> int:
 
 
 def main(model: Path, text: str, work: Path, kind: str, every: Sequence[str]) -> tuple[Told, list[Kill]]:
-    """The undisturbed run, and every kill of that kind."""
+    """The undisturbed run, and every kill of that kind, in a folder that is made."""
+    work.mkdir()
     weights = GgufContainer(open_checkpoint(model)).checkpoint.weights
     kept = {weight.name for weight in weights if weight.role.keeps_precision or len(weight.shape) < 2}
     types = {weight.name: "F32" if weight.name in kept else "Q4_0" for weight in weights}
@@ -159,6 +162,10 @@ def main(model: Path, text: str, work: Path, kind: str, every: Sequence[str]) ->
 
 
 if __name__ == "__main__":
-    model_, text_, work_, kind_, *whens = sys.argv[1:]
-    undisturbed, kills = main(Path(model_), text_, Path(work_), kind_, whens)
-    print(json.dumps([asdict(undisturbed), [asdict(each) for each in kills]]))
+    model_, text_, work_, kinds = sys.argv[1:]
+    empty_model(open_checkpoint(Path(model_)))  # what transformers loads for it takes every fork seconds
+    told = {}
+    for kind_, whens in json.loads(kinds).items():
+        undisturbed, kills = main(Path(model_), text_, Path(work_) / kind_, kind_, whens)
+        told[kind_] = [asdict(undisturbed), [asdict(each) for each in kills]]
+    print(json.dumps(told))

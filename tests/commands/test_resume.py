@@ -38,10 +38,22 @@ def fast(text: Path, type_: str = "Q4_0", **changes: object) -> Settings:
     return Settings(type_, **(usual | changes))
 
 
-def killed(model: Path, text: Path, work: Path, kind: str, *when: object) -> tuple[dict, list[dict]]:
-    """What `tests.commands.killed` tells of the undisturbed run and of each kill; all went on well."""
+KILLS = {
+    "gguf": ("0.8",),
+    "folder": ("0.85",),
+    "sizes": ("0.4", "0.85"),
+    "measured": ("plan/probes/hidden-0003", "plan/plans/hidden-0002"),
+}
+"""Conversions, and when each is killed."""
+
+
+@pytest.fixture(scope="module")
+def killed(tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, list[dict]]]:
+    """What `tests.commands.killed` tells of the undisturbed run and of each kill; all went on well. One
+    process for all kinds: what it imports takes seconds."""
+    model, work = tiny("qwen3_moe", **SMALL), tmp_path_factory.mktemp("killed")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.commands.killed", model, text, work, kind, *map(str, when)],
+        [sys.executable, "-m", "tests.commands.killed", model, text, work, json.dumps(KILLS)],
         capture_output=True,
         text=True,
         check=False,
@@ -49,35 +61,30 @@ def killed(model: Path, text: Path, work: Path, kind: str, *when: object) -> tup
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    whole, kills = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", KILLS)
+def test_killed_anywhere_it_goes_on_with_the_same_bytes(killed, kind: str) -> None:
+    _, kills = killed[kind]
+    assert len(kills) == len(KILLS[kind])
     for kill in kills:
         assert kill["code"] == -9 and kill["again"]["code"] == 0, kill["again"]["says"]
         assert kill["same"], kill["state"]
-    return whole, kills
-
-
-@pytest.mark.parametrize(("kind", "shares"), [("gguf", (0.8,)), ("folder", (0.85,)), ("sizes", (0.4, 0.85))])
-def test_killed_anywhere_it_goes_on_with_the_same_bytes(
-    small: Path, text: Path, tmp_path: Path, kind: str, shares: tuple[float, ...]
-) -> None:
-    _, kills = killed(small, text, tmp_path, kind, *shares)
-    if kind != "sizes":  # the first part is what is in front of the layers
+    if kind == "sizes":
+        assert kills[-1]["parts"] and not kills[-1]["again"]["layers"]
+    elif kind != "measured":  # the first part is what is in front of the layers
         for kill in kills:
             called = kill["again"]["layers"]
             assert all(layer >= kill["parts"] - 1 for layer in called), "finished layers are not run again"
         assert kills[-1]["parts"] > 1
-    else:
-        assert kills[-1]["parts"] and not kills[-1]["again"]["layers"]
 
 
-def test_killed_while_types_are_measured_it_crosses_no_finished_layer_again(
-    small: Path, text: Path, tmp_path: Path
-) -> None:
+def test_killed_while_types_are_measured_it_crosses_no_finished_layer_again(killed) -> None:
     """Statistics, probes, whole plans and rounding cross the layers one after the other."""
-    stops = {"plan/probes/hidden-0003": (2, 3), "plan/plans/hidden-0002": (1, 2)}
-    whole, kills = killed(small, text, tmp_path, "measured", *stops)
+    whole, kills = killed["measured"]
     assert crossings(whole["layers"]) == 4
-    for kill, (first, left) in zip(kills, stops.values(), strict=True):
+    for kill, (first, left) in zip(kills, ((2, 3), (1, 2)), strict=True):
         called = kill["again"]["layers"]
         assert (called[0], crossings(called)) == (first, left)
         before = whole["layers"][: -len(called)]

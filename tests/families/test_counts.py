@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
-from moequant.errors import CheckpointError
+from moequant.errors import CheckpointError, FamilyError
 from tests import models
 from tests.clients.llama import Llama
 
@@ -44,6 +46,34 @@ def test_any_number_of_experts_converts(tmp_path: Path, text: Path, count: int, 
     with torch.inference_mode():
         expected = models.reference(folder)(ids[None]).logits[0].numpy()
     assert np.quantile(np.abs(found - expected).max(1), TIES) < 5e-4
+
+
+@pytest.fixture
+def without_shared(tmp_path: Path) -> Callable[[str], Path]:
+    """A tiny model that has no shared experts: of them transformers saves matrices without a number."""
+
+    def get(family: str) -> Path:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            folder = models.build(tmp_path / family / "model", family, n_shared_experts=0)
+        stored = load_file(folder / "model.safetensors")
+        assert {each.numel() for name, each in stored.items() if "shared_experts" in name} == {0}
+        return folder
+
+    return get
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
+def test_no_shared_experts_are_no_weights(without_shared, tmp_path: Path, text: Path, family: str) -> None:
+    """llama.cpp does not load one of the two, and computes something else of the other."""
+    folder, usual = without_shared(family), {"effort": "fast", "eval_tokens": 0}
+    with pytest.raises(FamilyError, match=r"n_shared_experts = 0: llama\.cpp's .* always computes shared"):
+        convert(folder, tmp_path / "out.gguf", Settings("F32", text, 1024, text, **usual))
+    integers = Settings(None, text, 1024, text, format="safetensors", bits=8, group_size=32, **usual)
+    report = convert(folder, tmp_path / "folder", integers)
+    assert report.checked is not None and "logits differ by" in report.checked
+    for made in (folder, tmp_path / "folder"):
+        assert not any("shared" in weight.name for weight in open_checkpoint(made).weights)
 
 
 def test_mistrals_own_format_is_refused_by_name(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from moequant.formats.grids import (
     Grid,
     Target,
     closest,
-    fill_parity,
     fold_signs,
+    judge,
     near_lists,
+    nothing,
     points,
-    sign_values,
     steps_up,
 )
+from moequant.formats.signs import fill_parity, sign_values
 
 GRIDS = pytest.mark.parametrize(
     "grid", [iq3.GRID_S, iq3.GRID_XXS, iq2.GRID_S, iq2.GRID_XS, iq2.GRID_XXS, iq1.GRID], ids=lambda g: g.name
@@ -65,6 +66,27 @@ def test_closest_loses_little_to_brute_force(grid: Grid) -> None:
         torch.testing.assert_close(error[0] * grid.step**2 + stored, found, rtol=1e-3, atol=1e-3)
         assert found.sum() <= 1.05 * brute.sum()
         assert (word >= 1 << 28).all() == (shift < 0)
+
+
+@GRIDS
+def test_all_at_once_is_one_by_one(grid: Grid) -> None:
+    """What runs uncompiled makes its sums in the order of what is compiled."""
+    g = torch.Generator().manual_seed(3)
+    x, w = (torch.rand(grid.group, 4, 96, generator=g) for _ in range(2))
+    x, near = (x - 0.5 if grid.delta else x) * 3, near_lists(grid, 1, CPU)[0]
+    target, found = Target(torch.full((96,), 1.1), torch.full((96,), -grid.delta)), None
+    for _ in range(2):
+        found = closest.function(x, w, grid, near, target, found)
+        assert all(map(torch.equal, found, closest(x, w, grid, near, target, found)))
+    best = nothing(x, 4, 96)
+    for step in (None, torch.full((96,), 0.7)):
+        assert all(
+            map(
+                torch.equal,
+                judge.function(x, w, grid, found[0], step, best),
+                judge(x, w, grid, found[0], step, best),
+            )
+        )
 
 
 def test_signs_are_made_even_at_the_cheapest_weight() -> None:

@@ -15,6 +15,7 @@ from moequant.containers.gguf import nextn
 from moequant.containers.gguf.families import COMMON, EXPORTS, OTHERS, Computed, Export, FileTensor, Key
 from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.families import Config, Family
+from moequant.families.config import no_shared
 from moequant.values import Origin, Place, Role, Stack, Stored, Weight
 from moequant.values.ops import Ops
 
@@ -112,11 +113,25 @@ def check(family: Family, config: Config) -> Export:
         why = OTHERS.get(family.name, "llama.cpp has no such architecture")
         raise FamilyError(f"{family.name}: {why}; --format safetensors writes a folder")
     with foreign(FamilyError, f"{family.name}: config.json has values that make no model"):
-        reasons = list(way.complaints(config))
+        reasons = [*way.complaints(config), *_without_shared(family, config, way.arch)]
     if reasons:
         more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
         raise FamilyError(f"{family.name}: {reasons[0]}{more}")
     return way
+
+
+def _without_shared(family: Family, config: Config, arch: str) -> Iterator[str]:
+    """A complaint about shared experts that are none, where the family has their block all the same: so has
+    llama.cpp's graph, which computes something else when it is not there."""
+    none = no_shared(config)
+    if none is None:
+        return
+    slots = (slot for number in range(family.shape(config).layers) for slot in family.layer(config, number))
+    if any(slot.role is Role.SHARED_DOWN for slot in slots):
+        yield (
+            f"config key {none} = 0: llama.cpp's {arch!r} always computes shared experts; --format "
+            "safetensors writes a folder"
+        )
 
 
 def local(weight: Weight) -> str:
