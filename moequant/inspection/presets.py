@@ -25,7 +25,8 @@ def preset_files(folder: Folder) -> Iterator[PresetFile]:
 
 
 def files_of(exported: Exported, tokenizer: TokenizerSpec) -> Iterator[PresetFile]:
-    """The file of every preset, in the order of the presets; floats only in the checkpoint's own type.
+    """The file of every preset, in the order of the presets; floats only where the checkpoint is in them: of
+    one that is quantized they would hold the same numbers in many times the bytes.
 
     The keys of the file are as long for one preset as for another, so its header is laid out once.
     """
@@ -49,11 +50,13 @@ def files_of(exported: Exported, tokenizer: TokenizerSpec) -> Iterator[PresetFil
 
 
 def source_type(exported: Exported) -> str:
-    """The number type of most of the checkpoint's bytes, as safetensors calls it."""
-    sizes: dict[str, int] = {}
+    """How most of the model's numbers are stored: a type of floats as safetensors calls it, or a codec."""
+    counts: dict[str, int] = {}
     for weight in exported.weights:
-        sizes[weight.origin.dtype] = sizes.get(weight.origin.dtype, 0) + weight.origin.bytes
-    return max(sizes, key=lambda name: sizes[name])
+        codec = weight.origin.stored[0].codec.name
+        stored = weight.origin.dtype if codec == "plain" else codec
+        counts[stored] = counts.get(stored, 0) + weight.numel
+    return max(counts, key=lambda name: counts[name])
 
 
 def _aligned_bytes(plan: Plan) -> int:

@@ -23,6 +23,7 @@ from moequant.runtimes.llama_cpp.kv_cache import Load, compute_bytes, kv_bytes
 from tests import gguf_shapes
 from tests.clients.llama import memory_report, model_bytes
 from tests.clients.server import options
+from tests.evaluate import released
 
 GIB = 2**30
 PRINTED = 5300
@@ -257,6 +258,20 @@ def test_a_folder_is_answered_with_its_best_type(tiny) -> None:
     assert quick.best.file_bytes <= third.file_bytes
     on_gpu = fit(folder, Hardware(8 * GIB, GIB), Load(256))
     assert on_gpu.fastest is on_gpu.best
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+@pytest.mark.parametrize(("form", "config"), [(released.gptq(4, 64), GPTQ), (released.blocks, FP8)])
+def test_floats_are_no_answer_for_a_quantized_folder(tiny, tmp_path: Path, form, config) -> None:
+    """They would hold the same numbers in many times the bytes."""
+    out = tmp_path / "out"
+    released.release(tiny("qwen3_moe", hidden_size=128, moe_intermediate_size=256), out, form, config)
+    found = fit(out, Hardware(0, GIB), Load(256))
+    assert found.best is not None and found.best.name == "Q8_0"
+    assert not {"F32", "BF16", "F16"} & {candidate.name for candidate in found.candidates}
 
 
 def test_a_short_context_is_taken_whole(tiny) -> None:
