@@ -96,11 +96,17 @@ def _check_tensors(where: str, way: Get, tensors: tuple[Stored, ...], experts: i
         gone = [e for e in range(experts) if way.name.replace("{e}", str(e)) not in there]
         shown = ", ".join(map(str, gone[:10])) + (", …" if len(gone) > 10 else "")
         raise CheckpointError(f"{where}: experts [{shown}] of {experts} missing; is the download complete?")
-    if len({(each.shape, each.dtype) for each in tensors}) != 1:
-        odd = next(
-            each for each in tensors if (each.shape, each.dtype) != (tensors[0].shape, tensors[0].dtype)
+    first = tensors[0]
+    if odd := next((each for each in tensors if each.shape != first.shape), None):
+        raise CheckpointError(
+            f"{where}: {odd.name} is {list(odd.shape)}, expert 0 is {list(first.shape)}; are all files of "
+            "one model? Download them again"
         )
-        raise CheckpointError(f"{where}: {odd.name} has another shape or dtype than expert 0; experts differ")
+    if odd := next((each for each in tensors if each.dtype != first.dtype), None):
+        raise CheckpointError(
+            f"{where}: {odd.name} is stored as {odd.dtype}, expert 0 as {first.dtype}; save all in one type, "
+            "as transformers does: from_pretrained(…, dtype=…) and save_pretrained"
+        )
 
 
 def _shape_of(slot: Slot, way: Get, tensors: tuple[Stored, ...], experts: int) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.errors import VerifyError, few, foreign, one_line
+from moequant.evaluate import ties
 from moequant.evaluate.activations import by_32
 from moequant.evaluate.misreadings import MISREADINGS
 from moequant.families.config import LAYERS
@@ -78,7 +79,7 @@ class SelfCheck:
     median difference of llama.cpp from the decoded weights, in units of the logits' spread. `skipped` says
     why `source` is None; `differs` names what transformers is known to read otherwise; of `layers` (the
     first so many, of so many) where not all fitted into memory. `read` is what `runtime` is, of a GGUF file
-    that was the source."""
+    that was the source. `tied` says why llama.cpp told nothing of a model whose routers tie."""
 
     source: float | None = None
     decoded: float | None = None
@@ -87,6 +88,7 @@ class SelfCheck:
     differs: str | None = None
     layers: tuple[int, int] | None = None
     read: float | None = None
+    tied: str | None = None
 
     @property
     def note(self) -> str:
@@ -95,6 +97,8 @@ class SelfCheck:
             wrote = "" if self.runtime is None else f", and from what was written up to {self.runtime:.1%}"
             return f"llama.cpp computes the same from the file that was read, up to {self.read:.1%}{wrote}"
         part = "" if self.layers is None else ", {} of {} layers, which fit memory".format(*self.layers)
+        if self.tied is not None and self.source is None and self.skipped is None:
+            return self.tied
         if self.skipped is not None:
             found = f"not compared with transformers: {self.skipped}"
         else:
@@ -104,6 +108,8 @@ class SelfCheck:
             )
         if self.differs is not None:
             found += f"; {self.differs}"
+        if self.tied is not None:
+            found += f"; {self.tied}"
         if self.runtime is not None:
             found += f"; llama.cpp computes the same from the file, up to {self.runtime:.1%}"
         return found
@@ -155,7 +161,10 @@ def _of_file(checkpoint: Checkpoint, output: Output | None, ids: Tensor) -> Self
     ours = _ours(checkpoint, load, ids)
     stored = (each for weight in checkpoint.weights for each in weight.origin.stored)
     plain = computes_plainly(checkpoint, (ref.dtype for each in stored for ref in each.parts.values()))
-    read = _in_llama_cpp(checkpoint, Output(load, True, checkpoint.gguf, plain), ids, ours)
+    try:
+        read = _in_llama_cpp(checkpoint, Output(load, True, checkpoint.gguf, plain), ids, ours)
+    except ties.TiedError as error:
+        return SelfCheck(tied=str(error))
     return _against(checkpoint, output, ids, ours, SelfCheck(read=read))
 
 
@@ -180,7 +189,11 @@ def _against(
             f"{checkpoint.path}: what was written computes something else (logits {off}); nothing was kept, "
             "please report it"
         )
-    return replace(found, decoded=decoded, runtime=_in_llama_cpp(checkpoint, output, ids, written))
+    found = replace(found, decoded=decoded)
+    try:
+        return replace(found, runtime=_in_llama_cpp(checkpoint, output, ids, written))
+    except ties.TiedError as error:
+        return replace(found, tied=str(error))
 
 
 def _source(checkpoint: Checkpoint, ids: Tensor, theirs: Tensor, ours: Tensor) -> tuple[float, str | None]:
@@ -260,7 +273,8 @@ def _known(
 
 
 def _in_llama_cpp(checkpoint: Checkpoint, output: Output, ids: Tensor, written: Tensor) -> float | None:
-    """How far llama.cpp is off with the file; None where it is not asked. VerifyError where it is too far."""
+    """How far llama.cpp is off with the file; None where it is not asked. VerifyError where it is too far,
+    and TiedError where that may be because of ties."""
     if output.file is None or not llama_cpp.available():
         return None
     try:
@@ -278,6 +292,7 @@ def _in_llama_cpp(checkpoint: Checkpoint, output: Output, ids: Tensor, written: 
         _round_inputs(model)
         limit = min(max(limit, AMPLIFIED * _spread_apart(_logits(model, ids), written)), WORST_LIMIT)
     if not median <= limit:
+        ties.check(checkpoint)
         raise VerifyError(
             f"{output.file.name}: llama.cpp computes something else with the file than moequant with its "
             f"weights (logits differ by {median:.2g} of their spread, at most {limit:.2g} was expected); "

@@ -72,7 +72,8 @@ def inspect_folder(folder: Folder) -> Inspection:
     tensors = _headers(folder, weights)
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     facts = {name: _first(keys, config, text or {}) for name, keys in _KEYS.items()}
-    names = list(weights) or [tensor.name for tensor in tensors]
+    named = [name for name, each in weights.items() if 0 not in each.shape]
+    names = named or [tensor.name for tensor in tensors]
     support = _support(folder, config, names)
     if (known := support.shape) is not None:
         facts |= {"layers": known.layers, "experts": known.experts, "used": known.experts_used}
@@ -233,6 +234,7 @@ def _support(folder: Folder, config: Mapping[str, Any], names: list[str]) -> _Su
         try:
             exported = export(checkpoint)
             if tokenizer is not None:
+                presets.check_runtime(exported, tokenizer)
                 sizes = tuple(
                     PresetSize(made.name, made.header.file_bytes, made.header.bits, made.kl)
                     for made in presets.files_of(exported, tokenizer)

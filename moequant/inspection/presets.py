@@ -14,6 +14,7 @@ from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenize
 from moequant.containers.opened import open_model
 from moequant.inspection.values import PresetFile
 from moequant.plan import ALIGNMENT, preset_plan
+from moequant.runtimes.llama_cpp import acceptance
 from moequant.values import Plan
 
 _FLOATS = {"F32": "F32", "BF16": "BF16", "F16": "F16"}
@@ -47,6 +48,14 @@ def files_of(exported: Exported, tokenizer: TokenizerSpec) -> Iterator[PresetFil
         )
         header = Header(exported.checkpoint.path, metadata, tensors, fixed + data)
         yield PresetFile(preset, header, plan.kl)
+
+
+def check_runtime(exported: Exported, tokenizer: TokenizerSpec) -> None:
+    """LlamaError when llama.cpp, where it is here, refuses files of the model, as `convert` finds out too."""
+    checkpoint = exported.checkpoint
+    content = gguf.Content(exported, tokenizer, provenance(checkpoint))
+    plan = preset_plan(exported.weights, "Q4_K_M", facts(exported))
+    acceptance.check(lambda header: gguf.outline(header, content, plan), str(checkpoint.source))
 
 
 def source_type(exported: Exported) -> str:

@@ -239,7 +239,13 @@ def test_experts_of_different_shapes_are_refused(broken: Path) -> None:
     rewrite(
         broken, lambda t: t.update({"model.layers.0.mlp.experts.3.down_proj.weight": torch.ones(256, 128)})
     )
-    fails(broken, "layer 0 down", "differ")
+    fails(broken, "layer 0 down", r"\[256, 128\], expert 0 is \[256, 256\]; .* Download them again")
+
+
+def test_experts_of_different_types_are_refused(broken: Path) -> None:
+    name = "model.layers.0.mlp.experts.3.down_proj.weight"
+    rewrite(broken, lambda t: t.update({name: t[name].float()}))
+    fails(broken, r"experts\.3\.down_proj\.weight is stored as F32, expert 0 as BF16; save all in one type")
 
 
 def test_a_vocabulary_that_disagrees_is_refused(broken: Path) -> None:

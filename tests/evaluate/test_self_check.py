@@ -96,6 +96,29 @@ def test_a_quantized_folder_brings_no_kernels_of_the_hub(method: str) -> None:
     assert found.quantization_config.dequantize
 
 
+@pytest.mark.parametrize(("family", "same"), [("qwen3_moe", slice(None)), ("deepseek_v3", slice(2, 4))])
+def test_routers_that_tie_are_said_and_excuse_nothing_else(
+    tmp_path: Path, text: Path, family: str, same: slice
+) -> None:
+    """All scores of a router of zeros are the same: llama.cpp chooses other experts than transformers."""
+    folder = models.build(tmp_path / "model", family)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith("mlp.gate.weight") or "e_score_correction_bias" in name:
+            tensors[name][same] = 0
+    save_file(tensors, file, {"format": "pt"})
+    given = Settings("F32", text, 1024, effort="fast", eval_tokens=0)
+    found = convert(folder, tmp_path / "a.gguf", given).checked
+    assert found is not None and "with transformers on the untouched folder: logits differ by" in found
+    assert re.search(
+        r"not compared with llama\.cpp: routers of layers .*1.* score experts exactly alike", found
+    )
+    checkpoint = misread(open_checkpoint(folder), rms_norm_eps=1e-4)
+    with pytest.raises(VerifyError, match="transformers computes something else"):
+        self_check(checkpoint, None)
+
+
 @pytest.fixture
 def one_expert(tmp_path: Path) -> Path:
     """The router of DeepSeek-V3 adds up the two best experts of a group."""

@@ -256,6 +256,14 @@ def test_everything_that_is_missing_is_named(tiny, tmp_path: Path) -> None:
     assert "tokenizer.json" in missing
 
 
+def test_what_llama_cpp_refuses_is_said(tmp_path: Path) -> None:
+    """As `convert` says it before any work: llama.cpp's OLMoE has as many key heads as queries."""
+    found = inspect(models.build(tmp_path / "model", "olmoe", num_hidden_layers=1, num_key_value_heads=1))
+    (why,) = found.missing
+    assert "llama.cpp cannot run a file of this model (" in why and "attn_k_norm" in why
+    assert not found.presets
+
+
 def test_an_unknown_architecture_says_how_it_differs_from_the_nearest(tiny, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny("qwen3_moe"), tmp_path / "model"))
     told = {"architectures": ["Qwen4MoeForCausalLM"], "model_type": "qwen4_moe", "memory_slots": 3}

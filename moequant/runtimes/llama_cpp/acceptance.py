@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from moequant.errors import MoequantError
+from moequant.errors import MoequantError, OutputError
+from moequant.files import scratch
 from moequant.runtimes.llama_cpp.engine import LlamaError, library
 from moequant.runtimes.llama_cpp.isolated import ask
+from moequant.runtimes.llama_cpp.logits import available
 
 TOKENS = 32
 """Context and batch: shapes of the graph do not depend on it."""
 
 
-def check(header: Path, what: str) -> None:
-    """LlamaError when llama.cpp refuses a file that has a header and a hole for weights; `what` names it."""
-    ask(__name__, {"path": str(header)}, f"{what}: llama.cpp cannot run a file of this model")
+def check(outline: Callable[[Path], None], what: str) -> None:
+    """LlamaError when llama.cpp, where it is here, refuses the file that `outline` writes, with a header and
+    a hole for weights; `what` names the model. A disk without room or without holes is no reason to stop."""
+    if not available():
+        return
+    with suppress(OSError, OutputError), scratch() as folder:
+        header = folder / "header.gguf"
+        outline(header)
+        ask(__name__, {"path": str(header)}, f"{what}: llama.cpp cannot run a file of this model")
 
 
 def _check(path: str) -> None:
