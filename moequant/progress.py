@@ -64,8 +64,9 @@ class Forecast:
 class Progress:
     """Where a run stands: `done` of `total` units of a stage.
 
-    A stage begins with `done` 0; `total` is None, and `unit` empty, where nobody counts in it. `cost` is what
-    a stage took that has ended.
+    A stage begins with `done` 0; `total` is None, and `unit` empty, where nobody counts in it. Of what is
+    done, `given` took no time worth counting, such as what a killed run had finished: it says nothing of the
+    rest. `cost` is what a stage took that has ended.
     """
 
     stage: str
@@ -73,6 +74,7 @@ class Progress:
     total: float | None = None
     unit: str = ""
     cost: StageCost | None = None
+    given: float = 0.0
 
 
 Listener = Callable[[Progress], None]
@@ -98,7 +100,11 @@ def tell(step: Progress) -> None:
 
 
 class Bar:
-    """Counts a stage: a bar on a terminal, which says the memory that is used; a call for who listens."""
+    """Counts a stage: a bar on a terminal, which says the memory that is used; a call for who listens.
+
+    The time that is left follows from the mean pace of the stage so far, without what was given to it: `done`
+    at the start, and what `give` says.
+    """
 
     def __init__(self, stage: str, total: float, unit: str, done: float = 0.0) -> None:
         scaled = total >= SCALED
@@ -108,11 +114,25 @@ class Bar:
             initial=int(done) if float(done).is_integer() else done,
             unit=unit,
             unit_scale=scaled,
+            smoothing=0,  # the mean: steps of a stage differ
             disable=None,
             leave=False,
         )
-        self._step = Progress(stage, done, total, unit)
+        self._step = Progress(stage, done, total, unit, given=done)
+        self._outer = _BAR.get()
         tell(self._step)
+
+    def give(self, count: float) -> None:
+        """So many more are done, and took no time."""
+        if not self._shown.disable:
+            self._shown.initial += count
+        self._step = replace(self._step, given=self._step.given + count)
+        self.update(count)
+
+    def at(self, done: float) -> None:
+        """So many are done, unless more were already."""
+        if done > self._step.done:
+            self.update(done - self._step.done)
 
     def update(self, count: float = 1) -> None:
         """So many more are done."""
@@ -123,12 +143,24 @@ class Bar:
         tell(self._step)
 
     def __enter__(self) -> Bar:
+        _BAR.set(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._shown.close()
+        _BAR.set(self._outer)
+
+
+_BAR: ContextVar[Bar | None] = ContextVar("bar", default=None)
+
+
+def advance(count: float) -> None:
+    """So many more are done of what the bar around counts, if there is one: for those who do its work far
+    below."""
+    if (bar := _BAR.get()) is not None:
+        bar.update(count)
 
 
 def counted(stage: str, items: Collection[T], unit: str) -> Iterator[T]:

@@ -14,9 +14,11 @@ import pytest
 
 import moequant
 from moequant import library
+from moequant.checkpoint import open_checkpoint
 from moequant.errors import OutputError
 from moequant.progress import Progress
 from moequant.report.shown import Shown
+from moequant.values import Role
 from scripts.build_library_reference import VERBS
 from tests.cli.test_cli import run
 
@@ -88,6 +90,34 @@ def test_a_result_is_shown_saved_and_followed(tiny, tmp_path: Path) -> None:
         report.save(tmp_path / "report.pdf")
     with pytest.raises(OutputError, match="exists already"):
         report.save(tmp_path / "result.json")
+
+
+def test_weights_are_counted_as_they_are_rounded(tiny, tmp_path: Path) -> None:
+    """What a killed run had finished, and what is not rounded under a Hessian, says nothing of the time that
+    the rest takes."""
+    folder, out, plan, steps = tiny("olmoe"), tmp_path / "q.gguf", tmp_path / "plan.json", list[Progress]()
+    assert (
+        run("plan", folder, "--no-probes", "--effort", "fast", "--type", "Q4_K_M", "-o", plan).returncode == 0
+    )
+    settings = library.Settings(plan=plan, calib_tokens=2048, eval_tokens=0, self_check=False)
+    weights = open_checkpoint(folder).weights
+    free = sum(each.numel for each in weights if each.role is Role.EMBEDDING or each.site is None)
+    first = free + sum(each.numel for each in weights if each.layer == 0 and each.site is not None)
+
+    inside = set[float]()
+
+    def stop(step: Progress) -> None:
+        if step.stage == "quantize" and free < step.done < first and len([*tmp_path.rglob("part-*")]) == 1:
+            inside.add(step.done)
+        if step.stage == "quantize" and step.done > first:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        library.convert(folder, out, settings, progress=stop)
+    assert len(inside) >= 3, "attention and experts of a layer, before all of it is there"
+    library.convert(folder, out, settings, progress=steps.append)
+    last = [step for step in steps if step.stage == "quantize" and step.total][-1]
+    assert last.done == last.total and first <= last.given < last.total
 
 
 def test_a_callback_that_raises_ends_the_run(tiny, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moequant.progress import Bar, Meter, resident_bytes
+from moequant.progress import Bar, Meter, Progress, advance, listening, resident_bytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process reads")
@@ -53,3 +53,41 @@ def test_a_bar_says_how_fast_how_long_and_how_much_memory(monkeypatch: pytest.Mo
             bar.update()
     # calibrate:  75%|███████▌  | 3/4 [00:00<00:00,  9.0layer/s, 0.4 GB]
     assert re.search(r"calibrate:.*3/4 \[00:00<00:00, .*layer/s, [0-9.]+ GB\]", terminal.getvalue())
+
+
+def test_a_bar_counts_what_is_done_far_below_it_once() -> None:
+    """Weights of a layer are counted as they are rounded, and not again when the layer comes."""
+    steps = list[Progress]()
+    advance(1)  # nobody counts
+    with listening(steps.append), Bar("quantize", 10, "w", done=2) as bar:
+        bar.give(1)
+        advance(3)
+        bar.at(5)
+        bar.at(8)
+        with Bar("inner", 1, "x"):
+            advance(1)
+        advance(2)
+    advance(1)
+    counted = [(step.stage, step.done, step.given) for step in steps]
+    assert counted == [
+        ("quantize", 2, 2),
+        ("quantize", 3, 3),
+        ("quantize", 6, 3),
+        ("quantize", 8, 3),
+        ("inner", 0, 0),
+        ("inner", 1, 0),
+        ("quantize", 10, 3),
+    ]
+
+
+def test_a_terminal_is_told_the_time_that_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Bar("quantize", 1000, "w") as bar:
+        bar.give(900)
+        time.sleep(1.2)
+        bar.update(50)
+    # quantize:  95%|█████████▌| 950/1000 [00:01<00:01, 41.6w/s, 0.4 GB]
+    (left,) = re.findall(r"950/1000 \[00:01<00:0(\d), ", terminal.getvalue())
+    assert 1 <= int(left) <= 3

@@ -81,12 +81,13 @@ class Lines:
 
     def _where(self, step: Progress, total: float, now: float) -> str:
         """Where a stage stands: what is done, how fast, time left, memory."""
-        rate = (step.done - self._first.done) / max(now - self._first_at, 1e-9)
-        left = span((total - step.done) / rate)
+        worked = step.done - step.given - (self._first.done - self._first.given)
+        rate = worked / max(now - self._first_at, 1e-9)
         done = f"{_number(step.done, total, scale=False)} of {_number(total, total)}"
         name = f" ({step.stage})" if self._named(step) else ""
         counted = f"{self._stage or step.stage}: {done} {_unit(step)}{name}"
-        return f"{counted}, {_rate(rate)}, {left} left, {resident_bytes() / 1e9:.1f} GB"
+        pace = f"{_rate(rate)}, {span((total - step.done) / rate)} left, " if rate > 0 else ""
+        return f"{counted}, {pace}{resident_bytes() / 1e9:.1f} GB"
 
     def _named(self, step: Progress) -> bool:
         """Whether what is counted has another name than its stage."""

@@ -53,7 +53,7 @@ from moequant.statistics.calibrate import calibrate
 from moequant.statistics.fisher import Needs, needs
 from moequant.statistics.fisher import check_memory as fits
 from moequant.text.corpus import Rows
-from moequant.values import Calibration, ExpertLoss, Packed
+from moequant.values import Calibration, ExpertLoss, Packed, Role
 
 __all__ = ["Job", "Settings", "convert", "convert_all", "gradients", "open_job", "open_jobs", "planned"]
 
@@ -333,18 +333,24 @@ def _place(job: Job, out: Path) -> AbstractContextManager[Path]:
 
 def _rounded(job: Job, known: Known, parts: Parts | None, losses: list[ExpertLoss]) -> Iterator[Packed]:
     """Every weight that is packed, in the plan's order: what is finished, then the rest."""
-    planned = {choice.weight: choice.format for choice in job.plan.choices}
-    found = _unfinished(job, known, None, frozenset()) if parts is None else _resumed(job, known, parts)
-    for packed, loss in progress(found, job.container.checkpoint):
+    planned, given = {choice.weight: choice.format for choice in job.plan.choices}, set[str]()
+    types = job.container.formats(job.plan)
+    weights = [each for each in job.container.checkpoint.weights if each.name in types]
+    if _under_hessians(job, known):  # beside which a plain search is nothing
+        given |= {each.name for each in weights if each.role is Role.EMBEDDING or each.site is None}
+    nothing = frozenset[str]()
+    found = _unfinished(job, known, None, nothing) if parts is None else _resumed(job, known, parts, given)
+    for packed, loss in progress(found, weights, given):
         losses.append(replace(loss, format=planned[packed.weight.name]))
         yield packed
 
 
-def _resumed(job: Job, known: Known, parts: Parts) -> Iterator[Result]:
-    """What is finished, then the rest."""
+def _resumed(job: Job, known: Known, parts: Parts, given: set[str]) -> Iterator[Result]:
+    """What is finished, which is added to what is `given`, then the rest."""
     finished = set[str]()
     for result in parts.results():
         finished.add(result[0].weight.name)
+        given.add(result[0].weight.name)
         yield result
     if finished != parts.formats.keys():
         yield from _unfinished(job, known, parts, finished)
@@ -357,11 +363,16 @@ def _unfinished(job: Job, known: Known, parts: Parts | None, finished: Set[str])
     types = job.container.formats(job.plan)
     quantizer = Quantizer(known.calibration, settings.effort, settings.gating, settings.resources.device)
     rows = known.texts.calibration
-    if rows is None or settings.effort == "fast" or not job.quantizes:
+    if rows is None or not _under_hessians(job, known):
         found = pack_all(checkpoint, types, quantizer, finished)
         return found if parts is None else parts.kept(found)
     rounding = Rounding.of(settings.effort, settings.coupled)
     return round_checkpoint(checkpoint, rows.ids, types, quantizer.pack, rounding, settings.resources, parts)
+
+
+def _under_hessians(job: Job, known: Known) -> bool:
+    """Whether weights are rounded under Hessians, and not by the plain search."""
+    return known.texts.calibration is not None and job.settings.effort != "fast" and job.quantizes
 
 
 def _output(job: Job, written: Written) -> Output:

@@ -1,9 +1,10 @@
 """What a conversion will take: its work, counted from headers, at the speed that this machine has now.
 
-Stage by stage two kinds of work are counted: floating-point operations of matrix products, and numbers that
-are handled one by one, decoded, squared or searched for a scale. Both speeds are measured in half a second.
-The constants say how often a stage handles a number. They were fitted to CPU seconds of conversions of models
-of four shapes, 9 to 128 million weights; `benchmarks/results/duration.md` holds others against them.
+Stage by stage three kinds of work are counted: floating-point operations of matrix products, numbers that are
+handled one by one, decoded, squared or searched for a scale, and calls that take as long whatever they work
+on. The three speeds are measured in turn, for about a second. The constants say how often a stage handles a
+number. They were fitted to CPU seconds of conversions of models of six shapes, 9 to 128 million weights, each
+at the speed that the machine had then; `benchmarks/results/duration.md` holds others against them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from statistics import fmean, median
+from itertools import pairwise
+from statistics import fmean
 
 import torch
 
@@ -43,39 +45,42 @@ LOADED = 3
 SQUARED = 7
 """Times that a number which a weight is fed is handled by the statistics."""
 
-CALL = 0.8e-3
-"""CPU seconds of a matrix's call in a batch, whatever its size."""
+CALL = 140
+"""Calls of a matrix in a batch: it is found, its tokens are gathered, multiplied and put back."""
 
 SEARCHED, COMPILED = 150.0, 1 / 7
 """Times that the plain search for a usual type handles a weight; the share that is left where it is compiled.
 Where it counts the search is measured, type by type."""
 
-COMPILING = 3.3
-"""CPU seconds until a compiled encoder is loaded; the first time on a machine it takes longer."""
+COMPILING = 700_000
+"""Calls until a compiled encoder is loaded; the first time on a machine it takes longer."""
 
-DISTORTED = 10
+DISTORTED = 12
 """Times that a weight is handled until it has the error of a probe."""
 
-SAMPLED = 1100
+SAMPLED = 930
 """Times that a sampled weight is handled in one type, small as samples are."""
 
-ROUNDED, SEARCHES = 320, 2
-"""Times that rounding under a Hessian handles a weight, and how often it searches like the plain search."""
+ROUNDED = 260
+"""Times that rounding under a Hessian handles a weight."""
 
-TRIALS, TRIED = (7, 28), 0.05
-"""Trial roundings of what is fed to a matrix, and to experts, of which several classes are tried; CPU seconds
-of one."""
+SEARCHES = (1.2, 2.4)
+"""How often a weight is searched for, alone and under a Hessian; its error is counted in."""
+
+TRIALS, TRIED = (7, 28), 10_000
+"""Trial roundings of what is fed to a matrix, and to experts, of which several classes are tried; calls of
+one."""
 
 FOLLOWED = 10
 """Operations for every pair of a weight and a column of its row: targets, feedback, descent, errors."""
 
-FACTORED = 22
+FACTORED = 26
 """Operations for every cube of a Hessian's side: it is mixed, factorised, inverted, slower than products."""
 
 COMPARED = 16
 """Times that a weight is handled to be decoded and compared."""
 
-SCORED = 16
+SCORED = 22
 """Times that a logit is handled to be scored."""
 
 VERIFIED = 2
@@ -84,8 +89,8 @@ VERIFIED = 2
 CHECKED = 14
 """Times that the self-check handles a weight; it also starts transformers' own model and llama.cpp."""
 
-STARTED = 1.4
-"""CPU seconds of that."""
+STARTED = 350_000
+"""Calls of that."""
 
 PARALLEL = 0.9
 """Of the cores, those that are busy while a stage runs."""
@@ -104,35 +109,38 @@ TOLD = 120.0
 """Seconds from which a conversion says beforehand what it will take."""
 
 
+Search = Callable[[str], float]
+"""By format, how often its plain search handles a weight."""
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Floating-point operations of matrix products, numbers handled one by one, and CPU seconds that do not
-    depend on either."""
+    """Floating-point operations of matrix products, numbers handled one by one, and calls: of torch with next
+    to nothing to do, and what else takes as long."""
 
     products: float = 0.0
     numbers: float = 0.0
-    seconds: float = 0.0
+    calls: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.products + other.products, self.numbers + other.numbers, self.seconds + other.seconds
-        )
+        return Work(self.products + other.products, self.numbers + other.numbers, self.calls + other.calls)
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Products and numbers in a CPU second of one core; `cores` are those that this process gets now."""
+    """Products, numbers and calls in a CPU second of one core; how many `cores` this process gets now."""
 
     products: float
     numbers: float
+    calls: float
     cores: float
 
     def seconds(self, work: Work) -> float:
         """CPU seconds of the work."""
-        return work.products / self.products + work.numbers / self.numbers + work.seconds
+        return work.products / self.products + work.numbers / self.numbers + work.calls / self.calls
 
 
-TYPICAL = Speed(6e10, 5e8, 1.0)
+TYPICAL = Speed(6e10, 5e8, 2.5e5, 1.0)
 """A core of a server of 2021."""
 
 
@@ -146,7 +154,7 @@ def forecast(jobs: Sequence[Job], read: Texts, routes: bool) -> Forecast | None:
     if sum(map(TYPICAL.seconds, work.values())) < SHORT:
         return None
     now = speed()
-    work = counted(jobs, read, routes, cache(lambda name: now.numbers * _search(name, settings.effort)))
+    work = counted(jobs, read, routes, searches(now, settings.effort))
     stages = {name: now.seconds(each) for name, each in work.items()}
     used = sum(stages.values())
     found = Forecast(used / (now.cores * PARALLEL), used, stages, _memory(jobs, read), _disk(jobs, read))
@@ -180,42 +188,60 @@ def _disk(jobs: Sequence[Job], read: Texts) -> int:
 
 
 def speed() -> Speed:
-    """What this machine does now, by short loops on every core: half a second."""
+    """What this machine does now, by short loops on every core: about a second."""
     count = os.cpu_count() or 1
     x, y = torch.randn(512, 1024), torch.randn(1024, 1024)
-    few = torch.randn(1 << 16)
+    few, least = torch.randn(1 << 16), torch.randn(64)
 
-    def product() -> None:
+    def products() -> None:
         x @ y
 
-    def walk() -> None:
-        ((few * 3).round().clamp(-8, 7) * 0.3 - few).square().sum()
+    def numbers() -> None:
+        for _ in range(50):
+            ((few * 3).round().clamp(-8, 7) * 0.3 - few).square().sum()
+
+    def calls() -> None:
+        for _ in range(1000):
+            least + 1
 
     began, used = time.perf_counter(), time.process_time()
+    kinds = products, numbers, calls
     with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = [(pool.submit(_rate, product), pool.submit(_rate, walk)) for _ in range(count)]
-        best = [fmean(each.result() for each in kind) for kind in zip(*found, strict=True)]
+        found = list(pool.map(_taken, [kinds] * count))
     cores = (time.process_time() - used) / (time.perf_counter() - began)
-    return Speed(2 * x.numel() * y.shape[1] / best[0], few.numel() / best[1], cores)
+    product, number, call = (fmean(kind) for kind in zip(*found, strict=True))
+    return Speed(2 * x.numel() * y.shape[1] / product, 50 * few.numel() / number, 1000 / call, cores)
 
 
-def _rate(work: Callable[[], None], seconds: float = 0.12) -> float:
-    """CPU seconds of one call: the median, for others use the machine now as they will then."""
-    taken, until = list[float](), time.thread_time() + seconds
+def _taken(kinds: Sequence[Callable[[], object]], seconds: float = 0.6) -> list[float]:
+    """CPU seconds of each kind of work, on this thread. They take turns and the mean counts: others use the
+    machine now as they will then, now and again."""
+    rounds, until = list[list[float]](), time.thread_time() + seconds
     with torch.inference_mode():
-        while (began := time.thread_time()) < until:
-            work()
-            taken.append(time.thread_time() - began)
-    return median(taken)
+        while not rounds or time.thread_time() < until:
+            stamps = [time.thread_time()]
+            for work in kinds:
+                work()
+                stamps.append(time.thread_time())
+            rounds.append([after - before for before, after in pairwise(stamps)])
+    return [fmean(kind) for kind in zip(*rounds[1:] or rounds, strict=True)]  # the first warms up
+
+
+def searches(now: Speed, effort: Effort) -> Search:
+    """How often the plain search for each format handles a weight, measured where it is asked for."""
+    return cache(lambda name: now.numbers * _search(name, effort))
 
 
 def _search(name: str, effort: Effort) -> float:
     """CPU seconds that the plain search for a format takes for a weight, uncompiled."""
     fmt = formats.get(name)
-    some = torch.randn(32, fmt.block * max(1, 2048 // fmt.block)) / 32  # a block may be a whole row
-    began = time.process_time()
-    formats.quantize(fmt, some, None, effort, threads=1)
-    return (time.process_time() - began) / some.numel()
+    some = torch.randn(64, fmt.block * max(1, 2048 // fmt.block)) / 32  # a block may be a whole row
+    taken = list[float]()
+    for _ in range(3):
+        began = time.process_time()
+        formats.quantize(fmt, some, None, effort)
+        taken.append(time.process_time() - began)
+    return fmean(taken[1:]) / some.numel()  # the first makes tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,10 +289,6 @@ class Model:
 def _met(checkpoint: Checkpoint, weight: Weight) -> float:
     """Of the matrices of a weight, the share that a token meets."""
     return checkpoint.shape.experts_used / weight.matrices if weight.is_expert else 1.0
-
-
-Search = Callable[[str], float]
-"""By format, how often its plain search handles a weight."""
 
 
 def counted(jobs: Sequence[Job], read: Texts, routes: bool, search: Search) -> dict[str, Work]:
@@ -337,19 +359,19 @@ def _quantize(model: Model, types: dict[str, str], tokens: int, search: Search) 
             continue
         compiled |= {name} if weight.numel >= engine.COMPILE_FROM else set()
         if not tokens or weight.site is None or not weight.runs:
-            found += _searched(weight, search(name))
+            found += _searched(weight, SEARCHES[0] * search(name))
             continue
         sites[weight.site.name] = weight
         found += Work(FOLLOWED * weight.numel * weight.n_in, ROUNDED * weight.numel)
-        found += _searched(weight, SEARCHES * search(name))
+        found += _searched(weight, SEARCHES[1] * search(name))
         if weight.adds:
             met = tokens * weight.matrices * _met(model.checkpoint, weight)
             found += Work(2 * met * weight.n_in * model.checkpoint.shape.hidden)
     for weight in sites.values():
         met = tokens * weight.matrices * _met(model.checkpoint, weight)
         found += Work(4 * met * weight.n_in**2 + FACTORED * weight.matrices * weight.n_in**3)
-        found += Work(seconds=TRIED * TRIALS[weight.is_expert])
-    found += Work(seconds=COMPILING * len(compiled) * (2 if tokens else 1))
+        found += Work(calls=TRIED * TRIALS[weight.is_expert])
+    found += Work(calls=COMPILING * len(compiled) * (2 if tokens else 1))
     if not tokens:
         return found
     both = model.passing(2 * tokens, tokens / BATCHES)

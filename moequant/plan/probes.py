@@ -147,12 +147,14 @@ class _Probes:
             stream.embed(self.model)
             for number in started:
                 stream.embed(self.states[number], self._provider(number))
-        with Bar("probe", stream.n_layers, "layer", done=self.first) as bar:
+        # A layer costs what crosses it: the model, and versions from the first layer on that they change.
+        costs = [1 + len(self._started(layer + 1)) for layer in range(stream.n_layers)]
+        with Bar("probe", sum(costs), "crossing", done=sum(costs[: self.first])) as bar:
             for layer in stream.layers(self.first):
                 self._cross(layer, started)
                 if self.crossing is not None:
                     self.crossing.finish(layer + 1)
-                bar.update()
+                bar.update(costs[layer])
         return self._divergences(started)
 
     def _started(self, layer: int) -> set[int]:

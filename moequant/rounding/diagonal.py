@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -131,10 +131,15 @@ def pack_all(
 
 
 def progress(
-    every: Iterator[tuple[Packed, ExpertLoss]], checkpoint: Checkpoint
+    every: Iterator[tuple[Packed, ExpertLoss]], weights: Iterable[Weight], given: Set[str] = frozenset()
 ) -> Iterator[tuple[Packed, ExpertLoss]]:
-    """The same, with a progress bar that counts weights."""
-    with Bar("quantize", sum(weight.numel for weight in checkpoint.weights), "w") as bar:
+    """The same `weights`, and a bar that counts them; those that are `given` take hardly any time."""
+    with Bar("quantize", sum(weight.numel for weight in weights), "w") as bar:
+        came = 0
         for packed, loss in every:
             yield packed, loss
-            bar.update(packed.weight.numel)
+            came += packed.weight.numel
+            if packed.weight.name in given:
+                bar.give(packed.weight.numel)
+            else:
+                bar.at(came)

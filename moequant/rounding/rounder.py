@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moequant import formats
 from moequant.formats import Effort, Format, engine
+from moequant.progress import advance
 from moequant.rounding.feedback import ROWS_AT_ONCE, Options, Rounded, round_to_hessian, usable
 from moequant.rounding.paired import Grams
 from moequant.rounding.results import Result, judged, lost_by, stacked
@@ -109,6 +110,7 @@ class Rounder:
             for each, band in zip(alike, bands, strict=True):
                 weight = each if experts is None else each.of(experts)
                 found[each.name] = judged(weight, fmt, *stacked(band), grams.tokens)
+                advance(found[each.name][0].weight.numel)
         return [found[weight.name] for weight in weights]
 
     def _alike(self, weights: Sequence[Weight], grams: Grams) -> list[list[Weight]]:

@@ -60,8 +60,9 @@ def test_shared_stages_are_counted_once_and_grow_with_the_text(tiny: Tiny) -> No
 
 def test_the_machine_is_asked_briefly() -> None:
     found = speed()
-    assert 1e8 < found.products < 1e13 and 1e7 < found.numbers < 1e11 and found.cores > 0
-    assert Speed(10, 5, 1).seconds(Work(100, 10, 1)) == 13
+    assert 1e8 < found.products < 1e13 and 1e7 < found.numbers < 1e11
+    assert 1e3 < found.calls < 1e8 and found.cores > 0
+    assert Speed(10, 5, 2, 1).seconds(Work(100, 10, 2)) == 13
 
 
 def test_a_short_conversion_is_not_predicted_nor_one_that_nobody_measured(tiny: Tiny) -> None:

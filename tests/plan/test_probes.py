@@ -16,6 +16,7 @@ from moequant.forward.model import build_model
 from moequant.forward.resources import Resources
 from moequant.plan.distortion import distorted
 from moequant.plan.probes import divergences
+from moequant.progress import Progress, listening
 from moequant.values import Weight
 from tests import models
 
@@ -43,7 +44,11 @@ def test_versions_score_what_whole_models_do(tmp_path: Path, tied: bool) -> None
     versions = [{name: 0.01} for name in (*one, *(() if tied else ("head",)))]
     versions += [{"layers.0.attn_out": 0.01, "layers.1.experts.gate": 0.01}, matrices]
     ids = torch.randint(5, models.VOCAB, (2, 32), generator=torch.Generator().manual_seed(0))
-    found = divergences(checkpoint, ids, versions, off, Resources(threads=2))
+    steps = list[Progress]()
+    with listening(steps.append):
+        found = divergences(checkpoint, ids, versions, off, Resources(threads=2))
+    crossed = [(step.done, step.total) for step in steps if step.stage == "probe"]
+    assert crossed == [(0, 12), (5, 12), (12, 12)], "the model, and every version from where it changes"
     assert found == pytest.approx([whole(checkpoint, ids, each) for each in versions], rel=1e-3)
     assert min(found) > 0
     assert divergences(checkpoint, ids, versions, off, Resources(ram=0, threads=1)) == found
