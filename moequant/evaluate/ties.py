@@ -33,4 +33,4 @@ def _ties(checkpoint: Checkpoint, layer: int) -> bool:
     rows = [load(weight).float() for weight in there]
     count = checkpoint.n_experts
     columns = torch.cat([each.reshape(count, -1) for each in rows if each.shape[0] == count], 1)
-    return len(columns.unique(dim=0)) < count
+    return len({tuple(row) for row in columns.tolist()}) < count

@@ -73,6 +73,9 @@ def test_a_file_with_them_computes_as_one_without(tmp_path: Path, text: Path, fa
     assert not drafting(files[0])
     checkpoint = open_checkpoint(folder)
     weights = checkpoint.predictions.weights
+    assert weights and not any(each.adds for each in weights), (
+        "nobody runs them: there is no stream to correct"
+    )
     assert {each.name for weight in weights for each in weight.origin.stored} == {
         each.name for each in checkpoint.predictions.stored
     }
