@@ -71,9 +71,14 @@ class Card:
             return [f"base_model: {yaml(named)}", "base_model_relation: quantized"]
         return [
             "# Put in the OWNER of the original model on the Hub, and take the two # away:",
-            f"# base_model: {yaml(f'OWNER/{checkpoint.name}')}",
+            f"# base_model: {yaml(self._original())}",
             "# base_model_relation: quantized",
         ]
+
+    def _original(self) -> str:
+        """What the Hub calls the original, or a name that lacks its owner."""
+        checkpoint = self.first.checkpoint
+        return checkpoint.hub_name or f"OWNER/{checkpoint.name}"
 
     def _what(self) -> str:
         checkpoint, folder = self.first.checkpoint, self.first.how.folder
@@ -140,7 +145,9 @@ class Card:
 
     def _running(self) -> str:
         """How each of the usual programs starts it; whoever uploads the files knows the name."""
-        head = f"## How to run it\n\n`{REPOSITORY}` stands for where you found this page.\n\n"
+        head = f"## How to run it\n\n`{REPOSITORY}` stands for where you found this page"
+        more = "" if self.first.checkpoint.hub_name else ", `OWNER` for who published the original"
+        head += f"{'' if self.first.how.folder else more}.\n\n"
         if self.first.checkpoint.encodes:
             return head + (
                 "transformers loads it, with `pip install compressed-tensors`, and decodes the experts to "
@@ -168,7 +175,7 @@ class Card:
             f"ollama:\n\n```sh\nollama run hf.co/{REPOSITORY}:{name}\n```\n\n"
             f"LM Studio:\n\n```sh\nlms get https://huggingface.co/{REPOSITORY}\n```\n\n"
             "vLLM reads safetensors folders. This makes one of the same model, and starts it:\n\n"
-            f"```sh\nmoequant convert {shlex.quote(plain(self.first.checkpoint.repository))} -o FOLDER "
+            f"```sh\nmoequant convert {shlex.quote(plain(self._original()))} -o FOLDER "
             "--format safetensors\nvllm serve FOLDER\n```\n"
         )
 

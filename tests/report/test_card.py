@@ -130,6 +130,7 @@ def test_the_card_of_a_folder_says_where_its_base_model_goes(tiny, text: Path, t
     assert not {"base_model", "base_model_relation"} & yaml.safe_load(front).keys()
     filled = yaml.safe_load(front.replace("# base", "base").replace("OWNER", "acme"))
     assert filled["base_model"] == "acme/Tiny-MoE" and filled["base_model_relation"] == "quantized"
+    assert "moequant convert OWNER/Tiny-MoE -o FOLDER" in card and "`OWNER` for who published" in card
     assert "/home/me" not in card and str(tmp_path) not in card and "Tiny-MoE-1B-Base" not in card
 
 
