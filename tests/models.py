@@ -1450,6 +1450,12 @@ def predicting(folder: Path, family: str, seed: int = 0) -> dict[str, torch.Tens
     return made
 
 
+def config(family: str, **changes: Any) -> Any:
+    """The config object of a tiny model of text alone."""
+    given = COMMON | CONFIGS[family] | changes
+    return AutoConfig.for_model(given.pop("model_type", family), **given)
+
+
 def reference(folder: Path) -> PreTrainedModel:
     """The model as transformers loads it, float32, by the class that config.json names."""
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
