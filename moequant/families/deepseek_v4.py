@@ -65,6 +65,15 @@ TABLE = "router.table"
 """A table of the experts of every token, by our name within a layer."""
 
 
+DRAFTS = {
+    "dspark_block_size",
+    "dspark_markov_rank",
+    "dspark_noise_token_id",
+    "dspark_target_layer_ids",
+}
+"""Keys of stages that draft, of releases since July 2026: they lie under `mtp.`, and are left out."""
+
+
 def shape(config: Config) -> ModelShape:
     """The shape of the model."""
     return replace(moe_shape(config), streams=int(config.hc_mult))
@@ -210,7 +219,8 @@ DEEPSEEK_V4 = Family(
         "swiglu_limit",
         "num_nextn_predict_layers",
         "expert_dtype",  # as the tensors say themselves
-    },
+    }
+    | DRAFTS,
     says={"topk_method": ("noaux_tc",)},
     skipped=skipped,
 )
