@@ -143,7 +143,8 @@ def compressed(
     ratios = [0, 0, *[4, 128] * layers][:layers]
     keys = {
         "context_length": 1048576, "embedding_length": hidden, "block_count": layers,
-        "feed_forward_length": ff, "attention.head_count": heads, "attention.head_count_kv": 1, "attention.key_length": head,
+        "feed_forward_length": ff,
+        "attention.head_count": heads, "attention.head_count_kv": 1, "attention.key_length": head,
         "attention.value_length": head, "attention.q_lora_rank": rank, "attention.sliding_window": 128,
         "attention.output_group_count": groups, "attention.output_lora_rank": 1024,
         "attention.compress_ratios": ratios, "attention.compress_rope_freq_base": 160000.0,
