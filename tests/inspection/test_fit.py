@@ -50,7 +50,7 @@ def file(tiny, tmp_path_factory: pytest.TempPathFactory):
 
 
 def close_to_llama_cpp(path: Path, load: Load, slack: float, lines: int = 2) -> None:
-    """KV cache and state as printed in so many lines; the compute buffer llama.cpp's, or up to `slack` more."""
+    """KV cache and state as so many lines print them; the compute buffer llama.cpp's, or `slack` more."""
     header = read_header(path)
     theirs = memory_report(path, load.ctx * load.parallel, load.parallel, GGML_TYPES[load.cache_type])
     assert abs(sum(kv_bytes(header, load)) - theirs.kv - theirs.state) <= lines * PRINTED

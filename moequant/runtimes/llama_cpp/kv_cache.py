@@ -207,8 +207,8 @@ def _compressed_bytes(header: Header, layer: int, load: Load) -> int:
     """A layer of one sequence that keeps a window and, of each `ratio` older tokens, an entry; where an
     indexer chooses among those, another one for it.
 
-    Tokens of which no entry is made yet wait in float32, with what each counts. Where few make an entry, those
-    of the entry before wait as well, and two numbers stand for one.
+    Tokens of which no entry is made yet wait in float32, with what each counts. Where few make an entry,
+    those of the entry before wait as well, and two numbers stand for one.
     """
     ratio, width = header.at("attention.compress_ratios", layer), header.count("attention.key_length")
     kept = _window_cells(header, load) * _row_bytes(width, load.cache_type)
