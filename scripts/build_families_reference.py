@@ -29,6 +29,7 @@ MODELS = {
     "deepseek_v2": "DeepSeek-V2, V2.5, V2-Lite, Coder-V2",
     "deepseek_v3": "DeepSeek-V3, R1, V3.1; Kimi K2",
     "deepseek_v32": "DeepSeek-V3.2",
+    "deepseek_v4": "DeepSeek-V4 Flash, Pro",
     "dots1": "dots.llm1",
     "ernie4_5_moe": "ERNIE-4.5 21B-A3B, 300B-A47B, also as Paddle stores them",
     "exaone_moe": "K-EXAONE 236B-A23B",

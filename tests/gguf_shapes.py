@@ -135,6 +135,52 @@ def windowed(path: Path, *, layers: int, experts: int = 32) -> Path:
     return write(path, "gpt-oss", keys, tensors, T.MXFP4)
 
 
+def compressed(
+    path: Path, *, layers: int, hidden: int, heads: int, rank: int, experts: int, ff: int, top_k: int
+) -> Path:
+    """DeepSeek-V4: two layers with a window alone, then entries of 4 and 128 tokens in turn; four streams."""
+    head, chooses, groups, vocab, mixed = 512, 64, heads // 8, 129280, 4 * hidden
+    ratios = [0, 0, *[4, 128] * layers][:layers]
+    keys = {
+        "context_length": 1048576, "embedding_length": hidden, "block_count": layers,
+        "feed_forward_length": ff,
+        "attention.head_count": heads, "attention.head_count_kv": 1, "attention.key_length": head,
+        "attention.value_length": head, "attention.q_lora_rank": rank, "attention.sliding_window": 128,
+        "attention.output_group_count": groups, "attention.output_lora_rank": 1024,
+        "attention.compress_ratios": ratios, "attention.compress_rope_freq_base": 160000.0,
+        "attention.indexer.head_count": chooses, "attention.indexer.key_length": 128,
+        "attention.indexer.top_k": top_k, "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.dimension_count": 64, "expert_count": experts, "expert_used_count": 6, "expert_gating_func": 4,
+        "expert_weights_norm": True, "expert_weights_scale": 1.5, "expert_feed_forward_length": ff,
+        "expert_shared_count": 1, "hash_layer_count": 0, "swiglu_clamp_exp": [10.0] * layers,
+        "swiglu_clamp_shexp": [10.0] * layers, "hyper_connection.count": 4,
+        "hyper_connection.sinkhorn_iterations": 20, "hyper_connection.epsilon": 1e-6, "vocab_size": vocab,
+    }  # fmt: skip
+    tensors: Tensors = {"token_embd.weight": (vocab, hidden), "output_norm.weight": (hidden,)}
+    tensors |= {"output.weight": (vocab, hidden), "output_hc_fn.weight": (4, mixed)}
+    tensors |= {"output_hc_base.weight": (4,), "output_hc_scale.weight": (1,)}
+    for layer, ratio in enumerate(ratios):
+        block: Tensors = {
+            "attn_norm": (hidden,), "ffn_norm": (hidden,), "attn_sinks": (heads,), "attn_q_a": (rank, hidden),
+            "attn_q_a_norm": (rank,), "attn_q_b": (heads * head, rank), "attn_kv": (head, hidden),
+            "attn_kv_a_norm": (head,), "attn_output_a": (groups * 1024, heads * head // groups),
+            "attn_output_b": (hidden, groups * 1024), "ffn_gate_shexp": (ff, hidden),
+            "ffn_up_shexp": (ff, hidden), "ffn_down_shexp": (hidden, ff), **_experts(experts, hidden, ff),
+        }  # fmt: skip
+        for kind in ("attn", "ffn"):
+            block |= {f"hc_{kind}_fn": (24, mixed), f"hc_{kind}_base": (24,), f"hc_{kind}_scale": (3,)}
+        made = {"attn": head, "indexer": 128} if ratio == 4 else {"attn": head} if ratio else {}
+        for name, width in made.items():
+            wide = 2 * width if ratio == 4 else width
+            block |= {f"{name}_compressor_kv": (wide, hidden), f"{name}_compressor_gate": (wide, hidden)}
+            block |= {f"{name}_compressor_ape": (ratio, wide), f"{name}_compressor_norm": (width,)}
+        if ratio == 4:
+            block |= {"indexer.proj": (chooses, hidden), "indexer.attn_q_b": (chooses * 128, rank)}
+        tensors |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
+        tensors[f"blk.{layer}.exp_probs_b.bias"] = (experts,)
+    return write(path, "deepseek4", keys, tensors)
+
+
 def _experts(experts: int, hidden: int, ff: int) -> Tensors:
     return {
         "ffn_gate_inp": (experts, hidden),

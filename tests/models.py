@@ -694,6 +694,32 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "swiglu_limit": 0.5,
         "routed_scaling_factor": 1.5,
     },
+    "deepseek_v4": {
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 96,
+        "q_lora_rank": 64,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "layer_types": [
+            "heavily_compressed_attention",
+            "compressed_sparse_attention",
+            "sliding_attention",
+            "compressed_sparse_attention",
+        ],
+        "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"],
+        "partial_rotary_factor": 1 / 6,
+        "rope_parameters": dict(YARN),
+        "sliding_window": 48,
+        "o_groups": 2,
+        "o_lora_rank": 96,
+        "index_n_heads": 16,  # with few, many entries have a score of 0, and none is the better one
+        "index_head_dim": 64,
+        "index_topk": 8,
+        "hc_sinkhorn_iters": 5,
+        "swiglu_limit": 0.5,
+    },
 }
 """One config a family, of the model type that it is called after, or says; shapes are not square where the
 format allows, so that transposes show."""
@@ -1096,6 +1122,22 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
     },
+    "deepseek_v4": {
+        **dict.fromkeys(("compress_rates", "layer_types", "mlp_layer_types", "partial_rotary_factor")),
+        "compress_ratios": [128, 4, 0, 4, 0],
+        "expert_dtype": "fp4",
+        "num_hash_layers": 2,
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": None,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 256,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+        "topk_method": "noaux_tc",
+    },
 }
 """Keys of the text's config as releases have them, where transformers 5 saves others; None: none."""
 
@@ -1214,6 +1256,7 @@ _UNFIT = {
 }
 
 BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "deepseek_v4": {"mtp.0.e_proj.weight": (256, 256), "layers.0.ffn.gate.bias": (8,)},
     "hy_v4": {"model.mtp_layers.0.eh_proj.weight": (256, 512)},
     "ernie4_5_moe": {"model.mtp_emb_norm.0.weight": (256,), "model.mtp_linear_proj.0.weight": (256, 512)},
     "exaone_moe": _UNFIT,
@@ -1231,6 +1274,12 @@ TEXT_ALONE = {"Llama4ForConditionalGeneration": "Llama4ForCausalLM"}
 """Classes whose forward fails in transformers 5.24, on text too; the text model's does not."""
 
 RENAMED: Mapping[str, Mapping[str, str]] = {
+    "deepseek_v4": {
+        ".attn.norm.": ".attn.kv_norm.",
+        "model.embed_tokens.": "embed.",
+        "model.hc_head.hc_": "hc_head_",
+        "model.": "",
+    },
     "kimi_k25": {"language_model.model.blocks.": "language_model.model.layers."},
     "hy_v4": {
         ".hc_pre.hc_attn_layer.": ".hc_attn_layer.hc_pre.",
@@ -1320,6 +1369,9 @@ def build(
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(0, 0.1)
+            if name.endswith("tid2eid"):
+                tables = [torch.randperm(config.n_routed_experts)[: buffer.shape[1]] for _ in buffer]
+                buffer.copy_(torch.stack(tables))
             if name.endswith("layer_scalar"):
                 buffer.uniform_(0.5, 1.0)
     with warnings.catch_warnings():  # Llama 4's vision tower has complex numbers in a buffer
@@ -1396,6 +1448,12 @@ def predicting(folder: Path, family: str, seed: int = 0) -> dict[str, torch.Tens
     for name, shape in shapes.items():
         made[name] = (torch.randn(shape, generator=chance) * 0.1).bfloat16()
     return made
+
+
+def config(family: str, **changes: Any) -> Any:
+    """The config object of a tiny model of text alone."""
+    given = COMMON | CONFIGS[family] | changes
+    return AutoConfig.for_model(given.pop("model_type", family), **given)
 
 
 def reference(folder: Path) -> PreTrainedModel:

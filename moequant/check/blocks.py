@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from inspect import signature
+
 import torch
 from torch import Tensor, nn
 
@@ -17,22 +20,30 @@ CORRECTION = 0.5
 changes outputs on purpose. Seen: 0.17 in a trained model at 3 bits, 0.35 in a random one at 2."""
 
 
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What both models were fed, the same tokens `ids` i64 [n] from the first on, and what is seen of it."""
+
+    ids: Tensor
+    seen: tuple[Collector, Collector]
+
+
 def check_block(
     site: Site,
     models: tuple[nn.Module, nn.Module],
-    seen: tuple[Collector, Collector],
+    fed: Fed,
     layer: int,
     expected: float,
     vouched: bool,
 ) -> tuple[BlockFigures, list[Damage]]:
-    """The block whose experts are fed at `site`, baseline first in `models` and `seen`.
+    """The block whose experts are fed at `site`, baseline first in `models` and in what they were fed.
 
     `expected` is the relative error that the formats of its tensors add up to on normal weights, `vouched`
     whether checksums say that their bytes are those that were written.
     """
-    x, own = seen[0].hidden[site.name], [part.index[site.name] for part in seen]
+    x, own = fed.seen[0].hidden[site.name], [part.index[site.name] for part in fed.seen]
     block = site.module.rpartition(".")[0]
-    ran = [_run(model.get_submodule(block), site.name, x) for model in models]
+    ran = [_run(model.get_submodule(block), site.name, x, fed.ids) for model in models]
     (want, chosen), (got, other) = ran
     cosine, largest = shape_of_error(got, want)
     figures = BlockFigures(
@@ -56,12 +67,14 @@ def check_block(
     return figures, damages
 
 
-def _run(block: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(output f32 [n, out], chosen experts i64 [n, k]) of a block for x [n, in]."""
+def _run(block: nn.Module, name: str, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(output f32 [n, out], chosen experts i64 [n, k]) of a block for x [n, in] of the first n `ids`."""
     told = Collector()
     device = next(block.parameters()).device
+    asks = "input_ids" in signature(block.forward).parameters  # it looks experts up by a token's number
+    beside = {"input_ids": ids[None, : len(x)].to(device)} if asks else {}
     with torch.inference_mode(), recording(told):
-        out = block(x[None].to(device))
+        out = block(x[None].to(device), **beside)
     values: Tensor = out[0] if isinstance(out, tuple) else out
     return values.reshape(len(x), -1).float().cpu(), told.index[name]
 

@@ -14,7 +14,7 @@ from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf import checksums
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.header import TensorInfo
-from moequant.containers.gguf.read import GgufFile, decode
+from moequant.containers.gguf.read import WHOLE, GgufFile, decode
 from moequant.containers.gguf.weights import GgufWeights
 from moequant.errors import VerifyError
 from moequant.kernels import Matrix
@@ -93,7 +93,7 @@ def _there(matrix: Matrix | None) -> Matrix:
 
 def _is_quantized(path: Path, tensor: TensorInfo) -> bool:
     """Whether a tensor is packed in blocks. VerifyError for what nobody here decodes."""
-    if len(tensor.shape) < 2:
+    if len(tensor.shape) < 2 or tensor.type == WHOLE:
         return False
     if tensor.type not in formats.FORMATS:
         raise VerifyError(f"{path}: {tensor.name} is {tensor.type}, which moequant cannot decode")

@@ -200,9 +200,10 @@ def _tied(path: Path, family: Family, config: Config, stored: dict[str, Stored])
     """Whether the model's head is its embedding, as transformers decides it: not where both are stored and
     differ. Of equal ones the first is kept."""
     if not config.tie_word_embeddings:
-        if "lm_head.weight" not in stored:
+        heads = [way.name for slot in _ends(family, config) if slot.role is Role.OUTPUT for way in slot.ways]
+        if not any(name in stored for name in heads):
             raise CheckpointError(
-                f"{path}: lm_head.weight is missing and tie_word_embeddings is not set; is the download "
+                f"{path}: {heads[-1]} is missing and tie_word_embeddings is not set; is the download "
                 "complete?"
             )
         return False

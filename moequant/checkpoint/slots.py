@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moequant.checkpoint.codecs import as_shipped
+from moequant.checkpoint.codecs import WHOLE, as_shipped, whole_numbers
 from moequant.errors import CheckpointError
 from moequant.families import Get, Slot
-from moequant.values import ModelShape, Origin, Place, Stack, Stored, Weight
+from moequant.values import ModelShape, Origin, Place, Role, Stack, Stored, Weight
 from moequant.values.ops import shape_after
 
 FLOATS = ("BF16", "F16", "F32")
@@ -36,7 +36,9 @@ def weight_of(
         raise CheckpointError(f"{where}: stored twice, as {one} and as {two}; remove one of them")
     ((way, names),) = ways.items()
     tensors = tuple(stored[name] for name in names)
-    _check_tensors(where, way, tensors, shape.experts)
+    _check_tensors(where, way, tensors, shape.experts, WHOLE if slot.role is Role.TABLE else FLOATS)
+    if slot.role is Role.TABLE:
+        tensors = tuple(whole_numbers(each, shape.experts) for each in tensors)
     try:
         whole = _shape_of(slot, way, tensors, shape.experts)
     except ValueError as error:
@@ -78,13 +80,15 @@ def _there(way: Get, experts: int, stored: Mapping[str, Stored]) -> tuple[str, .
     return tuple(name for name in names if name in stored)
 
 
-def _check_tensors(where: str, way: Get, tensors: tuple[Stored, ...], experts: int) -> None:
-    """CheckpointError for experts that are missing or unlike each other, and for types that are no floats."""
+def _check_tensors(
+    where: str, way: Get, tensors: tuple[Stored, ...], experts: int, kinds: tuple[str, ...]
+) -> None:
+    """CheckpointError for experts that are missing or unlike each other, and for types other than `kinds`."""
     for each in tensors:
-        if each.dtype not in FLOATS:
+        if each.dtype not in kinds:
             raise CheckpointError(
                 f"tensor {each.name} is stored as {each.dtype}; expected "
-                f"{', '.join(FLOATS)} (convert the checkpoint first)"
+                f"{', '.join(kinds)} (convert the checkpoint first)"
             )
     if "{e}" not in way.name:
         if len({(each.shape[1:], each.dtype) for each in tensors}) > 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from moequant.check.activations import Collector, merged
-from moequant.check.blocks import check_block
+from moequant.check.blocks import Fed, check_block
 from moequant.check.damage import expected_error
 from moequant.check.environment import versions
 from moequant.check.figures import BlockFigures, CheckReport, Damage, TensorFigures
@@ -187,7 +187,8 @@ def _against(
                 expected = _expected(source, layer)
                 vouched = source.recorded and not any(each.what == ALTERED for each in found.damages[before:])
                 models = (base.model, other.model)
-                figures, damages = check_block(up.site, models, seen, layer, expected, vouched)
+                fed = Fed(ids.flatten(), seen)
+                figures, damages = check_block(up.site, models, fed, layer, expected, vouched)
                 found.blocks.append(figures)
                 found.damages += damages
 

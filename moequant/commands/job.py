@@ -79,7 +79,7 @@ class Job:
         """Whether every number of the checkpoint is kept."""
         own = {weight.name: weight.origin.dtype for weight in self.container.checkpoint.weights}
         types = self.container.formats(self.plan)
-        return all(name in ("F32", own[weight]) for weight, name in types.items())
+        return all(name in ("F32", "I32", own[weight]) for weight, name in types.items())
 
     @property
     def measures(self) -> bool:
@@ -206,7 +206,7 @@ def _schemes(
 def _chosen(file: GgufContainer, settings: Settings, sensitivities: plan.Sensitivities | None = None) -> Plan:
     """The best plan of the size that was asked for."""
     weights = file.checkpoint.weights
-    bare = plan.plan_from_types(weights, {weight.name: "F32" for weight in weights})
+    bare = plan.plan_from_types(weights, {each.name: each.fixed_type or "F32" for each in weights})
     overhead = file.overhead(bare)
     pins = _pins(file, settings)
     return plan.make_plan(weights, settings.budget, facts(file.exported), sensitivities, overhead, pins)

@@ -149,7 +149,9 @@ class _File:
         file = GgufContainer(model)
         self.checkpoint, self._facts = file.checkpoint, facts(file.exported)
         weights = self.checkpoint.weights
-        self._extra = file.overhead(plan.plan_from_types(weights, {each.name: "F32" for each in weights}))
+        self._extra = file.overhead(
+            plan.plan_from_types(weights, {w.name: w.fixed_type or "F32" for w in weights})
+        )
         self._pins = plan.pinned(settings.tensor_type, weights, file.exported.names)
         self.menu: Menu = GgufMenu(self._pins)
 

@@ -15,6 +15,7 @@ from moequant.families.config import text_config
 from moequant.families.dbrx import DBRX
 from moequant.families.deepseek_v2 import DEEPSEEK_V2
 from moequant.families.deepseek_v3 import DEEPSEEK_V3
+from moequant.families.deepseek_v4 import DEEPSEEK_V4
 from moequant.families.deepseek_v32 import DEEPSEEK_V32, GLM_MOE_DSA
 from moequant.families.dots1 import DOTS1
 from moequant.families.ernie4_5_moe import ERNIE4_5_MOE
@@ -68,6 +69,7 @@ FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V3,
     DEEPSEEK_V32,
     GLM_MOE_DSA,
+    DEEPSEEK_V4,
     KIMI_K25,
     GLM4_MOE,
     GLM4_MOE_LITE,

@@ -15,7 +15,7 @@ from moequant.containers.opened import open_model
 from moequant.inspection.values import PresetFile
 from moequant.plan import ALIGNMENT, preset_plan
 from moequant.runtimes.llama_cpp import acceptance
-from moequant.values import Plan
+from moequant.values import Plan, Role
 
 _FLOATS = {"F32": "F32", "BF16": "BF16", "F16": "F16"}
 
@@ -62,6 +62,8 @@ def source_type(exported: Exported) -> str:
     """How most of the model's numbers are stored: a type of floats as safetensors calls it, or a codec."""
     counts: dict[str, int] = {}
     for weight in exported.weights:
+        if weight.role is Role.TABLE:
+            continue
         codec = weight.origin.stored[0].codec.name
         stored = weight.origin.dtype if codec == "plain" else codec
         counts[stored] = counts.get(stored, 0) + weight.numel

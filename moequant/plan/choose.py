@@ -279,8 +279,8 @@ def _reasons(
 
 def _fixed(weight: Weight) -> str | None:
     """Why a weight has little or no choice of formats; None when it has all."""
-    if weight.role.keeps_precision or len(weight.shape) < 2:
-        return f"{weight.role} stays F32"
+    if weight.fixed_type is not None:
+        return f"{weight.role} stays {weight.fixed_type}"
     if not weight.runs:
         return "drafts: a step safer than the layer it is like"
     if weight.n_in % 32:

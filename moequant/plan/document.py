@@ -126,14 +126,15 @@ def check_rows(weights: tuple[Weight, ...], types: Mapping[str, str], source: st
 
 def check_fit(weight: Weight, name: str, source: str) -> None:
     """PlanError naming the row whose format does not exist or cannot hold its weight."""
+    fixed = weight.fixed_type
+    if fixed is not None and name != fixed:
+        raise PlanError(f"{source}: {weight.name}: a {weight.role} stays {fixed}, not {name}; write {fixed}")
     try:
         packed_bytes(name, weight)
     except PlanError as error:
         message = str(error)
         row = message if message.startswith(weight.name) else f"{weight.name}: {message}"
         raise PlanError(f"{source}: {row}; choose another format") from None
-    if name != "F32" and (weight.role.keeps_precision or len(weight.shape) < 2):
-        raise PlanError(f"{source}: {weight.name}: a {weight.role} stays F32, not {name}; write F32")
 
 
 def _rows(document: dict[str, Any], source: str) -> dict[str, dict[str, Any]]:

@@ -28,7 +28,7 @@ from moequant.plan.menu import GGUF, Menu
 from moequant.plan.probes import Version, divergences
 from moequant.progress import counted
 from moequant.statistics.importance import Gating, importance
-from moequant.values import Calibration, InputStats, Weight
+from moequant.values import Calibration, InputStats, Role, Weight
 
 PROBED = 0.06
 """The relative squared error of a probed weight, about that of Q2_K: so much that the KL divergence is
@@ -74,6 +74,11 @@ class Probing:
         tokens = self.scored(groups, ids) * ids.shape[1]
         states = 4 * (1 + groups) * tokens * shape.hidden * shape.streams
         return 2 * states + FILE_BYTES * (len(checkpoint.weights) + groups)
+
+
+UNFELT = frozenset({Role.INDEXER})
+"""Roles of weights that do nothing in rows as short as those of probes: an indexer chooses among thousands of
+tokens. What an error costs there is taken from tables where probes feel less."""
 
 
 def measure(
@@ -238,6 +243,9 @@ class _Prober:
         versions = [dict.fromkeys((weight.name for weight in group), PROBED) for group in asked]
         for probed, kl in zip(versions, self._divergences("probes", versions), strict=True):
             per_error.update(dict.fromkeys(probed, max(kl, 0.0) / sum(probed.values())))
+        prior = menu.prior(weights, self.checkpoint.n_layers).per_error
+        unfelt = {weight.name for weight in weights if weight.role in UNFELT}
+        per_error |= {name: max(per_error[name], prior[name]) for name in unfelt}
         table = {
             name: {fmt: error * per_error[name] for fmt, error in row.items()}
             for name, row in self.errors.items()
@@ -245,7 +253,8 @@ class _Prober:
         found = Sensitivities(table, per_error, "")
         units = menu.units(weights, found)
         plans = [self._plan(units, size) for size in menu.checks(weights, units)]
-        sums = [sum(table[name].get(fmt, 0.0) for name, fmt in types.items()) for types in plans]
+        felt = [{name: fmt for name, fmt in types.items() if name not in unfelt} for types in plans]
+        sums = [sum(table[name].get(fmt, 0.0) for name, fmt in types.items()) for types in felt]
         off = [{name: self.errors[name].get(fmt, 0.0) for name, fmt in types.items()} for types in plans]
         linear, root = fit(zip(sums, self._divergences("plans", off), strict=True))
         tokens = self.scored.shape[0] * (self.scored.shape[1] // 2 - 1)

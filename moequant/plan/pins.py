@@ -36,7 +36,7 @@ def pinned(pins: Sequence[str], weights: Sequence[Weight], names: Mapping[str, s
                 f"{names[example.name]}"
             )
         # A pattern for a whole layer means what has a choice there: norms and routers stay as they are.
-        able = [each for each in matching if not (each.role.keeps_precision or len(each.shape) < 2)]
+        able = [each for each in matching if each.fixed_type is None]
         for weight in able or matching:
             if weight.name not in found:
                 check_fit(weight, name, f"{OPTION} {pin}")

@@ -114,8 +114,8 @@ class Sensitivities:
 
 def candidates(weight: Weight) -> tuple[str, ...]:
     """The formats that a weight may have, smallest first."""
-    if weight.role.keeps_precision or len(weight.shape) < 2:
-        return ("F32",)
+    if weight.fixed_type is not None:
+        return (weight.fixed_type,)
     if weight.n_in % 32:
         return ("F16",)
     names = CANDIDATES if weight.n_in % 256 == 0 else SHORT_CANDIDATES

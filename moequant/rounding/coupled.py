@@ -38,7 +38,7 @@ from moequant.statistics.fisher import Fishers, gather
 from moequant.values import Packed, Role, Site, Weight
 from moequant.values.ops import put
 
-MIXED = (Role.ATTN_OUT, Role.SSM_OUT)
+MIXED = (Role.ATTN_OUT, Role.OUT_B, Role.SSM_OUT)
 """Roles of the last product of what mixes tokens: attention, or a recurrence."""
 
 

@@ -14,7 +14,7 @@ from moequant.errors import CheckpointError, FormatError
 from moequant.formats import Effort, engine
 from moequant.progress import Bar
 from moequant.statistics.importance import Gating, importance
-from moequant.values import Calibration, ExpertLoss, InputStats, Packed, Weight
+from moequant.values import Calibration, ExpertLoss, InputStats, Packed, Role, Weight
 
 ROWS_AT_ONCE = 1 << 22
 """Weights decoded at a time when errors are summed: bounds working memory."""
@@ -52,6 +52,10 @@ class Quantizer:
                 weight.name, weight.role, weight.layer, format_name, lost, seen
             )
         values = load(weight)
+        if weight.role is Role.TABLE:  # whole numbers: nothing is rounded
+            return Packed(weight, format_name, values.view(torch.uint8)), ExpertLoss(
+                weight.name, weight.role, weight.layer, format_name, torch.zeros(1, dtype=torch.float64), None
+            )
         columns = importance(stats, self.gating) if stats is not None else None
         if columns is not None and values.ndim == 2:
             columns = columns[0]

@@ -19,7 +19,7 @@ from moequant.rounding.target import Coupling
 from moequant.statistics.fisher import Fishers
 from moequant.values import Stack, Weight
 
-UNROUNDED = ("F32", "F16", "BF16")
+UNROUNDED = ("F32", "F16", "BF16", "I32")
 
 FISHER_TOKENS = 49_152
 """Tokens whose gradients are taken at effort best."""

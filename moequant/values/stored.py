@@ -45,8 +45,9 @@ class TensorRef:
 class Stored:
     """A tensor of a checkpoint as the numbers that it holds; nothing is read yet.
 
-    `shape` and `dtype` ("BF16", "F16" or "F32") are those of the decoded values; `parts` are the tensors
-    in the files behind it, by what the codec calls them (a plain tensor has one part, `""`).
+    `shape` and `dtype` ("BF16", "F16" or "F32"; of whole numbers "I32" or "I64") are those of the decoded
+    values; `parts` are the tensors in the files behind it, by what the codec calls them (a plain tensor has
+    one part, `""`).
     """
 
     name: str

@@ -25,6 +25,8 @@ class Role(StrEnum):
     ATTN_V = "attn_v"
     ATTN_QKV = "attn_qkv"
     ATTN_OUT = "attn_out"
+    OUT_A = "out_a"
+    OUT_B = "out_b"
     ATTN_GATE = "attn_gate"
     Q_A = "q_a"
     Q_B = "q_b"
@@ -36,10 +38,12 @@ class Role(StrEnum):
     POSITIONS = "positions"
     SINKS = "sinks"
     STREAMS = "streams"
+    COMPRESSOR = "compressor"
     INDEXER = "indexer"
     INDEXER_WEIGHTS = "indexer_weights"
     ROUTER = "router"
     CORRECTION = "correction"
+    TABLE = "table"
     GATE = "gate"
     UP = "up"
     DOWN = "down"
@@ -68,7 +72,8 @@ class Role(StrEnum):
 
     @property
     def keeps_precision(self) -> bool:
-        """Vectors and routers are small and decide much: they stay F32 in every file."""
+        """Vectors and routers are small and decide much: they stay F32 in every file. Tables are whole
+        numbers, which nobody rounds."""
         return self in _PRECISE
 
 
@@ -83,6 +88,7 @@ _PRECISE = frozenset(
         Role.ROUTER,
         Role.INDEXER_WEIGHTS,
         Role.CORRECTION,
+        Role.TABLE,
         Role.SHARED_ROUTER,
         Role.STATE,
         Role.CONV,
@@ -185,6 +191,13 @@ class Weight:
     def numel(self) -> int:
         """How many numbers it holds."""
         return prod(self.shape)
+
+    @property
+    def fixed_type(self) -> str | None:
+        """The ggml type that it has in every file; None for one of which a plan chooses it."""
+        if self.role is Role.TABLE:
+            return "I32"
+        return "F32" if self.role.keeps_precision or len(self.shape) < 2 else None
 
     @property
     def runs(self) -> bool:

@@ -55,6 +55,8 @@ def in_transformers(family: str, weight: Weight, whole: Tensor) -> Tensor:
     if family == "gpt_oss" and kind[0]:  # gate and up alternate; matrices lie transposed
         at = {"gate": slice(0, None, 2), "up": slice(1, None, 2), "down": slice(None)}[kind[0]]
         return whole[..., at] if kind[1:] == ["bias"] else whole.mT[..., at, :]
+    if weight.role is Role.OUT_A:  # a matrix for each group of heads
+        return whole.unflatten(0, (weight.matrices, -1))
     if kind[0] in ("gate", "up"):
         return whole.chunk(2, 1)[kind[0] == "up"]
     return whole
@@ -79,7 +81,8 @@ def test_every_weight_equals_the_transformers_parameter(tiny, held, family: str)
     checkpoint = open_checkpoint(tiny(family))
     for weight in checkpoint.weights:
         whole, values = held(family)[weight.place.param], load(weight)
-        assert values.shape == weight.shape and values.dtype == torch.bfloat16
+        kind = torch.int32 if weight.role is Role.TABLE else torch.bfloat16
+        assert values.shape == weight.shape and values.dtype == kind
         expected = in_transformers(family, weight, whole).to(values.dtype)
         assert torch.equal(values, expected), weight.name
         assert torch.equal(apply(weight.place.ops, whole).to(values.dtype), expected), weight.name

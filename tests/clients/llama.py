@@ -119,7 +119,7 @@ def _reserve(
     return MemoryReport(
         model=_mebibytes(r"CPU\w* model buffer size = +([\d.]+) MiB", log),
         kv=_mebibytes(r"llama_kv_cache: size = +([\d.]+) MiB", log),
-        state=_mebibytes(r"llama_memory_recurrent: size = +([\d.]+) MiB", log),
+        state=_mebibytes(r"(?:llama_memory_recurrent: size|DSV4 \w+ state buffer size) = +([\d.]+) MiB", log),
         compute=_mebibytes(r"compute buffer size = +([\d.]+) MiB", log),
     )
 

@@ -49,11 +49,11 @@ def file(tiny, tmp_path_factory: pytest.TempPathFactory):
     return get
 
 
-def close_to_llama_cpp(path: Path, load: Load, slack: float) -> None:
-    """KV cache and state as printed; the compute buffer at least llama.cpp's, `slack` more at most."""
+def close_to_llama_cpp(path: Path, load: Load, slack: float, lines: int = 2) -> None:
+    """KV cache and state as so many lines print them; the compute buffer llama.cpp's, or `slack` more."""
     header = read_header(path)
     theirs = memory_report(path, load.ctx * load.parallel, load.parallel, GGML_TYPES[load.cache_type])
-    assert abs(sum(kv_bytes(header, load)) - theirs.kv - theirs.state) <= 2 * PRINTED
+    assert abs(sum(kv_bytes(header, load)) - theirs.kv - theirs.state) <= lines * PRINTED
     ours = compute_bytes(header, load)
     assert theirs.compute - PRINTED <= ours <= theirs.compute * (1 + slack) + PRINTED, ours / theirs.compute
 
@@ -67,6 +67,41 @@ def test_memory_of_tiny_models_is_what_llama_cpp_reserves(file, family: str, loa
 @pytest.mark.parametrize("load", [Load(512), Load(1000, 3), Load(4096)], ids=str)
 def test_memory_of_delta_attention_among_latent_is_what_llama_cpp_reserves(file, load: Load) -> None:
     close_to_llama_cpp(file("bailing_hybrid"), load, slack=0.12)
+
+
+@pytest.mark.parametrize("load", [Load(512), Load(1000, 3), Load(16384), Load(1024, 2, "q8_0")], ids=str)
+def test_memory_of_compressed_attention_is_what_llama_cpp_reserves(file, load: Load) -> None:
+    close_to_llama_cpp(file("deepseek_v4"), load, slack=0.3, lines=8)
+
+
+COMPRESSED = {
+    "Flash": {
+        "layers": 43,
+        "hidden": 4096,
+        "heads": 64,
+        "rank": 1024,
+        "experts": 256,
+        "ff": 2048,
+        "top_k": 512,
+    },
+    "Pro": {
+        "layers": 61,
+        "hidden": 7168,
+        "heads": 128,
+        "rank": 1536,
+        "experts": 384,
+        "ff": 3072,
+        "top_k": 1024,
+    },
+}
+"""Shapes of DeepSeek-V4."""
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_memory_of_deepseek_v4_is_what_llama_cpp_reserves(tmp_path: Path, name: str) -> None:
+    path = gguf_shapes.compressed(tmp_path / "shape.gguf", **COMPRESSED[name])
+    for load in (Load(4096), Load(8192, 4), Load(16384, 1, "q8_0"), Load(131072, 2), Load(1048576)):
+        close_to_llama_cpp(path, load, slack=0.26, lines=8)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
@@ -285,8 +320,8 @@ def test_what_cannot_be_known_is_refused(qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="--ctx 40,000 is more than the model's context; give --ctx 32768"):
         fit(qwen, hardware(24), Load(40_000))
     whole = read_header(qwen)
-    metadata = {key.replace("qwen3moe", "deepseek4"): value for key, value in whole.metadata.items()}
-    metadata["general.architecture"] = "deepseek4"
+    metadata = {key.replace("qwen3moe", "hy_v4"): value for key, value in whole.metadata.items()}
+    metadata["general.architecture"] = "hy_v4"
     strange = Header(whole.path, metadata, whole.tensors, whole.file_bytes)
     with pytest.raises(PlanError, match="llama-fit-params"):
         place(strange, hardware(24), Load(4096))

@@ -22,6 +22,7 @@ from moequant.plan.menu import CHECKS, GgufMenu
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.importance import importance
 from moequant.text.corpus import Rows
+from moequant.values import Role
 from tests import models
 
 PROBING = Probing(tokens=2**20, rows=2, sample=1 << 12, effort="fast")
@@ -191,3 +192,16 @@ def test_checks_that_no_root_meets_are_met_by_a_line_between() -> None:
     linear, root = fit([(0.4, 0.8), (0.002, 0.001)])
     assert root == 0 and 0.5 < linear < 2
     assert fit([(0.0, 0.0), (0.0, 0.0)]) == (1.0, 0.0)
+
+
+def test_what_short_rows_do_not_feel_is_taken_from_tables(tiny) -> None:
+    """An indexer that would choose among 2,048 tokens does nothing in rows of 64: it is not made worse for
+    that."""
+    exported = export(open_checkpoint(tiny("deepseek_v32")))
+    checkpoint = exported.checkpoint
+    found = measure(checkpoint, calibrate(checkpoint, rows(8)), rows(2, seed=1).ids, PROBING)
+    plan = preset_plan(checkpoint.weights, "Q3_K_M", facts(exported), found)
+    types = {choice.weight: choice.format for choice in plan.choices}
+    indexers = [weight for weight in checkpoint.weights if weight.role is Role.INDEXER]
+    assert len(indexers) == 6
+    assert all(bits_of(types[weight.name]) > 4 for weight in indexers), types

@@ -4,7 +4,7 @@
 rows at a time, and `repack` takes over into a ggml type those that it holds exactly.
 """
 
-from moequant.checkpoint.codecs.base import plain, read_part
+from moequant.checkpoint.codecs.base import WHOLE, plain, read_part, whole_numbers
 from moequant.checkpoint.codecs.recognise import activation_scales, recognise
 from moequant.checkpoint.codecs.repack import as_shipped, multiplier, repack
 from moequant.values import Codec, Stored
@@ -14,6 +14,7 @@ RELEASED = ("plain", "fp8", "mxfp8", "mxfp4")
 
 __all__ = [
     "RELEASED",
+    "WHOLE",
     "Codec",
     "Stored",
     "activation_scales",
@@ -23,4 +24,5 @@ __all__ = [
     "read_part",
     "recognise",
     "repack",
+    "whole_numbers",
 ]

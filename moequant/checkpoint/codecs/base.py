@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -73,7 +73,32 @@ class Plain:
         return read_part(stored.parts[""], index, rows)
 
 
+@dataclass(frozen=True, slots=True)
+class WholeNumbers(Plain):
+    """Whole numbers from 0 to `below`, stored as they are: I32 or I64, decoded to 32 bits."""
+
+    below: int = 1 << 31
+
+    def decode(self, stored: Stored, index: int | None, rows: range | None) -> Tensor:
+        """See `Codec`. CheckpointError for a number that is out of reach."""
+        values = read_part(stored.parts[""], index, rows)
+        wrong = (values < 0) | (values >= self.below)
+        if wrong.any():
+            first = int(values[wrong][0])
+            raise damaged(stored.name, f"has a {first}, where 0 to {self.below - 1} can be")
+        return values.to(torch.int32)
+
+
 PLAIN = Plain()
+
+
+WHOLE = ("I32", "I64")
+"""Types of whole numbers that stand for themselves."""
+
+
+def whole_numbers(stored: Stored, below: int) -> Stored:
+    """A tensor of whole numbers under `below`."""
+    return replace(stored, codec=WholeNumbers(below=below))
 
 
 def plain(ref: TensorRef) -> Stored:

@@ -22,7 +22,7 @@ def of_type(ref: TensorRef) -> Stored:
 
     CheckpointError for a type that is not read.
     """
-    if ref.dtype in PLAIN:
+    if ref.dtype in (*PLAIN, "I32"):
         return plain(ref)
     if ref.dtype not in FORMATS:
         raise CheckpointError(

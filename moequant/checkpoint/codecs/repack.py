@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint.codecs.awq import Awq
-from moequant.checkpoint.codecs.base import read_part
+from moequant.checkpoint.codecs.base import WHOLE, read_part
 from moequant.checkpoint.codecs.bits import nibbles
 from moequant.checkpoint.codecs.eight_bit import EightBit
 from moequant.checkpoint.codecs.ggml import Ggml
@@ -35,6 +35,8 @@ def as_shipped(stored: Stored) -> str | None:
         return codec.name
     if isinstance(codec, Mxfp4):
         return "MXFP4"
+    if stored.dtype in WHOLE:
+        return None
     if isinstance(codec, Nvfp4):
         return "NVFP4" if stored.shape[-1] % 64 == 0 else None
     width = _width(stored)

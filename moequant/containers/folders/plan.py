@@ -12,6 +12,7 @@ import torch
 from moequant.checkpoint import Checkpoint
 from moequant.containers.folders import schemes
 from moequant.containers.folders.schemes import Scheme
+from moequant.containers.folders.shards import DTYPE_BYTES
 from moequant.containers.folders.storage import GptqIntegers, Storage
 from moequant.errors import FamilyError, PlanError
 from moequant.formats.groups import GROUPS, GroupFormat
@@ -22,7 +23,7 @@ LayoutName = Literal["compressed-tensors", "gptq", "mxfp4"]
 
 ATTENTION = (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_OUT)
 DENSE = (Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN)
-KEPT = ("F32", "F16", "BF16")
+KEPT = ("F32", "F16", "BF16", "I32", "I64")
 """Formats of choices that are no schemes: numbers as the checkpoint has them."""
 
 GPTQ_BITS = (4, 8)
@@ -126,7 +127,7 @@ def choice_of(weight: Weight, scheme: Scheme, reason: str, kl: float | None = No
 def kept_choice(weight: Weight) -> Choice:
     """A weight as the checkpoint has it."""
     dtype = kept_dtype(weight)
-    return Choice(weight.name, dtype, weight.numel * (4 if dtype == "F32" else 2), "as in the checkpoint")
+    return Choice(weight.name, dtype, weight.numel * DTYPE_BYTES[dtype], "as in the checkpoint")
 
 
 def kept_dtype(weight: Weight) -> str:
@@ -172,7 +173,8 @@ def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
         if not weight.runs:
             names |= {*modules(weight)} if len(weight.shape) > 1 else set()
             continue
-        is_linear = len(weight.shape) == (3 if weight.is_expert else 2) and weight.role is not Role.EMBEDDING
+        is_linear = len(weight.shape) == (2 if weight.stack is Stack.NONE else 3)
+        is_linear &= weight.role not in (Role.EMBEDDING, Role.TABLE)
         if is_linear and formats[weight.name] in KEPT:
             names |= {*targets([weight])}
     return tuple(sorted(names))
@@ -266,7 +268,7 @@ def refusal(weight: Weight, scheme: Scheme, settings: FolderSettings) -> str | N
 
 def _by_rows(weight: Weight) -> bool:
     """Whether GPUs share the inputs of a weight, and not its outputs."""
-    return weight.role in (Role.DOWN, Role.DENSE_DOWN, Role.SHARED_DOWN, Role.ATTN_OUT)
+    return weight.role in (Role.DOWN, Role.DENSE_DOWN, Role.SHARED_DOWN, Role.ATTN_OUT, Role.OUT_B)
 
 
 def _fits(part: int, group: int, bits: int) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint, load
+from moequant.checkpoint.codecs.base import DTYPES
 from moequant.containers.base import Written
 from moequant.containers.folders import compressed_tensors, shards, side_files
 from moequant.containers.folders.layouts import LAYOUTS, Scales
@@ -41,8 +42,6 @@ from moequant.progress import counted
 from moequant.values import Packed, Plan, Stored, Weight
 
 _CHUNK = 1 << 24
-
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def folder_bytes(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> int:
@@ -192,7 +191,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _chunks(entry: Entry, source: Stored | Weight) -> Iterator[Bytes]:
     """A tensor's bytes as they are written, an expert or a few megabytes at a time; decoded where they are
     stored otherwise. CheckpointError for values that are NaN or infinite."""
-    dtype = _FLOATS[entry.dtype]
+    dtype = DTYPES[entry.dtype]
     if isinstance(source, Weight):
         yield _finite(entry, _bytes(load(source).to(dtype)))
     elif source.codec.name != "plain":
@@ -208,7 +207,7 @@ def _chunks(entry: Entry, source: Stored | Weight) -> Iterator[Bytes]:
 
 def _finite(entry: Entry, data: Bytes) -> Bytes:
     """The bytes, whose numbers are all numbers."""
-    values = torch.frombuffer(bytearray(data), dtype=_FLOATS[entry.dtype])
+    values = torch.frombuffer(bytearray(data), dtype=DTYPES[entry.dtype])
     if not torch.isfinite(values).all():
         raise CheckpointError(
             f"tensor {entry.name}: holds values that are NaN or infinite; the checkpoint is damaged"

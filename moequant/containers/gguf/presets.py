@@ -54,7 +54,8 @@ BASE_TYPES: Mapping[str, str] = {
 LEGACY = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"})
 """Presets that people ask for because of the type's kernels: the types are llama.cpp's, not a size."""
 
-UNQUANTIZED = frozenset({"F32", "BF16", "F16"})
+UNQUANTIZED = frozenset({"F32", "BF16", "F16", "I32"})
+"""Types that round nothing worth a measurement, and the presets called after them."""
 
 FILE_TYPES: Mapping[str, int] = {
     "F32": 0,
@@ -176,8 +177,8 @@ class _Place:
 
 
 def _type(preset: str, base: str, weight: Weight, place: _Place) -> str:
-    if weight.role.keeps_precision or len(weight.shape) < 2:
-        return "F32"
+    if weight.fixed_type is not None:
+        return weight.fixed_type
     if base in UNQUANTIZED:
         return base
     chosen = _rule(preset, base, weight, place)

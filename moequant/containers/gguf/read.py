@@ -33,6 +33,9 @@ WIDE = 1 << 12
 """Weights of a row for gguf-py, at least where there are so many: it takes 16 rows at a time, and short ones
 cost it more in calls than in numbers."""
 
+WHOLE = "I32"
+"""The type of whole numbers: nobody decodes them."""
+
 MOST_SHARDS = 10_000
 """Files of a model, at most: names promise more without having them."""
 
@@ -96,13 +99,15 @@ class GgufFile:
 
     def values(self, name: str, experts: range | None = None) -> Tensor:
         """A tensor decoded by gguf-py, f32 in its own shape, or these experts of a stack [E, out, in]: one by
-        one, some rows at a time.
+        one, some rows at a time; whole numbers as they are.
 
         Raises what `data` raises, and VerifyError for a type that gguf-py cannot decode.
         """
         import torch  # headers are read without it: a second faster
 
         info, label = self.info(name), f"{self.path}: {name}"
+        if info.type == WHOLE:
+            return torch.from_numpy(self.data(name)).view(torch.int32).view(info.shape)
         stacked = len(info.shape) == 3
         numbers = experts or range(info.shape[0] if stacked else 1)
         out = np.empty((len(numbers), *info.shape[1:]) if stacked else info.shape, np.float32)

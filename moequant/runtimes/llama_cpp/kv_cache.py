@@ -45,7 +45,6 @@ _RECURRENT = re.compile(r"blk\.\d+\.(ssm_|shortconv)")
 
 UNMODELLED = frozenset(
     {
-        "deepseek4",
         "minimax-m3",
         "minimax-01",
         "glm5-next",
@@ -56,6 +55,23 @@ UNMODELLED = frozenset(
     }
 )
 """Architectures with caches of their own kind, which nobody has described here."""
+
+
+COMPRESSED = "deepseek4"
+"""The architecture that keeps a window of keys, which are the values too, and entries of several older
+tokens each."""
+
+_ENTRIES = 3.2
+"""Bytes for each token of a batch and of the context while those entries are chosen: masks and scores."""
+
+_WAITING = 10
+"""Copies of what waits to become an entry, at once."""
+
+_FEW = 128
+"""Entries of fewer tokens than these overlap, and an indexer chooses among them."""
+
+_STREAMS = 6.5
+"""Hidden states beside the usual ones where layers read one out of four streams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +114,8 @@ def kv_bytes(header: Header, load: Load) -> tuple[int, ...]:
             found.append(0)  # made for drafting alone
         elif layer in recurrent:
             found.append(_state_bytes(header, layer) * load.parallel)
+        elif header.arch == COMPRESSED:
+            found.append(_compressed_bytes(header, layer, load) * load.parallel)
         elif layer < own:
             cells = _window_cells(header, load) if windowed[layer] else load.cells
             found.append(cells * load.parallel * _cell_bytes(header, layer, windowed[layer], load.cache_type))
@@ -131,7 +149,12 @@ def compute_bytes(header: Header, load: Load) -> int:
     layers = header.layers
     if any(_windowed(header, layers)):
         cells += _window_cells(header, load)
-    return cells * UBATCH * 2 + width * (max(stages) + 6 * hidden) + _SMALL
+    usual = cells * UBATCH * 2 + width * (max(stages) + 6 * hidden) + _SMALL
+    if header.arch != COMPRESSED:
+        return usual
+    waiting = 2 * 4 * _FEW * keys * load.parallel
+    chosen = int(_ENTRIES * cells * UBATCH) + width * 3 * heads * keys + _WAITING * waiting
+    return max(usual + int(_STREAMS * width * hidden), chosen)
 
 
 def host_compute_bytes(header: Header, load: Load) -> int:
@@ -169,12 +192,35 @@ def _cell_bytes(header: Header, layer: int, windowed: bool, cache_type: str) -> 
     values = heads_kv * header.count(f"attention.value_length{suffix}", default)
     if header.count("attention.key_length_mla"):
         values = header.count("attention.indexer.key_length")
+    return _row_bytes(keys, cache_type) + _row_bytes(values, cache_type)
+
+
+def _row_bytes(width: int, cache_type: str) -> int:
+    """Bytes of a row of the cache. PlanError when the type's blocks do not divide it."""
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[cache_type.upper()]]
-    if keys % block or values % block:
-        raise PlanError(
-            f"cache type {cache_type}: blocks of {block} do not divide rows of {keys} and {values}; use f16"
-        )
-    return (keys + values) // int(block) * int(block_bytes)
+    if width % block:
+        raise PlanError(f"cache type {cache_type}: blocks of {block} do not divide rows of {width}; use f16")
+    return width // int(block) * int(block_bytes)
+
+
+def _compressed_bytes(header: Header, layer: int, load: Load) -> int:
+    """A layer of one sequence that keeps a window and, of each `ratio` older tokens, an entry; where an
+    indexer chooses among those, another one for it.
+
+    Tokens of which no entry is made yet wait in float32, with what each counts. Where few make an entry,
+    those of the entry before wait as well, and two numbers stand for one.
+    """
+    ratio, width = header.at("attention.compress_ratios", layer), header.count("attention.key_length")
+    kept = _window_cells(header, load) * _row_bytes(width, load.cache_type)
+    if not ratio:
+        return kept
+    few = ratio < _FEW
+    widths = [width, header.count("attention.indexer.key_length")] if few else [width]
+    entries = _padded(-(-load.cells // ratio))
+    for each in widths:
+        waiting = 4 * ratio * each if few else ratio * each
+        kept += entries * _row_bytes(each, load.cache_type) + 2 * 4 * waiting
+    return kept
 
 
 def _state_bytes(header: Header, layer: int) -> int:

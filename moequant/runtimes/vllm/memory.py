@@ -54,6 +54,8 @@ _WHOLE = frozenset(
 
 _UNKNOWN = frozenset(
     {
+        Role.COMPRESSOR,
+        Role.OUT_A,
         Role.INDEXER,
         Role.INDEXER_WEIGHTS,
         Role.STATE,

@@ -16,7 +16,7 @@ from moequant.containers.folders.container import FolderContainer
 from moequant.containers.folders.plan import FolderSettings, kept_dtype, modules
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "ernie4_5_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v4", "ernie4_5_moe"])
 def test_experts_that_stay_are_all_written(tiny, tmp_path: Path, text: Path, family: str) -> None:
     """Each has a tensor of its own, whether the checkpoint stacks them or not, and no scheme."""
     model, out, plan = tiny(family), tmp_path / "out", tmp_path / "plan.json"

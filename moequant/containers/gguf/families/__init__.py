@@ -9,6 +9,7 @@ from moequant.containers.gguf.families.base import Computed, Export, FileTensor,
 from moequant.containers.gguf.families.cohere2_moe import COHERE2_MOE
 from moequant.containers.gguf.families.dbrx import DBRX
 from moequant.containers.gguf.families.deepseek2 import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, MISTRAL4
+from moequant.containers.gguf.families.deepseek4 import DEEPSEEK_V4
 from moequant.containers.gguf.families.deepseek32 import DEEPSEEK_V32, GLM_MOE_DSA
 from moequant.containers.gguf.families.dots1 import DOTS1
 from moequant.containers.gguf.families.ernie4_5_moe import ERNIE4_5_MOE
@@ -46,6 +47,7 @@ EXPORTS: Mapping[str, Export] = {
     "deepseek_v3": DEEPSEEK_V3,
     "glm4_moe": GLM4_MOE,
     "deepseek_v32": DEEPSEEK_V32,
+    "deepseek_v4": DEEPSEEK_V4,
     "glm_moe_dsa": GLM_MOE_DSA,
     "glm4_moe_lite": GLM4_MOE_LITE,
     "gpt_oss": GPT_OSS,

@@ -108,9 +108,10 @@ class Computed:
     values: tuple[float, ...]
 
 
-def yarn_bounds(config: Config) -> tuple[str, ...]:
-    """A warning where YaRN has bounds of its own: most graphs read them from no file."""
-    rope = getattr(config, "rope_parameters", None) or {}
+def yarn_bounds(config: Config, parameters: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """A warning where YaRN has bounds of its own, in the config's `rope_parameters` or in others: most graphs
+    read them from no file."""
+    rope = parameters or getattr(config, "rope_parameters", None) or {}
     fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
     if rope.get("rope_type") != "yarn" or (fast, slow) == (32, 1):
         return ()
