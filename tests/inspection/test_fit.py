@@ -19,6 +19,7 @@ from moequant.containers.gguf.header import Header, TensorInfo
 from moequant.containers.gguf.read import read_header
 from moequant.errors import CheckpointError, PlanError
 from moequant.inspection.fit import RESERVE, Candidate, Hardware, fit, place
+from moequant.runtimes.llama_cpp.engine import LlamaError
 from moequant.runtimes.llama_cpp.kv_cache import Load, compute_bytes, kv_bytes
 from tests import gguf_shapes
 from tests.clients.llama import memory_report, model_bytes
@@ -67,6 +68,22 @@ def test_memory_of_tiny_models_is_what_llama_cpp_reserves(file, family: str, loa
 @pytest.mark.parametrize("load", [Load(512), Load(1000, 3), Load(4096)], ids=str)
 def test_memory_of_delta_attention_among_latent_is_what_llama_cpp_reserves(file, load: Load) -> None:
     close_to_llama_cpp(file("bailing_hybrid"), load, slack=0.12)
+
+
+@pytest.mark.parametrize("load", [Load(512), Load(1000, 3), Load(512, 2, "q8_0")], ids=str)
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "hy_v4", "glm5_next", "minimax_m3"])
+def test_caches_of_indexers_are_what_llama_cpp_reserves(file, family: str, load: Load) -> None:
+    """Of all layers, of some, of pools of tokens, and with values; compute buffers are larger than said."""
+    path, kind = file(family), GGML_TYPES[load.cache_type]
+    if load.cache_type == "q8_0" and family != "glm5_next":  # rows of 80 and of 48
+        with pytest.raises(LlamaError, match="block size 32 does not divide"):
+            memory_report(path, load.ctx * load.parallel, load.parallel, kind)
+        with pytest.raises(PlanError, match="blocks of 32 do not divide rows of"):
+            kv_bytes(read_header(path), load)
+        return
+    theirs = memory_report(path, load.ctx * load.parallel, load.parallel, kind)
+    # Two caches and a state are printed, each to hundredths of a MiB.
+    assert abs(sum(kv_bytes(read_header(path), load)) - theirs.kv - theirs.state) <= 4 * PRINTED
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
