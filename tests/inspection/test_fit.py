@@ -19,6 +19,7 @@ from moequant.containers.gguf.header import Header, TensorInfo
 from moequant.containers.gguf.read import read_header
 from moequant.errors import CheckpointError, PlanError
 from moequant.inspection.fit import RESERVE, Candidate, Hardware, fit, place
+from moequant.runtimes.llama_cpp.engine import LlamaError
 from moequant.runtimes.llama_cpp.kv_cache import Load, compute_bytes, kv_bytes
 from tests import gguf_shapes
 from tests.clients.llama import memory_report, model_bytes
@@ -102,6 +103,22 @@ def test_memory_of_deepseek_v4_is_what_llama_cpp_reserves(tmp_path: Path, name: 
     path = gguf_shapes.compressed(tmp_path / "shape.gguf", **COMPRESSED[name])
     for load in (Load(4096), Load(8192, 4), Load(16384, 1, "q8_0"), Load(131072, 2), Load(1048576)):
         close_to_llama_cpp(path, load, slack=0.26, lines=8)
+
+
+@pytest.mark.parametrize("load", [Load(512), Load(1000, 3), Load(512, 2, "q8_0")], ids=str)
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "hy_v4", "glm5_next", "minimax_m3"])
+def test_caches_of_indexers_are_what_llama_cpp_reserves(file, family: str, load: Load) -> None:
+    """Of all layers, of some, of pools of tokens, and with values; compute buffers are larger than said."""
+    path, kind = file(family), GGML_TYPES[load.cache_type]
+    if load.cache_type == "q8_0" and family != "glm5_next":  # rows of 80 and of 48
+        with pytest.raises(LlamaError, match="block size 32 does not divide"):
+            memory_report(path, load.ctx * load.parallel, load.parallel, kind)
+        with pytest.raises(PlanError, match="blocks of 32 do not divide rows of"):
+            kv_bytes(read_header(path), load)
+        return
+    theirs = memory_report(path, load.ctx * load.parallel, load.parallel, kind)
+    # Two caches and a state are printed, each to hundredths of a MiB.
+    assert abs(sum(kv_bytes(read_header(path), load)) - theirs.kv - theirs.state) <= 4 * PRINTED
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
@@ -320,8 +337,8 @@ def test_what_cannot_be_known_is_refused(qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="--ctx 40,000 is more than the model's context; give --ctx 32768"):
         fit(qwen, hardware(24), Load(40_000))
     whole = read_header(qwen)
-    metadata = {key.replace("qwen3moe", "hy_v4"): value for key, value in whole.metadata.items()}
-    metadata["general.architecture"] = "hy_v4"
+    metadata = {key.replace("qwen3moe", "kimi-k3"): value for key, value in whole.metadata.items()}
+    metadata["general.architecture"] = "kimi-k3"
     strange = Header(whole.path, metadata, whole.tensors, whole.file_bytes)
     with pytest.raises(PlanError, match="llama-fit-params"):
         place(strange, hardware(24), Load(4096))

@@ -45,10 +45,7 @@ _RECURRENT = re.compile(r"blk\.\d+\.(ssm_|shortconv)")
 
 UNMODELLED = frozenset(
     {
-        "minimax-m3",
         "minimax-01",
-        "glm5-next",
-        "hy_v4",
         "qwen4exp",
         "kimi-k3",
         "dots3note",
@@ -183,7 +180,8 @@ def experts_used(header: Header, layer: int, experts: int) -> int:
 
 
 def _cell_bytes(header: Header, layer: int, windowed: bool, cache_type: str) -> int:
-    """Bytes of one token in one layer; MLA keeps a single compressed row and no values."""
+    """Bytes of one token in one layer; MLA keeps a single compressed row and no values. An indexer keeps rows
+    of its own."""
     heads = header.at("attention.head_count", layer)
     heads_kv = header.at("attention.head_count_kv", layer, heads)
     default = header.count("embedding_length") // heads if heads else 0
@@ -191,8 +189,25 @@ def _cell_bytes(header: Header, layer: int, windowed: bool, cache_type: str) -> 
     keys = heads_kv * header.count(f"attention.key_length{suffix}", default)
     values = heads_kv * header.count(f"attention.value_length{suffix}", default)
     if header.count("attention.key_length_mla"):
-        values = header.count("attention.indexer.key_length")
-    return _row_bytes(keys, cache_type) + _row_bytes(values, cache_type)
+        values = 0
+    rows = (keys, values, *_indexer_rows(header, layer, values))
+    return sum(_row_bytes(row, cache_type) for row in rows)
+
+
+def _indexer_rows(header: Header, layer: int, values: int) -> tuple[int, ...]:
+    """What the indexer of a layer keeps of a token, in numbers; nothing where a layer takes the choice of
+    another, or has none."""
+    size = header.count("attention.indexer.key_length")
+    own = header.get("attention.indexer.types")
+    if isinstance(own, tuple) and not own[layer]:
+        return ()
+    match header.arch:
+        case "glm5-next":  # keys, and two more rows of which pools of tokens are made
+            return (3 * size,)
+        case "minimax-m3":  # one head, with values as the layer's own have them; none in front
+            dense = layer < header.count("leading_dense_block_count")
+            return () if dense else (size, values // header.at("attention.head_count_kv", layer, 1))
+    return (size,)
 
 
 def _row_bytes(width: int, cache_type: str) -> int:
