@@ -20,6 +20,15 @@ def test_nearest_is_the_nearest(compiled: bool) -> None:
     assert torch.equal((t - found).abs(), (t[:, None] - values).abs().min(1).values)
 
 
+def test_a_border_belongs_to_the_value_below() -> None:
+    """As `bucketize` has it, for what lies just beside a border and for what is too large."""
+    borders, values = torch.tensor(midpoints(VALUES)), torch.tensor(VALUES)
+    beside = [torch.nextafter(borders, borders + sign) for sign in (-1, 1)]
+    far = torch.tensor([-torch.inf, -1e38, -0.0, 1e-40, 1e38, torch.inf])
+    t = torch.cat([borders, *beside, far])
+    assert torch.equal(nearest(t, midpoints(VALUES), VALUES), values[torch.bucketize(t, borders)])
+
+
 def test_a_ladder_snaps_to_its_rungs() -> None:
     ladder = Ladder(1, 31, 2)
     v = torch.linspace(-5, 40, 500)
