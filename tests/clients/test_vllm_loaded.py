@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from moequant.checkpoint import open_checkpoint
+from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.containers.folders import compressed_tensors
 from moequant.containers.folders.plan import modules
 from moequant.containers.folders.read import FolderWeights
@@ -49,28 +50,50 @@ def expected(reader: FolderWeights, sides: dict[str, Weight]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", SMALL)
-def test_vllm_loads_every_expert_and_takes_the_largest_number(tiny, tmp_path: Path, family: str) -> None:
-    """The number that it takes for a layer is the one that `compare` rounds by."""
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model, the folder that was made of it, and what vLLM has loaded of every layer."""
+
+    checkpoint: Checkpoint
+    folder: Path
+    layers: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    """All families, by one process."""
     if not (ENVIRONMENT / "complete").is_file():
         pytest.skip(f"vLLM's environment {ENVIRONMENT} is absent: tests/clients/vllm_env.sh makes it")
-    model, out = tiny(family, **SMALL[family]), tmp_path / "out"
-    checkpoint = open_checkpoint(model)
-    quantized(model, out, calibrate(checkpoint, rows("text")), scheme="FP8", quantize_attention=True)
+    checkpoints = {family: open_checkpoint(tiny(family, **SMALL[family])) for family in SMALL}
+    outs = {family: tmp_path_factory.mktemp("loaded") / family for family in SMALL}
+    for family, out in outs.items():
+        seen = calibrate(checkpoints[family], rows("text"))
+        quantized(checkpoints[family].path, out, seen, scheme="FP8", quantize_attention=True)
     run = subprocess.run(
-        [ENVIRONMENT / "bin" / "python", SCRIPT, out],
+        [ENVIRONMENT / "bin" / "python", SCRIPT, *outs.values()],
         capture_output=True,
         text=True,
         check=False,
         timeout=600,
     )
     assert run.returncode == 0, run.stderr[-3000:]
+    told = json.loads(run.stdout.strip().splitlines()[-1])
+    return {
+        family: Loaded(checkpoints[family], outs[family], layers)
+        for family, layers in zip(SMALL, told, strict=True)
+    }
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_vllm_loads_every_expert_and_takes_the_largest_number(loaded: dict[str, Loaded], family: str) -> None:
+    """The number that it takes for a layer is the one that `compare` rounds by."""
+    checkpoint, out = loaded[family].checkpoint, loaded[family].folder
     reader, layers = compressed_tensors.open_folder(out), dict[int, dict[str, Weight]]()
     for weight in checkpoint.weights:
         if weight.is_expert and weight.layer is not None:
             layers.setdefault(weight.layer, {})[weight.name.rpartition(".")[2]] = weight
     wanted = [expected(reader, sides) for sides in layers.values()]
-    assert json.loads(run.stdout.strip().splitlines()[-1]) == wanted
+    assert loaded[family].layers == wanted
     assert all(
         each["scales"][0][expert][0] == each["scales"][0][expert][1] for each in wanted for expert in (0, 1)
     )

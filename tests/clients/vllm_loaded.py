@@ -1,10 +1,11 @@
 """Runs in vLLM's environment: what vLLM's own loader has made of the experts of a folder in static FP8.
 
-    python vllm_loaded.py FOLDER
+    python vllm_loaded.py FOLDER…
 
+Every folder is loaded in a child, forked of a process that has imported vLLM, which takes long.
 No kernel for this scheme runs on a CPU, so that loading ends where vLLM would hand the weights to one. The
-last line of the output has, by layer, the numbers that scale inputs of every expert and what vLLM makes of
-them, the scales of weights, and a checksum of the codes of every expert.
+last line of the output has, by folder and layer, the numbers that scale inputs of every expert and what vLLM
+makes of them, the scales of weights, and a checksum of the codes of every expert.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 import zlib
 from typing import Any
 
@@ -62,6 +64,26 @@ def loaded(folder: str) -> list[dict[str, Any]]:
     return found
 
 
+def forked(folder: str) -> list[dict[str, Any]]:
+    """The same, of a child."""
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        try:
+            with os.fdopen(writing, "w") as answer:
+                answer.write(json.dumps(loaded(folder)))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        said = answer.read()
+    if os.waitpid(child, 0)[1]:
+        sys.exit(1)
+    found: list[dict[str, Any]] = json.loads(said)
+    return found
+
+
 if __name__ == "__main__":
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1",
@@ -69,4 +91,6 @@ if __name__ == "__main__":
         VLLM_LOGGING_LEVEL="ERROR",
         HF_HUB_OFFLINE="1",
     )
-    print("\n" + json.dumps(loaded(sys.argv[1])))
+    import vllm  # noqa: F401  before the forks
+
+    print("\n" + json.dumps([forked(folder) for folder in sys.argv[1:]]))
