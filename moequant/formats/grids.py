@@ -158,8 +158,8 @@ def near_lists(grid: Grid, lists: int, device: torch.device) -> list[Tensor]:
     return [part.contiguous().to(device) for part in near.t().view(lists, LISTED, -1)]
 
 
-def steps_up(grid: Grid, word: Tensor, i: int | Tensor) -> Tensor:
-    """(value - low) / step of weight i, or of several, in rows given as words, without delta, f32."""
+def steps_up(grid: Grid, word: Tensor, i: int) -> Tensor:
+    """(value - low) / step of weight i in rows given as words, without delta, f32."""
     c = (word >> (grid.bits * i) & ((1 << grid.bits) - 1)).to(torch.float32)
     return torch.where(c == grid.highest, c + grid.extra / grid.step, c) if grid.extra else c
 
@@ -207,10 +207,10 @@ def _closest_at_once(
     for digit in (up + 0.5).floor().clamp(0, grid.highest).to(torch.int32).unbind():
         key = key * (grid.highest + 1) + digit
     start = _in_turn(torch.zeros_like(x[0]), w * low * (low - 2 * t))
-    word, least, weights = torch.zeros_like(key), torch.full_like(start, torch.inf), _weights(grid, x.device)
+    word, least = torch.zeros_like(key), torch.full_like(start, torch.inf)
     for row in near.unbind():
-        new = row[key]
-        c = steps_up(grid, new, weights)
+        new = row.index_select(0, key.flatten()).view(key.shape)
+        c = _all_steps_up(grid, new)
         error = _in_turn(start, c * (w * c + pull))
         better = error < least
         least = torch.where(better, error, least)
@@ -231,9 +231,18 @@ def _better(
     return torch.where(better, word, found[0]), torch.where(better, least, found[1])
 
 
-def _weights(grid: Grid, device: torch.device) -> Tensor:
-    """The numbers of the weights of a group, [group, 1, 1]."""
-    return torch.arange(grid.group, dtype=torch.int32, device=device).view(-1, 1, 1)
+def _all_steps_up(grid: Grid, word: Tensor) -> Tensor:
+    """`steps_up` of all weights of rows [parts, m], f32 [group, parts, m], out of a table."""
+    places, table = _steps(grid, word.device)
+    return table.index_select(0, (word >> places & len(table) - 1).flatten()).view(-1, *word.shape)
+
+
+@cache
+def _steps(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the bits of the weights of a group begin, [group, 1, 1], and what `steps_up` makes of each c."""
+    weights = torch.arange(grid.group, dtype=torch.int32, device=device)
+    every = torch.arange(1 << grid.bits, dtype=torch.int32, device=device)
+    return (grid.bits * weights).view(-1, 1, 1), steps_up(grid, every, 0)
 
 
 def _in_turn(total: Tensor, rest: Tensor) -> Tensor:
@@ -280,7 +289,7 @@ def _judge_at_once(
     """`judge`, all weights of a group in one call."""
     zero = torch.zeros_like(x[0])
     low = grid.low + torch.where(word < DOWN, grid.delta, -grid.delta)
-    v = low + grid.step * steps_up(grid, word, _weights(grid, x.device))
+    v = low + grid.step * _all_steps_up(grid, word)
     wv = w * v
     return _judged(_in_turn(zero, wv * x).sum(0), _in_turn(zero, wv * v).sum(0), step, best)
 
