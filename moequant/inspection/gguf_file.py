@@ -12,6 +12,13 @@ from moequant.runtimes.llama_cpp.kv_cache import experts_used
 ORDER = (*(role for role, _ in ROLES), "other")
 
 
+ALONE = (
+    "the original's config.json and tokenizer are not beside the file: name their folder, moequant convert "
+    "FILE --config FOLDER"
+)
+"""Why a file that could be converted again is not converted as it lies there."""
+
+
 def inspect_gguf(header: Header) -> Inspection:
     """Describe a GGUF file, all shards of it. Raises CheckpointError for what is not a whole GGUF model."""
     path = header.path
@@ -46,7 +53,7 @@ def inspect_gguf(header: Header) -> Inspection:
         tokenizer=_tokenizer(header),
         made_by=header.text("general.quantized_by"),
         presets=(),
-        missing=("a GGUF file is a result: `moequant convert` starts from a Hugging Face folder",),
+        missing=() if (path.parent / "config.json").is_file() else (ALONE,),
         notes=_notes(header),
         runtimes=gguf_runtimes(header.arch, tuple(name for name, _ in types)),
     )

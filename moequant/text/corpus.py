@@ -290,7 +290,8 @@ def _check_budget(tokens: int, length: int) -> None:
     """CorpusError when `tokens` are fewer than MIN_ROWS rows of `length`."""
     if tokens < MIN_ROWS * length:
         raise CorpusError(
-            f"a budget of {tokens} tokens: {MIN_ROWS * length} are the least ({MIN_ROWS} rows of {length})"
+            f"a budget of {tokens} tokens: {MIN_ROWS * length} are the least ({MIN_ROWS} rows of {length}); "
+            "raise --calib-tokens or --eval-tokens"
         )
 
 

@@ -351,6 +351,14 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
+def test_a_file_says_what_converting_it_again_needs(tiny, file, tmp_path: Path) -> None:
+    alone = shutil.copy(file("olmoe"), tmp_path / "m.gguf")
+    (reason,) = inspect(alone).missing
+    assert "--config FOLDER" in reason and "--config FOLDER" in run("inspect", alone)[1]
+    shutil.copy(tiny("olmoe") / "config.json", tmp_path)
+    assert not inspect(alone).missing
+
+
 def test_the_command(tiny, file) -> None:
     for path in (tiny("olmoe"), file("olmoe")):
         code, shown, _ = run("inspect", path)
