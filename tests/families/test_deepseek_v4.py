@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moequant.checkpoint import load, open_checkpoint
+from moequant.checkpoint import folder_of, load, open_checkpoint
 from moequant.commands.check import CheckSettings, check
+from moequant.commands.compare import CompareSettings, run
 from moequant.commands.convert import Settings, convert
 from moequant.containers.folders import compressed_tensors
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.families.deepseek4 import DEEPSEEK_V4
-from moequant.errors import CheckpointError, FamilyError, PlanError
+from moequant.containers.gguf.source import open_gguf
+from moequant.errors import CheckpointError, FamilyError, PlanError, VerifyError
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
 from moequant.plan.document import check_fit
@@ -87,6 +89,18 @@ def test_a_table_is_the_same_in_the_file(folder: Path, tmp_path: Path, text: Pat
         found = tensors[f"blk.{layer}.ffn_gate_tid2eid.weight"]
         assert found.tensor_type == gguf.GGMLQuantizationType.I32
         assert np.array_equal(found.data, table(folder, layer).numpy())
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(out.read_bytes())
+    place = tensors["blk.1.ffn_gate_tid2eid.weight"].data_offset
+    with damaged.open("r+b") as file:
+        file.seek(place + 4)
+        file.write((8).to_bytes(4, "little"))
+    asked = CompareSettings(eval=text, eval_tokens=1024)
+    with pytest.raises(VerifyError, match=r"blk\.1\.ffn_gate_tid2eid\.weight has a 8, where 0 to 7 can be"):
+        run(folder, [damaged], asked)
+    source = open_gguf(replace(folder_of(folder), gguf=damaged))
+    with pytest.raises(CheckpointError, match="has a 8, where 0 to 7 can be"):
+        [load(weight) for weight in source.weights if weight.role is Role.TABLE]
     report = check(out, CheckSettings(baseline=folder, calib=text, tokens=512))
     assert report.damages == () and len(report.blocks) == 4
     assert all(block.local_routing == 1 for block in report.blocks)

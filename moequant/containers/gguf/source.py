@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from moequant.checkpoint import Checkpoint, Folder
-from moequant.checkpoint.codecs import as_shipped, ggml
+from moequant.checkpoint.codecs import as_shipped, ggml, whole_numbers
 from moequant.checkpoint.open import every_slot, head_last, read_config, shape_of
 from moequant.checkpoint.predictions import Predictions, fed, sites_of
 from moequant.checkpoint.slots import filled
@@ -23,7 +23,7 @@ from moequant.errors import CheckpointError
 from moequant.families import Slot
 from moequant.families.config import make_config
 from moequant.forward.model import shapes
-from moequant.values import ModelShape, Origin, Stored, Weight
+from moequant.values import ModelShape, Origin, Role, Stored, Weight
 from moequant.values.ops import Ops, shape_after
 
 HEAD = "output.weight"
@@ -132,7 +132,10 @@ def _origin(weight: Weight, exported: Exported, file: GgufFile) -> Origin:
     for name, ops in exported.parts[weight.name]:
         # The file's shape may be another than the weight's at the same bytes.
         ref = replace(file.ref(exported.names[name]), shape=cut[name].shape)
-        pieces.append((ops, ggml.of_type(ref)))
+        stored = ggml.of_type(ref)
+        if weight.role is Role.TABLE:
+            stored = whole_numbers(stored, exported.checkpoint.n_experts)
+        pieces.append((ops, stored))
     if len(pieces) == 1 and not pieces[0][0]:
         return _whole(pieces[0][1])
     stored = ggml.joined(weight.name, weight.shape, tuple(pieces))

@@ -30,10 +30,23 @@ class GgufWeights:
             raise VerifyError(f"{self.file.path}: {theirs} is {list(found)}, expected {list(expected)}")
         shape = self._shapes[name]
         if experts is None:
-            return self.file.values(theirs).reshape(shape)
+            values = self.file.values(theirs).reshape(shape)
+            if not values.is_floating_point():
+                self._check_table(theirs, values)
+            return values
         if len(found) < 3:  # experts in one matrix
             return self.file.values(theirs).reshape(shape)[experts.start : experts.stop]
         return self.file.values(theirs, experts).reshape(len(experts), *shape[1:])
+
+    def _check_table(self, theirs: str, values: Tensor) -> None:
+        """VerifyError for a table with a number that is no expert's."""
+        experts = self.exported.checkpoint.n_experts
+        wrong = values[(values < 0) | (values >= experts)]
+        if len(wrong):
+            raise VerifyError(
+                f"{self.file.path}: {theirs} has a {int(wrong[0])}, where 0 to {experts - 1} can be; the "
+                "file is damaged, make it again"
+            )
 
     def as_cut(self, weight: Weight) -> Tensor:
         """Decoded values of a weight as the file cuts it: a `forward.model.Provider` of
