@@ -17,7 +17,7 @@ from tests.models import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-ELSEWHERE = {"vllm", "llmcompressor", "auto_round"}
+ELSEWHERE = {"vllm", "llmcompressor", "auto_round", "sglang"}
 """What tests/clients and benchmarks/served_tool.py run in environments of their own."""
 
 OURS = {"moequant", "tests", "scripts", "benchmarks"}
