@@ -27,6 +27,7 @@ from moequant.commands.job import Job, probing_of
 from moequant.commands.journal import journal_bytes
 from moequant.commands.text import Texts
 from moequant.escape import shown
+from moequant.evaluate.divergence import LOGITS
 from moequant.formats import Effort, engine
 from moequant.forward.memory import rounding_work, usable_bytes, working_bytes
 from moequant.plan.measure import Probing
@@ -99,6 +100,9 @@ STREAMS = 7
 """Hidden states, and what is as wide, of both versions at once: in front of a layer and behind it, what
 experts are fed, what they give."""
 
+LOGITS_HELD = 12
+"""Sets of logits, at most `LOGITS` of them each, that a comparison holds at once, on all threads."""
+
 LIBRARIES = 600_000_000
 """Bytes that libraries come to hold while a conversion runs, beside what they hold at its start."""
 
@@ -164,22 +168,42 @@ def forecast(jobs: Sequence[Job], read: Texts, routes: bool) -> Forecast | None:
 
 
 def _memory(jobs: Sequence[Job], read: Texts) -> int:
-    """Bytes that this process has, what a layer takes in the original and an output, hidden states, which go
-    to disk above half of --ram, and what rounding works with."""
+    """Bytes that this process comes to hold, and what the stage that needs most adds: two versions of a layer
+    or of the ends with hidden states, or what rounding works with."""
     settings, checkpoint = jobs[0].settings, jobs[0].container.checkpoint
-    found = resident_bytes() + LIBRARIES + working_bytes(checkpoint, 2, usable_bytes(settings.ram))
-    if read.calibration is None:
-        return found
-    rounds, tokens = settings.effort != "fast", read.calibration.tokens
-    states = 4 * tokens * checkpoint.shape.hidden * checkpoint.shape.streams * (STREAMS if rounds else 1)
-    found += states if settings.ram is None else min(states, settings.ram // 2)
-    if rounds:  # Grams of experts, as many bytes to round them under, and attention that is kept
-        most = rounding_work(settings.ram)
-        wide = [w for w in checkpoint.weights if w.site is not None and w.runs]
-        grams = max(4 * w.matrices * w.n_in * (5 * w.n_in + w.shape[-2]) for w in wide)
-        mixed = max((8 * tokens * w.n_in for w in wide if not w.is_expert), default=0)
-        found += 2 * min(most, grams) + min(most, mixed)
-    return found
+    versions = working_bytes(checkpoint, 2, usable_bytes(settings.ram)) + _states(jobs[0], read, 1)
+    if read.evaluation is not None:
+        versions += LOGITS_HELD * 4 * min(LOGITS, read.evaluation.tokens * checkpoint.shape.vocab)
+    rounding = 0 if settings.effort == "fast" else _rounding(jobs[0], read)
+    return resident_bytes() + LIBRARIES + max(versions, rounding)
+
+
+def _states(job: Job, read: Texts, count: int) -> int:
+    """Bytes of so many sets of hidden states, which go to disk above half of --ram."""
+    tokens, shape = 0 if read.calibration is None else read.calibration.tokens, job.container.checkpoint.shape
+    ram, states = job.settings.ram, 4 * tokens * shape.hidden * shape.streams * count
+    return states if ram is None else min(states, ram // 2)
+
+
+def _rounding(job: Job, read: Texts) -> int:
+    """Bytes of Grams of experts, as many again to round them under, attention that is kept, hidden states of
+    both versions, and what else there is of a layer, or the head."""
+    checkpoint, most = job.container.checkpoint, rounding_work(job.settings.ram)
+    tokens = 0 if read.calibration is None else read.calibration.tokens
+    wide = [weight for weight in checkpoint.weights if weight.site is not None and weight.runs]
+    grams = max((4 * w.matrices * w.n_in * (5 * w.n_in + w.shape[-2]) for w in wide), default=0)
+    mixed = max((8 * tokens * weight.n_in for weight in wide if not weight.is_expert), default=0)
+    layers: dict[int | None, int] = {}
+    for weight in checkpoint.weights:
+        if not weight.is_expert:
+            own = 4 * weight.numel if weight.layer is None else 8 * weight.numel + layers.get(weight.layer, 0)
+            layers[weight.layer] = max(own, layers.get(weight.layer, 0))
+    return (
+        _states(job, read, STREAMS)
+        + 2 * min(most, grams)
+        + min(most, mixed)
+        + max(layers.values(), default=0)
+    )
 
 
 def _disk(jobs: Sequence[Job], read: Texts) -> int:
