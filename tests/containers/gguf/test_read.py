@@ -437,12 +437,12 @@ def test_shards_under_other_names(shards: list[Path], tmp_path: Path) -> None:
 
 def test_types_that_nobody_decodes(tmp_path: Path) -> None:
     found = GgufFile(
-        saved(tmp_path / "m.gguf", with_tensors(tensor("x", (32,), 999), tensor("y", (2,), T.I32, 128)))
+        saved(tmp_path / "m.gguf", with_tensors(tensor("x", (32,), 999), tensor("y", (2,), T.I16, 128)))
     )
     assert found.tensors["x"].type == "type 999" and found.tensors["x"].bytes == 128
     for name, says in (
         ("x", "type 999, which gguf-py does not know"),
-        ("y", "I32, which gguf-py cannot"),
+        ("y", "I16, which gguf-py cannot"),
         ("z", "miss"),
     ):
         with pytest.raises(VerifyError, match=rf"m\.gguf: .*{says}"):
