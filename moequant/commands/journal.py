@@ -33,6 +33,7 @@ from moequant.errors import HubError, MoequantError, OutputError, RankError, Ver
 from moequant.files import Interrupted, atomic, discard, is_scratch, part_names
 from moequant.plan import Sensitivities
 from moequant.plan.figures import Figures
+from moequant.report.style import size
 from moequant.rounding.parts import Parts, loss_fields, loss_of, loss_tensors
 from moequant.statistics import sealed
 from moequant.statistics.journal import Journal, digest, fingerprint
@@ -281,8 +282,8 @@ def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: T
     needed = journal_bytes(jobs, read)
     if shutil.disk_usage(folder.parent).free < sum(job.size for job in jobs) + needed:
         _LOG.warning(
-            "%s: no room for %.1f GB beside the output: a killed run could not continue, and begins again",
-            folder, needed / 1e9,
+            "%s: no room for %s beside the output: a killed run could not continue, and begins again",
+            folder, size(needed),
         )  # fmt: skip
         return None
     if needed >= TOLD:
