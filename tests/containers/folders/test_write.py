@@ -94,7 +94,11 @@ def test_side_files_and_card(tiny, tmp_path: Path) -> None:
         assert record["crc32"].pop(name) == zlib.crc32(raw)
     assert not record["crc32"]
     card = (out / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\n"), "a folder's name is no name of the Hub"
+    front = card.split("---\n")[1]
+    assert "\nlicense: apache-2.0\n" in front
+    assert not any(line.startswith("base_model") for line in front.splitlines()), (
+        "a folder is no name of the Hub"
+    )
     assert "Praise" not in card and "int4, one scale for 128 weights" in card and "vllm serve" in card
 
 
