@@ -22,8 +22,8 @@ from moequant.text.rows import ROW
 
 @dataclass(frozen=True)
 class Fast:
-    """A shape of real-shapes, with so many layers and tokens (0: its own). llama.cpp's tools read files of the
-    types `exact`, made by us, and run on `threads` (0: all cores)."""
+    """A shape of real-shapes, with so many layers and tokens (0: its own). llama.cpp's tools read files of
+    the types `exact`, made by us, and run on `threads` (0: all cores)."""
 
     shape: str = "Qwen3-30B-A3B"
     text: Path = CALIB
@@ -42,8 +42,9 @@ class Fast:
 )
 def fast(o: Fast) -> Rows:
     """Random layers whose inputs are correlated, the same text, tokens and types, in turn. Ours are the CPU
-    seconds of the stages `route` and `quantize` in a fresh process, and of the whole command with its checks;
-    theirs are those of the two programs, for llama-imatrix without perplexities. The ratio is ours over theirs."""
+    seconds of the stages `route` and `quantize` in a fresh process, and of the whole command with its
+    checks; theirs are those of the two programs, for llama-imatrix without perplexities. The ratio is ours
+    over theirs."""
     shape = SHAPES[o.shape]
     shape = replace(shape, layers=o.layers or shape.layers, tokens=o.tokens or shape.tokens)
     with tempfile.TemporaryDirectory(prefix="moequant-fast-") as name:
@@ -56,14 +57,18 @@ def fast(o: Fast) -> Rows:
             yield {"turn": turn, "who": "moequant"} | ours
             for kind in o.exact:
                 theirs = tools(folder, kind, o, shape.tokens)
-                yield {"turn": turn, "who": f"llama.cpp, {kind}"} | theirs | {
-                    "ratio": ours["both"] / theirs["both"]
-                }
+                yield (
+                    {"turn": turn, "who": f"llama.cpp, {kind}"}
+                    | theirs
+                    | {"ratio": ours["both"] / theirs["both"]}
+                )
 
 
 def converted(model: Path, out: Path, o: Fast, tokens: int) -> dict[str, Any]:
     """Our conversion's CPU seconds; nothing is compared, since they do not compare either."""
-    settings = Settings(o.type, calib=o.text, calib_tokens=tokens, eval_tokens=0, effort="fast", overwrite=True)
+    settings = Settings(
+        o.type, calib=o.text, calib_tokens=tokens, eval_tokens=0, effort="fast", overwrite=True
+    )
     report = convert(model, out, settings)
     spent = {cost.name: cost.cpu_seconds for cost in report.stages}
     return {
