@@ -42,7 +42,7 @@ COMMON = {
 }
 
 DELTA_NET = {
-    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    "layer_types": ["linear_attention", "full_attention"],
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
     "linear_num_key_heads": 2,
@@ -320,7 +320,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         },
     },
     "qwen3_next": {
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "head_dim": 64,
         "intermediate_size": 320,
         "moe_intermediate_size": 192,
@@ -330,7 +330,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         **DELTA_NET,
     },
     "qwen3_5_moe": {
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "head_dim": 64,
         "moe_intermediate_size": 192,
         "shared_expert_intermediate_size": 128,
@@ -548,7 +548,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         },
     },
     "gemma4": {
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "head_dim": 32,
         "global_head_dim": 64,
         "num_global_key_value_heads": 1,
@@ -561,7 +561,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "top_k_experts": 3,
         "moe_intermediate_size": 192,
         "sliding_window": 48,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "layer_types": ["sliding_attention", "full_attention"],
         "final_logit_softcapping": 30.0,
         "pad_token_id": 0,
     },
@@ -1230,8 +1230,8 @@ PREDICTIONS: Mapping[str, Prediction] = {
             for name, shape in {**_JOINED, "{at}.shared_head.norm": (256,)}.items()
         },
     ),
-    "qwen3_next": Prediction({3: "mtp.layers.0."}, _UNDER_MTP),
-    "qwen3_5_moe": Prediction({3: "mtp.layers.0."}, _UNDER_MTP),
+    "qwen3_next": Prediction({1: "mtp.layers.0."}, _UNDER_MTP),
+    "qwen3_5_moe": Prediction({1: "mtp.layers.0."}, _UNDER_MTP),
     "mimo_v2_flash": Prediction({}, {**_mimo(0), **_mimo(1), **_mimo(2)}),
     "nemotron_h": Prediction(
         {2: "mtp.layers.0.", 3: "mtp.layers.1."},

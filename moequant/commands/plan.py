@@ -36,7 +36,7 @@ from moequant.report.routing import check_picture
 from moequant.statistics.calibrate import calibrate
 from moequant.text import corpus
 from moequant.text.corpus import Rows
-from moequant.text.rows import ROW, calibration_rows, split_probes
+from moequant.text.rows import probed_rows
 
 _OF_FILES = ("bpw", "type", "tensor_type")
 _OF_FOLDERS = ("schemes", "gpu", "tp")
@@ -266,7 +266,5 @@ def _check(outputs: Outputs, budgets: tuple[Budget, ...]) -> None:
 
 def _texts(model: Checkpoint, settings: PlanSettings) -> tuple[Rows, Rows]:
     """Rows to calibrate on, and others for the probes."""
-    most = Probing().rows
     documents = corpus.read(settings.calib, "calibration")
-    tokens = settings.calib_tokens + most * ROW
-    return split_probes(calibration_rows(model, documents, tokens, settings.seed, leading(model)), most)
+    return probed_rows(model, documents, settings.calib_tokens, settings.seed, leading(model), Probing().rows)

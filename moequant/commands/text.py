@@ -12,7 +12,7 @@ from moequant.errors import TokenizerError
 from moequant.plan.measure import Probing
 from moequant.text import corpus
 from moequant.text.corpus import Rows
-from moequant.text.rows import ROW, calibration_rows, load_encoder, split_probes, token_rows
+from moequant.text.rows import calibration_rows, load_encoder, probed_rows, token_rows
 
 
 def leading(checkpoint: Checkpoint) -> int | None:
@@ -49,9 +49,8 @@ def texts(checkpoint: Checkpoint, settings: Settings, calibrates: bool, measures
     if calibrates:
         documents = corpus.read(settings.calib, "calibration")
         if measures:
-            tokens = settings.calib_tokens + Probing().rows * ROW
-            calib, probes = split_probes(
-                calibration_rows(checkpoint, documents, tokens, settings.seed, bos), Probing().rows
+            calib, probes = probed_rows(
+                checkpoint, documents, settings.calib_tokens, settings.seed, bos, Probing().rows
             )
         else:
             calib = calibration_rows(checkpoint, documents, settings.calib_tokens, settings.seed, bos)

@@ -12,6 +12,7 @@ from moequant.escape import mathtext
 from moequant.files import atomic
 from moequant.plan import Point
 from moequant.plan.curve import Curve
+from moequant.report.figures import by_decades
 from moequant.report.style import line, size, table
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def draw(curve: Curve, path: Path) -> None:
         below = {"xytext": (-6, -6), "ha": "right", "va": "top"}
         _name(axes, curve.wanted, scale, below)
         _name(axes, theirs, scale, {"xytext": (3, 3), "ha": "left", "va": "bottom"})
-        axes.set_yscale("log")
+        by_decades(axes)
         axes.set_xlabel(f"file size, {unit}")
         axes.set_ylabel("predicted KL divergence")
         axes.set_title(mathtext(curve.title), loc="left", fontsize=10)

@@ -128,11 +128,26 @@ def _sizes(points: Sequence[Point]) -> Figure:
         error = min(point.kl.error, 0.9 * y)
         axes.errorbar(x, y, yerr=error, fmt="o", color=PALETTE[number % 10], capsize=2)
         axes.annotate(mathtext(point.name), (x, y), xytext=(6, 4), textcoords="offset points", color=INK)
-    axes.set_yscale("log")
+    by_decades(axes)
     axes.margins(x=0.25, y=0.15)
     axes.set_xlabel(f"size, {unit}")
     axes.set_ylabel("mean KL divergence")
     return figure
+
+
+def by_decades(axes: Axes) -> None:
+    """A logarithmic vertical axis whose labels read 0.02, and not 2 × 10⁻²."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """Labels the same ticks, with plain numbers."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain())
 
 
 def domains(found: Compared) -> str:

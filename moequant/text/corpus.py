@@ -246,7 +246,7 @@ def pack(
             f"row length {length}: a row needs at least 2 tokens, one to read and one to predict"
         )
     if tokens is not None:
-        _check_budget(tokens, length)
+        check_budget(tokens, length)
     streams = _streams(documents, tokenizer, seed, bos_id)
     total = sum(len(stream) for stream in streams.values())
     if total < MIN_ROWS * length:
@@ -273,7 +273,7 @@ def spread(rows: Rows, tokens: int) -> Rows:
     Raises CorpusError when the budget gives fewer than MIN_ROWS rows.
     """
     length = rows.ids.shape[1]
-    _check_budget(tokens, length)
+    check_budget(tokens, length)
     places: dict[str, list[int]] = {}
     for row, domain in enumerate(rows.domains):
         places.setdefault(domain, []).append(row)
@@ -286,7 +286,7 @@ def spread(rows: Rows, tokens: int) -> Rows:
     return Rows(ids, tuple(rows.domains[row] for row in chosen), rows.source, ids.numel())
 
 
-def _check_budget(tokens: int, length: int) -> None:
+def check_budget(tokens: int, length: int) -> None:
     """CorpusError when `tokens` are fewer than MIN_ROWS rows of `length`."""
     if tokens < MIN_ROWS * length:
         raise CorpusError(

@@ -15,6 +15,9 @@ from moequant.text.corpus import Document, Rows
 ROW = 512
 """Tokens in a row: llama.cpp's context for perplexity and imatrix. A shorter context has shorter rows."""
 
+PROBED = 7
+"""Rows that calibrate for each one that probes."""
+
 
 def row_length(checkpoint: Checkpoint) -> int:
     """Tokens in a row for this model."""
@@ -38,13 +41,23 @@ def calibration_rows(
     return _checked(checkpoint, corpus.spread(every, tokens))
 
 
-def split_probes(rows: Rows, most: int) -> tuple[Rows, Rows]:
-    """Rows to calibrate on, and up to `most` others to probe with, drawn evenly from the same text.
+def probed_rows(
+    checkpoint: Checkpoint, documents: list[Document], tokens: int, seed: int, bos: int | None, most: int
+) -> tuple[Rows, Rows]:
+    """At most `tokens` tokens to calibrate on, as `calibration_rows` gives them, and besides them one row to
+    probe with for every seven, at least one and at most `most`."""
+    length = row_length(checkpoint)
+    corpus.check_budget(tokens, length)
+    wanted = tokens // length
+    total = wanted + min(most, max(1, wanted // PROBED))
+    return split_probes(calibration_rows(checkpoint, documents, total * length, seed, bos), most)
 
-    Of a text too short for both, the probes get an eighth; a single row serves both.
-    """
+
+def split_probes(rows: Rows, most: int) -> tuple[Rows, Rows]:
+    """Rows to calibrate on, and one in eight, at least one and at most `most`, to probe with instead, drawn
+    evenly from the same text. A single row serves both."""
     count = len(rows.ids)
-    probes = min(most, max(1, count // 8))
+    probes = min(most, max(1, count // (PROBED + 1)))
     chosen = {round((at + 0.5) * count / probes - 0.5) for at in range(probes)}
     others = [row for row in range(count) if row not in chosen] or [0]
     return _part(rows, others), _part(rows, sorted(chosen))

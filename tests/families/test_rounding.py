@@ -21,15 +21,18 @@ KINDS = [
 ]  # fmt: skip
 """Families that have unlike attention, experts or states."""
 
+COUNT = {"qwen3_next": 64}
+"""Rows of text, 40 where no other is said: what its two layers are fed differs less than the noise of 40."""
+
 
 @pytest.mark.parametrize("family", KINDS)
 def test_a_family_is_rounded_and_better_for_it(tiny, tmp_path: Path, family: str) -> None:
     """Cut as a file is: with rotary rows in llama.cpp's order, and stacks of heads."""
-    checkpoint, text = export(open_checkpoint(tiny(family))).checkpoint, rows(count=40)
+    checkpoint, text = export(open_checkpoint(tiny(family))).checkpoint, rows(count=COUNT.get(family, 40))
     formats = types(checkpoint, "Q4_0")
     made = coupled(checkpoint, text, formats, QUICK, tmp_path)
     quantizer = Quantizer(calibrate(checkpoint, text), "fast")
     plain = {weight.name: quantizer.pack(weight, formats[weight.name]) for weight in checkpoint.weights}
-    # These weights are random, so one model's figure says little; measured: 0.78 to 0.92 of the plain search.
+    # These weights are random, so one model's figure says little; measured: 0.74 to 0.92 of the plain search.
     better, usual = kl(checkpoint, rows(9).ids, made, plain)
     assert better < usual

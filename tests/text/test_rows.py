@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moequant.checkpoint import open_checkpoint
 from moequant.errors import CorpusError, TokenizerError
 from moequant.text.corpus import Document, Rows
-from moequant.text.rows import ROW, calibration_rows, load_encoder, split_probes, token_rows
+from moequant.text.rows import ROW, calibration_rows, load_encoder, probed_rows, split_probes, token_rows
 from tests import models
 
 
@@ -40,6 +40,20 @@ def test_probes_and_calibration_share_no_row(count: int, most: int) -> None:
         assert torch.equal(kept.ids, probes.ids), "a single row serves both"
     for part in (kept, probes):
         assert part.domains == tuple(map(str, part.ids[:, 0].tolist())) and part.tokens == len(part.ids)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "probes"), [(2, 1), (6, 1), (7, 1), (8, 1), (14, 2), (63, 9), (112, 16), (200, 16)]
+)
+def test_as_many_tokens_calibrate_as_were_asked_for(tmp_path: Path, wanted: int, probes: int) -> None:
+    """What probes is drawn besides; of 8,192 tokens asked for 14,336 once calibrated."""
+    checkpoint = open_checkpoint(models.build(tmp_path, "qwen3", max_position_embeddings=8))
+    documents = [Document(str(at), "\n".join(models.TEXT * 5)) for at in range(20)]
+    for tokens in (8 * wanted, 8 * wanted + 7):
+        kept, others = probed_rows(checkpoint, documents, tokens, 0, None, 16)
+        assert (len(kept.ids), len(others.ids)) == (wanted, probes)
+    with pytest.raises(CorpusError, match="a budget of 15 tokens"):
+        probed_rows(checkpoint, documents, 15, 0, None, 16)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
