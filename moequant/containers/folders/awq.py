@@ -1,7 +1,8 @@
 """AWQ in gemm order, symmetric: the layout that runtimes without compressed-tensors know.
 
 The codes are those of the compressed-tensors layout (`storage.AwqIntegers` has the tensors). Its zero points
-are all 8: groups are symmetric, as everywhere in `formats.groups`.
+are all 8: groups are symmetric, as everywhere in `formats.groups`. AutoAWQ's config has no word for that;
+auto-round's has, in folders of this layout: `sym`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def quantization_config(groups: Sequence[tuple[Scheme, list[str]]], kept: Sequen
         "bits": scheme.bits,
         "group_size": scheme.group,
         "zero_point": True,
+        "sym": True,  # of which are all the same: who reads it need not look
         "modules_to_not_convert": list(dict.fromkeys(map(of_stack, kept))),
     }
 

@@ -77,7 +77,14 @@ def test_what_stays_is_named(tiny, tmp_path: Path, family: str, attention: bool)
     made, _ = quantized(released(tiny, tmp_path, family), tmp_path / "a", **settings)
     config = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
     names = config.pop("modules_to_not_convert")
-    said = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True}
+    said = {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": 32,
+        "zero_point": True,
+        "sym": True,
+    }
     assert config == said and len(set(names)) == len(names) and "lm_head" in names
     formats = {choice.weight: choice.format for choice in made.plan.choices}
     reader, kept = awq.open_folder(tmp_path / "a"), 0
