@@ -27,6 +27,7 @@ from moequant.forward.stream import Resources
 from moequant.inspection import Inspection
 from moequant.inspection.fit import Fit
 from moequant.inspection.served import FolderFit
+from moequant.plan.curve import PlannedFormat
 from moequant.report.shown import Result, Shown
 from moequant.statistics.importance import Gating
 from moequant.values import Calibration, Choice, ExpertLoss, Plan, RouteStats
@@ -150,7 +151,13 @@ FOUND = (
 
 CHOICES = {
     name: " | ".join(map(repr, typing.get_args(kind)))
-    for name, kind in {"Effort": Effort, "Gating": Gating, "FormatName": FormatName, "Engine": Engine}.items()
+    for name, kind in {
+        "Effort": Effort,
+        "Gating": Gating,
+        "FormatName": FormatName,
+        "PlannedFormat": PlannedFormat,
+        "Engine": Engine,
+    }.items()
 }
 """What stands behind the names of choices."""
 

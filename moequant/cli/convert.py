@@ -46,6 +46,7 @@ class Format(StrEnum):
     gguf = "gguf"
     safetensors = "safetensors"
     gptq = "gptq"
+    awq = "awq"
 
 
 def convert(
@@ -124,7 +125,9 @@ def convert(
     ] = None,
     format_: Annotated[
         Format,
-        typer.Option("--format", help="gguf: a file for llama.cpp. safetensors, gptq: a folder for vLLM."),
+        typer.Option(
+            "--format", help="gguf: a file for llama.cpp. safetensors, gptq, awq: a folder for vLLM."
+        ),
     ] = Format.gguf,
     scheme: Annotated[
         str | None,

@@ -428,7 +428,7 @@ def _report(finished: Finished, known: Known, found: Measured | None, meter: Met
         measured=found,
         stages=tuple(meter.costs),
         forecast=known.forecast,
-        notes=(*notes(job), *_of_inputs(job, known, found is not None)),
+        notes=(*notes(job), *finished.written.notes, *_of_inputs(job, known, found is not None)),
         checked=finished.checked,
         parts=job.parts(finished.out),
         how=How(rounded_on, job.settings.coupled, job.settings.folder if is_folder else None),

@@ -215,6 +215,7 @@ class RunJournal:
             "output": number,
             "bytes": written.bytes,
             "checksums": dict(written.checksums),
+            "notes": written.notes,
             "checked": checked,
             "losses": [loss_fields(loss) for loss in losses],
         }
@@ -245,7 +246,8 @@ class RunJournal:
                 loss_of(weights[each["weight"]], each, tensors, str(at))
                 for at, each in enumerate(meta["losses"])
             )
-            written = Written(first, int(meta["bytes"]), {k: int(v) for k, v in meta["checksums"].items()})
+            checksums = {k: int(v) for k, v in meta["checksums"].items()}
+            written = Written(first, int(meta["bytes"]), checksums, tuple(meta["notes"]))
             return written, losses, meta["checked"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(path, error) from None

@@ -25,7 +25,7 @@ from moequant.forward.resources import Resources
 from moequant.hub import Source
 from moequant.hub.fetch import complete, headers, is_here
 from moequant.plan import Budget, Point, Sensitivities, curve, points, preset_points
-from moequant.plan.curve import Curve, FormatName
+from moequant.plan.curve import Curve, PlannedFormat
 from moequant.plan.folder_curve import FolderPoints
 from moequant.plan.folders import FolderMenu
 from moequant.plan.measure import Probing, measure
@@ -72,7 +72,7 @@ class PlanSettings:
     size: str | None = None
     bpw: str | None = None
     type: str | None = None
-    format: FormatName = "gguf"
+    format: PlannedFormat = "gguf"
     schemes: str | None = None
     gpu: float | None = None
     tp: int | None = None

@@ -14,7 +14,7 @@ from moequant.forward.resources import Resources
 from moequant.ranks import here
 from moequant.statistics.importance import Gating
 
-FormatName = Literal["gguf", "safetensors", "gptq"]
+FormatName = Literal["gguf", "safetensors", "gptq", "awq"]
 
 PRESET = "Q4_K_M"
 """The size of a GGUF file when nobody says."""
@@ -134,7 +134,8 @@ class Settings:
             )
 
     def _check_folder(self) -> None:
-        """PlanError for options of a folder that say the same thing, or nothing together."""
+        """PlanError for options of a folder that say the same thing, or nothing together, and for a scheme
+        that its layout does not hold."""
         by = next((name for name in ("plan", "size") if getattr(self, name) is not None), None)
         apart = {"plan": ("size", *_OF_ONE_SCHEME, *_OF_BUDGETS), "size": _OF_ONE_SCHEME}.get(
             str(by), _OF_BUDGETS
@@ -146,6 +147,8 @@ class Settings:
             )
         if given:
             raise PlanError(f"{_option(given[0])}: --{by} chooses schemes itself; leave one of them out")
+        if by is None:
+            _ = self.folder.wanted
 
     @property
     def each(self) -> tuple[Settings, ...]:
@@ -179,7 +182,9 @@ class Settings:
         given: dict[str, Any] = {name: getattr(self, name) for name in _OF_FOLDERS}
         given["shard_bytes"] = self.split
         known = {name: value for name, value in given.items() if value is not None}
-        return FolderSettings("gptq" if self.format == "gptq" else "compressed-tensors", **known)
+        if self.format in ("gptq", "awq"):
+            return FolderSettings(self.format, **known)
+        return FolderSettings(**known)
 
     @property
     def split(self) -> int | None:

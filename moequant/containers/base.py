@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Written:
     """A finished file or folder: its size in bytes and the CRC-32 of every tensor's data, by its name
-    there. Of a file in several parts `path` is the first."""
+    there. Of a file in several parts `path` is the first. `notes` are what a person should know of it."""
 
     path: Path
     bytes: int
     checksums: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
 
 class Opened(Protocol):

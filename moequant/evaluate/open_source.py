@@ -52,7 +52,7 @@ SAME_CONFIG = (
 )
 """Config keys that versions of one model have in common; a key that one lacks is not compared."""
 
-PACKED = ("compressed-tensors", "gptq")
+PACKED = ("compressed-tensors", "gptq", "awq")
 """Layouts of folders whose own packages decode them: versions of a model, not the model."""
 
 
@@ -183,9 +183,9 @@ def same_model(other: Checkpoint, checkpoint: Checkpoint) -> None:
 def _quantized(path: Path, layout: str, checkpoint: Checkpoint, exact: bool) -> Source:
     """A folder of packed integers, decoded by the package of its layout."""
     # the decoder is an optional package
-    from moequant.containers.folders import compressed_tensors, gptq
+    from moequant.containers.folders import awq, compressed_tensors, gptq
 
-    openers = dict(zip(PACKED, (compressed_tensors.open_folder, gptq.open_folder), strict=True))
+    openers = dict(zip(PACKED, (each.open_folder for each in (compressed_tensors, gptq, awq)), strict=True))
     found = openers[layout](path)
     mine = identity(checkpoint)
     same_values(path, identity_of(found.family, found.config), checkpoint.path, mine, SAME_CONFIG)

@@ -85,7 +85,7 @@ class GroupFormat:
 
     def storable(self, scale: Tensor) -> Tensor:
         """f32 scales as the file will hold them (0 stays 0, nothing else becomes 0), f32."""
-        return storable(scale, self.scale_dtypes)
+        return storable(scale, self.scale_dtypes, -self.low)
 
     def of_rows(self, n_in: int) -> Format:
         """The block format of rows of `n_in`; `formats.get` knows it by its name, INT4_G128_BF16."""
@@ -93,10 +93,13 @@ class GroupFormat:
         return _block_format(GroupFormat(self.bits, self.size(n_in), self.scale_dtypes))
 
 
-def storable(scale: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
-    """f32 scales rounded to each of `dtypes` in turn (0 stays 0, nothing else becomes 0), f32."""
+def storable(scale: Tensor, dtypes: tuple[torch.dtype, ...], most: int = 1) -> Tensor:
+    """f32 scales rounded to each of `dtypes` in turn (0 stays 0, nothing else becomes 0), f32.
+
+    So small that a code of size `most` times a scale is a number of each of them too, as loaders multiply.
+    """
     for dtype in dtypes:
-        limit = torch.finfo(dtype).max
+        limit = torch.finfo(dtype).max / most
         tiny = torch.sign(scale) * (2.0**-24 if dtype == torch.float16 else 2.0**-126)
         near = scale.clamp(-limit, limit).to(dtype).to(torch.float32)
         scale = torch.where(near.abs() < tiny.abs(), tiny, near)
@@ -165,7 +168,7 @@ def _block_format(fmt: GroupFormat) -> Format:
         storable=fmt.storable,
     )
     scales = next(name for name, dtypes in SCALES.items() if dtypes == fmt.scale_dtypes)
-    limit = min(torch.finfo(dtype).max * fmt.high, torch.finfo(torch.float32).max)
+    limit = min(torch.finfo(each).max for each in fmt.scale_dtypes)
     size = dtype.itemsize + -(-group * fmt.bits // 8)
     return Format(
         f"{fmt.name}_{scales}", NO_GGML_TYPE, group, size, encode, decode_block, limit=limit, view=view

@@ -13,7 +13,7 @@ from moequant.plan.choose import NO_PINS, make_plan, make_units
 from moequant.plan.sensitivity import Sensitivities
 from moequant.values import Plan, Weight
 
-FormatName = Literal["gguf", "safetensors"]
+PlannedFormat = Literal["gguf", "safetensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Curve:
     presets: Sequence[tuple[Point, Point]]
     weights: int
     source: str
-    format: FormatName = "gguf"
+    format: PlannedFormat = "gguf"
 
 
 def curve(

@@ -157,7 +157,7 @@ class Card:
             )
         if (folder := self.first.how.folder) is not None:
             text = head + f"```sh\nvllm serve {REPOSITORY}\n```\n"
-            if folder.layout == "gptq":
+            if folder.layout in ("gptq", "awq"):
                 return text
             stored = [find(name) for name in scheme_groups(self.first.plan)]
             if len(stored) > 1 or not all(scheme.in_transformers for scheme in stored):

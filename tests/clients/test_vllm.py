@@ -24,7 +24,10 @@ ENVIRONMENT = CACHE / "moequant" / "vllm"
 SCRIPT = Path(__file__).with_name("vllm_generate.py")
 
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe"]
-LAYOUTS = ["compressed-tensors", "gptq"]
+LAYOUTS = ["compressed-tensors", "gptq", "awq"]
+DENSE = "llama"
+"""Without experts: vLLM's CPU build computes AWQ's linears on any processor, its experts with AMX alone."""
+
 PROMPTS = torch.randint(1, models.VOCAB, (3, 96), generator=torch.Generator().manual_seed(0)).tolist()
 
 
@@ -34,6 +37,9 @@ def folders(tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, s
     made = {(family, layout): root / f"{family}-{layout}" for family in FAMILIES for layout in LAYOUTS}
     for (family, layout), out in made.items():
         quantized(tiny(family), out, layout=layout)
+    for layout in ("compressed-tensors", "awq"):
+        made[DENSE, layout] = root / f"{DENSE}-{layout}"
+        quantized(tiny(DENSE), made[DENSE, layout], layout=layout, group_size=64, quantize_attention=True)
     return made
 
 
@@ -85,6 +91,20 @@ def test_vllm_computes_what_transformers_does(
 def test_gptq_is_the_same_model(
     folders: dict[tuple[str, str], Path], scores: dict[str, Any], family: str
 ) -> None:
-    one, other = (score(scores, folders[family, layout]) for layout in LAYOUTS)
+    one, other = (score(scores, folders[family, layout]) for layout in ("compressed-tensors", "gptq"))
     assert (torch.tensor(one["logprobs"]) - torch.tensor(other["logprobs"])).abs().max() < 1e-3
     assert one["generated"] == other["generated"]
+
+
+@pytest.mark.parametrize("family", [DENSE, *FAMILIES])
+def test_awq_is_the_same_model(
+    folders: dict[tuple[str, str], Path], scores: dict[str, Any], family: str
+) -> None:
+    """As transformers computes it from the same codes in the other layout, within what
+    `test_vllm_computes_what_transformers_does` allows its kernels."""
+    found = score(scores, folders[family, "awq"])
+    model = transformers_folder.load(folders[family, "compressed-tensors"])
+    reference = torch.stack(transformers_folder.log_probabilities(model, PROMPTS))
+    off = (torch.tensor(found["logprobs"]) - reference).abs()
+    assert off.mean() < 0.1 and off.median() < 0.05
+    assert all(len(ids) == 8 and max(ids) < models.VOCAB for ids in found["generated"])

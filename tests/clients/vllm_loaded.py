@@ -1,11 +1,12 @@
-"""Runs in vLLM's environment: what vLLM's own loader has made of the experts of a folder in static FP8.
+"""Runs in vLLM's environment: what vLLM's own loader has made of folders whose experts no CPU can compute.
 
     python vllm_loaded.py FOLDER…
 
 Every folder is loaded in a child, forked of a process that has imported vLLM, which takes long.
-No kernel for this scheme runs on a CPU, so that loading ends where vLLM would hand the weights to one. The
-last line of the output has, by folder and layer, the numbers that scale inputs of every expert and what vLLM
-makes of them, the scales of weights, and a checksum of the codes of every expert.
+Loading ends where vLLM would hand the weights to a kernel. The last line of the output has, of every folder,
+by layer with experts: of static FP8 the numbers that scale inputs of every expert and what vLLM makes of
+them, the scales of weights, and a checksum of the codes of every expert; of AWQ a checksum of each tensor of
+every expert, and under the name of every other module in AWQ those of its tensors.
 """
 
 from __future__ import annotations
@@ -22,41 +23,62 @@ class LoadedError(Exception):
     """Everything is loaded."""
 
 
-def loaded(folder: str) -> list[dict[str, Any]]:
-    """Of every layer with experts, in their order."""
+def crc32(tensor: Any) -> int:
+    """Of the bytes that a tensor holds."""
+    import torch
+
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+
+def static_fp8(module: Any) -> dict[str, Any]:
+    """The experts of a layer in static FP8."""
+    from vllm.model_executor.layers.quantization.utils.fp8_utils import process_fp8_input_tensor_strategy_moe
+
+    both = process_fp8_input_tensor_strategy_moe(module.w13_input_scale, module.w2_input_scale, False)
+    return {
+        "inputs": [module.w13_input_scale.tolist(), module.w2_input_scale.tolist()],
+        "used": [float(each.max()) for each in both],
+        "scales": [module.w13_weight_scale.tolist(), module.w2_weight_scale.tolist()],
+        "codes": [list(map(crc32, weight)) for weight in (module.w13_weight.data, module.w2_weight.data)],
+    }
+
+
+def awq(module: Any) -> dict[str, Any]:
+    """The experts of a layer in AWQ."""
+    return {
+        suffix: [list(map(crc32, getattr(module, f"{side}_{suffix}").data)) for side in ("w13", "w2")]
+        for suffix in ("qweight", "qzeros", "scales")
+    }
+
+
+EXPERTS = {"CompressedTensorsW8A8Fp8MoEMethod": static_fp8, "AutoAWQMoEMethod": awq}
+"""By what computes the experts of a layer, what is told of them."""
+
+
+def loaded(folder: str) -> dict[str, Any]:
+    """Layers with experts in their order, and other modules in AWQ by their names."""
     import torch
     import vllm
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
-        compressed_tensors_moe_w8a8_fp8 as theirs,
-    )
-    from vllm.model_executor.layers.quantization.utils.fp8_utils import process_fp8_input_tensor_strategy_moe
-    from vllm.model_executor.model_loader import utils
+    from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
+    from vllm.model_executor.layers.quantization import auto_awq
+    from vllm.model_executor.model_loader import base_loader, utils
 
-    found: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"layers": [], "linears": {}}
 
     def look(model: torch.nn.Module, *_: Any) -> None:
-        for module in model.modules():
-            if isinstance(getattr(module, "quant_method", None), theirs.CompressedTensorsW8A8Fp8MoEMethod):
-                both = process_fp8_input_tensor_strategy_moe(
-                    module.w13_input_scale, module.w2_input_scale, False
-                )
-                found.append(
-                    {
-                        "inputs": [module.w13_input_scale.tolist(), module.w2_input_scale.tolist()],
-                        "used": [float(each.max()) for each in both],
-                        "scales": [module.w13_weight_scale.tolist(), module.w2_weight_scale.tolist()],
-                        "codes": [
-                            [zlib.crc32(expert.view(torch.uint8).numpy().tobytes()) for expert in weight]
-                            for weight in (module.w13_weight.data, module.w2_weight.data)
-                        ],
-                    }
-                )
+        for name, module in model.named_modules():
+            kind = type(getattr(module, "quant_method", None)).__name__
+            if kind in EXPERTS:
+                found["layers"].append(EXPERTS[kind](module))
+            elif kind == "AutoAWQMarlinLinearMethod":
+                tensors = (module.qweight, module.qzeros, module.scales)
+                found["linears"][name] = [crc32(each.data) for each in tensors]
         raise LoadedError
-
-    from vllm.model_executor.model_loader import base_loader
 
     for place in (utils, base_loader):
         place.process_weights_after_loading = look
+    # It looks for a kernel first, and finds one for AWQ on CPUs with AMX alone.
+    auto_awq.select_wna16_moe_backend = lambda *_, **__: (WNA16MoEBackend.CPU, None)
     try:
         vllm.LLM(folder, dtype="bfloat16", max_model_len=64, enforce_eager=True, skip_tokenizer_init=True)
     except LoadedError:
@@ -64,7 +86,7 @@ def loaded(folder: str) -> list[dict[str, Any]]:
     return found
 
 
-def forked(folder: str) -> list[dict[str, Any]]:
+def forked(folder: str) -> dict[str, Any]:
     """The same, of a child."""
     reading, writing = os.pipe()
     if not (child := os.fork()):
@@ -80,7 +102,7 @@ def forked(folder: str) -> list[dict[str, Any]]:
         said = answer.read()
     if os.waitpid(child, 0)[1]:
         sys.exit(1)
-    found: list[dict[str, Any]] = json.loads(said)
+    found: dict[str, Any] = json.loads(said)
     return found
 
 

@@ -157,6 +157,7 @@ def test_without_a_baseline_it_says_what_it_did_not_check(made) -> None:
         ("compressed-tensors", {"bits": 4, "group_size": 64}),
         ("compressed-tensors", {"bits": 8, "group_size": -1, "quantize_attention": True}),
         ("gptq", {"bits": 4, "group_size": 32}),
+        ("awq", {"group_size": 64, "quantize_attention": True}),
         *(
             ("compressed-tensors", {"scheme": scheme})
             for scheme in ("FP8_BLOCK", "FP8_DYNAMIC", "NVFP4A16", "MXFP4A16", "W3A16", "W8A8")

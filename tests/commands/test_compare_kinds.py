@@ -23,10 +23,11 @@ from tests.containers.folders.cases import own_decoder, quantized
 
 @pytest.fixture(scope="module")
 def made(tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three versions of one model by how they are stored."""
+    """Versions of one model by how they are stored."""
     model, folder = tiny("mixtral"), tmp_path_factory.mktemp("made")
     quantized(model, folder / "compressed-tensors", bits=4, group_size=128)
     quantized(model, folder / "gptq", layout="gptq", bits=8, group_size=64)
+    quantized(model, folder / "awq", layout="awq", bits=4, group_size=128)
     convert(model, folder / "GGUF.gguf", Settings("Q4_K_M", text, 1024, eval_tokens=0, effort="fast"))
     return {path.stem: path for path in folder.iterdir()}
 
@@ -36,7 +37,7 @@ def settings(text: Path, **changes: object) -> CompareSettings:
 
 
 def test_every_kind_in_one_comparison(tiny, made: dict[str, Path], text: Path) -> None:
-    kinds = ["GGUF", "compressed-tensors", "gptq"]
+    kinds = ["GGUF", "compressed-tensors", "gptq", "awq"]
     found = run(tiny("mixtral"), [made[kind] for kind in kinds], settings(text))
     assert [source.kind for source in found.candidates] == kinds
     for source, one in zip(found.candidates[1:], found.measured[1:], strict=True):
@@ -44,14 +45,15 @@ def test_every_kind_in_one_comparison(tiny, made: dict[str, Path], text: Path) -
         for weight in one.errors:  # attention, router, norms and embeddings of a folder stay as they are
             assert bool(weight.error.any()) == weight.role.is_expert, weight.weight
             assert (source.types[weight.weight] == source.kind) == weight.role.is_expert
-    four, eight = (one.comparison.kl_mean.value for one in found.measured[1:])
+    four, eight, same = (one.comparison.kl_mean.value for one in found.measured[1:])
     assert eight < four, "8 bits lose less than 4"
-    assert len(found.differences) == 3
+    assert same == pytest.approx(four, rel=0.02), "the same codes"
+    assert len(found.differences) == 6, "every pair"
     sizes = [sum(file.stat().st_size for file in made[kind].glob("*.safetensors")) for kind in kinds[1:]]
     assert [source.bytes for source in found.candidates[1:]] == sizes
     told = compare_value(found)
     assert told["activations"] == "llama.cpp; as they are"
-    assert [one["activations"] for one in told["candidates"]] == ["llama.cpp", "as they are", "as they are"]
+    assert [one["activations"] for one in told["candidates"]] == ["llama.cpp", *["as they are"] * 3]
 
 
 def test_experts_are_read_alone_and_compared_alike(tiny, made: dict[str, Path], text: Path) -> None:
@@ -106,7 +108,7 @@ def test_wrong_pairs_with_folders_are_one_line(
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq", "awq"])
 def test_of_several_files_of_a_folder_the_whole_one_is_read(
     tiny, made: dict[str, Path], tmp_path: Path, layout: str
 ) -> None:

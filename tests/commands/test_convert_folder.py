@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from moequant.checkpoint import load, open_checkpoint
 from moequant.commands.compare import CompareSettings
 from moequant.commands.compare import run as compare
 from moequant.commands.convert import Settings, convert
-from moequant.containers.folders import compressed_tensors, gptq
+from moequant.containers.folders import awq, compressed_tensors, gptq
 from moequant.containers.folders.plan import storage
 from moequant.evaluate import score_row
 from moequant.forward.experts import EXPERTS
@@ -146,10 +147,13 @@ def test_what_rounded_inputs_lose_is_in_the_report(tiny, tmp_path: Path, text: P
     assert "scored with inputs rounded as vLLM rounds them" in report.notes
 
 
-def test_gptq_holds_the_same_codes(tiny, tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("layout, group", [(gptq, -1), (awq, 32)])
+def test_other_layouts_hold_the_same_codes(
+    tiny, tmp_path: Path, text: Path, layout: ModuleType, group: int
+) -> None:
     model, readers, kinds = tiny("olmoe"), [], []
-    for format_, opened in (("safetensors", compressed_tensors), ("gptq", gptq)):
-        wanted = {"format": format_, "bits": 4, "group_size": -1}
+    for format_, opened in (("safetensors", compressed_tensors), (layout.__name__.split(".")[-1], layout)):
+        wanted = {"format": format_, "bits": 4, "group_size": group}
         report = made(model, tmp_path / format_, text, **wanted)
         readers.append(opened.open_folder(tmp_path / format_))
         settings = Settings(**wanted).folder

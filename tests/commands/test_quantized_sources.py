@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
 
-from moequant.commands.convert import Settings, open_job
+from moequant.commands.convert import Settings, convert, open_job
 from moequant.commands.job import notes
+from moequant.containers.folders.layouts import LAYOUTS
 from moequant.inspection.served import Gpus, fit_folder
 from moequant.report.served import nothing_serves
 from moequant.runtimes.vllm.memory import Serving
 from tests.containers.folders.cases import quantized
 from tests.evaluate.released import blocks, release
+
+QUICK = Settings(effort="fast", calib_tokens=1024, eval_tokens=0, self_check=False)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +55,27 @@ def test_an_output_that_is_larger_than_its_quantized_source_is_remarked(
     told = f"larger than the quantized weights that it is made from: {job.size:,} bytes instead of {stored:,}"
     assert said == ([told] if larger else [])
     assert not any("larger" in note for note in notes(open_job(model, Settings("F32")))), "of bf16"
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq"])
+def test_codes_of_a_folder_come_through_to_a_file(tiny, tmp_path: Path, layout: str) -> None:
+    """Q4_0 is the same numbers, 32 under a scale in f16: no bit is lost on the way, and gguf-py says so."""
+    model, folder, out = tiny("qwen3_moe"), tmp_path / "folder", tmp_path / "out.gguf"
+    made, _ = quantized(model, folder, layout=layout, group_size=64)
+    pins = ("ffn_(gate|up|down)_exps=Q4_0",)
+    convert(folder, out, replace(QUICK, type="Q8_0", tensor_type=pins))
+    reader = LAYOUTS[made.settings.layout].open(folder)
+    tensors = {tensor.name: tensor for tensor in GGUFReader(out).tensors}
+    for weight in (weight for weight in made.checkpoint.weights if weight.is_expert):
+        tensor = tensors[f"blk.{weight.layer}.ffn_{weight.name.rpartition('.')[2]}_exps.weight"]
+        assert tensor.tensor_type.name == "Q4_0"
+        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).view(weight.shape)
+        for expert in range(weight.matrices):
+            stored = reader.stored(weight, expert)
+            scales = stored["scales"].double().repeat_interleave(64, 0).T
+            codes = values[expert].double() / scales
+            assert torch.equal(codes, codes.round()) and -8 <= codes.min() <= codes.max() <= 7
+            assert torch.equal((codes * scales).half(), reader.decode(weight, expert))
 
 
 def test_other_schemes_of_a_quantized_folder_are_not_promised(tiny, tmp_path: Path) -> None:

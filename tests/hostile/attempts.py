@@ -38,7 +38,8 @@ def on_model(random: Random, model: Path, what: str, refused: bool = False) -> A
             ["convert", str(model), "-o", str(out / "a.gguf"), "--type", "F32", *QUICK], what, refused
         )
     if draw < 0.6:
-        return Attempt(["convert", str(model), "-o", str(out / "folder"), "--format", "gptq",
+        layout = random.choice(["gptq", "awq"])
+        return Attempt(["convert", str(model), "-o", str(out / "folder"), "--format", layout,
                         "--group-size", "32", *QUICK, "--dry-run"], what)  # fmt: skip
     if draw < 0.75:
         return Attempt(

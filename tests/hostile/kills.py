@@ -59,6 +59,7 @@ def commands(ground: Ground) -> list[Command]:
         Command("file", ("convert", model, "-o", "{out}/a.gguf", "--type", "Q4_0", *QUICK, "--stats", stats)),
         Command("folder", ("convert", model, "-o", "{out}/f", "--format", "safetensors", *integers)),
         Command("gptq", ("convert", model, "-o", "{out}/f", "--format", "gptq", *integers)),
+        Command("awq", ("convert", model, "-o", "{out}/f", "--format", "awq", *integers)),
         Command("route", ("route", model, *calib, "-o", "{out}/s.safetensors", "--imatrix-out",
                           "{out}/i.gguf", "--picture", "{out}/p.svg"), ("p.svg",)),
         Command("parts", ("convert", model, "-o", "{out}/a.gguf", "--type", "Q4_0", *QUICK, "--stats", stats,

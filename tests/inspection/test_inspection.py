@@ -287,15 +287,16 @@ def test_a_quantized_checkpoint_says_so(tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["W4A16", "W8A16", "W8A8", "FP8_DYNAMIC", "MXFP4A16", "NVFP4A16", "fp8", "modelopt", "gptq"]
+    "form",
+    ["W4A16", "W8A16", "W8A8", "FP8_DYNAMIC", "MXFP4A16", "NVFP4A16", "fp8", "modelopt", "gptq", "awq"],
 )
 def test_a_quantized_checkpoint_is_its_model(tiny, tmp_path: Path, form: str) -> None:
     """Scales beside weights are parts of them, and codes stand for all their numbers, whoever wrote them."""
     model, folder = tiny("qwen3_moe", moe_intermediate_size=128), tmp_path / "model"
     if form[0].isupper():
         quantized(model, folder, scheme=form)
-    elif form == "gptq":
-        quantized(model, folder, scheme="W4A16", layout="gptq")
+    elif form in ("gptq", "awq"):
+        quantized(model, folder, scheme="W4A16", layout=form)
     else:
         shutil.copytree(model, folder)
         tensors = load_file(folder / "model.safetensors")

@@ -95,10 +95,10 @@ def test_a_finished_folder_takes_what_its_scheme_was_said_to(
     assert (after.gpu.kv, after.gpu.weights) == (said.gpu.kv, said.gpu.weights)
 
 
-@pytest.mark.parametrize("layout", ["gptq", "mxfp4"])
+@pytest.mark.parametrize("layout", ["gptq", "awq", "mxfp4"])
 def test_other_layouts_are_counted(tiny, tmp_path: Path, text: Path, layout: str) -> None:
     model, out = tiny("gpt_oss" if layout == "mxfp4" else "mixtral"), tmp_path / "out"
-    asked = {"scheme": "MXFP4A16"} if layout == "mxfp4" else {"bits": 4, "format": "gptq"}
+    asked = {"scheme": "MXFP4A16"} if layout == "mxfp4" else {"bits": 4, "format": layout}
     convert(model, out, replace(QUICK, calib=text, **asked))
     (found,) = fit_folder(out, Gpus(24 * GIB), Serving(256)).candidates
     bits = (

@@ -91,6 +91,9 @@ def test_vllm_finds_experts_by_its_own_names(tiny) -> None:
         ({"plan": Path("p.json"), "tp": 2}, "p.json: cannot be read"),
         ({"size": "1G", "schemes": "MXFP4"}, "--schemes MXFP4: rounds its inputs.* MXFP4A16 has the same"),
         ({"size": "1G", "format": "gptq"}, "--size does not go with --format gptq"),
+        ({"size": "1G", "format": "awq"}, "--size does not go with --format awq"),
+        ({"bits": 8, "format": "awq"}, "--format awq holds W4A16, not W8A16"),
+        ({"scheme": "W4A15", "format": "safetensors"}, "--scheme W4A15: no such scheme"),
         ({"size": "1G", "tp": 3}, "--tp 3 does not divide"),
     ],
 )

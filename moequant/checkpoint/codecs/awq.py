@@ -34,10 +34,12 @@ _NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)
 class Awq:
     """Parts `weight`, `zero_point` and `scale`; `group` weights share a scale.
 
+    `symmetric` is what the config says, for `as_shipped`: decoding goes by the tensors.
     The words of a whole matrix are read for any rows: they lie across it. F32, exact.
     """
 
     group: int
+    symmetric: bool = False
     name: str = "awq"
 
     def decode(self, stored: Stored, index: int | None, rows: range | None) -> Tensor:

@@ -248,7 +248,8 @@ def _awq(name: str, parts: Parts, declared: Declared, scheme: Scheme) -> Stored:
         raise misfit(parts["g_idx"], (n_out, n_in), "no g_idx with AWQ")
     if scale.shape[1] != n_out or zeros.shape != (scale.shape[0], weight.shape[1]):
         raise misfit(scale, (n_out, n_in), f"[groups, {n_out}] beside qzeros {list(zeros.shape)}")
-    return Stored(name, (n_out, n_in), "F32", dict(parts), Awq(_group(scale, n_in, scheme)))
+    codec = Awq(_group(scale, n_in, scheme), bool(scheme.symmetric))
+    return Stored(name, (n_out, n_in), "F32", dict(parts), codec)
 
 
 def _group(scale: TensorRef, n_in: int, scheme: Scheme) -> int:

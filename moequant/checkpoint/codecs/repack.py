@@ -27,8 +27,8 @@ def as_shipped(stored: Stored) -> str | None:
     """The ggml type that holds exactly what the files do: "MXFP4", "NVFP4" (beside `multiplier`), "Q4_0",
     "Q5_0", "Q8_0", or the dtype of plain tensors and of those that bf16 holds; None when there is none.
 
-    From headers: integers are taken to have scales that f16 holds, and GPTQ's symmetric ones the middle
-    as zero point. `repack`, which sees them, has the last word.
+    From headers: integers are taken to have scales that f16 holds, and GPTQ's and AWQ's symmetric ones the
+    middle as zero point. `repack`, which sees them, has the last word.
     """
     codec = stored.codec
     if isinstance(codec, Ggml):
@@ -65,7 +65,7 @@ def _width(stored: Stored) -> int | None:
         bits, columns = 4, codec.group
     else:
         return None
-    symmetric = codec.symmetric if isinstance(codec, Gptq) else "zero_point" not in stored.parts
+    symmetric = codec.symmetric if isinstance(codec, Gptq | Awq) else "zero_point" not in stored.parts
     return None if columns % 32 else bits if symmetric else bits + 1
 
 

@@ -1,4 +1,4 @@
-"""Folders of compressed-tensors and GPTQ as containers."""
+"""Folders of every layout as containers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moequant.containers.folders import mxfp4, schemes
 from moequant.containers.folders import write as folder
 from moequant.containers.folders.inputs import input_scales
 from moequant.containers.folders.layouts import LAYOUTS
-from moequant.containers.folders.plan import FolderSettings, scheme_plan, stores, with_copies
+from moequant.containers.folders.plan import BITS_OF, FolderSettings, scheme_plan, stores, with_copies
 from moequant.containers.folders.read import FolderWeights
 from moequant.errors import FamilyError, PlanError
 from moequant.families.base import PREDICTION
@@ -89,10 +89,10 @@ def as_released(checkpoint: Checkpoint, settings: FolderSettings) -> FolderSetti
     FamilyError for another scheme of it, and for a layout that nobody loads; PlanError for attention, which
     they read as it is.
     """
-    if checkpoint.encodes and settings.layout == "gptq":
+    if checkpoint.encodes and settings.layout in BITS_OF:
         raise FamilyError(
-            f"{checkpoint.family.name}: only transformers runs it, and transformers loads no GPTQ folder; "
-            "write --format safetensors"
+            f"{checkpoint.family.name}: only transformers runs it, and transformers loads no "
+            f"{settings.layout.upper()} folder; write --format safetensors"
         )
     if checkpoint.family.name != mxfp4.FAMILY:
         return settings

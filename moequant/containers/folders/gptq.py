@@ -5,7 +5,8 @@ The codes are those of the compressed-tensors layout (`storage.GptqIntegers` has
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moequant.containers.folders.plan import of_stack
 from moequant.containers.folders.read import FolderWeights
 from moequant.containers.folders.schemes import Scheme
 from moequant.containers.folders.storage import GptqIntegers, Storage
 from moequant.formats.groups import GroupFormat, unpack
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Modules that loaders make of several, and those."""
+
 
 def quantization_config(groups: Sequence[tuple[Scheme, list[str]]], kept: Sequence[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json, and the whole of quantize_config.json: of the one scheme.
 
-    `kept` are the linear modules that are not quantized. Loaders that fuse q, k and v look
-    for the fused name, so that a block of which nothing is quantized is named as a whole.
+    `kept` are the linear modules that are not quantized. Loaders that make one module of several look for
+    its name.
     """
     ((scheme, _),) = groups
     return {
@@ -49,17 +54,29 @@ def open_folder(path: Path) -> FolderWeights:
 
 
 def _patterns(kept: Sequence[str]) -> list[str]:
-    """Regular expressions, from the start of a module's name, that match the kept modules of every layer."""
-    found = set()
+    """Regular expressions, from the start of a module's name, that match the kept modules and no others: one
+    for all layers in which a module of that name is kept."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name in dict.fromkeys((*map(of_stack, kept), *_fused(kept))):
+        before, number, after = re.fullmatch(r"(?:(.*?\.)(\d+)(?=\.))?(.*)", name).groups("")  # type: ignore[union-attr]
+        layers.setdefault((before, after), []).append(number)
+    return sorted(
+        re.escape(before)
+        + (f"(?:{'|'.join(sorted(numbers, key=int))})" if before else "")
+        + re.escape(after)
+        + (r"(?:\.|$)" if after.endswith(".experts") else "$")
+        for (before, after), numbers in layers.items()
+    )
+
+
+def _fused(kept: Sequence[str]) -> Iterator[str]:
+    """What loaders call kept modules that they make one of."""
+    known = {*kept}
     for name in kept:
-        tail = name.split(".")
-        if tail[:2] == ["model", "layers"] and "self_attn" in tail:
-            found.add(r"model\.layers\.\d+\.self_attn\.")
-        elif tail[:2] == ["model", "layers"]:
-            found.add(r"model\.layers\.\d+\." + r"\.".join(tail[3:]) + "$")
-        else:
-            found.add(name.replace(".", r"\.") + "$")
-    return sorted(found)
+        block, _, last = name.rpartition(".")
+        for fused, parts in FUSED.items():
+            if last == parts[0] and known.issuperset(f"{block}.{part}" for part in parts):
+                yield f"{block}.{fused}"
 
 
 def _decode(bits: int, module: str, stored: Mapping[str, Tensor]) -> Tensor:

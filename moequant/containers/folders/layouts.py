@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moequant.containers.folders import compressed_tensors, gptq, mxfp4
+from moequant.containers.folders import awq, compressed_tensors, gptq, mxfp4
 from moequant.containers.folders.plan import LayoutName, modules
 from moequant.containers.folders.read import FolderWeights
 from moequant.containers.folders.schemes import Scheme
@@ -89,6 +89,7 @@ LAYOUTS: Mapping[str, Layout] = {
         Layout(
             "gptq", gptq.quantization_config, gptq.storage, gptq.open_folder, beside="quantize_config.json"
         ),
+        Layout("awq", awq.quantization_config, awq.storage, awq.open_folder),
         _Stacked("mxfp4", mxfp4.quantization_config, mxfp4.storage, mxfp4.open_folder),
     )
 }

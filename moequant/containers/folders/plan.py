@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import gcd, prod
@@ -13,20 +14,21 @@ from moequant.checkpoint import Checkpoint
 from moequant.containers.folders import schemes
 from moequant.containers.folders.schemes import Scheme
 from moequant.containers.folders.shards import DTYPE_BYTES
-from moequant.containers.folders.storage import GptqIntegers, Storage
+from moequant.containers.folders.storage import AwqIntegers, GptqIntegers, Storage
 from moequant.errors import FamilyError, PlanError
 from moequant.formats.groups import GROUPS, GroupFormat
 from moequant.values import Choice, Origin, Place, Plan, Role, Stack, Weight
 from moequant.values.ops import Transposed
 
-LayoutName = Literal["compressed-tensors", "gptq", "mxfp4"]
+LayoutName = Literal["compressed-tensors", "gptq", "awq", "mxfp4"]
 
 ATTENTION = (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_OUT)
 DENSE = (Role.DENSE_GATE, Role.DENSE_UP, Role.DENSE_DOWN)
 KEPT = ("F32", "F16", "BF16", "I32", "I64")
 """Formats of choices that are no schemes: numbers as the checkpoint has them."""
 
-GPTQ_BITS = (4, 8)
+BITS_OF: Mapping[str, tuple[int, ...]] = {"gptq": (4, 8), "awq": (4,)}
+"""Layouts that hold integers alone, with f16 scales: of which widths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,11 @@ class FolderSettings:
         if self.bits is not None and f"W{self.bits}A16" not in schemes.PRESETS:
             raise PlanError(f"--bits {self.bits}: 2 to 8 were expected")
         found = schemes.find(self.scheme or f"W{self.bits or 4}A16")
-        if self.layout == "gptq" and (found.kind != "integers" or found.bits not in GPTQ_BITS):
+        held = BITS_OF.get(self.layout)
+        if held is not None and (found.kind != "integers" or found.bits not in held):
+            names = " and ".join(f"W{bits}A16" for bits in held)
             raise PlanError(
-                f"--format gptq holds W4A16 and W8A16, not {found.name}; write --format safetensors"
+                f"--format {self.layout} holds {names}, not {found.name}; write --format safetensors"
             )
         return found if self.group_size is None else schemes.with_group(found, self.group_size)
 
@@ -67,11 +71,12 @@ def storage(checkpoint: Checkpoint, scheme: Scheme, layout: LayoutName) -> Stora
     """How modules of a scheme are stored; scales are of the checkpoint's own type."""
     stored = {weight.origin.dtype for weight in checkpoint.weights if weight.is_expert}
     own = torch.float16 if stored == {"F16"} else torch.bfloat16
-    if layout != "gptq":
+    if layout not in BITS_OF:
         return scheme.storage((own,))
-    # GPTQ files hold f16 scales; rounded like the other layout's first, they give the same codes.
+    # These files hold f16 scales; rounded like the other layout's first, they give the same codes.
     also = (torch.float16,) if own != torch.float16 else ()
-    return GptqIntegers(GroupFormat(scheme.bits, scheme.group, (own, *also)))
+    fmt = GroupFormat(scheme.bits, scheme.group, (own, *also))
+    return GptqIntegers(fmt) if layout == "gptq" else AwqIntegers(fmt)
 
 
 def with_copies(checkpoint: Checkpoint) -> Checkpoint:
@@ -180,6 +185,11 @@ def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def of_stack(module: str) -> str:
+    """What loaders that hold all experts of a layer in one module call it; other modules as they are."""
+    return re.sub(r"\.experts\.\d+\..*", ".experts", module)
+
+
 def quantizable(checkpoint: Checkpoint, attention: bool, stacked: bool = False) -> list[Weight]:
     """The weights that may have a scheme; `attention` adds the dense linears but router and head. Experts
     may be `stacked` in the release's own tensors.
@@ -242,15 +252,26 @@ def refusal(weight: Weight, scheme: Scheme, settings: FolderSettings) -> str | N
     cut = f" ({n_in} / --tp {tp})" if part != n_in else ""
     if scheme.kind == "integers":
         if not _fits(part, scheme.group, scheme.bits):
-            works = [str(group) for group in GROUPS if _fits(part, group, scheme.bits)]
+            groups = [group for group in GROUPS if group > 0 or settings.layout != "awq"]
+            works = [str(group) for group in groups if _fits(part, group, scheme.bits)]
             advice = f"--group-size {' or '.join(works)} would work" if works else "write GGUF instead"
             asked = f"--group-size {scheme.group} does not divide"
             if scheme.group == -1:
                 at_once = 32 // gcd(32, scheme.bits)
                 asked = f"integers of {scheme.bits} bits are packed {at_once} at a time, not"
             return f"{weight.name}: {asked} rows of {part}{cut}; {advice}"
-        if settings.layout == "gptq" and n_out * scheme.bits % 32:
-            return f"{weight.name}: GPTQ packs {32 // scheme.bits} rows at a time, not {n_out}"
+        if settings.layout == "awq" and scheme.group == -1 and weight.is_expert:
+            return (
+                f"{weight.name}: vLLM loads no experts in AWQ with one scale a row; take --group-size 32, 64 "
+                "or 128, or --format gptq"
+            )
+        rows = n_out if by_rows else n_out // tp
+        if settings.layout in BITS_OF and rows * scheme.bits % 32:
+            shared = f" ({n_out} / --tp {tp})" if rows != n_out else ""
+            return (
+                f"{weight.name}: {settings.layout.upper()} packs {32 // scheme.bits} rows at a time, not "
+                f"{rows}{shared}; write --format safetensors"
+            )
         return None
     if scheme.group > 0 and part % scheme.group:
         return (

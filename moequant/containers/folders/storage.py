@@ -27,6 +27,9 @@ INPUT = "input_global_scale"
 INPUT_FP8 = "input_scale"
 """The same of FP8; it multiplies."""
 
+_EVEN_FIRST = [0, 2, 4, 6, 1, 3, 5, 7]
+"""AWQ: which output of its eight is in each nibble of a word, lowest first."""
+
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -137,6 +140,56 @@ class GptqIntegers:
     def integers(self, stored: Mapping[str, Tensor], n_in: int) -> tuple[Tensor, Tensor]:
         """Codes i8 [out, in] and scales [out, groups]."""
         return groups.unpack(stored["qweight"].T, self.fmt.bits, n_in), stored["scales"].T
+
+
+@dataclass(frozen=True, slots=True)
+class AwqIntegers:
+    """AWQ in gemm order, as AutoAWQ packs it: 4 bits, symmetric.
+
+    | tensor | dtype | shape |
+    |---|---|---|
+    | qweight | I32 | [in, out / 8], code + 8 |
+    | qzeros | I32 | [in / group, out / 8], the zero point 8 |
+    | scales | F16 | [in / group, out] |
+
+    Of the eight outputs of a word the even ones come first, lowest bits first, then the odd ones.
+    """
+
+    fmt: GroupFormat
+    suffixes: Sequence[str] = ("qweight", "qzeros", "scales")
+
+    def block_format(self, n_in: int) -> str:
+        """See `Storage`."""
+        return self.fmt.of_rows(n_in).name
+
+    def entries(self, module: str, n_out: int, n_in: int) -> tuple[Entry, ...]:
+        """See `Storage`."""
+        count = self.fmt.groups(n_in)
+        return (
+            Entry(f"{module}.qweight", "I32", (n_in, self.fmt.words(n_out))),
+            Entry(f"{module}.qzeros", "I32", (count, self.fmt.words(n_out))),
+            Entry(f"{module}.scales", "F16", (count, n_out)),
+        )
+
+    def tensors(self, rows: Tensor, n_in: int) -> tuple[Tensor, ...]:
+        """See `Storage`."""
+        codes, scales = groups.split(self.fmt, rows, n_in)
+        eights = codes.T.reshape(n_in, -1, 8)[..., _EVEN_FIRST].flatten(1)
+        # pack() adds 8 to each code: 0 is stored as the zero point.
+        zeros = torch.zeros((scales.shape[1], len(codes)), dtype=torch.int8)
+        return groups.pack(eights, self.fmt.bits), groups.pack(zeros, self.fmt.bits), scales.T.contiguous()
+
+    def packed(self, stored: Mapping[str, Tensor], n_in: int) -> Tensor:
+        """See `Storage`."""
+        return groups.join(self.fmt, *self.integers(stored, n_in))
+
+    def integers(self, stored: Mapping[str, Tensor], n_in: int) -> tuple[Tensor, Tensor]:
+        """Codes i8 [out, in] and scales [out, groups]."""
+        scales = stored["scales"].T
+        eights = groups.unpack(stored["qweight"], self.fmt.bits, len(scales)).view(n_in, -1, 8)
+        codes = torch.empty_like(eights)
+        codes[..., _EVEN_FIRST] = eights
+        return codes.flatten(1).T, scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +343,7 @@ class Nvfp4:
 
 def decode(storage: Storage, stored: Mapping[str, Tensor], n_in: int) -> Tensor:
     """What loaders of a folder make of a module's tensors, in their precision: f32 [out, in]."""
-    if isinstance(storage, GptqIntegers):  # in f16, whatever the checkpoint is in
+    if isinstance(storage, GptqIntegers | AwqIntegers):  # in f16, whatever the checkpoint is in
         return groups.decode(storage.fmt, *storage.integers(stored, n_in)).float()
     return formats.dequantize(storage.block_format(n_in), storage.packed(stored, n_in))
 

@@ -24,7 +24,9 @@ from moequant.checkpoint.codecs.base import DTYPES
 from moequant.containers.base import Written
 from moequant.containers.folders import compressed_tensors, shards, side_files
 from moequant.containers.folders.layouts import LAYOUTS, Scales
+from moequant.containers.folders.narrow import NarrowScales
 from moequant.containers.folders.plan import (
+    BITS_OF,
     FolderSettings,
     kept_dtype,
     kept_linears,
@@ -80,7 +82,7 @@ def write(
     layout, kinds = LAYOUTS[settings.layout], stores(checkpoint, plan, settings.layout)
     files = _shards(checkpoint, plan, settings)
     by_name = {weight.name: weight for weight in checkpoint.weights}
-    stream, held = iter(packed), list[Packed]()
+    stream, held, narrow = iter(packed), list[Packed](), NarrowScales()
     with ShardWriter(folder, files) as writer:
         for choice in plan.choices:
             if choice.weight in kinds:
@@ -92,7 +94,7 @@ def write(
                 storage = kinds[choice.weight]
                 if whole := layout.entries(held[-1].weight, storage):
                     for entry, parts in zip(whole, layout.values(held, storage, inputs), strict=True):
-                        writer.put(entry.name, map(_bytes, parts))
+                        writer.put(entry.name, map(_bytes, narrow.seen(entry, parts)))
                     held.clear()
                 continue
             for entry, source in _kept(by_name[choice.weight]):
@@ -109,7 +111,8 @@ def write(
     }
     _write_side_files(folder, checkpoint, files, config, record)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Written(folder, size, writer.checksums)
+    advice = "; --format safetensors stores them in BF16" if settings.layout in BITS_OF else ""
+    return Written(folder, size, writer.checksums, narrow.notes(advice))
 
 
 def quantization(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> dict[str, Any]:

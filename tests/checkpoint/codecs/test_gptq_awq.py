@@ -182,6 +182,20 @@ def test_awq(tmp_path: Path, config: dict[str, Any]) -> None:
     assert torch.equal(torch.from_numpy(values), stored.read(rows=range(3, 100)))
 
 
+def test_awq_that_says_it_is_symmetric(tmp_path: Path) -> None:
+    """As auto-round and moequant say it: four bits are enough, if the zero points are as was said."""
+    tensors = awq(64, 128, 64)[0]
+    eights = torch.full_like(tensors["m.o.qzeros"], -2004318072)
+    for zeros, holds in ((eights, True), (tensors["m.o.qzeros"], False)):
+        stored = one(tmp_path, tensors | {"m.o.qzeros": zeros}, AWQ | {"sym": True})
+        assert as_shipped(stored) == "Q4_0"
+        blocks = repack(stored, "Q4_0", None, range(64))
+        assert (blocks is not None) == holds
+        if blocks is not None:
+            values = quants.dequantize(blocks.numpy(), GGMLQuantizationType.Q4_0)
+            assert torch.equal(torch.from_numpy(values), read(stored))
+
+
 def test_auto_round_packs_as_gptq(tmp_path: Path) -> None:
     tensors, weight = gptq(4, 64, 128, 32)
     round_config = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False}

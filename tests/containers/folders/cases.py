@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,14 @@ from moequant.report.conversion import Conversion
 from moequant.report.summary import How, Report
 from moequant.rounding.diagonal import Quantizer, pack_all
 from moequant.values import Calibration, ExpertLoss, Packed
+from tests import models
+
+
+def released(tiny: Callable[[str], Path], root: Path, family: str) -> Path:
+    """The model with the layers that predict, where its release has some."""
+    if family not in models.PREDICTIONS:
+        return tiny(family)
+    return models.as_released(models.build(root / "model", family), family)
 
 
 def folder_of(model: Path, **settings: Any) -> FolderContainer:

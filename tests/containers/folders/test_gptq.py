@@ -15,7 +15,7 @@ from moequant.containers.folders.plan import modules, storage
 from moequant.containers.folders.storage import GptqIntegers, PackedIntegers
 from moequant.errors import PlanError, VerifyError
 from tests import models
-from tests.containers.folders.cases import quantized
+from tests.containers.folders.cases import quantized, released
 
 
 def unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
@@ -58,11 +58,16 @@ def test_layout_and_values(tiny, tmp_path: Path, family: str, bits: int, group: 
 
 
 @pytest.mark.parametrize("attention", [False, True])
-def test_what_stays_is_named_so_that_loaders_skip_it(tiny, tmp_path: Path, attention: bool) -> None:
-    made, _ = quantized(tiny("qwen3_moe"), tmp_path / "g", layout="gptq", quantize_attention=attention)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe"])
+def test_what_stays_is_named_so_that_loaders_skip_it(
+    tiny, tmp_path: Path, family: str, attention: bool
+) -> None:
+    """A layer that predicts, kept as it is, has names like those of quantized layers."""
+    settings = {"layout": "gptq", "quantize_attention": attention, "group_size": 32}
+    made, _ = quantized(released(tiny, tmp_path, family), tmp_path / "g", **settings)
     config = json.loads((tmp_path / "g" / "config.json").read_text())["quantization_config"]
     assert config == json.loads((tmp_path / "g" / "quantize_config.json").read_text())
-    assert (config["bits"], config["group_size"], config["sym"], config["desc_act"]) == (4, 128, True, False)
+    assert (config["bits"], config["group_size"], config["sym"], config["desc_act"]) == (4, 32, True, False)
     patterns = [name.removeprefix("-:") for name in config["dynamic"]]
     assert all(name.startswith("-:") for name in config["dynamic"])
 
@@ -73,10 +78,15 @@ def test_what_stays_is_named_so_that_loaders_skip_it(tiny, tmp_path: Path, atten
     for weight in made.checkpoint.weights:
         if len(weight.shape) > 1 and weight.role != "embedding":
             for module in modules(weight):
-                assert skipped(module) == (formats[weight.name] != "W4A16"), module
-    # vLLM asks for q, k and v by one name.
-    assert skipped("model.layers.1.self_attn.qkv_proj") != attention
+                assert skipped(module) == (formats[weight.name] != "W4A16_G32"), module
     assert not skipped("model.layers.1.mlp.experts")
+    if family == "qwen3_moe":  # vLLM asks for q, k and v by one name
+        assert skipped("model.layers.1.self_attn.qkv_proj") != attention
+    else:
+        assert len(made.checkpoint.predictions.stored) > 20
+        assert (
+            skipped("model.layers.3.mlp.experts") and skipped("model.layers.0.mlp.gate_up_proj") != attention
+        )
 
 
 def test_what_gptq_cannot_hold(tiny, tmp_path: Path) -> None:
