@@ -94,9 +94,9 @@ of its F32 file equal those of transformers. Switch Transformers have an encoder
 but transformers: [limits](limits.md#switch-transformers) says what a row of text means for them.
 
 All families are read in bf16, f16 and f32. They are also read quantized: as FP8 (DeepSeek's blocks,
-compressed-tensors), MXFP4, NVFP4, and int2 to int8 (compressed-tensors, GPTQ, AWQ). Families with a name
-in the column *llama.cpp* are also read from GGUF files. `moequant/checkpoint/codecs/` says what each
-codec decodes.
+compressed-tensors), MXFP4, NVFP4, and int2 to int8 (compressed-tensors, GPTQ, AWQ); also where ModelOpt,
+auto-round or AMD Quark made them. Families with a name in the column *llama.cpp* are also read from GGUF
+files. `moequant/checkpoint/codecs/` says what each codec decodes.
 
 Layers that predict the token after the next (multi-token prediction, MTP) are kept, as llama.cpp's NextN
 blocks for drafting, unless the table lists them as left out, with the reason. Folders hold copies of them.

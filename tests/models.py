@@ -854,6 +854,7 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "index_skip_topk_offset": 1,
         "index_share_for_mtp_iteration": True,
         "indexer_rope_interleave": True,
+        "moe_router_dtype": "float32",
         "rope_interleave": True,
     },
     "dbrx": {"router_aux_loss_coef": 0.05},

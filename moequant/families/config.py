@@ -52,6 +52,38 @@ HARMLESS = frozenset(
 )
 """Config keys that never change what inference computes, in any family: the one list of them."""
 
+GENERATION = frozenset(
+    {
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "suppress_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+    }
+)
+"""How text was to be generated: transformers 4 wrote these beside a model's own keys wherever a config held
+another, and transformers 5 drops them. A class may have a key of its own under such a name."""
+
 BOOKKEEPING = ("_", "unsloth")
 """Saving tools keep books under such names: `_attn_implementation_autoset`, `unsloth_version`."""
 
@@ -168,7 +200,7 @@ def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> Non
                 raise _refused(family, key, value, f"only the class's own {default!r} is described")
         elif _mentions(source, key):
             raise _refused(family, key, value, "the class uses it, and no table describes it")
-        elif value:
+        elif value and key not in GENERATION:
             raise _refused(family, key, value, "unknown, and it may change what the model computes")
     for key, default in own.items():  # what the class derives, or reads under another name
         if key in known or key in given or aliases.get(key, key) in known:

@@ -55,7 +55,12 @@ ROUTING_KEYS = frozenset(
 )
 """Config keys of a router that groups experts, with shared experts beside it."""
 
-ROUTER_SAYS = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)}
+ROUTER_SAYS = {
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "moe_layer_freq": (1,),
+    "moe_router_dtype": ("float32", "fp32"),
+}
 """What releases say of that router, which the classes compute anyway."""
 
 DEEPSEEK_V3 = Family(

@@ -16,7 +16,7 @@ from moequant.checkpoint import open_checkpoint
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.families import EXPORTS, OTHERS
 from moequant.errors import CheckpointError, FamilyError
-from moequant.families.config import HARMLESS, make_config
+from moequant.families.config import GENERATION, HARMLESS, make_config
 from tests import models
 
 
@@ -207,6 +207,12 @@ def test_harmless_keys_are_ignored(tiny) -> None:
     plain = written(tiny, "mixtral")
     kept = {"unsloth_version": "2026.4.2", "unsloth_fixed": True, "_attn_implementation_autoset": True}
     assert written(tiny, "mixtral", **(dict.fromkeys(HARMLESS, 7) | TYPED | kept)) == plain
+
+
+def test_how_text_was_to_be_generated_is_ignored(tiny) -> None:
+    """transformers 4 wrote it beside the model's own keys; Kimi-K2.5 has all of them."""
+    wanted = dict.fromkeys(GENERATION, 2) | {"top_p": 0.5, "temperature": 0.6, "do_sample": True}
+    assert written(tiny, "mixtral", **wanted) == written(tiny, "mixtral")
 
 
 def test_an_unknown_architecture_names_the_nearest() -> None:

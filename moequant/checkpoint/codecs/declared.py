@@ -6,20 +6,21 @@ Tensors decide how they are read. A config that contradicts them makes one of bo
 from __future__ import annotations
 
 import re
-import re._parser as _parser  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import translate
-from functools import cache
 from typing import Any
 
+from moequant.checkpoint.codecs import quark
+from moequant.checkpoint.codecs.changes import Changes, changes_of
+from moequant.checkpoint.codecs.patterns import compiled, matches
 from moequant.errors import CheckpointError, few
 
 Config = Mapping[str, Any]
 
 METHODS = (
     "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed",
-    "mxfp4", "mxfp8", "gptq", "gptq_v2", "awq", "auto-round",
+    "mxfp4", "mxfp8", "gptq", "gptq_v2", "awq", "auto-round", "quark",
 )  # fmt: skip
 """Every `quant_method` that is read."""
 
@@ -101,20 +102,31 @@ class Declared:
     method: str = ""
     raw: Config = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=lambda: LeftOut({}, ()))
+    changes: tuple[Changes, ...] = ()
+
+    @property
+    def again(self) -> bool:
+        """Whether a tool quantized some modules of what may have been quantized before it: what it leaves out
+        stays as it was. Quark keeps it so, and ModelOpt where another method has its name in the config."""
+        modelopt = self.method.startswith("modelopt")
+        return self.method == "quark" or (bool(self.raw.get("quantized_layers")) and not modelopt)
 
     def scheme(self, tensor: str) -> Scheme:
         """What holds for a quantized tensor, by its plain name. CheckpointError when it should not be one."""
         module = tensor.removesuffix(".weight")
-        if found := self.left_out.find(module):
+        found = self.left_out.find(module)
+        if found and not self.again:
             key, pattern = found
             raise disagrees(tensor, "is quantized", f"quantization_config.{key} has {pattern!r}")
         if self.method == "compressed-tensors":
             group = self.group(tensor)
             return _of_group(*group) if group else Scheme()
-        if self.method.startswith("modelopt"):
-            return _from_algorithm(self.algorithm(module))
-        if self.method in ("gptq", "awq"):
-            return self._of_integers(tensor, module)
+        if self.method == "quark":
+            return Scheme() if found else Scheme(*quark.scheme(*self.layer(module)))
+        if algorithm := self.algorithm(module):
+            return _from_algorithm(algorithm)
+        if self.method in ("gptq", "awq", "auto-round"):
+            return self._of_numbers(tensor, module)
         block = self.raw.get("weight_block_size")
         return Scheme("weight_block_size", block=(int(block[0]), int(block[1])) if block else None)
 
@@ -125,7 +137,7 @@ class Declared:
         module, by_class = tensor.removesuffix(".weight"), None
         for name, group in groups.items():
             for target in map(str, group.get("targets") or ()):
-                if target == module or (target.startswith("re:") and _matches(target[3:], module)):
+                if target == module or (target.startswith("re:") and matches(target[3:], module)):
                     return name, group
                 if re.fullmatch(r"[A-Z]\w*", target):
                     by_class = by_class or (name, group)
@@ -134,9 +146,14 @@ class Declared:
         return by_class
 
     def algorithm(self, module: str) -> str | None:
-        """ModelOpt: the algorithm of the layer, else of all; in capitals. CheckpointError: it is unknown."""
-        layer = (self.raw.get("quantized_layers") or {}).get(module) or {}
-        name = layer.get("quant_algo") or self.raw.get("quant_algo")
+        """ModelOpt: the algorithm of the layer, else of all; in capitals. CheckpointError: it is unknown.
+
+        None also where ModelOpt quantized but some layers of what others had quantized.
+        """
+        _, layer = self._change(module) if self.raw.get("quantized_layers") else ("", {})
+        name = layer.get("quant_algo")
+        if self.method.startswith("modelopt"):
+            name = name or self.raw.get("quant_algo")
         if name is not None and str(name).upper() not in _ALGORITHMS:
             raise CheckpointError(
                 f"quantization_config.quant_algo is {name}, expected one of {few(_ALGORITHMS)}; give the "
@@ -144,25 +161,37 @@ class Declared:
             )
         return None if name is None else str(name).upper()
 
-    def _of_integers(self, tensor: str, module: str) -> Scheme:
+    def layer(self, module: str) -> tuple[str, Config]:
+        """Quark: where it says what becomes of a module, and what it says."""
+        source, change = self._change(module)
+        everywhere = self.raw.get("global_quant_config") or {}
+        return (source, change) if change else ("quantization_config.global_quant_config", everywhere)
+
+    def _change(self, module: str) -> tuple[str, Config]:
+        """Where a config says something of a module alone, and what; an empty name and nothing else."""
+        for changes in self.changes:
+            if found := changes.find(module):
+                return f"quantization_config.{changes.key}[{found[0]!r}]", found[1] or {}
+        return "", {}
+
+    def _of_numbers(self, tensor: str, module: str) -> Scheme:
         """GPTQ, AWQ and auto-round: bits and group of all, and what `dynamic` or `extra_config` change."""
-        settings = {key: self.raw.get(key) for key in ("bits", "group_size", "sym")}
+        settings = {key: self.raw.get(key) for key in ("bits", "group_size", "sym", "data_type")}
         settings["bits"] = settings["bits"] or self.raw.get("w_bit")
         settings["group_size"] = settings["group_size"] or self.raw.get("q_group_size")
-        source = "quantization_config"
-        for pattern, change in (self.raw.get("dynamic") or {}).items():
-            if not pattern.startswith("-:") and _matches(pattern.removeprefix("+:"), module):
-                settings |= {key: change[key] for key in settings if key in change}
-                source = f"quantization_config.dynamic[{pattern!r}]"
-                break
-        if change := (self.raw.get("extra_config") or {}).get(module):
-            settings |= {key: change[key] for key in settings if key in change}
-            source = f"quantization_config.extra_config[{module!r}]"
+        source, change = self._change(module)
+        settings |= {key: change[key] for key in settings if key in change}
+        source = source or "quantization_config"
         bits, group, sym = settings["bits"], settings["group_size"], settings["sym"]
         if bits is not None and int(bits) > 8:
             raise disagrees(tensor, "is quantized", f"{source} leaves it at {bits} bits")
-        block = None if group is None else (1, max(int(group), 0))
-        return Scheme(source, int(bits) if bits else None, "int", block, sym)
+        kind = "float" if "fp" in str(settings["data_type"] or "") else "int"
+        block = None
+        if isinstance(group, list):
+            block = (int(group[0]), int(group[1]))
+        elif group is not None:
+            block = (0, 0) if group == 0 and kind == "float" else (1, max(int(group), 0))
+        return Scheme(source, int(bits) if bits else None, kind, block, sym)
 
 
 def read_config(quantization: Config | None) -> Declared:
@@ -182,6 +211,8 @@ def read_config(quantization: Config | None) -> Declared:
         method = "gptq"  # quantize_config.json before there was a quant_method
     elif not method and "w_bit" in raw:
         method = "awq"  # quant_config.json, likewise
+    elif not method and "quant_algo" in raw:
+        method = "modelopt"  # config.json of its first versions
     if method not in METHODS:
         raise CheckpointError(
             f"quantization_config.quant_method is {method or 'missing'}, expected one of "
@@ -192,27 +223,30 @@ def read_config(quantization: Config | None) -> Declared:
         raw, method = _auto_round(raw)
     if method == "gptq_v2":
         raw, method = {**raw, "checkpoint_format": "gptq_v2"}, "gptq"
-    return Declared(method, raw, _left_out(raw, method))
+    if method == "quark":
+        quark.check(raw)
+    return Declared(method, raw, _left_out(raw, method), changes_of(raw))
 
 
 def _left_out(raw: Config, method: str) -> LeftOut:
     """Every module that a config leaves out, by the rules of the library that reads the key."""
     names, patterns = {}, []
-    for key in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"):
+    globs = method.startswith("modelopt") or method == "quark"
+    for key in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules", "exclude"):
         for entry in map(str, raw.get(key) or ()):
             if entry.startswith("re:"):
                 patterns.append((key, entry, entry.removeprefix("re:")))
             elif re.fullmatch(r"[\w.-]*", entry):
                 names[entry] = key
-            elif method.startswith("modelopt"):
+            elif globs:
                 patterns.append((key, entry, translate(entry)))
             else:
                 patterns.append((key, entry, rf"(?:{entry})(?:\.|$)"))
     removed = [entry for entry in raw.get("dynamic") or () if entry.startswith("-:")]
     patterns += [("dynamic", entry, entry.removeprefix("-:")) for entry in removed]
-    compiled = tuple((key, entry, _compiled(pattern)) for key, entry, pattern in patterns)
-    # compressed-tensors and ModelOpt want whole names, transformers' own methods parts of them.
-    return LeftOut(names, compiled, method != "compressed-tensors" and not method.startswith("modelopt"))
+    found = tuple((key, entry, compiled(pattern)) for key, entry, pattern in patterns)
+    # compressed-tensors, ModelOpt and Quark want whole names, transformers' own methods parts of them.
+    return LeftOut(names, found, method != "compressed-tensors" and not globs)
 
 
 def _refuse_parts(raw: Config) -> None:
@@ -231,16 +265,30 @@ def _refuse_parts(raw: Config) -> None:
         )
 
 
+_PACKED_AS = {
+    "auto_gptq": ("gptq", {}),
+    "auto_awq": ("awq", {}),
+    "auto_round": ("gptq", {"checkpoint_format": "gptq_v2"}),
+    "gptqmodel": ("gptq", {"checkpoint_format": "gptq_v2"}),
+    "llm_compressor": ("auto-round", {}),
+    "fp8_static": ("auto-round", {}),
+    "fp8": ("auto-round", {}),
+}
+"""auto-round's `packing_format`, without "auto_round:", by what reads it. Its own form of integers is that
+of GPTQ, with zero points as they are; floats are stored as compressed-tensors stores them."""
+
+
 def _auto_round(raw: Config) -> tuple[Config, str]:
     """auto-round packs as others do; which of them is in `packing_format`."""
     packing = str(raw.get("packing_format", "auto_round:auto_gptq"))
-    for ending, method in (("gptq", "gptq"), ("awq", "awq")):
-        if packing.endswith(ending):
-            return raw, method
-    raise CheckpointError(
-        f"quantization_config.packing_format is {packing}, expected auto_round:auto_gptq or "
-        "auto_round:auto_awq; give the unquantized checkpoint"
-    )
+    method, more = _PACKED_AS.get(packing.removeprefix("auto_round:"), (None, {}))
+    if method is None or "mx_int" in str(raw.get("data_type")):
+        told = "packing_format" if method is None else "data_type"
+        raise CheckpointError(
+            f"quantization_config.{told} is {raw.get(told)}, expected auto_round:auto_gptq, "
+            "auto_round:auto_awq or another that moequant reads; give the unquantized checkpoint"
+        )
+    return {**raw, **more}, method
 
 
 def _of_group(name: str, group: Config) -> Scheme:
@@ -271,50 +319,3 @@ def _from_algorithm(name: str | None) -> Scheme:
         return Scheme()
     bits, group = _ALGORITHMS[name]
     return Scheme(f"quant_algo {name}", bits, "float" if bits else None, (1, group) if group else None)
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """Whether a regular expression fits the start of a name, as all of these libraries ask."""
-    return _compiled(pattern).match(module) is not None
-
-
-@cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    """A regular expression; one that is none ("*", for example) is taken as a plain name.
-
-    CheckpointError for one that may take for ever on a name, such as (a+)+$.
-    """
-    try:
-        tree = _parser.parse(pattern)
-        compiled = re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return re.compile(re.escape(pattern))
-    if _repeats(tree) > _MOST_REPEATS:
-        raise CheckpointError(
-            f"quantization_config: the pattern {pattern[:100]!r} repeats what repeats, or more than "
-            f"{_MOST_REPEATS} times; matching it may take for ever; write it simpler"
-        )
-    return compiled
-
-
-_MOST_REPEATS = 5
-"""Of n characters, so many `.*` in a row may take n**5 / 120 steps."""
-
-
-def _repeats(tree: Any, repeated: bool = False) -> float:
-    """How many repeats a parsed expression has; infinite when in one there is another, or a choice."""
-    found = 0.0
-    for operator, content in tree:
-        repeats = operator in (_parser.MAX_REPEAT, _parser.MIN_REPEAT) and content[1] > 1
-        if repeated and (repeats or operator is _parser.BRANCH):
-            return float("inf")
-        if operator is not _parser.ATOMIC_GROUP:  # what it has matched is never tried again
-            found += repeats + sum(_repeats(each, repeated or repeats) for each in _inside(content))
-    return found
-
-
-def _inside(content: Any) -> list[Any]:
-    """The expressions inside a part of one."""
-    if isinstance(content, _parser.SubPattern):
-        return [content]
-    return [found for each in content for found in _inside(each)] if isinstance(content, list | tuple) else []

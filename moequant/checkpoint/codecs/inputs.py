@@ -8,6 +8,7 @@
 | Mistral | `qscheme_act` |
 | `fbgemm_fp8` | a scale a token, of at most `activation_scale_ub` |
 | MXFP8 | a power of two for 32 channels |
+| Quark | `input_tensors` of the module's entry, else of all |
 | GPTQ, AWQ, auto-round, MXFP4 of gpt-oss | as they are, unless `act_bits` says otherwise |
 
 What no config says is not guessed: `Inputs.untold` has the reason.
@@ -78,7 +79,9 @@ _ALGORITHMS = {
 
 def inputs_of(declared: Declared, tensor: str) -> Inputs:
     """What becomes of the inputs of a quantized weight, by its plain name; numbers are not read yet."""
-    raw, method = declared.raw, declared.method
+    raw, method, module = declared.raw, declared.method, tensor.removesuffix(".weight")
+    if method != "compressed-tensors" and (name := declared.algorithm(module)):
+        return _ALGORITHMS.get(name, Inputs(untold=f"quant_algo {name} does not say how they are scaled"))
     match method:
         case "compressed-tensors":
             found = declared.group(tensor)
@@ -90,11 +93,12 @@ def inputs_of(declared: Declared, tensor: str) -> Inputs:
             return Inputs("FP8", 0, most=None if most is None else float(most))
         case "mxfp8":
             return _MXFP8
+        case "quark" if declared.left_out.find(module):
+            return Inputs(untold="Quark left it as its source had it")
+        case "quark":
+            return _of_quark(declared.layer(module)[1].get("input_tensors"))
         case _ if method.startswith("modelopt"):
-            name = declared.algorithm(tensor.removesuffix(".weight"))
-            if name is None:
-                return Inputs(untold=f"{method} without a quant_algo")
-            return _ALGORITHMS.get(name, Inputs(untold=f"quant_algo {name} does not say how they are scaled"))
+            return Inputs(untold=f"{method} without a quant_algo")
     bits = raw.get("act_bits") or 16
     return AS_THEY_ARE if bits >= 16 else Inputs(untold=f"act_bits {bits}, which no runtime is known for")
 
@@ -112,6 +116,21 @@ def _of_fp8(raw: Config) -> Inputs:
     if int(block[1]) < 0:
         return Inputs(untold=f"weight_block_size is {list(block)}")
     return Inputs("FP8", int(block[1]), power=raw.get("scale_fmt") == "ue8m0")
+
+
+def _of_quark(told: Config | None) -> Inputs:
+    """The `input_tensors` of Quark; for rows of inputs, a channel is a token."""
+    if not told:
+        return AS_THEY_ARE
+    match told.get("dtype"), told.get("qscheme"), bool(told.get("is_dynamic")):
+        case "fp8_e4m3", "per_tensor", False:
+            return _FIXED
+        case "fp8_e4m3", "per_channel", True:
+            return _PER_TOKEN
+        case "int8", "per_channel", True:
+            return Inputs("int8", 0)
+    said = f"{told.get('dtype')} {told.get('qscheme')}, dynamic: {bool(told.get('is_dynamic'))}"
+    return Inputs(untold=f"{said}, which is not computed here")
 
 
 def of_group(told: Config | None) -> Inputs:

@@ -140,7 +140,7 @@ CONTRADICTED = [
     ({"quantization": {"quant_algo": "W4A8_AWQ"}}, "quant_algo is W4A8_AWQ, expected one of FP8"),
     (
         {"quant_method": "bitsandbytes"},
-        "quant_method is bitsandbytes, expected one of fp8, .* and 3 more",
+        "quant_method is bitsandbytes, expected one of fp8, .* and 4 more",
     ),
     ({"load_in_4bit": True}, "quant_method is missing, expected one of"),
     (

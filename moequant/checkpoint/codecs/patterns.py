@@ -1,0 +1,56 @@
+"""Regular expressions that a config names modules with; none that may take for ever is run."""
+
+from __future__ import annotations
+
+import re
+import re._parser as _parser  # type: ignore[import-untyped, import-not-found, unused-ignore]
+from functools import cache
+from typing import Any
+
+from moequant.errors import CheckpointError
+
+_MOST_REPEATS = 5
+"""Of n characters, so many `.*` in a row may take n**5 / 120 steps."""
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a regular expression fits the start of a name, as nearly all of these libraries ask."""
+    return compiled(pattern).match(module) is not None
+
+
+@cache
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A regular expression; one that is none ("*", for example) is taken as a plain name.
+
+    CheckpointError for one that may take for ever on a name, such as (a+)+$.
+    """
+    try:
+        tree = _parser.parse(pattern)
+        found = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return re.compile(re.escape(pattern))
+    if _repeats(tree) > _MOST_REPEATS:
+        raise CheckpointError(
+            f"quantization_config: the pattern {pattern[:100]!r} repeats what repeats, or more than "
+            f"{_MOST_REPEATS} times; matching it may take for ever; write it simpler"
+        )
+    return found
+
+
+def _repeats(tree: Any, repeated: bool = False) -> float:
+    """How many repeats a parsed expression has; infinite when in one there is another, or a choice."""
+    found = 0.0
+    for operator, content in tree:
+        repeats = operator in (_parser.MAX_REPEAT, _parser.MIN_REPEAT) and content[1] > 1
+        if repeated and (repeats or operator is _parser.BRANCH):
+            return float("inf")
+        if operator is not _parser.ATOMIC_GROUP:  # what it has matched is never tried again
+            found += repeats + sum(_repeats(each, repeated or repeats) for each in _inside(content))
+    return found
+
+
+def _inside(content: Any) -> list[Any]:
+    """The expressions inside a part of one."""
+    if isinstance(content, _parser.SubPattern):
+        return [content]
+    return [found for each in content for found in _inside(each)] if isinstance(content, list | tuple) else []

@@ -1,0 +1,112 @@
+"""AMD Quark's checkpoints: decoded by a formula in float64, and every number that is not read refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moequant.checkpoint.codecs import as_shipped
+from moequant.checkpoint.codecs.declared import read_config
+from moequant.checkpoint.codecs.inputs import inputs_of
+from moequant.errors import CheckpointError
+from tests.checkpoint.codecs.files import one, read, seeded
+
+EXPERT = "model.layers.3.mlp.experts.7.up_proj"
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+
+FP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0", "ch_axis": -1}
+FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_channel", "ch_axis": 0, "symmetric": None}
+
+
+def quark(weight: Any, inputs: Any = None, **more: Any) -> dict[str, Any]:
+    every = {"weight": weight, "input_tensors": inputs, "output_tensors": None, "bias": None}
+    exported = {"pack_method": "reorder", "weight_format": "real_quantized"}
+    return {
+        "quant_method": "quark",
+        "global_quant_config": every,
+        "layer_quant_config": {},
+        "exclude": ["lm_head"],
+        "export": exported,
+    } | more
+
+
+def mxfp4() -> tuple[dict[str, Tensor], Tensor]:
+    """A checkpoint's tensors and the weight in float64: the first code of a byte in its low half."""
+    codes = torch.randint(0, 16, (48, 96), generator=seeded())
+    powers = torch.randint(120, 132, (48, 3), generator=seeded(1))
+    values = E2M1[codes & 7] * (1 - 2 * (codes >> 3))
+    values *= 2.0 ** (powers.double() - 127).repeat_interleave(32, 1)
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    return {f"{EXPERT}.weight": packed.byte(), f"{EXPERT}.weight_scale": powers.byte()}, values
+
+
+def fp8(scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    codes = torch.randn(48, 96, generator=seeded()).to(torch.float8_e4m3fn)
+    rows = scale if scale.ndim != 1 else scale[:, None]
+    return {f"{EXPERT}.weight": codes, f"{EXPERT}.weight_scale": scale}, codes.double() * rows.double()
+
+
+def test_fp4_is_mxfp4(tmp_path: Path) -> None:
+    tensors, weight = mxfp4()
+    stored = one(tmp_path, tensors, quark(FP4))
+    assert (stored.codec.name, stored.shape, as_shipped(stored)) == ("mxfp4", (48, 96), "MXFP4")
+    assert torch.equal(read(stored).double(), weight)
+
+
+@pytest.mark.parametrize(
+    ("how", "scale"),
+    [
+        (FP8, torch.rand(48, generator=seeded(1))),
+        (FP8 | {"qscheme": "per_tensor"}, torch.tensor(0.03)),
+        ([FP8], torch.rand(48, generator=seeded(1))),
+    ],
+)
+def test_fp8_for_rows_and_for_all(tmp_path: Path, how: Any, scale: Tensor) -> None:
+    tensors, weight = fp8(scale)
+    stored = one(tmp_path, tensors, quark(how))
+    assert torch.allclose(read(stored).double(), weight, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("where", [EXPERT, "*experts.7*", "*.up_proj"])
+def test_a_module_of_its_own(tmp_path: Path, where: str) -> None:
+    """By its name, or a pattern as of files; what is said of all then does not count."""
+    config = quark(FP4, layer_quant_config={where: {"weight": FP8}})
+    assert one(tmp_path, fp8(torch.ones(48))[0], config).codec.name == "fp8"
+    with pytest.raises(CheckpointError, match=r"layer_quant_config\[.*\] says float of 8 bits"):
+        one(tmp_path, mxfp4()[0], config)
+
+
+def test_what_is_left_out_may_be_quantized_as_its_source_was(tmp_path: Path) -> None:
+    config = quark(FP4, exclude=["lm_head", "*experts*"])
+    assert one(tmp_path, fp8(torch.ones(48))[0], config).codec.name == "fp8"
+    assert "source" in str(inputs_of(read_config(config), f"{EXPERT}.weight"))
+
+
+def test_what_becomes_of_inputs() -> None:
+    def told(inputs: Any) -> str:
+        return str(inputs_of(read_config(quark(FP8, inputs)), f"{EXPERT}.weight"))
+
+    assert told(None) == "as they are"
+    assert told(FP8 | {"is_dynamic": True}) == "FP8, a scale a token"
+    assert told(FP8 | {"qscheme": "per_tensor"}) == "FP8, one scale from calibration"
+    assert "fp4 per_group, dynamic: True" in told(FP4 | {"is_dynamic": True})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (quark({"dtype": "int4", "qscheme": "per_group", "group_size": 128}), "weights are int4 per_group"),
+        (quark([{"dtype": "fp8_e4m3"}, {"dtype": "int4"}]), "weights are fp8_e4m3 then int4"),
+        (quark(FP4 | {"scale_format": None}), "global_quant_config: weights are fp4 per_group, scale_f"),
+        (quark(FP8, layer_quant_config={"*": {"weight": {"dtype": "mx"}}}), r"\['\*'\]: weights are mx None"),
+        (quark(FP8, export={"weight_format": "fake_quantized"}), "weight_format is fake_quantized"),
+    ],
+)
+def test_other_numbers_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        one(tmp_path, fp8(torch.ones(48))[0], config)
+    assert "\n" not in str(caught.value) and ";" in str(caught.value)
