@@ -27,6 +27,7 @@ def page(made: Conversion) -> str:
     seen = experts_seen(first)
     changes = [report.measured for report in made.reports if report.measured is not None]
     source = first.comparison.source if first.comparison is not None else ""
+    tokens, text = first.calibrated_on or (0, "")
     return pages.render(
         "conversion.html",
         name=shown(first.model),
@@ -37,7 +38,8 @@ def page(made: Conversion) -> str:
         sizes=pages.picture(figures.sizes(points)) if len(points) > 1 else "",
         tokens=pages.present(maps.tokens(seen, "tokens of every expert")),
         unseen=unseen(seen),
-        calibrated=text_names(first.calibration.source) if first.calibration is not None else "",
+        calibrated=text_names(text),
+        calibrated_tokens=tokens,
         scored=text_names(source),
         rerouted=pages.picture(figures.rerouted(changes)) if changes and changes[0].routing else "",
         outlier=OUTLIER,

@@ -76,6 +76,12 @@ class Report(Shown):
         return None if self.measured is None else self.measured.comparison
 
     @property
+    def calibrated_on(self) -> tuple[int, str] | None:
+        """Tokens and source of the text of the statistics or, without any, of Hessians; None: no text."""
+        text = self.calibration or self.how.rounded_on
+        return None if text is None else (text.tokens, text.source)
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits of weight data per weight of the model."""
         return 8 * self.plan.bytes / sum(weight.numel for weight in self.checkpoint.weights)
@@ -146,8 +152,9 @@ def _hurt(losses: tuple[ExpertLoss, ...]) -> set[tuple[int | None, int]]:
 def made_how(report: Report, details: bool, worst: bool = False) -> list[RenderableType]:
     """What text the experts saw, which of them it hit worst if that is asked for, and notes."""
     parts: list[RenderableType] = []
-    if (found := report.calibration) is not None:
-        parts.append(line(f"calibrated on {found.tokens:,} tokens of: {found.source}\n"))
+    if report.calibrated_on is not None:
+        tokens, source = report.calibrated_on
+        parts.append(line(f"calibrated on {tokens:,} tokens of: {source}\n"))
     if seen := experts_seen(report):
         parts += [_routing(seen)] if details else []
         parts += _unseen(seen, tables=not details)

@@ -176,6 +176,8 @@ def test_experts_without_tokens_are_rounded_too(tmp_path: Path, text: Path) -> N
         off = (exact - decoded).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
         assert bool((off[5:] < 0.2).all())
     summary = " ".join(report.summary().split())
+    assert "calibrated on 2,048 tokens of: " in summary, "the text of Hessians alone"
+    assert f"2,048 tokens of {text.name}" in report.html()
     assert "6 experts saw no token" in summary and "0.5, 0.6, 0.7, 1.5, 1.6, 1.7" in summary
     assert "worst-hit experts" in summary
 
