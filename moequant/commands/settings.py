@@ -110,8 +110,8 @@ class Settings:
                     "--card does not go with a folder, which gets its README.md without it; leave --card out"
                 )
             raise PlanError(
-                f"{_option(given[0])} does not go with --format {self.format}; how large it is, "
-                f"{', '.join(map(_option, own))} say"
+                f"{_option(given[0])} does not go with --format {self.format}, whose own options are "
+                f"{', '.join(map(_option, own))}"
             )
         if self.format != "gguf":
             self._check_folder()
