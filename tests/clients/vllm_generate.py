@@ -15,25 +15,32 @@ from pathlib import Path
 from typing import Any
 
 NEW_TOKENS = 8
+MISSING = ("WNA16 MoE backend", "has no attribute 'cpu_gemm_wna16'")
+"""What vLLM says where this processor has no kernel: of experts, and, without AVX-512, of linears."""
 
 
 def score(folder: str, prompts: list[list[int]]) -> dict[str, Any]:
-    """Greedy continuations and the log-probability of every prompt token."""
-    import vllm  # after the environment: it reads it on import
-
+    """Greedy continuations and the log-probability of every prompt token, or what has no kernel."""
     try:
-        model = vllm.LLM(
-            folder,
-            dtype="bfloat16",
-            max_model_len=512,
-            enforce_eager=True,
-            enable_prefix_caching=False,
-            skip_tokenizer_init=True,
-        )
-    except (NotImplementedError, ValueError) as error:
-        if "WNA16 MoE backend" in str(error):
+        return generated(folder, prompts)
+    except (NotImplementedError, ValueError, AttributeError) as error:
+        if any(missing in str(error) for missing in MISSING):
             return {"unsupported": str(error)}
         raise
+
+
+def generated(folder: str, prompts: list[list[int]]) -> dict[str, Any]:
+    """The same of a model that has kernels."""
+    import vllm  # after the environment: it reads it on import
+
+    model = vllm.LLM(
+        folder,
+        dtype="bfloat16",
+        max_model_len=512,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+    )
     wanted = vllm.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=0, detokenize=False)
     outputs = model.generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False)
     return {
