@@ -119,7 +119,7 @@ def row(family: Family) -> str:
     config, way = default_config(family), EXPORTS.get(family.name)
     layers = [slot for number in range(config.num_hidden_layers) for slot in family.layer(config, number)]
     experts = [slot for slot in layers if slot.stack.name == "EXPERTS"]
-    folder = all(any("{e}" in way.name for way in slot.ways) for slot in experts)
+    folder = all("{e}" in slot.ways[0].name for slot in experts)
     described = int(family.predictions is not nothing_predicted)
     refused = None if way is None else refusal(way, described)
     kept = {"computed from the config", *([] if refused else [PREDICTION])}
