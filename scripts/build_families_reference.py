@@ -75,8 +75,11 @@ MODELS = {
 }
 """What people call the models of a family, by its name in the code."""
 
-NEEDED = {"lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}}
-"""What a config class cannot be made without, by family."""
+NEEDED = {
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "gemma4": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64},
+}
+"""What a config class cannot be made without, or without experts, by family."""
 
 HEAD = """# Families
 
