@@ -75,8 +75,11 @@ MODELS = {
 }
 """What people call the models of a family, by its name in the code."""
 
-NEEDED = {"lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}}
-"""What a config class cannot be made without, by family."""
+NEEDED = {
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "gemma4": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64},
+}
+"""What a config class cannot be made without, or without experts, by family."""
 
 HEAD = """# Families
 
@@ -119,7 +122,7 @@ def row(family: Family) -> str:
     config, way = default_config(family), EXPORTS.get(family.name)
     layers = [slot for number in range(config.num_hidden_layers) for slot in family.layer(config, number)]
     experts = [slot for slot in layers if slot.stack.name == "EXPERTS"]
-    folder = all(any("{e}" in way.name for way in slot.ways) for slot in experts)
+    folder = all("{e}" in slot.ways[0].name for slot in experts)
     described = int(family.predictions is not nothing_predicted)
     refused = None if way is None else refusal(way, described)
     kept = {"computed from the config", *([] if refused else [PREDICTION])}

@@ -925,7 +925,7 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
         "sliding_window_pattern": "LLG",
     },
     "mellum": {"num_nextn_predict_layers": 1, "num_mtp_layers": None},
-    "laguna": {"gating": True, "norm_topk_prob": True},
+    "laguna": {"gating": True, "norm_topk_prob": True, "mlp_only_layers": [0], "decoder_sparse_step": 1},
     "afmoe": {
         "load_balance_coeff": 0.001,
         "n_group": 1,

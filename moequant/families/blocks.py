@@ -194,8 +194,8 @@ def shared_expert(layer: int, module: str = "mlp.shared_expert") -> tuple[Slot, 
 class Experts:
     """How a family keeps the experts of a layer.
 
-    `width` is f of an expert. `stored` is the module in checkpoints with a tensor an expert ("": there are
-    none such), `names` what those call gate, up and down. `module` is where transformers has them, fused:
+    `width` is f of an expert. `stored` is the module in releases with a tensor an expert ("": they have none
+    such), `names` what those call gate, up and down. `module` is where transformers has them, fused:
     gate_up_proj [E, 2f, h], down_proj [E, h, f]; of experts that are not `gated`, up_proj [E, f, h] and
     down_proj. `fused` is what the release calls these two, if otherwise. Where checkpoints may keep fused
     ones transposed, `transposed_for` is h.
@@ -237,7 +237,10 @@ class Experts:
         if self.fused:
             ways.append(Get(f"{at}.{self.fused[which == 2]}", ops))
         name = f"layers.{layer}.experts.{role.value}"
-        return Slot(name, role, fused, (*ways, *self._fused(fused, ops)), ops, site, Stack.EXPERTS, adds)
+        ways += self._fused(fused, ops)
+        if not self.stored:
+            ways.append(one_by_one(f"{at}.{self.module}", role))
+        return Slot(name, role, fused, tuple(ways), ops, site, Stack.EXPERTS, adds)
 
     def _fused(self, name: str, ops: Ops) -> tuple[Get, ...]:
         """The ways of a fused stack; square matrices stand as in the model, as transformers takes them."""
@@ -245,6 +248,12 @@ class Experts:
         if self.transposed_for is None or rows == columns:
             return (Get(name, ops),)
         return (Get(name, ops, rows), Get(name, (Transposed(), *ops), columns))
+
+
+def one_by_one(module: str, role: Role) -> Get:
+    """Experts that releases have in one stack, as ModelOpt and llm-compressor store what they quantize."""
+    which = (Role.GATE, Role.UP, Role.DOWN).index(role)
+    return Get(f"{module}.{{e}}.{PROJECTIONS[which]}.weight")
 
 
 def router(layer: int, stored: str = "mlp.gate", module: str = "mlp.gate") -> Slot:

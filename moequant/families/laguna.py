@@ -3,6 +3,9 @@ first, a sigmoid router whose correction only chooses, a shared expert."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from moequant.errors import FamilyError
 from moequant.families.base import Config, Family, Slot
 from moequant.families.blocks import (
     SHAPE_KEYS,
@@ -39,6 +42,23 @@ def layer(config: Config, number: int) -> tuple[Slot, ...]:
     )
 
 
+def _read(raw: dict[str, Any]) -> dict[str, Any]:
+    """Some releases say also as Qwen does which layers are dense. FamilyError when they contradict."""
+    if raw.get("mlp_only_layers") is None and raw.get("decoder_sparse_step") is None:
+        return raw
+    dense, step = raw.get("mlp_only_layers") or (), raw.get("decoder_sparse_step") or 1
+    layers = range(raw["num_hidden_layers"])
+    kinds = ["dense" if number in dense or (number + 1) % step else "sparse" for number in layers]
+    told = raw.get("mlp_layer_types") or kinds
+    if told != kinds:
+        raise FamilyError(
+            f"laguna: config key mlp_only_layers = {list(dense)}, decoder_sparse_step = {step}: "
+            "mlp_layer_types says of other layers that they are dense"
+        )
+    left = {key: value for key, value in raw.items() if key not in ("mlp_only_layers", "decoder_sparse_step")}
+    return {**left, "mlp_layer_types": kinds}
+
+
 LAGUNA = Family(
     name="laguna",
     classes=("LagunaForCausalLM",),
@@ -65,4 +85,5 @@ LAGUNA = Family(
         "moe_apply_router_weight_on_input": (False,),
         "use_bidirectional_attention": (False,),
     },
+    dialect=_read,
 )

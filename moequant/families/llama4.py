@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moequant.families.base import Config, Family, Get, Slot
-from moequant.families.blocks import SHAPE_KEYS, attention, ends, gated_ffn, moe_shape
+from moequant.families.blocks import SHAPE_KEYS, attention, ends, gated_ffn, moe_shape, one_by_one
 from moequant.values import Role, Site, Stack
 from moequant.values.ops import Ops, Part, Transposed
 
@@ -33,8 +33,8 @@ def _experts(config: Config, number: int) -> tuple[Slot, ...]:
 
     def slot(role: Role, param: str, rows: Ops, site: Site) -> Slot:
         name, param = f"layers.{number}.experts.{role.value}", f"{at}.{param}"
-        way = Get(param, (Transposed(), *rows))
-        return Slot(name, role, param, (way,), rows, site, Stack.EXPERTS, adds=role is Role.DOWN)
+        ways = (Get(param, (Transposed(), *rows)), one_by_one(at, role))
+        return Slot(name, role, param, ways, rows, site, Stack.EXPERTS, adds=role is Role.DOWN)
 
     return (
         slot(Role.GATE, "gate_up_proj", (Part(0, width),), before),

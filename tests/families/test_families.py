@@ -138,6 +138,11 @@ def test_an_absent_key_is_refused_as_its_default_is(tiny) -> None:
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
         ("gpt_oss", {"tie_word_embeddings": True}, "tie_word_embeddings"),
         ("llama", {"model_type": "qwen3"}, "model_type 'qwen3'"),
+        (
+            "laguna",
+            {"mlp_only_layers": [0, 1]},
+            r"mlp_only_layers = \[0, 1\], decoder_sparse_step = 1: mlp_la",
+        ),
     ],
 )
 def test_behaviour_that_the_runtime_lacks_is_refused(tiny, family: str, changes: dict, named: str) -> None:

@@ -58,6 +58,33 @@ def in_shares(tensors: Tensors, ranks: int = 2) -> Tensors:
     return made
 
 
+def one_an_expert(tensors: Tensors) -> Tensors:
+    """Stacks of gate and up, and of down, as matrices [out, in] of each expert."""
+    made = {}
+    for name, values in tensors.items():
+        module, _, projection = name.rpartition(".")
+        if not module.endswith(".experts") or values.ndim != 3:
+            made[name] = values
+            continue
+        turned = values if "feed_forward" not in name else values.transpose(1, 2)  # of Llama 4: [in, out]
+        for expert, matrix in enumerate(turned):
+            parts = {"down_proj": matrix}
+            if projection == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True))
+            made |= {f"{module}.{expert}.{each}.weight": part for each, part in parts.items()}
+    return made
+
+
+@pytest.mark.parametrize("family", ["gemma4", "llama4"])
+def test_stacks_of_a_release_one_by_one(tmp_path: Path, text: Path, family: str) -> None:
+    """As tools store what they quantize: nvidia's Gemma 4 in NVFP4, Red Hat's Llama 4 in int4."""
+    folder = models.as_released(models.build(tmp_path / "whole" / "model", family), family)
+    parts = relaid(folder, tmp_path / "parts" / "model", one_an_expert, {})
+    stored = load_file(parts / "model.safetensors")
+    assert any(".experts.1.up_proj.weight" in name for name in stored)
+    assert f32(folder, tmp_path / "whole.gguf", text) == f32(parts, tmp_path / "parts.gguf", text)
+
+
 MIMO_V2_5 = {
     "architectures": ["MiMoV2ForCausalLM"],
     "model_type": "mimo_v2",

@@ -24,13 +24,13 @@ _ACTIVATION = re.compile(
 _LOW_BIT = ("F8_E4M3", "F8_E5M2", "F4", "I8", "U8")
 
 _BESIDE = {
-    "scale": ("_scale_inv", "_scale"),
-    "global_scale": ("_scale_2", "_global_scale"),
+    "scale": ("_scale_inv", "_scale", "_weight_scale"),
+    "global_scale": ("_scale_2", "_global_scale", "_weight_scale_2"),
     "zero_point": ("_zero_point",),
     "shape": ("_shape",),
     "g_idx": ("_g_idx",),
 }
-"""Endings of what lies beside a weight, after its own name."""
+"""Endings of what lies beside a weight, after its own name; ModelOpt puts "weight" behind that of a stack."""
 
 _PART = re.compile(
     r"(_scale|_scale_inv|_scale_2|_scales|_global_scale|_zero_point|_shape|_g_idx"

@@ -99,6 +99,15 @@ def test_fused_experts_with_one_scale_each(tmp_path: Path, scale: Tensor) -> Non
     assert torch.equal(read(stored), (weight.double() * spread).float())
 
 
+def test_a_stack_as_modelopt_names_its_parts(tmp_path: Path) -> None:
+    """Llama 4: the stack is a parameter of its own, so the names of its scales begin with it."""
+    weight, name = codes(3, 160, 136), "m.feed_forward.experts.gate_up_proj"
+    tensors = {name: weight, f"{name}_weight_scale": scales(1)[0], f"{name}_input_scale": scales(1)[0]}
+    stored = one(tmp_path, tensors, {"quant_method": "modelopt", "quant_algo": "FP8"})
+    assert stored.name == name
+    assert torch.equal(read(stored), (weight.double() * scales(1)[0].double()).float())
+
+
 def test_mistral_and_what_scales_activations(tmp_path: Path) -> None:
     tensors = {
         "layers.0.wo.weight": codes(40, 24),

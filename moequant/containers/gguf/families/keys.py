@@ -223,7 +223,8 @@ def rope_factors(
     factors = []
     for at in range(0, width, 2):
         turns = context / (2 * math.pi * base ** (at / width))  # in the context of the training
-        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        # Where both are one number, as in Llama 4 Scout, there is nothing between them.
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0) if high > low else float(turns >= low)
         factors.append(1 / ((1 - smooth) / factor + smooth))
     factors += [1.0] * ((length or 0) - len(factors))
     return (Computed("rope_freqs.weight", tuple(factors)),)
