@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from moequant.checkpoint.open import quantization_of
 from moequant.containers.gguf.same import equal
 from moequant.errors import MoequantError, VerifyError
 from moequant.evaluate.open_source import same_model
+from moequant.families.config import text_config
 from moequant.kernels import Matrix
 from moequant.statistics.store import identity
 from moequant.values import Stored, TensorRef, Weight
@@ -32,6 +34,8 @@ _CHUNK = 1 << 24
 CONFIG = "config.json"
 
 UNDECLARED = "has no quantization_config: readers take codes for weights"
+
+UNGROUPED = "has no config_groups: readers of compressed-tensors take codes for weights"
 
 
 class FolderSource:
@@ -115,15 +119,18 @@ class FolderSource:
     def said(self) -> tuple[tuple[str, str], ...]:
         """See `Source`."""
         config, told = self._opened.raw, list[tuple[str, str]]()
-        if not quantization_of(self.path, config):
+        declared = quantization_of(self.path, config) or {}
+        if not declared:
             told.append((CONFIG, UNDECLARED))
+        elif declared.get("quant_method") == "compressed-tensors" and not declared.get("config_groups"):
+            told.append((CONFIG, UNGROUPED))
         if self._record is not None:
             told += [
                 (CONFIG, f"{key} is {now}, was written as {was}")
                 for key, was, now in self._record.changed(config)
             ]
         if self.model is not None:
-            mine, theirs = identity(self.model), identity(self._opened)
+            mine, theirs = _computes(self.model), _computes(self._opened)
             told += [
                 (CONFIG, f"{key} is {theirs.get(key)}, the baseline's {mine.get(key)}")
                 for key in sorted(mine.keys() | theirs.keys())
@@ -158,6 +165,13 @@ class FolderSource:
         """Which stored tensors are not those that were written."""
         known = self._checksums or {}
         return {name for name in names if _crc(self._refs[name]) != known.get(name)}
+
+
+def _computes(model: Checkpoint) -> dict[str, Any]:
+    """What decides how a model computes; whether the head is tied as config.json says it, since readers do
+    not look which tensors are there."""
+    tied = text_config(model.raw).get("tie_word_embeddings", model.config.tie_word_embeddings)
+    return {**identity(model), "tie_word_embeddings": tied}
 
 
 def _is_quantized(weight: Weight) -> bool:

@@ -205,6 +205,12 @@ def test_a_config_that_computes_something_else(tiny, text: Path, tmp_path: Path)
     assert [damage.what for damage in checked(ours, None, text).damages] == [
         "norm_topk_prob is False, was written as True"
     ]
+    config(theirs, norm_topk_prob=True, tie_word_embeddings=True)
+    assert said(checked(theirs, model, text)) == {
+        "config.json": "tie_word_embeddings is True, the baseline's False"
+    }
+    config(theirs, quantization_config={"quant_method": "compressed-tensors"})
+    assert "has no config_groups" in said(checked(theirs, None, text))["config.json"]
     config(theirs, quantization_config={})
     what = "has no quantization_config: readers take codes for weights"
     assert said(checked(theirs, None, text)) == {"config.json": what}
