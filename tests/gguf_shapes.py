@@ -10,6 +10,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as T
 
+from moequant.containers.gguf.read import read_header
+
 Tensors = dict[str, tuple[int, ...]]
 
 
@@ -41,6 +43,23 @@ def write(path: Path, arch: str, keys: dict[str, Any], tensors: Tensors, kind: T
     with path.open("r+b") as file:
         file.truncate(-(-path.stat().st_size // 32) * 32 + data)
     return path
+
+
+def changed(file: Path, path: Path, keys: dict[str, Any], shapes: Tensors) -> Path:
+    """The shape of a file with other `{arch}.` keys, and other shapes of tensors that have such a name inside
+    their own."""
+    header = read_header(file)
+    own = f"{header.arch}."
+    said = {
+        name.removeprefix(own): list(value) if isinstance(value, tuple) else value
+        for name, value in header.metadata.items()
+        if name.startswith(own) and not isinstance(value, str)
+    }
+    tensors = {
+        each.name: next((shape for part, shape in shapes.items() if f".{part}" in each.name), each.shape)
+        for each in header.tensors
+    }
+    return write(path, header.arch, said | keys, tensors)
 
 
 def gqa(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,28 @@ from torch import Tensor
 from moequant.check.damage import Span, of_values
 from moequant.check.forms import Form, form_of, matrix_of
 from moequant.check.others import by_others
-from moequant.check.source import ALTERED, Entry, three
+from moequant.check.record import record_of
+from moequant.check.source import ALTERED, Entry, Plain, three
 from moequant.checkpoint import Checkpoint, folder_of, load, open_checkpoint
+from moequant.checkpoint.folder import INDEX, read_index
 from moequant.checkpoint.headers import read_headers
-from moequant.checkpoint.open import quantization_of, read_config
+from moequant.checkpoint.open import quantization_of
+from moequant.containers.gguf.same import equal
 from moequant.errors import MoequantError, VerifyError
 from moequant.evaluate.open_source import same_model
-from moequant.files import RECORD
+from moequant.families.config import text_config
 from moequant.kernels import Matrix
+from moequant.statistics.store import identity
 from moequant.values import Stored, TensorRef, Weight
 
 _CHUNK = 1 << 24
 """Bytes that are read at once for a checksum."""
+
+CONFIG = "config.json"
+
+UNDECLARED = "has no quantization_config: readers take codes for weights"
+
+UNGROUPED = "has no config_groups: readers of compressed-tensors take codes for weights"
 
 
 class FolderSource:
@@ -33,10 +43,11 @@ class FolderSource:
 
     def __init__(self, path: Path, baseline: Checkpoint | None) -> None:
         self.path, self.model = path, baseline
-        self._checksums = _recorded(path)
-        self.recorded = self._checksums is not None
-        self._refs = read_headers(folder_of(path)) if self.recorded else {}
-        opened = self._opened()
+        self._record = record_of(path)
+        self._checksums = None if self._record is None else self._record.crc32
+        self.recorded = self._record is not None
+        self._refs = read_headers(folder_of(path))
+        self._opened = opened = self._open()
         if baseline is not None:
             same_model(opened, baseline)
         self._all = {weight.name: weight for weight in opened.weights}
@@ -44,12 +55,12 @@ class FolderSource:
         if not self._quantized:
             raise VerifyError(f"{path}: is not quantized; give a GGUF file or a quantized folder")
         # The baseline's: what a quantized folder calls a weight's place, or what it is fed, is the same.
-        own = () if baseline is None else baseline.weights
-        self.weights = {weight.name: weight for weight in own if weight.name in self._quantized}
+        self._own = {} if baseline is None else {weight.name: weight for weight in baseline.weights}
+        self.weights = {name: weight for name, weight in self._own.items() if name in self._quantized}
         self._forms = {name: form_of(each.origin.stored[0]) for name, each in self._quantized.items()}
         self.entries = tuple(_entry(each, self._forms[name]) for name, each in self._quantized.items())
 
-    def _opened(self) -> Checkpoint:
+    def _open(self) -> Checkpoint:
         """The folder by its headers. VerifyError: it has other tensors than were written, and is no model."""
         try:
             return open_checkpoint(self.path)
@@ -92,20 +103,51 @@ class FolderSource:
         return tuple(expert for expert, names in enumerate(parts) if names & changed)
 
     def altered_rest(self) -> tuple[tuple[str, str], ...]:
-        """See `Source`; also tensors that are new, or gone."""
-        if self._checksums is None:
+        """See `Source`; also tensors that are new, gone, or said to be of another type or shape."""
+        if self._record is None:
             return ()
         parts = (each.parts.values() for weight in self._quantized.values() for each in weight.origin.stored)
         quantized = {ref.name for refs in parts for ref in refs}
-        kept = self._checksums.keys() - quantized
+        kept, there = self._record.crc32.keys() - quantized, self._refs.keys()
         return (
-            *((name, ALTERED) for name in sorted(self._changed(kept & self._refs.keys()))),
-            *((name, "is missing") for name in sorted(kept - self._refs.keys())),
-            *(
-                (name, "was not written by moequant")
-                for name in sorted(self._refs.keys() - self._checksums.keys())
-            ),
+            *((name, ALTERED) for name in sorted(self._changed(kept & there))),
+            *((name, "is missing") for name in sorted(kept - there)),
+            *((name, "was not written by moequant") for name in sorted(there - self._record.crc32.keys())),
+            *self._record.relabelled(self._refs),
         )
+
+    def said(self) -> tuple[tuple[str, str], ...]:
+        """See `Source`."""
+        config, told = self._opened.raw, list[tuple[str, str]]()
+        declared = quantization_of(self.path, config) or {}
+        if not declared:
+            told.append((CONFIG, UNDECLARED))
+        elif declared.get("quant_method") == "compressed-tensors" and not declared.get("config_groups"):
+            told.append((CONFIG, UNGROUPED))
+        if self._record is not None:
+            told += [
+                (CONFIG, f"{key} is {now}, was written as {was}")
+                for key, was, now in self._record.changed(config)
+            ]
+        if self.model is not None:
+            mine, theirs = _computes(self.model), _computes(self._opened)
+            told += [
+                (CONFIG, f"{key} is {theirs.get(key)}, the baseline's {mine.get(key)}")
+                for key in sorted(mine.keys() | theirs.keys())
+                if not equal(mine.get(key), theirs.get(key))
+            ]
+        named = read_index(self.path)
+        indexed = {name for name, ref in self._refs.items() if ref.file.name in named.values()}
+        left = sorted(indexed - named.keys())
+        told += [(name, f"is not in {INDEX}, and readers that go by it leave it out") for name in left]
+        return tuple(told)
+
+    def plain(self) -> Iterator[Plain]:
+        """See `Source`."""
+        for name, weight in self._all.items():
+            if name not in self._quantized:
+                names = {ref.name for each in weight.origin.stored for ref in each.parts.values()}
+                yield Plain(name, frozenset(names), partial(load, weight), self._own.get(name))
 
     def label(self, entry: Entry, expert: int) -> str:
         """Tensor, expert, and the module's own name."""
@@ -123,6 +165,13 @@ class FolderSource:
         """Which stored tensors are not those that were written."""
         known = self._checksums or {}
         return {name for name in names if _crc(self._refs[name]) != known.get(name)}
+
+
+def _computes(model: Checkpoint) -> dict[str, Any]:
+    """What decides how a model computes; whether the head is tied as config.json says it, since readers do
+    not look which tensors are there."""
+    tied = text_config(model.raw).get("tie_word_embeddings", model.config.tie_word_embeddings)
+    return {**identity(model), "tie_word_embeddings": tied}
 
 
 def _is_quantized(weight: Weight) -> bool:
@@ -147,37 +196,3 @@ def _crc(ref: TensorRef) -> int:
         while left and (data := file.read(min(left, _CHUNK))):
             found, left = zlib.crc32(data, found), left - len(data)
     return found
-
-
-def _recorded(path: Path) -> dict[str, int] | None:
-    """{stored tensor: CRC-32} from `moequant.json` beside the weights, None when it is not there.
-
-    VerifyError when config.json reads the codes otherwise than they were written.
-    """
-    file = path / RECORD
-    if not file.is_file():
-        return None
-    now = quantization_of(path, read_config(path)[0]) or {}
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        found: dict[str, int] = record["crc32"]
-        written: Mapping[str, Any] = record["quantization_config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VerifyError(f"{file}: cannot be read ({error})") from error
-    was, says = (dict(_leaves("", config)) for config in (written, now))
-    for name in (*was, *says):
-        if was.get(name) != says.get(name):
-            raise VerifyError(
-                f"{path}: config.json says {name.removeprefix('.')} is {says.get(name)}, its weights were "
-                f"written with {was.get(name)}; restore config.json"
-            )
-    return found
-
-
-def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
-    """(dotted name, value) of everything in a JSON value."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(f"{name}.{key}", inner)
-    else:
-        yield name, value

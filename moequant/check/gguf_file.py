@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,16 +11,20 @@ from torch import Tensor
 
 from moequant import formats
 from moequant.check.damage import Span, of_codes
-from moequant.check.source import ALTERED, Entry, three
+from moequant.check.source import ALTERED, Entry, Plain, three
 from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf import checksums
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.header import TensorInfo
 from moequant.containers.gguf.read import WHOLE, GgufFile, decode
+from moequant.containers.gguf.same import check_same, differing
 from moequant.containers.gguf.weights import GgufWeights
 from moequant.errors import VerifyError
 from moequant.kernels import Matrix
 from moequant.values import Weight
+
+HEADER = "header"
+"""Where keys are."""
 
 
 class GgufSource:
@@ -30,7 +36,9 @@ class GgufSource:
         exported = None if baseline is None else export(baseline)
         self.model = None if exported is None else exported.checkpoint
         self.weights: dict[str, Weight] = {}
+        self._exported = exported
         if exported is not None:
+            check_same(self._file.header, exported)
             self.weights = {exported.names[weight.name]: weight for weight in exported.weights}
             self._decoded = GgufWeights(path, exported, self._file)
         if not self._file.tensors:
@@ -80,6 +88,22 @@ class GgufSource:
             for name, wanted in (self._checksums or {}).items()
             if name not in quantized and checksums.of_slices(self._file.data(name), len(wanted)) != wanted
         )
+
+    def said(self) -> tuple[tuple[str, str], ...]:
+        """See `Source`."""
+        other = () if self._exported is None else differing(self._file.header, self._exported)
+        told = [(HEADER, f"{key} is {theirs}, the baseline's {mine}") for key, theirs, mine in other]
+        if checksums.header_changed(self._file):
+            told.insert(0, (HEADER, "keys, tokens, types or shapes are not those that were written"))
+        return tuple(told)
+
+    def plain(self) -> Iterator[Plain]:
+        """See `Source`."""
+        quantized = {entry.name for entry in self.entries}
+        for name in self._file.tensors:
+            if name not in quantized:
+                read = partial(self._file.values, name)
+                yield Plain(name, frozenset({name}), read, self.weights.get(name))
 
     def label(self, entry: Entry, expert: int) -> str:
         """Tensor and expert."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +31,19 @@ class Entry:
     stacked: bool
     alike: str
     steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A tensor that is not quantized, and the baseline's weight if there is one.
+
+    `label` is how the file calls it, `names` the stored tensors that it is read from; `values` reads it.
+    """
+
+    label: str
+    names: frozenset[str]
+    values: Callable[[], Tensor]
+    weight: Weight | None
 
 
 class Source(Protocol):
@@ -72,6 +85,12 @@ class Source(Protocol):
 
     def altered_rest(self) -> tuple[tuple[str, str], ...]:
         """(name, what) of tensors that are not quantized and not as they were written."""
+
+    def said(self) -> tuple[tuple[str, str], ...]:
+        """(where, what) header or config say otherwise than was written, and than the baseline."""
+
+    def plain(self) -> Iterator[Plain]:
+        """Every tensor that is not quantized."""
 
     def label(self, entry: Entry, expert: int) -> str:
         """How the file calls one expert of a tensor."""

@@ -45,10 +45,12 @@ def read_headers(folder: Folder) -> dict[str, TensorRef]:
                     f"{refs[ref.name].file.name}"
                 )
             refs[ref.name] = ref
-    named = {tensor for tensor, name in weight_map.items() if name in shards}
-    if absent := sorted(named - refs.keys()):
+    named = {tensor: name for tensor, name in weight_map.items() if name in shards}
+    absent = sorted(t for t, name in named.items() if t not in refs or refs[t].file.name != name)
+    if absent:
         raise CheckpointError(
-            f"{folder.path}: {absent[0]} is in the index but not in {weight_map[absent[0]]}"
+            f"{folder.path}: {absent[0]} is in the index but not in {weight_map[absent[0]]}; download all "
+            "files of one revision"
         )
     return refs
 

@@ -14,6 +14,7 @@ from moequant.check.damage import expected_error
 from moequant.check.environment import versions
 from moequant.check.figures import BlockFigures, CheckReport, Damage, TensorFigures
 from moequant.check.opened import open_source
+from moequant.check.plain import misfit
 from moequant.check.product import NO_KERNEL, Product, choose
 from moequant.check.source import ALTERED, Entry, Source
 from moequant.check.speed import measure
@@ -88,8 +89,11 @@ def _check(out: Model, settings: CheckSettings) -> CheckReport:
         found.notes.append(f"{len(entries)} of {len(source.entries)} quantized tensors were checked")
     if not entries:
         found.notes.append("the file has no quantized tensor")
+    found.damages += [Damage(where, what) for where, what in source.said()]
     if settings.sample is None:
-        found.damages += [Damage(name, what) for name, what in source.altered_rest()]
+        _rest(source, found)
+    else:
+        found.notes.append("tensors that are not quantized were not checked")
     if not source.recorded:
         found.notes.append(
             "the file records no checksums: a flipped low bit, as large as ordinary rounding, cannot be seen"
@@ -149,6 +153,17 @@ def _tensor(source: Source, entry: Entry, product: Product, against: Against | N
     found.damages += damages
 
 
+def _rest(source: Source, found: _Found) -> None:
+    """Everything that is not quantized."""
+    altered = source.altered_rest()
+    found.damages += [Damage(name, what) for name, what in altered]
+    changed = {name for name, _ in altered}
+    for plain in source.plain():
+        what = misfit(plain, source.recorded and not plain.names & changed)
+        if what is not None:
+            found.damages.append(Damage(plain.label, what))
+
+
 def _against(
     source: Source,
     entries: tuple[Entry, ...],
@@ -167,7 +182,7 @@ def _against(
                 f"{source.path}: another model than {baseline.path}, which has no "
                 f"{entry.name} {list(entry.shape)}"
             )
-    alone = not any(each.is_expert and _stands_in_layer(model, each) for each in model.weights)
+    alone = not any(each.is_expert and _is_part(model, each) for each in model.weights)
     if not alone:
         found.notes.append("experts and router are no block of their own in this model: blocks were not run")
     ids = token_rows(baseline, settings.calib, settings.tokens, leading(baseline))
@@ -193,9 +208,11 @@ def _against(
                 found.damages += damages
 
 
-def _stands_in_layer(model: Checkpoint, expert: Weight) -> bool:
-    """Whether the module of a layer's experts is one of the layer itself, beside the router's."""
-    return expert.place.param.rpartition(".")[0].count(".") == model.family.layers_at.count(".") + 2
+def _is_part(model: Checkpoint, expert: Weight) -> bool:
+    """Whether a layer's experts cannot be run with their router as the module that holds them: that is one of
+    the layer itself, or its experts are fed something else than it is, as in a space of fewer columns."""
+    in_layer = expert.place.param.rpartition(".")[0].count(".") == model.family.layers_at.count(".") + 2
+    return in_layer or (expert.role is Role.UP and expert.n_in != model.shape.hidden)
 
 
 def _crossed(weight: Weight) -> int | None:

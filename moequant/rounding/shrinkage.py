@@ -147,14 +147,20 @@ def tried(
 ) -> dict[Mix, float]:
     """What some rows of an expert [out, in] lose under the Hessian of the second half [in, in], rounded by
     that of the first, for every mix; over the loss of the diagonal alone. Nothing where it cannot be tried.
+
+    Mixes that come to the same are tried once, and one alone, which is the diagonal, not at all.
     """
     if not bool(_seen(torch.stack(halves)).all()):
         return {}
-    mixes = (DIAGONAL, *(mix for mix in trial.mixes if mix != DIAGONAL))
-    mixed = torch.stack([layer.mixed(halves[0], mix) for mix in mixes])
-    sample = weights[trial.sampled(len(weights))].expand(len(mixes), -1, -1)
+    comes_to = {mix: layer.plain(mix) for mix in (DIAGONAL, *trial.mixes)}
+    apart = list(dict.fromkeys(comes_to.values()))
+    if len(apart) == 1:
+        return dict.fromkeys(comes_to, 1.0)
+    mixed = torch.stack([layer.mixed(halves[0], mix) for mix in apart])
+    sample = weights[trial.sampled(len(weights))].expand(len(apart), -1, -1)
     lost = _held_out(fmt, sample, mixed, halves[1], options)
-    return dict(zip(mixes, (lost / lost[0]).tolist(), strict=True))
+    found = dict(zip(apart, (lost / lost[0]).tolist(), strict=True))
+    return {mix: found[each] for mix, each in comes_to.items()}
 
 
 def choose(every: Sequence[Class], errors: Mapping[int, Mapping[Mix, float]]) -> tuple[Choice, ...]:
@@ -201,15 +207,18 @@ class Layer:
         correlation = pooled.mul_(scale[:, None]).mul_(scale).float()
         return cls(correlation, diagonal / max(seen, 1.0))
 
+    def plain(self, mix: Mix) -> Mix:
+        """What a mix comes to: without a correlation, the layer's share is the diagonal's."""
+        return mix if self.correlation is not None else Mix(mix.own, 0.0, mix.diagonal + mix.layer)
+
     def mixed(self, hessian: Tensor, mix: Mix) -> Tensor:
         """An expert's Hessian f32 [in, in], mixed; f32."""
-        diagonal = hessian.diagonal().double() + PRIOR_TOKENS * self.square
+        mix, diagonal = self.plain(mix), hessian.diagonal().double() + PRIOR_TOKENS * self.square
         made = hessian.float() * mix.own
         if mix.layer and self.correlation is not None:
             root = diagonal.sqrt().float()
             made.addcmul_(self.correlation * root, root[:, None], value=mix.layer)
-        own = mix.diagonal + (mix.layer if self.correlation is None else 0.0)
-        made.diagonal().add_((own * diagonal).float())
+        made.diagonal().add_((mix.diagonal * diagonal).float())
         return made
 
 

@@ -108,7 +108,7 @@ def test_memory_of_deepseek_v4_is_what_llama_cpp_reserves(tmp_path: Path, name: 
 @pytest.mark.parametrize("load", [Load(512), Load(1000, 3), Load(512, 2, "q8_0")], ids=str)
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "hy_v4", "glm5_next", "minimax_m3"])
 def test_caches_of_indexers_are_what_llama_cpp_reserves(file, family: str, load: Load) -> None:
-    """Of all layers, of some, of pools of tokens, and with values; compute buffers are larger than said."""
+    """Of all layers, of some, of pools of tokens, and with values."""
     path, kind = file(family), GGML_TYPES[load.cache_type]
     if load.cache_type == "q8_0" and family != "glm5_next":  # rows of 80 and of 48
         with pytest.raises(LlamaError, match="block size 32 does not divide"):
@@ -119,6 +119,45 @@ def test_caches_of_indexers_are_what_llama_cpp_reserves(file, family: str, load:
     theirs = memory_report(path, load.ctx * load.parallel, load.parallel, kind)
     # Two caches and a state are printed, each to hundredths of a MiB.
     assert abs(sum(kv_bytes(read_header(path), load)) - theirs.kv - theirs.state) <= 4 * PRINTED
+
+
+INDEXED = {"deepseek_v32": 0.03, "glm_moe_dsa": 0.14, "hy_v4": 0.2, "minimax_m3": 0.3}
+"""How much more than llama.cpp reserves is said of batches while an indexer chooses, at most."""
+
+
+@pytest.mark.parametrize("family", INDEXED)
+def test_memory_of_indexers_is_what_llama_cpp_reserves(file, family: str) -> None:
+    """Scores and masks grow with the context, four times as fast as a mask alone and more."""
+    for load in (Load(512), Load(1000, 3), Load(4096), Load(8192, 3), Load(131072)):
+        close_to_llama_cpp(file(family), load, INDEXED[family], lines=4)
+
+
+@pytest.mark.parametrize("ctx", [512, 4096, 131072])
+def test_memory_of_an_indexer_of_pools_is_what_llama_cpp_reserves(file, ctx: int) -> None:
+    """Of one sequence: with several, states add what is not described."""
+    close_to_llama_cpp(file("glm5_next"), Load(ctx), slack=0.52, lines=4)
+
+
+def test_memory_of_real_indexers_is_what_llama_cpp_reserves(file, tmp_path: Path) -> None:
+    """As DeepSeek-V3.2's: 64 heads of 128 numbers, of which 2,048 tokens are chosen; and, as MiniMax M3's,
+    one for each of four heads of keys."""
+    wide = {"head_count": 64, "key_length": 128, "top_k": 2048}
+    shapes = {"attn_q_b": (8192, 96), "attn_k": (128, 256), "k_norm": (128,), "proj": (64, 256)}
+    one = gguf_shapes.changed(
+        file("deepseek_v32"),
+        tmp_path / "one.gguf",
+        {f"attention.indexer.{key}": value for key, value in wide.items()},
+        {f"indexer.{name}.": shape for name, shape in shapes.items()},
+    )
+    two = gguf_shapes.changed(
+        file("minimax_m3"),
+        tmp_path / "two.gguf",
+        {"attention.indexer.head_count": 4, "attention.head_count_kv": 4},
+        {"attn_k.": (192, 256), "attn_v.": (192, 256), "indexer.q_proj.": (128, 256)},
+    )
+    for path, slack in ((one, 0.09), (two, 0.21)):
+        for load in (Load(512), Load(2048), Load(65536)):
+            close_to_llama_cpp(path, load, slack, lines=4)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])

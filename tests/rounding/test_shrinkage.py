@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moequant.formats import FORMATS
 from moequant.rounding import Mix, Options, Trial, round_to_hessian, shrink
-from moequant.rounding.shrinkage import DIAGONAL, MIXES, Layer
+from moequant.rounding.shrinkage import DIAGONAL, MIXES, Layer, tried
 from tests.rounding.data import lost
 
 QUICK = Options(effort="fast", rounds=1, threads=1)
@@ -127,3 +127,31 @@ def test_any_format(name: str) -> None:
     weights, halves, _ = layer(tokens, 0.7)
     shrunk = shrink(name, weights, halves, torch.tensor(tokens), Trial(rows=16), QUICK)
     assert all(choice.errors[choice.mix] <= 1 for choice in shrunk.choices)
+
+
+def test_mixes_that_come_to_the_same_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the six, two are the same where experts have a scale in common and no correlation; and what one
+    loses does not depend on how many are tried beside it."""
+    weights, halves, _ = layer([300], 0.7)
+    alone = Layer(None, halves[0][0].diagonal().double() / 150)
+    rounded = list[Tensor]()
+
+    def watched(fmt, weights: Tensor, hessian: Tensor, options: Options):
+        rounded.extend(hessian)
+        return round_to_hessian(fmt, weights, hessian, options)
+
+    monkeypatch.setattr("moequant.rounding.shrinkage.round_to_hessian", watched)
+    pair = halves[0][0], halves[1][0]
+    errors = tried(FMT, weights[0], pair, alone, Trial(), QUICK)
+    assert list(errors) == list(MIXES) and len(rounded) == 5
+    assert errors[Mix(0.25, 0.5, 0.25)] == errors[Mix(0.25, 0, 0.75)]
+    for mix in MIXES[1:]:
+        assert tried(FMT, weights[0], pair, alone, Trial(mixes=(mix,)), QUICK)[mix] == errors[mix]
+    every = Layer.of(halves[0], torch.tensor([150]))
+    rounded.clear()
+    tried(FMT, weights[0], pair, every, Trial(), QUICK)
+    assert len(rounded) == 6
+    for other in (alone, every):
+        rounded.clear()
+        assert tried(FMT, weights[0], pair, other, Trial(mixes=(DIAGONAL,)), QUICK) == {DIAGONAL: 1.0}
+        assert not rounded, "nothing is to be chosen"

@@ -127,8 +127,10 @@ class Declared:
             return _from_algorithm(algorithm)
         if self.method in ("gptq", "awq", "auto-round"):
             return self._of_numbers(tensor, module)
-        block = self.raw.get("weight_block_size")
-        return Scheme("weight_block_size", block=(int(block[0]), int(block[1])) if block else None)
+        block, kind = self.raw.get("weight_block_size"), "float" if self.method else None
+        if not block:
+            return Scheme(f"quant_method {self.method}" if kind else "", kind=kind)
+        return Scheme("weight_block_size", kind=kind, block=(int(block[0]), int(block[1])))
 
     def group(self, tensor: str) -> tuple[str, Config] | None:
         """compressed-tensors: name and entry of the config group that names the tensor's module, else of the

@@ -10,7 +10,7 @@ from typing import Any
 from moequant.checkpoint.codecs import forms
 from moequant.checkpoint.codecs.base import plain
 from moequant.checkpoint.codecs.declared import Declared, disagrees, read_config
-from moequant.errors import CheckpointError, foreign
+from moequant.errors import CheckpointError, few, foreign
 from moequant.values import Stored, TensorRef
 
 Refs = Mapping[str, TensorRef]
@@ -31,6 +31,20 @@ _BESIDE = {
     "g_idx": ("_g_idx",),
 }
 """Endings of what lies beside a weight, after its own name; ModelOpt puts "weight" behind that of a stack."""
+
+_NUMBERS = ("BF16", "F16", "F32", "F64")
+
+_TYPES = {
+    "scale": (*_NUMBERS, "F8_E4M3", "F8_E8M0", "U8"),
+    "global_scale": _NUMBERS,
+    "zero_point": ("I8", "U8", "I16", "I32", "F8_E4M3", *_NUMBERS),
+    "shape": ("I32", "I64"),
+    "g_idx": ("I32", "I64"),
+}
+"""Types that what lies beside a weight can have: the same bytes under another are other numbers."""
+
+_WORDS = {"weight": ("I32",), "zero_point": ("I32",), "scale": _NUMBERS}
+"""Those of GPTQ and AWQ, where they are others."""
 
 _PART = re.compile(
     r"(_scale|_scale_inv|_scale_2|_scales|_global_scale|_zero_point|_shape|_g_idx"
@@ -118,6 +132,7 @@ def _stored(logical: str, parts: dict[str, TensorRef], declared: Declared) -> St
     elif weight.dtype == "I8" and forms.is_mxfp4(parts):
         weight = replace(weight, dtype="U8")
     parts = parts | {"weight": weight}
+    _check_types(parts)
     if "scale" not in parts:
         raise CheckpointError(
             f"tensor {weight.name} is stored as {weight.dtype} without scales; expected "
@@ -138,6 +153,17 @@ def _stored(logical: str, parts: dict[str, TensorRef], declared: Declared) -> St
     if weight.dtype == "U8":
         return forms.fp4(logical, parts, scheme)
     return forms.eight_bit(logical, parts, scheme)
+
+
+def _check_types(parts: Refs) -> None:
+    """CheckpointError for a part of a type that makes no such part."""
+    kinds = _TYPES | (_WORDS if parts["weight"].name.endswith(".qweight") else {})
+    for key, ref in parts.items():
+        if key in kinds and ref.dtype not in kinds[key]:
+            raise CheckpointError(
+                f"tensor {ref.name} is {ref.dtype}, expected one of {few(kinds[key])}; the header is "
+                "damaged, download it again, or give a checkpoint of a form that moequant reads"
+            )
 
 
 def _check_plain(name: str, ref: TensorRef) -> None:

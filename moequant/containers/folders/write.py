@@ -108,6 +108,7 @@ def write(
         "settings": asdict(settings),
         "quantization_config": config,
         "crc32": writer.checksums,
+        "tensors": {each.name: f"{each.dtype} {list(each.shape)}" for file in files for each in file.entries},
     }
     _write_side_files(folder, checkpoint, files, config, record)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -227,6 +228,7 @@ def _write_side_files(
 ) -> None:
     """Everything but weights and card: config, index, record, and what lies beside the weights."""
     config = {key: value for key, value in checkpoint.raw.items() if key != "quantization_config"}
+    record["config"] = config
     texts = {"config.json": json.dumps(config | {"quantization_config": quantization}, indent=2) + "\n"}
     if len(files) > 1:
         texts[shards.INDEX] = shards.index(files)

@@ -79,20 +79,27 @@ class Array:
     size: int
 
     def values(self) -> list[Any]:
-        """The elements, read now: strings or numbers.
+        """The elements, read now: strings or numbers. Raises as `raw` does."""
+        raw = self.raw()
+        found = self._strings(raw) if self.kind is GGUFValueType.STRING else self._numbers(raw)
+        if len(found) != self.count:
+            raise self._changed()
+        return found
 
-        Raises CheckpointError when the file is no longer as its header was read.
-        """
+    def raw(self) -> bytes:
+        """The bytes of all elements. CheckpointError when the file is no longer as its header was read."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 raw = file.read(self.size)
         except OSError as error:
             raise unreadable(self.path, error) from None
-        found = self._strings(raw) if self.kind is GGUFValueType.STRING else self._numbers(raw)
-        if len(raw) != self.size or len(found) != self.count:
-            raise CheckpointError(f"{self.path}: changed while it was read; start again when it is complete")
-        return found
+        if len(raw) != self.size:
+            raise self._changed()
+        return raw
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(f"{self.path}: changed while it was read; start again when it is complete")
 
     def _numbers(self, raw: bytes) -> list[Any]:
         number = SCALARS[self.kind]

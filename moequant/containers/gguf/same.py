@@ -61,14 +61,24 @@ def _full(exported: Exported) -> dict[str, Any]:
 
 def differences(header: Header, exported: Exported) -> tuple[str, ...]:
     """A sentence where a GGUF file says otherwise than `exported`, in keys that are not in SAME."""
+    found = differing(header, exported)
+    if not found:
+        return ()
+    said = ", ".join(f"{key} = {theirs}" for key, theirs, _ in found)
+    return (f"the file says {said}, and config.json something else, which counts",)
+
+
+def differing(header: Header, exported: Exported) -> tuple[tuple[str, str, str], ...]:
+    """(key, what the file says, what `exported` says) of the same."""
     mine, theirs = that_runs(_full(exported)), that_runs(header.metadata)
-    keys = [key for key in mine if key in theirs and not _equal(mine[key], theirs[key])]
+    keys = [key for key in mine if key in theirs and not equal(mine[key], theirs[key])]
     scaling = f"{exported.arch}.rope.scaling."
     keys += [key for key in theirs if key.startswith(scaling) and key not in mine]
-    if not keys:
-        return ()
-    said = ", ".join(f"{key} = {plain(str(theirs[key]))[:80]}" for key in keys)
-    return (f"the file says {said}, and config.json something else, which counts",)
+    return tuple((key, _short(theirs.get(key)), _short(mine.get(key))) for key in keys)
+
+
+def _short(value: Any) -> str:
+    return plain(str(value))[:80]
 
 
 def that_runs(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -99,16 +109,17 @@ def same_values(
     """VerifyError naming the first of `keys` that both have and that differs."""
     for key in keys:
         one, two = mine.get(key), theirs.get(key)
-        if one is not None and two is not None and not _equal(one, two):
+        if one is not None and two is not None and not equal(one, two):
             raise VerifyError(f"{path}: another model than {base}: {key} is {plain(str(two))}, not {one}")
 
 
-def _equal(one: Any, two: Any) -> bool:
+def equal(one: Any, two: Any) -> bool:
+    """Whether two values of keys mean the same: floats to f32's precision, lists and tuples alike."""
     numbers = isinstance(one, int | float) and isinstance(two, int | float)
     if numbers and (isinstance(one, float) or isinstance(two, float)):
         return math.isclose(float(one), float(two), rel_tol=1e-5)
     if isinstance(one, list | tuple) and isinstance(two, list | tuple):
-        return len(one) == len(two) and all(map(_equal, one, two))
+        return len(one) == len(two) and all(map(equal, one, two))
     return bool(one == two)
 
 

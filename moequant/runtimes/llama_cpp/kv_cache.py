@@ -70,6 +70,16 @@ _FEW = 128
 _STREAMS = 6.5
 """Hidden states beside the usual ones where layers read one out of four streams."""
 
+_SCORED = 8
+"""Bytes for each token of a batch and of the context while an indexer scores them: scores and masks."""
+
+_CHOSEN = 16
+"""Bytes for each token of a batch and each of those that are chosen for it."""
+
+_BY_HEAD = (6, 8)
+"""Of an indexer that chooses for each head of keys: what `_SCORED` is without heads, and what each adds, of
+one sequence at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -146,12 +156,39 @@ def compute_bytes(header: Header, load: Load) -> int:
     layers = header.layers
     if any(_windowed(header, layers)):
         cells += _window_cells(header, load)
-    usual = cells * UBATCH * 2 + width * (max(stages) + 6 * hidden) + _SMALL
+    widest = width * (max(stages) + 6 * hidden)
+    usual = cells * UBATCH * 2 + widest + _SMALL
     if header.arch != COMPRESSED:
-        return usual
+        return max(usual, _indexed_bytes(header, load, widest)) if _indexer(header) else usual
     waiting = 2 * 4 * _FEW * keys * load.parallel
     chosen = int(_ENTRIES * cells * UBATCH) + width * 3 * heads * keys + _WAITING * waiting
     return max(usual + int(_STREAMS * width * hidden), chosen)
+
+
+def _indexer(header: Header) -> int:
+    """Numbers of the key that an indexer keeps of a token; 0 without one."""
+    return header.count("attention.indexer.key_length")
+
+
+def _indexed_bytes(header: Header, load: Load, widest: int) -> int:
+    """What is live while an indexer chooses: first its queries beside the hidden states, then a score and a
+    mask for every token of the context beside what is `widest`; what is chosen in both.
+
+    It may choose pools of tokens, or blocks of them for each head of keys.
+    """
+    width, hidden, cells = 4 * UBATCH, header.count("embedding_length"), load.cells
+    queries = width * header.count("attention.indexer.head_count") * _indexer(header)
+    chosen, scored = _CHOSEN * min(cells, header.count("attention.indexer.top_k")), float(_SCORED)
+    pool = header.count("attention.indexer.kpool")
+    if header.arch == "minimax-m3":
+        alone, head = _BY_HEAD
+        chosen, scored = 0, alone + head * header.largest("attention.head_count_kv") / load.parallel
+    elif pool:
+        scored = _BY_HEAD[0] + 3 / pool
+    first = 2 * queries + 8 * width * hidden + 4 * cells * UBATCH
+    then = int(scored * cells * UBATCH) + max(queries, widest)
+    streams = int(_STREAMS * width * hidden) if pool or header.count("hyper_connection.count") else 0
+    return max(first, then) + chosen * UBATCH + streams + 8 * cells * load.parallel + _SMALL
 
 
 def host_compute_bytes(header: Header, load: Load) -> int:
@@ -197,7 +234,7 @@ def _cell_bytes(header: Header, layer: int, windowed: bool, cache_type: str) -> 
 def _indexer_rows(header: Header, layer: int, values: int) -> tuple[int, ...]:
     """What the indexer of a layer keeps of a token, in numbers; nothing where a layer takes the choice of
     another, or has none."""
-    size = header.count("attention.indexer.key_length")
+    size = _indexer(header)
     own = header.get("attention.indexer.types")
     if isinstance(own, tuple) and not own[layer]:
         return ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor
 
 from moequant.checkpoint.codecs import activation_scales, as_shipped, recognise, repack
+from moequant.checkpoint.headers import BITS
 from moequant.errors import CheckpointError
 from tests.checkpoint.codecs.files import one, seeded, write
+from tests.evaluate import released
 
 EXPERT = "model.layers.3.mlp.experts.7.up_proj"
 
@@ -213,3 +217,35 @@ def test_parts_alone(tmp_path: Path, tensors: dict[str, Tensor], message: str) -
     with pytest.raises(CheckpointError, match=message) as caught:
         recognise(write(tmp_path, tensors), None)
     assert "\n" not in str(caught.value) and ";" in str(caught.value)
+
+
+FORMS: dict[str, tuple[Callable[[str, Tensor], dict[str, Tensor]], dict[str, Any]]] = {
+    "blocks": (released.blocks, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    "whole": (released.whole("input_scale"), {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "channels": (released.channels, {"quant_method": "fbgemm_fp8"}),
+    "nvfp4": (released.nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    "gptq": (released.gptq(3, 32), {"quant_method": "gptq", "bits": 3, "group_size": 32}),
+    "awq": (released.awq, {"quant_method": "awq", "bits": 4, "group_size": 64}),
+    "integers": (released.packed, ct(["Linear"], num_bits=4, type="int", strategy="group", group_size=64)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_of_another_type_are_no_such_parts(tmp_path: Path, form: str) -> None:
+    """Every part under every other type of as many bits: whole numbers are no scales, floats no codes, and
+    what torch has no such type for is no traceback. Two types of floats cannot be told apart."""
+    make, config = FORMS[form]
+    weight = torch.randn(128, 128, generator=seeded())
+    refs = write(tmp_path, {f"{EXPERT}.{key}": part for key, part in make(EXPERT, weight).items()})
+    kept = set()
+    for name, ref in refs.items():
+        for other, bits in BITS.items():
+            if bits != BITS[ref.dtype] or other == ref.dtype or name.endswith("input_scale"):
+                continue
+            try:
+                (stored,) = recognise(refs | {name: replace(ref, dtype=other)}, config).values()
+                stored.read()
+                kept.add((ref.dtype, other))
+            except CheckpointError as error:
+                assert "\n" not in str(error)
+    assert kept <= {("F16", "BF16")}
