@@ -125,7 +125,7 @@ def row(family: Family) -> str:
     kept = {"computed from the config", *([] if refused else [PREDICTION])}
     left = dict.fromkeys(why for why in family.skipped(config).values() if why not in kept)
     shown = (f"{why}: {refused}" if why == PREDICTION else why for why in left)
-    warned = "; ".join(way.warnings(config)) if way is not None else ""
+    warned = "; ".join(way.told(config)) if way is not None else ""
     cells = (
         MODELS[family.name],
         ", ".join(f"`{name}`" for name in family.classes),

@@ -232,8 +232,8 @@ def test_what_llama_cpp_does_not_compute_is_refused(key: str) -> None:
 
 
 def test_bounds_of_yarn_that_llama_cpp_does_not_read_are_told() -> None:
-    assert DEEPSEEK_V4.warnings(models.config("deepseek_v4")) == ()
-    (told,) = DEEPSEEK_V4.warnings(
+    assert DEEPSEEK_V4.told(models.config("deepseek_v4")) == ()
+    (told,) = DEEPSEEK_V4.told(
         models.config("deepseek_v4", rope_parameters=models.YARN | {"beta_fast": 16.0})
     )
     assert "--yarn-beta-fast 16" in told

@@ -102,7 +102,7 @@ def _export(checkpoint: Checkpoint) -> Exported:
         shapes,
         nextn.counted(way, checkpoint.config, way.keys(checkpoint.config), kept),
         parts,
-        (*way.warnings(checkpoint.config), *told),
+        (*way.told(checkpoint.config), *told),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key, only, yarn_bounds
+from moequant.containers.gguf.families.base import Export, Key, only
 from moequant.containers.gguf.families.hy_v4 import NAMES as STREAMS
 from moequant.containers.gguf.families.keys import expert_counts, rope, scoring, sizes
 from moequant.families import Config
@@ -110,9 +110,4 @@ def complaints(config: Config) -> Iterator[str]:
             )
 
 
-def warnings(config: Config) -> tuple[str, ...]:
-    """What llama.cpp computes a little differently."""
-    return yarn_bounds(config, config.rope_parameters["compress"])
-
-
-DEEPSEEK_V4 = Export(ARCH, keys, complaints, NAMES, warnings=warnings)
+DEEPSEEK_V4 = Export(ARCH, keys, complaints, NAMES)

@@ -11,6 +11,7 @@ from moequant.containers.gguf.families.keys import (
     groups,
     head_sizes,
     leading_dense,
+    rope_factors,
     scoring,
     sizes,
     windows,
@@ -31,7 +32,7 @@ def keys(config: Config) -> tuple[Key, ...]:
         Key("expert_shared_count", "u32", shared),
         Key("leading_dense_block_count", "u32", leading_dense(config)),
         *windows(config),
-        *head_sizes(config),
+        *head_sizes(config, in_tensors=True),
     )
 
 
@@ -44,4 +45,4 @@ def complaints(config: Config) -> Iterator[str]:
         yield f"config key sliding_window: llama.cpp's {ARCH!r} needs layers with a window"
 
 
-EXAONE_MOE = Export(ARCH, keys, complaints)
+EXAONE_MOE = Export(ARCH, keys, complaints, computed=rope_factors)

@@ -78,9 +78,10 @@ def _head_dim(config: Config, kind: str) -> int:
 
 
 def rotated(config: Config) -> tuple[Computed, ...]:
-    """Layers of full attention rotate a part of each head: what divides the frequencies of the whole."""
-    half = _head_dim(config, FULL) // 2
-    part = config.rope_parameters[FULL].get("partial_rotary_factor", 1.0)
+    """Layers of full attention rotate a part of each head: what divides the frequencies of the whole. Of the
+    default rotation transformers takes no part."""
+    half, told = _head_dim(config, FULL) // 2, config.rope_parameters[FULL]
+    part = told.get("partial_rotary_factor", 1.0) if told.get("rope_type") == "proportional" else 1.0
     count = int(part * 2 * half) // 2
     return (Computed("rope_freqs.weight", (1.0,) * count + (STILL,) * (half - count)),)
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moequant.containers.gguf.families.base import Drafting, Export, FileTensor, Key, dense_in_front, only
-from moequant.containers.gguf.families.deepseek2 import LATENT_EPS, latent_sizes
+from moequant.containers.gguf.families.base import (
+    FIXED_EPS,
+    Drafting,
+    Export,
+    FileTensor,
+    Key,
+    dense_in_front,
+    only,
+    other_epsilon,
+)
+from moequant.containers.gguf.families.deepseek2 import latent_sizes
 from moequant.containers.gguf.families.hy_v4 import NAMES as STREAMS
 from moequant.containers.gguf.families.kimi_linear import NAMES as DELTA
 from moequant.containers.gguf.families.kimi_linear import kimi_parts, recurrent_keys
@@ -32,7 +41,7 @@ def keys(config: Config) -> tuple[Key, ...]:
     return (
         *recurrent_keys(config),
         *latent_sizes(config),
-        Key("attention.layer_norm_epsilon", "f32", LATENT_EPS),
+        Key("attention.layer_norm_epsilon", "f32", FIXED_EPS),
         *([] if bound is None else [Key("kda.gate_lower_bound", "f32", float(bound))]),
         Key("attention.indexer.head_count", "u32", int(config.index_n_heads)),
         Key("attention.indexer.key_length", "u32", int(config.index_head_dim)),
@@ -71,12 +80,7 @@ def complaints(config: Config) -> Iterator[str]:
 
 def warnings(config: Config) -> tuple[str, ...]:
     """What llama.cpp computes a little differently."""
-    if config.rms_norm_eps == LATENT_EPS:
-        return ()
-    return (
-        f"llama.cpp normalises queries and keys of delta attention with an epsilon of "
-        f"{config.rms_norm_eps:g}, transformers with {LATENT_EPS:g}: logits differ a little",
-    )
+    return other_epsilon(config, "queries and keys of delta attention")
 
 
 def predicted(config: Config, number: int) -> Mapping[str, Any]:

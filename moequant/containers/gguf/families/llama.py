@@ -41,8 +41,8 @@ def dense_keys(config: Config) -> tuple[Key, ...]:
 
 def moe_keys(config: Config) -> tuple[Key, ...]:
     """Keys of Mixtral."""
-    return (*sizes(config), *expert_counts(config), *head_sizes(config))
+    return (*sizes(config), *expert_counts(config), *head_sizes(config, in_tensors=True))
 
 
 LLAMA = Export(ARCH, dense_keys, complaints, cut=pairs, computed=rope_factors)
-MIXTRAL = Export(ARCH, moe_keys, complaints, cut=pairs)
+MIXTRAL = Export(ARCH, moe_keys, complaints, cut=pairs, computed=rope_factors)
