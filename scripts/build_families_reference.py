@@ -18,6 +18,7 @@ from moequant.containers.gguf.families import EXPORTS
 from moequant.containers.gguf.nextn import refusal
 from moequant.families import FAMILIES, Config, Family
 from moequant.families.base import PREDICTION, nothing_predicted
+from moequant.families.config import one_by_one
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
@@ -117,9 +118,7 @@ def default_config(family: Family) -> Config:
 def row(family: Family) -> str:
     """One family's line of the table."""
     config, way = default_config(family), EXPORTS.get(family.name)
-    layers = [slot for number in range(config.num_hidden_layers) for slot in family.layer(config, number)]
-    experts = [slot for slot in layers if slot.stack.name == "EXPERTS"]
-    folder = all(any("{e}" in way.name for way in slot.ways) for slot in experts)
+    folder = one_by_one(family, config)
     described = int(family.predictions is not nothing_predicted)
     refused = None if way is None else refusal(way, described)
     kept = {"computed from the config", *([] if refused else [PREDICTION])}

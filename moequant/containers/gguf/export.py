@@ -15,7 +15,7 @@ from moequant.containers.gguf import nextn
 from moequant.containers.gguf.families import COMMON, EXPORTS, OTHERS, Computed, Export, FileTensor, Key
 from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.families import Config, Family
-from moequant.families.config import no_shared
+from moequant.families.config import no_shared, one_by_one
 from moequant.values import Origin, Place, Role, Stack, Stored, Weight
 from moequant.values.ops import Ops
 
@@ -114,10 +114,20 @@ def check(family: Family, config: Config) -> Export:
         raise FamilyError(f"{family.name}: {why}; --format safetensors writes a folder")
     with foreign(FamilyError, f"{family.name}: config.json has values that make no model"):
         reasons = [*way.complaints(config), *_without_shared(family, config, way.arch)]
+        reasons = reasons or list(_unwritable(way, config))
     if reasons:
         more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
-        raise FamilyError(f"{family.name}: {reasons[0]}{more}")
+        folder = "; --format safetensors writes a folder" if one_by_one(family, config) else ""
+        raise FamilyError(f"{family.name}: {reasons[0]}{more}{folder}")
     return way
+
+
+def _unwritable(way: Export, config: Config) -> Iterator[str]:
+    """A complaint about what no key of the file can say."""
+    try:
+        way.keys(config)
+    except FamilyError as error:
+        yield str(error)
 
 
 def _without_shared(family: Family, config: Config, arch: str) -> Iterator[str]:
@@ -128,10 +138,7 @@ def _without_shared(family: Family, config: Config, arch: str) -> Iterator[str]:
         return
     slots = (slot for number in range(family.shape(config).layers) for slot in family.layer(config, number))
     if any(slot.role is Role.SHARED_DOWN for slot in slots):
-        yield (
-            f"config key {none} = 0: llama.cpp's {arch!r} always computes shared experts; --format "
-            "safetensors writes a folder"
-        )
+        yield (f"config key {none} = 0: llama.cpp's {arch!r} always computes shared experts")
 
 
 def local(weight: Weight) -> str:

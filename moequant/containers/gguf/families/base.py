@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -206,6 +206,18 @@ def full_attention(config: Config, arch: str) -> Iterator[str]:
                 f"config key sliding_window = {window!r}: llama.cpp's {arch!r} implements only full "
                 "attention, the file would compute something else"
             )
+
+
+def some_window(config: Config, arch: str) -> Iterator[str]:
+    """A complaint when no layer looks at a window: graphs that know both kinds need one."""
+    if "sliding_attention" not in config.layer_types:
+        yield f"config key layer_types: llama.cpp's {arch!r} needs layers with a window"
+
+
+def both_kinds(key: str, states: Iterable[bool], arch: str) -> Iterator[str]:
+    """A complaint when all layers have a state, or none: graphs of hybrids keep a memory of both kinds."""
+    if len(set(states)) < 2:
+        yield f"config key {key}: llama.cpp's {arch!r} needs layers with attention, and others without"
 
 
 def dense_in_front(config: Config, arch: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moequant.containers.gguf.families.base import Computed, Export, Key, only
+from moequant.containers.gguf.families.base import Computed, Export, Key, only, some_window
 from moequant.families import Config
 
 ARCH = "gemma4"
@@ -91,6 +91,7 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "hidden_activation", "gelu_pytorch_tanh")
     yield from only(config, ARCH, "attention_bias", False)
     yield from only(config, ARCH, "use_bidirectional_attention", None, "vision")
+    yield from some_window(config, ARCH)
     for kind in dict.fromkeys(config.layer_types):
         layers = [
             layer for each, layer in zip(config.layer_types, _layers(config), strict=True) if each == kind

@@ -11,6 +11,7 @@ from moequant.containers.gguf.families.base import (
     Export,
     FileTensor,
     Key,
+    both_kinds,
     dense_in_front,
     only,
     other_epsilon,
@@ -70,8 +71,7 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "hc_mult", 4)
     yield from only(config, ARCH, "linear_num_heads", config.num_attention_heads)
     yield from dense_in_front(config, ARCH)
-    if len(set(config.layer_types)) != 2 or LINEAR not in config.layer_types:
-        yield f"config key layer_types: llama.cpp's {ARCH!r} needs layers of both kinds"
+    yield from both_kinds("layer_types", (kind == LINEAR for kind in config.layer_types), ARCH)
     if config.swiglu_limit <= 0:
         yield f"config key swiglu_limit = {config.swiglu_limit!r}: a number above 0 was expected"
     if config.index_kpool < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key, only
+from moequant.containers.gguf.families.base import Export, Key, only, some_window
 from moequant.containers.gguf.families.keys import expert_counts, head_widths, rope, sizes
 from moequant.families import Config
 
@@ -33,6 +33,7 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "swiglu_alpha", 1.702)
     yield from only(config, ARCH, "swiglu_limit", 7.0)
     yield from only(config, ARCH, "tie_word_embeddings", False)
+    yield from some_window(config, ARCH)
 
 
 def warnings(config: Config) -> tuple[str, ...]:

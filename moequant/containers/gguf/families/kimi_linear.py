@@ -11,6 +11,7 @@ from moequant.containers.gguf.families.base import (
     Export,
     FileTensor,
     Key,
+    both_kinds,
     dense_in_front,
     only,
     other_epsilon,
@@ -88,8 +89,7 @@ def _complaints(config: Config, arch: str) -> Iterator[str]:
     """What both graphs take for granted."""
     yield from only(config, arch, "tie_word_embeddings", False)
     yield from only(config, arch, "linear_num_heads", config.num_attention_heads)
-    if set(config.layer_types) != {LINEAR, "full_attention"}:
-        yield f"config key layer_types: llama.cpp's {arch!r} needs layers of both kinds"
+    yield from both_kinds("layer_types", (kind == LINEAR for kind in config.layer_types), arch)
 
 
 def kimi_complaints(config: Config) -> Iterator[str]:

@@ -29,8 +29,6 @@ def pairs(config: Config, weight: Weight) -> tuple[FileTensor, ...] | None:
 def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
     yield from only(config, ARCH, "hidden_act", "silu")
-    yield from only(config, ARCH, "attention_bias", False)
-    yield from only(config, ARCH, "mlp_bias", False)
     yield from full_attention(config, ARCH)
 
 

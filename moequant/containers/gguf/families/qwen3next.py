@@ -11,7 +11,15 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from moequant.containers.gguf.families.base import Drafting, Export, FileTensor, Key, only, other_epsilon
+from moequant.containers.gguf.families.base import (
+    Drafting,
+    Export,
+    FileTensor,
+    Key,
+    both_kinds,
+    only,
+    other_epsilon,
+)
 from moequant.containers.gguf.families.keys import (
     expert_counts,
     head_dim,
@@ -138,6 +146,7 @@ def next_complaints(config: Config, arch: str = "qwen3next") -> Iterator[str]:
     yield from only(config, arch, "decoder_sparse_step", 1)
     yield from only(config, arch, "mlp_only_layers", [], None)
     yield from only(config, arch, "linear_value_head_dim", config.linear_key_head_dim)
+    yield from both_kinds("layer_types", (kind == LINEAR for kind in config.layer_types), arch)
 
 
 def tiled_complaints(config: Config) -> Iterator[str]:
