@@ -69,6 +69,8 @@ def export(checkpoint: Checkpoint) -> Exported:
 def _export(checkpoint: Checkpoint) -> Exported:
     """See `export`; raises anything for numbers of a config that nobody would write."""
     way = check(checkpoint.family, checkpoint.config)
+    warnings = way.told(checkpoint.config)
+    checkpoint = checkpoint.untied() if way.own_head else checkpoint
     kept, told = nextn.kept(checkpoint, way)
     weights: list[Weight] = []
     names: dict[str, str] = {}
@@ -102,7 +104,7 @@ def _export(checkpoint: Checkpoint) -> Exported:
         shapes,
         nextn.counted(way, checkpoint.config, way.keys(checkpoint.config), kept),
         parts,
-        (*way.told(checkpoint.config), *told),
+        (*warnings, *told),
     )
 
 

@@ -120,3 +120,13 @@ def test_gemma_rotates_a_part_where_transformers_does(kind: str) -> None:
     usual = 1e6 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
     expected = Gemma4TextRotaryEmbedding(config).full_attention_inv_freq.double()
     assert torch.allclose(usual / torch.tensor(factors.values, dtype=torch.float64), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"])
+def test_latent_attention_that_linear_scaling_would_change_is_refused(family: str) -> None:
+    """Its graphs undo what YaRN does to attention, scaled by YaRN or not: logits were off by their size."""
+    scaling = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    config = text_config(family, rope_parameters=scaling)
+    (own,) = (each for each in FAMILIES if each.name == family)
+    with pytest.raises(FamilyError, match=r"rope scaling 'linear': llama\.cpp's .* as with YaRN"):
+        check(own, config)

@@ -141,6 +141,15 @@ def not_stretched(config: Config) -> tuple[str, ...]:
     )
 
 
+def twice(config: Config, arch: str) -> tuple[str, ...]:
+    """A warning where the file holds the embedding a second time."""
+    if not config.tie_word_embeddings:
+        return ()
+    return (
+        f"llama.cpp's {arch!r} takes no embedding for the head (tie_word_embeddings): it is written twice",
+    )
+
+
 FIXED_EPS = 1e-6
 """What transformers norms latents with, and queries and keys of linear attention, whatever rms_norm_eps
 says."""
@@ -169,7 +178,7 @@ class Export:
     in `names.COMMON`, by our name within the layer. `complaints` yields one sentence for each thing in the
     config that llama.cpp's graph does not compute; `warnings` one for each that it computes a little
     differently. `drafting` is None where llama.cpp has no graph that drafts with layers that predict: files
-    hold none of those.
+    hold none of those. `own_head` says that the graph takes no embedding for the head: a file has both.
     """
 
     arch: str
@@ -180,10 +189,16 @@ class Export:
     computed: Callable[[Config], tuple[Computed, ...]] = nothing
     warnings: Callable[[Config], tuple[str, ...]] = no_warnings
     drafting: Drafting | None = None
+    own_head: bool = False
 
     def told(self, config: Config) -> tuple[str, ...]:
         """All warnings: those of every family, then its own."""
-        return (*yarn_bounds(config), *not_stretched(config), *self.warnings(config))
+        return (
+            *yarn_bounds(config),
+            *not_stretched(config),
+            *(twice(config, self.arch) if self.own_head else ()),
+            *self.warnings(config),
+        )
 
 
 def only(config: Config, arch: str, key: str, *allowed: Any) -> Iterator[str]:

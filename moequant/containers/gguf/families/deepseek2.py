@@ -143,6 +143,11 @@ def latent_complaints(config: Config, arch: str) -> Iterator[str]:
             f"rope parameter partial_rotary_factor: {rotated} dimensions are rotated; llama.cpp's {arch!r} "
             f"rotates all of qk_rope_head_dim = {config.qk_rope_head_dim}"
         )
+    if found.get("rope_type") == "linear":
+        yield (
+            f"rope scaling 'linear': llama.cpp's {arch!r} scales attention as with YaRN, the file would "
+            "compute something else"
+        )
     if found.get("rope_type") == "yarn":
         both = found.get("mscale"), found.get("mscale_all_dim")
         if not both[0] or both[0] != both[1] or found.get("attention_factor") is not None:

@@ -87,7 +87,6 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "hidden_act", "silu")
     yield from only(config, ARCH, "attention_bias", False)
     yield from only(config, ARCH, "mlp_bias", False)
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     yield from only(config, ARCH, "num_key_value_heads", 1)
     yield from only(config, ARCH, "hc_mult", 4)
     yield from only(config, ARCH, "compress_rates", {kind: RATIOS[kind] for kind in (SPARSE, HEAVY)})
@@ -110,4 +109,4 @@ def complaints(config: Config) -> Iterator[str]:
             )
 
 
-DEEPSEEK_V4 = Export(ARCH, keys, complaints, NAMES)
+DEEPSEEK_V4 = Export(ARCH, keys, complaints, NAMES, own_head=True)

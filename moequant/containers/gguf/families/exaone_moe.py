@@ -39,10 +39,9 @@ def keys(config: Config) -> tuple[Key, ...]:
 def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
     yield from only(config, ARCH, "hidden_act", "silu")
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     yield from dense_in_front(config, ARCH)
     if config.sliding_window is None or "sliding_attention" not in config.layer_types:
         yield f"config key sliding_window: llama.cpp's {ARCH!r} needs layers with a window"
 
 
-EXAONE_MOE = Export(ARCH, keys, complaints, computed=rope_factors)
+EXAONE_MOE = Export(ARCH, keys, complaints, computed=rope_factors, own_head=True)

@@ -67,13 +67,13 @@ def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
     yield from only(config, ARCH, "hidden_act", "silu")
     yield from only(config, ARCH, "attention_bias", False)
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     yield from only(config, ARCH, "hc_mult", 4)
     yield from only(config, ARCH, "linear_num_heads", config.num_attention_heads)
     yield from dense_in_front(config, ARCH)
     yield from both_kinds("layer_types", (kind == LINEAR for kind in config.layer_types), ARCH)
     if config.swiglu_limit <= 0:
         yield f"config key swiglu_limit = {config.swiglu_limit!r}: a number above 0 was expected"
+    yield from only(config, ARCH, "index_kpool_always_select_tail", True)  # else NaN for the first tokens
     if config.index_kpool < 2:
         yield f"config key index_kpool = {config.index_kpool!r}: llama.cpp's {ARCH!r} needs 2 or more"
 
@@ -89,4 +89,6 @@ def predicted(config: Config, number: int) -> Mapping[str, Any]:
     return {"attention.head_count_kv": 1, **clamps}
 
 
-GLM5_NEXT = Export(ARCH, keys, complaints, NAMES, parts, warnings=warnings, drafting=Drafting(predicted))
+GLM5_NEXT = Export(
+    ARCH, keys, complaints, NAMES, parts, warnings=warnings, drafting=Drafting(predicted), own_head=True
+)

@@ -32,7 +32,6 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "attention_bias", True)
     yield from only(config, ARCH, "swiglu_alpha", 1.702)
     yield from only(config, ARCH, "swiglu_limit", 7.0)
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     yield from some_window(config, ARCH)
 
 
@@ -47,4 +46,6 @@ def warnings(config: Config) -> tuple[str, ...]:
     return ()
 
 
-GPT_OSS = Export(ARCH, keys, complaints, names={"ffn_norm": "post_attention_norm.weight"}, warnings=warnings)
+GPT_OSS = Export(
+    ARCH, keys, complaints, names={"ffn_norm": "post_attention_norm.weight"}, warnings=warnings, own_head=True
+)

@@ -87,7 +87,6 @@ def bailing_parts(config: Config, weight: Weight) -> tuple[FileTensor, ...] | No
 
 def _complaints(config: Config, arch: str) -> Iterator[str]:
     """What both graphs take for granted."""
-    yield from only(config, arch, "tie_word_embeddings", False)
     yield from only(config, arch, "linear_num_heads", config.num_attention_heads)
     yield from both_kinds("layer_types", (kind == LINEAR for kind in config.layer_types), arch)
 
@@ -121,7 +120,7 @@ def latent(config: Config, number: int) -> Mapping[str, Any]:
     return {"attention.head_count_kv": 1}
 
 
-KIMI_LINEAR = Export(KIMI, kimi_keys, kimi_complaints, NAMES, kimi_parts, warnings=warnings)
+KIMI_LINEAR = Export(KIMI, kimi_keys, kimi_complaints, NAMES, kimi_parts, warnings=warnings, own_head=True)
 BAILING_HYBRID = Export(
     BAILING,
     bailing_keys,
@@ -130,4 +129,5 @@ BAILING_HYBRID = Export(
     bailing_parts,
     warnings=warnings,
     drafting=Drafting(latent),
+    own_head=True,
 )
