@@ -50,3 +50,12 @@ def test_lagunas_first_layer_looks_at_everything() -> None:
     kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
     with pytest.raises(FamilyError, match="rotates as much of each head"):
         check(own, text_config("laguna", layer_types=kinds))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "deepseek_v4"])
+def test_indexers_that_are_not_turned_whole_are_refused(family: str) -> None:
+    """llama.cpp aborts at the first token."""
+    (own,) = (each for each in FAMILIES if each.name == family)
+    check(own, text_config(family, index_head_dim=128))
+    with pytest.raises(FamilyError, match=r"index_head_dim = 96: .* needs a multiple of 64"):
+        check(own, text_config(family, index_head_dim=96))

@@ -235,6 +235,13 @@ def both_kinds(key: str, states: Iterable[bool], arch: str) -> Iterator[str]:
         yield f"config key {key}: llama.cpp's {arch!r} needs layers with attention, and others without"
 
 
+def whole_indexers(config: Config, arch: str) -> Iterator[str]:
+    """A complaint about heads of indexers that graphs do not turn by whole matrices of 64 rows."""
+    width = config.index_head_dim
+    if width % 64:
+        yield f"config key index_head_dim = {width}: llama.cpp's {arch!r} needs a multiple of 64"
+
+
 def dense_in_front(config: Config, arch: str) -> Iterator[str]:
     """A complaint when a dense layer follows one with experts."""
     kinds = list(getattr(config, "mlp_layer_types", None) or [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key, only
+from moequant.containers.gguf.families.base import Export, Key, only, whole_indexers
 from moequant.containers.gguf.families.hy_v4 import NAMES as STREAMS
 from moequant.containers.gguf.families.keys import expert_counts, rope, scoring, sizes
 from moequant.families import Config
@@ -94,8 +94,7 @@ def complaints(config: Config) -> Iterator[str]:
         yield f"config key mlp_layer_types: llama.cpp's {ARCH!r} has tables only before the other layers"
     if config.swiglu_limit <= 0:
         yield f"config key swiglu_limit = {config.swiglu_limit!r}: a number above 0 was expected"
-    if config.index_head_dim % 64:
-        yield f"config key index_head_dim = {config.index_head_dim}: llama.cpp needs a multiple of 64"
+    yield from whole_indexers(config, ARCH)
     main, compressed = (config.rope_parameters[kind] for kind in ("main", "compress"))
     if main.get("rope_type", "default") != "default":
         yield f"rope scaling {main['rope_type']!r} of layers with a window: llama.cpp's {ARCH!r} has none"
