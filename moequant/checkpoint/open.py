@@ -261,6 +261,11 @@ def _check_shape(family: Family, config: Config, shape: ModelShape) -> None:
     for key, size in sizes.items():
         if size < 1:
             raise FamilyError(f"{family.name}: config key {key} = {size}: a size above 0 was expected")
+    if shape.heads % shape.kv_heads:
+        raise FamilyError(
+            f"{family.name}: config key num_attention_heads = {shape.heads}: a multiple of "
+            f"num_key_value_heads = {shape.kv_heads} was expected"
+        )
     for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
         epsilon = getattr(config, key, None)
         if epsilon is not None and not 0 <= epsilon < 1:

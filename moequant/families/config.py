@@ -216,7 +216,8 @@ def _mentions(source: str, key: str) -> bool:
 
 def one_by_one(family: Family, config: Config) -> bool:
     """Whether releases store the experts one by one, as readers of quantized folders look for them."""
-    slots = (slot for number in range(family.shape(config).layers) for slot in family.layer(config, number))
+    layers = (family.layer(config, number) for number in range(config.num_hidden_layers))
+    slots = (slot for layer in layers for slot in layer)
     return all(any("{e}" in way.name for way in slot.ways) for slot in slots if slot.stack is Stack.EXPERTS)
 
 

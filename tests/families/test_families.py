@@ -167,6 +167,15 @@ def test_groups_that_do_not_hold_the_experts_are_refused(
         open_checkpoint(folder)
 
 
+def test_heads_that_share_no_keys_evenly_are_refused(tiny, tmp_path: Path) -> None:
+    """transformers fails on them later, and llama.cpp aborts."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("mixtral"), folder)
+    models.edit_config(folder, num_key_value_heads=3)
+    with pytest.raises(FamilyError, match=r"num_attention_heads = 4: a multiple of num_key_value_heads = 3"):
+        open_checkpoint(folder)
+
+
 def test_keys_that_say_what_the_class_does_anyway_are_taken(tiny) -> None:
     """As the release of Qwen3-Coder-30B-A3B says it."""
     said = {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}

@@ -130,3 +130,11 @@ def test_latent_attention_that_linear_scaling_would_change_is_refused(family: st
     (own,) = (each for each in FAMILIES if each.name == family)
     with pytest.raises(FamilyError, match=r"rope scaling 'linear': llama\.cpp's .* as with YaRN"):
         check(own, config)
+
+
+def test_half_a_pair_is_refused() -> None:
+    """llama.cpp aborts; transformers rotates one dimension more."""
+    (own,) = (each for each in FAMILIES if each.name == "glm4_moe")
+    turned = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.33}
+    with pytest.raises(FamilyError, match=r"partial_rotary_factor = 0\.33: 13 of 40 .* rotates pairs"):
+        check(own, text_config("glm4_moe", head_dim=40, rope_parameters=turned))

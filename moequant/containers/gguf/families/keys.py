@@ -135,8 +135,14 @@ def head_dim(config: Config) -> int:
 def head_widths(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
     """Width of heads, and of the share of them that is rotated."""
     width = head_dim(config)
+    turned = int(width * rotated)
+    if turned % 2:
+        raise FamilyError(
+            f"rope parameter partial_rotary_factor = {rotated:g}: {turned} of {width} dimensions of a head "
+            "would be rotated; llama.cpp rotates pairs"
+        )
     return (
-        Key("rope.dimension_count", "u32", int(width * rotated)),
+        Key("rope.dimension_count", "u32", turned),
         Key("attention.key_length", "u32", width),
         Key("attention.value_length", "u32", width),
     )
