@@ -18,6 +18,7 @@ from moequant.containers.gguf.families import EXPORTS
 from moequant.containers.gguf.nextn import refusal
 from moequant.families import FAMILIES, Config, Family
 from moequant.families.base import PREDICTION, nothing_predicted
+from moequant.families.config import one_by_one
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
@@ -120,15 +121,13 @@ def default_config(family: Family) -> Config:
 def row(family: Family) -> str:
     """One family's line of the table."""
     config, way = default_config(family), EXPORTS.get(family.name)
-    layers = [slot for number in range(config.num_hidden_layers) for slot in family.layer(config, number)]
-    experts = [slot for slot in layers if slot.stack.name == "EXPERTS"]
-    folder = all("{e}" in slot.ways[0].name for slot in experts)
+    folder = one_by_one(family, config, config.num_hidden_layers)
     described = int(family.predictions is not nothing_predicted)
     refused = None if way is None else refusal(way, described)
     kept = {"computed from the config", *([] if refused else [PREDICTION])}
     left = dict.fromkeys(why for why in family.skipped(config).values() if why not in kept)
     shown = (f"{why}: {refused}" if why == PREDICTION else why for why in left)
-    warned = "; ".join(way.warnings(config)) if way is not None else ""
+    warned = "; ".join(way.told(config)) if way is not None else ""
     cells = (
         MODELS[family.name],
         ", ".join(f"`{name}`" for name in family.classes),

@@ -25,7 +25,7 @@ from moequant.families import Config, Family, Slot
 from moequant.families.base import PREDICTION
 from moequant.families.config import SHARED, check_experts, check_groups, make_config, no_shared
 from moequant.files.read import read_json
-from moequant.values import ModelShape, Role, Stored, Weight
+from moequant.values import ModelShape, Place, Role, Stored, Weight
 
 DECLARED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where ModelOpt, AutoGPTQ and AutoAWQ say how they quantized; of the last two, old versions nowhere else."""
@@ -109,6 +109,20 @@ class Checkpoint:
     def with_weights(self, weights: tuple[Weight, ...]) -> Checkpoint:
         """The same model cut into other weights: as a container refines them."""
         return replace(self, weights=weights)
+
+    def untied(self) -> Checkpoint:
+        """The same model with a head of its own, which holds the numbers of its embedding."""
+        if not self.tied:
+            return self
+        config = make_config(self.family, self.raw, False)
+        slot = next(slot for slot in _ends(self.family, config) if slot.role is Role.OUTPUT)
+        embedding = next(weight for weight in self.weights if weight.role is Role.EMBEDDING)
+        head = replace(
+            embedding, name=slot.name, role=slot.role, place=Place(slot.param, slot.ops), site=slot.site
+        )
+        others = (replace(each, site=None) if each is embedding else each for each in self.weights)
+        weights = head_last((*others, head))
+        return replace(self, config=config, shape=shape_of(self.family, config), weights=weights)
 
     def without_predictions(self) -> Checkpoint:
         """The same model without the layers behind the last: they are left out."""
@@ -247,6 +261,11 @@ def _check_shape(family: Family, config: Config, shape: ModelShape) -> None:
     for key, size in sizes.items():
         if size < 1:
             raise FamilyError(f"{family.name}: config key {key} = {size}: a size above 0 was expected")
+    if shape.heads % shape.kv_heads:
+        raise FamilyError(
+            f"{family.name}: config key num_attention_heads = {shape.heads}: a multiple of "
+            f"num_key_value_heads = {shape.kv_heads} was expected"
+        )
     for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
         epsilon = getattr(config, key, None)
         if epsilon is not None and not 0 <= epsilon < 1:

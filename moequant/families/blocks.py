@@ -139,6 +139,7 @@ def gated_ffn(
     kind: str = "ffn",
     *,
     names: tuple[str, str, str] = PROJECTIONS,
+    biased: bool = False,
     adds: bool = True,
 ) -> tuple[Slot, ...]:
     """A gated feed-forward block that every token crosses: of a dense layer, or the shared experts."""
@@ -150,10 +151,10 @@ def gated_ffn(
     into = seen(layer, f"{kind}.input", gate)
     inner = seen(layer, f"{kind}.inner", down)
     return (
-        *linear(layer, f"{kind}.gate", roles[0], gate, into),
-        *linear(layer, f"{kind}.up", roles[1], up, into),
+        *linear(layer, f"{kind}.gate", roles[0], gate, into, biased=biased),
+        *linear(layer, f"{kind}.up", roles[1], up, into, biased=biased),
         # Beside routed experts, only those pull the residual's error back: both would do it twice.
-        *linear(layer, f"{kind}.down", roles[2], down, inner, adds=adds and kind == "ffn"),
+        *linear(layer, f"{kind}.down", roles[2], down, inner, biased=biased, adds=adds and kind == "ffn"),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.families.base import Config, Family
-from moequant.values import Role
+from moequant.values import Role, Stack
 
 HARMLESS = frozenset(
     {
@@ -244,6 +244,13 @@ def _source(module: str) -> str:
 
 def _mentions(source: str, key: str) -> bool:
     return f"config.{key}" in source or f'"{key}"' in source
+
+
+def one_by_one(family: Family, config: Config, layers: int) -> bool:
+    """Whether the experts of so many layers have names one by one, as readers of quantized folders look for
+    them."""
+    slots = (slot for number in range(layers) for slot in family.layer(config, number))
+    return all("{e}" in slot.ways[0].name for slot in slots if slot.stack is Stack.EXPERTS)
 
 
 SHARED = (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 
 from moequant.families.base import Config, Family, Slot
-from moequant.families.blocks import SHAPE_KEYS, attention, ends, gated_ffn, shape
+from moequant.families.blocks import SHAPE_KEYS, attention, ends, gated_ffn, shape, value
 
 
 def layer(config: Config, number: int) -> tuple[Slot, ...]:
     """One decoder layer."""
-    return (*attention(number), *gated_ffn(number))
+    heads = attention(number, biased=value(config, "attention_bias", False))
+    return (*heads, *gated_ffn(number, biased=value(config, "mlp_bias", False)))
 
 
 def computed(config: Config) -> Mapping[str, str]:

@@ -7,7 +7,8 @@ from moequant.families.blocks import SHAPE_KEYS, Experts, attention, ends, moe_s
 def layer(config: Config, number: int) -> tuple[Slot, ...]:
     """One decoder layer."""
     experts = Experts(config.intermediate_size)
-    return (*attention(number, qk_norm=True), router(number), *experts.slots(number))
+    heads = attention(number, qk_norm=True, biased=config.attention_bias)
+    return (*heads, router(number), *experts.slots(number))
 
 
 OLMOE = Family(

@@ -6,7 +6,7 @@ from moequant.families.blocks import SHAPE_KEYS, attention, ends, gated_ffn, sha
 
 def layer(config: Config, number: int) -> tuple[Slot, ...]:
     """One decoder layer."""
-    return (*attention(number, qk_norm=True), *gated_ffn(number))
+    return (*attention(number, qk_norm=True, biased=config.attention_bias), *gated_ffn(number))
 
 
 QWEN3 = Family(

@@ -25,7 +25,7 @@ def is_sparse(config: Config, number: int) -> bool:
 
 def layer(config: Config, number: int) -> tuple[Slot, ...]:
     """One decoder layer."""
-    heads = attention(number, qk_norm=True)
+    heads = attention(number, qk_norm=True, biased=config.attention_bias)
     if not is_sparse(config, number):
         return (*heads, *gated_ffn(number))
     return (*heads, router(number), *Experts(config.moe_intermediate_size).slots(number))

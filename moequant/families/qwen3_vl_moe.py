@@ -14,7 +14,7 @@ VISION = {r"model\.visual\..*": "vision"}
 
 def layer(config: Config, number: int) -> tuple[Slot, ...]:
     """One decoder layer."""
-    heads = attention(number, qk_norm=True)
+    heads = attention(number, qk_norm=True, biased=config.attention_bias)
     if not is_sparse(config, number):
         return (*heads, *gated_ffn(number))
     experts = Experts(config.moe_intermediate_size, transposed_for=config.hidden_size)

@@ -136,7 +136,6 @@ def test_an_absent_key_is_refused_as_its_default_is(tiny) -> None:
         ("deepseek_v3", {"q_lora_rank": None}, "q_lora_rank"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
-        ("gpt_oss", {"tie_word_embeddings": True}, "tie_word_embeddings"),
         ("llama", {"model_type": "qwen3"}, "model_type 'qwen3'"),
         (
             "laguna",
@@ -170,6 +169,15 @@ def test_groups_that_do_not_hold_the_experts_are_refused(
     open_checkpoint(folder)
     models.edit_config(folder, **changes)
     with pytest.raises(CheckpointError, match=named):
+        open_checkpoint(folder)
+
+
+def test_heads_that_share_no_keys_evenly_are_refused(tiny, tmp_path: Path) -> None:
+    """transformers fails on them later, and llama.cpp aborts."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("mixtral"), folder)
+    models.edit_config(folder, num_key_value_heads=3)
+    with pytest.raises(FamilyError, match=r"num_attention_heads = 4: a multiple of num_key_value_heads = 3"):
         open_checkpoint(folder)
 
 

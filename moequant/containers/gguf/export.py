@@ -15,7 +15,7 @@ from moequant.containers.gguf import nextn
 from moequant.containers.gguf.families import COMMON, EXPORTS, OTHERS, Computed, Export, FileTensor, Key
 from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.families import Config, Family
-from moequant.families.config import no_shared
+from moequant.families.config import no_shared, one_by_one
 from moequant.values import Origin, Place, Role, Stack, Stored, Weight
 from moequant.values.ops import Ops
 
@@ -69,6 +69,8 @@ def export(checkpoint: Checkpoint) -> Exported:
 def _export(checkpoint: Checkpoint) -> Exported:
     """See `export`; raises anything for numbers of a config that nobody would write."""
     way = check(checkpoint.family, checkpoint.config)
+    warnings = way.told(checkpoint.config)
+    checkpoint = checkpoint.untied() if way.own_head else checkpoint
     kept, told = nextn.kept(checkpoint, way)
     weights: list[Weight] = []
     names: dict[str, str] = {}
@@ -102,7 +104,7 @@ def _export(checkpoint: Checkpoint) -> Exported:
         shapes,
         nextn.counted(way, checkpoint.config, way.keys(checkpoint.config), kept),
         parts,
-        (*way.warnings(checkpoint.config), *told),
+        (*warnings, *told),
     )
 
 
@@ -114,10 +116,21 @@ def check(family: Family, config: Config) -> Export:
         raise FamilyError(f"{family.name}: {why}; --format safetensors writes a folder")
     with foreign(FamilyError, f"{family.name}: config.json has values that make no model"):
         reasons = [*way.complaints(config), *_without_shared(family, config, way.arch)]
+        reasons = reasons or list(_unwritable(way, config))
     if reasons:
         more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
-        raise FamilyError(f"{family.name}: {reasons[0]}{more}")
+        layers = family.shape(config).layers
+        folder = "; --format safetensors writes a folder" if one_by_one(family, config, layers) else ""
+        raise FamilyError(f"{family.name}: {reasons[0]}{more}{folder}")
     return way
+
+
+def _unwritable(way: Export, config: Config) -> Iterator[str]:
+    """A complaint about what no key of the file can say."""
+    try:
+        way.keys(config)
+    except FamilyError as error:
+        yield str(error)
 
 
 def _without_shared(family: Family, config: Config, arch: str) -> Iterator[str]:
@@ -128,10 +141,7 @@ def _without_shared(family: Family, config: Config, arch: str) -> Iterator[str]:
         return
     slots = (slot for number in range(family.shape(config).layers) for slot in family.layer(config, number))
     if any(slot.role is Role.SHARED_DOWN for slot in slots):
-        yield (
-            f"config key {none} = 0: llama.cpp's {arch!r} always computes shared experts; --format "
-            "safetensors writes a folder"
-        )
+        yield (f"config key {none} = 0: llama.cpp's {arch!r} always computes shared experts")
 
 
 def local(weight: Weight) -> str:

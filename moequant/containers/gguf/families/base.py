@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -108,18 +108,66 @@ class Computed:
     values: tuple[float, ...]
 
 
-def yarn_bounds(config: Config, parameters: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-    """A warning where YaRN has bounds of its own, in the config's `rope_parameters` or in others: most graphs
-    read them from no file."""
-    rope = parameters or getattr(config, "rope_parameters", None) or {}
-    fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
-    if rope.get("rope_type") != "yarn" or (fast, slow) == (32, 1):
-        return ()
-    return (
+def rotations(config: Config) -> tuple[Mapping[str, Any], ...]:
+    """The rotary parameters of a config: one for all layers, or one for each kind of them."""
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = tuple(each for each in found.values() if isinstance(each, Mapping))
+    return kinds or (found,)
+
+
+def yarn_bounds(config: Config) -> tuple[str, ...]:
+    """A warning where YaRN has bounds of its own: no graph of these families reads them from the file."""
+    bounds = {
+        (float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1))
+        for rope in rotations(config)
+        if rope.get("rope_type") == "yarn"
+    }
+    return tuple(
         f"llama.cpp does not read YaRN's beta_fast = {fast:g} and beta_slow = {slow:g} from the file and "
         f"takes 32 and 1, so it would compute something else; run it with --yarn-beta-fast {fast:g} "
-        f"--yarn-beta-slow {slow:g}",
+        f"--yarn-beta-slow {slow:g}"
+        for fast, slow in sorted(bounds - {(32.0, 1.0)})
     )
+
+
+def not_stretched(config: Config) -> tuple[str, ...]:
+    """A warning where transformers rotates by another base once a text is longer than the context; a base
+    that is stretched once for all is written as it is."""
+    if not any(rope.get("rope_type") == "dynamic" and not rope.get("alpha") for rope in rotations(config)):
+        return ()
+    return (
+        f"past max_position_embeddings = {config.max_position_embeddings} tokens transformers stretches the "
+        "rotation (rope type 'dynamic'), llama.cpp does not: keep its context within",
+    )
+
+
+def twice(config: Config, arch: str) -> tuple[str, ...]:
+    """A warning where the file holds the embedding a second time."""
+    if not config.tie_word_embeddings:
+        return ()
+    return (
+        f"llama.cpp's {arch!r} takes no embedding for the head (tie_word_embeddings): it is written twice",
+    )
+
+
+FIXED_EPS = 1e-6
+"""What transformers norms latents with, and queries and keys of linear attention, whatever rms_norm_eps
+says."""
+
+
+def other_epsilon(config: Config, what: str) -> tuple[str, ...]:
+    """A warning where the file's one epsilon is not that of these norms in transformers."""
+    if config.rms_norm_eps == FIXED_EPS:
+        return ()
+    return (
+        f"llama.cpp normalises {what} with an epsilon of {config.rms_norm_eps:g}, transformers with "
+        f"{FIXED_EPS:g}: logits differ a little",
+    )
+
+
+def no_warnings(config: Config) -> tuple[str, ...]:
+    """Both compute the same."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +178,7 @@ class Export:
     in `names.COMMON`, by our name within the layer. `complaints` yields one sentence for each thing in the
     config that llama.cpp's graph does not compute; `warnings` one for each that it computes a little
     differently. `drafting` is None where llama.cpp has no graph that drafts with layers that predict: files
-    hold none of those.
+    hold none of those. `own_head` says that the graph takes no embedding for the head: a file has both.
     """
 
     arch: str
@@ -139,8 +187,18 @@ class Export:
     names: Mapping[str, str] = field(default_factory=dict)
     cut: Cut = whole
     computed: Callable[[Config], tuple[Computed, ...]] = nothing
-    warnings: Callable[[Config], tuple[str, ...]] = yarn_bounds
+    warnings: Callable[[Config], tuple[str, ...]] = no_warnings
     drafting: Drafting | None = None
+    own_head: bool = False
+
+    def told(self, config: Config) -> tuple[str, ...]:
+        """All warnings: those of every family, then its own."""
+        return (
+            *yarn_bounds(config),
+            *not_stretched(config),
+            *(twice(config, self.arch) if self.own_head else ()),
+            *self.warnings(config),
+        )
 
 
 def only(config: Config, arch: str, key: str, *allowed: Any) -> Iterator[str]:
@@ -163,6 +221,25 @@ def full_attention(config: Config, arch: str) -> Iterator[str]:
                 f"config key sliding_window = {window!r}: llama.cpp's {arch!r} implements only full "
                 "attention, the file would compute something else"
             )
+
+
+def some_window(config: Config, arch: str) -> Iterator[str]:
+    """A complaint when no layer looks at a window: graphs that know both kinds need one."""
+    if "sliding_attention" not in config.layer_types:
+        yield f"config key layer_types: llama.cpp's {arch!r} needs layers with a window"
+
+
+def both_kinds(key: str, states: Iterable[bool], arch: str) -> Iterator[str]:
+    """A complaint when all layers have a state, or none: graphs of hybrids keep a memory of both kinds."""
+    if len(set(states)) < 2:
+        yield f"config key {key}: llama.cpp's {arch!r} needs layers with attention, and others without"
+
+
+def whole_indexers(config: Config, arch: str) -> Iterator[str]:
+    """A complaint about heads of indexers that graphs do not turn by whole matrices of 64 rows."""
+    width = config.index_head_dim
+    if width % 64:
+        yield f"config key index_head_dim = {width}: llama.cpp's {arch!r} needs a multiple of 64"
 
 
 def dense_in_front(config: Config, arch: str) -> Iterator[str]:

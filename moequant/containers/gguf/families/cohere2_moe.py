@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import DRAFTING, Export, Key, dense_in_front, only
+from moequant.containers.gguf.families.base import DRAFTING, Export, Key, dense_in_front, only, some_window
 from moequant.containers.gguf.families.keys import (
     SIGMOID,
     SOFTMAX,
@@ -50,8 +50,7 @@ def complaints(config: Config) -> Iterator[str]:
         yield from only(config, ARCH, "shared_expert_combination_strategy", "average")
     if "dense" in config.mlp_layer_types:
         yield from only(config, ARCH, "prefix_dense_sliding_window_pattern", 1)
-    if "sliding_attention" not in config.layer_types:
-        yield f"config key layer_types: llama.cpp's {ARCH!r} needs layers with a window"
+    yield from some_window(config, ARCH)
 
 
 COHERE2_MOE = Export(ARCH, keys, complaints, drafting=DRAFTING)

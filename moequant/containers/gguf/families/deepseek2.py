@@ -14,7 +14,7 @@ from moequant.containers.gguf.families.base import (
     Key,
     dense_in_front,
     only,
-    yarn_bounds,
+    other_epsilon,
 )
 from moequant.containers.gguf.families.keys import (
     SIGMOID,
@@ -32,9 +32,6 @@ from moequant.values import Role, Site, Stack, Weight
 from moequant.values.ops import Joined, Part, Stacked, Transposed
 
 ARCH = "deepseek2"
-
-LATENT_EPS = 1e-6
-"""What transformers norms latents with, whatever rms_norm_eps says."""
 
 
 def split_latent(config: Config, weight: Weight) -> tuple[FileTensor, ...] | None:
@@ -99,8 +96,13 @@ def one_key_head(keys: tuple[Key, ...]) -> tuple[Key, ...]:
 
 def v2_keys(config: Config) -> tuple[Key, ...]:
     """Keys of DeepSeek-V2. Its class never renormalises the weights of the chosen experts."""
-    router = routing(config, SOFTMAX, int(config.first_k_dense_replace))
+    router = routing(config, SOFTMAX, int(config.first_k_dense_replace), _limited(config))
     return (*one_key_head(sizes(config)), *router, *latent_keys(config))
+
+
+def _limited(config: Config) -> bool:
+    """Whether experts are chosen out of the best groups alone, whatever number of groups is said."""
+    return getattr(config, "topk_method", "group_limited_greedy") == "group_limited_greedy"
 
 
 def v3_keys(config: Config) -> tuple[Key, ...]:
@@ -141,6 +143,11 @@ def latent_complaints(config: Config, arch: str) -> Iterator[str]:
             f"rope parameter partial_rotary_factor: {rotated} dimensions are rotated; llama.cpp's {arch!r} "
             f"rotates all of qk_rope_head_dim = {config.qk_rope_head_dim}"
         )
+    if found.get("rope_type") == "linear":
+        yield (
+            f"rope scaling 'linear': llama.cpp's {arch!r} scales attention as with YaRN, the file would "
+            "compute something else"
+        )
     if found.get("rope_type") == "yarn":
         both = found.get("mscale"), found.get("mscale_all_dim")
         if not both[0] or both[0] != both[1] or found.get("attention_factor") is not None:
@@ -173,18 +180,12 @@ def mistral_complaints(config: Config) -> Iterator[str]:
 
 def warnings(config: Config) -> tuple[str, ...]:
     """What llama.cpp computes a little differently."""
-    if config.rms_norm_eps == LATENT_EPS:
-        return yarn_bounds(config)
-    return (
-        *yarn_bounds(config),
-        f"llama.cpp normalises the latents of attention with an epsilon of {config.rms_norm_eps:g}, "
-        f"transformers with {LATENT_EPS:g}: logits differ a little",
-    )
+    return other_epsilon(config, "the latents of attention")
 
 
 def v2_warnings(config: Config) -> tuple[str, ...]:
     """The same, and how groups of experts are chosen."""
-    if config.topk_method != "group_limited_greedy" or (config.n_group or 1) == (config.topk_group or 1):
+    if not _limited(config) or (config.n_group or 1) == (config.topk_group or 1):
         return warnings(config)
     return (
         *warnings(config),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import DRAFTING, Export, Key
+from moequant.containers.gguf.families.base import DRAFTING, Export, Key, whole_indexers
 from moequant.containers.gguf.families.deepseek2 import (
     latent_complaints,
     latent_keys,
@@ -37,11 +37,13 @@ def glm_keys(config: Config) -> tuple[Key, ...]:
 def complaints(config: Config) -> Iterator[str]:
     """What `deepseek32` takes for granted."""
     yield from latent_complaints(config, "deepseek32")
+    yield from whole_indexers(config, "deepseek32")
 
 
 def glm_complaints(config: Config) -> Iterator[str]:
     """What `glm-dsa` takes for granted."""
     yield from latent_complaints(config, "glm-dsa")
+    yield from whole_indexers(config, "glm-dsa")
 
 
 DEEPSEEK_V32 = Export("deepseek32", keys, complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)

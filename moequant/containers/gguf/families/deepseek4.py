@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key, only, yarn_bounds
+from moequant.containers.gguf.families.base import Export, Key, only, whole_indexers
 from moequant.containers.gguf.families.hy_v4 import NAMES as STREAMS
 from moequant.containers.gguf.families.keys import expert_counts, rope, scoring, sizes
 from moequant.families import Config
@@ -87,7 +87,6 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "hidden_act", "silu")
     yield from only(config, ARCH, "attention_bias", False)
     yield from only(config, ARCH, "mlp_bias", False)
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     yield from only(config, ARCH, "num_key_value_heads", 1)
     yield from only(config, ARCH, "hc_mult", 4)
     yield from only(config, ARCH, "compress_rates", {kind: RATIOS[kind] for kind in (SPARSE, HEAVY)})
@@ -95,8 +94,7 @@ def complaints(config: Config) -> Iterator[str]:
         yield f"config key mlp_layer_types: llama.cpp's {ARCH!r} has tables only before the other layers"
     if config.swiglu_limit <= 0:
         yield f"config key swiglu_limit = {config.swiglu_limit!r}: a number above 0 was expected"
-    if config.index_head_dim % 64:
-        yield f"config key index_head_dim = {config.index_head_dim}: llama.cpp needs a multiple of 64"
+    yield from whole_indexers(config, ARCH)
     main, compressed = (config.rope_parameters[kind] for kind in ("main", "compress"))
     if main.get("rope_type", "default") != "default":
         yield f"rope scaling {main['rope_type']!r} of layers with a window: llama.cpp's {ARCH!r} has none"
@@ -110,9 +108,4 @@ def complaints(config: Config) -> Iterator[str]:
             )
 
 
-def warnings(config: Config) -> tuple[str, ...]:
-    """What llama.cpp computes a little differently."""
-    return yarn_bounds(config, config.rope_parameters["compress"])
-
-
-DEEPSEEK_V4 = Export(ARCH, keys, complaints, NAMES, warnings=warnings)
+DEEPSEEK_V4 = Export(ARCH, keys, complaints, NAMES, own_head=True)

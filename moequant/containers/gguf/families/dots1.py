@@ -21,9 +21,8 @@ def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
     yield from only(config, ARCH, "hidden_act", "silu")
     yield from only(config, ARCH, "attention_bias", False)
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     yield from only(config, ARCH, "num_key_value_heads", config.num_attention_heads)
     yield from full_attention(config, ARCH)
 
 
-DOTS1 = Export(ARCH, keys, complaints)
+DOTS1 = Export(ARCH, keys, complaints, own_head=True)

@@ -11,6 +11,7 @@ from moequant.containers.gguf.families.keys import (
     groups,
     head_sizes,
     leading_dense,
+    rope_factors,
     scoring,
     sizes,
     windows,
@@ -31,17 +32,16 @@ def keys(config: Config) -> tuple[Key, ...]:
         Key("expert_shared_count", "u32", shared),
         Key("leading_dense_block_count", "u32", leading_dense(config)),
         *windows(config),
-        *head_sizes(config),
+        *head_sizes(config, in_tensors=True),
     )
 
 
 def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
     yield from only(config, ARCH, "hidden_act", "silu")
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     yield from dense_in_front(config, ARCH)
     if config.sliding_window is None or "sliding_attention" not in config.layer_types:
         yield f"config key sliding_window: llama.cpp's {ARCH!r} needs layers with a window"
 
 
-EXAONE_MOE = Export(ARCH, keys, complaints)
+EXAONE_MOE = Export(ARCH, keys, complaints, computed=rope_factors, own_head=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moequant.containers.gguf.families.base import Computed, Export, Key, only
+from moequant.containers.gguf.families.base import Computed, Export, Key, only, some_window
 from moequant.families import Config
 
 ARCH = "gemma4"
@@ -78,9 +78,10 @@ def _head_dim(config: Config, kind: str) -> int:
 
 
 def rotated(config: Config) -> tuple[Computed, ...]:
-    """Layers of full attention rotate a part of each head: what divides the frequencies of the whole."""
-    half = _head_dim(config, FULL) // 2
-    part = config.rope_parameters[FULL].get("partial_rotary_factor", 1.0)
+    """Layers of full attention rotate a part of each head: what divides the frequencies of the whole. Of the
+    default rotation transformers takes no part."""
+    half, told = _head_dim(config, FULL) // 2, config.rope_parameters[FULL]
+    part = told.get("partial_rotary_factor", 1.0) if told.get("rope_type") == "proportional" else 1.0
     count = int(part * 2 * half) // 2
     return (Computed("rope_freqs.weight", (1.0,) * count + (STILL,) * (half - count)),)
 
@@ -90,6 +91,7 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "hidden_activation", "gelu_pytorch_tanh")
     yield from only(config, ARCH, "attention_bias", False)
     yield from only(config, ARCH, "use_bidirectional_attention", None, "vision")
+    yield from some_window(config, ARCH)
     for kind in dict.fromkeys(config.layer_types):
         layers = [
             layer for each, layer in zip(config.layer_types, _layers(config), strict=True) if each == kind

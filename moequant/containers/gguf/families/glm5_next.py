@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moequant.containers.gguf.families.base import Drafting, Export, FileTensor, Key, dense_in_front, only
-from moequant.containers.gguf.families.deepseek2 import LATENT_EPS, latent_sizes
+from moequant.containers.gguf.families.base import (
+    FIXED_EPS,
+    Drafting,
+    Export,
+    FileTensor,
+    Key,
+    both_kinds,
+    dense_in_front,
+    only,
+    other_epsilon,
+)
+from moequant.containers.gguf.families.deepseek2 import latent_sizes
 from moequant.containers.gguf.families.hy_v4 import NAMES as STREAMS
 from moequant.containers.gguf.families.kimi_linear import NAMES as DELTA
 from moequant.containers.gguf.families.kimi_linear import kimi_parts, recurrent_keys
@@ -32,7 +42,7 @@ def keys(config: Config) -> tuple[Key, ...]:
     return (
         *recurrent_keys(config),
         *latent_sizes(config),
-        Key("attention.layer_norm_epsilon", "f32", LATENT_EPS),
+        Key("attention.layer_norm_epsilon", "f32", FIXED_EPS),
         *([] if bound is None else [Key("kda.gate_lower_bound", "f32", float(bound))]),
         Key("attention.indexer.head_count", "u32", int(config.index_n_heads)),
         Key("attention.indexer.key_length", "u32", int(config.index_head_dim)),
@@ -57,26 +67,20 @@ def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
     yield from only(config, ARCH, "hidden_act", "silu")
     yield from only(config, ARCH, "attention_bias", False)
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     yield from only(config, ARCH, "hc_mult", 4)
     yield from only(config, ARCH, "linear_num_heads", config.num_attention_heads)
     yield from dense_in_front(config, ARCH)
-    if len(set(config.layer_types)) != 2 or LINEAR not in config.layer_types:
-        yield f"config key layer_types: llama.cpp's {ARCH!r} needs layers of both kinds"
+    yield from both_kinds("layer_types", (kind == LINEAR for kind in config.layer_types), ARCH)
     if config.swiglu_limit <= 0:
         yield f"config key swiglu_limit = {config.swiglu_limit!r}: a number above 0 was expected"
+    yield from only(config, ARCH, "index_kpool_always_select_tail", True)  # else NaN for the first tokens
     if config.index_kpool < 2:
         yield f"config key index_kpool = {config.index_kpool!r}: llama.cpp's {ARCH!r} needs 2 or more"
 
 
 def warnings(config: Config) -> tuple[str, ...]:
     """What llama.cpp computes a little differently."""
-    if config.rms_norm_eps == LATENT_EPS:
-        return ()
-    return (
-        f"llama.cpp normalises queries and keys of delta attention with an epsilon of "
-        f"{config.rms_norm_eps:g}, transformers with {LATENT_EPS:g}: logits differ a little",
-    )
+    return other_epsilon(config, "queries and keys of delta attention")
 
 
 def predicted(config: Config, number: int) -> Mapping[str, Any]:
@@ -85,4 +89,6 @@ def predicted(config: Config, number: int) -> Mapping[str, Any]:
     return {"attention.head_count_kv": 1, **clamps}
 
 
-GLM5_NEXT = Export(ARCH, keys, complaints, NAMES, parts, warnings=warnings, drafting=Drafting(predicted))
+GLM5_NEXT = Export(
+    ARCH, keys, complaints, NAMES, parts, warnings=warnings, drafting=Drafting(predicted), own_head=True
+)

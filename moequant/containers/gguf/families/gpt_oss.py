@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key, only, yarn_bounds
+from moequant.containers.gguf.families.base import Export, Key, only, some_window
 from moequant.containers.gguf.families.keys import expert_counts, head_widths, rope, sizes
 from moequant.families import Config
 
@@ -32,7 +32,7 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "attention_bias", True)
     yield from only(config, ARCH, "swiglu_alpha", 1.702)
     yield from only(config, ARCH, "swiglu_limit", 7.0)
-    yield from only(config, ARCH, "tie_word_embeddings", False)
+    yield from some_window(config, ARCH)
 
 
 def warnings(config: Config) -> tuple[str, ...]:
@@ -40,11 +40,12 @@ def warnings(config: Config) -> tuple[str, ...]:
     rope = config.rope_parameters or {}
     if rope.get("rope_type") == "yarn" and rope.get("truncate") is False:
         return (
-            *yarn_bounds(config),
             "llama.cpp rounds the bounds of YaRN to whole dimensions (it ignores truncate: false in "
             "config.json): logits differ a little from transformers'",
         )
-    return yarn_bounds(config)
+    return ()
 
 
-GPT_OSS = Export(ARCH, keys, complaints, names={"ffn_norm": "post_attention_norm.weight"}, warnings=warnings)
+GPT_OSS = Export(
+    ARCH, keys, complaints, names={"ffn_norm": "post_attention_norm.weight"}, warnings=warnings, own_head=True
+)

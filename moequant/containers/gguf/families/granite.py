@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import inf
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, full_attention, only
+from moequant.containers.gguf.families.base import (
+    Export,
+    FileTensor,
+    Key,
+    both_kinds,
+    full_attention,
+    only,
+    some_window,
+)
 from moequant.containers.gguf.families.keys import expert_counts, head_sizes, rope_factors, sizes
 from moequant.containers.gguf.families.llama import pairs
 from moequant.families import Config
@@ -117,6 +125,7 @@ def complaints(config: Config) -> Iterator[str]:
 def window_complaints(config: Config) -> Iterator[str]:
     """What `granite_swa` takes for granted."""
     yield from only(config, WINDOW, "hidden_act", "silu")
+    yield from some_window(config, WINDOW)
     bases = sorted({theta for theta in config.layer_rope_theta if theta})
     if len(bases) > 1:
         yield f"config key layer_rope_theta has {bases}: llama.cpp's {WINDOW!r} rotates with one base"
@@ -128,8 +137,8 @@ def hybrid_complaints(config: Config) -> Iterator[str]:
     yield from only(config, HYBRID, "mamba_expand", 2)
     yield from only(config, HYBRID, "mamba_proj_bias", False)
     yield from only(config, HYBRID, "time_step_limit", (0.0, inf), None)
-    if not any(map(_is_mixer, config.layer_types)):
-        yield f"config key layer_types has no Mamba-2 layer: llama.cpp's {HYBRID!r} expects some"
+    yield from only(config, HYBRID, "mamba_conv_bias", True)
+    yield from both_kinds("layer_types", map(_is_mixer, config.layer_types), HYBRID)
 
 
 NAMES = {"shared.gate_up": "ffn_up_shexp.weight"}

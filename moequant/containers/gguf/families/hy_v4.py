@@ -76,8 +76,6 @@ def pairs(heads: int, still: int, rotated: int) -> tuple[int, ...]:
 def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
     yield from latent_complaints(config, ARCH)
-    if config.tie_word_embeddings:
-        yield f"config key tie_word_embeddings: llama.cpp's {ARCH!r} needs a head of its own"
     if config.swiglu_limit <= 0:
         yield f"config key swiglu_limit = {config.swiglu_limit!r}: a number above 0 was expected"
     if config.index_head_dim <= config.qk_rope_head_dim:
@@ -98,4 +96,4 @@ def rotations(config: Config) -> tuple[str, ...]:
     )
 
 
-HY_V4 = Export(ARCH, keys, complaints, NAMES, parts, warnings=rotations)
+HY_V4 = Export(ARCH, keys, complaints, NAMES, parts, warnings=rotations, own_head=True)

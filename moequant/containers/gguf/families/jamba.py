@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, only
+from moequant.containers.gguf.families.base import Export, FileTensor, Key, both_kinds, only
 from moequant.containers.gguf.families.keys import expert_counts, instead, sizes
 from moequant.families import Config
 from moequant.families.jamba import is_mamba
@@ -39,6 +39,8 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "hidden_act", "silu")
     yield from only(config, ARCH, "mamba_expand", 2)
     yield from only(config, ARCH, "mamba_conv_bias", True)
+    mixers = (is_mamba(config, number) for number in range(config.num_hidden_layers))
+    yield from both_kinds("attn_layer_period", mixers, ARCH)
 
 
 NAMES = {

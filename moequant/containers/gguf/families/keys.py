@@ -89,12 +89,13 @@ def scoring(gating: int, normalised: bool, scale: float = 1.0) -> tuple[Key, ...
     )
 
 
-def groups(config: Config) -> tuple[Key, ...]:
-    """Experts are chosen out of the best groups of them."""
-    return (
-        Key("expert_group_count", "u32", int(config.n_group or 1)),
-        Key("expert_group_used_count", "u32", int(config.topk_group or 1)),
-    )
+def groups(config: Config, limited: bool = True) -> tuple[Key, ...]:
+    """Experts are chosen out of the best groups of them; where all groups are the best, or choice is not
+    `limited` to some, there is one. llama.cpp takes no file in which all of several are."""
+    found, best = int(config.n_group or 1), int(config.topk_group or 1)
+    if not limited or best >= found:
+        found = best = 1
+    return (Key("expert_group_count", "u32", found), Key("expert_group_used_count", "u32", best))
 
 
 def leading_dense(config: Config) -> int:
@@ -114,13 +115,13 @@ def windows(config: Config) -> tuple[Key, ...]:
     )
 
 
-def routing(config: Config, gating: int, dense: int) -> tuple[Key, ...]:
+def routing(config: Config, gating: int, dense: int, limited: bool = True) -> tuple[Key, ...]:
     """How DeepSeek's routers score, group and scale, and what is beside the routed experts: `dense` layers
     in front, shared experts."""
     return (
         *experts(config, config.moe_intermediate_size),
         *scoring(gating, config.norm_topk_prob, config.routed_scaling_factor),
-        *groups(config),
+        *groups(config, limited),
         Key("leading_dense_block_count", "u32", dense),
         Key("expert_shared_count", "u32", int(config.n_shared_experts)),
     )
@@ -134,8 +135,14 @@ def head_dim(config: Config) -> int:
 def head_widths(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
     """Width of heads, and of the share of them that is rotated."""
     width = head_dim(config)
+    turned = int(width * rotated)
+    if turned % 2:
+        raise FamilyError(
+            f"rope parameter partial_rotary_factor = {rotated:g}: {turned} of {width} dimensions of a head "
+            "would be rotated; llama.cpp rotates pairs"
+        )
     return (
-        Key("rope.dimension_count", "u32", int(width * rotated)),
+        Key("rope.dimension_count", "u32", turned),
         Key("attention.key_length", "u32", width),
         Key("attention.value_length", "u32", width),
     )
@@ -174,7 +181,8 @@ def rope(
 ) -> tuple[Key, ...]:
     """Base and scaling of rotary positions, by the config's `rope_parameters` unless others are given.
 
-    `in_tensors` says that the family also writes `rope_factors`.
+    `in_tensors` says that the family also writes `rope_factors`. A dynamic scaling does nothing within the
+    context of the model.
 
     Raises FamilyError for a scaling that GGUF cannot express or that is not known here.
     """
@@ -188,10 +196,14 @@ def rope(
             "file would compute something else"
         )
     base = Key("rope.freq_base", "f32", _number(found, "rope_theta", kind))
-    if kind == "default" or (kind == "llama3" and in_tensors):
+    known = ("default", "dynamic", "linear", "yarn", *(["llama3"] if in_tensors else []))
+    if kind not in known:
+        raise FamilyError(
+            f"config key rope_parameters, or rope_scaling: rope type {kind!r} is not converted for this "
+            f"family; known: {', '.join(known)}"
+        )
+    if kind in ("default", "dynamic", "llama3"):
         return (base,)
-    if kind not in ("linear", "yarn"):
-        raise FamilyError(f"rope scaling {kind!r} is not supported yet; known: default, linear, yarn")
     factor = _number(found, "factor", kind)
     keys = [base, Key("rope.scaling.type", "str", kind), Key("rope.scaling.factor", "f32", factor)]
     return (*keys, *(_yarn(config, found, factor) if kind == "yarn" else ()))

@@ -11,12 +11,12 @@ from moequant.containers.gguf.families.base import (
     Export,
     FileTensor,
     Key,
+    both_kinds,
     dense_in_front,
     only,
-    yarn_bounds,
+    other_epsilon,
 )
 from moequant.containers.gguf.families.deepseek2 import (
-    LATENT_EPS,
     latent_complaints,
     latent_keys,
     latent_sizes,
@@ -87,10 +87,8 @@ def bailing_parts(config: Config, weight: Weight) -> tuple[FileTensor, ...] | No
 
 def _complaints(config: Config, arch: str) -> Iterator[str]:
     """What both graphs take for granted."""
-    yield from only(config, arch, "tie_word_embeddings", False)
     yield from only(config, arch, "linear_num_heads", config.num_attention_heads)
-    if set(config.layer_types) != {LINEAR, "full_attention"}:
-        yield f"config key layer_types: llama.cpp's {arch!r} needs layers of both kinds"
+    yield from both_kinds("layer_types", (kind == LINEAR for kind in config.layer_types), arch)
 
 
 def kimi_complaints(config: Config) -> Iterator[str]:
@@ -112,19 +110,9 @@ def bailing_complaints(config: Config) -> Iterator[str]:
         yield f"config key kda_lower_bound = {config.kda_lower_bound!r}: a number below 0 was expected"
 
 
-def kimi_warnings(config: Config) -> tuple[str, ...]:
+def warnings(config: Config) -> tuple[str, ...]:
     """What llama.cpp computes a little differently."""
-    if config.rms_norm_eps == LATENT_EPS:
-        return ()
-    return (
-        f"llama.cpp normalises queries, keys and latents with an epsilon of {config.rms_norm_eps:g}, "
-        f"transformers with {LATENT_EPS:g}: logits differ a little",
-    )
-
-
-def bailing_warnings(config: Config) -> tuple[str, ...]:
-    """The same, and what YaRN does."""
-    return (*yarn_bounds(config), *kimi_warnings(config))
+    return other_epsilon(config, "queries, keys and latents")
 
 
 def latent(config: Config, number: int) -> Mapping[str, Any]:
@@ -132,13 +120,14 @@ def latent(config: Config, number: int) -> Mapping[str, Any]:
     return {"attention.head_count_kv": 1}
 
 
-KIMI_LINEAR = Export(KIMI, kimi_keys, kimi_complaints, NAMES, kimi_parts, warnings=kimi_warnings)
+KIMI_LINEAR = Export(KIMI, kimi_keys, kimi_complaints, NAMES, kimi_parts, warnings=warnings, own_head=True)
 BAILING_HYBRID = Export(
     BAILING,
     bailing_keys,
     bailing_complaints,
     NAMES | {"nextn.norm": "layer_output_norm.weight"},
     bailing_parts,
-    warnings=bailing_warnings,
+    warnings=warnings,
     drafting=Drafting(latent),
+    own_head=True,
 )

@@ -67,6 +67,12 @@ def complaints(config: Config) -> Iterator[str]:
         kind = config.rope_parameters["sliding_attention"].get("rope_type", "default")
         if kind != "default":
             yield f"rope scaling {kind!r}: llama.cpp's {ARCH!r} scales no layer with a window"
+        parts = {_rotated(config.rope_parameters[each]) for each in kinds}
+        if config.layer_types[0] == "sliding_attention" and len(parts) > 1:
+            yield (
+                f"config key layer_types: llama.cpp's {ARCH!r} rotates as much of each head in layers that "
+                "look at everything as in the first, which has a window"
+            )
 
 
 LAGUNA = Export(ARCH, keys, complaints)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key, only
+from moequant.containers.gguf.families.base import Export, Key, both_kinds, only
 from moequant.containers.gguf.families.keys import SIGMOID, experts, head_sizes, instead, scoring, sizes
 from moequant.families import Config
 from moequant.families.lfm2_moe import is_conv
@@ -32,6 +32,8 @@ def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
     yield from only(config, ARCH, "norm_topk_prob", True)
     yield from only(config, ARCH, "routed_scaling_factor", 1.0)
+    convolved = (is_conv(config, number) for number in range(config.num_hidden_layers))
+    yield from both_kinds("layer_types", convolved, ARCH)
 
 
 LFM2_MOE = Export(ARCH, keys, complaints, {"norm": "token_embd_norm.weight"})

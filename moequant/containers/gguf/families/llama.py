@@ -29,8 +29,6 @@ def pairs(config: Config, weight: Weight) -> tuple[FileTensor, ...] | None:
 def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
     yield from only(config, ARCH, "hidden_act", "silu")
-    yield from only(config, ARCH, "attention_bias", False)
-    yield from only(config, ARCH, "mlp_bias", False)
     yield from full_attention(config, ARCH)
 
 
@@ -41,8 +39,8 @@ def dense_keys(config: Config) -> tuple[Key, ...]:
 
 def moe_keys(config: Config) -> tuple[Key, ...]:
     """Keys of Mixtral."""
-    return (*sizes(config), *expert_counts(config), *head_sizes(config))
+    return (*sizes(config), *expert_counts(config), *head_sizes(config, in_tensors=True))
 
 
 LLAMA = Export(ARCH, dense_keys, complaints, cut=pairs, computed=rope_factors)
-MIXTRAL = Export(ARCH, moe_keys, complaints, cut=pairs)
+MIXTRAL = Export(ARCH, moe_keys, complaints, cut=pairs, computed=rope_factors)

@@ -36,6 +36,7 @@ def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
     layers, step = config.num_hidden_layers, config.interleave_moe_layer_step
     yield from only(config, ARCH, "hidden_act", "silu")
+    yield from only(config, ARCH, "attention_bias", False)
     yield from only(config, ARCH, "moe_layers", list(range(step - 1, layers, step)))
     yield from only(config, ARCH, "use_qk_norm", config.num_local_experts != WITHOUT_NORM)
     rotated = [int((layer + 1) % 4 != 0) for layer in range(layers)]

@@ -34,7 +34,6 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "hidden_act", "silu")
     yield from only(config, ARCH, "attention_bias", False)
     yield from only(config, ARCH, "norm_topk_prob", True)
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     if "dense" in config.mlp_layer_types:
         yield f"config key mlp_layer_types: llama.cpp's {ARCH!r} has experts in every layer"
     used = {kind: config.rope_parameters[kind] for kind in set(config.layer_types)}
@@ -46,4 +45,4 @@ def complaints(config: Config) -> Iterator[str]:
         yield f"config key rope_parameters: llama.cpp's {ARCH!r} scales no layer with a window"
 
 
-MELLUM = Export(ARCH, keys, complaints)
+MELLUM = Export(ARCH, keys, complaints, own_head=True)

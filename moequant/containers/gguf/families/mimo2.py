@@ -59,7 +59,6 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "attention_bias", False)
     yield from only(config, ARCH, "norm_topk_prob", True)
     yield from only(config, ARCH, "routed_scaling_factor", 1.0)
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     if set(config.layer_types) != {"full_attention", "sliding_attention"}:
         yield f"config key layer_types: llama.cpp's {ARCH!r} needs layers with a window, and others"
         return
@@ -77,4 +76,4 @@ def predicted(config: Config, number: int) -> Mapping[str, Any]:
     }
 
 
-MIMO_V2_FLASH = Export(ARCH, keys, complaints, drafting=Drafting(predicted, most=16))
+MIMO_V2_FLASH = Export(ARCH, keys, complaints, drafting=Drafting(predicted, most=16), own_head=True)

@@ -25,8 +25,7 @@ def keys(config: Config) -> tuple[Key, ...]:
 def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
     yield from only(config, ARCH, "hidden_act", "silu")
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     yield from full_attention(config, ARCH)
 
 
-MINIMAX_M2 = Export(ARCH, keys, complaints)
+MINIMAX_M2 = Export(ARCH, keys, complaints, own_head=True)

@@ -52,7 +52,6 @@ def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
     yield from only(config, ARCH, "swiglu_alpha", 1.702)
     yield from only(config, ARCH, "swiglu_limit", 7.0)
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     yield from only(config, ARCH, "index_n_heads", config.num_key_value_heads)
     yield from dense_in_front(config, ARCH)
     if config.shared_intermediate_size % config.intermediate_size:
@@ -81,4 +80,4 @@ def warnings(config: Config) -> tuple[str, ...]:
     )
 
 
-MINIMAX_M3 = Export(ARCH, keys, complaints, NAMES, cut=plus_one, warnings=warnings)
+MINIMAX_M3 = Export(ARCH, keys, complaints, NAMES, cut=plus_one, warnings=warnings, own_head=True)

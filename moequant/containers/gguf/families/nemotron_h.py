@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moequant.containers.gguf.families.base import Drafting, Export, FileTensor, Key, only
+from moequant.containers.gguf.families.base import Drafting, Export, FileTensor, Key, both_kinds, only
 from moequant.containers.gguf.families.keys import (
     SIGMOID,
     experts,
@@ -16,7 +16,7 @@ from moequant.containers.gguf.families.keys import (
     sizes,
 )
 from moequant.families import Config
-from moequant.families.nemotron_h import ATTENTION, EXPERTS
+from moequant.families.nemotron_h import ATTENTION, EXPERTS, MAMBA
 from moequant.values import Weight
 from moequant.values.ops import NegativeExp
 
@@ -79,6 +79,13 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "use_conv_bias", True)
     if "mlp" in config.layers_block_type or EXPERTS not in config.layers_block_type:
         yield f"config key layers_block_type: llama.cpp's {ARCH!r} has experts in every feed-forward layer"
+    if config.mamba_num_heads % config.n_groups:
+        yield (
+            f"config key mamba_num_heads = {config.mamba_num_heads}: a multiple of n_groups = "
+            f"{config.n_groups} was expected"
+        )
+    mixers = (kind == MAMBA for kind in config.layers_block_type if kind in (MAMBA, ATTENTION))
+    yield from both_kinds("layers_block_type", mixers, ARCH)
 
 
 def warnings(config: Config) -> tuple[str, ...]:

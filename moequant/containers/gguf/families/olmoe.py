@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, full_attention, only
-from moequant.containers.gguf.families.llama import moe_keys
+from moequant.containers.gguf.families.base import Export, Key, full_attention, only
+from moequant.containers.gguf.families.keys import expert_counts, head_sizes, sizes
 from moequant.families import Config
 
 ARCH = "olmoe"
+
+
+def keys(config: Config) -> tuple[Key, ...]:
+    """Keys of OLMoE."""
+    return (*sizes(config), *expert_counts(config), *head_sizes(config))
 
 
 def complaints(config: Config) -> Iterator[str]:
@@ -20,4 +25,4 @@ def complaints(config: Config) -> Iterator[str]:
     yield from full_attention(config, ARCH)
 
 
-OLMOE = Export(ARCH, moe_keys, complaints)
+OLMOE = Export(ARCH, keys, complaints)

@@ -36,8 +36,7 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "norm_topk_prob", False)
     yield from only(config, ARCH, "decoder_sparse_step", 1)
     yield from only(config, ARCH, "mlp_only_layers", [], None)
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     yield from full_attention(config, ARCH)
 
 
-QWEN2_MOE = Export(ARCH, keys, complaints, cut=shared_gate)
+QWEN2_MOE = Export(ARCH, keys, complaints, cut=shared_gate, own_head=True)

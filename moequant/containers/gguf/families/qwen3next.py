@@ -11,7 +11,15 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from moequant.containers.gguf.families.base import Drafting, Export, FileTensor, Key, only
+from moequant.containers.gguf.families.base import (
+    Drafting,
+    Export,
+    FileTensor,
+    Key,
+    both_kinds,
+    only,
+    other_epsilon,
+)
 from moequant.containers.gguf.families.keys import (
     expert_counts,
     head_dim,
@@ -108,8 +116,8 @@ def tiled_values(heads: Heads) -> tuple[int, ...]:
 
 def next_keys(config: Config) -> tuple[Key, ...]:
     """Keys of Qwen3-Next. Builds that know no list of recurrent layers read how far full ones are apart."""
-    recurrent = [kind == LINEAR for kind in config.layer_types]
-    interval = recurrent.index(False) + 1 if False in recurrent else len(recurrent) + 1
+    mixers = [kind == LINEAR for kind in config.layer_types]
+    interval = mixers.index(False) + 1 if False in mixers else len(mixers) + 1
     return (
         *sizes(config),
         *expert_counts(config),
@@ -120,7 +128,7 @@ def next_keys(config: Config) -> tuple[Key, ...]:
         Key("ssm.group_count", "u32", int(config.linear_num_key_heads)),
         Key("ssm.time_step_rank", "u32", int(config.linear_num_value_heads)),
         Key("ssm.inner_size", "u32", int(config.linear_value_head_dim * config.linear_num_value_heads)),
-        Key("attention.recurrent_layers", "bools", recurrent),
+        Key("attention.recurrent_layers", "bools", mixers),
         Key("full_attention_interval", "u32", interval),
     )
 
@@ -138,6 +146,7 @@ def next_complaints(config: Config, arch: str = "qwen3next") -> Iterator[str]:
     yield from only(config, arch, "decoder_sparse_step", 1)
     yield from only(config, arch, "mlp_only_layers", [], None)
     yield from only(config, arch, "linear_value_head_dim", config.linear_key_head_dim)
+    yield from both_kinds("layer_types", (kind == LINEAR for kind in config.layer_types), arch)
 
 
 def tiled_complaints(config: Config) -> Iterator[str]:
@@ -145,9 +154,17 @@ def tiled_complaints(config: Config) -> Iterator[str]:
     return next_complaints(config, "qwen35moe")
 
 
-def tiled_warnings(config: Config) -> tuple[str, ...]:
+def next_warnings(config: Config) -> tuple[str, ...]:
     """What llama.cpp computes a little differently."""
-    return not_turned(rope_sections(config, SECTIONS), int(head_dim(config) * rotated_part(config)))
+    return (
+        other_epsilon(config, "queries and keys of delta attention") if LINEAR in config.layer_types else ()
+    )
+
+
+def tiled_warnings(config: Config) -> tuple[str, ...]:
+    """The same, and frequencies that no section covers."""
+    rotated = int(head_dim(config) * rotated_part(config))
+    return (*next_warnings(config), *not_turned(rope_sections(config, SECTIONS), rotated))
 
 
 def not_recurrent(config: Config, number: int) -> Mapping[str, Any]:
@@ -156,7 +173,13 @@ def not_recurrent(config: Config, number: int) -> Mapping[str, Any]:
 
 
 QWEN3_NEXT = Export(
-    "qwen3next", next_keys, next_complaints, NAMES, next_parts, drafting=Drafting(not_recurrent)
+    "qwen3next",
+    next_keys,
+    next_complaints,
+    NAMES,
+    next_parts,
+    warnings=next_warnings,
+    drafting=Drafting(not_recurrent),
 )
 QWEN3_5_MOE = Export(
     "qwen35moe",

@@ -71,7 +71,6 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "hidden_act", "silu")
     yield from only(config, ARCH, "attention_bias", False)
     yield from only(config, ARCH, "mlp_bias", False)
-    yield from only(config, ARCH, "tie_word_embeddings", False)
     yield from only(config, ARCH, "query_pre_attn_scalar", config.head_dim)
     if set(config.layer_types) != {FULL, WINDOW}:
         yield f"config key layer_types: llama.cpp's {ARCH!r} needs layers with a window, and others"
@@ -98,5 +97,11 @@ def predicted(config: Config, number: int) -> Mapping[str, Any]:
 
 
 STEP3P7 = Export(
-    ARCH, keys, complaints, cut=plus_one, computed=factors, drafting=Drafting(predicted, most=16)
+    ARCH,
+    keys,
+    complaints,
+    cut=plus_one,
+    computed=factors,
+    drafting=Drafting(predicted, most=16),
+    own_head=True,
 )

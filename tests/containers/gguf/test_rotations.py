@@ -1,0 +1,140 @@
+"""Rotary scalings and epsilons in GGUF files: what llama.cpp reads from none is said, by every family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
+
+from moequant.commands.convert import Settings, convert
+from moequant.containers.gguf.export import check
+from moequant.containers.gguf.families import EXPORTS
+from moequant.errors import FamilyError
+from moequant.families import FAMILIES, Config
+from tests import models
+from tests.clients.llama import Llama
+
+BOUNDS = models.YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 16.0}
+"""YaRN that any family takes, with another bound than llama.cpp's."""
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def text_config(family: str, **changes: Any) -> Config:
+    """The config of a tiny model's text."""
+    given = models.COMMON | models.CONFIGS[family] | changes
+    kept = {key: value for key, value in given.items() if value is not models.ABSENT}
+    types = {each.name: each.model_type for each in FAMILIES}
+    return AutoConfig.for_model(kept.pop("model_type", types.get(family)), **kept)
+
+
+def scaled(family: str) -> Iterator[Config]:
+    """The config with YaRN in the place of its rotation; of each kind of layers, where they differ."""
+    found = getattr(text_config(family), "rope_parameters", None) or {}
+    kinds = [kind for kind, told in found.items() if isinstance(told, dict)]
+    part = {key: found[key] for key in ("partial_rotary_factor", "mrope_section") if key in found}
+    for kind in kinds:
+        yield text_config(family, rope_parameters=found | {kind: found[kind] | BOUNDS})
+    if found and not kinds:
+        yield text_config(family, rope_parameters=BOUNDS | part)
+
+
+@pytest.mark.parametrize("family", models.CONFIGS)
+def test_bounds_of_yarn_that_no_graph_reads_are_said(family: str) -> None:
+    """Or the scaling is refused. Laguna's release has such bounds, in one of two rotations."""
+    for config in scaled(family):
+        one = next(each for each in FAMILIES if each.model_type == config.model_type)
+        way = EXPORTS[one.name]
+        try:
+            keys = check(one, config).keys(config)
+        except FamilyError:
+            continue
+        yarn = any(key.name == "rope.scaling.type" and key.value == "yarn" for key in keys)
+        assert yarn == any("--yarn-beta-fast 16" in told for told in way.told(config))
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe"])
+def test_the_fixed_epsilon_of_delta_nets_is_said(family: str) -> None:
+    """transformers norms their queries and keys with 1e-6, llama.cpp with the epsilon of all norms."""
+    usual, other = (EXPORTS[family].told(text_config(family, rms_norm_eps=eps)) for eps in (1e-6, 1e-5))
+    (told,) = set(other) - set(usual)
+    assert "epsilon of 1e-05, transformers with 1e-06" in told
+
+
+def logits(folder: Path, out: Path, text: Path, ids: torch.Tensor) -> np.ndarray:
+    """What llama.cpp computes with the model's F32 file."""
+    usual = {"effort": "fast", "eval_tokens": 0, "self_check": False}
+    convert(folder, out, Settings("F32", text, 1024, text, **usual))
+    with Llama(out, threads=1) as llama:
+        return llama.logits(ids.tolist())
+
+
+@pytest.mark.parametrize(
+    ("family", "scaling"),
+    [
+        ("mixtral", LLAMA3),
+        ("exaone_moe", LLAMA3),
+        ("qwen3_moe", {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+    ],
+)
+def test_scalings_without_keys_compute_what_transformers_does(
+    tmp_path: Path, text: Path, family: str, scaling: dict[str, object]
+) -> None:
+    folder = models.build(tmp_path / "model", family, rope_parameters=scaling)
+    ids = torch.randint(1, models.VOCAB, (256,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = models.reference(folder)(ids[None]).logits[0].numpy()
+    difference = np.abs(logits(folder, tmp_path / "f32.gguf", text, ids) - expected).max(1)
+    assert np.quantile(difference, 0.99) < 5e-4
+
+
+def test_a_base_that_transformers_stretches_is_said() -> None:
+    """Within the context nothing is scaled; Hunyuan's `alpha` scales once for all."""
+    scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (told,) = EXPORTS["mixtral"].told(text_config("mixtral", rope_parameters=scaling))
+    assert "past max_position_embeddings = 1024 tokens" in told
+    assert EXPORTS["hunyuan_v1_moe"].told(text_config("hunyuan_v1_moe")) == ()
+
+
+@pytest.mark.parametrize("kind", ["default", "proportional"])
+def test_gemma_rotates_a_part_where_transformers_does(kind: str) -> None:
+    """Of the default rotation, transformers' class takes no part."""
+    told = {"rope_type": kind, "rope_theta": 1e6, "partial_rotary_factor": 0.25}
+    window = {"rope_type": "default", "rope_theta": 1e4}
+    rope = {"full_attention": told, "sliding_attention": window}
+    config = text_config("gemma4", rope_parameters=rope)
+    (factors,) = EXPORTS["gemma4"].computed(config)
+    usual = 1e6 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    expected = Gemma4TextRotaryEmbedding(config).full_attention_inv_freq.double()
+    assert torch.allclose(usual / torch.tensor(factors.values, dtype=torch.float64), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"])
+def test_latent_attention_that_linear_scaling_would_change_is_refused(family: str) -> None:
+    """Its graphs undo what YaRN does to attention, scaled by YaRN or not: logits were off by their size."""
+    scaling = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    config = text_config(family, rope_parameters=scaling)
+    (own,) = (each for each in FAMILIES if each.name == family)
+    with pytest.raises(FamilyError, match=r"rope scaling 'linear': llama\.cpp's .* as with YaRN"):
+        check(own, config)
+
+
+def test_half_a_pair_is_refused() -> None:
+    """llama.cpp aborts; transformers rotates one dimension more."""
+    (own,) = (each for each in FAMILIES if each.name == "glm4_moe")
+    turned = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.33}
+    with pytest.raises(FamilyError, match=r"partial_rotary_factor = 0\.33: 13 of 40 .* rotates pairs"):
+        check(own, text_config("glm4_moe", head_dim=40, rope_parameters=turned))
