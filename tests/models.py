@@ -338,6 +338,30 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 3,
         **DELTA_NET,
     },
+    "qwen4_exp": {
+        "num_hidden_layers": 3,
+        "head_dim": 64,
+        "moe_intermediate_size": 192,
+        "shared_expert_intermediate_size": 128,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        **DELTA_NET,
+        "layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
+        "output_gate_type": "sigmoid",
+        "hc_count": 3,
+        "hc_lowrank": 64,
+        "indexer_n_heads": 8,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 96,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 8,
+        "ple_layer_ids": [2],
+        "ngram_size": 3,
+        "heads_per_ngram": 4,
+        "ngram_vocab_size_base": 180,
+        "make_ngram_vocab_size_divisible_by": 96,
+        "split_ngram_parts": 12,
+    },
     "dots1": {
         "num_hidden_layers": 3,
         "num_key_value_heads": 4,
@@ -736,6 +760,7 @@ _QWEN_VISION = {
 VISION: Mapping[str, Mapping[str, Any]] = {
     "qwen3_vl_moe": _QWEN_VISION,
     "qwen3_5_moe": _QWEN_VISION,
+    "qwen4_exp": {key: value for key, value in _QWEN_VISION.items() if key != "deepstack_visual_indexes"},
     "kimi_k25": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -806,6 +831,14 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_5_moe": {
         "attn_output_gate": True,
         "full_attention_interval": 2,
+        "mamba_ssm_dtype": "float32",
+        "mlp_only_layers": [],
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+    },
+    "qwen4_exp": {
+        "attn_output_gate": True,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
         "mamba_ssm_dtype": "float32",
         "mlp_only_layers": [],
         "mtp_num_hidden_layers": 1,
@@ -1257,6 +1290,7 @@ _UNFIT = {
 
 BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "deepseek_v4": {"mtp.0.e_proj.weight": (256, 256), "layers.0.ffn.gate.bias": (8,)},
+    "qwen4_exp": {"mtp.fc_hidden.weight": (256, 256), "mtp.layers.0.mlp.gate.weight": (6, 256)},
     "hy_v4": {"model.mtp_layers.0.eh_proj.weight": (256, 512)},
     "ernie4_5_moe": {"model.mtp_emb_norm.0.weight": (256,), "model.mtp_linear_proj.0.weight": (256, 512)},
     "exaone_moe": _UNFIT,
@@ -1360,6 +1394,8 @@ def build(
                 parameter.mul_(2.0)
             if "conv1d" in name:
                 parameter.mul_(4.0)
+            if "ple.conv1d" in name:
+                parameter.normal_(0, 0.3)
             if "bias" in name or name.endswith("sinks"):
                 parameter.normal_(0, 0.2)
             if "_hc." in name or "hc_head." in name or "kpool" in name:

@@ -15,6 +15,7 @@ import torch
 
 from moequant import families
 from moequant.checkpoint.codecs import declared, recognise
+from moequant.checkpoint.codecs.base import read_part
 from moequant.checkpoint.folder import Folder, folder_of
 from moequant.checkpoint.headers import read_headers
 from moequant.checkpoint.predictions import Predictions
@@ -268,8 +269,23 @@ def _assemble(
         if weight is not None:
             claimed |= {renamed(family, each.name) for each in weight.origin.stored}
             found.append(weight)
+    claimed |= _constants(family, config, stored)
     skipped = _left_out(family, config, (name for name in stored if name not in claimed), stored)
     return head_last(found), skipped
+
+
+def _constants(family: Family, config: Config, stored: Mapping[str, Stored]) -> set[str]:
+    """Numbers that are stored, and made of the config as well. CheckpointError where they are others."""
+    with foreign(FamilyError, f"{family.name}: config.json does not say what checkpoints hold as well"):
+        there = {name: told for name, told in family.constants(config).items() if name in stored}
+    for name, told in there.items():
+        found = read_part(stored[name].parts[""])
+        if tuple(found.flatten().tolist()) != told:
+            raise CheckpointError(
+                f"tensor {name} holds {few(found.flatten().tolist(), 3)}, config.json makes it {few(told, 3)}; "
+                "are both of one download?"
+            )
+    return set(there)
 
 
 def head_last(weights: Iterable[Weight]) -> tuple[Weight, ...]:

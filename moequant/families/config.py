@@ -88,8 +88,9 @@ def text_config(raw: Mapping[str, Any], hoisted: Iterable[tuple[str, str]] = ())
         return dict(raw)
     outer = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}
     for part, key in hoisted:
-        if isinstance(raw.get(part), dict) and key in raw[part]:
-            outer[key] = raw[part][key]
+        found = raw.get(part) if part else raw
+        if isinstance(found, dict) and key in found:
+            outer[key] = found[key]
     return {**inner, **outer}
 
 

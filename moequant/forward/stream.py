@@ -122,9 +122,12 @@ class LayerStream:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes [rows, n, h] of every batch's hidden states; [rows, n, streams, h] where those are more."""
+        """Shapes [rows, n, h] of every batch's hidden states; [rows, n, streams, h] where those are more, or
+        [rows, n, streams · h]."""
         shape = self.checkpoint.shape
-        ends = (shape.hidden,) if shape.streams == 1 else (shape.streams, shape.hidden)
+        ends: tuple[int, ...] = (shape.streams, shape.hidden)
+        if shape.streams == 1 or shape.in_a_row:
+            ends = (shape.streams * shape.hidden,)
         return [(*batch.shape, *ends) for batch in self.batches]
 
     def span(self, layer: int) -> slice:

@@ -38,6 +38,10 @@ class Role(StrEnum):
     POSITIONS = "positions"
     SINKS = "sinks"
     STREAMS = "streams"
+    STREAMS_IN = "streams_in"
+    STREAMS_OUT = "streams_out"
+    LOOKUP = "lookup"
+    LOOKUP_IN = "lookup_in"
     COMPRESSOR = "compressor"
     INDEXER = "indexer"
     INDEXER_WEIGHTS = "indexer_weights"
@@ -262,7 +266,8 @@ class ModelShape:
     """How large a model is, typed: what its config says, absent keys filled by its class.
 
     `kv_heads` and `head_dim` are those of most layers. `experts` is 0 for a dense model; `context` is the
-    longest row that it takes. Layers pass on `streams` hidden states for every token.
+    longest row that it takes. Layers pass on `streams` hidden states for every token, `in_a_row` where they are
+    one vector.
     """
 
     layers: int
@@ -276,3 +281,4 @@ class ModelShape:
     experts_used: int = 0
     tied: bool = False
     streams: int = 1
+    in_a_row: bool = False

@@ -86,7 +86,7 @@ def _export(checkpoint: Checkpoint) -> Exported:
         (_computed(each), FileTensor(each.name)) for each in way.computed(checkpoint.config)
     ]
     for weight, tensor in tensors:
-        prefix = "" if weight.layer is None else f"blk.{weight.layer}."
+        prefix = "" if weight.layer is None or tensor.outside else f"blk.{weight.layer}."
         weights.append(weight)
         names[weight.name] = prefix + tensor.name
         shapes[weight.name] = tensor.shape or weight.shape
