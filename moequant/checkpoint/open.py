@@ -280,10 +280,11 @@ def _constants(family: Family, config: Config, stored: Mapping[str, Stored]) -> 
         there = {name: told for name, told in family.constants(config).items() if name in stored}
     for name, told in there.items():
         found = read_part(stored[name].parts[""])
-        if tuple(found.flatten().tolist()) != told:
+        held = tuple(found.flatten().tolist())
+        if held != told:
             raise CheckpointError(
-                f"tensor {name} holds {few(found.flatten().tolist(), 3)}, config.json makes it {few(told, 3)}; "
-                "are both of one download?"
+                f"tensor {name} holds {few(held, 3)}, config.json makes it {few(told, 3)}; are both of one "
+                "download?"
             )
     return set(there)
 

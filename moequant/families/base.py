@@ -92,10 +92,11 @@ class Family:
     expressions of stored names that are left out on purpose, with the reason. `predictions` lists the slots
     of layers behind the last, among what `skipped` calls PREDICTION: they have no `param`. `constants` are
     buffers of whole numbers that the class makes of its config and checkpoints hold as well: what they hold
-    has to be the same. `renamed` turns prefixes of stored names into those that `get` uses. `hoisted` are paths of keys outside `text_config`
-    that belong to the text's config as well, ("", key) for one of the whole. `layers_at` is where the decoder layers are. `attention_gives`
-    is how many values attention modules give, their output first. `chosen` is for models whose layers also
-    give, and are given, which tokens attention looks at: how many those are at most.
+    has to be the same. `renamed` turns prefixes of stored names into those that `get` uses. `hoisted` are
+    paths of keys outside `text_config` that belong to the text's config as well, ("", key) for one of the
+    whole. `layers_at` is where the decoder layers are. `attention_gives` is how many values attention modules
+    give, their output first. `chosen` is for models whose layers also give, and are given, which tokens
+    attention looks at: how many those are at most.
     """
 
     name: str

@@ -1,5 +1,5 @@
-"""Qwen3.8-Flash-Next: Qwen3.5's delta nets and gated attention, which an indexer shows blocks of tokens, between
-several streams; some layers look the last tokens up in a table larger than the rest of the model."""
+"""Qwen3.8-Flash-Next: Qwen3.5's delta nets and gated attention, which an indexer shows blocks of tokens,
+between several streams; a layer looks the last tokens up in a table that is larger than all else."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def _ngrams(config: Config, number: int) -> tuple[Slot, ...]:
     into = seen(number, "ple.input", "ple.key_proj")
     rows, parts = f"{at}.ple_embedding.ngram_embedding", int(config.split_ngram_parts)
     if not 0 < parts < MOST_PARTS:
-        raise FamilyError(f"qwen4_exp: config key split_ngram_parts = {parts}: 1 to {MOST_PARTS:,} were expected")
+        raise FamilyError(
+            f"qwen4_exp: config key split_ngram_parts = {parts}: 1 to {MOST_PARTS:,} were expected"
+        )
     first, *below = (f"{rows}.shard_{part}.weight" for part in range(parts))
     conv = f"{at}.conv1d.weight"
     return (
@@ -159,7 +161,7 @@ _WORD = (1 << 64) - 1
 
 
 def _mixed(seed: int, step: int) -> int:
-    """The word that SplitMix64 (Steele et al. 2014) gives in a step, where the model starts one step later."""
+    """The word that SplitMix64 (Steele et al. 2014) gives in a step; the model starts one step later."""
     z = (seed + 0x9E3779B97F4A7C15 * (step + 1)) & _WORD
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = ((z ^ z >> shift) * factor) & _WORD

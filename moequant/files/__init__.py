@@ -7,6 +7,7 @@ leaves at most temporaries and a lock file, which the next run to the same targe
 
 from moequant.files.folder import RECORD, check_kept
 from moequant.files.parts import part_names
+from moequant.files.room import room
 from moequant.files.scratch import is_scratch, scratch, sweep_scratch
 from moequant.files.signals import Interrupted, interruptible
 from moequant.files.targets import check_space
@@ -27,6 +28,7 @@ __all__ = [
     "interruptible",
     "is_scratch",
     "part_names",
+    "room",
     "scratch",
     "sweep_scratch",
     "sync",

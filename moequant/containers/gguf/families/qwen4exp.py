@@ -1,5 +1,5 @@
-"""llama.cpp's `qwen4exp`: `qwen35moe` with streams, blocks of tokens that an indexer chooses, and a table of the
-last tokens, outside of the layers."""
+"""llama.cpp's `qwen4exp`: `qwen35moe` with streams, blocks of tokens that an indexer chooses, and a table
+of the last tokens, outside of the layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moequant.containers.gguf.families.qwen3next import NAMES as DELTA_NET
 from moequant.containers.gguf.families.qwen3next import tiled_keys, tiled_parts, tiled_warnings
 from moequant.families import Config
 from moequant.families.delta_net import LINEAR
-from moequant.families.qwen4_exp import TABLE, Hash
+from moequant.families.qwen4_exp import Hash
 from moequant.values import Role, Weight
 from moequant.values.ops import Part
 
@@ -105,14 +105,14 @@ def complaints(config: Config) -> Iterator[str]:
     gate = config.output_gate_type or config.hidden_act
     if gate != "sigmoid":
         yield f"config key output_gate_type = {gate!r}: llama.cpp's {ARCH!r} implements only 'sigmoid'"
-    if config.indexer_compress_ratio < 2:
-        yield f"config key indexer_compress_ratio = {config.indexer_compress_ratio}: llama.cpp needs 2 or more"
+    if (ratio := config.indexer_compress_ratio) < 2:
+        yield f"config key indexer_compress_ratio = {ratio}: llama.cpp's {ARCH!r} needs 2 or more"
     if not config.ple_layer_ids:
         return
     if len(config.ple_layer_ids) > 1:
         yield (
-            f"config key ple_layer_ids = {list(config.ple_layer_ids)}: llama.cpp's {ARCH!r} has one layer that "
-            "looks tokens up"
+            f"config key ple_layer_ids = {list(config.ple_layer_ids)}: llama.cpp's {ARCH!r} has one layer "
+            "that looks tokens up"
         )
     yield from only(config, ARCH, "ple_embed_dim", config.hidden_size)
     heads = (config.ngram_size - 1) * config.heads_per_ngram
