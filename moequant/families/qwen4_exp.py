@@ -97,7 +97,7 @@ def _ngrams(config: Config, number: int) -> tuple[Slot, ...]:
     at = f"model.layers.{number}.ple"
     into = seen(number, "ple.input", "ple.key_proj")
     rows, parts = f"{at}.ple_embedding.ngram_embedding", int(config.split_ngram_parts)
-    if not 0 < parts < MOST_PARTS:
+    if not 0 < parts <= MOST_PARTS:
         raise FamilyError(
             f"qwen4_exp: config key split_ngram_parts = {parts}: 1 to {MOST_PARTS:,} were expected"
         )
@@ -230,6 +230,8 @@ QWEN4_EXP = Family(
         "seed",
         "split_ngram_parts",
         "image_token_id",
+        "mtp",  # of the layer that predicts, which is left out
+        "ple_embedding_dtype",  # as the tensors say themselves
         "number_of_conv_states",  # of a cache that nothing here has
     },
     says={

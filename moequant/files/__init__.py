@@ -6,8 +6,8 @@ leaves at most temporaries and a lock file, which the next run to the same targe
 """
 
 from moequant.files.folder import RECORD, check_kept
+from moequant.files.large import room
 from moequant.files.parts import part_names
-from moequant.files.room import room
 from moequant.files.scratch import is_scratch, scratch, sweep_scratch
 from moequant.files.signals import Interrupted, interruptible
 from moequant.files.targets import check_space

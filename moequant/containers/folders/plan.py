@@ -75,7 +75,8 @@ def storage(checkpoint: Checkpoint, scheme: Scheme, layout: LayoutName) -> Stora
 
 
 def with_copies(checkpoint: Checkpoint) -> Checkpoint:
-    """The model with every tensor of its layers that predict, each a weight that nothing runs."""
+    """The model with every tensor of its layers that predict, and whole numbers that its config tells as
+    well, each a weight that nothing runs."""
     copies = (
         Weight(
             each.name,
@@ -88,7 +89,7 @@ def with_copies(checkpoint: Checkpoint) -> Checkpoint:
             None,
             (each.name,),
         )
-        for each in checkpoint.predictions.stored
+        for each in (*checkpoint.predictions.stored, *checkpoint.constants)
     )
     return checkpoint.with_weights((*checkpoint.weights, *copies))
 
