@@ -69,14 +69,18 @@ MODELS = {
     "qwen3_moe": "Qwen3 30B-A3B, 235B-A22B, Coder",
     "qwen3_next": "Qwen3-Next 80B-A3B",
     "qwen3_vl_moe": "Qwen3-VL 30B-A3B, 235B-A22B (text)",
+    "qwen4_exp": "Qwen3.8-Flash-Next (text)",
     "solar_open": "Solar-Open",
     "step3p7": "Step-3.5-Flash, 3.7-Flash (text)",
     "switch_transformers": "Switch Transformers: google/switch-base-8 and larger",
 }
 """What people call the models of a family, by its name in the code."""
 
-NEEDED = {"lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}}
-"""What a config class cannot be made without, by family."""
+NEEDED = {
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "qwen4_exp": {"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25}},
+}
+"""What a config class cannot be made without, or takes otherwise than all releases, by family."""
 
 HEAD = """# Families
 

@@ -1265,6 +1265,18 @@ PREDICTIONS: Mapping[str, Prediction] = {
     ),
     "qwen3_next": Prediction({1: "mtp.layers.0."}, _UNDER_MTP),
     "qwen3_5_moe": Prediction({1: "mtp.layers.0."}, _UNDER_MTP),
+    "qwen4_exp": Prediction(
+        {1: "mtp.layers.0."},
+        {
+            "mtp.fc_embedding": (256, 256),
+            "mtp.fc_hidden": (256, 256),
+            "mtp.pre_fc_norm_embedding": (256,),
+            "mtp.pre_fc_norm_hidden": (768,),
+            "mtp.hyper_connection_mixer.hc_norm": (768,),
+            "mtp.hyper_connection_mixer.input_mix_weight_down": (64, 768),
+            "mtp.hyper_connection_mixer.input_mix_weight_up": (768, 64),
+        },
+    ),
     "mimo_v2_flash": Prediction({}, {**_mimo(0), **_mimo(1), **_mimo(2)}),
     "nemotron_h": Prediction(
         {2: "mtp.layers.0.", 3: "mtp.layers.1."},
@@ -1290,7 +1302,6 @@ _UNFIT = {
 
 BESIDE: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "deepseek_v4": {"mtp.0.e_proj.weight": (256, 256), "layers.0.ffn.gate.bias": (8,)},
-    "qwen4_exp": {"mtp.fc_hidden.weight": (256, 256), "mtp.layers.0.mlp.gate.weight": (6, 256)},
     "hy_v4": {"model.mtp_layers.0.eh_proj.weight": (256, 512)},
     "ernie4_5_moe": {"model.mtp_emb_norm.0.weight": (256,), "model.mtp_linear_proj.0.weight": (256, 512)},
     "exaone_moe": _UNFIT,
@@ -1478,7 +1489,8 @@ def predicting(folder: Path, family: str, seed: int = 0) -> dict[str, torch.Tens
     shapes = {name + ".weight" * ("_bias" not in name): shape for name, shape in told.around.items()}
     for name, tensor in load_file(folder / "model.safetensors").items():
         for number, prefix in told.like.items():
-            other = "visual" in name or "hc" in name  # what predicts has one stream
+            # What predicts has one stream, but for a model that mixes streams by a norm.
+            other = "visual" in name or ("hc" in name and ".hc_norm." not in name)
             if (parts := name.partition(f"layers.{number}."))[2] and not other:
                 shapes[prefix + parts[2]] = tuple(tensor.shape)
     for name, shape in shapes.items():

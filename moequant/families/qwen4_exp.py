@@ -23,13 +23,21 @@ from moequant.families.blocks import (
 )
 from moequant.families.blocks import ends as plain_ends
 from moequant.families.delta_net import DELTA_KEYS, LINEAR, MTP, delta_net
+from moequant.families.predictions import like, parts
 from moequant.families.qwen3_5_moe import PROJECTIONS
 from moequant.families.qwen3_vl_moe import VISION
 from moequant.values import ModelShape, Role
-from moequant.values.ops import Squeezed
+from moequant.values.ops import Joined, Squeezed, Stacked, Transposed
 
 MIXER = "model.hyper_connection_mixer"
 """What makes one hidden state of the streams, behind the last layer."""
+
+MIXING = {
+    "norm": ("hc_norm", Role.NORM),
+    "down": ("input_mix_weight_down", Role.STREAMS),
+    "up": ("input_mix_weight_up", Role.STREAMS),
+}
+"""Its parts, by our names."""
 
 TABLE = "ngrams"
 """Our name of the table, within its layer."""
@@ -96,12 +104,12 @@ def _ngrams(config: Config, number: int) -> tuple[Slot, ...]:
     each side of their gate, and a convolution over what passes it."""
     at = f"model.layers.{number}.ple"
     into = seen(number, "ple.input", "ple.key_proj")
-    rows, parts = f"{at}.ple_embedding.ngram_embedding", int(config.split_ngram_parts)
-    if not 0 < parts <= MOST_PARTS:
+    rows, count = f"{at}.ple_embedding.ngram_embedding", int(config.split_ngram_parts)
+    if not 0 < count <= MOST_PARTS:
         raise FamilyError(
-            f"qwen4_exp: config key split_ngram_parts = {parts}: 1 to {MOST_PARTS:,} were expected"
+            f"qwen4_exp: config key split_ngram_parts = {count}: 1 to {MOST_PARTS:,} were expected"
         )
-    first, *below = (f"{rows}.shard_{part}.weight" for part in range(parts))
+    first, *below = (f"{rows}.shard_{part}.weight" for part in range(count))
     conv = f"{at}.conv1d.weight"
     return (
         Slot(
@@ -122,15 +130,8 @@ def _ngrams(config: Config, number: int) -> tuple[Slot, ...]:
 def ends(config: Config) -> tuple[Slot, ...]:
     """The streams become one behind the last layer: its norm is the final one."""
     embedding, _, head = plain_ends(config, MIXER)
-    mixing = {"norm": "hc_norm", "down": "input_mix_weight_down", "up": "input_mix_weight_up"}
-    return (
-        embedding,
-        *(
-            Slot(f"hc_{own}", Role.NORM if own == "norm" else Role.STREAMS, f"{MIXER}.{module}.weight")
-            for own, module in mixing.items()
-        ),
-        head,
-    )
+    mixing = (Slot(f"hc_{own}", role, f"{MIXER}.{module}.weight") for own, (module, role) in MIXING.items())
+    return (embedding, *mixing, head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,30 @@ def _constants(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{at}.ngram_heads_offsets", found.offsets
 
 
+def predictions(config: Config) -> tuple[tuple[Slot, ...], ...]:
+    """One layer under `mtp.`, like those with an indexer, whose streams are joined and mixed by its own."""
+    indexed = [number for number, kind in enumerate(config.layer_types) if kind != LINEAR]
+    if not indexed or int(getattr(config, "mtp_num_hidden_layers", None) or 1) != 1:
+        return ()
+    number, twin = int(config.num_hidden_layers), indexed[-1]
+    own, mixer = f"layers.{number}.nextn", "mtp.hyper_connection_mixer"
+    # Stored as one matrix for each input: here they stand side by side.
+    beside = (Stacked(2), Transposed(), Joined(), Transposed())
+    join = Get("mtp.fc_embedding.weight", beside, below=("mtp.fc_hidden.weight",))
+    norms = {"embedding_norm": "mtp.pre_fc_norm_embedding", "hidden_norm": "mtp.pre_fc_norm_hidden"}
+    return (
+        (
+            *like(layer(config, twin), twin, number, "mtp.layers.0."),
+            Slot(f"{own}.join", Role.NEXTN, "", (join,)),
+            *parts(number, norms),
+            *(
+                Slot(f"{own}.hc_{name}", role, "", (Get(f"{mixer}.{module}.weight"),))
+                for name, (module, role) in MIXING.items()
+            ),
+        ),
+    )
+
+
 def skipped(config: Config) -> Mapping[str, str]:
     """What is left out."""
     return {**MTP, **VISION}
@@ -230,7 +255,7 @@ QWEN4_EXP = Family(
         "seed",
         "split_ngram_parts",
         "image_token_id",
-        "mtp",  # of the layer that predicts, which is left out
+        "mtp",  # of the layer that predicts, whose tensors say the same
         "ple_embedding_dtype",  # as the tensors say themselves
         "number_of_conv_states",  # of a cache that nothing here has
     },
@@ -241,6 +266,7 @@ QWEN4_EXP = Family(
         "use_sliding_window": (False,),
     },
     skipped=skipped,
+    predictions=predictions,
     constants=constants,
     renamed=(("model.language_model.", "model."), ("model.mtp.", "mtp.")),
     hoisted=(("", "image_token_id"),),

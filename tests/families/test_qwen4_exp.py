@@ -1,4 +1,4 @@
-"""Qwen3.8-Flash-Next looks the last tokens up in a table that is larger than all else: nobody reads it whole."""
+"""Qwen3.8-Flash-Next looks tokens up in a table that is larger than all else: nobody reads it whole."""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@ of the last tokens, outside of the layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, only
+from moequant.containers.gguf.families.base import Drafting, Export, FileTensor, Key, only
 from moequant.containers.gguf.families.qwen3next import NAMES as DELTA_NET
 from moequant.containers.gguf.families.qwen3next import tiled_keys, tiled_parts, tiled_warnings
 from moequant.families import Config
@@ -23,6 +24,7 @@ NAMES = {
     **{f"hc_{kind}_{part}": f"hc_{kind}_{part}.weight" for kind in ("attn", "ffn") for part in PARTS},
     **{f"hc_{kind}_inject": f"hc_{kind}_inject.weight" for kind in ("attn", "ffn")},
     **{f"hc_{part}": f"output_hc_{part}.weight" for part in PARTS},
+    **{f"nextn.hc_{part}": f"nextn.hc_head_{part}.weight" for part in PARTS},
     "indexer.q_norm": "indexer.q_norm.weight",
     "indexer.k_norm": "indexer.k_norm.weight",
     "ple.key": "ple_key.weight",
@@ -136,4 +138,10 @@ def warnings(config: Config) -> tuple[str, ...]:
     return (*tiled_warnings(config), *(told if several else ()))
 
 
-QWEN4_EXP = Export(ARCH, keys, complaints, NAMES, parts, warnings=warnings)
+def not_recurrent(config: Config, number: int) -> Mapping[str, Any]:
+    """A layer that predicts has attention, which an indexer shows blocks of tokens."""
+    ratio = int(config.indexer_compress_ratio)
+    return {"attention.recurrent_layers": False, "attention.compress_ratios": ratio}
+
+
+QWEN4_EXP = Export(ARCH, keys, complaints, NAMES, parts, warnings=warnings, drafting=Drafting(not_recurrent))
