@@ -70,6 +70,7 @@ MODELS = {
     "qwen3_moe": "Qwen3 30B-A3B, 235B-A22B, Coder",
     "qwen3_next": "Qwen3-Next 80B-A3B",
     "qwen3_vl_moe": "Qwen3-VL 30B-A3B, 235B-A22B (text)",
+    "qwen4_exp": "Qwen3.8-Flash-Next (text)",
     "solar_open": "Solar-Open",
     "step3p7": "Step-3.5-Flash, 3.7-Flash (text)",
     "switch_transformers": "Switch Transformers: google/switch-base-8 and larger",
@@ -79,8 +80,9 @@ MODELS = {
 NEEDED = {
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "gemma4": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64},
+    "qwen4_exp": {"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25}},
 }
-"""What a config class cannot be made without, or without experts, by family."""
+"""What a config class cannot be made without, or takes otherwise than all releases, by family."""
 
 HEAD = """# Families
 
@@ -121,7 +123,7 @@ def default_config(family: Family) -> Config:
 def row(family: Family) -> str:
     """One family's line of the table."""
     config, way = default_config(family), EXPORTS.get(family.name)
-    folder = one_by_one(family, config, config.num_hidden_layers)
+    folder = one_by_one(family, config)
     described = int(family.predictions is not nothing_predicted)
     refused = None if way is None else refusal(way, described)
     kept = {"computed from the config", *([] if refused else [PREDICTION])}

@@ -338,6 +338,30 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 3,
         **DELTA_NET,
     },
+    "qwen4_exp": {
+        "num_hidden_layers": 2,
+        "head_dim": 64,
+        "moe_intermediate_size": 192,
+        "shared_expert_intermediate_size": 128,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        **DELTA_NET,
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "output_gate_type": "sigmoid",
+        "hc_count": 3,
+        "hc_lowrank": 64,
+        "indexer_n_heads": 8,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 96,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 8,
+        "ple_layer_ids": [1],
+        "ngram_size": 3,
+        "heads_per_ngram": 4,
+        "ngram_vocab_size_base": 180,
+        "make_ngram_vocab_size_divisible_by": 96,
+        "split_ngram_parts": 12,
+    },
     "dots1": {
         "num_hidden_layers": 3,
         "num_key_value_heads": 4,
@@ -736,6 +760,7 @@ _QWEN_VISION = {
 VISION: Mapping[str, Mapping[str, Any]] = {
     "qwen3_vl_moe": _QWEN_VISION,
     "qwen3_5_moe": _QWEN_VISION,
+    "qwen4_exp": {key: value for key, value in _QWEN_VISION.items() if key != "deepstack_visual_indexes"},
     "kimi_k25": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -806,6 +831,14 @@ RELEASES: Mapping[str, Mapping[str, Any]] = {
     "qwen3_5_moe": {
         "attn_output_gate": True,
         "full_attention_interval": 2,
+        "mamba_ssm_dtype": "float32",
+        "mlp_only_layers": [],
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+    },
+    "qwen4_exp": {
+        "attn_output_gate": True,
+        "layer_types": ["linear_attention", "full_attention"],
         "mamba_ssm_dtype": "float32",
         "mlp_only_layers": [],
         "mtp_num_hidden_layers": 1,
@@ -1233,6 +1266,18 @@ PREDICTIONS: Mapping[str, Prediction] = {
     ),
     "qwen3_next": Prediction({1: "mtp.layers.0."}, _UNDER_MTP),
     "qwen3_5_moe": Prediction({1: "mtp.layers.0."}, _UNDER_MTP),
+    "qwen4_exp": Prediction(
+        {1: "mtp.layers.0."},
+        {
+            "mtp.fc_embedding": (256, 256),
+            "mtp.fc_hidden": (256, 256),
+            "mtp.pre_fc_norm_embedding": (256,),
+            "mtp.pre_fc_norm_hidden": (768,),
+            "mtp.hyper_connection_mixer.hc_norm": (768,),
+            "mtp.hyper_connection_mixer.input_mix_weight_down": (64, 768),
+            "mtp.hyper_connection_mixer.input_mix_weight_up": (768, 64),
+        },
+    ),
     "mimo_v2_flash": Prediction({}, {**_mimo(0), **_mimo(1), **_mimo(2)}),
     "nemotron_h": Prediction(
         {2: "mtp.layers.0.", 3: "mtp.layers.1."},
@@ -1361,6 +1406,8 @@ def build(
                 parameter.mul_(2.0)
             if "conv1d" in name:
                 parameter.mul_(4.0)
+            if "ple.conv1d" in name:
+                parameter.normal_(0, 0.3)
             if "bias" in name or name.endswith("sinks"):
                 parameter.normal_(0, 0.2)
             if "_hc." in name or "hc_head." in name or "kpool" in name:
@@ -1443,7 +1490,8 @@ def predicting(folder: Path, family: str, seed: int = 0) -> dict[str, torch.Tens
     shapes = {name + ".weight" * ("_bias" not in name): shape for name, shape in told.around.items()}
     for name, tensor in load_file(folder / "model.safetensors").items():
         for number, prefix in told.like.items():
-            other = "visual" in name or "hc" in name  # what predicts has one stream
+            # What predicts has one stream, but for a model that mixes streams by a norm.
+            other = "visual" in name or ("hc" in name and ".hc_norm." not in name)
             if (parts := name.partition(f"layers.{number}."))[2] and not other:
                 shapes[prefix + parts[2]] = tuple(tensor.shape)
     for name, shape in shapes.items():

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from moequant import families
-from moequant.checkpoint.codecs import declared, recognise
+from moequant.checkpoint.codecs import WHOLE, declared, recognise
+from moequant.checkpoint.codecs.base import read_part
 from moequant.checkpoint.folder import Folder, folder_of
 from moequant.checkpoint.headers import read_headers
 from moequant.checkpoint.predictions import Predictions
@@ -38,8 +39,8 @@ class Checkpoint:
     `raw` is config.json as it is, `config` what its class in transformers makes of it. `weights` are those of
     the model in the order in which they compute, the head last. `predictions` are layers behind the last,
     which transformers does not run. `skipped` counts the stored tensors that are left out on purpose, by the
-    reason. `gguf` is the file that has the weights where no safetensors do; `notes` are what a person should
-    know of it.
+    reason. `constants` are whole numbers that the model makes of its config as well. `gguf` is the file that
+    has the weights where no safetensors do; `notes` are what a person should know of it.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Checkpoint:
     weights: tuple[Weight, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
     predictions: Predictions = field(default_factory=Predictions)
+    constants: tuple[Stored, ...] = ()
     gguf: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -154,7 +156,9 @@ def open_checkpoint(model: Path | Folder) -> Checkpoint:
     tied = _tied(path, family, make_config(family, raw), stored)
     config = make_config(family, raw, tied)
     shape = shape_of(family, config)
-    weights, skipped = _assemble(family, config, shape, stored)
+    constants = _constants(family, config, stored)
+    rest = {name: each for name, each in stored.items() if name not in constants}
+    weights, skipped = _assemble(family, config, shape, rest)
     drafts = {name: stored[name] for name in skipped.pop(PREDICTION, ())}
     with foreign(FamilyError, f"{family.name}: config.json does not say what layers predict further tokens"):
         predictions = Predictions.of(family, config, shape, weights, drafts)
@@ -166,7 +170,10 @@ def open_checkpoint(model: Path | Folder) -> Checkpoint:
         )
     counted = {reason: len(names) for reason, names in skipped.items()}
     notes = [f"not read, as in transformers: {few(folder.beside, 5)}"] if folder.beside else []
-    return Checkpoint(path, raw, config, family, shape, weights, counted, predictions, notes=tuple(notes))
+    held = tuple(constants.values())
+    return Checkpoint(
+        path, raw, config, family, shape, weights, counted, predictions, held, notes=tuple(notes)
+    )
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Family]:
@@ -289,6 +296,26 @@ def _assemble(
             found.append(weight)
     skipped = _left_out(family, config, (name for name in stored if name not in claimed), stored)
     return head_last(found), skipped
+
+
+def _constants(family: Family, config: Config, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Numbers that are stored, and made of the config as well. CheckpointError where they are others."""
+    with foreign(FamilyError, f"{family.name}: config.json does not say what checkpoints hold as well"):
+        there = {name: told for name, told in family.constants(config).items() if name in stored}
+    for name, told in there.items():
+        if stored[name].dtype not in WHOLE:
+            raise CheckpointError(
+                f"tensor {name} is stored as {stored[name].dtype}; expected {' or '.join(WHOLE)}; download "
+                "it again"
+            )
+        found = read_part(stored[name].parts[""])
+        held = tuple(found.flatten().tolist())
+        if held != told:
+            raise CheckpointError(
+                f"tensor {name} holds {few(held, 3)}, config.json makes it {few(told, 3)}; are both of one "
+                "download?"
+            )
+    return {name: stored[name] for name in there}
 
 
 def head_last(weights: Iterable[Weight]) -> tuple[Weight, ...]:

@@ -14,9 +14,11 @@ from moequant.values.ops import Part, Stacked, apply, shape_after
 
 
 def load(weight: Weight) -> Tensor:
-    """A weight's values in the checkpoint's precision, shape `weight.shape`; of some experts (`Weight.of`) no
-    others are read."""
+    """A weight's values in the checkpoint's precision, shape `weight.shape`; of some experts (`Weight.of`) or
+    rows (`Weight.at`) no others are read."""
     origin = weight.origin
+    if origin.rows is not None:
+        return apply(origin.ops, _rows(origin.stored, origin.rows))
     if weight.stack is not Stack.EXPERTS:
         parts = [stored.read() for stored in origin.stored]
         return apply(origin.ops, parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
@@ -40,6 +42,10 @@ def load_packed(weight: Weight) -> Tensor | None:
     if kind is None or kind in FLOATS:
         return None
     parts = []
+    if origin.rows is not None:
+        if not isinstance(origin.rows, range) or len(origin.stored) > 1:
+            return None
+        return repack(origin.stored[0], kind, None, origin.rows)
     for stored, index in matrices(weight):
         rows = repack(stored, kind, index, range(stored.shape[-2]))
         if rows is None:
@@ -47,6 +53,26 @@ def load_packed(weight: Weight) -> Tensor | None:
         parts.append(apply(origin.ops, rows))
     several = weight.is_expert or _is_stacked(origin)
     return torch.stack(parts) if several else parts[0].contiguous()
+
+
+def _rows(stored: tuple[Stored, ...], wanted: range | tuple[int, ...]) -> Tensor:
+    """Rows of matrices that lie one below the other, in rising order; neighbours are read together."""
+    numbers = torch.arange(wanted.start, wanted.stop) if isinstance(wanted, range) else torch.tensor(wanted)
+    ends = torch.tensor([each.shape[-2] for each in stored]).cumsum(0)
+    out: Tensor | None = None
+    done = 0
+    for each, end in zip(stored, ends.tolist(), strict=True):
+        first = end - each.shape[-2]
+        here = numbers[(numbers >= first) & (numbers < end)] - first
+        breaks = (here.diff() != 1).nonzero().flatten() + 1
+        for run in here.tensor_split(breaks) if len(here) else ():
+            values = each.read(rows=range(int(run[0]), int(run[-1]) + 1))
+            if out is None:
+                out = torch.empty((len(numbers), values.shape[-1]), dtype=values.dtype)
+            out[done : done + len(run)] = values
+            done += len(run)
+    assert out is not None and done == len(numbers)
+    return out
 
 
 def matrices(weight: Weight) -> Iterator[tuple[Stored, int | None]]:

@@ -29,7 +29,7 @@ from moequant.commands.text import Texts
 from moequant.escape import shown
 from moequant.evaluate.divergence import LOGITS
 from moequant.formats import Effort, engine
-from moequant.forward.memory import rounding_work, usable_bytes, working_bytes
+from moequant.forward.memory import held_numbers, rounding_work, usable_bytes, working_bytes
 from moequant.plan.measure import Probing
 from moequant.plan.vocabulary import TOKENS
 from moequant.progress import Forecast, resident_bytes
@@ -196,7 +196,8 @@ def _rounding(job: Job, read: Texts) -> int:
     layers: dict[int | None, int] = {}
     for weight in checkpoint.weights:
         if not weight.is_expert:
-            own = 4 * weight.numel if weight.layer is None else 8 * weight.numel + layers.get(weight.layer, 0)
+            numbers = held_numbers(weight)
+            own = 4 * numbers if weight.layer is None else 8 * numbers + layers.get(weight.layer, 0)
             layers[weight.layer] = max(own, layers.get(weight.layer, 0))
     return (
         _states(job, read, STREAMS)
@@ -286,6 +287,7 @@ class Model:
         """Counted from headers, for rows of so many tokens."""
         shape = checkpoint.shape
         run = tuple(w for w in checkpoint.weights if w.runs and len(w.shape) > 1 and w.layer is not None)
+        run = tuple(weight for weight in run if not weight.is_table)
         outside = 4.0 * row * shape.heads * shape.head_dim * shape.layers
         outside += sum(2 * weight.numel for weight in run if not weight.is_expert)
         experts = sum(2 * weight.numel * _met(checkpoint, weight) for weight in run if weight.is_expert)
@@ -304,6 +306,11 @@ class Model:
     def numel(self) -> int:
         """Numbers of all weights."""
         return sum(weight.numel for weight in self.checkpoint.weights)
+
+    @property
+    def seen(self) -> int:
+        """Numbers of the weights that a pass reads."""
+        return sum(map(held_numbers, self.checkpoint.weights))
 
     def passing(self, tokens: float, batch: float) -> Work:
         """Tokens through all layers."""
@@ -364,7 +371,7 @@ def _plan(model: Model, probes: Rows, probing: Probing) -> Work:
     vocab = checkpoint.shape.vocab
     heads = tokens / 2 * (2 + (len(groups) + 2) * min(1.0, TOKENS / vocab))
     head = Work(heads * model.head, SCORED * heads * vocab)
-    changed = 3 * DISTORTED * sum(weight.numel for group in groups for weight in group)
+    changed = 3 * DISTORTED * sum(held_numbers(weight) for group in groups for weight in group)
     return passes + head + Work(numbers=SAMPLED * samples + changed + 2 * LOADED * model.stored)
 
 
@@ -407,4 +414,4 @@ def _compare(model: Model, tokens: int, versions: int, batch: int) -> Work:
     passes = model.passing(versions * tokens, batch)
     logits = versions * tokens / 2
     scored = Work(2 * logits * model.head, SCORED * logits * model.checkpoint.shape.vocab)
-    return passes + scored + Work(numbers=COMPARED * versions * model.numel)
+    return passes + scored + Work(numbers=COMPARED * versions * model.seen)

@@ -56,6 +56,7 @@ from moequant.families.qwen3_5_moe import QWEN3_5_MOE
 from moequant.families.qwen3_moe import QWEN3_MOE
 from moequant.families.qwen3_next import QWEN3_NEXT
 from moequant.families.qwen3_vl_moe import QWEN3_VL_MOE
+from moequant.families.qwen4_exp import QWEN4_EXP
 from moequant.families.step3p7 import STEP3P7
 from moequant.families.switch_transformers import SWITCH_TRANSFORMERS
 
@@ -105,6 +106,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_VL_MOE,
     QWEN3_NEXT,
     QWEN3_5_MOE,
+    QWEN4_EXP,
     STEP3P7,
     MINIMAX_M3,
     KIMI_LINEAR,

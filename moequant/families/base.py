@@ -70,6 +70,11 @@ def nothing_predicted(config: Config) -> tuple[tuple[Slot, ...], ...]:
     return ()
 
 
+def no_constants(config: Config) -> Mapping[str, tuple[int, ...]]:
+    """The class computes nothing that checkpoints hold."""
+    return {}
+
+
 def nothing_skipped(config: Config) -> Mapping[str, str]:
     """Every stored tensor is used."""
     return {}
@@ -85,11 +90,13 @@ class Family:
     `known` are the config keys that these functions, or every container, take account of. `says` has keys
     that the class ignores, with the values that say what it computes anyway. `skipped` gives regular
     expressions of stored names that are left out on purpose, with the reason. `predictions` lists the slots
-    of layers behind the last, among what `skipped` calls PREDICTION: they have no `param`. `renamed` turns
-    prefixes of stored names into those that `get` uses. `hoisted` are paths of keys outside `text_config`
-    that belong to the text's config as well. `layers_at` is where the decoder layers are. `attention_gives`
-    is how many values attention modules give, their output first. `chosen` is for models whose layers also
-    give, and are given, which tokens attention looks at: how many those are at most.
+    of layers behind the last, among what `skipped` calls PREDICTION: they have no `param`. `constants` are
+    buffers of whole numbers that the class makes of its config and checkpoints hold as well: what they hold
+    has to be the same. `renamed` turns prefixes of stored names into those that `get` uses. `hoisted` are
+    paths of keys outside `text_config` that belong to the text's config as well, ("", key) for one of the
+    whole. `layers_at` is where the decoder layers are. `attention_gives` is how many values attention modules
+    give, their output first. `chosen` is for models whose layers also give, and are given, which tokens
+    attention looks at: how many those are at most.
     """
 
     name: str
@@ -102,6 +109,7 @@ class Family:
     says: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     skipped: Callable[[Config], Mapping[str, str]] = nothing_skipped
     predictions: Callable[[Config], tuple[tuple[Slot, ...], ...]] = nothing_predicted
+    constants: Callable[[Config], Mapping[str, tuple[int, ...]]] = no_constants
     renamed: tuple[tuple[str, str], ...] = ()
     hoisted: tuple[tuple[str, str], ...] = ()
     layers_at: str = "model.layers"

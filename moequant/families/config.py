@@ -120,8 +120,9 @@ def text_config(raw: Mapping[str, Any], hoisted: Iterable[tuple[str, str]] = ())
         return dict(raw)
     outer = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}
     for part, key in hoisted:
-        if isinstance(raw.get(part), dict) and key in raw[part]:
-            outer[key] = raw[part][key]
+        found = raw.get(part) if part else raw
+        if isinstance(found, dict) and key in found:
+            outer[key] = found[key]
     return {**inner, **outer}
 
 
@@ -246,11 +247,11 @@ def _mentions(source: str, key: str) -> bool:
     return f"config.{key}" in source or f'"{key}"' in source
 
 
-def one_by_one(family: Family, config: Config, layers: int) -> bool:
-    """Whether the experts of so many layers have names one by one, as readers of quantized folders look for
-    them."""
-    slots = (slot for number in range(layers) for slot in family.layer(config, number))
-    return all("{e}" in slot.ways[0].name for slot in slots if slot.stack is Stack.EXPERTS)
+def one_by_one(family: Family, config: Config) -> bool:
+    """Whether experts have names one by one, as readers of quantized folders look for them."""
+    layers = (family.layer(config, number) for number in range(config.num_hidden_layers))
+    experts = (slot for layer in layers for slot in layer if slot.stack is Stack.EXPERTS)
+    return all("{e}" in slot.ways[0].name for slot in experts)
 
 
 SHARED = (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)

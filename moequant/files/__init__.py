@@ -6,6 +6,7 @@ leaves at most temporaries and a lock file, which the next run to the same targe
 """
 
 from moequant.files.folder import RECORD, check_kept
+from moequant.files.large import room
 from moequant.files.parts import part_names
 from moequant.files.scratch import is_scratch, scratch, sweep_scratch
 from moequant.files.signals import Interrupted, interruptible
@@ -27,6 +28,7 @@ __all__ = [
     "interruptible",
     "is_scratch",
     "part_names",
+    "room",
     "scratch",
     "sweep_scratch",
     "sync",

@@ -32,6 +32,10 @@ WORK = 1 << 30
 """The most that rounding works with beside what it rounds: more serves nothing on a CPU."""
 
 
+LOOKED_UP = 1 << 28
+"""Numbers of a table that a pass over the usual count of tokens looks up, at most."""
+
+
 def free_bytes(device: str = "cpu") -> int | None:
     """What the device has free; None: nobody knows."""
     if torch.device(device).type == "cuda":
@@ -109,7 +113,7 @@ def layer_bytes(weights: Sequence[Weight], models: int) -> int:
     """
     experts = sum(_bytes(weight, models) for weight in weights if weight.is_expert)
     others = sum(_bytes(weight, models) for weight in weights if not weight.is_expert)
-    copied = max((weight.numel for weight in weights), default=0)
+    copied = max((held_numbers(weight) for weight in weights), default=0)
     return experts + others + copied * (4 if models > 1 else 2)
 
 
@@ -138,7 +142,12 @@ def _expert_bytes(experts: Sequence[Weight], models: int) -> int:
 
 def _bytes(weight: Weight, models: int) -> int:
     """Bytes of a weight in so many versions: the first as it is kept, the others decoded."""
-    return weight.numel * ((_stored(weight) if weight.is_expert else 4) + (4 if models > 1 else 0))
+    return held_numbers(weight) * ((_stored(weight) if weight.is_expert else 4) + (4 if models > 1 else 0))
+
+
+def held_numbers(weight: Weight) -> int:
+    """How many numbers of a weight are in memory while it is used: of a table the rows that are looked up."""
+    return min(weight.numel, LOOKED_UP) if weight.is_table else weight.numel
 
 
 def _stored(weight: Weight) -> int:

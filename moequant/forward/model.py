@@ -268,6 +268,7 @@ def _check_filled(checkpoint: Checkpoint, model: transformers.PreTrainedModel) -
                 f"{list(expected)}"
             )
     filled = {weight.place.param for weight in checkpoint.weights}
+    filled |= set(checkpoint.family.constants(checkpoint.config))
     if checkpoint.tied:
         filled.add("lm_head.weight")
     if empty := sorted(name for name, shape in there.items() if name not in filled and 0 not in shape):

@@ -26,6 +26,7 @@ from moequant.forward.calls import Skeleton, beside
 from moequant.forward.experts import EXPERTS
 from moequant.forward.hidden import Hidden, InMemory, OnDisk
 from moequant.forward.joined import span
+from moequant.forward.lookup import looked_up
 from moequant.forward.memory import ONE, Versions, chunks, usable_bytes
 from moequant.forward.model import Provider, empty_model, fill, own_buffers, release, some_experts, using
 from moequant.forward.passage import Passage, Way
@@ -55,10 +56,11 @@ class Reader:
         if weight.name in self.kept:
             return self.kept[weight.name]
         values = load(weight)
+        keep = self.keep and weight.origin.rows is None  # another pass looks up other rows
         with self._counting:  # the next layer is read by a thread of its own
             self.bytes += values.numel() * values.element_size()
             self.reads[weight.name] = self.reads.get(weight.name, 0) + 1
-            if self.keep:
+            if keep:
                 self.kept[weight.name] = values
         return values
 
@@ -77,6 +79,9 @@ class LayerStream:
     that several versions of the stream can cross the same layer. `among` says how many versions of weights
     are in memory together, and of hidden states; it decides what is in memory, never what comes out.
 
+    Of tables that tokens look rows up in, the stream's `checkpoint` has the rows of `ids` alone; `tables` are
+    those tables as they are, by name.
+
     Batches are dealt to ranks: each has the hidden states of `mine` alone, and lets those alone cross.
     """
 
@@ -91,11 +96,13 @@ class LayerStream:
         watched: Iterable[Site] | None = None,
         among: Versions = ONE,
     ) -> None:
-        self.checkpoint, self.resources, self.provider, self.whole = checkpoint, resources, provider, whole
+        self.resources, self.provider, self.whole = resources, provider, whole
         self.model = empty_model(checkpoint, experts, resources.device)
         watch(self.model, sites(checkpoint.weights) if watched is None else watched)
         self.batches = list(torch.split(ids, max(1, resources.batch_tokens // ids.shape[1])))
         self.mine = resources.ranks.mine(len(self.batches))
+        self.tables = {weight.name: weight for weight in checkpoint.weights if weight.is_table}
+        self.checkpoint = looked_up(checkpoint, self.model, self.batches, resources.device, resources.share)
         self._unfit = f"{checkpoint.path}: transformers cannot run the model that config.json describes"
         with foreign(CheckpointError, self._unfit):
             self.skeleton = Skeleton(
@@ -122,9 +129,12 @@ class LayerStream:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes [rows, n, h] of every batch's hidden states; [rows, n, streams, h] where those are more."""
+        """Shapes [rows, n, h] of every batch's hidden states; [rows, n, streams, h] where those are more, or
+        [rows, n, streams · h]."""
         shape = self.checkpoint.shape
-        ends = (shape.hidden,) if shape.streams == 1 else (shape.streams, shape.hidden)
+        ends: tuple[int, ...] = (shape.streams, shape.hidden)
+        if shape.streams == 1 or shape.in_a_row:
+            ends = (shape.streams * shape.hidden,)
         return [(*batch.shape, *ends) for batch in self.batches]
 
     def span(self, layer: int) -> slice:

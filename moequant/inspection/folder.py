@@ -29,7 +29,7 @@ _ROLES = (
     ("streams", r"(.*\.)?(hc_|attn_hc\b|ffn_hc\b)"),
     ("scales", r".*(_scale|[._]scales|scale_inv|zero_point|qzeros|g_idx|weight_shape|_scale_2|input_scale)$"),
     ("vision", r".*(visual|vision|mm_projector|multi_modal|audio)"),
-    ("embedding", r"(.*(embed_tokens|wte|word_embeddings)|shared|embed)\b"),
+    ("embedding", r"(.*(embed_tokens|wte|word_embeddings|ngram_embedding)|shared|embed)\b"),
     ("output", r"((.*\.)?(lm_head|embed_out)|head)\b"),
     ("shared expert", r".*shared_(expert|mlp)"),
     ("router", r".*((mlp|block_sparse_moe|feed_forward|ffn|mixer|moe)\.(gate|router)|router)\b"),

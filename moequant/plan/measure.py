@@ -189,6 +189,8 @@ def sample_errors(
 
 def _sampled(weight: Weight, chosen: Tensor, rows: Tensor) -> Tensor:
     """These rows of these matrices, f32 [s, rows, in]; of experts, no others are read."""
+    if weight.is_table:
+        return load(weight.at(tuple(torch.unique(rows).tolist())))[None].float()
     if not weight.is_expert:
         values = load(weight)
         return (values if values.ndim == 3 else values[None])[chosen][:, rows].float()

@@ -214,7 +214,9 @@ class Coupled:
                 groups.setdefault("experts", []).append(weight)
             elif weight.site is not None and rounder.rounds(weight):
                 groups.setdefault(weight.site.name, []).append(weight)
-            if weight.name in self.formats and not rounder.rounds(weight):
+            if weight.is_table and weight.name in self.formats:
+                done[weight.name] = self._table(weight)
+            elif weight.name in self.formats and not rounder.rounds(weight):
                 done[weight.name] = self.plain(weight, self.formats[weight.name])
         layers = layer.original, self.stream.skeleton.layers[layer.index]
         with reporting(layer, self.stream.model), layer.kept.used_by(*layers):
@@ -226,6 +228,13 @@ class Coupled:
                     self._replace([done[weight.name][0] for weight in group])
             self._leave(layer, streams)
         return [done[weight.name] for weight in weights if weight.name in done]
+
+    def _table(self, weight: Weight) -> Result:
+        """A table as a whole; the rounded stream sees the rows of it that its tokens look up."""
+        packed, loss = self.plain(self.stream.tables[weight.name], self.formats[weight.name])
+        rows = torch.tensor(weight.origin.rows)
+        self._replace([Packed(weight, packed.format, packed.data[rows])])
+        return packed, loss
 
     def _experts(self, layer: Layer, weights: tuple[Weight, ...], streams: Streams) -> dict[str, Result]:
         """The routed experts of the layer; the layer is told what they give."""

@@ -11,10 +11,16 @@ from torch import Tensor
 from moequant import formats
 from moequant.checkpoint import Checkpoint, load, load_packed, not_finite
 from moequant.errors import CheckpointError, FormatError
+from moequant.files import room
 from moequant.formats import Effort, engine
 from moequant.progress import Bar
 from moequant.statistics.importance import Gating, importance
 from moequant.values import Calibration, ExpertLoss, InputStats, Packed, Role, Weight
+
+TINY = torch.finfo(torch.float64).tiny
+
+BAND = 1 << 26
+"""Weights of a table that are packed at a time."""
 
 ROWS_AT_ONCE = 1 << 22
 """Weights decoded at a time when errors are summed: bounds working memory."""
@@ -44,6 +50,8 @@ class Quantizer:
 
         CheckpointError names a weight that is not finite.
         """
+        if weight.is_table and weight.origin.rows is None:
+            return self._in_bands(weight, format_name)
         stats = self.stats(weight)
         seen = stats.tokens if stats is not None and weight.is_expert else None
         if format_name == weight.origin.shipped and (exact := load_packed(weight)) is not None:
@@ -76,6 +84,26 @@ class Quantizer:
         )
         return Packed(weight, format_name, data), loss
 
+    def _in_bands(self, weight: Weight, format_name: str) -> tuple[Packed, ExpertLoss]:
+        """A table, some of its rows at a time; what is made of a large one lies in a file, not in memory."""
+        fmt, done, sums = formats.get(format_name), 0, torch.zeros(2, 1, dtype=torch.float64)
+        data = torch.from_numpy(room((weight.shape[0], fmt.row_bytes(weight.n_in)), weight.name))
+        for band in weight.bands(BAND):
+            into = data[done : done + band.shape[0]]
+            done += band.shape[0]
+            if format_name == weight.origin.shipped and (exact := load_packed(band)) is not None:
+                into.copy_(exact)
+                continue
+            values = load(band)
+            try:
+                into.copy_(formats.quantize(fmt, values, None, self.effort, device=self.device))
+            except FormatError as error:
+                raise CheckpointError(not_finite(band, values) or f"{weight.name}: {error}") from error
+            sums += squares(fmt, values, into, None, self.device)
+        return Packed(weight, format_name, data), ExpertLoss(
+            weight.name, weight.role, weight.layer, format_name, sums[0] / sums[1].clamp(min=TINY), None
+        )
+
     def _shared(
         self, fmt: formats.Format, weight: Weight, columns: Tensor | None, together: Sequence[Weight]
     ) -> Tensor | None:
@@ -93,10 +121,18 @@ class Quantizer:
 def relative_error(
     fmt: formats.Format, values: Tensor, data: Tensor, columns: Tensor | None, device: str = "cpu"
 ) -> Tensor:
-    """Importance-weighted squared error over weighted square of each expert, summed on that device.
+    """Importance-weighted squared error over weighted square of each expert: f64 [E], of `squares`."""
+    error, total = squares(fmt, values, data, columns, device).unbind()
+    return torch.div(error, total.clamp(min=TINY))
+
+
+def squares(
+    fmt: formats.Format, values: Tensor, data: Tensor, columns: Tensor | None, device: str = "cpu"
+) -> Tensor:
+    """Importance-weighted squared error and weighted square of each expert, summed on that device.
 
     values [E, out, in] or [out, in], data u8 [..., out, row_bytes], columns [E, in] or
-    [in] or None -> f64 [E] on the CPU.
+    [in] or None -> f64 [2, E] on the CPU.
     """
     stack = values.reshape(-1, *values.shape[-2:])
     packed = data.reshape(*stack.shape[:2], -1)
@@ -112,7 +148,7 @@ def relative_error(
                 exact = stack[expert, rows].to(device).float()
                 error[expert] += ((exact - made).square().sum(0).double() * weights[expert]).sum()
                 total[expert] += (exact.square().sum(0).double() * weights[expert]).sum()
-    return (error / total.clamp(min=torch.finfo(torch.float64).tiny)).cpu()
+    return torch.stack([error, total]).cpu()
 
 
 def pack_all(

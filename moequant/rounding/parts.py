@@ -8,13 +8,17 @@ the experts that are rounded lie in pieces, where they are taken some at a time.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from moequant.errors import OutputError
+from moequant.files import atomic
 from moequant.rounding.results import Result
 from moequant.statistics import sealed
 from moequant.values import ExpertLoss, Packed, Weight
@@ -72,6 +76,7 @@ class Parts:
             meta, tensors = sealed.opened(path)
             if (meta["run"], meta["part"]) != (self.run, part):
                 raise ValueError("of another part or another run")
+            tensors |= {name: _mapped(self._large(path, name), *told) for name, told in meta["large"].items()}
             each = enumerate(meta["losses"])
             return [self._result(losses, tensors, str(at), experts) for at, losses in each]
         except (ValueError, KeyError, TypeError) as error:
@@ -79,11 +84,17 @@ class Parts:
 
     def _write(self, path: Path, results: list[Result]) -> None:
         tensors: dict[str, Tensor] = {}
-        for number, (packed, loss) in enumerate(results):
-            tensors |= {f"{number}/data": packed.data, **loss_tensors(loss, str(number))}
-        losses = [loss_fields(loss) for _, loss in results]
         self.folder.mkdir(parents=True, exist_ok=True)
-        meta = {"run": self.run, "part": self.count, "losses": losses}
+        large: dict[str, tuple[list[int], int]] = {}
+        for number, (packed, loss) in enumerate(results):
+            name = f"{number}/data"
+            tensors |= loss_tensors(loss, str(number))
+            if packed.weight.is_table:
+                large[name] = list(packed.data.shape), _spill(self._large(path, name), packed.data)
+            else:
+                tensors[name] = packed.data
+        losses = [loss_fields(loss) for _, loss in results]
+        meta = {"run": self.run, "part": self.count, "losses": losses, "large": large}
         # One may be there behind those that are missing, of a run that died while it removed them.
         sealed.write(path, meta, tensors, overwrite=True)
 
@@ -114,12 +125,34 @@ class Parts:
         part = weight if experts is None else weight.of(experts)
         return Packed(part, fields["format"], data), loss_of(weight, fields, tensors, number)
 
+    def _large(self, path: Path, name: str) -> Path:
+        return path.with_name(f"{path.stem}-{name.partition('/')[0]}.bytes")
+
     def _path(self, number: int) -> Path:
         return self.folder / f"part-{number:04d}.safetensors"
 
     def _piece(self, side: str, experts: range) -> Path:
         name = f"piece-{self.count:04d}-{side}-{experts.start}-{experts.stop}.safetensors"
         return self.folder / name
+
+
+def _spill(path: Path, data: Tensor) -> int:
+    """Write a table's bytes, which may be more than memory holds; their CRC-32. OutputError when the disk
+    refuses."""
+    with atomic(path, True) as partial, partial.open("wb") as file:
+        data.numpy().tofile(file)
+    return zlib.crc32(data.numpy().data)
+
+
+def _mapped(path: Path, shape: list[int], crc: int) -> Tensor:
+    """The same bytes, which are read as they are used; ValueError where they are others."""
+    try:
+        found = np.memmap(path, np.uint8, "c", shape=tuple(shape))
+    except OSError as error:
+        raise ValueError(f"{path.name}: {error.strerror or error}") from None
+    if zlib.crc32(found.data) != crc:
+        raise ValueError(f"{path.name}: checksum differs")
+    return torch.from_numpy(found)
 
 
 def loss_fields(loss: ExpertLoss) -> dict[str, Any]:

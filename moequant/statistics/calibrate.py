@@ -14,7 +14,7 @@ from moequant.checkpoint import Checkpoint, load, not_finite
 from moequant.errors import CheckpointError
 from moequant.files import scratch
 from moequant.forward.hidden import OnDisk, settled
-from moequant.forward.model import Provider
+from moequant.forward.model import AT_ONCE, Provider
 from moequant.forward.resources import FREE, Resources
 from moequant.forward.stream import LayerStream
 from moequant.progress import Bar
@@ -142,8 +142,9 @@ def _counted(parts: Iterator[Calibration], bar: Bar, layers: int) -> Iterator[Ca
 def _blame(checkpoint: Checkpoint) -> None:
     """Name the tensor that makes the activations non-finite: read only when they are."""
     for weight in checkpoint.weights:
-        if found := not_finite(weight, load(weight)):
-            raise CheckpointError(found)
+        for part in weight.bands(AT_ONCE) if weight.is_table else (weight,):
+            if found := not_finite(part, load(part)):
+                raise CheckpointError(found)
     raise CheckpointError(
         "activations overflow during calibration, though all weights are finite; please report the model"
     )

@@ -70,7 +70,7 @@ def needs(checkpoint: Checkpoint, tokens: int, device: str = "cpu") -> Needs:
     top = checkpoint.shape.experts_used or 1
     flops, activations = 0, 0
     for weight in checkpoint.weights:
-        if len(weight.shape) > 1 and weight.role is not Role.EMBEDDING:
+        if len(weight.shape) > 1 and weight.role not in (Role.EMBEDDING, Role.LOOKUP):
             share = top if weight.is_expert else 1
             out = weight.shape[-2]
             felt = out if weight in wanted else 0

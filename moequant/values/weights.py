@@ -38,6 +38,10 @@ class Role(StrEnum):
     POSITIONS = "positions"
     SINKS = "sinks"
     STREAMS = "streams"
+    STREAMS_IN = "streams_in"
+    STREAMS_OUT = "streams_out"
+    LOOKUP = "lookup"
+    LOOKUP_IN = "lookup_in"
     COMPRESSOR = "compressor"
     INDEXER = "indexer"
     INDEXER_WEIGHTS = "indexer_weights"
@@ -135,7 +139,8 @@ class Origin:
 
     Several stored tensors are stacked, one expert behind the other; of a weight that is no stack of experts,
     the rows of one follow those of the other. `holds` is the ggml type that has the very numbers of all of
-    them. Of what is stored, `matrices` are those of the weight (None: all).
+    them. Of what is stored, `matrices` are those of the weight, and `rows`, in rising order, those of a table
+    (None: all).
     `pieces` are stored as ops of a container cut the weight: what is cut so again is taken as it is.
     """
 
@@ -143,6 +148,7 @@ class Origin:
     ops: Ops = ()
     holds: str | None = None
     matrices: range | None = None
+    rows: range | tuple[int, ...] | None = None
     pieces: tuple[tuple[Ops, Origin], ...] = ()
 
     def through(self, ops: Ops) -> Origin:
@@ -210,6 +216,12 @@ class Weight:
         return self.stack is Stack.EXPERTS
 
     @property
+    def is_table(self) -> bool:
+        """Whether tokens look up rows of it, as of the embedding, within a layer: it may be larger than all
+        else, so nobody reads it whole."""
+        return self.role is Role.LOOKUP
+
+    @property
     def matrices(self) -> int:
         """Experts or heads of a stack, 1 otherwise."""
         return self.shape[0] if self.stack is not Stack.NONE else 1
@@ -230,10 +242,23 @@ class Weight:
         origin = replace(self.origin, matrices=experts)
         return replace(self, shape=(len(experts), *self.shape[1:]), origin=origin)
 
+    def at(self, rows: range | tuple[int, ...]) -> Weight:
+        """The same table with some of its rows only, in rising order."""
+        origin = replace(self.origin, rows=rows)
+        return replace(self, shape=(len(rows), self.n_in), origin=origin)
+
     def like(self, other: Weight) -> Weight:
-        """The same weight with those experts only that `other` has."""
+        """The same weight with those experts or rows only that `other` has."""
+        if other.origin.rows is not None:
+            return self.at(other.origin.rows)
         some = other.origin.matrices
         return self if some is None else self.of(some)
+
+    def bands(self, at_once: int) -> Iterator[Weight]:
+        """A table in parts of so many numbers, each of rows that follow those before."""
+        step = max(1, at_once // self.n_in)
+        for first in range(0, self.shape[0], step):
+            yield self.at(range(first, min(first + step, self.shape[0])))
 
     def some(self, at_once: int) -> Iterator[tuple[slice, Weight]]:
         """A stack of experts in parts of so many numbers, with where they are in it; others as a whole."""
@@ -262,7 +287,8 @@ class ModelShape:
     """How large a model is, typed: what its config says, absent keys filled by its class.
 
     `kv_heads` and `head_dim` are those of most layers. `experts` is 0 for a dense model; `context` is the
-    longest row that it takes. Layers pass on `streams` hidden states for every token.
+    longest row that it takes. Layers pass on `streams` hidden states for every token, `in_a_row`
+    where they are one vector.
     """
 
     layers: int
@@ -276,3 +302,4 @@ class ModelShape:
     experts_used: int = 0
     tied: bool = False
     streams: int = 1
+    in_a_row: bool = False

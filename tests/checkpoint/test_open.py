@@ -42,7 +42,7 @@ ANOTHER_CLASS = {
 
 CUT_OTHERWISE = {
     "bailing_hybrid", "ernie4_5_moe", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "nemotron_h",
-    "nemotron_h_latent", "qwen3_5_moe", "qwen3_next",
+    "nemotron_h_latent", "qwen3_5_moe", "qwen3_next", "qwen4_exp",
 }  # fmt: skip
 """Families cut in more ways than `in_transformers` does by hand. tests/families compare the logits of all."""
 

@@ -158,7 +158,7 @@ def test_every_weight_is_rounded_under_what_it_is_fed(saved, tmp_path: Path, fam
             for hidden in (streams.exact, streams.rounded)
         ]
     assert made.keys() == types.keys()
-    assert all(weight.site or weight.role is Role.EMBEDDING for weight in matrices)
+    assert all(weight.site or weight.role in (Role.EMBEDDING, Role.LOOKUP) for weight in matrices)
     assert not [loss for _, loss in made.values() if loss.fallbacks]
     for weight in matrices:
         packed, loss = made[weight.name]

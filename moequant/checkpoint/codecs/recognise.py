@@ -9,7 +9,7 @@ from typing import Any
 
 from moequant.checkpoint.codecs import forms
 from moequant.checkpoint.codecs.base import plain
-from moequant.checkpoint.codecs.declared import Declared, disagrees, read_config
+from moequant.checkpoint.codecs.declared import Declared, Scheme, disagrees, read_config
 from moequant.errors import CheckpointError, few, foreign
 from moequant.values import Stored, TensorRef
 
@@ -50,6 +50,9 @@ _PART = re.compile(
     r"(_scale|_scale_inv|_scale_2|_scales|_global_scale|_zero_point|_shape|_g_idx"
     r"|\.scale|\.scales|\.qzeros|\.g_idx|\.qscale_weight)$"
 )
+_SHARD = re.compile(r"(.+)\.shard_\d+\.weight")
+"""Parts of a table that is too large for one tensor: one scale serves all of them."""
+
 _NEVER_ALONE = re.compile(
     r"(\.weight_(packed|scale|scale_inv|scale_2|global_scale|zero_point|shape|g_idx)"
     r"|\.(qweight|qzeros|qscale_weight|pre_quant_scale)|\.quant_state\..*|\.absmax)$"
@@ -120,6 +123,8 @@ def _group(name: str, ref: TensorRef, refs: Refs) -> tuple[str, dict[str, Tensor
     beside = {key: [logical + ending for ending in endings] for key, endings in _BESIDE.items()}
     if logical.endswith(".weight"):
         beside["scale"] += [logical.removesuffix("weight") + other for other in ("scale", "qscale_weight")]
+    if shard := _SHARD.fullmatch(logical):
+        beside["scale"].append(f"{shard[1]}.weight_scale")
     there = {key: [refs[n] for n in names if n in refs] for key, names in beside.items()}
     return logical, {"weight": ref} | {key: named[0] for key, named in there.items() if named}
 
@@ -145,7 +150,8 @@ def _stored(logical: str, parts: dict[str, TensorRef], declared: Declared) -> St
         )
     if logical.endswith("_blocks"):
         return forms.gpt_oss(logical, parts)
-    scheme = declared.scheme(logical)
+    # What a config leaves out it may still have in 8 bits where it says so elsewhere: of such tables.
+    scheme = Scheme() if _SHARD.fullmatch(logical) else declared.scheme(logical)
     if weight.name.endswith(".qweight"):
         return forms.transposed(logical, parts, declared, scheme)
     if weight.dtype == "I32":

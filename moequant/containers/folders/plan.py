@@ -80,7 +80,8 @@ def storage(checkpoint: Checkpoint, scheme: Scheme, layout: LayoutName) -> Stora
 
 
 def with_copies(checkpoint: Checkpoint) -> Checkpoint:
-    """The model with every tensor of its layers that predict, each a weight that nothing runs."""
+    """The model with every tensor of its layers that predict, and whole numbers that its config tells as
+    well, each a weight that nothing runs."""
     copies = (
         Weight(
             each.name,
@@ -93,7 +94,7 @@ def with_copies(checkpoint: Checkpoint) -> Checkpoint:
             None,
             (each.name,),
         )
-        for each in checkpoint.predictions.stored
+        for each in (*checkpoint.predictions.stored, *checkpoint.constants)
     )
     return checkpoint.with_weights((*checkpoint.weights, *copies))
 
@@ -179,7 +180,7 @@ def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
             names |= {*modules(weight)} if len(weight.shape) > 1 else set()
             continue
         is_linear = len(weight.shape) == (2 if weight.stack is Stack.NONE else 3)
-        is_linear &= weight.role not in (Role.EMBEDDING, Role.TABLE)
+        is_linear &= weight.role not in (Role.EMBEDDING, Role.LOOKUP, Role.TABLE)
         if is_linear and formats[weight.name] in KEPT:
             names |= {*targets([weight])}
     return tuple(sorted(names))
@@ -214,7 +215,11 @@ def _is_quantized(checkpoint: Checkpoint, weight: Weight, attention: bool, share
         return False
     if weight.is_expert:
         return len(weight.shape) == 3
-    if len(weight.shape) != 2 or weight.role.keeps_precision or weight.role in (Role.EMBEDDING, Role.OUTPUT):
+    if (
+        len(weight.shape) != 2
+        or weight.role.keeps_precision
+        or weight.role in (Role.EMBEDDING, Role.LOOKUP, Role.OUTPUT)
+    ):
         return False
     if weight.origin.stored[0].name in shared:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moequant import families
-from moequant.checkpoint import folder_of
+from moequant.checkpoint import folder_of, load
+from moequant.checkpoint.codecs.base import plain
 from moequant.checkpoint.headers import read_headers
 from moequant.containers.folders.plan import modules
 from moequant.errors import CheckpointError, VerifyError
 from moequant.families.config import make_config
-from moequant.values import Weight
+from moequant.values import Stored, TensorRef, Weight
 from moequant.values.ops import apply
 
 Decode = Callable[[str, Mapping[str, Tensor]], Tensor]
@@ -38,7 +40,8 @@ class FolderWeights:
         self._opened: tuple[str, Any] = ("", None)
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            self.files = {ref.name: ref.file.name for ref in read_headers(folder_of(path)).values()}
+            self.refs = read_headers(folder_of(path))
+            self.files = {ref.name: ref.file.name for ref in self.refs.values()}
         except (OSError, ValueError, CheckpointError) as error:
             raise VerifyError(f"{path}: not a readable model folder ({error})") from error
         self.quantization: dict[str, Any] = config.pop("quantization_config", {})
@@ -134,6 +137,9 @@ class FolderWeights:
     def _kept(self, weight: Weight) -> Tensor:
         names, origin, some = weight.names, weight.origin, weight.origin.matrices
         numbers = some or range(weight.matrices)
+        if origin.rows is not None:
+            here = tuple(plain(self._ref(stored)) for stored in origin.stored)
+            return load(replace(weight, origin=replace(origin, stored=here)))
         if weight.is_expert and len(names) >= numbers.stop and names[0] in self.files:
             return torch.stack([self._whole(names[number], weight.shape[1:]) for number in numbers])
         if len(origin.stored) == 1:
@@ -144,6 +150,14 @@ class FolderWeights:
             parts = [self._whole(part.name, part.shape) for part in origin.stored]
             values = apply(origin.ops, torch.cat(parts))
         return values if some is None else values[some.start : some.stop]
+
+    def _ref(self, stored: Stored) -> TensorRef:
+        """Where the folder has what the checkpoint stores; VerifyError where it has no such tensor."""
+        found = self.refs.get(stored.name)
+        if found is None or found.shape != stored.shape:
+            there = "is missing" if found is None else f"is {list(found.shape)}"
+            raise VerifyError(f"{self.path}: {stored.name} {there}, expected {list(stored.shape)}")
+        return found
 
     def _whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
         values = self.tensor(name)

@@ -88,7 +88,7 @@ def _export(checkpoint: Checkpoint) -> Exported:
         (_computed(each), FileTensor(each.name)) for each in way.computed(checkpoint.config)
     ]
     for weight, tensor in tensors:
-        prefix = "" if weight.layer is None else f"blk.{weight.layer}."
+        prefix = "" if weight.layer is None or tensor.outside else f"blk.{weight.layer}."
         weights.append(weight)
         names[weight.name] = prefix + tensor.name
         shapes[weight.name] = tensor.shape or weight.shape
@@ -119,8 +119,7 @@ def check(family: Family, config: Config) -> Export:
         reasons = reasons or list(_unwritable(way, config))
     if reasons:
         more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
-        layers = family.shape(config).layers
-        folder = "; --format safetensors writes a folder" if one_by_one(family, config, layers) else ""
+        folder = "; --format safetensors writes a folder" if one_by_one(family, config) else ""
         raise FamilyError(f"{family.name}: {reasons[0]}{more}{folder}")
     return way
 

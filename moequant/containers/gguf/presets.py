@@ -188,9 +188,9 @@ def _type(preset: str, base: str, weight: Weight, place: _Place) -> str:
 
 
 def _rule(preset: str, base: str, weight: Weight, place: _Place) -> str:
-    if weight.role is Role.OUTPUT or (weight.role is Role.EMBEDDING and place.facts.tied):
+    if weight.role is Role.OUTPUT or (weight.role in (Role.EMBEDDING, Role.LOOKUP) and place.facts.tied):
         return _head(preset, base, weight)
-    if weight.role is Role.EMBEDDING:
+    if weight.role in (Role.EMBEDDING, Role.LOOKUP):
         return _embedding(preset, base)
     if preset in _LOW:
         return _low(preset, base, weight, place)

@@ -7,7 +7,7 @@ not mapped: it can be let go, and a file that shrinks is an error and no SIGBUS.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import gcd, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,20 +82,46 @@ class GgufFile:
         Raises VerifyError for a missing tensor and one of an unknown type, CheckpointError for a file that is
         no longer as its header was read.
         """
-        info, (path, offset) = self.info(name), self._places[name]
-        if info.type not in gguf.GGMLQuantizationType.__members__:
-            raise VerifyError(f"{self.path}: {name} is of {info.type}, which gguf-py does not know")
+        info, (path, offset) = self._known(name), self._places[name]
         rows, size = prod(info.shape[:-1]), info.bytes
         if expert is not None:
             rows, size = rows // info.shape[0], size // info.shape[0]
             offset += expert * size
-        try:
-            found = np.fromfile(path, np.uint8, size, offset=offset)
-        except OSError as error:
-            raise unreadable(path, error) from None
-        if len(found) < size:
-            raise CheckpointError(f"{path}: ends inside tensor {name}; is the download complete?")
-        return found.reshape(rows, -1)
+        return _read(path, name, offset, size).reshape(rows, -1)
+
+    def bands(self, name: str, at_once: int = AT_ONCE) -> Iterator[tuple[range, Bytes]]:
+        """The packed rows of a tensor, so many bytes at a time, with which they are. Raises what `data`
+        raises."""
+        info = self.info(name)
+        count = prod(info.shape[:-1])
+        step = max(1, at_once * count // max(1, info.bytes))
+        for first in range(0, count, step):
+            rows = range(first, min(first + step, count))
+            yield rows, self._rows(name, rows)
+
+    def rows(self, name: str, wanted: range | tuple[int, ...]) -> Tensor:
+        """Rows of a matrix, in rising order, decoded by gguf-py, f32: no others are read."""
+        import torch  # see `values`
+
+        info, numbers = self.info(name), np.asarray(wanted, np.int64)
+        runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+        packed = np.concatenate([self._rows(name, range(run[0], run[-1] + 1)) for run in runs])
+        step, label = max(1, AT_ONCE // info.shape[-1]), f"{self.path}: {name}"
+        parts = [decode(packed[at : at + step], info.type, label) for at in range(0, len(packed), step)]
+        return torch.from_numpy(np.concatenate(parts))
+
+    def _rows(self, name: str, rows: range) -> Bytes:
+        """The packed bytes of rows that follow each other, u8 [n, row_bytes]; see `data`."""
+        info, (path, offset) = self._known(name), self._places[name]
+        size = info.bytes // prod(info.shape[:-1])
+        return _read(path, name, offset + rows.start * size, len(rows) * size).reshape(len(rows), size)
+
+    def _known(self, name: str) -> TensorInfo:
+        """`info` of a tensor whose type gguf-py knows. VerifyError for another."""
+        info = self.info(name)
+        if info.type not in gguf.GGMLQuantizationType.__members__:
+            raise VerifyError(f"{self.path}: {name} is of {info.type}, which gguf-py does not know")
+        return info
 
     def values(self, name: str, experts: range | None = None) -> Tensor:
         """A tensor decoded by gguf-py, f32 in its own shape, or these experts of a stack [E, out, in]: one by
@@ -117,6 +143,17 @@ class GgufFile:
             for at in range(0, len(rows), step):
                 rows[at : at + step] = decode(packed[at : at + step], info.type, label)
         return torch.from_numpy(out)
+
+
+def _read(path: Path, name: str, offset: int, size: int) -> Bytes:
+    """Bytes of a tensor. CheckpointError for a file that is no longer as its header was read."""
+    try:
+        found = np.fromfile(path, np.uint8, size, offset=offset)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if len(found) < size:
+        raise CheckpointError(f"{path}: ends inside tensor {name}; is the download complete?")
+    return found
 
 
 def read_header(path: Path, away: Mapping[str, File] | None = None) -> Header:

@@ -21,14 +21,18 @@ class GgufWeights:
         self.file, self.exported = file or GgufFile(path), exported
         self._shapes = {weight.name: weight.shape for weight in exported.weights}
 
-    def tensor(self, name: str, experts: range | None = None) -> Tensor:
-        """One of the file's tensors by our name, f32, shape of its weight; of a stack these experts alone.
-        VerifyError for another shape."""
+    def tensor(
+        self, name: str, experts: range | None = None, rows: range | tuple[int, ...] | None = None
+    ) -> Tensor:
+        """One of the file's tensors by our name, f32, shape of its weight; of a stack these experts alone, of
+        a table these rows. VerifyError for another shape."""
         theirs = self.exported.names[name]
         expected, found = self.exported.shapes[name], self.file.info(theirs).shape
         if found != expected:
             raise VerifyError(f"{self.file.path}: {theirs} is {list(found)}, expected {list(expected)}")
         shape = self._shapes[name]
+        if rows is not None:
+            return self.file.rows(theirs, rows)
         if experts is None:
             values = self.file.values(theirs).reshape(shape)
             if not values.is_floating_point():
@@ -51,13 +55,13 @@ class GgufWeights:
     def as_cut(self, weight: Weight) -> Tensor:
         """Decoded values of a weight as the file cuts it: a `forward.model.Provider` of
         `exported.checkpoint`."""
-        return self.tensor(weight.name, weight.origin.matrices)
+        return self.tensor(weight.name, weight.origin.matrices, weight.origin.rows)
 
     def load(self, weight: Weight) -> Tensor:
         """Decoded values of a weight of the model, in the model's order: a `forward.model.Provider`."""
         parts, some = self.exported.parts[weight.name], weight.origin.matrices
         if len(parts) == 1 and not parts[0][1]:
-            return self.tensor(weight.name, some)
+            return self.tensor(parts[0][0], some, weight.origin.rows)
         out = torch.empty(weight.shape)
         for name, ops in parts:
             put(ops, out, self.tensor(name, some))

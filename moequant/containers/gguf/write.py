@@ -160,6 +160,7 @@ def _describe(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
 _SCALARS = {
     "u32": GGUFValueType.UINT32,
+    "u64": GGUFValueType.UINT64,
     "f32": GGUFValueType.FLOAT32,
     "bool": GGUFValueType.BOOL,
     "str": GGUFValueType.STRING,

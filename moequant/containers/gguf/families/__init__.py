@@ -38,6 +38,7 @@ from moequant.containers.gguf.families.qwen2moe import QWEN2_MOE
 from moequant.containers.gguf.families.qwen3 import QWEN3, QWEN3_MOE
 from moequant.containers.gguf.families.qwen3next import QWEN3_5_MOE, QWEN3_NEXT
 from moequant.containers.gguf.families.qwen3vlmoe import QWEN3_VL_MOE
+from moequant.containers.gguf.families.qwen4exp import QWEN4_EXP
 from moequant.containers.gguf.families.step35 import STEP3P7
 
 __all__ = ["COMMON", "EXPORTS", "OTHERS", "Computed", "Export", "FileTensor", "Key"]
@@ -71,6 +72,7 @@ EXPORTS: Mapping[str, Export] = {
     "qwen3_moe": QWEN3_MOE,
     "qwen3_next": QWEN3_NEXT,
     "qwen3_vl_moe": QWEN3_VL_MOE,
+    "qwen4_exp": QWEN4_EXP,
     "solar_open": GLM4_MOE,
     "dots1": DOTS1,
     "ernie4_5_moe": ERNIE4_5_MOE,

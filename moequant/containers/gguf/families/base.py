@@ -11,7 +11,7 @@ from moequant.families import Config
 from moequant.values import Role, Site, Stack, Weight
 from moequant.values.ops import Ops
 
-Kind = Literal["u32", "f32", "bool", "str", "u32s", "f32s", "bools"]
+Kind = Literal["u32", "f32", "bool", "str", "u32s", "u64s", "f32s", "bools"]
 """Types of keys; those that end in s are arrays."""
 
 F32 = 3.4e38
@@ -44,7 +44,9 @@ def _holds(kind: str, value: Any) -> bool:
         return isinstance(value, bool if kind == "bool" else str)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return isinstance(value, int) and 0 <= value < 1 << 32 if kind == "u32" else abs(value) < F32
+    if kind in ("u32", "u64"):
+        return isinstance(value, int) and 0 <= value < 1 << int(kind[1:])
+    return abs(value) < F32
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ class FileTensor:
 
     `name` is GGUF's, without `blk.N.`; "" is the table's. `own` is our name of the part within its layer,
     None for the weight's own. Blocks of codes run along the rows of what `ops` make, under the statistics
-    of `site` where it is given. `shape` is what the file says where it differs, at the same bytes.
+    of `site` where it is given. `shape` is what the file says where it differs, at the same bytes. One that
+    is `outside` of the layers has no `blk.N.`, whatever layer the weight is of.
     """
 
     name: str = ""
@@ -63,6 +66,7 @@ class FileTensor:
     site: Site | None = None
     stack: Stack | None = None
     shape: tuple[int, ...] | None = None
+    outside: bool = False
 
 
 Cut = Callable[[Config, Weight], "tuple[FileTensor, ...] | None"]
