@@ -157,11 +157,16 @@ def _rest(source: Source, found: _Found) -> None:
     """Everything that is not quantized."""
     altered = source.altered_rest()
     found.damages += [Damage(name, what) for name, what in altered]
-    changed = {name for name, _ in altered}
+    changed, before = {name for name, _ in altered}, len(found.damages)
     for plain in source.plain():
         what = misfit(plain, source.recorded and not plain.names & changed)
         if what is not None:
             found.damages.append(Damage(plain.label, what))
+    if source.model is not None and not source.recorded and len(found.damages) > before:
+        found.notes.append(
+            "AWQ, SmoothQuant and rotations change norms and weights together and keep the outputs: such a "
+            "file's tensors are not the baseline's, and moequant compare says what it is worth"
+        )
 
 
 def _against(

@@ -17,6 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moequant.check.figures import CheckReport
+from moequant.check.plain import PIECE, misfit
+from moequant.check.source import Plain
+from moequant.checkpoint import load, open_checkpoint
 from moequant.commands.check import CheckSettings, check
 from moequant.commands.convert import Settings, convert
 from moequant.errors import MoequantError, VerifyError
@@ -104,6 +107,24 @@ def test_numbers_of_a_file_are_the_model_s(made: Made, text: Path, tmp_path: Pat
     assert found.keys() == said(checked(copy, None, text)).keys(), "without the model too"
 
 
+def test_however_many_numbers_are_compared_at_once(made: Made) -> None:
+    """A whole matrix of a real model has hundreds of millions, and every temporary as many again."""
+    weight = next(each for each in open_checkpoint(made[0]).weights if each.name == "layers.0.attn_q")
+    wrong = load(weight).clone()
+    wrong[3, 7] *= 1.5
+    wrong[100] *= -1
+    for values, vouched, says in (
+        (load(weight), False, None),
+        (wrong, False, f"{wrong.shape[1] + 1} of {wrong.numel()} values are not the baseline's, at [3, 7] "),
+        (-load(weight), True, "holds other numbers than the baseline (cosine -1.000)"),
+        (2 * load(weight), True, "numbers are 2 times the baseline's"),
+        (wrong.log(), False, f"{int((wrong <= 0).sum())} of {wrong.numel()} values are NaN or infinite"),
+    ):
+        for piece in (100, 1000, PIECE):
+            found = misfit(Plain("w", frozenset(), lambda x=values: x, weight), vouched, piece)
+            assert found is None if says is None else str(found).startswith(says), (found, piece)
+
+
 def test_keys_of_a_file_are_the_model_s(made: Made, text: Path, tmp_path: Path) -> None:
     model, file = made
     for known in (False, True):
@@ -187,6 +208,7 @@ def test_numbers_of_a_folder_are_the_model_s(tiny, text: Path, tmp_path: Path) -
     stored(out, head)
     (what,) = said(checked(out, model, text)).values()
     assert "values are not the baseline's, at [" in what
+    assert any(note.startswith("AWQ, SmoothQuant and rotations") for note in checked(out, model, text).notes)
     stored(out, norm)
     for base in (None, model):
         assert "NaN or infinite" in said(checked(out, base, text))["layers.1.attn_norm"]
