@@ -329,8 +329,8 @@ def test_a_vector_where_a_matrix_belongs_is_one_line(broken: Path, name: str) ->
 
 
 def test_heads_that_do_not_fit_the_projections_are_named(broken: Path) -> None:
-    models.edit_config(broken, num_attention_heads=3)
-    with pytest.raises(CheckpointError, match=r"layers\.0\.attn_q: shape \[128, 256\].*\[96, 256\]"):
+    models.edit_config(broken, num_attention_heads=6)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.attn_q: shape \[128, 256\].*\[192, 256\]"):
         empty_model(open_checkpoint(broken))
 
 
