@@ -100,11 +100,11 @@ def test_the_dry_run_says_what_the_report_would_note(tiny, tmp_path: Path) -> No
 
 def test_best_says_first_what_its_gradients_take(tiny, text: Path, tmp_path: Path) -> None:
     out, model = tmp_path / "q.gguf", tiny("qwen3_moe", num_hidden_layers=1, num_experts=4)
-    wanted = "convert", model, "-o", out, "--calib", text, "--calib-tokens", 512, "--type", "Q8_0"
+    wanted = "convert", model, "-o", out, "--calib", text, "--calib-tokens", 1024, "--type", "Q8_0"
     # Types are pinned, so that none is measured.
     done = run(*wanted, "--tensor-type", ".=Q8_0", "--effort", "best", "--eval-tokens", 0)
     assert done.returncode == 0, done.stderr
-    said = r"moequant: effort best: a backward pass over 512 tokens .* float32, [0-9.]+ GB, about [0-9]+ s\n"
+    said = r"moequant: effort best: a backward pass over 1,024 tokens .* float32, [0-9.]+ GB, about [0-9]+ s\n"
     assert re.fullmatch(said, done.stderr), done.stderr
 
 
