@@ -255,7 +255,8 @@ def _support(folder: Folder, config: Mapping[str, Any], names: list[str]) -> _Su
 def _unknown(family: families.Family, config: families.Config, tensors: list[str]) -> list[str]:
     """Kinds of tensors that no slot of the family names, numbers replaced by `*`."""
     slots = every_slot(family, config, family.shape(config))
-    known = {_kind(way.name) for _, slot in slots for way in slot.ways}
+    known = {_kind(name) for _, slot in slots for way in slot.ways for name in (way.name, *way.below)}
+    known |= {_kind(name) for name in family.constants(config)}
     known.add("lm_head.weight")  # of a tied model it may be there, equal to the embedding
     skipped = [re.compile(pattern) for pattern in family.skipped(config)]
     names = (renamed(family, name) for name in tensors)

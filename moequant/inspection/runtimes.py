@@ -56,6 +56,8 @@ GGUF_ARCH = {
     "Qwen3VLMoeForConditionalGeneration": "qwen3vlmoe",
     "Qwen3_5MoeForCausalLM": "qwen35moe",
     "Qwen3_5MoeForConditionalGeneration": "qwen35moe",
+    "Qwen4ExpForCausalLM": "qwen4exp",
+    "Qwen4ExpForConditionalGeneration": "qwen4exp",
     "SolarOpenForCausalLM": "glm4moe",
 }
 """transformers' class -> llama.cpp's architecture, as its converter maps them."""

@@ -21,12 +21,15 @@ from moequant.containers.gguf.export import export
 from moequant.containers.gguf.families import EXPORTS
 from moequant.containers.gguf.read import GgufFile, read_header
 from moequant.containers.gguf.weights import GgufWeights
-from moequant.errors import CheckpointError, FamilyError
+from moequant.errors import CheckpointError, FamilyError, OutputError
 from moequant.files import large
 from moequant.forward.resources import Resources
 from moequant.forward.stream import LayerStream, Reader
+from moequant.hub.fetch import headers
+from moequant.inspection.folder import inspect_folder
 from moequant.rounding import diagonal
 from moequant.rounding.diagonal import Quantizer
+from moequant.rounding.parts import Parts
 from moequant.values import Role, TensorRef, Weight
 from tests import models
 from tests.clients.llama import Llama
@@ -160,6 +163,32 @@ def test_packing_reads_bands_and_makes_the_same_bytes(
     values = load(weight).float()
     error = (formats.dequantize("Q5_0", whole.data) - values).square().sum() / values.square().sum()
     assert float(lost.error) == pytest.approx(float(error), rel=1e-4)
+
+
+def test_a_killed_run_goes_on_behind_the_table(folder: Path, tmp_path: Path) -> None:
+    """What is packed of it lies beside the part; another byte there is noticed."""
+    weight = table(folder)
+    made = Quantizer(None, "fast").pack(weight, "Q5_0")
+    Parts(tmp_path, [weight], {TABLE: "Q5_0"}, "run", "again").add([made])
+    ((packed, loss),) = Parts(tmp_path, [weight], {TABLE: "Q5_0"}, "run", "again").results()
+    assert torch.equal(packed.data, made[0].data) and torch.equal(loss.error, made[1].error)
+    (beside,) = tmp_path.glob("*.bytes")
+    assert beside.stat().st_size == made[0].data.numel()
+    with beside.open("r+b") as there:
+        there.seek(1000)
+        there.write(b"???")
+    with pytest.raises(OutputError, match="checksum differs"):
+        list(Parts(tmp_path, [weight], {TABLE: "Q5_0"}, "run", "again").results())
+
+
+def test_inspect_knows_every_tensor(folder: Path) -> None:
+    """The table is looked up, so that a token reads next to nothing of it."""
+    found = inspect_folder(headers(folder))
+    assert all("smallest possible" in each for each in found.missing), "of a model with a third for drafts"
+    assert [runtime.supported for runtime in found.runtimes if runtime.name == "llama.cpp"] == [True]
+    (rows,) = (row for row in found.roles if row.role == "embedding")
+    assert rows.parameters == table(folder).numel + models.VOCAB * 256
+    assert found.active_bytes < found.bytes - rows.bytes
 
 
 def test_the_file_has_the_table_outside_of_the_layers_and_gives_its_rows(folder: Path, file: Path) -> None:
