@@ -59,8 +59,9 @@ def make_plan(
     followed = [(one, twin) for one, twin in twins(weights) if one.name not in pins]
     units = make_units(weights, sensitivities, _floor_bits(weights, budget, facts, sensitivities), pins)
     limit = budget.weight_bytes(weights, facts, overhead)
-    if pins and _smallest(units) > limit:
-        _check_pins(weights, pins, budget, limit)
+    if (pins or followed) and _smallest(units) > limit:  # what is larger than llama.cpp's: others make room
+        if pins:
+            _check_pins(weights, pins, budget, limit)
         units = make_units(weights, sensitivities, pins=pins)
     smallest = _smallest(units)
     if budget.preset is not None:  # the whole file is no larger than llama.cpp's, where anything can give way

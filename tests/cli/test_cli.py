@@ -104,7 +104,9 @@ def test_best_says_first_what_its_gradients_take(tiny, text: Path, tmp_path: Pat
     # Types are pinned, so that none is measured.
     done = run(*wanted, "--tensor-type", ".=Q8_0", "--effort", "best", "--eval-tokens", 0)
     assert done.returncode == 0, done.stderr
-    said = r"moequant: effort best: a backward pass over 1,024 tokens .* float32, [0-9.]+ GB, about [0-9]+ s\n"
+    said = (
+        r"moequant: effort best: a backward pass over 1,024 tokens .* float32, [0-9.]+ GB, about [0-9]+ s\n"
+    )
     assert re.fullmatch(said, done.stderr), done.stderr
 
 
