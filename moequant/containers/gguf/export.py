@@ -115,11 +115,12 @@ def check(family: Family, config: Config) -> Export:
         why = OTHERS.get(family.name, "llama.cpp has no such architecture")
         raise FamilyError(f"{family.name}: {why}; --format safetensors writes a folder")
     with foreign(FamilyError, f"{family.name}: config.json has values that make no model"):
-        reasons = [*way.complaints(config), *_without_shared(family, config, way.arch)]
-        reasons = reasons or list(_unwritable(way, config))
+        lacking = [*way.complaints(config), *_without_shared(family, config, way.arch)]
+        reasons = lacking or list(_unwritable(way, config))
     if reasons:
         more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
-        folder = "; --format safetensors writes a folder" if one_by_one(family, config) else ""
+        can = bool(lacking) and one_by_one(family, config)
+        folder = "; --format safetensors writes a folder" if can else ""
         raise FamilyError(f"{family.name}: {reasons[0]}{more}{folder}")
     return way
 

@@ -14,14 +14,14 @@ from tests.containers.gguf.test_rotations import text_config
 FULL = "full_attention"
 
 ALIKE: dict[str, list[dict[str, Any]]] = {
-    "qwen3_next": [{"layer_types": [kind] * 4} for kind in (FULL, "linear_attention")],
-    "qwen3_5_moe": [{"layer_types": [kind] * 4} for kind in (FULL, "linear_attention")],
+    "qwen3_next": [{"layer_types": [kind] * 2} for kind in (FULL, "linear_attention")],
+    "qwen3_5_moe": [{"layer_types": [kind] * 2} for kind in (FULL, "linear_attention")],
     "granitemoehybrid": [{"layer_types": [kind] * 3} for kind in (FULL, "linear_attention")],
     "lfm2_moe": [{"layer_types": [kind] * 4} for kind in (FULL, "conv")],
     "nemotron_h": [{"layers_block_type": [kind, "moe"]} for kind in (FULL, "linear_attention")],
     "jamba": [{"attn_layer_period": 8, "attn_layer_offset": 7}],
     "gpt_oss": [{"layer_types": [FULL] * 4}],
-    "gemma4": [{"layer_types": [FULL] * 3}],
+    "gemma4": [{"layer_types": [FULL] * 2}],
     "granitemoe_swa": [{"layer_types": [FULL] * 4}],
 }
 """Changes of configs that leave one kind: with a state, or with a window, and those that see everything."""
