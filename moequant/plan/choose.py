@@ -57,12 +57,13 @@ def make_plan(
         if budget.preset in LEGACY | UNQUANTIZED:
             return _as_llama_cpp(weights, budget.preset, facts, sensitivities, pins)
     followed = [(one, twin) for one, twin in twins(weights) if one.name not in pins]
-    units = make_units(weights, sensitivities, _floor_bits(weights, budget, facts, sensitivities), pins)
+    floor = _floor_bits(weights, budget, facts, sensitivities)
+    units = make_units(weights, sensitivities, floor, pins)
     limit = budget.weight_bytes(weights, facts, overhead)
-    if (pins or followed) and _smallest(units) > limit:  # what is larger than llama.cpp's: others make room
+    if (pins or followed) and _smallest(units) > limit:
         if pins:
             _check_pins(weights, pins, budget, limit)
-        units = make_units(weights, sensitivities, pins=pins)
+        units = _with_room(weights, sensitivities, floor, pins, limit)
     smallest = _smallest(units)
     if budget.preset is not None:  # the whole file is no larger than llama.cpp's, where anything can give way
         limit = max(limit - checksum_bytes(weights), min(smallest, limit))
@@ -193,6 +194,23 @@ def _options(
         )
         for name in allowed
     )
+
+
+def _with_room(
+    weights: tuple[Weight, ...],
+    sensitivities: Sensitivities,
+    floor_bits: float,
+    pins: Mapping[str, str],
+    limit: int,
+) -> list[Unit]:
+    """Units under the highest floor below `floor_bits` that leaves room for pins and for drafts, which are
+    larger than llama.cpp's; without a floor where none does."""
+    known = {bits_of(name) for weight in weights for name in candidates(weight)}
+    for lower in (*sorted((bits for bits in known if bits < floor_bits), reverse=True), 0.0):
+        units = make_units(weights, sensitivities, lower, pins)
+        if _smallest(units) <= limit:
+            break
+    return units
 
 
 def _floor_bits(

@@ -287,7 +287,7 @@ def test_fishers_of_few_tokens_lower_the_divergence(mix: Path, tmp_path: Path) -
         for tokens in (0, 2048)
     )
     found = kl(checkpoint, held_out, without, felt)
-    assert found[1] < 0.98 * found[0], found
+    assert found[1] < 0.97 * found[0], found
 
 
 def test_fishers_are_gathered_when_asked_for_and_then_used(tiny, tmp_path: Path) -> None:
