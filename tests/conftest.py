@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import torch
 from hypothesis import settings
 
 from tests import models
+
+# Processes that tests start share two cores with other tests: their threads would wait for each other, busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A machine with other work must not turn a slow example into a failure.
 settings.register_profile("moequant", deadline=None)

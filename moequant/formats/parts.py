@@ -125,7 +125,7 @@ def look_up(table: tuple[float, ...], codes: Tensor) -> Tensor:
         return torch.full_like(codes, table[0], dtype=torch.float32)
     if _counts_up(table):
         return codes.to(torch.float32) + table[0]
-    return torch.tensor(table, device=codes.device)[codes.to(torch.int32)]
+    return torch.take(torch.tensor(table, device=codes.device), codes.to(torch.int64))
 
 
 def count_up(lowest: int, highest: int) -> tuple[float, ...]:

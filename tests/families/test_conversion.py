@@ -48,7 +48,7 @@ QUICK = Rounding(
 
 def converted(folder: Path, out: Path, text: Path, type_: str, **changes: object) -> Report:
     given = {"effort": "fast", "eval_tokens": 0, "overwrite": True} | changes
-    return convert(folder, out, Settings(type_, text, 2048, text, **given))
+    return convert(folder, out, Settings(type_, text, 1024, text, **given))
 
 
 def reference(folder: Path, ids: torch.Tensor) -> np.ndarray:
@@ -123,7 +123,7 @@ def test_however_it_is_saved_the_file_is_the_same(exact, tmp_path: Path, text: P
 @pytest.mark.parametrize("family", models.CONFIGS)
 def test_a_quantized_file_is_compared_and_generates(saved, tmp_path: Path, text: Path, family: str) -> None:
     folder, out = saved(family), tmp_path / "q.gguf"
-    report = converted(folder, out, text, "Q4_K_M", eval_tokens=1024)
+    report = converted(folder, out, text, "Q4_K_M", eval_tokens=512)
     assert report.comparison is not None and 0 < report.comparison.kl_mean.value < MOST.get(family, 0.5)
     with Llama(out, threads=1) as llama:
         produced = llama.generate([5, 6, 7], 4)

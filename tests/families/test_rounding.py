@@ -17,7 +17,7 @@ from tests.rounding.test_coupled import QUICK, coupled, kl, rows, types
 
 KINDS = [
     "mixtral", "deepseek_v3", "glm_moe_dsa", "gpt_oss", "qwen3_next", "llama4", "dbrx", "gemma4", "lfm2_moe",
-    "nemotron_h_latent", "jamba", "minimax_m3", "granitemoehybrid", "hy_v4", "llama",
+    "nemotron_h_latent", "jamba", "minimax_m3", "hy_v4", "llama",
 ]  # fmt: skip
 """Families that have unlike attention, experts or states."""
 

@@ -34,7 +34,7 @@ def test_a_measured_folder_fits_and_is_read(tiny, tmp_path: Path, text: Path, fa
     checkpoint = open_checkpoint(model)
     budget = round(0.45 * checkpoint.source_bytes)
     settings = Settings(
-        format="safetensors", size=str(budget), calib=text, calib_tokens=4096, eval_tokens=0, gpu=8.6
+        format="safetensors", size=str(budget), calib=text, calib_tokens=1024, eval_tokens=0, gpu=8.6
     )
     report = convert(model, out, settings)
     assert 0.8 * budget < sizes(out) <= budget

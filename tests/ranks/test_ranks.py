@@ -26,6 +26,7 @@ from tests.commands.killed import SMALL
 
 SIZE = "900K"
 """Of a folder, so that types are measured: its probes are dealt."""
+SCHEMES = "W4A16_G32,W8A16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,8 @@ def test_a_killed_run_of_two_goes_on_alone_and_ends_with_the_bytes_of_one(
 def test_a_folder_of_ranks_that_measured_types_has_the_bytes_of_one(tiny, text: Path, tmp_path: Path) -> None:
     """Two go over to three in the middle; of those one has none of the two whole plans that are measured."""
     model = tiny("deepseek_v3", hidden_size=128, moe_intermediate_size=64, intermediate_size=128)
-    given = (model, "-o", tmp_path / "two", "--format", "safetensors", "--size", SIZE, *options(text))
+    given = (model, "-o", tmp_path / "two", "--format", "safetensors", "--size", SIZE)
+    given += ("--schemes", SCHEMES, *options(text))
     killed, kept = torchrun(2, "measure", 1, *given), tmp_path / "two.journal" / "plan" / "probes"
     assert killed.code and (kept / "hidden-0001.f32").exists() and (kept / "reached.safetensors").exists()
     ended = torchrun(3, "convert", -1, *given)
@@ -100,7 +102,7 @@ def test_a_folder_of_ranks_that_measured_types_has_the_bytes_of_one(tiny, text: 
     assert ended.ours == [
         f"moequant: {tmp_path}/two.journal: continues after the work that is finished there"
     ]
-    convert(model, tmp_path / "one", asked(text, format="safetensors", size=SIZE))
+    convert(model, tmp_path / "one", asked(text, format="safetensors", size=SIZE, schemes=SCHEMES))
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
     for name in names:
