@@ -123,7 +123,7 @@ def test_however_it_is_saved_the_file_is_the_same(exact, tmp_path: Path, text: P
 @pytest.mark.parametrize("family", models.CONFIGS)
 def test_a_quantized_file_is_compared_and_generates(saved, tmp_path: Path, text: Path, family: str) -> None:
     folder, out = saved(family), tmp_path / "q.gguf"
-    report = converted(folder, out, text, "Q4_K_M", eval_tokens=512)
+    report = converted(folder, out, text, "Q4_K_M", eval_tokens=1024)
     assert report.comparison is not None and 0 < report.comparison.kl_mean.value < MOST.get(family, 0.5)
     with Llama(out, threads=1) as llama:
         produced = llama.generate([5, 6, 7], 4)
