@@ -13,7 +13,7 @@ from hypothesis import settings
 
 from tests import models
 
-# Processes that tests start share two cores with other tests: their threads would wait for each other, busily.
+# Processes that tests start share two cores with other tests: their threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A machine with other work must not turn a slow example into a failure.
