@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,14 +17,14 @@ import torch
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.commands.journal import GOES_ON, RunJournal, finished_by, journal_of, kept
-from moequant.errors import OutputError
+from moequant.errors import OutputError, UnreadableError
 from moequant.files import Interrupted, scratch
 from moequant.plan import Sensitivities
 from moequant.progress import Progress, listening
 from moequant.rounding.parts import Parts
 from moequant.values import ExpertLoss, Packed
 from tests import models
-from tests.commands.killed import SMALL
+from tests.commands.killed import SMALL, state
 
 RUN = {"--type": "Q4_K_M", "--stats": "0123456789abcdef", "model": "m"}
 
@@ -134,6 +135,60 @@ def test_a_full_disk_keeps_what_is_finished(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "whole.gguf"]
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_model_that_vanishes_costs_nothing_that_is_finished(
+    tiny, text: Path, tmp_path: Path, kind: str
+) -> None:
+    """A disk that was unplugged, a network that was down: when it is back the command goes on."""
+    model, away = tmp_path / "model", tmp_path / "away"
+    shutil.copytree(tiny("qwen3_moe", **SMALL), model)
+    folder = {"format": "safetensors", "group_size": 32}
+    settings = fast(text) if kind == "file" else fast(text, None, **folder)
+    out, whole = tmp_path / "out" / "a.gguf", tmp_path / "whole" / "a.gguf"
+    whole.parent.mkdir()
+    out.parent.mkdir()
+
+    def vanish(step: Progress) -> None:
+        if (
+            step.stage == "quantize"
+            and step.done
+            and any(out.parent.glob("*.journal/0/part-*"))
+            and model.exists()
+        ):
+            model.rename(away)
+
+    with listening(vanish), pytest.raises(UnreadableError, match=f"cannot be read.*{GOES_ON}"):
+        convert(model, out, settings)
+    assert [path.name for path in out.parent.iterdir()] == ["a.gguf.journal"]
+    away.rename(model)
+    convert(model, out, settings)
+    convert(model, whole, settings)
+    assert state(out.parent) == state(whole.parent)
+
+
+def test_a_model_with_a_table_goes_on(tiny, text: Path, tmp_path: Path) -> None:
+    """A table of a layer lies beside its part of the journal, as bytes alone."""
+
+    def interrupt(step: Progress) -> None:
+        if step.stage == "verify":
+            raise Interrupted(2)
+
+    model, out = tiny("qwen4_exp"), tmp_path / "a.gguf"
+    with listening(interrupt), pytest.raises(Interrupted):
+        convert(model, out, fast(text))
+    tables = sorted(tmp_path.glob("a.gguf.journal/0/*.bytes"))
+    assert tables
+    sound = tables[0].read_bytes()
+    tables[0].write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(OutputError, match=rf"{tables[0].name}: checksum differs.; give --fresh"):
+        convert(model, out, fast(text))
+    tables[0].write_bytes(sound)
+    convert(model, out, fast(text))
+    convert(model, tmp_path / "whole.gguf", fast(text))
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "whole.gguf"]
+
+
 def test_fresh_begins_again_and_what_is_not_a_journal_is_kept(
     small: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -202,6 +257,15 @@ def test_what_is_made_in_a_temporary_folder_is_not_continued(small: Path, text: 
 def test_the_root_of_a_disk_is_no_output() -> None:
     with pytest.raises(OutputError, match="/: is a whole disk"):
         journal_of([Path("/")])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "Input/output error")])
+def test_errors_that_are_not_ours_keep_what_is_finished(tmp_path: Path, error: Exception) -> None:
+    journal = RunJournal(tmp_path / "a.journal", RUN)
+    journal.keep_sensitivities(Sensitivities({}, {}, "nowhere"))
+    with pytest.raises(type(error)) as told, kept(journal):
+        raise error
+    assert told.value.__notes__ == [GOES_ON] and journal.begun
 
 
 def test_a_journal_of_nothing_is_not_kept(tmp_path: Path) -> None:
