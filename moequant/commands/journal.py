@@ -142,6 +142,8 @@ class RunJournal:
             if (folder / "run.json").exists():
                 self._check_run()
                 return
+            if self.begun:  # by a run that nothing names
+                raise OutputError(f"{folder}: is damaged (no run.json); {self.again}")
             remove(folder)  # a run that died before it had begun
             self._begin()
         except OSError as error:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moequant.errors import MoequantError, RankError, one_line
+from moequant.errors import MoequantError, RankError, lacks_memory, one_line
 
 T = TypeVar("T")
 
@@ -97,7 +97,8 @@ class Wire:
         """This rank, not the first, ends with that error. Whether it is the one to say so: only where the
         first is dead, and no other does."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if isinstance(error, (MoequantError, OSError)) and not isinstance(error, RankError):
+        is_told = isinstance(error, (MoequantError, OSError)) or lacks_memory(error)
+        if is_told and not isinstance(error, RankError):
             self._store.set(WHY, pickle.dumps(error))
         self.close()
         try:

@@ -17,8 +17,9 @@ import torch
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.commands.journal import GOES_ON, RunJournal, finished_by, journal_of, kept
-from moequant.errors import OutputError, UnreadableError
+from moequant.errors import CheckpointError, OutputError, UnreadableError
 from moequant.files import Interrupted, scratch
+from moequant.forward.hidden import OnDisk
 from moequant.plan import Sensitivities
 from moequant.progress import Progress, listening
 from moequant.rounding.parts import Parts
@@ -166,6 +167,27 @@ def test_a_model_that_vanishes_costs_nothing_that_is_finished(
     assert state(out.parent) == state(whole.parent)
 
 
+def test_a_model_that_changes_meanwhile_makes_no_output(tiny, text: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny("qwen3_moe", **SMALL), tmp_path / "model")
+
+    def change(step: Progress) -> None:
+        if step.stage == "quantize" and step.done:
+            os.utime(model / "model.safetensors")
+
+    (tmp_path / "out").mkdir()
+    with (
+        listening(change),
+        pytest.raises(CheckpointError, match="model: was changed while it was read; give"),
+    ):
+        convert(model, tmp_path / "out" / "a.gguf", fast(text))
+    assert not list((tmp_path / "out").iterdir()), "nor is anything of it worth going on from"
+
+
+def test_states_that_are_gone_say_how_to_begin_again(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"hidden-0001\.f32: hidden states cannot be read .*; give --fresh"):
+        OnDisk(tmp_path, [(1, 2, 3)], "give --fresh").get(1, 0)
+
+
 def test_a_model_with_a_table_goes_on(tiny, text: Path, tmp_path: Path) -> None:
     """A table of a layer lies beside its part of the journal, as bytes alone."""
 
@@ -284,6 +306,10 @@ def test_a_journal_of_nothing_is_not_kept(tmp_path: Path) -> None:
     (tmp_path / "a.journal" / "run.json").write_text("[")
     with pytest.raises(OutputError, match=r"a\.journal: is damaged; give --fresh"):
         RunJournal(tmp_path / "a.journal", RUN)
+    (tmp_path / "a.journal" / "run.json").unlink()
+    with pytest.raises(OutputError, match=r"a\.journal: is damaged .no run\.json.; give --fresh"):
+        RunJournal(tmp_path / "a.journal", RUN)
+    assert (tmp_path / "a.journal" / "plan.safetensors").exists(), "what took hours is not removed unasked"
 
 
 def test_parts_of_another_place_or_run_are_refused(small: Path, tmp_path: Path) -> None:
