@@ -28,10 +28,11 @@ from moequant.commands.journal import journal_bytes
 from moequant.commands.text import Texts
 from moequant.escape import shown
 from moequant.evaluate.divergence import LOGITS
+from moequant.evaluate.self_check import ROWS, TOKENS, WEIGHT
 from moequant.formats import Effort, engine
 from moequant.forward.memory import held_numbers, rounding_work, usable_bytes, working_bytes
+from moequant.plan import vocabulary
 from moequant.plan.measure import Probing
-from moequant.plan.vocabulary import TOKENS
 from moequant.progress import Forecast, resident_bytes
 from moequant.rounding.layerwise import BATCHES
 from moequant.rounding.rounder import UNROUNDED
@@ -87,11 +88,12 @@ SCORED = 22
 VERIFIED = 2
 """Times that a written weight is handled to be verified."""
 
-CHECKED = 14
-"""Times that the self-check handles a weight; it also starts transformers' own model and llama.cpp."""
+CHECKED, UNPACKED = 13, 6
+"""Times that the self-check handles a weight: transformers, we and whoever decodes the output each load it;
+more where that is a GGUF file."""
 
-STARTED = 350_000
-"""Calls of that."""
+HELD, STARTED = 50, 50_000
+"""Calls of the self-check for each matrix; those of loading transformers' own model, and of llama.cpp."""
 
 PARALLEL = 0.9
 """Of the cores, those that are busy while a stage runs."""
@@ -339,10 +341,23 @@ def counted(jobs: Sequence[Job], read: Texts, routes: bool, search: Search) -> d
         found[job.stage("quantize")] = _quantize(model, types, tokens, search)
         found[job.stage("verify")] = Work(numbers=VERIFIED * model.numel)
         if job.settings.self_check:
-            found[job.stage("self-check")] = Work(192 * 2 * model.passed, CHECKED * model.numel, STARTED)
+            found[job.stage("self-check")] = _self_check(model, job)
     if read.evaluation is not None:
         found["compare"] = _compare(model, read.evaluation.tokens, 1 + len(jobs), batch)
     return found
+
+
+def _self_check(model: Model, job: Job) -> Work:
+    """A few tokens through transformers' model, ours and what was written, and llama.cpp's of a file; of a
+    model that does not fit memory, through its first layers in the first three."""
+    free = usable_bytes(job.settings.ram)
+    share = 1.0 if free is None else min(1.0, free / (WEIGHT * model.numel))
+    runs = not job.container.is_folder and share == 1
+    handled = CHECKED + (0 if job.container.is_folder else UNPACKED)
+    products = (3 + runs) * ROWS * TOKENS * (model.passed + model.head)
+    return Work(
+        share * products, share * handled * model.numel, share * HELD * model.calls + STARTED * (1 + runs)
+    )
 
 
 def _route(model: Model, tokens: int, batch: int) -> Work:
@@ -369,7 +384,7 @@ def _plan(model: Model, probes: Rows, probing: Probing) -> Work:
             samples += others * experts * rows * weight.n_in
     # The model itself, beside the groups and beside the plans; of versions some tokens of the vocabulary.
     vocab = checkpoint.shape.vocab
-    heads = tokens / 2 * (2 + (len(groups) + 2) * min(1.0, TOKENS / vocab))
+    heads = tokens / 2 * (2 + (len(groups) + 2) * min(1.0, vocabulary.TOKENS / vocab))
     head = Work(heads * model.head, SCORED * heads * vocab)
     changed = 3 * DISTORTED * sum(held_numbers(weight) for group in groups for weight in group)
     return passes + head + Work(numbers=SAMPLED * samples + changed + 2 * LOADED * model.stored)

@@ -58,6 +58,25 @@ def test_shared_stages_are_counted_once_and_grow_with_the_text(tiny: Tiny) -> No
     assert "plan" not in folder and folder["quantize"].products > 0
 
 
+def test_a_self_check_starts_llama_cpp_for_files_and_is_of_what_fits(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("qwen3_moe")
+
+    def checked(**given: object) -> Work:
+        return work(model, **given)["self-check"]
+
+    file, folder = checked(), checked(type=None, format="safetensors")
+    assert file.calls - folder.calls == duration.STARTED and file.numbers > folder.numbers
+    assert file.products == pytest.approx(4 / 3 * folder.products)
+    many = work(tiny("qwen3_moe", num_experts=32), type=None, format="safetensors")["self-check"]
+    assert many.calls - folder.calls == 2 * 3 * (32 - 8) * duration.HELD
+    monkeypatch.setattr(duration, "usable_bytes", lambda ram: duration.WEIGHT * 10_000)
+    part = checked()
+    assert part.numbers == pytest.approx(10_000 * (duration.CHECKED + duration.UNPACKED))
+    assert part.calls < file.calls / 1.5 and part.products < folder.products / 100
+
+
 def test_the_machine_is_asked_briefly() -> None:
     found = speed()
     assert 1e8 < found.products < 1e13 and 1e7 < found.numbers < 1e11
