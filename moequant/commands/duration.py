@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from math import prod
 from statistics import fmean
 
 import torch
@@ -29,6 +30,7 @@ from moequant.commands.text import Texts
 from moequant.escape import shown
 from moequant.evaluate.divergence import LOGITS
 from moequant.evaluate.self_check import ROWS, TOKENS, WEIGHT
+from moequant.files.local import LocalFile
 from moequant.formats import Effort, engine
 from moequant.forward.memory import held_numbers, rounding_work, usable_bytes, working_bytes
 from moequant.plan import vocabulary
@@ -37,12 +39,15 @@ from moequant.progress import Forecast, resident_bytes
 from moequant.rounding.layerwise import BATCHES
 from moequant.rounding.rounder import UNROUNDED
 from moequant.text.corpus import Rows
-from moequant.values import Role, Weight
+from moequant.values import Role, Stored, Weight
 
 _LOG = logging.getLogger(__name__)
 
 LOADED = 3
 """Times that a stored number is handled until a layer can multiply with it."""
+
+READ = {"route": 1, "plan": 2, "quantize": 1, "self-check": 1, "compare": 1}
+"""How often a stage reads the whole model."""
 
 SQUARED = 7
 """Times that a number which a weight is fed is handled by the statistics."""
@@ -160,7 +165,8 @@ def forecast(jobs: Sequence[Job], read: Texts, routes: bool) -> Forecast | None:
     if sum(map(TYPICAL.seconds, work.values())) < SHORT:
         return None
     now = speed()
-    work = counted(jobs, read, routes, searches(now, settings.effort))
+    decode = decoding(jobs[0].container.checkpoint, now)
+    work = counted(jobs, read, routes, searches(now, settings.effort), decode)
     stages = {name: now.seconds(each) for name, each in work.items()}
     used = sum(stages.values())
     found = Forecast(used / (now.cores * PARALLEL), used, stages, _memory(jobs, read), _disk(jobs, read))
@@ -271,6 +277,34 @@ def _search(name: str, effort: Effort) -> float:
     return fmean(taken[1:]) / some.numel()  # the first makes tables
 
 
+def decoding(checkpoint: Checkpoint, now: Speed) -> float:
+    """How often a stored number is handled to be decoded, more than one that is a float: the mean, measured
+    on some of each kind. 0 for files that are fetched when they are read."""
+    found = dict[tuple[str, str], float]()
+    handled, count = 0.0, 0
+    for stored in (each for weight in checkpoint.weights for each in weight.origin.stored):
+        ref, numel = next(iter(stored.parts.values())), prod(stored.shape)
+        count += numel
+        if stored.codec.name == "plain" or len(stored.shape) < 2 or not isinstance(ref.file, LocalFile):
+            continue
+        kind = stored.codec.name, ref.dtype
+        if kind not in found:
+            found[kind] = now.numbers * _decoding(stored)
+        handled += numel * found[kind]
+    return handled / max(1, count)
+
+
+def _decoding(stored: Stored) -> float:
+    """CPU seconds that a number of a matrix takes to be decoded."""
+    rows = range(min(stored.shape[-2], max(1, (1 << 18) // stored.shape[-1])))
+    taken = list[float]()
+    for _ in range(3):
+        began = time.process_time()
+        values = stored.read(0 if len(stored.shape) > 2 else None, rows)
+        taken.append((time.process_time() - began) / values.numel())
+    return fmean(taken[1:])  # the first makes tables
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """What a token costs a model in operations: of all `layers`, of those outside of routed experts, and of
@@ -324,8 +358,11 @@ def _met(checkpoint: Checkpoint, weight: Weight) -> float:
     return checkpoint.shape.experts_used / weight.matrices if weight.is_expert else 1.0
 
 
-def counted(jobs: Sequence[Job], read: Texts, routes: bool, search: Search) -> dict[str, Work]:
-    """The work of every stage, by the name of the stage; `routes` says whether statistics are collected."""
+def counted(
+    jobs: Sequence[Job], read: Texts, routes: bool, search: Search, decode: float = 0.0
+) -> dict[str, Work]:
+    """The work of every stage, by the name of the stage; `routes` says whether statistics are collected,
+    `decode` how often a stored number is handled to be decoded."""
     first, found = jobs[0], dict[str, Work]()
     rows = read.calibration or read.evaluation
     model = Model.of(first.container.checkpoint, 1 if rows is None else rows.ids.shape[1])
@@ -344,7 +381,8 @@ def counted(jobs: Sequence[Job], read: Texts, routes: bool, search: Search) -> d
             found[job.stage("self-check")] = _self_check(model, job)
     if read.evaluation is not None:
         found["compare"] = _compare(model, read.evaluation.tokens, 1 + len(jobs), batch)
-    return found
+    more = {name: READ.get(name.partition(" ")[0], 0) * decode * model.seen for name in found}
+    return {name: work + Work(numbers=more[name]) for name, work in found.items()}
 
 
 def _self_check(model: Model, job: Job) -> Work:
