@@ -12,8 +12,9 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from moequant.commands import duration
-from moequant.commands.duration import Model, Speed, Work, counted, forecast, speed
+from moequant.commands.duration import Model, counted, forecast
 from moequant.commands.job import open_jobs
+from moequant.commands.pace import Speed, Work, decoding, speed
 from moequant.commands.settings import Settings
 from moequant.commands.text import Texts, texts
 from moequant.hub import GgufModel
@@ -111,10 +112,10 @@ def test_what_is_expected_is_said_and_kept(
     (said,) = [record.message for record in caplog.records if "will take about" in record.message]
     assert "GB of memory and" in said and "GB of disk" in said
     (job,) = open_jobs(GgufModel(tmp_path / "a.gguf", tiny("olmoe")), Settings(type="Q4_K_M"))
-    handled = duration.decoding(job.container.checkpoint, Speed(1e11, 1e9, 1e5, 1))
+    handled = decoding(job.container.checkpoint, Speed(1e11, 1e9, 1e5, 1))
     assert handled > 1, "decoding costs more than reading floats"
     (job,) = open_jobs(tiny("olmoe"), Settings(type="Q4_K_M"))
-    assert duration.decoding(job.container.checkpoint, Speed(1e11, 1e9, 1e5, 1)) == 0
+    assert decoding(job.container.checkpoint, Speed(1e11, 1e9, 1e5, 1)) == 0
     plain, packed = (counted([job], Texts(None, None, None), False, lambda name: 1.0, n) for n in (0, 2))
     of_all = {name: packed[name].numbers - plain[name].numbers for name in plain}
     assert of_all["verify"] == 0 < of_all["quantize"] == 2 * Model.of(job.model, 1).seen
