@@ -2,6 +2,7 @@
 
 MoequantError
 ├── CheckpointError    a model folder that cannot be read: missing, truncated, NaN, …
+│   └── UnreadableError    a file of it that the system does not let us read now
 ├── HubError           a model of the Hub that cannot be had: no such name, gated, offline, …
 ├── FamilyError        an architecture, tensor or config key nobody has described
 ├── TokenizerError     a tokenizer that cannot be written faithfully
@@ -49,6 +50,10 @@ class CheckpointError(MoequantError):
     """A model folder that cannot be read as it should."""
 
 
+class UnreadableError(CheckpointError):
+    """A file of a model that the system does not let us read. It may be there another time."""
+
+
 class HubError(MoequantError):
     """A model of the Hugging Face Hub that cannot be had."""
 
@@ -85,6 +90,16 @@ class RankError(MoequantError):
     """Another process of the same run has ended."""
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out: Python's and numpy's error, or torch's for a CPU or another
+    device."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    )
+
+
 @contextmanager
 def foreign(kind: type[MoequantError], what: str) -> Iterator[None]:
     """Whatever code of others raises in the block, as an error of ours that begins with `what`.
@@ -94,7 +109,7 @@ def foreign(kind: type[MoequantError], what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MoequantError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, MoequantError) or lacks_memory(error):
+            raise
         raise kind(f"{what} ({one_line(error)})") from error

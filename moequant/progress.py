@@ -183,9 +183,9 @@ class Meter:
         tell(Progress(name))
         _give_back()
         _reset_peak()
-        start, worked, before = time.perf_counter(), time.process_time(), _read_bytes()
+        start, worked, before = time.perf_counter(), _worked(), _read_bytes()
         yield
-        after, worked = _read_bytes(), time.process_time() - worked
+        after, worked = _read_bytes(), _worked() - worked
         read = None if before is None or after is None else after - before
         self.costs.append(StageCost(name, time.perf_counter() - start, peak_bytes(), read, worked))
         tell(Progress(name, cost=self.costs[-1]))
@@ -208,6 +208,12 @@ def available_bytes() -> int | None:
 def total_memory() -> int | None:
     """The machine's memory in bytes, None where Linux does not tell."""
     return _size(_MEMORY, "MemTotal:")
+
+
+def _worked() -> float:
+    """Processor seconds of this process, and of those that it started and that have ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
 
 
 def _read_bytes() -> int | None:

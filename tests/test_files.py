@@ -383,6 +383,21 @@ def test_signals_unwind_and_later_ones_are_ignored(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, ignored)
 
 
+def test_a_signal_that_python_loses_does_not_make_the_next_ones_deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised while an object is freed goes nowhere."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: None)
+
+    class Freed:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted), interruptible():
+        Freed()
+        for _ in range(2):  # the first ends it; were it deaf, neither would
+            signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("it goes on")
+
+
 def test_scratch_folders_of_dead_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "moequant-scratch-of-mine").mkdir()

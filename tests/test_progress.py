@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,15 @@ def test_bytes_that_a_stage_reads_are_its_own(tmp_path: Path) -> None:
     assert idle.read_bytes is not None and idle.read_bytes < 100_000
     assert read.read_bytes is not None and 3_000_000 <= read.read_bytes < 3_100_000
     assert read.peak_bytes > 0 and read.seconds > 0
+
+
+def test_what_a_stage_starts_is_charged_to_it() -> None:
+    """The self-check runs llama.cpp in a process of its own."""
+    meter = Meter()
+    work = "import time\nwhile time.process_time() < 0.2: pass"
+    with meter.stage("child"):
+        subprocess.run([sys.executable, "-S", "-c", work], check=True)
+    assert meter.costs[0].cpu_seconds > 0.2
 
 
 @pytest.mark.skipif(

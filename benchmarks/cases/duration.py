@@ -13,6 +13,7 @@ from benchmarks.data import MIX
 from benchmarks.harness import Row, Rows, case
 from benchmarks.synthetic import Shape, build
 from moequant.commands import duration as expected
+from moequant.commands import pace
 from moequant.commands.job import open_jobs
 from moequant.commands.text import texts
 from moequant.library import Settings, convert
@@ -64,24 +65,24 @@ def converted(model: Path, out: Path, kind: str, effort: Any, tokens: int) -> li
     size: dict[str, Any] = {"format": "safetensors"} if kind == "safetensors" else {"type": kind}
     settings = Settings(calib_tokens=tokens, eval_tokens=4096, effort=effort, **size)
     expected.SHORT = 0.0
-    speeds, load = list[expected.Speed](), os.getloadavg()[0]
+    speeds, load = list[pace.Speed](), os.getloadavg()[0]
 
     def told(step: Progress) -> None:
         if step.cost is not None:  # between stages: nobody's seconds
-            speeds.append(expected.speed())
+            speeds.append(pace.speed())
 
     report = convert(model, out.with_suffix("") if kind == "safetensors" else out, settings, told)
     forecast, stages = report.forecast, report.stages[1:]
     assert forecast is not None
     jobs = open_jobs(model, settings)
     read = texts(jobs[0].model, settings, True, jobs[0].measures)
-    search = expected.searches(speeds[0], effort)
+    search = pace.searches(speeds[0], effort)
     work = expected.counted(jobs, read, "route" in forecast.stages, search)
     rows, both = list[Row](), 0.0
     for cost, before, after in zip(stages, speeds[:-1], speeds[1:], strict=True):
-        pace = (before.seconds(work[cost.name]) + after.seconds(work[cost.name])) / 2
-        rows.append(_row(cost.name, forecast.stages[cost.name], cost.cpu_seconds, pace))
-        both += pace
+        paced = (before.seconds(work[cost.name]) + after.seconds(work[cost.name])) / 2
+        rows.append(_row(cost.name, forecast.stages[cost.name], cost.cpu_seconds, paced))
+        both += paced
     whole = _row("all", forecast.cpu_seconds, sum(cost.cpu_seconds for cost in stages), both)
     return [
         *rows,
@@ -96,8 +97,8 @@ def converted(model: Path, out: Path, kind: str, effort: Any, tokens: int) -> li
     ]
 
 
-def _row(stage: str, told: float, cpu: float, pace: float) -> Row:
+def _row(stage: str, told: float, cpu: float, paced: float) -> Row:
     """What is known of every stage; the rest is known of all together."""
     found: Row = {"stage": stage, "CPU expected": told, "CPU": cpu, "ratio": cpu / told}
     more = ("load", "seconds expected", "seconds", "memory expected", "peak")
-    return found | {"at the pace": cpu / pace} | dict.fromkeys(more)
+    return found | {"at the pace": cpu / paced} | dict.fromkeys(more)

@@ -12,6 +12,7 @@ from typing import Any
 
 from moequant.checkpoint.folder import INDEX, Folder, files_of_model, read_index
 from moequant.errors import CheckpointError
+from moequant.files.read import unreadable
 from moequant.values import File, TensorRef
 
 MAX_HEADER = 100_000_000
@@ -68,7 +69,7 @@ def read_header(path: File) -> tuple[TensorRef, ...]:
                 )
             header = json.loads(file.read(length), object_pairs_hook=_unique)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: safetensors header is damaged ({error})") from None
     if not isinstance(header, dict):

@@ -18,7 +18,7 @@ from rich.console import Console
 from moequant import escape
 from moequant.cli.lines import SILENT, Lines
 from moequant.document import document
-from moequant.errors import LONGEST, MoequantError, one_line
+from moequant.errors import LONGEST, MoequantError, lacks_memory, one_line
 from moequant.progress import listening
 
 _LOG = logging.getLogger(__name__)
@@ -71,15 +71,25 @@ class Failed(typer.Exit):
 
 
 def guarded(action: Callable[[], T]) -> T:
-    """The action's result; one line on stderr and exit code 1 for an error raised on purpose, and for one of
-    the operating system that nobody expected there."""
+    """The action's result; one line on stderr and exit code 1 for an error raised on purpose, for one of the
+    operating system that nobody expected there, and for a lack of memory."""
     try:
         return action()
     except MoequantError as error:
         raise _failed(type(error).__name__, str(error)) from None
     except OSError as error:  # a name that no file can have, a file that vanished, a disk that fails
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        raise _failed("OSError", what) from None
+        raise _failed("OSError", _noted(what, error)) from None
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        what = f"memory ran out ({one_line(error)}); end other programs, or use a machine with more"
+        raise _failed("MemoryError", _noted(what, error)) from None
+
+
+def _noted(what: str, error: BaseException) -> str:
+    """The message with what was added to the error on its way."""
+    return "; ".join((what, *getattr(error, "__notes__", ())))
 
 
 def _failed(kind: str, message: str) -> Failed:

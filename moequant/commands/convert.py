@@ -26,7 +26,7 @@ from moequant.containers.folders.container import FolderContainer
 from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
-from moequant.errors import MoequantError, OutputError, PlanError
+from moequant.errors import CheckpointError, MoequantError, OutputError, PlanError
 from moequant.evaluate import Measured
 from moequant.evaluate.activations import Rounded
 from moequant.evaluate.open_source import open_source
@@ -52,6 +52,7 @@ from moequant.rounding.rounder import Rounding
 from moequant.statistics.calibrate import calibrate
 from moequant.statistics.fisher import Needs, needs
 from moequant.statistics.fisher import check_memory as fits
+from moequant.statistics.journal import fingerprint
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, ExpertLoss, Packed, Role
 
@@ -63,12 +64,13 @@ DEFAULT = Settings()
 @dataclass(frozen=True, slots=True)
 class Known:
     """What all outputs of a run share: the statistics, the texts, where it keeps what is finished, and what
-    it was expected to take."""
+    it was expected to take. `model` is the fingerprint of what is read."""
 
     calibration: Calibration | None
     texts: Texts
     journal: RunJournal | None
     forecast: Forecast | None
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,8 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings, finished:
     with kept(journal):
         goes_on = journal is not None and journal.begun
         expected = None if goes_on else forecast(jobs, read, _routes(first, read, calibration))
-        return _made_all(jobs, outs, Known(calibration, read, journal, expected), meter)
+        known = Known(calibration, read, journal, expected, fingerprint(first.model))
+        return _made_all(jobs, outs, known, meter)
 
 
 def _made_all(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Meter) -> Conversion:
@@ -308,6 +311,10 @@ def _made(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finis
             )
         with meter.stage(job.stage("verify")):
             container.verify(written, job.plan)
+            if fingerprint(job.model) != known.model:  # what was read is of two models
+                raise CheckpointError(
+                    f"{job.model.source}: was changed while it was read; give the same command again"
+                )
         if job.settings.self_check and shelf_of(job.model) is None:  # transformers reads a whole folder
             with meter.stage(job.stage("self-check")):
                 left = None if job.settings.ram is None else max(0, job.settings.ram - resident_bytes())

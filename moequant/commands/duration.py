@@ -10,28 +10,21 @@ at the speed that the machine had then; `benchmarks/results/duration.md` holds o
 from __future__ import annotations
 
 import logging
-import os
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
-from statistics import fmean
 
-import torch
-
-from moequant import formats
 from moequant.checkpoint import Checkpoint
 from moequant.commands.job import Job, probing_of
 from moequant.commands.journal import journal_bytes
+from moequant.commands.pace import TYPICAL, Search, Work, decoding, searches, speed
 from moequant.commands.text import Texts
 from moequant.escape import shown
 from moequant.evaluate.divergence import LOGITS
-from moequant.formats import Effort, engine
+from moequant.evaluate.self_check import ROWS, TOKENS, WEIGHT
+from moequant.formats import engine
 from moequant.forward.memory import held_numbers, rounding_work, usable_bytes, working_bytes
+from moequant.plan import vocabulary
 from moequant.plan.measure import Probing
-from moequant.plan.vocabulary import TOKENS
 from moequant.progress import Forecast, resident_bytes
 from moequant.rounding.layerwise import BATCHES
 from moequant.rounding.rounder import UNROUNDED
@@ -42,6 +35,9 @@ _LOG = logging.getLogger(__name__)
 
 LOADED = 3
 """Times that a stored number is handled until a layer can multiply with it."""
+
+READ = {"route": 1, "plan": 2, "quantize": 1, "self-check": 1, "compare": 1}
+"""How often a stage reads the whole model."""
 
 SQUARED = 7
 """Times that a number which a weight is fed is handled by the statistics."""
@@ -87,11 +83,12 @@ SCORED = 22
 VERIFIED = 2
 """Times that a written weight is handled to be verified."""
 
-CHECKED = 14
-"""Times that the self-check handles a weight; it also starts transformers' own model and llama.cpp."""
+CHECKED, UNPACKED = 13, 6
+"""Times that the self-check handles a weight: transformers, we and whoever decodes the output each load it;
+more where that is a GGUF file."""
 
-STARTED = 350_000
-"""Calls of that."""
+HELD, STARTED = 50, 50_000
+"""Calls of the self-check for each matrix; those of loading transformers' own model, and of llama.cpp."""
 
 PARALLEL = 0.9
 """Of the cores, those that are busy while a stage runs."""
@@ -113,41 +110,6 @@ TOLD = 120.0
 """Seconds from which a conversion says beforehand what it will take."""
 
 
-Search = Callable[[str], float]
-"""By format, how often its plain search handles a weight."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Floating-point operations of matrix products, numbers handled one by one, and calls: of torch with next
-    to nothing to do, and what else takes as long."""
-
-    products: float = 0.0
-    numbers: float = 0.0
-    calls: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(self.products + other.products, self.numbers + other.numbers, self.calls + other.calls)
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Products, numbers and calls in a CPU second of one core; how many `cores` this process gets now."""
-
-    products: float
-    numbers: float
-    calls: float
-    cores: float
-
-    def seconds(self, work: Work) -> float:
-        """CPU seconds of the work."""
-        return work.products / self.products + work.numbers / self.numbers + work.calls / self.calls
-
-
-TYPICAL = Speed(6e10, 5e8, 2.5e5, 1.0)
-"""A core of a server of 2021."""
-
-
 def forecast(jobs: Sequence[Job], read: Texts, routes: bool) -> Forecast | None:
     """What a conversion will take, and says so where it is long. None where that is not known: on a GPU and
     at effort best; and where it is short."""
@@ -158,7 +120,8 @@ def forecast(jobs: Sequence[Job], read: Texts, routes: bool) -> Forecast | None:
     if sum(map(TYPICAL.seconds, work.values())) < SHORT:
         return None
     now = speed()
-    work = counted(jobs, read, routes, searches(now, settings.effort))
+    decode = decoding(jobs[0].container.checkpoint, now)
+    work = counted(jobs, read, routes, searches(now, settings.effort), decode)
     stages = {name: now.seconds(each) for name, each in work.items()}
     used = sum(stages.values())
     found = Forecast(used / (now.cores * PARALLEL), used, stages, _memory(jobs, read), _disk(jobs, read))
@@ -210,63 +173,6 @@ def _rounding(job: Job, read: Texts) -> int:
 def _disk(jobs: Sequence[Job], read: Texts) -> int:
     """Bytes of the outputs and of the journal, which has one of them again."""
     return sum(job.size for job in jobs) + journal_bytes(jobs, read)
-
-
-def speed() -> Speed:
-    """What this machine does now, by short loops on every core: about a second."""
-    count = os.cpu_count() or 1
-    x, y = torch.randn(512, 1024), torch.randn(1024, 1024)
-    few, least = torch.randn(1 << 16), torch.randn(64)
-
-    def products() -> None:
-        x @ y
-
-    def numbers() -> None:
-        for _ in range(50):
-            ((few * 3).round().clamp(-8, 7) * 0.3 - few).square().sum()
-
-    def calls() -> None:
-        for _ in range(1000):
-            least + 1
-
-    began, used = time.perf_counter(), time.process_time()
-    kinds = products, numbers, calls
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = list(pool.map(_taken, [kinds] * count))
-    cores = (time.process_time() - used) / (time.perf_counter() - began)
-    product, number, call = (fmean(kind) for kind in zip(*found, strict=True))
-    return Speed(2 * x.numel() * y.shape[1] / product, 50 * few.numel() / number, 1000 / call, cores)
-
-
-def _taken(kinds: Sequence[Callable[[], object]], seconds: float = 0.6) -> list[float]:
-    """CPU seconds of each kind of work, on this thread. They take turns and the mean counts: others use the
-    machine now as they will then, now and again."""
-    rounds, until = list[list[float]](), time.thread_time() + seconds
-    with torch.inference_mode():
-        while not rounds or time.thread_time() < until:
-            stamps = [time.thread_time()]
-            for work in kinds:
-                work()
-                stamps.append(time.thread_time())
-            rounds.append([after - before for before, after in pairwise(stamps)])
-    return [fmean(kind) for kind in zip(*rounds[1:] or rounds, strict=True)]  # the first warms up
-
-
-def searches(now: Speed, effort: Effort) -> Search:
-    """How often the plain search for each format handles a weight, measured where it is asked for."""
-    return cache(lambda name: now.numbers * _search(name, effort))
-
-
-def _search(name: str, effort: Effort) -> float:
-    """CPU seconds that the plain search for a format takes for a weight, uncompiled."""
-    fmt = formats.get(name)
-    some = torch.randn(64, fmt.block * max(1, 2048 // fmt.block)) / 32  # a block may be a whole row
-    taken = list[float]()
-    for _ in range(3):
-        began = time.process_time()
-        formats.quantize(fmt, some, None, effort)
-        taken.append(time.process_time() - began)
-    return fmean(taken[1:]) / some.numel()  # the first makes tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,8 +228,11 @@ def _met(checkpoint: Checkpoint, weight: Weight) -> float:
     return checkpoint.shape.experts_used / weight.matrices if weight.is_expert else 1.0
 
 
-def counted(jobs: Sequence[Job], read: Texts, routes: bool, search: Search) -> dict[str, Work]:
-    """The work of every stage, by the name of the stage; `routes` says whether statistics are collected."""
+def counted(
+    jobs: Sequence[Job], read: Texts, routes: bool, search: Search, decode: float = 0.0
+) -> dict[str, Work]:
+    """The work of every stage, by the name of the stage; `routes` says whether statistics are collected,
+    `decode` how often a stored number is handled to be decoded."""
     first, found = jobs[0], dict[str, Work]()
     rows = read.calibration or read.evaluation
     model = Model.of(first.container.checkpoint, 1 if rows is None else rows.ids.shape[1])
@@ -339,10 +248,24 @@ def counted(jobs: Sequence[Job], read: Texts, routes: bool, search: Search) -> d
         found[job.stage("quantize")] = _quantize(model, types, tokens, search)
         found[job.stage("verify")] = Work(numbers=VERIFIED * model.numel)
         if job.settings.self_check:
-            found[job.stage("self-check")] = Work(192 * 2 * model.passed, CHECKED * model.numel, STARTED)
+            found[job.stage("self-check")] = _self_check(model, job)
     if read.evaluation is not None:
         found["compare"] = _compare(model, read.evaluation.tokens, 1 + len(jobs), batch)
-    return found
+    more = {name: READ.get(name.partition(" ")[0], 0) * decode * model.seen for name in found}
+    return {name: work + Work(numbers=more[name]) for name, work in found.items()}
+
+
+def _self_check(model: Model, job: Job) -> Work:
+    """A few tokens through transformers' model, ours and what was written, and llama.cpp's of a file; of a
+    model that does not fit memory, through its first layers in the first three."""
+    free = usable_bytes(job.settings.ram)
+    share = 1.0 if free is None else min(1.0, free / (WEIGHT * model.numel))
+    runs = not job.container.is_folder and share == 1
+    handled = CHECKED + (0 if job.container.is_folder else UNPACKED)
+    products = (3 + runs) * ROWS * TOKENS * (model.passed + model.head)
+    return Work(
+        share * products, share * handled * model.numel, share * HELD * model.calls + STARTED * (1 + runs)
+    )
 
 
 def _route(model: Model, tokens: int, batch: int) -> Work:
@@ -369,7 +292,7 @@ def _plan(model: Model, probes: Rows, probing: Probing) -> Work:
             samples += others * experts * rows * weight.n_in
     # The model itself, beside the groups and beside the plans; of versions some tokens of the vocabulary.
     vocab = checkpoint.shape.vocab
-    heads = tokens / 2 * (2 + (len(groups) + 2) * min(1.0, TOKENS / vocab))
+    heads = tokens / 2 * (2 + (len(groups) + 2) * min(1.0, vocabulary.TOKENS / vocab))
     head = Work(heads * model.head, SCORED * heads * vocab)
     changed = 3 * DISTORTED * sum(held_numbers(weight) for group in groups for weight in group)
     return passes + head + Work(numbers=SAMPLED * samples + changed + 2 * LOADED * model.stored)

@@ -29,8 +29,16 @@ from moequant.commands.job import Job, probing_of
 from moequant.commands.settings import Settings
 from moequant.commands.text import Texts
 from moequant.containers.base import Written
-from moequant.errors import HubError, MoequantError, OutputError, RankError, VerifyError, one_line
-from moequant.files import Interrupted, atomic, discard, is_scratch, part_names
+from moequant.errors import (
+    HubError,
+    MoequantError,
+    OutputError,
+    RankError,
+    UnreadableError,
+    VerifyError,
+    one_line,
+)
+from moequant.files import atomic, discard, is_scratch, part_names
 from moequant.plan import Sensitivities
 from moequant.plan.figures import Figures
 from moequant.report.style import size
@@ -58,15 +66,16 @@ _INPUTS = ("stats", "imatrix", "plan")
 _PART = r"\d+/(part-\d{4,}|piece-\d{4,}-(experts|inner)-\d+-\d+)"
 _CROSSING = r"plan/(probes|plans)"
 _FIGURE = rf"plan/errors-\d{{4,}}|{_CROSSING}/(kl-\d{{4,}}|reached)"
+_LARGE = r"\d+/part-\d{4,}-\d+\.bytes"
 _SEALED = rf"(plan|done-\d+|{_PART}|{_FIGURE}|route/layer-\d{{4,}})\.safetensors"
 _STATES = rf"(route|{_CROSSING}|\d+/(exact|rounded))/hidden-\d{{4,}}\.f32"
-_FILES = re.compile(rf"run\.json|route/run\.json|beside\.json|{_SEALED}|{_STATES}")
+_FILES = re.compile(rf"run\.json|route/run\.json|beside\.json|{_SEALED}|{_LARGE}|{_STATES}")
 _FOLDERS = re.compile(rf"route|plan|{_CROSSING}|\d+|\d+/(exact|rounded)")
 _TEMPORARY = re.compile(r"\.(.+)\.moequant-(lock|[0-9a-f]{8})")
 
-ANOTHER_TIME = (OutputError, VerifyError, HubError, RankError)
-"""Errors that the same command may not meet again: disks get room, the Hub answers, the self-check can be
-left out, and processes are not killed again."""
+ANOTHER_TIME = (OutputError, VerifyError, HubError, RankError, UnreadableError)
+"""Errors that the same command may not meet again: disks get room and come back, the Hub answers, the
+self-check can be left out, and processes are not killed again."""
 
 GOES_ON = "finished work is kept: give the same command again to continue"
 
@@ -133,6 +142,8 @@ class RunJournal:
             if (folder / "run.json").exists():
                 self._check_run()
                 return
+            if self.begun:  # by a run that nothing names
+                raise OutputError(f"{folder}: is damaged (no run.json); {self.again}")
             remove(folder)  # a run that died before it had begun
             self._begin()
         except OSError as error:
@@ -336,7 +347,7 @@ def kept(journal: RunJournal | None) -> Iterator[None]:
             dismiss(journal.folder)
         elif isinstance(error, ANOTHER_TIME) and "to begin again" not in str(error):
             raise type(error)(f"{error} ({GOES_ON})") from error
-        elif isinstance(error, Interrupted):
+        elif not isinstance(error, MoequantError):  # signals, lack of memory, errors of the system
             error.add_note(GOES_ON)
         raise
     dismiss(journal.folder)

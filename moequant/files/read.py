@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from moequant.errors import CheckpointError
+from moequant.errors import CheckpointError, UnreadableError
 
 LARGEST = 100_000_000
 """Bytes of a text that is read whole, unless the caller says otherwise."""
@@ -21,7 +21,7 @@ def read_text(path: Path, limit: int = LARGEST) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise unreadable(path, error) from None
 
 
 def read_json(path: Path, limit: int = LARGEST) -> dict[str, Any]:
@@ -40,6 +40,11 @@ def check_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise unreadable(path, error) from None
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: is not a regular file")
+
+
+def unreadable(path: object, error: OSError) -> UnreadableError:
+    """The error of a file that the system does not let us read."""
+    return UnreadableError(f"{path}: cannot be read ({error.strerror or error})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -26,7 +27,8 @@ class Interrupted(BaseException):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """While the block runs, the first signal raises Interrupted in it and later ones are ignored.
+    """While the block runs, the first signal raises Interrupted in it and later ones are ignored, until it is
+    caught or lost: Python drops what is raised where it frees an object.
 
     Signals that are ignored already, as under nohup, stay so. Does nothing outside the main thread.
     """
@@ -35,14 +37,19 @@ def interruptible() -> Iterator[None]:
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     changed = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    struck = False
+    struck: weakref.ref[Interrupted] | None = None
 
     def strike(number: int, frame: FrameType | None) -> None:
         # Cleaning up must not be interrupted by a second one; terminals and supervisors send several.
         nonlocal struck
-        if not struck:
-            struck = True
-            raise Interrupted(number)
+        if struck is not None and struck() is not None:
+            return
+        interrupted = Interrupted(number)
+        struck = weakref.ref(interrupted)
+        try:
+            raise interrupted
+        finally:
+            del interrupted  # its traceback has this frame: it would hold itself
 
     for number in changed:
         signal.signal(number, strike)

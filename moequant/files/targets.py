@@ -102,7 +102,9 @@ def check_space(folder: Path, size: int) -> None:
     """OutputError when `size` bytes do not fit into `folder`."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise OutputError(f"{folder}: {size:,} bytes are needed, {free:,} are free")
+        raise OutputError(
+            f"{folder}: {size:,} bytes are needed, {free:,} are free; make room, or write to another disk"
+        )
 
 
 def unwritable(path: Path, error: Exception) -> OutputError:

@@ -92,7 +92,9 @@ class OnDisk:
             with self._open(layer, os.O_RDONLY) as file:
                 values = np.fromfile(file, np.float32, stop - start, offset=4 * start)
         except OSError as error:
-            raise OutputError(f"{self.path(layer)}: hidden states cannot be read ({error})") from None
+            raise OutputError(
+                f"{self.path(layer)}: hidden states cannot be read ({error}); {self.again}"
+            ) from None
         if len(values) < stop - start or values[-1:].view(np.uint32)[0] != _checksum(
             values[:-1], layer, batch
         ):

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moequant.errors import MoequantError, RankError, one_line
+from moequant.errors import MoequantError, RankError, lacks_memory, one_line
 
 T = TypeVar("T")
 
@@ -88,16 +88,18 @@ class Wire:
         """A rank has closed its connections. torchrun will end the others: that must not disturb them while
         they clean up."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not self.rank and self._store.check([WHY]):
-            why: Exception = pickle.loads(self._store.get(WHY))
-            return why
+        with suppress(RuntimeError):  # torchrun is gone, and its store with it
+            if not self.rank and self._store.check([WHY]):
+                why: Exception = pickle.loads(self._store.get(WHY))
+                return why
         return RankError("another process of this run has ended; was it killed, or out of memory?")
 
     def end(self, error: BaseException) -> bool:
         """This rank, not the first, ends with that error. Whether it is the one to say so: only where the
         first is dead, and no other does."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if isinstance(error, (MoequantError, OSError)) and not isinstance(error, RankError):
+        is_told = isinstance(error, (MoequantError, OSError)) or lacks_memory(error)
+        if is_told and not isinstance(error, RankError):
             self._store.set(WHY, pickle.dumps(error))
         self.close()
         try:
@@ -120,11 +122,12 @@ class Wire:
     def part(self) -> None:
         """Wait until every rank has come to its end: one that let go of the others before that would look
         like one that is dead."""
-        self._store.add(PARTED, 1)
-        while int(self._store.add(PARTED, 0)) < self.count:
-            if self.rank and not self._first_lives():
-                return
-            time.sleep(0.02)
+        with suppress(RuntimeError):  # torchrun is gone: nobody judges how ranks end
+            self._store.add(PARTED, 1)
+            while int(self._store.add(PARTED, 0)) < self.count:
+                if self.rank and not self._first_lives():
+                    return
+                time.sleep(0.02)
 
     def close(self) -> None:
         """Let go of the others, which the first does when it has said why. Once is enough."""

@@ -86,3 +86,28 @@ def test_a_conversion_ends_clean(
     kept = "finished work is kept: give the same command again to continue"
     assert says.read_text() == f"moequant: ended by {number.name}; {kept}\n"
     assert [path.name for path in out.parent.iterdir()] == ["q.gguf.journal"]
+
+
+EARLY = """
+class Strike:
+    def find_spec(self, name, *rest):
+        if name == "moequant.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Strike())
+"""
+LATE = "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))"
+
+
+@pytest.mark.parametrize("strike", [EARLY, LATE], ids=["while it starts", "when it has ended"])
+def test_around_a_command_a_signal_leaves_no_traceback(strike: str) -> None:
+    """As of any other program: there is nothing to clean up."""
+    begin = "import atexit, os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = f"{begin}{strike}\nfrom moequant.__main__ import main\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=models.ROOT,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

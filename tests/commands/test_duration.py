@@ -12,10 +12,12 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from moequant.commands import duration
-from moequant.commands.duration import Model, Speed, Work, counted, forecast, speed
+from moequant.commands.duration import Model, counted, forecast
 from moequant.commands.job import open_jobs
+from moequant.commands.pace import Speed, Work, decoding, speed
 from moequant.commands.settings import Settings
 from moequant.commands.text import Texts, texts
+from moequant.hub import GgufModel
 from tests.cli.test_cli import run
 
 Tiny = Callable[..., Path]
@@ -58,6 +60,25 @@ def test_shared_stages_are_counted_once_and_grow_with_the_text(tiny: Tiny) -> No
     assert "plan" not in folder and folder["quantize"].products > 0
 
 
+def test_a_self_check_starts_llama_cpp_for_files_and_is_of_what_fits(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("qwen3_moe")
+
+    def checked(**given: object) -> Work:
+        return work(model, **given)["self-check"]
+
+    file, folder = checked(), checked(type=None, format="safetensors")
+    assert file.calls - folder.calls == duration.STARTED and file.numbers > folder.numbers
+    assert file.products == pytest.approx(4 / 3 * folder.products)
+    many = work(tiny("qwen3_moe", num_experts=32), type=None, format="safetensors")["self-check"]
+    assert many.calls - folder.calls == 2 * 3 * (32 - 8) * duration.HELD
+    monkeypatch.setattr(duration, "usable_bytes", lambda ram: duration.WEIGHT * 10_000)
+    part = checked()
+    assert part.numbers == pytest.approx(10_000 * (duration.CHECKED + duration.UNPACKED))
+    assert part.calls < file.calls / 1.5 and part.products < folder.products / 100
+
+
 def test_the_machine_is_asked_briefly() -> None:
     found = speed()
     assert 1e8 < found.products < 1e13 and 1e7 < found.numbers < 1e11
@@ -90,3 +111,11 @@ def test_what_is_expected_is_said_and_kept(
     assert all(stage["cpu_seconds"] > 0 for stage in took.values())
     (said,) = [record.message for record in caplog.records if "will take about" in record.message]
     assert "GB of memory and" in said and "GB of disk" in said
+    (job,) = open_jobs(GgufModel(tmp_path / "a.gguf", tiny("olmoe")), Settings(type="Q4_K_M"))
+    handled = decoding(job.container.checkpoint, Speed(1e11, 1e9, 1e5, 1))
+    assert handled > 1, "decoding costs more than reading floats"
+    (job,) = open_jobs(tiny("olmoe"), Settings(type="Q4_K_M"))
+    assert decoding(job.container.checkpoint, Speed(1e11, 1e9, 1e5, 1)) == 0
+    plain, packed = (counted([job], Texts(None, None, None), False, lambda name: 1.0, n) for n in (0, 2))
+    of_all = {name: packed[name].numbers - plain[name].numbers for name in plain}
+    assert of_all["verify"] == 0 < of_all["quantize"] == 2 * Model.of(job.model, 1).seen

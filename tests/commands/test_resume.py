@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,14 +17,15 @@ import torch
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.commands.journal import GOES_ON, RunJournal, finished_by, journal_of, kept
-from moequant.errors import OutputError
+from moequant.errors import CheckpointError, OutputError, UnreadableError
 from moequant.files import Interrupted, scratch
+from moequant.forward.hidden import OnDisk
 from moequant.plan import Sensitivities
 from moequant.progress import Progress, listening
 from moequant.rounding.parts import Parts
 from moequant.values import ExpertLoss, Packed
 from tests import models
-from tests.commands.killed import SMALL
+from tests.commands.killed import SMALL, state
 
 RUN = {"--type": "Q4_K_M", "--stats": "0123456789abcdef", "model": "m"}
 
@@ -134,6 +136,81 @@ def test_a_full_disk_keeps_what_is_finished(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "whole.gguf"]
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_model_that_vanishes_costs_nothing_that_is_finished(
+    tiny, text: Path, tmp_path: Path, kind: str
+) -> None:
+    """A disk that was unplugged, a network that was down: when it is back the command goes on."""
+    model, away = tmp_path / "model", tmp_path / "away"
+    shutil.copytree(tiny("qwen3_moe", **SMALL), model)
+    folder = {"format": "safetensors", "group_size": 32}
+    settings = fast(text) if kind == "file" else fast(text, None, **folder)
+    out, whole = tmp_path / "out" / "a.gguf", tmp_path / "whole" / "a.gguf"
+    whole.parent.mkdir()
+    out.parent.mkdir()
+
+    def vanish(step: Progress) -> None:
+        if (
+            step.stage == "quantize"
+            and step.done
+            and any(out.parent.glob("*.journal/0/part-*"))
+            and model.exists()
+        ):
+            model.rename(away)
+
+    with listening(vanish), pytest.raises(UnreadableError, match=f"cannot be read.*{GOES_ON}"):
+        convert(model, out, settings)
+    assert [path.name for path in out.parent.iterdir()] == ["a.gguf.journal"]
+    away.rename(model)
+    convert(model, out, settings)
+    convert(model, whole, settings)
+    assert state(out.parent) == state(whole.parent)
+
+
+def test_a_model_that_changes_meanwhile_makes_no_output(tiny, text: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny("qwen3_moe", **SMALL), tmp_path / "model")
+
+    def change(step: Progress) -> None:
+        if step.stage == "quantize" and step.done:
+            os.utime(model / "model.safetensors")
+
+    (tmp_path / "out").mkdir()
+    with (
+        listening(change),
+        pytest.raises(CheckpointError, match="model: was changed while it was read; give"),
+    ):
+        convert(model, tmp_path / "out" / "a.gguf", fast(text))
+    assert not list((tmp_path / "out").iterdir()), "nor is anything of it worth going on from"
+
+
+def test_states_that_are_gone_say_how_to_begin_again(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"hidden-0001\.f32: hidden states cannot be read .*; give --fresh"):
+        OnDisk(tmp_path, [(1, 2, 3)], "give --fresh").get(1, 0)
+
+
+def test_a_model_with_a_table_goes_on(tiny, text: Path, tmp_path: Path) -> None:
+    """A table of a layer lies beside its part of the journal, as bytes alone."""
+
+    def interrupt(step: Progress) -> None:
+        if step.stage == "verify":
+            raise Interrupted(2)
+
+    model, out = tiny("qwen4_exp"), tmp_path / "a.gguf"
+    with listening(interrupt), pytest.raises(Interrupted):
+        convert(model, out, fast(text))
+    tables = sorted(tmp_path.glob("a.gguf.journal/0/*.bytes"))
+    assert tables
+    sound = tables[0].read_bytes()
+    tables[0].write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(OutputError, match=rf"{tables[0].name}: checksum differs.; give --fresh"):
+        convert(model, out, fast(text))
+    tables[0].write_bytes(sound)
+    convert(model, out, fast(text))
+    convert(model, tmp_path / "whole.gguf", fast(text))
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "whole.gguf"]
+
+
 def test_fresh_begins_again_and_what_is_not_a_journal_is_kept(
     small: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -204,6 +281,15 @@ def test_the_root_of_a_disk_is_no_output() -> None:
         journal_of([Path("/")])
 
 
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "Input/output error")])
+def test_errors_that_are_not_ours_keep_what_is_finished(tmp_path: Path, error: Exception) -> None:
+    journal = RunJournal(tmp_path / "a.journal", RUN)
+    journal.keep_sensitivities(Sensitivities({}, {}, "nowhere"))
+    with pytest.raises(type(error)) as told, kept(journal):
+        raise error
+    assert told.value.__notes__ == [GOES_ON] and journal.begun
+
+
 def test_a_journal_of_nothing_is_not_kept(tmp_path: Path) -> None:
     journal = RunJournal(tmp_path / "a.journal", RUN)
     with pytest.raises(ValueError, match="boom"), kept(journal):
@@ -220,6 +306,10 @@ def test_a_journal_of_nothing_is_not_kept(tmp_path: Path) -> None:
     (tmp_path / "a.journal" / "run.json").write_text("[")
     with pytest.raises(OutputError, match=r"a\.journal: is damaged; give --fresh"):
         RunJournal(tmp_path / "a.journal", RUN)
+    (tmp_path / "a.journal" / "run.json").unlink()
+    with pytest.raises(OutputError, match=r"a\.journal: is damaged .no run\.json.; give --fresh"):
+        RunJournal(tmp_path / "a.journal", RUN)
+    assert (tmp_path / "a.journal" / "plan.safetensors").exists(), "what took hours is not removed unasked"
 
 
 def test_parts_of_another_place_or_run_are_refused(small: Path, tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import typer
 
 from moequant.checkpoint import open_checkpoint
 from moequant.checkpoint.codecs.declared import read_config
 from moequant.checkpoint.folder import Folder, belongs, folder_of
+from moequant.cli.output import guarded
 from moequant.commands.route import RouteSettings
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.families.base import Key
@@ -92,6 +96,28 @@ def test_what_others_raise_is_ours_and_our_own_passes() -> None:
         raise KeyError(3)
     with pytest.raises(PlanError, match="own"), foreign(FamilyError, "config.json is odd"):
         raise PlanError("own")
+
+
+@pytest.mark.parametrize("fill", [torch.ones, np.ones])
+def test_a_lack_of_memory_is_no_mistake_of_a_model(
+    fill: Callable[[int], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        with foreign(FamilyError, "config.json is odd"):
+            fill(1 << 52)
+
+    with pytest.raises(typer.Exit) as ended:
+        guarded(run)
+    assert ended.value.exit_code == 1
+    told = capsys.readouterr().err
+    assert told.startswith("moequant: memory ran out (") and told.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a mistake"):
+        guarded(mistaken)
+
+
+def mistaken() -> None:
+    """What no lack of memory says."""
+    raise RuntimeError("a mistake")
 
 
 @pytest.mark.parametrize("device", ["", "gpu", "meta", "mps", "cpu:7", "cuda:99", "\x1b[31m"])

@@ -1,9 +1,10 @@
 """`python -m torch.distributed.run … -m tests.ranks.processes WHAT …`: what torchrun starts in tests.
 
-`deal` says what three ranks are told; `fail` has the last of them fail in a stage; `convert RANK …` is the
-command with a rank that kills itself when it has made its second part of the output, `measure RANK …` with
-one that does so when its versions of the model have crossed the second layer. Each rank of it finds another
-amount of memory free, which is little: all take a few experts at a time, the same.
+`deal` says what three ranks are told; `fail` has the last of them fail in a stage, `lack` run out of memory;
+`orphan` kills torchrun and goes on; `convert RANK …` is the command with a rank that kills itself when it has
+made its second part of the output, `measure RANK …` with one that does so when its versions of the model have
+crossed the second layer. Each rank of it finds another amount of memory free, which is little: all take a few
+experts at a time, the same.
 """
 
 from __future__ import annotations
@@ -55,6 +56,13 @@ def failing(ranks: Ranks) -> None:
     ranks.wait()
 
 
+def lacking(ranks: Ranks) -> None:
+    """The last rank's memory runs out."""
+    if ranks.rank == ranks.count - 1:
+        torch.ones(1 << 52)
+    ranks.wait()
+
+
 @small.command()
 def deal(out: Path) -> None:
     """What ranks are told, into a file."""
@@ -69,6 +77,21 @@ def fail() -> None:
     """See `failing`."""
     ranks = here()
     guarded(lambda: ranks.together(failing, ranks))
+
+
+@small.command()
+def orphan(out: Path) -> None:
+    """See `stage`; torchrun itself is killed before."""
+    ranks = here()
+    os.kill(os.getppid(), signal.SIGKILL)
+    out.write_text(repr(ranks.together(stage, ranks, torch.arange(12).view(3, 4))))
+
+
+@small.command()
+def lack() -> None:
+    """See `lacking`."""
+    ranks = here()
+    guarded(lambda: ranks.together(lacking, ranks))
 
 
 def main() -> None:

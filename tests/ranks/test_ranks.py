@@ -135,6 +135,17 @@ def test_an_error_of_any_rank_is_one_line() -> None:
     assert "RankError" not in ended.says
 
 
+def test_ranks_whose_torchrun_was_killed_end_well(tmp_path: Path) -> None:
+    ended = torchrun(2, "orphan", tmp_path / "told")
+    assert ended.code == -9 and "Traceback" not in ended.says, ended.says
+    assert (tmp_path / "told").read_text().startswith("[['0 by ")
+
+
+def test_a_rank_without_memory_says_so() -> None:
+    ended = torchrun(2, "lack")
+    assert ended.code and len(ended.ours) == 1 and "moequant: memory ran out (" in ended.ours[0], ended.says
+
+
 @pytest.mark.parametrize("told", [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": "4", "RANK": ""}], ids=str)
 def test_what_a_scheduler_sets_starts_no_ranks(told: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """An ordinary command waits for nobody where only torchrun's variables are missing."""

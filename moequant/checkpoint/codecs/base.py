@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moequant.errors import CheckpointError
+from moequant.files.read import unreadable
 from moequant.values import Stored, TensorRef
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -51,15 +52,27 @@ def damaged(tensor: str, found: str) -> CheckpointError:
     return CheckpointError(f"tensor {tensor}: {found}; the checkpoint is damaged, download it again")
 
 
+def read_bytes(ref: TensorRef, begin: int, count: int) -> memoryview:
+    """So many bytes of a tensor's file from `begin` on. CheckpointError when the file ends before them."""
+    out = np.empty(count, np.uint8)
+    _read_into(ref, begin, out)
+    return out.data
+
+
 def _read_into(ref: TensorRef, begin: int, out: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
     view = out.data
-    with ref.file.open() as file:
-        file.seek(begin)
-        while view:
-            count = file.readinto(view)  # type: ignore[attr-defined]  # every binary file has it
-            if not count:
-                raise CheckpointError(f"{ref.file}: ends inside tensor {ref.name}; is the download complete?")
-            view = view[count:]
+    try:
+        with ref.file.open() as file:
+            file.seek(begin)
+            while view:
+                count = file.readinto(view)  # type: ignore[attr-defined]  # every binary file has it
+                if not count:
+                    raise CheckpointError(
+                        f"{ref.file}: ends inside tensor {ref.name}; is the download complete?"
+                    )
+                view = view[count:]
+    except OSError as error:  # here, for whoever writes would take it for an error of the output
+        raise unreadable(ref.file, error) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moequant import __version__
 from moequant.checkpoint import Checkpoint, load
-from moequant.checkpoint.codecs.base import DTYPES
+from moequant.checkpoint.codecs.base import DTYPES, read_bytes
 from moequant.containers.base import Written
 from moequant.containers.folders import compressed_tensors, shards, side_files
 from moequant.containers.folders.layouts import LAYOUTS, Scales
@@ -203,10 +203,8 @@ def _chunks(entry: Entry, source: Stored | Weight) -> Iterator[Bytes]:
             yield _finite(entry, _bytes(source.read(index).to(dtype)))
     else:
         (ref,) = source.parts.values()
-        with ref.file.open() as file:
-            file.seek(ref.begin)
-            for at in range(ref.begin, ref.end, _CHUNK):
-                yield _finite(entry, file.read(min(_CHUNK, ref.end - at)))
+        for at in range(ref.begin, ref.end, _CHUNK):
+            yield _finite(entry, read_bytes(ref, at, min(_CHUNK, ref.end - at)))
 
 
 def _finite(entry: Entry, data: Bytes) -> Bytes:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from gguf import GGUFValueType
 
 from moequant.errors import CheckpointError
+from moequant.files.read import unreadable
 
 SCALARS: Final = {
     GGUFValueType.UINT8: struct.Struct("<B"),
@@ -199,8 +200,3 @@ class Header:
 def plain(text: str) -> str:
     """A string of a file as it can be shown on one line of a terminal."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text[:_SHOWN])
-
-
-def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """The error of a file that the system does not let us read."""
-    return CheckpointError(f"{path}: cannot be read ({error.strerror or error})")

@@ -17,8 +17,9 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from moequant.containers.gguf.header import SCALARS, Array, TensorInfo, unreadable
-from moequant.errors import CheckpointError
+from moequant.containers.gguf.header import SCALARS, Array, TensorInfo
+from moequant.errors import CheckpointError, UnreadableError
+from moequant.files.read import unreadable
 from moequant.values import File
 
 KEPT: Final = 4096
@@ -85,7 +86,7 @@ def parse(path: Path, away: File | None = None) -> Part:
         with path.open("rb") as file:
             return _Cursor(path, file, found.st_size).part()
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; {_COMPLETE}") from None
+        raise UnreadableError(f"{path}: no such file; {_COMPLETE}") from None
     except OSError as error:
         raise unreadable(path, error) from None
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import gguf
 import numpy as np
 
-from moequant.containers.gguf.header import Header, TensorInfo, unreadable
+from moequant.containers.gguf.header import Header, TensorInfo
 from moequant.containers.gguf.parse import Part, parse
 from moequant.errors import CheckpointError, VerifyError
 from moequant.files.local import LocalFile
+from moequant.files.read import unreadable
 from moequant.values import File, TensorRef
 
 if TYPE_CHECKING:

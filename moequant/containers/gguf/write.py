@@ -117,7 +117,7 @@ def _named(packed: Iterable[Packed], names: Mapping[str, str]) -> Iterator[Packe
         weight, colon, rest = str(error).partition(": ")
         if weight not in names or not colon:
             raise
-        raise CheckpointError(f"{weight} ({names[weight]}): {rest}") from error
+        raise type(error)(f"{weight} ({names[weight]}): {rest}") from error
 
 
 def _lay_out(content: Content, plan: Plan, split: int | None) -> GGUFWriter:
