@@ -2,10 +2,10 @@
 
 Tools that want linear modules store experts one by one, each with a weight [out, in] and a bias:
 
-| tool | an expert's matrices |
+| tool | an expert's matrices, under `mlp.experts` |
 |---|---|
-| llm-compressor | `experts.{e}.gate_proj`, `up_proj`, `down_proj`; in old versions under `experts.experts.{e}` |
-| Unsloth | `experts.gate_up_projs.{e}` with gate and up interleaved, `experts.down_projs.{e}` |
+| llm-compressor | `{e}.gate_proj`, `{e}.up_proj`, `{e}.down_proj`; in old versions under `experts.{e}` |
+| Unsloth | `gate_up_projs.{e}` with gate and up interleaved, `down_projs.{e}` |
 """
 
 from __future__ import annotations
