@@ -218,6 +218,8 @@ REFUSED = {
     ),
     "hc_mult": (2, "hc_mult = 2: .*implements only 4"),
     "swiglu_limit": (0.0, "a number above 0 was expected"),
+    "o_groups": (3, "o_groups = 3: .* needs a number that divides num_attention_heads = 4"),
+    "layer_types": (["heavily_compressed_attention"] * 4, "crashes on a model without a 'compressed_sparse"),
 }
 """Config keys of which llama.cpp implements one value."""
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moequant.checkpoint import open_checkpoint
+from moequant.checkpoint import load, open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.errors import FamilyError
 from moequant.evaluate.self_check import self_check
@@ -83,6 +83,26 @@ def test_stacks_of_a_release_one_by_one(tmp_path: Path, text: Path, family: str)
     stored = load_file(parts / "model.safetensors")
     assert any(".experts.1.up_proj.weight" in name for name in stored)
     assert f32(folder, tmp_path / "whole.gguf", text) == f32(parts, tmp_path / "parts.gguf", text)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "minimax_m2", "lfm2_moe", "jamba", "nemotron_h"])
+def test_experts_under_the_names_of_transformers(tmp_path: Path, family: str) -> None:
+    """As llm-compressor stores what it has made linear modules of."""
+    folder = models.as_released(models.build(tmp_path / "theirs" / "model", family), family)
+    opened, names = open_checkpoint(folder), {}
+    for weight in (weight for weight in opened.weights if weight.is_expert):
+        module = weight.place.param.rpartition(".")[0]
+        kind = f"{weight.role.value}_proj.weight"
+        names |= {name: f"{module}.{e}.{kind}" for e, name in enumerate(weight.names)}
+
+    def renamed(tensors: Tensors) -> Tensors:
+        return {names.get(name, name): each for name, each in tensors.items()}
+
+    parts = open_checkpoint(relaid(folder, tmp_path / "own" / "model", renamed, {}))
+    for one, two in zip(opened.weights, parts.weights, strict=True):
+        assert one.name == two.name and torch.equal(load(one), load(two)), one.name
+    stored = {each.name for weight in parts.weights if weight.is_expert for each in weight.origin.stored}
+    assert stored == set(names.values()) and len(stored) == len(names)
 
 
 def gpt_oss_one_by_one(tensors: Tensors, at: str = "experts") -> Tensors:

@@ -99,7 +99,7 @@ token's embedding and of the hidden state, and the last norm."""
 
 def predicted(folder: Path, family: str, ids: torch.Tensor) -> torch.Tensor:
     """Logits of a layer that predicts, with transformers' own classes: the next token's embedding and the
-    hidden state behind the final norm, each normed, side by side in one product; a layer; a norm; the head."""
+    hidden state behind the final norm, each normed, in one product; a layer; a norm; the head."""
     prefix, join, *norms = AROUND[family]
     ((number, under),) = models.PREDICTIONS[family].like.items()
     stored = load_file(folder / "model-mtp.safetensors")

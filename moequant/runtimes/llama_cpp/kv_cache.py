@@ -84,6 +84,14 @@ _BY_HEAD = (6, 8)
 one sequence at a time."""
 
 
+_BY_BLOCK = (5, 30)
+"""Of an indexer that scores blocks of tokens: what `_SCORED` is for large ones, and what is added where they
+are small, divided by the square of their size. Read off llama.cpp's figures for blocks of 2 to 64."""
+
+_BLOCKS = 64
+"""llama.cpp rounds the number of blocks up to a multiple of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """How a model is served: tokens of context for each of `parallel` sequences, 0 for what is usual, and the
@@ -181,11 +189,15 @@ def _indexed_bytes(header: Header, load: Load, widest: int) -> int:
     """
     width, hidden, cells = 4 * UBATCH, header.count("embedding_length"), load.cells
     queries = width * header.count("attention.indexer.head_count") * _indexer(header)
-    chosen, scored = _CHOSEN * min(cells, header.count("attention.indexer.top_k")), float(_SCORED)
-    pool = _pool(header)
+    pool, most = _pool(header), header.count("attention.indexer.top_k")
+    chosen, scored = _CHOSEN * min(cells, most), float(_SCORED)
     if header.arch == "minimax-m3":
         alone, head = _BY_HEAD
         chosen, scored = 0, alone + head * header.largest("attention.head_count_kv") / load.parallel
+    elif header.arch == BLOCKS:
+        alone, few = _BY_BLOCK
+        blocks = -(-(cells // pool + 1) // _BLOCKS) * _BLOCKS
+        chosen, scored = _CHOSEN * min(pool * blocks, most), alone + few / pool**2
     elif pool:
         scored = _BY_HEAD[0] + 3 / pool
     first = 2 * queries + 8 * width * hidden + 4 * cells * UBATCH
