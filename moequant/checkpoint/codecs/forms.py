@@ -163,9 +163,11 @@ def fp4(name: str, parts: Parts, scheme: Scheme) -> Stored:
     if whole.shape[-2:] != (1, 1):
         raise misfit(whole, shape, "one number for each matrix")
     kept = {"weight": weight, "scale": scale, "global_scale": whole}
+    divides = whole.name.endswith("_global_scale")
+    if across and divides:  # compressed-tensors packs along rows
+        raise misfit(scale, shape, f"a scale for each {block} weights of a row")
     if across:
         return Stored(name, shape, "F32", kept, Nvfp4Across())
-    divides = whole.name.endswith("_global_scale")
     return Stored(name, shape, "F32", kept, Nvfp4(divides))
 
 
@@ -213,7 +215,7 @@ def quark_int(name: str, parts: Parts, declared: Declared, scheme: Scheme) -> St
         said = f"{scheme.source} says {scheme.numbers}" if scheme.numbers else "no Quark config says which"
         raise disagrees(weight.name, "holds words of several numbers", said)
     scheme.check(name, 4, "int")
-    if len(scale.shape) != 2 or -(-scale.shape[1] // 8) != weight.shape[1]:
+    if (len(weight.shape), len(scale.shape)) != (2, 2) or -(-scale.shape[1] // 8) != weight.shape[1]:
         raise misfit(scale, weight.shape, f"[groups, out] for the words [in, out / 8] of {weight.name}")
     n_in, n_out = weight.shape[0], scale.shape[1]
     zeros = parts.get("zero_point")

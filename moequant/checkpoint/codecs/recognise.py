@@ -156,12 +156,9 @@ def _stored(logical: str, parts: dict[str, TensorRef], declared: Declared) -> St
     if weight.name.endswith(".qweight"):
         return forms.transposed(logical, parts, declared, scheme)
     if weight.dtype == "I32":
-        of_quark = weight.name.endswith(".weight")
-        return (
-            forms.quark_int(logical, parts, declared, scheme)
-            if of_quark
-            else forms.packed_int(logical, parts, scheme)
-        )
+        if weight.name == logical:
+            return forms.quark_int(logical, parts, declared, scheme)
+        return forms.packed_int(logical, parts, scheme)
     if weight.dtype == "U8":
         return forms.fp4(logical, parts, scheme)
     return forms.eight_bit(logical, parts, scheme)
