@@ -31,7 +31,11 @@ def write(path: Path, arch: str, keys: dict[str, Any], tensors: Tensors, kind: T
     for name, shape in tensors.items():
         block, size = gguf.GGML_QUANT_SIZES[kind]
         used = (
-            T.F32 if len(shape) == 1 or "ffn_gate_inp" in name else kind if shape[-1] % block == 0 else T.Q8_0
+            T.F32
+            if len(shape) == 1 or "ffn_gate_inp" in name or "conv1d" in name
+            else kind
+            if shape[-1] % block == 0
+            else T.Q8_0
         )
         block, size = gguf.GGML_QUANT_SIZES[used]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), prod(shape) // block * size, raw_dtype=used)

@@ -343,6 +343,20 @@ def slots_of(family: Family, config: Config, layer: int) -> tuple[Slot, ...]:
         return tuple(slot for slot in slots if slot.role not in SHARED) if no_shared(config) else slots
 
 
+def _unknown(family: Family, config: Config, stored: Stored) -> FamilyError:
+    """The error for a tensor that no slot names; of a bias it names the key that adds it."""
+    shown = f"tensor {stored.name} {list(stored.shape)}"
+    key = "attention_bias" if "attn" in stored.name else "mlp_bias"
+    if stored.name.endswith(".bias") and getattr(config, key, False) is True:
+        return FamilyError(
+            f"{family.name}: config key {key} = True: only models without these biases are described "
+            f"({shown}); please report the model"
+        )
+    return FamilyError(
+        f"{family.name}: {shown} is unknown, and is not dropped silently; please report the model"
+    )
+
+
 def _left_out(
     family: Family, config: Config, names: Iterable[str], stored: Mapping[str, Stored]
 ) -> dict[str, list[str]]:
@@ -363,9 +377,6 @@ def _left_out(
                     f"tensors of layer {layer[1]} exist ({name}), but config.json says {layers} layers; are "
                     "both of one download?"
                 )
-            raise FamilyError(
-                f"{family.name}: tensor {name} {list(stored[name].shape)} is unknown, and is not "
-                "dropped silently; please report the model"
-            )
+            raise _unknown(family, config, stored[name])
         skipped.setdefault(reason, []).append(name)
     return skipped

@@ -66,10 +66,10 @@ _INPUTS = ("stats", "imatrix", "plan")
 _PART = r"\d+/(part-\d{4,}|piece-\d{4,}-(experts|inner)-\d+-\d+)"
 _CROSSING = r"plan/(probes|plans)"
 _FIGURE = rf"plan/errors-\d{{4,}}|{_CROSSING}/(kl-\d{{4,}}|reached)"
-_LARGE = r"\d+/part-\d{4,}-\d+\.bytes"
+_TABLE = r"\d+/part-\d{4,}-\d+\.bytes"
 _SEALED = rf"(plan|done-\d+|{_PART}|{_FIGURE}|route/layer-\d{{4,}})\.safetensors"
 _STATES = rf"(route|{_CROSSING}|\d+/(exact|rounded))/hidden-\d{{4,}}\.f32"
-_FILES = re.compile(rf"run\.json|route/run\.json|beside\.json|{_SEALED}|{_LARGE}|{_STATES}")
+_FILES = re.compile(rf"run\.json|route/run\.json|beside\.json|{_SEALED}|{_TABLE}|{_STATES}")
 _FOLDERS = re.compile(rf"route|plan|{_CROSSING}|\d+|\d+/(exact|rounded)")
 _TEMPORARY = re.compile(r"\.(.+)\.moequant-(lock|[0-9a-f]{8})")
 

@@ -239,7 +239,7 @@ class Experts:
             ways.append(Get(f"{at}.{self.fused[which == 2]}", ops))
         name = f"layers.{layer}.experts.{role.value}"
         ways += self._fused(fused, ops)
-        if not self.stored:
+        if self.stored != self.module:
             ways.append(one_by_one(f"{at}.{self.module}", role))
         return Slot(name, role, fused, tuple(ways), ops, site, Stack.EXPERTS, adds)
 
@@ -252,7 +252,8 @@ class Experts:
 
 
 def one_by_one(module: str, role: Role) -> Get:
-    """Experts that releases have in one stack, as ModelOpt and llm-compressor store what they quantize."""
+    """Experts under transformers' own names, as ModelOpt and llm-compressor store what they quantize, also
+    where releases have them in one stack or under other names."""
     which = (Role.GATE, Role.UP, Role.DOWN).index(role)
     return Get(f"{module}.{{e}}.{PROJECTIONS[which]}.weight")
 

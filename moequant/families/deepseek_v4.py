@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from moequant.families.base import PREDICTION, Config, Family, Get, Slot
 from moequant.families.blocks import (
@@ -179,6 +180,16 @@ def ends(config: Config) -> tuple[Slot, ...]:
     return tuple(_released(slot) for slot in (*plain_ends(config), *head))
 
 
+def dialect(raw: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 5.7 wrote of the rotation of compressed entries, left out where the class makes the
+    same of the other keys."""
+    said = raw.get("compress_rope_parameters")
+    made = (raw.get("rope_parameters") or {}) | {"rope_theta": raw.get("compress_rope_theta")}
+    if said is None or said != made:
+        return raw
+    return {key: value for key, value in raw.items() if key != "compress_rope_parameters"}
+
+
 def skipped(config: Config) -> Mapping[str, str]:
     """What the model does not use: with a table there is nothing to correct."""
     table = [str(number) for number, kind in enumerate(config.mlp_layer_types) if kind == "hash_moe"]
@@ -223,4 +234,5 @@ DEEPSEEK_V4 = Family(
     | DRAFTS,
     says={"topk_method": ("noaux_tc",)},
     skipped=skipped,
+    dialect=dialect,
 )

@@ -2,12 +2,17 @@
 
 import ctypes as C
 import re
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from moequant.runtimes.llama_cpp.engine import Library, Llama, LlamaError, ModelParams, library
+import numpy as np
 
-__all__ = ["Llama", "LlamaError", "MemoryReport", "drafting", "memory_report", "model_bytes"]
+from moequant.runtimes.llama_cpp.engine import Batch, Library, Llama, LlamaError, ModelParams, library
+
+__all__ = ["Llama", "LlamaError", "MemoryReport", "drafting", "drafts", "memory_report", "model_bytes"]
 
 
 class _FitModelParams(C.Structure):
@@ -42,10 +47,24 @@ class _DraftingModelParams(C.Structure):
     )
 
 
-def drafting(path: str | Path) -> list[str]:
-    """Loads a file with its layers that predict: the tensors in it that nobody uses. LlamaError when one is
-    missing, or of another shape."""
-    lib = library()
+class _DraftingContextParams(C.Structure):
+    """The same structure with the field that decides what a context runs: 1 is the layers that predict."""
+
+    _fields_ = (
+        ("unused", C.c_uint8 * 36),
+        ("kind", C.c_int32),
+        ("rest", C.c_uint8 * 328),
+    )
+
+
+_WANTED = "_Z26llama_set_embeddings_nextnP13llama_contextbb"
+_HIDDEN = "_Z26llama_get_embeddings_nextnP13llama_context"
+"""Functions of C++ that llama.cpp's own drafting calls: a context keeps, and gives, the hidden states that
+layers which predict are fed."""
+
+
+def _with_predictions(lib: Library, path: str | Path) -> int:
+    """A model loaded with its layers that predict. LlamaError where one misses a tensor."""
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     flags = C.cast(C.pointer(params), C.POINTER(_DraftingModelParams)).contents.flags
@@ -53,9 +72,63 @@ def drafting(path: str | Path) -> list[str]:
         raise LlamaError(f"xllamacpp: structure layout changed (flags read as {list(flags)})")
     flags[5] = True
     lib.lines.clear()
-    model = lib.llama_model_load_from_file(str(path).encode(), params)
+    model: int = lib.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise LlamaError(f"llama.cpp cannot load {path}:\n{lib.log(2000)}")
+    return model
+
+
+def _decode(
+    lib: Library, context: int, ids: Sequence[int], first: int, states: np.ndarray[Any, Any] | None = None
+) -> None:
+    """Runs tokens at positions from `first` on, with hidden states beside them where they are given."""
+    tokens, places = np.asarray(ids, np.int32), np.arange(first, first + len(ids), dtype=np.int32)
+    every = np.ones(len(ids), np.int8)
+    rows = None if states is None else np.ascontiguousarray(states, np.float32)
+    batch = Batch(len(ids), tokens.ctypes.data, None, places.ctypes.data, None, None, every.ctypes.data)
+    batch.embd = None if rows is None else rows.ctypes.data
+    if found := lib.llama_decode(context, batch):
+        raise LlamaError(f"llama.cpp does not run the batch: {found}\n{lib.log(2000)}")
+
+
+def drafts(path: str | Path, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Logits of the first layer that predicts, f32 [len(ids) - 1, vocab]: row p is for token p + 2, of the
+    hidden state of token p and of token p + 1."""
+    lib = library()
+    dll = C.CDLL(str(lib.path))  # the same that is loaded
+    wanted, hidden, size = getattr(dll, _WANTED), getattr(dll, _HIDDEN), dll.llama_model_n_embd
+    wanted.restype, wanted.argtypes = None, (C.c_void_p, C.c_bool, C.c_bool)
+    hidden.restype, hidden.argtypes = C.POINTER(C.c_float), (C.c_void_p,)
+    size.restype, size.argtypes = C.c_int32, (C.c_void_p,)
+    with ExitStack() as stack:
+        model = _with_predictions(lib, path)
+        stack.callback(lib.llama_model_free, model)
+
+        def context(kind: int) -> int:
+            params = lib.llama_context_default_params()
+            params.n_ctx = params.n_batch = params.n_ubatch = 256
+            params.flash_attn = params.type_k = params.type_v = 0  # exact: a cache in f32
+            C.cast(C.pointer(params), C.POINTER(_DraftingContextParams)).contents.kind = kind
+            made: int = lib.llama_init_from_model(model, params)
+            if not made:
+                raise LlamaError(f"llama.cpp cannot run {path}:\n{lib.log(2000)}")
+            stack.callback(lib.llama_free, made)
+            return made
+
+        main, draft = context(0), context(1)
+        wanted(main, True, False)
+        _decode(lib, main, ids, 0)
+        states = np.ctypeslib.as_array(hidden(main), (len(ids), size(model))).copy()
+        _decode(lib, draft, ids[1:], 1, states[:-1])
+        vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        return np.ctypeslib.as_array(lib.llama_get_logits(draft), (len(ids) - 1, vocab)).copy()
+
+
+def drafting(path: str | Path) -> list[str]:
+    """Loads a file with its layers that predict: the tensors in it that nobody uses. LlamaError when one is
+    missing, or of another shape."""
+    lib = library()
+    model = _with_predictions(lib, path)
     lib.llama_model_free(model)
     return [line for line in lib.lines if "unused tensor" in line]
 

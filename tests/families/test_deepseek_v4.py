@@ -218,6 +218,8 @@ REFUSED = {
     ),
     "hc_mult": (2, "hc_mult = 2: .*implements only 4"),
     "swiglu_limit": (0.0, "a number above 0 was expected"),
+    "o_groups": (3, "o_groups = 3: .* needs a number that divides num_attention_heads = 4"),
+    "layer_types": (["heavily_compressed_attention"] * 4, "crashes on a model without a 'compressed_sparse"),
 }
 """Config keys of which llama.cpp implements one value."""
 
@@ -245,3 +247,89 @@ def test_an_attention_factor_is_refused(folder: Path, tmp_path: Path) -> None:
     models.edit_config(out, rope_scaling=raw["rope_scaling"] | {"attention_factor": 1.2})
     with pytest.raises(FamilyError, match=r"attention_factor 1\.2: llama\.cpp's 'deepseek4' implements"):
         export(open_checkpoint(out))
+
+
+RED_HAT = {
+    "quant_method": "compressed-tensors",
+    "format": "mixed-precision",
+    "ignore": [],
+    "config_groups": {
+        "group_0": {
+            "targets": ["re:.*attn.*(fused_wqa_wkv|wq_b|wo_a|wo_b)$"],
+            "format": "float-quantized",
+            "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+        },
+        "group_1": {
+            "targets": ["re:.*ffn.*(gate|up|down)_proj$"],
+            "format": "nvfp4-pack-quantized",
+            "weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+        },
+    },
+}
+"""What the config of RedHatAI/DeepSeek-V4-Flash-NVFP4-FP8 says; its modules have vLLM's names."""
+
+
+def in_nvfp4_and_fp8(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Experts in NVFP4, attention in FP8 by blocks, and all matrices as floats again."""
+    made, floats = dict[str, Tensor](), dict[str, Tensor]()
+    for name, values in tensors.items():
+        module = name.removesuffix(".weight")
+        if re.search(r"ffn\..*\.w[123]$", module):
+            codes = torch.randint(0, 256, (len(values), values.shape[1] // 2), dtype=torch.uint8)
+            scale = torch.randint(20, 60, (len(values), values.shape[1] // 16), dtype=torch.uint8)
+            both = torch.stack([codes & 15, codes >> 4], -1).flatten(1).long()
+            e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+            steps = scale.view(torch.float8_e4m3fn).float().repeat_interleave(16, 1)
+            floats[name] = e2m1[both & 7] * (1 - 2 * (both >> 3)) * steps / 8
+            made[f"{module}.weight_packed"] = codes
+            made[f"{module}.weight_scale"] = scale.view(torch.float8_e4m3fn)
+            made[f"{module}.weight_global_scale"] = torch.tensor([8.0])
+        elif re.search(r"attn\.(wq_a|wkv|wq_b|wo_a|wo_b)$", module):
+            codes = values.to(torch.float8_e4m3fn)
+            made[name], floats[name] = codes, codes.float() / 2
+            blocks = [-(-n // 128) for n in values.shape]
+            made[f"{module}.weight_scale"] = torch.full(blocks, 0.5)
+        else:
+            made[name] = floats[name] = values
+    return made, floats
+
+
+def test_experts_in_nvfp4_and_attention_in_fp8(folder: Path, tmp_path: Path) -> None:
+    """As Red Hat released V4 Flash."""
+    torch.manual_seed(0)
+    made, floats = in_nvfp4_and_fp8(load_file(folder / "model.safetensors"))
+    opened = []
+    for name, tensors, quantized in (("a", made, RED_HAT), ("b", floats, None)):
+        out = changed(folder, tmp_path / name, {})
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+        models.indexed(out)
+        models.edit_config(out, quantization_config=quantized)
+        opened.append(open_checkpoint(out).weights)
+    for one, two in zip(*opened, strict=True):
+        assert one.name == two.name and torch.equal(load(one).float(), load(two).float()), one.name
+    assert {each.origin.stored[0].codec.name for each in opened[0] if each.is_expert} == {"nvfp4"}
+
+
+def test_a_group_that_names_other_modules_is_an_error(folder: Path, tmp_path: Path) -> None:
+    made, _ = in_nvfp4_and_fp8(load_file(folder / "model.safetensors"))
+    out = changed(folder, tmp_path / "out", {})
+    save_file(made, out / "model.safetensors", {"format": "pt"})
+    models.indexed(out)
+    groups = {"group_0": RED_HAT["config_groups"]["group_0"]}
+    models.edit_config(out, quantization_config=RED_HAT | {"config_groups": groups})
+    with pytest.raises(CheckpointError, match=r"experts.*w\d.* is quantized, but no targets .* name it"):
+        open_checkpoint(out)
+
+
+def test_the_rotation_of_entries_is_said_once_more(folder: Path, tmp_path: Path) -> None:
+    """As transformers 5.7 saved it; another than the class makes is refused."""
+    out = changed(folder, tmp_path / "out", {})
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 1e4}
+    said = {"rope_theta": 1e4, "rope_parameters": yarn, "compress_rope_theta": 16e4, "rope_scaling": None}
+    entries = yarn | {"rope_theta": 16e4}
+    models.edit_config(out, **said, compress_rope_parameters=entries)
+    found = open_checkpoint(out).config.rope_parameters
+    assert found["compress"]["factor"] == 4.0 and found["compress"]["rope_theta"] == 16e4
+    models.edit_config(out, compress_rope_parameters=entries | {"factor": 8.0})
+    with pytest.raises(FamilyError, match="compress_rope_parameters = "):
+        open_checkpoint(out)

@@ -181,6 +181,13 @@ def test_heads_that_share_no_keys_evenly_are_refused(tiny, tmp_path: Path) -> No
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(("family", "key"), [("deepseek_v2", "mlp_bias"), ("deepseek_v4", "mlp_bias")])
+def test_biases_that_nobody_describes_are_refused_by_their_key(tiny, family: str, key: str) -> None:
+    """The class in transformers has them, and neither releases nor llama.cpp do."""
+    with pytest.raises(FamilyError, match=rf"config key {key} = True: only models without .*\.bias \["):
+        open_checkpoint(tiny(family, **{key: True}))
+
+
 def test_keys_that_say_what_the_class_does_anyway_are_taken(tiny) -> None:
     """As the release of Qwen3-Coder-30B-A3B says it."""
     said = {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}

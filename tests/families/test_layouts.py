@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moequant.checkpoint import open_checkpoint
+from moequant.checkpoint import load, open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.errors import FamilyError
 from moequant.evaluate.self_check import self_check
@@ -83,6 +83,114 @@ def test_stacks_of_a_release_one_by_one(tmp_path: Path, text: Path, family: str)
     stored = load_file(parts / "model.safetensors")
     assert any(".experts.1.up_proj.weight" in name for name in stored)
     assert f32(folder, tmp_path / "whole.gguf", text) == f32(parts, tmp_path / "parts.gguf", text)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "minimax_m2", "lfm2_moe", "jamba", "nemotron_h"])
+def test_experts_under_the_names_of_transformers(tmp_path: Path, family: str) -> None:
+    """As llm-compressor stores what it has made linear modules of."""
+    folder = models.as_released(models.build(tmp_path / "theirs" / "model", family), family)
+    opened, names = open_checkpoint(folder), {}
+    for weight in (weight for weight in opened.weights if weight.is_expert):
+        module = weight.place.param.rpartition(".")[0]
+        kind = f"{weight.role.value}_proj.weight"
+        names |= {name: f"{module}.{e}.{kind}" for e, name in enumerate(weight.names)}
+
+    def renamed(tensors: Tensors) -> Tensors:
+        return {names.get(name, name): each for name, each in tensors.items()}
+
+    parts = open_checkpoint(relaid(folder, tmp_path / "own" / "model", renamed, {}))
+    for one, two in zip(opened.weights, parts.weights, strict=True):
+        assert one.name == two.name and torch.equal(load(one), load(two)), one.name
+    stored = {each.name for weight in parts.weights if weight.is_expert for each in weight.origin.stored}
+    assert stored == set(names.values()) and len(stored) == len(names)
+
+
+def gpt_oss_one_by_one(tensors: Tensors, at: str = "experts") -> Tensors:
+    """As llm-compressor stores them: gate and up apart, each [out, in], with biases."""
+    made: dict[str, Tensor] = {}
+    for name, values in tensors.items():
+        module, _, kind = name.rpartition(".experts.")
+        if not module:
+            made[name] = values
+            continue
+        for expert, of in enumerate(values):
+            turned, suffix = (of, "bias") if kind.endswith("_bias") else (of.T, "weight")
+            gate_up = {"gate_proj": turned[0::2], "up_proj": turned[1::2]}
+            parts = gate_up if kind.startswith("gate_up") else {"down_proj": turned}
+            made |= {f"{module}.{at}.{expert}.{each}.{suffix}": part for each, part in parts.items()}
+    return made
+
+
+def gpt_oss_in_lists(tensors: Tensors) -> Tensors:
+    """As Unsloth stores them: gate and up together, row after row."""
+    made: dict[str, Tensor] = {}
+    for name, values in tensors.items():
+        module, _, kind = name.rpartition(".experts.")
+        if not module:
+            made[name.replace(".router.", ".router.linear.")] = values
+            continue
+        parts = f"{kind.removesuffix('_bias')}s"
+        for expert, of in enumerate(values):
+            turned, suffix = (of, "bias") if kind.endswith("_bias") else (of.T, "weight")
+            made[f"{module}.experts.{parts}.{expert}.{suffix}"] = turned
+    return made
+
+
+def gpt_oss_one_by_one_of_old(tensors: Tensors) -> Tensors:
+    return gpt_oss_one_by_one(tensors, "experts.experts")
+
+
+@pytest.mark.parametrize("change", [gpt_oss_one_by_one, gpt_oss_one_by_one_of_old, gpt_oss_in_lists])
+def test_gpt_oss_one_by_one(tmp_path: Path, text: Path, change: Callable[[Tensors], Tensors]) -> None:
+    """With a bias for each expert."""
+    folder = models.build(tmp_path / "whole" / "model", "gpt_oss")
+    parts = relaid(folder, tmp_path / "parts" / "model", change, {})
+    assert f32(folder, tmp_path / "whole.gguf", text) == f32(parts, tmp_path / "parts.gguf", text)
+    asked = Settings(None, text, 1024, text, format="safetensors", scheme="MXFP4A16")
+    with pytest.raises(FamilyError, match=r"0.*\.bias: experts are stored one by one, .* write GGUF"):
+        convert(parts, tmp_path / "folder", asked)
+
+
+def of_modelopt(tensors: Tensors) -> Tensors:
+    """Stacks in NVFP4, packed along the inputs and stored [E, in, out], as nvidia's Llama 4 has them."""
+    made: dict[str, Tensor] = {}
+    for name, values in tensors.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            made[name] = values
+            continue
+        experts, n_in, n_out = values.shape
+        made[name] = torch.randint(0, 256, (experts, n_in // 2, n_out), dtype=torch.uint8)
+        scale = torch.randint(20, 60, (experts, n_in // 16, n_out), dtype=torch.uint8)
+        made[f"{name}_weight_scale"] = scale.view(torch.float8_e4m3fn)
+        made[f"{name}_weight_scale_2"] = torch.tensor(0.125)
+        made[f"{name}_input_scale"] = torch.tensor(0.01)
+    return made
+
+
+def as_floats(tensors: Tensors) -> Tensors:
+    """The same by NVFP4's formula: two codes of e2m1 a byte, the low one first, and both scales."""
+    e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    made: dict[str, Tensor] = {}
+    for name, values in tensors.items():
+        if f"{name}_weight_scale" in tensors:
+            codes = torch.stack([values & 15, values >> 4], 2).flatten(1, 2).long()
+            scale = tensors[f"{name}_weight_scale"].float().repeat_interleave(16, 1)
+            made[name] = e2m1[codes & 7] * (1 - 2 * (codes >> 3)) * scale * tensors[f"{name}_weight_scale_2"]
+        elif "_scale" not in name:
+            made[name] = values
+    return made
+
+
+NVFP4 = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}}
+
+
+@pytest.mark.parametrize("family", ["llama4", "gpt_oss"])
+def test_stacks_of_modelopt(tmp_path: Path, text: Path, family: str) -> None:
+    folder = models.build(tmp_path / "whole" / "model", family)
+    torch.manual_seed(0)
+    packed = relaid(folder, tmp_path / "packed" / "model", of_modelopt, NVFP4)
+    floats = relaid(packed, tmp_path / "floats" / "model", as_floats, {"quantization_config": None})
+    assert f32(packed, tmp_path / "packed.gguf", text) == f32(floats, tmp_path / "floats.gguf", text)
 
 
 MIMO_V2_5 = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -35,7 +36,7 @@ from moequant.rounding.shrinkage import DIAGONAL, Trial
 from moequant.rounding.streams import Streams
 from moequant.runtimes.llama_cpp.kv_cache import Load
 from tests import models
-from tests.clients.llama import Llama, drafting
+from tests.clients.llama import Llama, drafting, drafts
 
 QUICK = Rounding(
     options=Options(effort="fast", rounds=0, threads=1),
@@ -85,6 +86,63 @@ def test_a_file_with_them_computes_as_one_without(tmp_path: Path, text: Path, fa
     opened = GgufWeights(files[0], export(checkpoint))
     for weight in weights:
         assert torch.allclose(opened.load(weight), load(weight).float(), rtol=1e-6, atol=1e-7), weight.name
+
+
+AROUND = {
+    "deepseek_v3": ("model.layers.3.", "eh_proj", "enorm", "hnorm", "shared_head.norm"),
+    "glm4_moe": ("model.layers.3.", "eh_proj", "enorm", "hnorm", "shared_head.norm"),
+    "qwen3_next": ("mtp.", "fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"),
+}
+"""How releases name what stands around a layer that predicts: the product of both inputs, the norms of the
+token's embedding and of the hidden state, and the last norm."""
+
+
+def predicted(folder: Path, family: str, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a layer that predicts, with transformers' own classes: the next token's embedding and the
+    hidden state behind the final norm, each normed, in one product; a layer; a norm; the head."""
+    prefix, join, *norms = AROUND[family]
+    ((number, under),) = models.PREDICTIONS[family].like.items()
+    stored = load_file(folder / "model-mtp.safetensors")
+    around = {name.removeprefix(prefix): each.float() for name, each in stored.items()}
+    with torch.inference_mode():
+        model = models.reference(folder)
+        states = model.model(ids[None]).last_hidden_state[0]
+    # The same model, with the layer that predicts in the place of the one that it is like.
+    other = Path(shutil.copytree(folder, folder.parent / "other"))
+    own = {name: each for name, each in stored.items() if name.startswith(under)}
+    tensors = load_file(other / "model.safetensors")
+    renamed = {name.replace(under, f"model.layers.{number}.", 1): each for name, each in own.items()}
+    tensors |= {name: each for name, each in renamed.items() if name in tensors}
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    changed = models.reference(other)
+    first, second, last = (copy.deepcopy(changed.model.norm) for _ in norms)
+    for norm, name in zip((first, second, last), norms, strict=True):
+        norm.weight.data = around[f"{name}.weight"]
+    shown = around.get("embed_tokens.weight", changed.model.embed_tokens.weight)
+    changed.lm_head.weight.data = around.get("shared_head.head.weight", changed.lm_head.weight.data)
+    changed.model.layers = torch.nn.ModuleList([changed.model.layers[number]])
+    changed.model.norm = last
+    changed.config.num_hidden_layers = 1
+    if kinds := getattr(changed.config, "layer_types", None):
+        changed.config.layer_types = [kinds[number]]
+    with torch.inference_mode():
+        both = torch.cat([first(shown[ids[1:]]), second(states[:-1])], -1)
+        made = (both @ around[f"{join}.weight"].T)[None]
+        places = torch.arange(1, len(ids))[None]
+        found: torch.Tensor = changed(inputs_embeds=made, position_ids=places, use_cache=False).logits[0]
+    return found
+
+
+@pytest.mark.parametrize("family", AROUND)
+def test_llama_cpp_drafts_what_the_layer_computes(tmp_path: Path, text: Path, family: str) -> None:
+    """The file has the layer's weights where llama.cpp's own drafting looks for them, in its order."""
+    folder, file = released(tmp_path, family), tmp_path / "with.gguf"
+    given = {"effort": "fast", "eval_tokens": 0, "self_check": False}
+    convert(folder, file, Settings("F32", text, 1024, text, **given))
+    ids = torch.randint(1, models.VOCAB, (48,), generator=torch.Generator().manual_seed(0))
+    expected = predicted(folder, family, ids).numpy()
+    difference = np.abs(drafts(file, ids.tolist()) - expected).max(1)
+    assert np.quantile(difference, 0.95) < 5e-4 < np.abs(expected).max(), difference
 
 
 def test_a_quantized_one_is_a_step_safer(tmp_path: Path, text: Path) -> None:

@@ -17,6 +17,7 @@ from moequant import formats
 from moequant.checkpoint import load, open_checkpoint
 from moequant.checkpoint.codecs import base
 from moequant.commands.convert import Settings, convert
+from moequant.commands.journal import RunJournal, dismiss
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.families import EXPORTS
 from moequant.containers.gguf.read import GgufFile, read_header
@@ -179,6 +180,20 @@ def test_a_killed_run_goes_on_behind_the_table(folder: Path, tmp_path: Path) -> 
         there.write(b"???")
     with pytest.raises(OutputError, match="checksum differs"):
         list(Parts(tmp_path, [weight], {TABLE: "Q5_0"}, "run", "again").results())
+
+
+def test_the_journal_knows_what_is_packed_of_the_table(folder: Path, tmp_path: Path) -> None:
+    """The same command continues, and nothing is left when the output has its name."""
+    weight, kept = table(folder), tmp_path / "model.gguf.journal"
+    RunJournal(kept, {"model": "x"})
+    made = Quantizer(None, "fast").pack(weight, "Q5_0")
+    Parts(kept / "0", [weight], {TABLE: "Q5_0"}, "run", "again").add([made])
+    assert list(kept.glob("0/*.bytes"))
+    again = RunJournal(kept, {"model": "x"})
+    again.forget_parts(0)
+    assert not (kept / "0").exists() and kept.exists()
+    dismiss(kept)
+    assert not kept.exists()
 
 
 def test_inspect_knows_every_tensor(folder: Path) -> None:

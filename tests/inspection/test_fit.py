@@ -106,11 +106,13 @@ def test_memory_of_deepseek_v4_is_what_llama_cpp_reserves(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("load", [Load(512), Load(1000, 3), Load(512, 2, "q8_0")], ids=str)
-@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "hy_v4", "glm5_next", "minimax_m3"])
+@pytest.mark.parametrize(
+    "family", ["deepseek_v32", "glm_moe_dsa", "hy_v4", "glm5_next", "minimax_m3", "qwen4_exp"]
+)
 def test_caches_of_indexers_are_what_llama_cpp_reserves(file, family: str, load: Load) -> None:
-    """Of all layers, of some, of pools of tokens, and with values."""
+    """Of all layers, of some, of pools of tokens, with values, and beside a table's convolution."""
     path, kind = file(family), GGML_TYPES[load.cache_type]
-    if load.cache_type == "q8_0" and family != "glm5_next":  # rows of 80 and of 48
+    if load.cache_type == "q8_0" and family not in ("glm5_next", "qwen4_exp"):  # rows of 80 and of 48
         with pytest.raises(LlamaError, match="block size 32 does not divide"):
             memory_report(path, load.ctx * load.parallel, load.parallel, kind)
         with pytest.raises(PlanError, match="blocks of 32 do not divide rows of"):
@@ -136,6 +138,15 @@ def test_memory_of_indexers_is_what_llama_cpp_reserves(file, family: str) -> Non
 def test_memory_of_an_indexer_of_pools_is_what_llama_cpp_reserves(file, ctx: int) -> None:
     """Of one sequence: with several, states add what is not described."""
     close_to_llama_cpp(file("glm5_next"), Load(ctx), slack=0.52, lines=4)
+
+
+@pytest.mark.parametrize("size", [2, 4, 16])
+def test_memory_of_an_indexer_of_blocks_is_no_more_than_said(file, tiny, tmp_path: Path, size: int) -> None:
+    """A bound: twice as much at most, and 2.4 times with blocks of 2. The release's are of 4 tokens."""
+    keys = {"attention.compress_ratios": [0, size], "attention.indexer.top_k": 2048}
+    path = gguf_shapes.changed(file(tiny("qwen4_exp", ple_layer_ids=[])), tmp_path / "shape.gguf", keys, {})
+    for load in (Load(512), Load(4096), Load(8192, 4), Load(131072)):
+        close_to_llama_cpp(path, load, slack=1.4 if size == 2 else 1, lines=4)
 
 
 def test_memory_of_real_indexers_is_what_llama_cpp_reserves(file, tmp_path: Path) -> None:

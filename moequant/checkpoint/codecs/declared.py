@@ -13,7 +13,7 @@ from typing import Any
 
 from moequant.checkpoint.codecs import quark
 from moequant.checkpoint.codecs.changes import Changes, changes_of
-from moequant.checkpoint.codecs.patterns import compiled, matches
+from moequant.checkpoint.codecs.patterns import compiled, matches, names_of
 from moequant.errors import CheckpointError, few
 
 Config = Mapping[str, Any]
@@ -41,13 +41,15 @@ _ALGORITHMS = {
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What is declared of one module's weight; None is not declared, 0 in `block` a whole side."""
+    """What is declared of one module's weight; None is not declared, 0 in `block` a whole side. `numbers` is
+    the config's word for them where bits and kind do not tell all."""
 
     source: str = ""
     bits: int | None = None
     kind: str | None = None
     block: tuple[int, int] | None = None
     symmetric: bool | None = None
+    numbers: str = ""
 
     def check(self, tensor: str, bits: int, kind: str, columns: int | None = None) -> None:
         """CheckpointError when the tensor holds other numbers, or in other groups, than declared."""
@@ -136,13 +138,14 @@ class Declared:
         """compressed-tensors: name and entry of the config group that names the tensor's module, else of the
         one for its class; None without groups. CheckpointError when none is for it."""
         groups: Mapping[str, Config] = self.raw.get("config_groups") or {}
-        module, by_class = tensor.removesuffix(".weight"), None
-        for name, group in groups.items():
-            for target in map(str, group.get("targets") or ()):
-                if target == module or (target.startswith("re:") and matches(target[3:], module)):
-                    return name, group
-                if re.fullmatch(r"[A-Z]\w*", target):
-                    by_class = by_class or (name, group)
+        named, by_class = names_of(tensor.removesuffix(".weight")), None
+        for module in named:
+            for name, group in groups.items():
+                for target in map(str, group.get("targets") or ()):
+                    if target == module or (target.startswith("re:") and matches(target[3:], module)):
+                        return name, group
+                    if re.fullmatch(r"[A-Z]\w*", target):
+                        by_class = by_class or (name, group)
         if groups and by_class is None:
             raise disagrees(tensor, "is quantized", "no targets of quantization_config.config_groups name it")
         return by_class

@@ -17,7 +17,7 @@ from moequant.checkpoint.codecs.eight_bit import EightBit
 from moequant.checkpoint.codecs.gptq import Gptq
 from moequant.checkpoint.codecs.mxfp4 import Mxfp4
 from moequant.checkpoint.codecs.mxfp6 import Mxfp6
-from moequant.checkpoint.codecs.nvfp4 import Nvfp4
+from moequant.checkpoint.codecs.nvfp4 import Nvfp4, Nvfp4Across
 from moequant.checkpoint.codecs.packed_int import PackedInt
 from moequant.checkpoint.codecs.scales import Grid, as_grid, fit, misfit
 from moequant.errors import CheckpointError
@@ -147,7 +147,9 @@ def fp4(name: str, parts: Parts, scheme: Scheme) -> Stored:
     nv = scale.dtype == "F8_E4M3"
     block = nvfp4.BLOCK if nv else mxfp4.BLOCK
     scheme.check(name, 4, "float", block)
-    if scale.shape != (*shape[:-1], shape[-1] // block) or shape[-1] % block:
+    if across := nv and _is_across(weight, scale):
+        shape = (shape[0], weight.shape[1] * 2, weight.shape[2])
+    elif scale.shape != (*shape[:-1], shape[-1] // block) or shape[-1] % block:
         raise misfit(scale, shape, f"a scale for each {block} weights of a row")
     if not nv:
         kept = {"weight": weight, "scale": replace(scale, dtype="F8_E8M0")}
@@ -162,7 +164,19 @@ def fp4(name: str, parts: Parts, scheme: Scheme) -> Stored:
         raise misfit(whole, shape, "one number for each matrix")
     kept = {"weight": weight, "scale": scale, "global_scale": whole}
     divides = whole.name.endswith("_global_scale")
+    if across and divides:  # compressed-tensors packs along rows
+        raise misfit(scale, shape, f"a scale for each {block} weights of a row")
+    if across:
+        return Stored(name, shape, "F32", kept, Nvfp4Across())
     return Stored(name, shape, "F32", kept, Nvfp4(divides))
+
+
+def _is_across(weight: TensorRef, scale: TensorRef) -> bool:
+    """Whether a stack is [E, in, out], packed along `in`."""
+    if len(weight.shape) != 3 or len(scale.shape) != 3:
+        return False
+    experts, half, n_out = weight.shape
+    return scale.shape == (experts, half * 2 // nvfp4.BLOCK, n_out) and half * 2 % nvfp4.BLOCK == 0
 
 
 def _fp6(name: str, parts: Parts, scheme: Scheme) -> Stored:
@@ -171,7 +185,8 @@ def _fp6(name: str, parts: Parts, scheme: Scheme) -> Stored:
     scheme.check(name, 6, "float", mxfp6.BLOCK)
     if scale.shape[:-1] != weight.shape[:-1]:
         raise misfit(scale, shape, f"a scale for each {mxfp6.BLOCK} weights of a row")
-    return Stored(name, shape, "BF16", {"weight": weight, "scale": replace(scale, dtype="F8_E8M0")}, Mxfp6())
+    kept = {"weight": weight, "scale": replace(scale, dtype="F8_E8M0")}
+    return Stored(name, shape, "BF16", kept, Mxfp6(3 if scheme.numbers == "fp6_e3m2" else 2))
 
 
 def gpt_oss(name: str, parts: Parts) -> Stored:
@@ -191,6 +206,34 @@ def gpt_oss(name: str, parts: Parts) -> Stored:
         "scale": replace(scale, dtype="F8_E8M0"),
     }
     return Stored(name, shape, "BF16", kept, Mxfp4())
+
+
+def quark_int(name: str, parts: Parts, declared: Declared, scheme: Scheme) -> Stored:
+    """Quark's integers of 4 bits in groups: [in, out / 8], and scales turned likewise."""
+    weight, scale = parts["weight"], parts["scale"]
+    if scheme.numbers not in ("int4", "uint4"):
+        said = f"{scheme.source} says {scheme.numbers}" if scheme.numbers else "no Quark config says which"
+        raise disagrees(weight.name, "holds words of several numbers", said)
+    scheme.check(name, 4, "int")
+    if (len(weight.shape), len(scale.shape)) != (2, 2) or -(-scale.shape[1] // 8) != weight.shape[1]:
+        raise misfit(scale, weight.shape, f"[groups, out] for the words [in, out / 8] of {weight.name}")
+    n_in, n_out = weight.shape[0], scale.shape[1]
+    zeros = parts.get("zero_point")
+    if zeros is not None and (zeros.dtype != "I32" or zeros.shape != (scale.shape[0], weight.shape[1])):
+        raise misfit(
+            zeros, (n_out, n_in), f"I32 {[scale.shape[0], weight.shape[1]]}, eight zero points a word"
+        )
+    if zeros is None and scheme.symmetric is False:
+        raise _no_zero_point(name, scheme)
+    ordered = (declared.raw.get("export") or {}).get("pack_method") == "order"
+    codec = Awq(
+        _group(scale, n_in, scheme),
+        bool(scheme.symmetric),
+        reordered=not ordered,
+        signed=scheme.numbers == "int4",
+        name=scheme.numbers,
+    )
+    return Stored(name, (n_out, n_in), "F32", dict(parts), codec)
 
 
 def transposed(name: str, parts: Parts, declared: Declared, scheme: Scheme) -> Stored:

@@ -1,7 +1,8 @@
-"""MXFP6 of compressed-tensors: FP6 codes (e2m3), a power of two for each 32 along `in`.
+"""MXFP6: FP6 codes, a power of two for each 32 along `in`.
 
-`weight_packed` U8 [out, in · 3 / 4]: six bits a code, the lowest first, four codes in three bytes.
-`weight_scale` U8 [out, in / 32], as in MXFP4. Reference: compressed-tensors 0.20 `mxfp6`.
+`weight_packed`, of Quark `weight`, U8 [out, in · 3 / 4]: six bits a code, the lowest first, four codes in
+three bytes. `weight_scale` U8 [out, in / 32], as in MXFP4. Codes of compressed-tensors are e2m3, those of
+Quark e2m3 or e3m2. References: compressed-tensors 0.20 `mxfp6`, amd-quark 0.13 `Pack_fp6`.
 """
 
 from __future__ import annotations
@@ -26,24 +27,28 @@ _GRID = Grid(1, BLOCK)
 class Mxfp6:
     """Parts `weight` U8 [.., out, in · 3 / 4] and `scale` F8_E8M0 [.., out, in / 32].
 
-    BF16, exact: a code has four bits, and bf16 the exponents of all scales; so the product is taken in it.
+    `exponent` is how many bits of a code are for the exponent. BF16, exact: a code has four bits beside its
+    sign and exponent, and bf16 the exponents of all scales; so the product is taken in it.
     """
 
+    exponent: int = 2
     name: str = "mxfp6"
 
     def decode(self, stored: Stored, index: int | None, rows: range | None) -> Tensor:
         """See `Codec`. CheckpointError for a scale that is NaN (byte 255), or a product beyond bf16."""
         assert rows is not None
         words = read_part(stored.parts["weight"], index, rows).view(torch.int32)  # 32 codes are 6 words
-        values = look_up(_numbers(), unpack(words, 6))
+        values = look_up(_numbers(self.exponent), unpack(words, 6))
         scales = _GRID.read(stored.parts["scale"], index, rows).to(torch.bfloat16)
         return finite(stored, scaled(values.view(torch.bfloat16), scales, BLOCK))
 
 
 @cache
-def _numbers() -> Tensor:
-    """The bits of bf16, i16 [64]: eighths to 7/8, then 1 to 15/8 times 1, 2 and 4; then their negatives."""
-    code = torch.arange(32)
-    exponent, eighths = code // 8, code % 8
-    size = torch.where(exponent == 0, eighths, (8 + eighths) * 2.0 ** (exponent - 1)) / 8
+def _numbers(bits: int) -> Tensor:
+    """The bits of bf16, i16 [64], of codes with so many bits of exponent: fractions below the smallest power
+    of two, then that and all above it; then their negatives."""
+    steps, bias = 1 << 5 - bits, (1 << bits - 1) - 1
+    exponent, fraction = torch.arange(32) // steps, torch.arange(32) % steps
+    size = torch.where(exponent == 0, fraction * 2.0, (steps + fraction) * 2.0**exponent)
+    size = size / (steps * 2.0**bias)
     return torch.cat([size, -size]).to(torch.bfloat16).view(torch.int16)

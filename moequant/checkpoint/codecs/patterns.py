@@ -1,4 +1,5 @@
-"""Regular expressions that a config names modules with; none that may take for ever is run."""
+"""Names and regular expressions that a config names modules with; no expression that may take for ever is
+run."""
 
 from __future__ import annotations
 
@@ -9,8 +10,23 @@ from typing import Any
 
 from moequant.errors import CheckpointError
 
+_SERVED = {
+    "wq_a": "fused_wqa_wkv",
+    "wkv": "fused_wqa_wkv",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+}
+"""What vLLM calls the modules of DeepSeek-V4: configs that were adapted to it say so."""
+
 _MOST_REPEATS = 5
 """Of n characters, so many `.*` in a row may take n**5 / 120 steps."""
+
+
+def names_of(module: str) -> tuple[str, ...]:
+    """A module's names, the first its own."""
+    before, dot, last = module.rpartition(".")
+    return (module, f"{before}{dot}{_SERVED[last]}") if last in _SERVED else (module,)
 
 
 def matches(pattern: str, module: str) -> bool:

@@ -3,11 +3,12 @@
 | `dtype` | stored as |
 |---|---|
 | fp4, `scale_format` e8m0 | MXFP4: bytes of two codes, `weight_scale` U8 for 32 weights |
+| fp6_e2m3, fp6_e3m2, `scale_format` e8m0 | MXFP6: four codes in three bytes, scales likewise |
 | fp8_e4m3, fp8_e5m2 | FP8: `weight_scale` for all, a row or a block |
-| int8 | INT8: likewise |
+| int8 | INT8: for all or a row |
+| int4, uint4, in groups | as AWQ: words I32 [in, out / 8], scales [groups, out] |
 
-Integers of fewer bits lie across the words in orders of Quark's own; they are refused, as are weights that
-were quantized twice.
+Other integers are refused, as are weights that were quantized twice.
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ from moequant.errors import CheckpointError
 
 Config = Mapping[str, Any]
 
-_READ = {"fp4": (4, "float"), "fp8_e4m3": (8, "float"), "fp8_e5m2": (8, "float"), "int8": (8, "int")}
+_READ = {
+    "fp4": (4, "float"),
+    "fp6_e2m3": (6, "float"),
+    "fp6_e3m2": (6, "float"),
+    "fp8_e4m3": (8, "float"),
+    "fp8_e5m2": (8, "float"),
+    "int8": (8, "int"),
+    "int4": (4, "int"),
+    "uint4": (4, "int"),
+}
+
+_ALONE = ("per_tensor", "per_channel", "per_block")
+"""What is not in groups."""
 
 
 def check(raw: Config) -> None:
@@ -37,12 +50,13 @@ def check(raw: Config) -> None:
 
 def scheme(
     source: str, layer: Config
-) -> tuple[str, int | None, str | None, tuple[int, int] | None, bool | None]:
+) -> tuple[str, int | None, str | None, tuple[int, int] | None, bool | None, str]:
     """The source, bits, kind, block and symmetry of weights under `layer`, the entry of a config for some
-    modules or for all; None where it says nothing. CheckpointError for numbers that are not read."""
+    modules or for all, and what it calls the numbers; None where it says nothing. CheckpointError for numbers
+    that are not read."""
     weight = layer.get("weight")
     if not weight:
-        return source, None, None, None, None
+        return source, None, None, None, None, ""
     if isinstance(weight, list):
         if len(weight) > 1:
             raise _refused(source, " then ".join(str(one.get("dtype")) for one in weight))
@@ -54,11 +68,20 @@ def scheme(
         "per_group": (1, int(weight.get("group_size") or 0)),
         "per_block": tuple(weight.get("block_size") or (0, 0)),
     }
-    if dtype not in _READ or (dtype == "fp4" and weight.get("scale_format") != "e8m0") or how not in blocks:
+    # Whole numbers in groups Quark turns before it packs them.
+    unread = {"int8": ("per_group",), "int4": _ALONE, "uint4": _ALONE}.get(dtype, ())
+    small = dtype.startswith(("fp4", "fp6"))
+    if (
+        dtype not in _READ
+        or (small and weight.get("scale_format") != "e8m0")
+        or how not in blocks
+        or how in unread
+    ):
         raise _refused(source, f"{dtype} {how}, scale_format {weight.get('scale_format')}")
     bits, kind = _READ[dtype]
     rows, columns = blocks[how]
-    return source, bits, kind, (int(rows), int(columns)), weight.get("symmetric") is not False
+    symmetric = weight.get("symmetric") is not False
+    return source, bits, kind, (int(rows), int(columns)), symmetric, dtype
 
 
 def _named(raw: Config, key: str) -> list[tuple[str, Any]]:
@@ -67,6 +90,6 @@ def _named(raw: Config, key: str) -> list[tuple[str, Any]]:
 
 def _refused(source: str, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{source}: weights are {what}, expected fp4 with scales of e8m0, fp8_e4m3 or int8; give the "
-        "unquantized checkpoint"
+        f"{source}: weights are {what}, expected fp4 or fp6 with scales of e8m0, fp8, int8 for rows, or int4 "
+        "in groups; give the unquantized checkpoint"
     )

@@ -117,7 +117,8 @@ def _group(name: str, ref: TensorRef, refs: Refs) -> tuple[str, dict[str, Tensor
         wanted = {"weight": "qweight", "zero_point": "qzeros", "scale": "scales", "g_idx": "g_idx"}
         return module + "weight", {k: refs[module + v] for k, v in wanted.items() if module + v in refs}
     packed = name.endswith("_packed") and ref.dtype in ("I32", "U8")
-    if not packed and (ref.dtype not in _LOW_BIT or _PART.search(name)):
+    words = ref.dtype == "I32" and name.endswith(".weight") and f"{name}_scale" in refs  # Quark's
+    if not packed and not words and (ref.dtype not in _LOW_BIT or _PART.search(name)):
         return None
     logical = name.removesuffix("_packed") if packed else name
     beside = {key: [logical + ending for ending in endings] for key, endings in _BESIDE.items()}
@@ -155,6 +156,8 @@ def _stored(logical: str, parts: dict[str, TensorRef], declared: Declared) -> St
     if weight.name.endswith(".qweight"):
         return forms.transposed(logical, parts, declared, scheme)
     if weight.dtype == "I32":
+        if weight.name == logical:
+            return forms.quark_int(logical, parts, declared, scheme)
         return forms.packed_int(logical, parts, scheme)
     if weight.dtype == "U8":
         return forms.fp4(logical, parts, scheme)

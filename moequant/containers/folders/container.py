@@ -17,7 +17,7 @@ from moequant.containers.folders.plan import BITS_OF, FolderSettings, scheme_pla
 from moequant.containers.folders.read import FolderWeights
 from moequant.errors import FamilyError, PlanError
 from moequant.families.base import PREDICTION
-from moequant.values import Calibration, Packed, Plan
+from moequant.values import Calibration, Packed, Plan, Role
 
 
 class FolderContainer:
@@ -86,8 +86,8 @@ class FolderContainer:
 def as_released(checkpoint: Checkpoint, settings: FolderSettings) -> FolderSettings:
     """The settings with the layout that a family is released in, where loaders take no other.
 
-    FamilyError for another scheme of it, and for a layout that nobody loads; PlanError for attention, which
-    they read as it is.
+    FamilyError for another scheme of it, for a layout that nobody loads, and where what is copied has not the
+    names of the release; PlanError for attention, which they read as it is.
     """
     if checkpoint.encodes and settings.layout in BITS_OF:
         raise FamilyError(
@@ -101,6 +101,12 @@ def as_released(checkpoint: Checkpoint, settings: FolderSettings) -> FolderSetti
         raise FamilyError(
             f"{mxfp4.FAMILY}: checkpoints have no name for a single expert, and loaders take all of them as "
             "they are released; --scheme MXFP4A16 writes that, or write GGUF instead"
+        )
+    biases = (weight for weight in checkpoint.weights if weight.role is Role.BIAS)
+    if split := next((weight for weight in biases if len(weight.origin.stored) > 1), None):
+        raise FamilyError(
+            f"{mxfp4.FAMILY}: {split.origin.stored[0].name}: experts are stored one by one, and loaders take "
+            "all of them as they are released; write GGUF instead, or give the release"
         )
     if settings.quantize_attention:
         raise PlanError(

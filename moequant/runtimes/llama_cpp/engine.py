@@ -67,7 +67,7 @@ class _ContextParams(C.Structure):
     )
 
 
-class _Batch(C.Structure):
+class Batch(C.Structure):
     """Null `pos` and `seq_id` mean: append to sequence 0."""
 
     _fields_ = (
@@ -106,7 +106,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "llama_set_n_threads": (None, C.c_void_p, C.c_int32, C.c_int32),
     "llama_get_memory": (C.c_void_p, C.c_void_p),
     "llama_memory_clear": (None, C.c_void_p, C.c_bool),
-    "llama_decode": (C.c_int32, C.c_void_p, _Batch),
+    "llama_decode": (C.c_int32, C.c_void_p, Batch),
     "llama_get_logits": (C.POINTER(C.c_float), C.c_void_p),
 }  # fmt: skip
 
@@ -115,7 +115,7 @@ class Library:
     """The loaded shared object with typed functions and the last lines it logged."""
 
     def __init__(self, path: Path) -> None:
-        self._dll = C.CDLL(str(path))
+        self.path, self._dll = path, C.CDLL(str(path))
         for name, (result, *arguments) in _SIGNATURES.items():
             function = getattr(self._dll, name)
             function.restype, function.argtypes = result, arguments
@@ -320,7 +320,7 @@ class Llama:
             raise LlamaError(f"token ids must lie in 0…{self.n_vocab - 1} and be at least one")
         wanted = np.full(len(tokens), every, np.int8)
         wanted[-1] = 1
-        batch = _Batch(n_tokens=len(tokens), token=tokens.ctypes.data, logits=wanted.ctypes.data)
+        batch = Batch(n_tokens=len(tokens), token=tokens.ctypes.data, logits=wanted.ctypes.data)
         status = self._lib.llama_decode(self._context, batch)
         if status != 0:
             raise LlamaError(f"llama_decode returned {status} ({self._lib.log()})")

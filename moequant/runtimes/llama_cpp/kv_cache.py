@@ -46,7 +46,6 @@ _RECURRENT = re.compile(r"blk\.\d+\.(ssm_|shortconv)")
 UNMODELLED = frozenset(
     {
         "minimax-01",
-        "qwen4exp",
         "kimi-k3",
         "dots3note",
     }
@@ -57,6 +56,10 @@ UNMODELLED = frozenset(
 COMPRESSED = "deepseek4"
 """The architecture that keeps a window of keys, which are the values too, and entries of several older
 tokens each."""
+
+BLOCKS = "qwen4exp"
+"""The architecture whose indexer scores blocks of tokens, and whose layer with a table keeps what it
+convolved."""
 
 _ENTRIES = 3.2
 """Bytes for each token of a batch and of the context while those entries are chosen: masks and scores."""
@@ -79,6 +82,14 @@ _CHOSEN = 16
 _BY_HEAD = (6, 8)
 """Of an indexer that chooses for each head of keys: what `_SCORED` is without heads, and what each adds, of
 one sequence at a time."""
+
+
+_BY_BLOCK = (5, 30)
+"""Of an indexer that scores blocks of tokens: what `_SCORED` is for large ones, and what is added where they
+are small, divided by the square of their size. Read off llama.cpp's figures for blocks of 2 to 64."""
+
+_BLOCKS = 64
+"""llama.cpp rounds the number of blocks up to a multiple of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +131,7 @@ def kv_bytes(header: Header, load: Load) -> tuple[int, ...]:
         if layer >= layers - header.count("nextn_predict_layers"):
             found.append(0)  # made for drafting alone
         elif layer in recurrent:
-            found.append(_state_bytes(header, layer) * load.parallel)
+            found.append((_state_bytes(header, layer) + _looked_up(header, layer)) * load.parallel)
         elif header.arch == COMPRESSED:
             found.append(_compressed_bytes(header, layer, load) * load.parallel)
         elif layer < own:
@@ -178,17 +189,28 @@ def _indexed_bytes(header: Header, load: Load, widest: int) -> int:
     """
     width, hidden, cells = 4 * UBATCH, header.count("embedding_length"), load.cells
     queries = width * header.count("attention.indexer.head_count") * _indexer(header)
-    chosen, scored = _CHOSEN * min(cells, header.count("attention.indexer.top_k")), float(_SCORED)
-    pool = header.count("attention.indexer.kpool")
+    pool, most = _pool(header), header.count("attention.indexer.top_k")
+    chosen, scored = _CHOSEN * min(cells, most), float(_SCORED)
     if header.arch == "minimax-m3":
         alone, head = _BY_HEAD
         chosen, scored = 0, alone + head * header.largest("attention.head_count_kv") / load.parallel
+    elif header.arch == BLOCKS:
+        alone, few = _BY_BLOCK
+        blocks = -(-(cells // pool + 1) // _BLOCKS) * _BLOCKS
+        chosen, scored = _CHOSEN * min(pool * blocks, most), alone + few / pool**2
     elif pool:
         scored = _BY_HEAD[0] + 3 / pool
     first = 2 * queries + 8 * width * hidden + 4 * cells * UBATCH
     then = int(scored * cells * UBATCH) + max(queries, widest)
     streams = int(_STREAMS * width * hidden) if pool or header.count("hyper_connection.count") else 0
     return max(first, then) + chosen * UBATCH + streams + 8 * cells * load.parallel + _SMALL
+
+
+def _pool(header: Header) -> int:
+    """Tokens that an indexer scores as one; 0 where it scores each."""
+    if header.arch == BLOCKS:
+        return header.largest("attention.compress_ratios")
+    return header.count("attention.indexer.kpool")
 
 
 def host_compute_bytes(header: Header, load: Load) -> int:
@@ -239,6 +261,8 @@ def _indexer_rows(header: Header, layer: int, values: int) -> tuple[int, ...]:
     if isinstance(own, tuple) and not own[layer]:
         return ()
     match header.arch:
+        case "qwen4exp":  # keys, and one more row of which blocks of tokens are made
+            return (2 * size,)
         case "glm5-next":  # keys, and two more rows of which pools of tokens are made
             return (3 * size,)
         case "minimax-m3":  # one head, with values as the layer's own have them; none in front
@@ -286,6 +310,16 @@ def _state_bytes(header: Header, layer: int) -> int:
     inner, state = header.count("ssm.inner_size"), header.count("ssm.state_size")
     groups = header.count("ssm.group_count")
     return 4 * (max(kernel - 1, 0) * (inner + 2 * groups * state) + state * inner)
+
+
+def _looked_up(header: Header, layer: int) -> int:
+    """What a layer that looks tokens up in a table keeps of one sequence: inputs of a convolution over every
+    n-th token, of all streams, f32."""
+    layers = header.get("ple.layers")
+    if header.arch != BLOCKS or not isinstance(layers, tuple) or layer not in layers:
+        return 0
+    wide = header.count("hyper_connection.count") * header.count("embedding_length")
+    return 4 * (header.count("ple.conv_kernel") - 1) * header.count("ple.ngram_size") * wide
 
 
 def _window(header: Header) -> int:

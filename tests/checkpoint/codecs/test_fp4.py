@@ -77,6 +77,24 @@ def test_two_codes_to_a_byte(tmp_path: Path, scale_name: str, dtype: torch.dtype
     assert torch.equal(unblocked(repack(stored, "MXFP4", None, range(9)), "MXFP4").double(), expected)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_nvfp4_of_stacks_that_are_turned(tmp_path: Path, alone: bool) -> None:
+    """ModelOpt's Llama 4 and gpt-oss: packed along the inputs, and stored [E, in, out] all the same."""
+    packed, scale = some_bytes(3, 24, 48), e4m3(3, 24, 6)  # [E, out, in / 2]
+    whole = torch.tensor(0.37) if alone else torch.tensor([0.37, 1.5, 2e-3])
+    name = "m.feed_forward.experts.gate_up_proj"
+    tensors = {
+        name: packed.mT,
+        f"{name}_weight_scale": scale.view(torch.uint8).mT.contiguous().view(torch.float8_e4m3fn),
+        f"{name}_weight_scale_2": whole,
+        f"{name}_input_scale": torch.tensor(1.0),
+    }
+    stored = one(tmp_path, tensors, {"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    expected = by_hand(packed, scale.float(), 16).mT * whole.double().reshape(-1, 1, 1)
+    assert (stored.name, stored.shape, as_shipped(stored)) == (name, (3, 96, 24), None)
+    assert torch.allclose(read(stored).double(), expected, rtol=1e-6, atol=0)
+
+
 def scheme(group: int, strategy: str, **more: object) -> QuantizationScheme:
     args = QuantizationArgs(num_bits=4, type="float", strategy=strategy, group_size=group, **more)
     return QuantizationScheme(targets=["Linear"], weights=args)

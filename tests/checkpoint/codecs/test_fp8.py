@@ -108,6 +108,14 @@ def test_a_stack_as_modelopt_names_its_parts(tmp_path: Path) -> None:
     assert torch.equal(read(stored), (weight.double() * scales(1)[0].double()).float())
 
 
+def test_a_stack_turned_with_a_scale_for_each_output(tmp_path: Path) -> None:
+    """ModelOpt's FP8_PER_CHANNEL_PER_TOKEN of Llama 4: [E, in, out] with scales [E, out]."""
+    weight, scale, name = codes(3, 160, 136), scales(3, 136), "m.feed_forward.experts.down_proj"
+    config = {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
+    stored = one(tmp_path, {name: weight, f"{name}_weight_scale": scale}, config)
+    assert torch.equal(read(stored), (weight.double() * scale.double()[:, None]).float())
+
+
 def test_mistral_and_what_scales_activations(tmp_path: Path) -> None:
     tensors = {
         "layers.0.wo.weight": codes(40, 24),

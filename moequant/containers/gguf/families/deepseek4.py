@@ -89,7 +89,14 @@ def complaints(config: Config) -> Iterator[str]:
     yield from only(config, ARCH, "mlp_bias", False)
     yield from only(config, ARCH, "num_key_value_heads", 1)
     yield from only(config, ARCH, "hc_mult", 4)
+    if config.num_attention_heads % config.o_groups:
+        yield (
+            f"config key o_groups = {config.o_groups}: llama.cpp's {ARCH!r} needs a number that divides "
+            f"num_attention_heads = {config.num_attention_heads}"
+        )
     yield from only(config, ARCH, "compress_rates", {kind: RATIOS[kind] for kind in (SPARSE, HEAVY)})
+    if SPARSE not in config.layer_types:
+        yield f"config key layer_types: llama.cpp's {ARCH!r} crashes on a model without a {SPARSE!r} layer"
     if "moe" in config.mlp_layer_types[: _tables(config)]:
         yield f"config key mlp_layer_types: llama.cpp's {ARCH!r} has tables only before the other layers"
     if config.swiglu_limit <= 0:
