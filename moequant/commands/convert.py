@@ -413,10 +413,12 @@ def _served(each: Finished) -> Rounded | None:
 def _of_inputs(job: Job, known: Known, measured: bool) -> tuple[str, ...]:
     """What a person should know of how inputs are rounded, and of the numbers that scale them."""
     found = ["scored with inputs rounded as vLLM rounds them"] if measured and job.rounds_inputs else []
+    told = list[str | None]()
     if job.scales_inputs:
-        told = inputs.note(job.container.checkpoint, job.plan, known.calibration)
-        found += [] if told is None else [told]
-    return tuple(found)
+        told.append(inputs.note(job.container.checkpoint, job.plan, known.calibration))
+    if isinstance(job.container, FolderContainer):
+        told.append(inputs.elsewhere(job.plan, job.container.settings.layout))
+    return (*found, *(each for each in told if each is not None))
 
 
 def _report(finished: Finished, known: Known, found: Measured | None, meter: Meter) -> Report:

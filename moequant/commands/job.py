@@ -14,11 +14,12 @@ from moequant.commands.settings import Settings
 from moequant.containers.base import Container
 from moequant.containers.folders import inputs
 from moequant.containers.folders.container import FolderContainer
+from moequant.containers.folders.plan import KEPT
 from moequant.containers.folders.schemes import find
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.presets import facts
 from moequant.containers.opened import open_model
-from moequant.errors import VerifyError
+from moequant.errors import PlanError, VerifyError
 from moequant.files import part_names
 from moequant.hub import Source
 from moequant.hub.fetch import headers
@@ -199,8 +200,17 @@ def _schemes(
         return folder.plan
     menu = FolderMenu.of(folder.checkpoint, folder.settings)
     if settings.plan is not None:
-        return plan.read(settings.plan, folder.checkpoint.weights, made=menu.given)
-    return budget_plan(menu, settings.budget, folder.size, sensitivities)
+        made = plan.read(settings.plan, folder.checkpoint.weights, made=menu.given)
+        asked = f"{settings.plan}"
+    else:
+        made = budget_plan(menu, settings.budget, folder.size, sensitivities)
+        asked = f"--size {settings.size}"
+    if all(choice.format in KEPT for choice in made.choices):
+        raise PlanError(
+            f"{asked}: nothing would be quantized; the weights as they are take {folder.size(made):,} bytes, "
+            "ask for less"
+        )
+    return made
 
 
 def _chosen(file: GgufContainer, settings: Settings, sensitivities: plan.Sensitivities | None = None) -> Plan:

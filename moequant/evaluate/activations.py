@@ -72,16 +72,31 @@ def fixed(inputs: Tensor, scale: float) -> Tensor:
 
 
 def nvfp4(inputs: Tensor, divisor: float) -> Tensor:
-    """NVFP4 and back: [..., n], an e4m3 scale for each 16 channels, which `divisor` divides.
-
-    Codes are the nearest of e2m1; of two that are as near, the even one.
-    """
+    """NVFP4 and back: [..., n], an e4m3 scale for each 16 channels, which `divisor` divides."""
     blocks = inputs.reshape(*inputs.shape[:-1], -1, 16)
     reach = (blocks.abs().amax(-1, keepdim=True) * (divisor / 6)).clamp_max(448.0)
     scale = reach.to(torch.float8_e4m3fn).to(inputs.dtype) / divisor
+    return _e2m1(blocks, scale).view_as(inputs)
+
+
+def mxfp4(inputs: Tensor) -> Tensor:
+    """MXFP4 and back: [..., n], a power of two for each 32 channels.
+
+    It puts the largest below 8, from 7 on a power higher; what is then beyond 6 is cut off. So does vLLM's
+    kernel (`cvt_warp_fp16_to_fp4` in csrc, read), and compressed-tensors.
+    """
+    blocks = inputs.reshape(*inputs.shape[:-1], -1, 32)
+    reach = blocks.abs().amax(-1, keepdim=True).frexp()
+    exponent = reach.exponent - 3 + (reach.mantissa >= 0.875)
+    scale = torch.ldexp(torch.ones_like(reach.mantissa), exponent.clamp(-126, 127))
+    return _e2m1(blocks, scale).view_as(inputs)
+
+
+def _e2m1(blocks: Tensor, scale: Tensor) -> Tensor:
+    """The nearest of e2m1 times the scale; of two that are as near, the even one."""
     size = (blocks.abs() * torch.where(scale > 0, 1 / scale, 0.0)).clamp_max(6.0)
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return ((size / step).round() * step * scale).copysign(blocks).view_as(inputs)
+    return ((size / step).round() * step * scale).copysign(blocks)
 
 
 @cache
@@ -104,6 +119,8 @@ def _as_told(told: Inputs) -> Rounding | None:
         case "NVFP4":
             assert told.number is not None
             return partial(nvfp4, divisor=told.number)
+        case "MXFP4":
+            return mxfp4
         case _ if told.group < 0:
             assert told.number is not None
             return partial(fixed, scale=told.number)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moequant.checkpoint import Checkpoint, Folder, load, open_checkpoint
 from moequant.checkpoint.codecs.declared import read_config
-from moequant.checkpoint.codecs.inputs import Inputs
+from moequant.checkpoint.codecs.inputs import Inputs, cache_of
 from moequant.checkpoint.open import quantization_of
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.read import GgufFile, read_header
@@ -61,7 +61,8 @@ class Source:
     """A version of a model: where and what it is, its bytes, the type of every weight.
 
     `provider` loads its weights; None when another engine runs it. `inputs` are what becomes of the inputs of
-    every weight of a quantized folder, None where that follows from types, or nobody asked.
+    every weight of a quantized folder, None where that follows from types, or nobody asked. `cache` is what
+    its config says that keys and values are kept as; they are compared as they are.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Source:
     bytes: int
     types: Mapping[str, str]
     inputs: Mapping[str, Inputs] | None = None
+    cache: str = ""
 
     @property
     def name(self) -> str:
@@ -165,7 +167,7 @@ def _folder(path: Path, kind: str, checkpoint: Checkpoint, exact: bool) -> Sourc
         else None
     )
     provider: Provider = lambda weight: load(theirs[weight.name].like(weight))  # noqa: E731
-    return Source(path, kind, provider, other.source_bytes, types, inputs)
+    return Source(path, kind, provider, other.source_bytes, types, inputs, cache_of(declared))
 
 
 def same_model(other: Checkpoint, checkpoint: Checkpoint) -> None:

@@ -7,6 +7,10 @@ Files hold such a scale once; here every block has a copy.
 
 Codes have 4 significant bits whatever their size, so that a scale decides two things only: where in
 their octave the weights fall, and whether the largest is cut off. It is chosen by measured error.
+
+Scales of squares are powers of two. On GPUs with DeepGEMM (compute capability 9.0, 10.x and 12.x) vLLM 0.32
+rounds such weights a second time, to scales that are (`requant_weight_ue8m0_inplace`, read): then it finds
+nothing to round.
 """
 
 from __future__ import annotations
@@ -143,6 +147,19 @@ def _search(
     return best[1]
 
 
+def _power(x: Tensor, w: Tensor, effort: Effort, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """The better of two powers of two for each row x, w [n, k] -> f32 [n]: the one that reaches the largest
+    weight, or half of it, which cuts off."""
+    reach = (x.abs().amax(-1) / TOP).frexp()
+    # A power of two is its own: its mantissa is 0.5.
+    exponent = reach.exponent - (reach.mantissa == 0.5).int()
+    whole = storable(torch.ldexp((reach.mantissa > 0).float(), exponent), dtypes)
+    if effort == "fast":
+        return whole
+    half = storable(whole / 2, dtypes)
+    return better((_error(x, w, whole), whole), (_error(x, w, half), half))[1]
+
+
 def _error(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
     """Weighted squared error of each row [n, k] under its scale [n]."""
     off = x - scale[:, None] * snap(x * inverse(scale)[:, None])
@@ -155,7 +172,7 @@ def _squares(x: Tensor, w: Tensor, effort: Effort, dtypes: tuple[torch.dtype, ..
     padded = torch.nn.functional.pad(x, (0, 0, 0, rows * SIDE - len(x)))
     squares = padded.view(rows, SIDE, across, SIDE).transpose(1, 2).reshape(rows * across, -1)
     weights = w.view(1, across, 1, SIDE).expand(rows, across, SIDE, SIDE).reshape(rows * across, -1)
-    found = _search(squares, weights, effort, dtypes)
+    found = _power(squares, weights, effort, dtypes)
     return found.view(rows, across).repeat_interleave(SIDE, 0)[: len(x)]
 
 

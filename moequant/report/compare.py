@@ -57,6 +57,13 @@ def compare_tables(found: Compared) -> RenderableType:
             for source in (found.base, *found.candidates)
             if source.inputs is not None and (told := _activations(found, source)) not in ("exact", KEPT)
         ),
+        *(
+            line(
+                f"{source.name}: keys and values as they are; vLLM keeps them in {source.cache} (its config)"
+            )
+            for source in (found.base, *found.candidates)
+            if source.cache
+        ),
         line(
             f"{found.tokens:,} tokens read, {scored:,} scored of: {found.source}; {found.engine}{rounded}\n"
         ),
@@ -251,6 +258,7 @@ def _source(found: Compared, source: Source) -> dict[str, Any]:
         "kind": source.kind,
         "bytes": source.bytes,
         "activations": _activations(found, source),
+        "cache_not_computed": source.cache,
         "types": dict(source.types),
     }
 

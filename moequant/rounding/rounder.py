@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from moequant import formats
+from moequant.checkpoint import not_finite
+from moequant.errors import CheckpointError, FormatError
 from moequant.formats import Effort, Format, engine
 from moequant.progress import advance
 from moequant.rounding.feedback import ROWS_AT_ONCE, Options, Rounded, round_to_hessian, usable
@@ -89,7 +91,26 @@ class Rounder:
         experts: range | None = None,
     ) -> list[Result]:
         """Weights that share their inputs, or these experts of them: each of `values` [E, out, in] towards
-        its target under shrunk Hessians [E, in, in], judged under those of `grams`."""
+        its target under shrunk Hessians [E, in, in], judged under those of `grams`.
+
+        CheckpointError names the tensor that holds what is no number, or more than the format can.
+        """
+        try:
+            return self._round(weights, values, hessian, grams, experts)
+        except FormatError as error:
+            some = [each if experts is None else each.of(experts) for each in weights]
+            broken = (not_finite(part, values(each)) for part, each in zip(some, weights, strict=True))
+            told = next((found for found in broken if found), f"{weights[0].name}: {error}")
+            raise CheckpointError(told) from error
+
+    def _round(
+        self,
+        weights: Sequence[Weight],
+        values: Callable[[Weight], Tensor],
+        hessian: Tensor,
+        grams: Grams,
+        experts: range | None,
+    ) -> list[Result]:
         shared, found = self._shared(weights, values, grams), dict[str, Result]()
         for alike in self._alike(weights, grams):
             first = alike[0]

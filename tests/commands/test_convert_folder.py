@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +20,7 @@ from moequant.commands.compare import run as compare
 from moequant.commands.convert import Settings, convert
 from moequant.containers.folders import awq, compressed_tensors, gptq
 from moequant.containers.folders.plan import storage
+from moequant.errors import CheckpointError, PlanError
 from moequant.evaluate import score_row
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
@@ -190,3 +193,29 @@ def test_fallbacks_are_counted_and_shown(tmp_path: Path, text: Path) -> None:
     reasons = {loss.weight: loss.fallbacks for loss in report.losses if loss.fallbacks}
     assert reasons == {"layers.0.experts.down": ("no input was seen",) * 8}
     assert "rounded by the plain search, 8 times: no input was seen" in report.summary()
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "FP8"])
+def test_an_expert_with_nan_is_named(tiny, tmp_path: Path, text: Path, scheme: str) -> None:
+    """In the last layer, whose outputs no statistics see. The file's tensor is named, and nothing is left."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny("qwen3_moe", moe_intermediate_size=128), model)
+    name = "model.layers.1.mlp.experts.5.down_proj.weight"
+
+    values = load_file(model / "model.safetensors")[name]
+    values[3, 5] = torch.nan
+    rewrite(model, {name: values})
+    settings = Settings(calib=text, calib_tokens=1024, eval_tokens=0, self_check=False)
+    with pytest.raises(CheckpointError, match="1 of 32768 values are NaN") as error:
+        convert(model, out, replace(settings, format="safetensors", scheme=scheme))
+    assert name in str(error.value) and "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_size_that_keeps_everything_is_refused(tiny, tmp_path: Path, text: Path) -> None:
+    settings = Settings(calib=text, calib_tokens=1024, eval_tokens=0, format="safetensors", size="1T")
+    with pytest.raises(
+        PlanError, match="--size 1T: nothing would be quantized; the weights as they are take"
+    ):
+        convert(tiny("qwen3_moe"), tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()

@@ -13,7 +13,8 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
 
 from moequant.checkpoint import open_checkpoint
-from moequant.checkpoint.codecs.inputs import Inputs, of_group
+from moequant.checkpoint.codecs.declared import read_config
+from moequant.checkpoint.codecs.inputs import Inputs, inputs_of, of_group
 from moequant.containers.folders.schemes import PRESETS
 from moequant.evaluate.activations import Rounded, dynamic, rounding
 from moequant.evaluate.open_source import open_source
@@ -30,9 +31,13 @@ TOLD = {
 
 @pytest.mark.parametrize("scheme", PRESETS)
 def test_a_scheme_says_what_becomes_of_its_inputs(scheme: str) -> None:
-    told = of_group(json.loads(json.dumps(PRESETS[scheme].config(["Linear"])))["input_activations"])
+    group = json.loads(json.dumps(PRESETS[scheme].config(["Linear"])))
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    told = inputs_of(read_config(config), "a.q_proj.weight")
     assert bool(told.endings) == PRESETS[scheme].scales_inputs
-    assert told == TOLD.get(scheme, Inputs())
+    assert replace(told, elsewhere="") == TOLD.get(scheme, Inputs())
+    # vLLM leaves inputs alone only where its GPU has no kernel for MXFP4.
+    assert ("MXFP4" in told.elsewhere) == (scheme == "MXFP4A16")
 
 
 @pytest.mark.parametrize(
@@ -42,11 +47,8 @@ def test_presets_of_other_tools_are_known_or_said_not_to_be(preset: str) -> None
     args = preset_name_to_scheme(preset, ["Linear"]).input_activations
     assert args is not None
     told = of_group(args.model_dump(mode="json"))
-    assert told.untold == (
-        "float of 4 bits, group, dynamic: True, which no runtime is known for" if preset == "MXFP4" else ""
-    )
-    assert bool(told.numbers) == (preset != "MXFP4")
-    assert told.power == (preset == "MXFP8")
+    assert told.numbers and not told.untold
+    assert told.power == preset.startswith("MX")
 
 
 @pytest.mark.parametrize("told", [TOLD["FP8_DYNAMIC"], TOLD["FP8_BLOCK"], TOLD["W8A8"]])
@@ -88,6 +90,27 @@ def test_nvfp4_is_that_of_compressed_tensors(number: float) -> None:
     ours = rounding(told)(x)
     assert torch.equal(ours, theirs)
     assert torch.equal(rounding(told)(ours[None])[0], rounding(told)(ours))
+
+
+def test_mxfp4_is_that_of_compressed_tensors() -> None:
+    """Also where the largest lies just at a power of two, or where the next one begins; zeros and ties."""
+    args = preset_name_to_scheme("MXFP4", ["Linear"]).input_activations
+    assert args is not None
+    told = of_group(args.model_dump(mode="json"))
+    assert told == Inputs("MXFP4", 32, power=True)
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(0))
+    x[0], x[1, ::3], x[2], x[3] = 0, 0, x[2] * 1e4, x[3] * 1e-6
+    ties = [6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -0.75, -2.5, -5, 0, 1, 2, 3]
+    x[4] = torch.tensor(ties).repeat(16)
+    edges = torch.tensor([4.0, 6.99, 7.0, 7.01, 8.0, 3.5, 3.499, 1.0])
+    x[5] = (torch.rand(8, 32, generator=torch.Generator().manual_seed(1)) * edges[:, None]).flatten()
+    x[5, ::32] = edges
+    blocks = x.view(40, -1, 32)
+    scale, zero = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args)
+    theirs = fake_quantize(x, scale, zero, args)
+    ours = rounding(told)(x)
+    assert torch.equal(ours, theirs)
+    assert ours.abs().amax() > 0 and not ours[0].any()
 
 
 def test_fp8_under_one_scale_is_that_of_compressed_tensors() -> None:

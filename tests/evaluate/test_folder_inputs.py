@@ -114,7 +114,7 @@ CASES: dict[str, tuple[Callable[[str, Tensor], dict[str, Tensor]], dict, Round, 
         released.whole("input_scale", "weight_scale_inv"),
         {"quant_method": "fp8", "activation_scheme": "dynamic"},
         by_group(10**6),
-        "FP8, a scale a token",
+        "FP8, a scale a token (vLLM's experts: a scale for all tokens of a batch)",
     ),
     "ModelOpt FP8": (
         released.whole("input_scale"),
@@ -227,11 +227,17 @@ def test_a_release_is_scored_with_its_inputs_rounded(tiny, tmp_path: Path, case:
 
 def test_what_a_config_does_not_say_is_said(tiny, tmp_path: Path, text: Path) -> None:
     form, config, _, words = CASES["not said"]
-    release(tiny("mixtral"), tmp_path / "release", form, config)
+    cache = {"kv_cache_scheme": {"type": "float", "num_bits": 8, "dynamic": False}}
+    release(tiny("mixtral"), tmp_path / "release", form, config | cache)
     settings = CompareSettings(text, 1024, resources=SMALL)
     found = run(tiny("mixtral"), [tmp_path / "release"], settings)
     assert compare_value(found)["candidates"][0]["activations"] == words
     assert f"release: inputs {words}" in shown(compare_tables(found))
+    assert compare_value(found)["candidates"][0]["cache_not_computed"] == "float of 8 bits"
+    assert not compare_value(found)["baseline"]["cache_not_computed"]
+    assert "release: keys and values as they are; vLLM keeps them in float of 8 bits" in shown(
+        compare_tables(found)
+    )
     exact = run(tiny("mixtral"), [tmp_path / "release"], replace(settings, exact=True))
     assert compare_value(exact)["candidates"][0]["activations"] == "exact"
     assert "inputs" not in shown(compare_tables(exact))
@@ -241,6 +247,9 @@ def shown(tables: RenderableType) -> str:
     out = io.StringIO()
     Console(file=out, width=300).print(tables)
     return out.getvalue()
+
+
+WHOLE = Inputs("FP8", 0, elsewhere="vLLM's experts: a scale for all tokens of a batch")
 
 
 def ct(dynamic: bool, **told: object) -> dict[str, Any]:
@@ -270,11 +279,13 @@ def ct(dynamic: bool, **told: object) -> dict[str, Any]:
         ({"quant_method": "mxfp4"}, Inputs()),
         ({"quant_method": "gptq", "bits": 4, "group_size": 32}, Inputs()),
         ({"quant_method": "auto-round", "bits": 4, "group_size": 32, "act_bits": 8}, "act_bits 8"),
-        ({"qformat_weight": "fp8_e4m3", "qscheme_act": "NO_SCALES"}, Inputs("FP8", 0)),
+        ({"qformat_weight": "fp8_e4m3", "qscheme_act": "NO_SCALES"}, WHOLE),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, WHOLE),
         ({"qformat_weight": "fp8_e4m3", "qscheme_act": "X"}, "activation_scheme is missing"),
         ({"quant_method": "fp8", "activation_scheme": "other"}, "activation_scheme is other"),
         (DEEPSEEK | {"weight_block_size": [128, -1]}, "weight_block_size is [128, -1]"),
         (ct(True, strategy="group", group_size=64), Inputs("FP8", 64)),
+        (ct(True, strategy="token", type="int", symmetric=False), "int of 8 bits with zero points"),
         (ct(True, strategy="group", group_size=-1), "float of 8 bits, group, dynamic: True, which"),
         (ct(True, strategy="tensor"), "float of 8 bits, tensor, dynamic: True, which no runtime"),
         (ct(False, strategy="channel"), "float of 8 bits, channel, dynamic: False, which no runtime"),

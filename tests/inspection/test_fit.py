@@ -134,10 +134,35 @@ def test_memory_of_indexers_is_what_llama_cpp_reserves(file, family: str) -> Non
         close_to_llama_cpp(file(family), load, INDEXED[family], lines=4)
 
 
-@pytest.mark.parametrize("ctx", [512, 4096, 131072])
-def test_memory_of_an_indexer_of_pools_is_what_llama_cpp_reserves(file, ctx: int) -> None:
-    """Of one sequence: with several, states add what is not described."""
-    close_to_llama_cpp(file("glm5_next"), Load(ctx), slack=0.52, lines=4)
+def test_memory_of_an_indexer_of_pools_is_what_llama_cpp_reserves(file) -> None:
+    """Several sequences are looked through together: at 8 of 8,192 tokens that is most of it."""
+    for load in (Load(512), Load(4096), Load(131072), Load(1000, 3), Load(512, 64), Load(8192, 8)):
+        close_to_llama_cpp(file("glm5_next"), load, slack=0.52, lines=4)
+
+
+@pytest.mark.parametrize(
+    ("family", "wide"),
+    [
+        ("jamba", {}),
+        ("jamba", {"mamba_d_state": 128}),
+        ("granitemoehybrid", {}),
+        ("nemotron_h", {"mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8}),
+        (
+            "qwen3_next",
+            {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_value_heads": 8},
+        ),
+        ("bailing_hybrid", {"head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 8}),
+        ("lfm2_moe", {}),
+        ("qwen3_vl_moe", {}),
+        ("llama4", {}),
+    ],
+)
+def test_memory_of_states_is_what_llama_cpp_reserves(tiny, file, family: str, wide: dict) -> None:
+    """What layers with states work on, and the states of all sequences: most of it with many. Pictures and
+    weighted inputs are more hidden states."""
+    path = file(tiny(family, **wide))
+    for load in (Load(512), Load(1000, 3), Load(4096), Load(512, 8), Load(512, 32)):
+        close_to_llama_cpp(path, load, slack=0.35, lines=4)
 
 
 @pytest.mark.parametrize("size", [2, 4, 16])

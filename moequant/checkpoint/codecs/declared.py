@@ -131,7 +131,8 @@ class Declared:
             return self._of_numbers(tensor, module)
         block, kind = self.raw.get("weight_block_size"), "float" if self.method else None
         if not block:
-            return Scheme(f"quant_method {self.method}" if kind else "", kind=kind)
+            whole = (0, 0) if self.method == "fp8" and "qformat_weight" not in self.raw else None
+            return Scheme(f"quant_method {self.method}" if kind else "", kind=kind, block=whole)
         return Scheme("weight_block_size", kind=kind, block=(int(block[0]), int(block[1])))
 
     def group(self, tensor: str) -> tuple[str, Config] | None:

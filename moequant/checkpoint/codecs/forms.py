@@ -37,6 +37,13 @@ def eight_bit(name: str, parts: Parts, scheme: Scheme) -> Stored:
     scheme.check(name, min(scheme.bits or 8, 8) if is_int else 8, "int" if is_int else "float")
     scale = as_grid(parts["scale"], shape)
     grid = _ranks(name, scale, shape) if name.endswith("qkv_proj.weight") else None
+    if scheme.block == (0, 0) and scheme.bits is None and scale.shape[-2:] != (1, 1):
+        # Without the key vLLM wants one number a matrix, and transformers squares of 128 or else fails.
+        raise disagrees(
+            scale.name,
+            f"is {list(parts['scale'].shape)} for a weight of {list(shape)}",
+            "quantization_config has no weight_block_size, which is for one number a matrix",
+        )
     if grid is None:
         # One number for all is DeepSeek's form of "per tensor", whatever the block size says.
         alone = len(parts["scale"].shape) < 2 and scale.shape[-2:] == (1, 1) and scheme.bits is None

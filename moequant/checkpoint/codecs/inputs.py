@@ -17,7 +17,7 @@ What no config says is not guessed: `Inputs.untold` has the reason.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moequant.checkpoint.codecs.declared import Declared
@@ -36,10 +36,11 @@ class Inputs:
     `number` comes from calibration: FP8 is multiplied by it, NVFP4's scales are divided by it. It is stored
     under one of `endings`, behind the module's name; `inverse`: what is stored is 1 / `number`.
 
-    `untold` is why a config does not tell, empty where it does.
+    `untold` is why a config does not tell, empty where it does. `elsewhere` is which runtime does otherwise,
+    and how: that is not computed.
     """
 
-    numbers: Literal["", "FP8", "int8", "NVFP4"] = ""
+    numbers: Literal["", "FP8", "int8", "NVFP4", "MXFP4"] = ""
     group: int = -1
     power: bool = False
     most: float | None = None
@@ -47,10 +48,15 @@ class Inputs:
     inverse: bool = False
     number: float | None = None
     untold: str = ""
+    elsewhere: str = ""
 
     def __str__(self) -> str:
+        aside = self.untold or self.elsewhere
+        return self._words() + (f" ({aside})" if aside else "")
+
+    def _words(self) -> str:
         if not self.numbers:
-            return f"as they are ({self.untold})" if self.untold else "as they are"
+            return "as they are"
         if self.group < 0:
             return f"{self.numbers}, one scale from calibration"
         scales = f"a scale for {self.group} channels of a token" if self.group else "a scale a token"
@@ -61,6 +67,16 @@ class Inputs:
 AS_THEY_ARE = Inputs()
 
 _PER_TOKEN = Inputs("FP8", 0)
+_PER_TENSOR = replace(_PER_TOKEN, elsewhere="vLLM's experts: a scale for all tokens of a batch")
+"""transformers has a scale a token here, and so have vLLM's linears where CUTLASS has FP8 (both read)."""
+
+MXFP4 = ("float", 4, 32)
+"""Type, bits and group of such weights."""
+
+_MXFP4 = Inputs("MXFP4", 32, power=True)
+_MXFP4_WEIGHTS = Inputs(elsewhere="vLLM on compute capability 10.x and 11.x: MXFP4")
+"""vLLM 0.32 takes no notice there of whether inputs are named beside such weights (read)."""
+
 _FIXED = Inputs("FP8", endings=("input_scale", "activation_scale", "qscale_act"))
 _MXFP8 = Inputs("FP8", 32, power=True)
 
@@ -85,7 +101,7 @@ def inputs_of(declared: Declared, tensor: str) -> Inputs:
     match method:
         case "compressed-tensors":
             found = declared.group(tensor)
-            return of_group(found[1].get("input_activations")) if found else AS_THEY_ARE
+            return _of_scheme(found[1]) if found else AS_THEY_ARE
         case "fp8":
             return _of_fp8(raw)
         case "fbgemm_fp8":
@@ -103,6 +119,15 @@ def inputs_of(declared: Declared, tensor: str) -> Inputs:
     return AS_THEY_ARE if bits >= 16 else Inputs(untold=f"act_bits {bits}, which no runtime is known for")
 
 
+def cache_of(declared: Declared) -> str:
+    """What a config says that keys and values are kept as: vLLM does so unless `--kv-cache-dtype` says
+    otherwise (read). Empty where it says nothing."""
+    told = declared.raw.get("kv_cache_scheme") or declared.raw.get("kv_cache_quant_algo")
+    if isinstance(told, Mapping):
+        told = f"{told.get('type')} of {told.get('num_bits')} bits"
+    return str(told or "")
+
+
 def _of_fp8(raw: Config) -> Inputs:
     """Releases of DeepSeek and those like it; Mistral's own config says the same in words of its own."""
     scheme = raw.get("activation_scheme")
@@ -112,7 +137,9 @@ def _of_fp8(raw: Config) -> Inputs:
         return _FIXED
     if scheme != "dynamic":
         return Inputs(untold=f"activation_scheme is {scheme or 'missing'}")
-    block = raw.get("weight_block_size") or (0, 0)
+    block = raw.get("weight_block_size")
+    if not block:
+        return _PER_TENSOR
     if int(block[1]) < 0:
         return Inputs(untold=f"weight_block_size is {list(block)}")
     return Inputs("FP8", int(block[1]), power=raw.get("scale_fmt") == "ue8m0")
@@ -129,8 +156,24 @@ def _of_quark(told: Config | None) -> Inputs:
             return _PER_TOKEN
         case "int8", "per_channel", True:
             return Inputs("int8", 0)
+        case "fp4", "per_group", True if _is_mxfp4(told):
+            return _MXFP4
     said = f"{told.get('dtype')} {told.get('qscheme')}, dynamic: {bool(told.get('is_dynamic'))}"
     return Inputs(untold=f"{said}, which is not computed here")
+
+
+def _is_mxfp4(told: Config) -> bool:
+    """Whether Quark's inputs of four bits are scaled as compressed-tensors' are."""
+    way = told.get("scale_calculation_mode") or "even"
+    return (told.get("group_size"), told.get("scale_format"), way) == (32, "e8m0", "even")
+
+
+def _of_scheme(group: Config) -> Inputs:
+    """What an entry of compressed-tensors' `config_groups` says."""
+    weights, told = group.get("weights") or {}, group.get("input_activations")
+    if not told and (weights.get("type"), weights.get("num_bits"), weights.get("group_size")) == MXFP4:
+        return _MXFP4_WEIGHTS
+    return of_group(told)
 
 
 def of_group(told: Config | None) -> Inputs:
@@ -139,7 +182,11 @@ def of_group(told: Config | None) -> Inputs:
         return AS_THEY_ARE
     kind, bits, dynamic = told.get("type"), told.get("num_bits"), told.get("dynamic")
     strategy, size = told.get("strategy"), told.get("group_size")
+    if told.get("symmetric") is False:
+        return Inputs(untold=f"{kind} of {bits} bits with zero points, which are not computed here")
     match dynamic, kind, bits:
+        case True, "float", 4 if strategy == "group" and size == 32:
+            return _MXFP4
         case "local", "float", 4:
             return Inputs("NVFP4", 16, endings=("input_global_scale",))
         case False, "float", 8 if strategy in (None, "tensor"):

@@ -39,6 +39,21 @@ def rounds(plan: Plan) -> bool:
     return any(find(name).rounds_inputs for name in {c.format for c in plan.choices} - {*KEPT})
 
 
+def elsewhere(plan: Plan, layout: str) -> str | None:
+    """Where vLLM rounds inputs that a folder's scheme leaves as they are, None where it does not.
+
+    Of MXFP4 it takes no notice of the scheme (`CompressedTensorsW4A4Mxfp4MoEMethod` of 0.32, read); gpt-oss's
+    own layout is another matter.
+    """
+    used = {find(name).kind for name in {c.format for c in plan.choices} - {*KEPT}}
+    if layout != "compressed-tensors" or "MXFP4" not in used:
+        return None
+    return (
+        "on compute capability 10.x and 11.x vLLM rounds the inputs of MXFP4 weights to MXFP4 as well; "
+        "NVFP4A16 leaves them as they are"
+    )
+
+
 def input_scales(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None) -> dict[str, Tensor]:
     """By weight whose scheme scales inputs: f32 [E], a number a matrix: what divides (`storage.INPUT`), or
     multiplies (`storage.INPUT_FP8`).

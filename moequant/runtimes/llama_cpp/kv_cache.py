@@ -79,6 +79,18 @@ _SCORED = 8
 _CHOSEN = 16
 """Bytes for each token of a batch and each of those that are chosen for it."""
 
+_SCANNED = (5, 6)
+"""Copies of what a layer with states works on: of its inner width, and of the states of its groups."""
+
+_CHUNKED = 2
+"""The same of delta rules: of what goes through the convolution, and of what comes out."""
+
+_STATES = 2
+"""Copies of a layer's states, of all sequences, while it computes."""
+
+_ROWS = 16
+"""Bytes for each number that an indexer of pools keeps of a token, of all sequences at once."""
+
 _BY_HEAD = (6, 8)
 """Of an indexer that chooses for each head of keys: what `_SCORED` is without heads, and what each adds, of
 one sequence at a time."""
@@ -145,10 +157,10 @@ def kv_bytes(header: Header, load: Load) -> tuple[int, ...]:
 def compute_bytes(header: Header, load: Load) -> int:
     """An upper bound of the compute buffer with flash attention on.
 
-    Live at once are the attention mask (f16) and the widest of four stages, each beside a handful of hidden
+    Live at once are the attention mask (f16) and the widest of five stages, each beside a handful of hidden
     states: the head's logits for a whole batch; three intermediates or two outputs of each of the k experts;
-    a dense block's three intermediates; the heads' queries and outputs. The factors were read off llama.cpp's
-    own figures for ten shapes (docs/fitting.md).
+    a dense block's three intermediates; the heads' queries and outputs; what a layer with states works on,
+    and the states. The factors were read off llama.cpp's own figures for thirty shapes (docs/fitting.md).
     """
     width = 4 * UBATCH
     hidden = header.count("embedding_length")
@@ -157,9 +169,10 @@ def compute_bytes(header: Header, load: Load) -> int:
     expert = header.largest("expert_feed_forward_length") or (dense if experts else 0)
     heads = header.largest("attention.head_count")
     keys = header.count("attention.key_length") or (hidden // heads if heads else 0)
+    weighted = hidden if header.arch == "llama4" else 0  # the router's weights scale what experts are fed
     stages = (
         vocabulary(header),
-        used * max(3 * expert, 2 * hidden) + 2 * experts,
+        used * (max(3 * expert, 2 * hidden) + weighted) + 2 * experts,
         3 * dense if not experts or header.count("leading_dense_block_count") else 0,
         3 * heads * keys,
     )
@@ -167,13 +180,33 @@ def compute_bytes(header: Header, load: Load) -> int:
     layers = header.layers
     if any(_windowed(header, layers)):
         cells += _window_cells(header, load)
-    widest = width * (max(stages) + 6 * hidden)
+    scanned, states = _scanned(header, load)
+    # Pictures come as hidden states too, for as many layers.
+    beside = (6 + 4 * header.count("n_deepstack_layers")) * hidden
+    widest = max(width * (max(stages) + beside), width * (scanned + beside) + states)
     usual = cells * UBATCH * 2 + widest + _SMALL
     if header.arch != COMPRESSED:
         return max(usual, _indexed_bytes(header, load, widest)) if _indexer(header) else usual
     waiting = 2 * 4 * _FEW * keys * load.parallel
     chosen = int(_ENTRIES * cells * UBATCH) + width * 3 * heads * keys + _WAITING * waiting
     return max(usual + int(_STREAMS * width * hidden), chosen)
+
+
+def _scanned(header: Header, load: Load) -> tuple[int, int]:
+    """Of the widest layer with states: numbers for each token while it computes, and bytes of its states."""
+    found = {tensor.layer for tensor in header.tensors if _RECURRENT.match(tensor.name)}
+    layers = sorted(layer for layer in found if layer is not None)
+    inner = header.count("ssm.inner_size")
+    if not layers or not (inner or header.count("kda.head_dim")):
+        return 0, 0
+    states = _STATES * max(_state_bytes(header, layer) for layer in layers) * load.parallel
+    groups = header.count("ssm.group_count") * header.count("ssm.state_size")
+    if any(".ssm_in." in tensor.name for tensor in header.tensors):
+        small = header.count("ssm.time_step_rank") + 2 * header.count("ssm.state_size")
+        return _SCANNED[0] * inner + _SCANNED[1] * groups + small, states
+    if kda := header.count("kda.head_dim"):
+        inner = groups = kda * max(header.at("attention.head_count", layer) for layer in layers)
+    return _CHUNKED * (inner + 2 * groups + inner), states
 
 
 def _indexer(header: Header) -> int:
@@ -189,8 +222,9 @@ def _indexed_bytes(header: Header, load: Load, widest: int) -> int:
     """
     width, hidden, cells = 4 * UBATCH, header.count("embedding_length"), load.cells
     queries = width * header.count("attention.indexer.head_count") * _indexer(header)
-    pool, most = _pool(header), header.count("attention.indexer.top_k")
-    chosen, scored = _CHOSEN * min(cells, most), float(_SCORED)
+    pool, most, every = _pool(header), header.count("attention.indexer.top_k"), cells * load.parallel
+    chosen = _CHOSEN * min(every if pool else cells, most)
+    scored, rows = float(_SCORED), 0
     if header.arch == "minimax-m3":
         alone, head = _BY_HEAD
         chosen, scored = 0, alone + head * header.largest("attention.head_count_kv") / load.parallel
@@ -200,10 +234,11 @@ def _indexed_bytes(header: Header, load: Load, widest: int) -> int:
         chosen, scored = _CHOSEN * min(pool * blocks, most), alone + few / pool**2
     elif pool:
         scored = _BY_HEAD[0] + 3 / pool
+        rows = int((_ROWS * _indexer(header) + 2 * UBATCH / pool) * every) + 2 * cells * UBATCH + widest
     first = 2 * queries + 8 * width * hidden + 4 * cells * UBATCH
     then = int(scored * cells * UBATCH) + max(queries, widest)
     streams = int(_STREAMS * width * hidden) if pool or header.count("hyper_connection.count") else 0
-    return max(first, then) + chosen * UBATCH + streams + 8 * cells * load.parallel + _SMALL
+    return max(max(first, then) + chosen * UBATCH, rows) + streams + 8 * every + _SMALL
 
 
 def _pool(header: Header) -> int:

@@ -58,12 +58,24 @@ def test_other_block_sizes_are_as_the_config_says(tmp_path: Path, block: tuple[i
     assert torch.equal(read(stored), by_hand(weight, scale, block).float())
 
 
+@pytest.mark.parametrize("size", [{}, {"weight_block_size": None}])
+@pytest.mark.parametrize("shape", [(2, 3), (256, 1), (256,)])
+def test_squares_without_their_size_are_refused(tmp_path: Path, shape: tuple[int, ...], size: dict) -> None:
+    """vLLM has one number a matrix then, and fails; transformers takes squares of 128, or fails."""
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic"} | size
+    with pytest.raises(CheckpointError, match="no weight_block_size, which is for one number") as error:
+        one(tmp_path, {W: codes(256, 384), S: scales(*shape)}, config)
+    assert S in str(error.value) and "\n" not in str(error.value)
+    assert one(tmp_path, {W: codes(256, 384), S: scales(1)}, config).shape == (256, 384)
+
+
 @pytest.mark.parametrize("as_bytes", [False, True])
 def test_powers_of_two_are_exact_in_bf16(tmp_path: Path, as_bytes: bool) -> None:
     weight = codes(200, 300)
     exponents = torch.randint(100, 140, (2, 3), dtype=torch.uint8, generator=seeded(2))
     scale = exponents if as_bytes else exponents.view(torch.float8_e8m0fnu)
-    stored = one(tmp_path, {"a.weight": weight, "a.scale": scale}, {"quant_method": "fp8"})
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    stored = one(tmp_path, {"a.weight": weight, "a.scale": scale}, config)
     assert stored.dtype == "BF16" == as_shipped(stored)
     assert torch.equal(read(stored).double(), by_hand(weight, 2.0 ** (exponents.double() - 127), (128, 128)))
 

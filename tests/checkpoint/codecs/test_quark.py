@@ -161,7 +161,9 @@ def test_what_becomes_of_inputs() -> None:
     assert told(None) == "as they are"
     assert told(FP8 | {"is_dynamic": True}) == "FP8, a scale a token"
     assert told(FP8 | {"qscheme": "per_tensor"}) == "FP8, one scale from calibration"
-    assert "fp4 per_group, dynamic: True" in told(FP4 | {"is_dynamic": True})
+    assert told(FP4 | {"is_dynamic": True}) == "MXFP4, a scale for 32 channels of a token, a power of two"
+    other = FP4 | {"is_dynamic": True, "scale_calculation_mode": "floor"}
+    assert "fp4 per_group, dynamic: True" in told(other)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,17 @@ def test_experts_that_saw_nothing_are_named(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("scheme", "told"), [("MXFP4A16", True), ("NVFP4A16", False), ("W4A16", False), ("FP8_DYNAMIC", False)]
+)
+def test_vllm_may_round_inputs_that_a_scheme_leaves(tiny, scheme: str, told: bool) -> None:
+    folder = folder_of(tiny("qwen3_moe", **FAMILIES["qwen3_moe"]), scheme=scheme)
+    found = inputs.elsewhere(folder.plan, folder.settings.layout)
+    assert (found is not None and "10.x and 11.x" in found) == told
+    released = folder_of(tiny("gpt_oss"), scheme="MXFP4A16")
+    assert inputs.elsewhere(released.plan, released.settings.layout) is None
+
+
 def test_statistics_must_know_the_largest(tiny, tmp_path: Path) -> None:
     model = tiny("mixtral")
     checkpoint = open_checkpoint(model)

@@ -11,6 +11,7 @@ from compressed_tensors.quantization import QuantizationConfig, preset_name_to_s
 from transformers import AutoModelForCausalLM
 
 from moequant.checkpoint import load, open_checkpoint
+from moequant.commands.convert import Settings, convert
 from moequant.containers.folders import compressed_tensors, schemes
 from moequant.errors import PlanError
 from moequant.forward.experts import EXPERTS
@@ -117,6 +118,32 @@ def test_gate_and_up_have_one_number(tiny, tmp_path: Path, family: str) -> None:
                 by_site.setdefault((weight.site.name, expert), set()).add(number)
     assert by_site and all(len(numbers) == 1 for numbers in by_site.values())
     assert len({n for numbers in by_site.values() for n in numbers}) > len(by_site) / 4
+
+
+@pytest.mark.parametrize("under", ["plain", "Hessians"])
+def test_vllm_finds_nothing_to_round_again_in_squares(tiny, tmp_path: Path, text: Path, under: str) -> None:
+    """On GPUs with DeepGEMM it makes scales of FP8 squares powers of two that reach the largest weight
+    (`requant_weight_ue8m0_inplace`, by hand)."""
+    model, out = tiny("mixtral", intermediate_size=384), tmp_path / "out"
+    if under == "plain":
+        quantized(model, out, scheme="FP8_BLOCK")
+    else:
+        settings = Settings(
+            format="safetensors", scheme="FP8_BLOCK", calib=text, calib_tokens=1024, eval_tokens=0
+        )
+        convert(model, out, settings)
+    reader, seen = compressed_tensors.open_folder(out), set[float]()
+    for weight in (each for each in open_checkpoint(model).weights if each.is_expert):
+        for expert in range(weight.matrices):
+            stored = reader.stored(weight, expert)
+            scale, codes = stored["weight_scale"].double(), stored["weight"].double()
+            every = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            squares = (codes * every).unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
+            reach = squares.abs().amax((1, 3), keepdim=True)
+            again = squares / 2.0 ** torch.ceil(torch.log2(reach / 448))
+            assert torch.equal(again.to(torch.float8_e4m3fn).double(), again), (weight.name, expert)
+            seen |= set(scale.flatten().tolist())
+    assert all(torch.tensor(each).log2() % 1 == 0 for each in seen)
 
 
 def test_names_of_schemes() -> None:
