@@ -13,7 +13,6 @@ from moequant.errors import OutputError
 from moequant.files import atomic_parts, claim, part_names, rename
 from tests.strike import killed_at_every_step, small_process
 
-
 KERNELS = ("renameat2", "links")
 """Linux's own renames, and what stands in for them elsewhere."""
 

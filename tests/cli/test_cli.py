@@ -251,10 +251,20 @@ def test_help_and_version() -> None:
     assert run().returncode != 0
 
 
-def test_demo_prints_the_report(tmp_path: Path) -> None:
-    """As a person starts it: progress bars on the terminal, the report on stdout."""
+def test_demo_keeps_its_file_where_it_is_told(tmp_path: Path) -> None:
+    """What it prints is on the page quickstart, which tests/test_docs.py runs."""
     out = tmp_path / "demo.gguf"
-    command = [sys.executable, "-m", "moequant", "demo", "-o", str(out), "--effort", "fast"]
+    out.write_text("precious")
+    done = run("demo", "-o", out, "--effort", "fast")
+    assert done.returncode == 1 and "demo.gguf: exists already" in done.stderr
+    assert out.read_text() == "precious"
+
+
+def test_a_person_sees_bars_and_then_the_report(tiny, text: Path, tmp_path: Path) -> None:
+    """As a person starts it: progress bars on the terminal, the report on stdout."""
+    out, model = tmp_path / "q.gguf", tiny("qwen3_moe", num_hidden_layers=1)
+    tokens = ["--calib", text, "--calib-tokens", "1024", "--eval", text, "--eval-tokens", "1024"]
+    command = [sys.executable, "-m", "moequant", "convert", model, "-o", out, "--effort", "fast", *tokens]
     terminal, stderr = pty.openpty()
     termios.tcsetwinsize(stderr, (24, 100))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
