@@ -25,6 +25,14 @@ from moequant.cli import app
 from moequant.commands.journal import GOES_ON
 from tests import models
 
+SMALL = {
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts": 4,
+}
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -72,7 +80,7 @@ def test_convert_and_its_dry_run_agree_to_the_byte(model: Path, text: Path, tmp_
 
 
 def test_a_measured_plan_stays_below_what_the_dry_run_says(tiny, text: Path, tmp_path: Path) -> None:
-    out, model = tmp_path / "q.gguf", tiny("qwen3_moe", num_hidden_layers=1)
+    out, model = tmp_path / "q.gguf", tiny("qwen3_moe", **SMALL, moe_intermediate_size=256)
     wanted = "convert", model, "-o", out, "--bpw", "5.5", "--calib", text, "--calib-tokens", 1024
     dry = run(*wanted, "--dry-run")
     found = re.search(r"at most ([0-9,]+) +bytes", " ".join(dry.stdout.split()))
@@ -99,7 +107,7 @@ def test_the_dry_run_says_what_the_report_would_note(tiny, tmp_path: Path) -> No
 
 
 def test_best_says_first_what_its_gradients_take(tiny, text: Path, tmp_path: Path) -> None:
-    out, model = tmp_path / "q.gguf", tiny("qwen3_moe", num_hidden_layers=1, num_experts=4)
+    out, model = tmp_path / "q.gguf", tiny("qwen3_moe", **SMALL)
     wanted = "convert", model, "-o", out, "--calib", text, "--calib-tokens", 1024, "--type", "Q8_0"
     # Types are pinned, so that none is measured.
     done = run(*wanted, "--tensor-type", ".=Q8_0", "--effort", "best", "--eval-tokens", 0)
