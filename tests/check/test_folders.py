@@ -141,6 +141,7 @@ def test_every_scheme_of_ours_holds(
     for baseline in (model, None):
         report = checked(out, baseline, text)
         assert report.damages == ()
+        assert len(report.blocks) == (2 if baseline else 0)
         assert len(report.tensors) == (2 * 3 if scheme == "FP8_BLOCK" else 2 * 7)
         assert all(expert.same_decoded for tensor in report.tensors for expert in tensor.experts)
         assert not any("records no checksums" in note for note in report.notes)

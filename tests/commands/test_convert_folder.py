@@ -64,7 +64,7 @@ def kl(model: Path, folder: Path, ids: Tensor) -> float:
 def first_hessians(model: Path, text: Path) -> Tensor:
     """f64 [E, in, in]: sums of g² x xᵀ, x what the first layer feeds its experts, by transformers' code."""
     checkpoint = open_checkpoint(model)
-    rows = token_rows(checkpoint, corpus.read(text), 8192, 0, None)
+    rows = token_rows(checkpoint, corpus.read(text), 4096, 0, None)
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, experts_implementation="eager")
     block, seen = whole.get_submodule("model.layers.0.mlp"), {}
     block.register_forward_pre_hook(lambda module, args: seen.update(x=args[0].flatten(0, 1)))
@@ -90,9 +90,9 @@ def correlated(folder: Path) -> Path:
 
 def test_outputs_lose_less_than_by_the_plain_search(tmp_path: Path, text: Path) -> None:
     model = correlated(tmp_path / "model")
-    made(model, tmp_path / "plain", text, effort="fast", calib_tokens=8192)
-    alone = made(model, tmp_path / "alone", text, coupled=False, calib_tokens=8192)
-    made(model, tmp_path / "both", text, calib_tokens=8192)
+    made(model, tmp_path / "plain", text, effort="fast", calib_tokens=4096)
+    alone = made(model, tmp_path / "alone", text, coupled=False, calib_tokens=4096)
+    made(model, tmp_path / "both", text, calib_tokens=4096)
     hessians = first_hessians(model, text)
     weights = {w.name: w for w in alone.checkpoint.weights}
     for name in ("layers.0.experts.gate", "layers.0.experts.up"):
