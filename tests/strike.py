@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
+import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from moequant.files import rename
 
@@ -15,6 +20,42 @@ COUNTED = ("open", "os.", "shutil.", "fcntl.")
 
 IMPORTED = (sys.prefix, sys.base_prefix)
 """Where packages lie: modules are imported when they are needed, and that is no work of a command."""
+
+
+@contextmanager
+def small_process(module: str) -> Iterator[Callable[..., None]]:
+    """What calls functions of `module` by name in one small process: each fork of a process with torch in it
+    takes a tenth of a second, and there are hundreds."""
+    with subprocess.Popen(
+        [sys.executable, "-m", __name__, module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def call(name: str, *arguments: object) -> None:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(json.dumps([name, *map(_plain, arguments)]) + "\n")
+            process.stdin.flush()
+            failed = json.loads(process.stdout.readline())
+            assert failed is None, failed
+
+        yield call
+        process.communicate()
+
+
+def _plain(argument: object) -> object:
+    return os.fspath(argument) if isinstance(argument, os.PathLike) else argument
+
+
+def _serve(module: str) -> None:
+    """A line on stdout for every call: null, or how it failed."""
+    cases = importlib.import_module(module)
+    assert "torch" not in sys.modules, f"{module} is no small process"
+    for asked in sys.stdin:
+        name, *arguments = json.loads(asked)
+        try:
+            told = getattr(cases, name)(*arguments)
+        except BaseException:
+            told = traceback.format_exc()
+        print(json.dumps(told), flush=True)
 
 
 def killed_at_every_step(action: Callable[[], object], check: Callable[[int], None]) -> int:
@@ -79,3 +120,7 @@ def watch(count: Callable[[], object]) -> None:
 def _of_import(args: object) -> bool:
     path = args[0] if isinstance(args, tuple) and args else None
     return isinstance(path, str) and (path.startswith(IMPORTED) or path.endswith((".py", ".pyc")))
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

@@ -95,11 +95,9 @@ def test_a_result_is_shown_saved_and_followed(tiny, tmp_path: Path) -> None:
 def test_weights_are_counted_as_they_are_rounded(tiny, tmp_path: Path) -> None:
     """What a killed run had finished, and what is not rounded under a Hessian, says nothing of the time that
     the rest takes."""
-    folder, out, plan, steps = tiny("olmoe"), tmp_path / "q.gguf", tmp_path / "plan.json", list[Progress]()
-    assert (
-        run("plan", folder, "--no-probes", "--effort", "fast", "--type", "Q4_K_M", "-o", plan).returncode == 0
-    )
-    settings = library.Settings(plan=plan, calib_tokens=2048, eval_tokens=0, self_check=False)
+    folder, out, steps = tiny("olmoe", num_experts=4), tmp_path / "q.gguf", list[Progress]()
+    quick = {"calib_tokens": 1024, "eval_tokens": 0, "self_check": False}
+    settings = library.Settings("Q4_0", tensor_type=(".=Q4_0",), **quick)
     weights = open_checkpoint(folder).weights
     free = sum(each.numel for each in weights if each.role is Role.EMBEDDING or each.site is None)
     first = free + sum(each.numel for each in weights if each.layer == 0 and each.site is not None)

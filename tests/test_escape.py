@@ -105,17 +105,31 @@ def test_commands_show_names(tmp_path: Path) -> None:
     assert escape.shown(Path(f"{tmp_path}/model")) == "model" and escape.shown(Path()) == Path.cwd().name
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_a_terminal_that_lacks_a_character_gets_another(tiny, encoding: str) -> None:
+INSPECT = """
+import sys
+from moequant.cli import app
+for encoding in sys.argv[2:]:
+    if sys.stdout.encoding != encoding:
+        sys.stdout.reconfigure(encoding=encoding, errors="strict")
+    app(["inspect", sys.argv[1]], standalone_mode=False)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(bytes(1))
+"""
+
+
+def test_a_terminal_that_lacks_a_character_gets_another(tiny) -> None:
     """`inspect` prints ≤, ×, → and names; none of them may end it."""
-    folder = tiny("qwen3_moe")
+    folder, encodings = tiny("qwen3_moe"), ("ascii", "latin-1", "cp1252")
     surroundings = os.environ | {"LANG": "C", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "moequant", "inspect", str(folder)],
+        [sys.executable, "-c", INSPECT, str(folder), *encodings],
         capture_output=True,
-        env=surroundings | {"PYTHONIOENCODING": encoding},
+        env=surroundings | {"PYTHONIOENCODING": encodings[0]},
         check=False,
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "read per token" in done.stdout.decode(encoding)
+    *printed, nothing = done.stdout.split(bytes(1))
+    assert not nothing
+    for encoding, told in zip(encodings, printed, strict=True):
+        assert "read per token" in told.decode(encoding)
     assert "±→漢\udc80".encode("ascii", escape.STAND_IN) == b"+-->\\u{6f22}\\u{dc80}"

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,33 @@ from moequant.files import (
     rename,
     scratch,
 )
-from tests.strike import killed_at_every_step
+from tests.strike import killed_at_every_step, small_process
 
 NEW, OLD = b"new" * 5000, b"old"
 
 
-@pytest.fixture(params=["renameat2", "links and two steps"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Linux's own renames, and what stands in for them elsewhere."""
-    if request.param != "renameat2":
-        monkeypatch.setattr(rename, "renameat2", lambda old, new, flag: False)
-    return str(request.param)
+KERNELS = ("renameat2", "links and two steps")
+"""Linux's own renames, and what stands in for them elsewhere."""
+
+
+@contextmanager
+def on(kernel: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if kernel != "renameat2":
+            patch.setattr(rename, "renameat2", lambda old, new, flag: False)
+        yield
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on(request.param):
+        yield str(request.param)
+
+
+@pytest.fixture(scope="module")
+def struck() -> Iterator[Callable[..., None]]:
+    with small_process(__name__) as call:
+        yield call
 
 
 def names(folder: Path) -> set[str]:
@@ -319,26 +336,43 @@ def test_a_folder_of_somebody_else_is_kept(tmp_path: Path, record: str | None) -
     refused(lambda: fill(tmp_path / "out", overwrite=True), "is not a folder that moequant made")
 
 
-def test_a_file_killed_anywhere_is_old_or_complete(tmp_path: Path, kernel: str) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_file_killed_anywhere_is_old_or_complete(
+    struck: Callable[..., None], tmp_path: Path, kernel: str
+) -> None:
+    struck("file_killed_anywhere", tmp_path, kernel)
+
+
+def file_killed_anywhere(folder: str, kernel: str) -> None:
+    """In the small process."""
     for old in (None, OLD):
-        out = tmp_path / f"out {old!r}"
+        out = Path(folder) / f"out {old!r}"
         if old is not None:
             out.write_bytes(old)
 
-        here = {path.name for path in tmp_path.iterdir()} | {out.name}
+        here = names(Path(folder)) | {out.name}
 
         def check(step: int, out: Path = out, old: bytes | None = old, here: set[str] = here) -> None:
             assert (out.read_bytes() if out.exists() else None) in (old, NEW), step
             put(out, overwrite=True)
-            assert out.read_bytes() == NEW and {path.name for path in tmp_path.iterdir()} == here, step
+            assert out.read_bytes() == NEW and names(out.parent) == here, step
             out.unlink() if old is None else out.write_bytes(old)
 
-        killed = killed_at_every_step(lambda out=out, old=old: put(out, overwrite=old is not None), check)
+        with on(kernel):
+            killed = killed_at_every_step(lambda out=out, old=old: put(out, overwrite=old is not None), check)
         assert killed > 12, "there are that many operations at least"
 
 
-def test_a_folder_killed_anywhere_is_old_or_complete(tmp_path: Path, kernel: str) -> None:
-    out = tmp_path / "out"
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_folder_killed_anywhere_is_old_or_complete(
+    struck: Callable[..., None], tmp_path: Path, kernel: str
+) -> None:
+    struck("folder_killed_anywhere", tmp_path, kernel)
+
+
+def folder_killed_anywhere(folder: str, kernel: str) -> None:
+    """In the small process."""
+    out = Path(folder) / "out"
     old, new = {"a": "old", "gone": "old"}, {"a": "new", "b": "new"}
 
     def reset() -> None:
@@ -356,13 +390,13 @@ def test_a_folder_killed_anywhere_is_old_or_complete(tmp_path: Path, kernel: str
         assert found in ({}, old | left, new | left) and (found or swapped_in_two), step
         fill(out, overwrite=True, **new)
         found = {path.name: path.read_text() for path in out.iterdir() if path.name != RECORD}
-        assert found == new | left and names(tmp_path) == {"out", *(f"out/{n}" for n in (*found, RECORD))}, (
-            step
-        )
+        whole = {"out", *(f"out/{name}" for name in (*found, RECORD))}
+        assert found == new | left and names(out.parent) == whole, step
         reset()
 
-    reset()
-    assert killed_at_every_step(lambda: fill(out, overwrite=True, **new), check) > 25
+    with on(kernel):
+        reset()
+        assert killed_at_every_step(lambda: fill(out, overwrite=True, **new), check) > 25
 
 
 def test_signals_unwind_and_later_ones_are_ignored(tmp_path: Path) -> None:

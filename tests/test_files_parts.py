@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from moequant.errors import OutputError
 from moequant.files import atomic_parts, claim, part_names, rename
-from tests.strike import killed_at_every_step
+from tests.strike import killed_at_every_step, small_process
+
+KERNELS = ("renameat2", "links")
+"""Linux's own renames, and what stands in for them elsewhere."""
 
 
-@pytest.fixture(params=["renameat2", "links"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Linux's own renames, and what stands in for them elsewhere."""
-    if request.param != "renameat2":
-        monkeypatch.setattr(rename, "renameat2", lambda old, new, flag: False)
-    return str(request.param)
+@contextmanager
+def on(kernel: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if kernel != "renameat2":
+            patch.setattr(rename, "renameat2", lambda old, new, flag: False)
+        yield
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on(request.param):
+        yield str(request.param)
+
+
+@pytest.fixture(scope="module")
+def struck() -> Iterator[Callable[..., None]]:
+    with small_process(__name__) as call:
+        yield call
 
 
 def write(out: Path, count: int, text: str, overwrite: bool = False) -> None:
@@ -131,11 +147,20 @@ def test_names_of_parts_are_no_other_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "count"), [(0, 3), (0, 1), (1, 1), (1, 2), (2, 1), (2, 3), (3, 3)])
-def test_killed_anywhere_it_is_old_or_complete(tmp_path: Path, kernel: str, before: int, count: int) -> None:
-    out, was = tmp_path / "m.gguf", "old" if before else None
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_killed_anywhere_it_is_old_or_complete(
+    struck: Callable[..., None], tmp_path: Path, kernel: str, before: int, count: int
+) -> None:
+    struck("killed_anywhere", tmp_path, kernel, before, count)
+
+
+def killed_anywhere(folder: str, kernel: str, before: int, count: int) -> None:
+    """In the small process."""
+    here, was = Path(folder), "old" if before else None
+    out = here / "m.gguf"
 
     def reset() -> None:
-        for path in tmp_path.iterdir():
+        for path in here.iterdir():
             path.unlink()
         if before:
             write(out, before, "old")
@@ -146,16 +171,17 @@ def test_killed_anywhere_it_is_old_or_complete(tmp_path: Path, kernel: str, befo
             assert new == "new" or (new is None and old == was), step
         else:  # No part of the old set may stand beside one of the new: for a moment there is no first part.
             assert new in ("old", "new", None if count > 1 else "old"), step
-        committed = any("-replace-" in name or "-put-" in name for name in there(tmp_path))
+        committed = any("-replace-" in name or "-put-" in name for name in there(here))
         with claim(parts=[out], overwrite=True):
             pass
         if committed or new == "new":
-            assert there(tmp_path) == {path.name for path in part_names(out, count)}, step
+            assert there(here) == {path.name for path in part_names(out, count)}, step
             assert read(out, count) == "new", step
         else:
             names = {path.name for path in part_names(out, before)} if before else set()
-            assert there(tmp_path) == names and (read(out, before) if before else None) == was, step
+            assert there(here) == names and (read(out, before) if before else None) == was, step
         reset()
 
-    reset()
-    assert killed_at_every_step(lambda: write(out, count, "new", overwrite=before > 0), check) > 12
+    with on(kernel):
+        reset()
+        assert killed_at_every_step(lambda: write(out, count, "new", overwrite=before > 0), check) > 12

@@ -50,7 +50,7 @@ def test_a_whole_folder_holds(tiny, folder: Path, text: Path) -> None:
 
 def test_a_whole_file_holds_and_its_router_is_looked_at(tiny, tmp_path: Path, text: Path) -> None:
     """At Q8_0 the correction may be several times what rounding loses; the router is not quantized."""
-    model, out = tiny("qwen3_moe", num_hidden_layers=1), tmp_path / "q.gguf"
+    model, out = tiny("qwen3_moe", num_hidden_layers=1, num_experts=4), tmp_path / "q.gguf"
     convert(model, out, settings(text, type="Q8_0", tensor_type=(".=Q8_0",)))
     report = checked(out, model, text)
     assert report.damages == ()

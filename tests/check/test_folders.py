@@ -23,6 +23,7 @@ from moequant.containers.folders.schemes import PRESETS
 from moequant.errors import VerifyError
 from moequant.kernels import Matrix
 from moequant.statistics.calibrate import calibrate
+from moequant.values import Calibration
 from tests.containers.folders.cases import quantized
 from tests.containers.folders.test_inputs import rows
 from tests.evaluate import released
@@ -98,6 +99,12 @@ def model(tiny) -> Path:
     return tiny("qwen3_moe", **SIZES)
 
 
+@pytest.fixture(scope="module")
+def calibration(model: Path) -> Calibration:
+    """Static scales are made of it."""
+    return calibrate(open_checkpoint(model), rows("text"))
+
+
 def checked(out: Path, model: Path | None, text: Path, **changes: Any) -> CheckReport:
     return check(out, CheckSettings(model, device="cpu", calib=text, tokens=512, **changes))
 
@@ -125,14 +132,16 @@ def test_whole_folders_hold(model: Path, text: Path, tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("scheme", PRESETS)
-def test_every_scheme_of_ours_holds(model: Path, text: Path, tmp_path: Path, scheme: str) -> None:
+def test_every_scheme_of_ours_holds(
+    model: Path, calibration: Calibration, text: Path, tmp_path: Path, scheme: str
+) -> None:
     """With and without the model that it was made from."""
     out = tmp_path / "out"
-    calibration = calibrate(open_checkpoint(model), rows("text"))  # static scales are made of it
     quantized(model, out, calibration, scheme=scheme, quantize_attention=scheme != "FP8_BLOCK")
     for baseline in (model, None):
         report = checked(out, baseline, text)
         assert report.damages == ()
+        assert len(report.blocks) == (2 if baseline else 0)
         assert len(report.tensors) == (2 * 3 if scheme == "FP8_BLOCK" else 2 * 7)
         assert all(expert.same_decoded for tensor in report.tensors for expert in tensor.experts)
         assert not any("records no checksums" in note for note in report.notes)

@@ -25,6 +25,14 @@ from moequant.cli import app
 from moequant.commands.journal import GOES_ON
 from tests import models
 
+SMALL = {
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts": 4,
+}
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -72,7 +80,7 @@ def test_convert_and_its_dry_run_agree_to_the_byte(model: Path, text: Path, tmp_
 
 
 def test_a_measured_plan_stays_below_what_the_dry_run_says(tiny, text: Path, tmp_path: Path) -> None:
-    out, model = tmp_path / "q.gguf", tiny("qwen3_moe", num_hidden_layers=1)
+    out, model = tmp_path / "q.gguf", tiny("qwen3_moe", **SMALL, moe_intermediate_size=256)
     wanted = "convert", model, "-o", out, "--bpw", "5.5", "--calib", text, "--calib-tokens", 1024
     dry = run(*wanted, "--dry-run")
     found = re.search(r"at most ([0-9,]+) +bytes", " ".join(dry.stdout.split()))
@@ -99,7 +107,7 @@ def test_the_dry_run_says_what_the_report_would_note(tiny, tmp_path: Path) -> No
 
 
 def test_best_says_first_what_its_gradients_take(tiny, text: Path, tmp_path: Path) -> None:
-    out, model = tmp_path / "q.gguf", tiny("qwen3_moe", num_hidden_layers=1, num_experts=4)
+    out, model = tmp_path / "q.gguf", tiny("qwen3_moe", **SMALL)
     wanted = "convert", model, "-o", out, "--calib", text, "--calib-tokens", 1024, "--type", "Q8_0"
     # Types are pinned, so that none is measured.
     done = run(*wanted, "--tensor-type", ".=Q8_0", "--effort", "best", "--eval-tokens", 0)
@@ -251,10 +259,20 @@ def test_help_and_version() -> None:
     assert run().returncode != 0
 
 
-def test_demo_prints_the_report(tmp_path: Path) -> None:
-    """As a person starts it: progress bars on the terminal, the report on stdout."""
+def test_demo_keeps_its_file_where_it_is_told(tmp_path: Path) -> None:
+    """What it prints is on the page quickstart, which tests/test_docs.py runs."""
     out = tmp_path / "demo.gguf"
-    command = [sys.executable, "-m", "moequant", "demo", "-o", str(out), "--effort", "fast"]
+    out.write_text("precious")
+    done = run("demo", "-o", out, "--effort", "fast")
+    assert done.returncode == 1 and "demo.gguf: exists already" in done.stderr
+    assert out.read_text() == "precious"
+
+
+def test_a_person_sees_bars_and_then_the_report(tiny, text: Path, tmp_path: Path) -> None:
+    """As a person starts it: progress bars on the terminal, the report on stdout."""
+    out, model = tmp_path / "q.gguf", tiny("qwen3_moe", num_hidden_layers=1)
+    tokens = ["--calib", text, "--calib-tokens", "1024", "--eval", text, "--eval-tokens", "1024"]
+    command = [sys.executable, "-m", "moequant", "convert", model, "-o", out, "--effort", "fast", *tokens]
     terminal, stderr = pty.openpty()
     termios.tcsetwinsize(stderr, (24, 100))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:

@@ -72,9 +72,8 @@ def test_a_conversion_ends_clean(
     out.parent.mkdir()
     text.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
     command = ["convert", model, "-o", out, "--format", format_]
-    options = ["--calib", text, "--eval-tokens", "0", "--effort", "fast"]
-    if format_ == "safetensors":
-        options += ["--bits", "8", "--group-size", "64"]
+    options = ["--calib", text, "--calib-tokens", "1024", "--eval-tokens", "0", "--effort", "fast"]
+    options += ["--type", "Q8_0"] if format_ == "gguf" else ["--bits", "8", "--group-size", "64"]
     assert commands.stdin is not None and commands.stdout is not None
     commands.stdin.write(json.dumps([[str(each) for each in (*command, *options)], str(says)]) + "\n")
     commands.stdin.flush()

@@ -113,6 +113,8 @@ if __name__ == "__main__":
         VLLM_LOGGING_LEVEL="ERROR",
         HF_HUB_OFFLINE="1",
     )
-    import vllm  # noqa: F401  before the forks
+    import vllm
+
+    _ = vllm.LLM  # imported when it is first named: here, before the forks
 
     print("\n" + json.dumps([forked(folder) for folder in sys.argv[1:]]))

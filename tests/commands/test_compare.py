@@ -369,7 +369,7 @@ def test_our_engine_agrees_with_llama_cpp(
     base, out = tmp_path / "F32.gguf", tmp_path / f"{type_}.gguf"
     convert(folder, base, Settings("F32", eval_tokens=0, self_check=False))
     calib = data and data / "calib.txt"
-    quick = {"calib_tokens": 8192, "eval_tokens": 0, "effort": "fast", "self_check": False}
+    quick = {"calib_tokens": 1024, "eval_tokens": 0, "effort": "fast", "self_check": False}
     convert(folder, out, Settings(type_, calib=calib, **quick))
     wanted = CompareSettings(
         data and data / "eval.txt", 4096, sample_tokens=0, resources=Resources(threads=1)

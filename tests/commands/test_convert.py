@@ -26,7 +26,18 @@ from moequant.text.rows import load_encoder
 from tests import models
 from tests.clients.llama import Llama
 
-MOE = ("mixtral", "qwen3_moe", "olmoe")
+NARROW = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+FEW: dict[str, dict[str, int]] = {
+    "mixtral": {"intermediate_size": 256},
+    "qwen3_moe": {"num_experts": 4},
+    "olmoe": {"num_experts": 4},
+}
 """Families that are converted to all types in turn; `tests/families/test_conversion.py` has all of them."""
 
 
@@ -81,9 +92,9 @@ def test_fused_and_tied_checkpoints_give_the_same_logits(tiny, tmp_path: Path, t
         agrees(folder, out)
 
 
-@pytest.mark.parametrize(("type_", "family"), [*zip(BASE_TYPES, cycle(MOE), strict=False)])
+@pytest.mark.parametrize(("type_", "family"), [*zip(BASE_TYPES, cycle(FEW), strict=False)])
 def test_every_type_loads_and_generates(tiny, tmp_path: Path, text: Path, family: str, type_: str) -> None:
-    out, model = tmp_path / "model.gguf", tiny(family, num_hidden_layers=1)
+    out, model = tmp_path / "model.gguf", tiny(family, num_hidden_layers=1, **FEW[family])
     report = convert(model, out, settings(text, type_, eval_tokens=0, self_check=False))
     assert report.file_bytes == out.stat().st_size
     with Llama(out, threads=1) as llama:
@@ -119,7 +130,7 @@ def test_perplexity_agrees_with_llama_cpp(mix: Path, tmp_path: Path) -> None:
     calib = models.SHARED / "data" / "calib.txt"
     out = tmp_path / "q.gguf"
     rows = 12
-    report = convert(mix, out, Settings("Q4_K_M", calib, 8192, text, rows * 512, effort="fast"))
+    report = convert(mix, out, Settings("Q4_K_M", calib, 1024, text, rows * 512, effort="fast"))
     tokens = torch.tensor(load_ids(mix, text)[: rows * 512]).view(rows, 512)
     nll = []
     with Llama(out, threads=1) as llama:
@@ -214,8 +225,9 @@ def test_the_same_input_gives_the_same_bytes_in_any_memory(tiny, tmp_path: Path,
     """With one byte of memory experts come one by one in every pass: the same plan, file and divergence."""
     found = []
     for name, ram in (("one", None), ("two", 1)):
-        wanted = settings(text, "Q4_K_M", effort="default", eval_tokens=1024, ram=ram)
-        model = tiny("olmoe", num_experts=4, num_experts_per_tok=2)
+        wanted = settings(text, "Q4_K_M", effort="default", calib_tokens=1024, ram=ram)
+        # Rows of 64 and of 256: types with long blocks, whose search takes longest, for one weight alone.
+        model = tiny("olmoe", **NARROW, intermediate_size=256)
         found.append(convert(model, tmp_path / f"{name}.gguf", wanted))
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
     one, two = (report.measured for report in found)

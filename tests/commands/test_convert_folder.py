@@ -67,7 +67,7 @@ def kl(model: Path, folder: Path, ids: Tensor) -> float:
 def first_hessians(model: Path, text: Path) -> Tensor:
     """f64 [E, in, in]: sums of g² x xᵀ, x what the first layer feeds its experts, by transformers' code."""
     checkpoint = open_checkpoint(model)
-    rows = token_rows(checkpoint, corpus.read(text), 8192, 0, None)
+    rows = token_rows(checkpoint, corpus.read(text), 4096, 0, None)
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, experts_implementation="eager")
     block, seen = whole.get_submodule("model.layers.0.mlp"), {}
     block.register_forward_pre_hook(lambda module, args: seen.update(x=args[0].flatten(0, 1)))
@@ -93,9 +93,9 @@ def correlated(folder: Path) -> Path:
 
 def test_outputs_lose_less_than_by_the_plain_search(tmp_path: Path, text: Path) -> None:
     model = correlated(tmp_path / "model")
-    made(model, tmp_path / "plain", text, effort="fast", calib_tokens=8192)
-    alone = made(model, tmp_path / "alone", text, coupled=False, calib_tokens=8192)
-    made(model, tmp_path / "both", text, calib_tokens=8192)
+    made(model, tmp_path / "plain", text, effort="fast", calib_tokens=4096)
+    alone = made(model, tmp_path / "alone", text, coupled=False, calib_tokens=4096)
+    made(model, tmp_path / "both", text, calib_tokens=4096)
     hessians = first_hessians(model, text)
     weights = {w.name: w for w in alone.checkpoint.weights}
     for name in ("layers.0.experts.gate", "layers.0.experts.up"):
@@ -118,7 +118,7 @@ def test_transformers_computes_what_our_decoder_predicts(
     tiny, tmp_path: Path, text: Path, family: str, attention: bool
 ) -> None:
     """Rotary rows are turned for llama.cpp only: in the folder they stand as transformers has them."""
-    model, out = tiny(family), tmp_path / "out"
+    model, out = tiny(family, num_hidden_layers=2 if family == "olmoe" else 1), tmp_path / "out"
     report = made(model, out, text, quantize_attention=attention)
     loaded, ours = (
         transformers_folder.load(out),
@@ -154,7 +154,7 @@ def test_what_rounded_inputs_lose_is_in_the_report(tiny, tmp_path: Path, text: P
 def test_other_layouts_hold_the_same_codes(
     tiny, tmp_path: Path, text: Path, layout: ModuleType, group: int
 ) -> None:
-    model, readers, kinds = tiny("olmoe"), [], []
+    model, readers, kinds = tiny("olmoe", num_hidden_layers=1, num_experts=4), [], []
     for format_, opened in (("safetensors", compressed_tensors), (layout.__name__.split(".")[-1], layout)):
         wanted = {"format": format_, "bits": 4, "group_size": group}
         report = made(model, tmp_path / format_, text, **wanted)

@@ -15,7 +15,7 @@ from moequant.commands.outputs import names
 from moequant.errors import OutputError, PlanError
 from moequant.forward.stream import Reader
 from tests.cli.test_cli import run
-from tests.commands.test_convert import settings
+from tests.commands.test_convert import NARROW, settings
 
 TYPES = "Q5_K_M", "Q4_K_M"
 
@@ -37,7 +37,7 @@ def alone(model: Path, folder: Path, wanted: Sequence[Settings]) -> list[bytes]:
 def test_every_file_is_what_it_is_alone_and_shared_stages_run_once(
     tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny("qwen3_moe", num_hidden_layers=1, num_experts=4)
+    model = tiny("qwen3_moe", num_hidden_layers=1, **NARROW, moe_intermediate_size=256)
     wanted = settings(text, ",".join(TYPES), effort="default", calib_tokens=1024, eval_tokens=1024)
     baseline = Reader()
     monkeypatch.setattr(line, "load", baseline)

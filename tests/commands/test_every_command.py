@@ -44,7 +44,7 @@ IDS = torch.randint(1, models.VOCAB, (4, 128), generator=torch.Generator().manua
 @pytest.fixture(scope="session")
 def small(tiny):
     """`small("gpt_oss")`: of each kind of layer one, dense and routed, with a window and without."""
-    return lambda family: tiny(family, num_hidden_layers=2)
+    return lambda family: tiny(family, num_hidden_layers=2, hidden_size=128)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What vLLM keeps on each GPU: weights, KV cache, and room to compute.
 
 Everything here was read in the code of vLLM 0.32 and nothing was measured on a GPU. The files are named where
-they are followed. `tests/clients/test_vllm_memory.py` holds the cache against vLLM's own classes.
+they are followed. `tests/clients/test_vllm_code.py` holds the cache against vLLM's own classes.
 """
 
 from __future__ import annotations

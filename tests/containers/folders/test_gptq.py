@@ -31,8 +31,9 @@ def unpacked(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
 def test_layout_and_values(tiny, tmp_path: Path, family: str, bits: int, group: int) -> None:
     """weight[out, in] = (code - (stored zero + 1)) · scale, as GPTQ's first version defines it."""
-    made, _ = quantized(tiny(family), tmp_path / "g", layout="gptq", bits=bits, group_size=group)
-    quantized(tiny(family), tmp_path / "c", bits=bits, group_size=group)
+    model = tiny(family, num_hidden_layers=1)
+    made, _ = quantized(model, tmp_path / "g", layout="gptq", bits=bits, group_size=group)
+    quantized(model, tmp_path / "c", bits=bits, group_size=group)
     theirs, other = gptq.open_folder(tmp_path / "g"), compressed_tensors.open_folder(tmp_path / "c")
     kind = storage(made.checkpoint, made.settings.wanted, "gptq")
     packed = storage(made.checkpoint, made.settings.wanted, "compressed-tensors")

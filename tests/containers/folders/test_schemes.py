@@ -22,9 +22,9 @@ from tests.containers.folders.cases import own_decoder, quantized
 from tests.forward.test_stream import rows
 
 FAMILIES = {
-    "mixtral": {"intermediate_size": 384},
-    "qwen3_moe": {"moe_intermediate_size": 128},
-    "deepseek_v3": {"moe_intermediate_size": 128},
+    "mixtral": {"intermediate_size": 384, "num_hidden_layers": 1},
+    "qwen3_moe": {"moe_intermediate_size": 128, "num_experts": 4},
+    "deepseek_v3": {"moe_intermediate_size": 128, "num_hidden_layers": 2},
 }
 ERRORS = {
     "W2A16": 0.35, "W3A16": 0.06, "W4A16": 0.012, "W5A16": 3e-3, "W6A16": 8e-4, "W7A16": 2e-4, "W8A16": 6e-5,
