@@ -287,6 +287,8 @@ def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: T
     if is_scratch(folder):
         return None
     run = identity(jobs, outs, settings, read)
+    if settings.fresh:  # only now, when nothing is left that would refuse this run
+        dismiss(folder)
     if os.path.lexists(folder):
         found = RunJournal(folder, run)
         if found.begun:

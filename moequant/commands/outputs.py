@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moequant.checkpoint import Folder, repository
 from moequant.commands.job import Job
-from moequant.commands.journal import check, dismiss, finished_by, journal_of
+from moequant.commands.journal import check, finished_by, journal_of
 from moequant.commands.settings import Settings
 from moequant.errors import MoequantError, OutputError
 from moequant.files import check_space, claim
@@ -48,7 +48,7 @@ def claimed(model: Folder, outs: Sequence[Path], settings: Settings) -> Iterator
     has as finished. OutputError as `claim` raises it.
 
     A folder for several files is made here, and is gone again if nothing came to lie in it. With
-    `settings.fresh` the journal goes.
+    `settings.fresh` nothing counts as finished.
     """
     journal = journal_of(outs)
     finished = frozenset() if settings.fresh else finished_by(journal, outs)
@@ -77,7 +77,6 @@ def claimed(model: Folder, outs: Sequence[Path], settings: Settings) -> Iterator
     ):
         if settings.fresh:
             check(journal)
-            dismiss(journal)
         elif finished != finished_by(journal, outs):
             raise OutputError(
                 f"{journal}: another run has just finished and removed it; give the same command again"

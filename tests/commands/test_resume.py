@@ -17,7 +17,7 @@ import torch
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.commands.journal import GOES_ON, RunJournal, finished_by, journal_of, kept
-from moequant.errors import CheckpointError, OutputError, UnreadableError
+from moequant.errors import CheckpointError, OutputError, PlanError, UnreadableError
 from moequant.files import Interrupted, scratch
 from moequant.forward.hidden import OnDisk
 from moequant.plan import Sensitivities
@@ -227,6 +227,10 @@ def test_fresh_begins_again_and_what_is_not_a_journal_is_kept(
     with pytest.raises(OutputError, match="route: is not of a journal and is kept"):
         convert(small, tmp_path / "a.gguf", fast(text, fresh=True))
     (folder / "route").unlink()
+    with pytest.raises(PlanError, match="nothing_like_it"):
+        pinned = ("nothing_like_it=Q8_0",)
+        convert(small, tmp_path / "a.gguf", fast(text, fresh=True, tensor_type=pinned))
+    assert (folder / "plan.safetensors").exists(), "a run that is refused takes nothing away"
     convert(small, tmp_path / "a.gguf", fast(text, fresh=True))
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
