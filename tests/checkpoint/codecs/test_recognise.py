@@ -101,7 +101,11 @@ def test_quantized_but_left_out(tmp_path: Path, config: dict[str, Any], message:
     [
         {},
         ct(["Linear"], ["model.layers.3", "up_proj", "re:experts"]),
-        {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.30", "gate", "proj", "mlp", "*"]},
+        {
+            "quant_method": "fp8",
+            "weight_block_size": [1, 64],
+            "modules_to_not_convert": ["model.layers.30", "gate", "proj", "mlp", "*"],
+        },
         {"quant_method": "fbgemm_fp8", "modules_to_not_convert": None},
         {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head", "mlp"]}},
         {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}},
