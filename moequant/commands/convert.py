@@ -5,13 +5,13 @@ Several sizes of a model go along it together: what does not depend on the size 
 
 from __future__ import annotations
 
-import filecmp
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint, Folder, load
+from moequant.commands.beside import write_beside, write_card, write_imatrix
 from moequant.commands.compare import rounded_by_runtime
 from moequant.commands.duration import forecast
 from moequant.commands.job import Job, check_runtime, chosen, measured, notes, open_job, open_jobs
@@ -23,7 +23,6 @@ from moequant.commands.text import Texts, texts
 from moequant.containers.base import Written
 from moequant.containers.folders import inputs
 from moequant.containers.folders.container import FolderContainer
-from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
 from moequant.errors import CheckpointError, MoequantError, OutputError, PlanError
@@ -32,7 +31,7 @@ from moequant.evaluate.activations import Rounded
 from moequant.evaluate.open_source import open_source
 from moequant.evaluate.self_check import Output, computes_plainly, self_check
 from moequant.evaluate.side_by_side import Version, compare
-from moequant.files import atomic, atomic_folder, atomic_parts, part_names, scratch, sweep_scratch
+from moequant.files import atomic, atomic_folder, atomic_parts, part_names, sweep_scratch
 from moequant.forward.memory import check_memory
 from moequant.forward.model import empty_model
 from moequant.hub import Source
@@ -123,8 +122,9 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings, finished:
     meter = Meter()
     with meter.stage("open"):
         jobs = open_jobs(source, settings)
-        check_targets(jobs, outs, finished)
         first = jobs[0]
+        model = fingerprint(first.model)
+        check_targets(jobs, outs, finished)
         check_runtime(first)
         checkpoint = first.container.checkpoint
         empty_model(checkpoint)  # every weight has its place in the model, before any is read
@@ -141,12 +141,15 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings, finished:
         with meter.stage("download"):  # only now: whatever headers refuse is refused before
             jobs = open_jobs(complete(source), settings)
         first = jobs[0]
+        model = fingerprint(first.model)
         checkpoint = first.container.checkpoint
+    passes = _routes(first, read, calibration) + any(job.measures for job in jobs) + len(jobs)
+    announce(first.model, passes + (read.evaluation is not None))
     journal = begun(jobs, outs, settings, read)
     with kept(journal):
         goes_on = journal is not None and journal.begun
         expected = None if goes_on else forecast(jobs, read, _routes(first, read, calibration))
-        known = Known(calibration, read, journal, expected, fingerprint(first.model))
+        known = Known(calibration, read, journal, expected, model)
         return _made_all(jobs, outs, known, meter)
 
 
@@ -154,13 +157,11 @@ def _made_all(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Me
     """All outputs, their comparison and what is written beside them, from what headers and texts say."""
     first, settings, read = jobs[0], jobs[0].settings, known.texts
     routes = _routes(first, read, known.calibration)
-    measures = any(job.measures for job in jobs)
-    announce(first.model, routes + measures + len(jobs) + (read.evaluation is not None))
     if routes and read.calibration is not None:
         with meter.stage("route"):
             known = replace(known, calibration=_routed(first, read.calibration, known.journal))
     if known.calibration is not None and settings.imatrix_out is not None:
-        _write_imatrix(first, known.calibration, settings.imatrix_out, known.journal)
+        write_imatrix(first, known.calibration, settings.imatrix_out, known.journal)
     if known.calibration is not None and read.probes is not None:
         with meter.stage("plan"):
             jobs = chosen(jobs, _sensitivities(jobs, known.calibration, read.probes, known.journal))
@@ -180,10 +181,10 @@ def _made_all(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Me
     )
     if (path := card_path(outs, settings)) is not None:
         with keeping(outs):
-            _write_card(made, path, settings, known.journal)
+            write_card(made, path, settings, known.journal)
     if (page := settings.html) is not None:
         with keeping(outs):
-            _write_beside(page, lambda: conversion_page.write(made, page), settings, known.journal)
+            write_beside(page, lambda: conversion_page.write(made, page), settings, known.journal)
     return made
 
 
@@ -210,46 +211,6 @@ def _sensitivities(
         journal.keep_sensitivities(found)
     journal.forget_figures()
     return found
-
-
-def _write_imatrix(job: Job, calibration: Calibration, path: Path, journal: RunJournal | None) -> None:
-    """Write the statistics beside the output, unless the run that this one continues has written them."""
-    exported = export(job.model)
-    if path.exists() and not job.settings.overwrite:
-        with scratch() as folder:
-            imatrix.write(folder / "again", exported, calibration, "none")
-            if not filecmp.cmp(folder / "again", path, shallow=False):
-                raise OutputError(f"{path}: exists already; give another name or --overwrite")
-        return
-    if journal is not None:
-        journal.announce(path)
-    imatrix.write(path, exported, calibration, "none")
-
-
-def _write_beside(
-    path: Path, write: Callable[[], None], settings: Settings, journal: RunJournal | None
-) -> None:
-    """Write a file beside the outputs, unless the run that this one continues has written it."""
-    if journal is not None:
-        if path.exists() and journal.announced(path) and not settings.overwrite:
-            return
-        journal.announce(path)
-    write()
-
-
-def _write_card(made: Conversion, path: Path, settings: Settings, journal: RunJournal | None) -> None:
-    """The card beside the outputs, or in the folder, unless a run that was killed wrote that very one."""
-    if (picture := card.picture_for(made, path)) is not None:
-        _write_beside(picture, lambda: card.draw(made, picture), settings, journal)
-    text = card.text(made, path.parent, settings.imatrix_out)
-    ours = settings.overwrite or settings.format != "gguf"  # a folder has no other card
-    if path.exists() and not ours:
-        if path.read_bytes() != text.encode():
-            raise OutputError(f"{path}: exists already; give another name or --overwrite")
-        return
-    if journal is not None:
-        journal.announce(path)
-    card.write(text, path, ours)
 
 
 def gradients(checkpoint: Checkpoint, settings: Settings) -> Needs | None:

@@ -12,11 +12,10 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import transformers
 from moequant import __version__
 from moequant.checkpoint import Checkpoint
 from moequant.commands.job import Job, probing_of
+from moequant.commands.journal_files import check, dismiss, remove
 from moequant.commands.settings import Settings
 from moequant.commands.text import Texts
 from moequant.containers.base import Written
@@ -38,7 +38,7 @@ from moequant.errors import (
     VerifyError,
     one_line,
 )
-from moequant.files import atomic, discard, is_scratch, part_names
+from moequant.files import atomic, is_scratch, part_names
 from moequant.plan import Sensitivities
 from moequant.plan.figures import Figures
 from moequant.report.style import size
@@ -62,16 +62,6 @@ they name is compared itself."""
 
 _INPUTS = ("stats", "imatrix", "plan")
 """Settings that name a file, which is compared by what is in it."""
-
-_PART = r"\d+/(part-\d{4,}|piece-\d{4,}-(experts|inner)-\d+-\d+)"
-_CROSSING = r"plan/(probes|plans)"
-_FIGURE = rf"plan/errors-\d{{4,}}|{_CROSSING}/(kl-\d{{4,}}|reached)"
-_TABLE = r"\d+/part-\d{4,}-\d+\.bytes"
-_SEALED = rf"(plan|done-\d+|{_PART}|{_FIGURE}|route/layer-\d{{4,}})\.safetensors"
-_STATES = rf"(route|{_CROSSING}|\d+/(exact|rounded))/hidden-\d{{4,}}\.f32"
-_FILES = re.compile(rf"run\.json|route/run\.json|beside\.json|{_SEALED}|{_TABLE}|{_STATES}")
-_FOLDERS = re.compile(rf"route|plan|{_CROSSING}|\d+|\d+/(exact|rounded)")
-_TEMPORARY = re.compile(r"\.(.+)\.moequant-(lock|[0-9a-f]{8})")
 
 ANOTHER_TIME = (OutputError, VerifyError, HubError, RankError, UnreadableError)
 """Errors that the same command may not meet again: disks get room and come back, the Hub answers, the
@@ -353,57 +343,3 @@ def kept(journal: RunJournal | None) -> Iterator[None]:
             error.add_note(GOES_ON)
         raise
     dismiss(journal.folder)
-
-
-def dismiss(folder: Path) -> None:
-    """Remove a journal at once, so that no part of one is left. Files that no run has put there stay."""
-    try:
-        check(folder)
-        discard(folder, folder.with_name(folder.name.removesuffix(".journal")))
-    except (OutputError, OSError):
-        remove(folder)
-
-
-def check(folder: Path) -> None:
-    """OutputError when `folder` holds anything that no run names so. It may be absent."""
-    if not os.path.lexists(folder):
-        return
-    if folder.is_symlink() or not folder.is_dir():
-        raise _foreign(folder)
-    for path in _entries(folder, folder):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (_FOLDERS if path.is_dir() else _FILES).fullmatch(_meant(name)):
-            raise _foreign(path)
-        if not path.is_dir() and not path.is_file():
-            raise _foreign(path)
-
-
-def _meant(name: str) -> str:
-    """The name that a temporary file will get. Other names are given back as they are."""
-    where, slash, last = name.rpartition("/")
-    found = _TEMPORARY.fullmatch(last)
-    return f"{where}{slash}{found[1]}" if found else name
-
-
-def remove(part: Path, folder: Path | None = None) -> None:
-    """Remove a journal, or `part` of the journal `folder`. Files that no run has put there stay."""
-    around = folder or part
-    for path in _entries(part, around) if part.is_dir() and not part.is_symlink() else ():
-        name = _meant(path.relative_to(around).as_posix())
-        if path.is_dir() and not path.is_symlink():
-            with suppress(OSError):
-                path.rmdir()
-        elif _FILES.fullmatch(name):
-            path.unlink(missing_ok=True)
-    with suppress(OSError):
-        part.rmdir()
-
-
-def _entries(part: Path, folder: Path) -> Iterable[Path]:
-    """Everything in there, folders after what is in them."""
-    for where, folders, files in os.walk(part, topdown=False):
-        yield from (Path(where) / name for name in (*files, *folders))
-
-
-def _foreign(path: Path) -> OutputError:
-    return OutputError(f"{path}: is not of a journal and is kept; move it away, or give another --out")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from moequant.checkpoint import Folder, repository
 from moequant.commands.job import Job
-from moequant.commands.journal import check, finished_by, journal_of
+from moequant.commands.journal import finished_by, journal_of
+from moequant.commands.journal_files import bytes_of, check
 from moequant.commands.settings import Settings
 from moequant.errors import MoequantError, OutputError
 from moequant.files import check_space, claim
@@ -119,6 +120,9 @@ def check_targets(jobs: Sequence[Job], outs: Sequence[Path], finished: Set[Path]
         job.container.check_target(out, job.plan)
         folder = out.absolute().parent
         needed[folder] = needed.get(folder, 0) + job.size
+    old = journal_of(outs).absolute()
+    if jobs[0].settings.fresh and old.parent in needed:
+        needed[old.parent] -= bytes_of(old)  # it goes first
     for folder, size in needed.items():
         check_space(folder, size)
 

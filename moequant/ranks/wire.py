@@ -100,7 +100,8 @@ class Wire:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         is_told = isinstance(error, (MoequantError, OSError)) or lacks_memory(error)
         if is_told and not isinstance(error, RankError):
-            self._store.set(WHY, pickle.dumps(error))
+            with suppress(RuntimeError):  # torchrun is gone: nobody asks why
+                self._store.set(WHY, pickle.dumps(error))
         self.close()
         try:
             while not self._store.check([OVER]):

@@ -244,7 +244,7 @@ def test_an_output_of_somebody_else_in_the_place_of_a_finished_one_is_kept(
         raise Interrupted(2)
 
     with monkeypatch.context() as patched:
-        patched.setattr("moequant.commands.convert._write_card", interrupted)
+        patched.setattr("moequant.commands.convert.write_card", interrupted)
         with pytest.raises(Interrupted) as ended:
             convert(small, out, fast(text, card=tmp_path / "README.md"))
     assert ended.value.__notes__ == [GOES_ON]

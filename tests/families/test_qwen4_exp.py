@@ -17,7 +17,8 @@ from moequant import formats
 from moequant.checkpoint import load, open_checkpoint
 from moequant.checkpoint.codecs import base
 from moequant.commands.convert import Settings, convert
-from moequant.commands.journal import RunJournal, dismiss
+from moequant.commands.journal import RunJournal
+from moequant.commands.journal_files import dismiss
 from moequant.containers.gguf.export import export
 from moequant.containers.gguf.families import EXPORTS
 from moequant.containers.gguf.read import GgufFile, read_header
