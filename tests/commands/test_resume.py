@@ -16,10 +16,13 @@ import torch
 
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert
+from moequant.commands.job import open_jobs
 from moequant.commands.journal import GOES_ON, RunJournal, finished_by, journal_of, kept
+from moequant.commands.outputs import check_targets
 from moequant.errors import CheckpointError, OutputError, PlanError, UnreadableError
 from moequant.files import Interrupted, scratch
 from moequant.forward.hidden import OnDisk
+from moequant.hub.fetch import headers
 from moequant.plan import Sensitivities
 from moequant.progress import Progress, listening
 from moequant.rounding.parts import Parts
@@ -233,6 +236,19 @@ def test_fresh_begins_again_and_what_is_not_a_journal_is_kept(
     assert (folder / "plan.safetensors").exists(), "a run that is refused takes nothing away"
     convert(small, tmp_path / "a.gguf", fast(text, fresh=True))
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def test_fresh_counts_the_room_that_the_old_journal_leaves(
+    small: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, source = tmp_path / "a.gguf", headers(small)
+    RunJournal(tmp_path / "a.gguf.journal", RUN).keep_sensitivities(Sensitivities({}, {}, "nowhere"))
+    (job,) = open_jobs(source, fast(text))
+    usage = shutil.disk_usage(tmp_path)._replace(free=job.size - 1)
+    monkeypatch.setattr("moequant.files.targets.shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(OutputError, match="are free; make room"):
+        check_targets([job], [out], frozenset())
+    check_targets(open_jobs(source, fast(text, fresh=True)), [out], frozenset())
 
 
 def test_an_output_of_somebody_else_in_the_place_of_a_finished_one_is_kept(
