@@ -207,19 +207,6 @@ def test_bad_outputs(model: Path, tmp_path: Path) -> None:
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "/proc" in result.stderr
 
 
-def test_a_full_disk_is_refused_before_any_work(model: Path, tmp_path: Path, monkeypatch) -> None:
-    from collections import namedtuple
-
-    from moequant.containers.gguf import write as gguf
-    from moequant.errors import OutputError
-    from moequant.files import targets
-
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(targets.shutil, "disk_usage", lambda path: usage(10, 9, 1))
-    with pytest.raises(OutputError, match="1,000 bytes are needed, 1 are free"):
-        gguf.check_target(tmp_path / "q.gguf", 1000)
-
-
 def test_a_disk_that_fills_up_half_way_leaves_what_is_finished(
     model: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

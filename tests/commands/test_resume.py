@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def small(tiny) -> Path:
     return tiny("qwen3_moe", **SMALL)
 
 
-def fast(text: Path, type_: str = "Q4_0", **changes: object) -> Settings:
+def fast(text: Path, type_: str | None = "Q4_0", **changes: object) -> Settings:
     usual = {"calib": text, "calib_tokens": 1024, "eval_tokens": 0, "effort": "fast", "self_check": False}
     return Settings(type_, **(usual | changes))
 
@@ -238,17 +239,19 @@ def test_fresh_begins_again_and_what_is_not_a_journal_is_kept(
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
 
-def test_fresh_counts_the_room_that_the_old_journal_leaves(
-    small: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("format_", "type_"), [("gguf", "Q4_0"), ("safetensors", None)])
+def test_a_full_disk_is_refused_before_any_work_and_fresh_counts_what_the_old_journal_leaves(
+    small: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: str, type_: str | None
 ) -> None:
     out, source = tmp_path / "a.gguf", headers(small)
     RunJournal(tmp_path / "a.gguf.journal", RUN).keep_sensitivities(Sensitivities({}, {}, "nowhere"))
-    (job,) = open_jobs(source, fast(text))
+    asked = fast(text, type_, format=format_, group_size=None if type_ else 32)
+    (job,) = open_jobs(source, asked)
     usage = shutil.disk_usage(tmp_path)._replace(free=job.size - 1)
     monkeypatch.setattr("moequant.files.targets.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(OutputError, match="are free; make room"):
         check_targets([job], [out], frozenset())
-    check_targets(open_jobs(source, fast(text, fresh=True)), [out], frozenset())
+    check_targets(open_jobs(source, replace(asked, fresh=True)), [out], frozenset())
 
 
 def test_an_output_of_somebody_else_in_the_place_of_a_finished_one_is_kept(

@@ -39,7 +39,7 @@ from moequant.containers.folders.schemes import find
 from moequant.containers.folders.shards import Bytes, Entry, Shard, ShardWriter
 from moequant.containers.folders.storage import decode
 from moequant.errors import CheckpointError, OutputError, VerifyError
-from moequant.files import RECORD, check_kept, check_space
+from moequant.files import RECORD, check_kept
 from moequant.progress import counted
 from moequant.values import Packed, Plan, Stored, Weight
 
@@ -52,10 +52,9 @@ def folder_bytes(checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -
 
 
 def check_target(path: Path, checkpoint: Checkpoint, plan: Plan, settings: FolderSettings) -> None:
-    """OutputError, before any work is done, when there is no room, or a file of somebody else's in the place
-    of one that `write` will make."""
+    """OutputError, before any work is done, when a file of somebody else's is in the place of one that
+    `write` will make."""
     files = _shards(checkpoint, plan, settings)
-    check_space(path.absolute().parent, sum(shard.bytes for shard in files))
     copied = (file.relative_to(checkpoint.path).as_posix() for file in side_files.side_files(checkpoint.path))
     made = {"config.json", "README.md", RECORD, *(shard.name for shard in files), *copied}
     made |= {shards.INDEX} if len(files) > 1 else set()

@@ -67,7 +67,7 @@ class GgufContainer:
 
     def check_target(self, path: Path, plan: Plan) -> None:
         """See `Container`."""
-        file.check_target(path, self.size(plan))
+        file.check_target(path)
 
     def formats(self, plan: Plan) -> dict[str, str]:
         """See `Container`: a file holds every weight in a format of its own."""

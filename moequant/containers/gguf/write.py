@@ -26,7 +26,7 @@ from moequant.containers.gguf.presets import FILE_TYPES
 from moequant.containers.gguf.sizes import ALIGNMENT
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, add_tokenizer
 from moequant.errors import CheckpointError, OutputError, VerifyError
-from moequant.files import check_space, part_names
+from moequant.files import part_names
 from moequant.files.parts import MOST, PART
 from moequant.values import Packed, Plan
 
@@ -65,15 +65,14 @@ def outline(path: Path, content: Content, plan: Plan) -> None:
     os.truncate(path, whole)
 
 
-def check_target(path: Path, size: int) -> None:
-    """OutputError when a file of `size` bytes cannot be put at `path`: said before any work is done."""
+def check_target(path: Path) -> None:
+    """OutputError when no file can have that name: said before any work is done."""
     if path.suffix != ".gguf":
         raise OutputError(f"{path}: the output must be named *.gguf")
     if part := PART.fullmatch(path.name):
         raise OutputError(
             f"{path}: is the name of a part; give {part[1]}.gguf, and --split-size for a file in parts"
         )
-    check_space(path.absolute().parent, size)
 
 
 def write(

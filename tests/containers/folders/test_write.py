@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import zlib
-from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
@@ -245,7 +244,7 @@ def test_targets_are_checked_before_work_begins(tiny, tmp_path: Path) -> None:
     assert not leftovers(tmp_path)
 
 
-def test_what_is_in_the_way_is_said_before_any_work(tiny, tmp_path: Path, monkeypatch) -> None:
+def test_what_is_in_the_way_is_said_before_any_work(tiny, tmp_path: Path) -> None:
     made, out = folder_of(tiny("mixtral")), tmp_path / "out"
     convert(made, out)
     record = json.loads((out / RECORD).read_text())
@@ -259,10 +258,6 @@ def test_what_is_in_the_way_is_said_before_any_work(tiny, tmp_path: Path, monkey
         with pytest.raises(OutputError, match=rf"{name}: was not written by moequant.*move it away"):
             made.check_target(out, made.plan)
     made.check_target(tmp_path / "new", made.plan)
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1))
-    with pytest.raises(OutputError, match="bytes are needed"):
-        made.check_target(tmp_path / "new", made.plan)
 
 
 def test_nothing_is_left_when_it_fails(tiny, tmp_path: Path) -> None:
