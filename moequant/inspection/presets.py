@@ -12,6 +12,7 @@ from moequant.containers.gguf.header import Header, TensorInfo
 from moequant.containers.gguf.presets import BASE_TYPES, facts
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, read_tokenizer
 from moequant.containers.opened import open_model
+from moequant.errors import PlanError
 from moequant.inspection.values import PresetFile
 from moequant.plan import ALIGNMENT, preset_plan
 from moequant.runtimes.llama_cpp import acceptance
@@ -29,15 +30,21 @@ def files_of(exported: Exported, tokenizer: TokenizerSpec) -> Iterator[PresetFil
     """The file of every preset, in the order of the presets; floats only where the checkpoint is in them: of
     one that is quantized they would hold the same numbers in many times the bytes.
 
-    The keys of the file are as long for one preset as for another, so its header is laid out once.
+    The keys of the file are as long for one preset as for another, so its header is laid out once. Presets
+    that are smaller than any file of the model are left out; PlanError where all are.
     """
     metadata = {"general.architecture": exported.arch, **exported.metadata}
     own, made = source_type(exported), provenance(exported.checkpoint)
     fixed: int | None = None
+    small: PlanError | None = None
     for preset in BASE_TYPES:
         if _FLOATS.get(preset, own) != own:
             continue
-        plan = preset_plan(exported.weights, preset, facts(exported))
+        try:
+            plan = preset_plan(exported.weights, preset, facts(exported))
+        except PlanError as error:
+            small = error
+            continue
         data = _aligned_bytes(plan)
         if fixed is None:
             (whole,) = gguf.part_bytes(gguf.Content(exported, tokenizer, made), plan)
@@ -48,6 +55,8 @@ def files_of(exported: Exported, tokenizer: TokenizerSpec) -> Iterator[PresetFil
         )
         header = Header(exported.checkpoint.path, metadata, tensors, fixed + data)
         yield PresetFile(preset, header, plan.kl)
+    if fixed is None and small is not None:
+        raise small
 
 
 def check_runtime(exported: Exported, tokenizer: TokenizerSpec) -> None:

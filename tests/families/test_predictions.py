@@ -18,8 +18,10 @@ from moequant.checkpoint import load, not_finite, open_checkpoint
 from moequant.commands.convert import Settings, convert, open_job
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.export import export
+from moequant.containers.gguf.presets import facts
 from moequant.containers.gguf.read import read_header
 from moequant.containers.gguf.weights import GgufWeights
+from moequant.containers.opened import open_model
 from moequant.errors import FamilyError, PlanError
 from moequant.evaluate.open_source import open_source
 from moequant.forward.resources import Resources
@@ -28,7 +30,7 @@ from moequant.hub.fetch import headers
 from moequant.inspection.fit import Hardware, place
 from moequant.inspection.gguf_file import inspect_gguf
 from moequant.inspection.presets import preset_files
-from moequant.plan import candidates
+from moequant.plan import candidates, preset_plan
 from moequant.rounding.coupled import Coupled, Rounding
 from moequant.rounding.diagonal import Quantizer
 from moequant.rounding.feedback import Options
@@ -166,11 +168,13 @@ def test_a_quantized_one_is_a_step_safer(tmp_path: Path, text: Path) -> None:
 def test_that_step_keeps_no_preset_from_being_made(tmp_path: Path) -> None:
     """Tables give no weight fewer bits than llama.cpp does. Where drafts get more, others get the next fewer;
     of IQ1_S there are none, and a third of this model drafts."""
-    made = dict[str, set[str]]()
-    with pytest.raises(PlanError, match="IQ1_S: the smallest possible file"):
-        for each in preset_files(headers(released(tmp_path, "qwen3_5_moe"))):
-            made[each.name] = {tensor.type for tensor in each.header.tensors}
+    folder = headers(released(tmp_path, "qwen3_5_moe"))
+    made = {each.name: {tensor.type for tensor in each.header.tensors} for each in preset_files(folder)}
     assert {"Q8_0", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_S", "IQ2_XXS", "IQ1_M"} <= made.keys()
+    assert "IQ1_S" not in made
+    with pytest.raises(PlanError, match="IQ1_S: the smallest possible file"):
+        exported = export(open_model(folder))
+        preset_plan(exported.weights, "IQ1_S", facts(exported))
     assert min(map(bits, made["Q6_K"])) == bits("Q5_K"), made["Q6_K"]
 
 
