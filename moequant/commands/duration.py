@@ -5,7 +5,7 @@ handled one by one, decoded, squared or searched for a scale, and calls that tak
 on. The three speeds are measured in turn, for about a second. The constants say how often a stage handles a
 number. They were fitted to CPU seconds of conversions of models of six shapes, 9 to 128 million weights, each
 at the speed that the machine had then; `benchmarks/results/duration.md` holds five
-conversions, one of a model that was new, against the constants of its commit: those of the self-check are newer.
+conversions, one of a model that was new, against the constants of its commit; some are newer.
 """
 
 from __future__ import annotations

@@ -351,4 +351,4 @@ def test_memory_is_a_few_tensors(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout.split()[-1]) < 55, "MB more than a small model takes: 32 to 41, 68 with the output held"
+    assert float(run.stdout.split()[-1]) < 55, "MB more than a small model: 32 to 41, 68 with the output held"
