@@ -32,6 +32,7 @@ SCALED = 100_000
 class StageCost:
     """Wall seconds, peak resident bytes, bytes read from files and processor seconds of one stage.
 
+    Processor seconds are those of this process, and of processes that it started and that ended in the stage.
     Where not on Linux the peak is that of the run so far, and reads are unknown (None).
     """
 

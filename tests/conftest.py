@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 
 from tests import models
+from tests.strike import kernel, struck  # noqa: F401  fixtures
 
 # Processes that tests start share two cores with other tests: their threads would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

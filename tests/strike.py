@@ -11,15 +11,43 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from moequant.files import rename
 
 DEAD = 9
+
+KERNELS = ("renameat2", "links and two steps")
+"""Linux's own renames, and what stands in for them elsewhere."""
 
 COUNTED = ("open", "os.", "shutil.", "fcntl.")
 """Audit events of file operations begin so; reading ones are counted too, which does no harm."""
 
 IMPORTED = (sys.prefix, sys.base_prefix)
 """Where packages lie: modules are imported when they are needed, and that is no work of a command."""
+
+
+@contextmanager
+def on(kernel: str) -> Iterator[None]:
+    """The renames of one of `KERNELS`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if kernel != "renameat2":
+            patch.setattr(rename, "renameat2", lambda old, new, flag: False)
+        yield
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A test under each of `KERNELS`."""
+    with on(request.param):
+        yield str(request.param)
+
+
+@pytest.fixture(scope="module")
+def struck(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """`small_process` of the module whose test asks."""
+    with small_process(request.module.__name__) as call:
+        yield call
 
 
 @contextmanager

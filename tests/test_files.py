@@ -11,8 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +27,11 @@ from moequant.files import (
     check_output,
     claim,
     interruptible,
-    rename,
     scratch,
 )
-from tests.strike import killed_at_every_step, small_process
+from tests.strike import KERNELS, killed_at_every_step, on
 
 NEW, OLD = b"new" * 5000, b"old"
-
-
-KERNELS = ("renameat2", "links and two steps")
-"""Linux's own renames, and what stands in for them elsewhere."""
-
-
-@contextmanager
-def on(kernel: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if kernel != "renameat2":
-            patch.setattr(rename, "renameat2", lambda old, new, flag: False)
-        yield
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    with on(request.param):
-        yield str(request.param)
-
-
-@pytest.fixture(scope="module")
-def struck() -> Iterator[Callable[..., None]]:
-    with small_process(__name__) as call:
-        yield call
 
 
 def names(folder: Path) -> set[str]:

@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moequant.errors import OutputError
 from moequant.files import atomic_parts, claim, part_names, rename
-from tests.strike import killed_at_every_step, small_process
-
-KERNELS = ("renameat2", "links")
-"""Linux's own renames, and what stands in for them elsewhere."""
-
-
-@contextmanager
-def on(kernel: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if kernel != "renameat2":
-            patch.setattr(rename, "renameat2", lambda old, new, flag: False)
-        yield
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    with on(request.param):
-        yield str(request.param)
-
-
-@pytest.fixture(scope="module")
-def struck() -> Iterator[Callable[..., None]]:
-    with small_process(__name__) as call:
-        yield call
+from tests.strike import KERNELS, killed_at_every_step, on
 
 
 def write(out: Path, count: int, text: str, overwrite: bool = False) -> None:

@@ -77,7 +77,8 @@ def converted(model: Path, out: Path, kind: str, effort: Any, tokens: int) -> li
     jobs = open_jobs(model, settings)
     read = texts(jobs[0].model, settings, True, jobs[0].measures)
     search = pace.searches(speeds[0], effort)
-    work = expected.counted(jobs, read, "route" in forecast.stages, search)
+    decode = expected.decoding(jobs[0].container.checkpoint, speeds[0])
+    work = expected.counted(jobs, read, "route" in forecast.stages, search, decode)
     rows, both = list[Row](), 0.0
     for cost, before, after in zip(stages, speeds[:-1], speeds[1:], strict=True):
         paced = (before.seconds(work[cost.name]) + after.seconds(work[cost.name])) / 2

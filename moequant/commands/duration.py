@@ -4,7 +4,8 @@ Stage by stage three kinds of work are counted: floating-point operations of mat
 handled one by one, decoded, squared or searched for a scale, and calls that take as long whatever they work
 on. The three speeds are measured in turn, for about a second. The constants say how often a stage handles a
 number. They were fitted to CPU seconds of conversions of models of six shapes, 9 to 128 million weights, each
-at the speed that the machine had then; `benchmarks/results/duration.md` holds others against them.
+at the speed that the machine had then; `benchmarks/results/duration.md` holds five
+conversions, one of a model that was new, against the constants of its commit; some are newer.
 """
 
 from __future__ import annotations

@@ -16,9 +16,11 @@ import torch
 
 from moequant import formats
 from moequant.checkpoint import Checkpoint
+from moequant.checkpoint.codecs.awq import Awq
+from moequant.checkpoint.codecs.gptq import Gptq
 from moequant.files.local import LocalFile
 from moequant.formats import Effort
-from moequant.values import Stored
+from moequant.values import Codec, Stored
 
 Search = Callable[[str], float]
 """By format, how often its plain search handles a weight."""
@@ -115,14 +117,14 @@ def _search(name: str, effort: Effort) -> float:
 def decoding(checkpoint: Checkpoint, now: Speed) -> float:
     """How often a stored number is handled to be decoded, more than one that is a float: the mean, measured
     on some of each kind. 0 for files that are fetched when they are read."""
-    found = dict[tuple[str, str], float]()
+    found = dict[tuple[type[Codec], str], float]()
     handled, count = 0.0, 0
     for stored in (each for weight in checkpoint.weights for each in weight.origin.stored):
         ref, numel = next(iter(stored.parts.values())), prod(stored.shape)
         count += numel
         if stored.codec.name == "plain" or len(stored.shape) < 2 or not isinstance(ref.file, LocalFile):
             continue
-        kind = stored.codec.name, ref.dtype
+        kind = type(stored.codec), ref.dtype
         if kind not in found:
             found[kind] = now.numbers * _decoding(stored)
         handled += numel * found[kind]
@@ -130,8 +132,10 @@ def decoding(checkpoint: Checkpoint, now: Speed) -> float:
 
 
 def _decoding(stored: Stored) -> float:
-    """CPU seconds that a number of a matrix takes to be decoded."""
-    rows = range(min(stored.shape[-2], max(1, (1 << 18) // stored.shape[-1])))
+    """CPU seconds that a number of a matrix takes to be decoded: some rows, or all where the words of all are
+    read for any."""
+    some = max(1, (1 << 18) // stored.shape[-1])
+    rows = range(stored.shape[-2] if isinstance(stored.codec, Awq | Gptq) else min(stored.shape[-2], some))
     taken = list[float]()
     for _ in range(3):
         began = time.process_time()

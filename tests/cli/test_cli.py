@@ -246,8 +246,8 @@ def test_help_and_version() -> None:
     assert run().returncode != 0
 
 
-def test_demo_keeps_its_file_where_it_is_told(tmp_path: Path) -> None:
-    """What it prints is on the page quickstart, which tests/test_docs.py runs."""
+def test_demo_replaces_no_file_unasked(tmp_path: Path) -> None:
+    """That it writes one is on the page quickstart, which tests/test_docs.py runs."""
     out = tmp_path / "demo.gguf"
     out.write_text("precious")
     done = run("demo", "-o", out, "--effort", "fast")

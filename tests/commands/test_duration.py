@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from moequant.checkpoint import open_checkpoint
+from moequant.checkpoint.codecs.nvfp4 import Nvfp4, Nvfp4Across
 from moequant.commands import duration
 from moequant.commands.duration import Model, counted, forecast
 from moequant.commands.job import open_jobs
@@ -18,6 +22,9 @@ from moequant.commands.pace import Speed, Work, decoding, speed
 from moequant.commands.settings import Settings
 from moequant.commands.text import Texts, texts
 from moequant.hub import GgufModel
+from moequant.values import Codec, Origin, Stored
+from tests.checkpoint.codecs.files import one, write
+from tests.checkpoint.codecs.test_gptq_awq import AWQ, awq, config, gptq
 from tests.cli.test_cli import run
 
 Tiny = Callable[..., Path]
@@ -119,3 +126,60 @@ def test_what_is_expected_is_said_and_kept(
     plain, packed = (counted([job], Texts(None, None, None), False, lambda name: 1.0, n) for n in (0, 2))
     of_all = {name: packed[name].numbers - plain[name].numbers for name in plain}
     assert of_all["verify"] == 0 < of_all["quantize"] == 2 * Model.of(job.model, 1).seen
+
+
+def decoded(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, *stored: Stored) -> list[tuple[type[Codec], int]]:
+    """The codec and the rows of every decoding that is timed, for a model that stores just these."""
+    checkpoint, seen = open_checkpoint(tiny("olmoe")), list[tuple[type[Codec], int]]()
+    for kind in {type(each.codec) for each in stored}:
+
+        def decode(self: Codec, stored: Stored, index: int | None, rows: range, real=kind.decode) -> Tensor:  # type: ignore[no-untyped-def]
+            seen.append((type(self), len(rows)))
+            return real(self, stored, index, rows)
+
+        monkeypatch.setattr(kind, "decode", decode)
+    weights = tuple(replace(checkpoint.weights[0], origin=Origin((each,))) for each in stored)
+    assert decoding(replace(checkpoint, weights=weights), Speed(1e11, 1e9, 1e5, 1)) > 0
+    return seen
+
+
+def test_words_that_lie_across_a_matrix_are_timed_for_all_of_it(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All words are read for any rows: timed for some, a number would cost more the larger the matrix."""
+    rows, columns, kinds = 4096, 128, list[Stored]()
+    assert rows * columns > 1 << 18
+    for layout in ("awq", "gptq", "rows"):
+        (folder := tmp_path / layout).mkdir()
+        if layout == "rows":
+            scales = torch.ones(rows // 128, columns // 128)
+            tensors = {
+                "m.weight": torch.ones(rows, columns).to(torch.float8_e4m3fn),
+                "m.weight_scale_inv": scales,
+            }
+            kinds.append(one(folder, tensors, {"quant_method": "fp8", "weight_block_size": [128, 128]}))
+        elif layout == "awq":
+            kinds.append(one(folder, awq(rows, columns, 64)[0], AWQ))
+        else:
+            kinds.append(one(folder, gptq(4, rows, columns, 32)[0], config(4, 32)))
+    some = (1 << 18) // columns
+    told = zip([type(each.codec) for each in kinds], (rows, rows, some), strict=True)
+    assert decoded(tiny, monkeypatch, *kinds) == [each for each in told for _ in range(3)]
+
+
+def test_codecs_of_one_name_are_timed_each(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side, parts = 64, {"global_scale": torch.ones(1, 1, 1)}
+    one_way = {
+        "weight": torch.zeros(1, side, side // 2, dtype=torch.uint8),
+        "scale": torch.ones(1, side, side // 16),
+    }
+    across = {name: tensor.transpose(1, 2) for name, tensor in one_way.items()}
+    kinds = []
+    for number, (codec, found) in enumerate(((Nvfp4(False), one_way), (Nvfp4Across(), across))):
+        (folder := tmp_path / f"{number}").mkdir()
+        found["scale"] = found["scale"].to(torch.float8_e4m3fn)
+        kinds.append(Stored("w", (1, side, side), "F32", write(folder, found | parts), codec))
+    seen = decoded(tiny, monkeypatch, *kinds)
+    assert [kind for kind, _ in seen] == [Nvfp4] * 3 + [Nvfp4Across] * 3

@@ -312,15 +312,16 @@ def test_the_writer_takes_nothing_but_the_plan(tmp_path: Path) -> None:
 
 
 MEMORY = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from moequant.progress import peak_bytes
 from tests.containers.folders.cases import quantized
 quantized(Path(sys.argv[1]) / "small", Path(sys.argv[1]) / "warm", shard_bytes=1_000_000)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 quantized(Path(sys.argv[1]) / "model", Path(sys.argv[1]) / "out", shard_bytes=10_000_000)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak_bytes() - before) / 1e6)
 """
 
 
@@ -345,4 +346,4 @@ def test_memory_is_a_few_tensors(tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout.split()[-1]) < 60, "MB more than a small model takes"
+    assert float(run.stdout.split()[-1]) < 55, "MB more than a small model: 32 to 41, 68 with the output held"
