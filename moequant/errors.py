@@ -90,14 +90,18 @@ class RankError(MoequantError):
     """Another process of the same run has ended."""
 
 
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""In messages of a plain RuntimeError of torch."""
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out: Python's and numpy's error, or torch's for a CPU or another
-    device."""
+    device. What CUDA itself lacks, for its context or for cuBLAS, torch tells as any other failure."""
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and (
-        type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    )
+    if not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "OutOfMemoryError" or any(each in str(error) for each in _NO_MEMORY)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from moequant.checkpoint.codecs.integers import Integers
 from moequant.checkpoint.codecs.mxfp4 import BLOCK, Mxfp4
 from moequant.checkpoint.codecs.mxfp6 import Mxfp6
 from moequant.checkpoint.codecs.nvfp4 import BLOCK as NV_BLOCK
-from moequant.checkpoint.codecs.nvfp4 import Nvfp4
+from moequant.checkpoint.codecs.nvfp4 import Nvfp4, Nvfp4Across
 from moequant.checkpoint.codecs.packed_int import PackedInt
 from moequant.checkpoint.read import load_packed, matrices
 from moequant.formats import groups
@@ -43,11 +43,12 @@ class Form:
 def form_of(stored: Stored) -> Form:
     """The form of a quantized weight, by its headers."""
     codec, (n_out, n_in) = stored.codec, stored.shape[-2:]
-    if isinstance(codec, Nvfp4):
+    if isinstance(codec, Nvfp4 | Nvfp4Across):
         return Form("NVFP4", "NVFP4", NV_BLOCK, _FACTORS)
-    if isinstance(codec, Mxfp4 | Mxfp6):
-        six = isinstance(codec, Mxfp6)
-        return Form("MXFP6" if six else "MXFP4", _fp8(BLOCK) if six else "MXFP4", BLOCK)
+    if isinstance(codec, Mxfp4):
+        return Form("MXFP4", "MXFP4", BLOCK)
+    if isinstance(codec, Mxfp6):  # with two bits of fraction it is as coarse as integers of five bits
+        return Form("MXFP6", _fp8(BLOCK) if codec.exponent == 2 else f"INT5_G{BLOCK}_BF16", BLOCK)
     scales = stored.parts["scale"].dtype
     if isinstance(codec, EightBit) and stored.parts["weight"].dtype != "I8":
         return _eight_bit(codec, scales, n_out, n_in)
@@ -57,6 +58,8 @@ def form_of(stored: Stored) -> Form:
 
 
 def _eight_bit(codec: EightBit, scales: str, n_out: int, n_in: int) -> Form:
+    if codec.grid.columns == 1 < n_in and codec.grid.rows == n_out:  # a row's, of a stack that was turned
+        return Form(f"FP8_G{n_out}_{scales}", _fp8(n_out), n_out)
     rows, columns = codec.grid.rows, min(codec.grid.columns, n_in)
     if codec.name == "mxfp8":
         return Form("MXFP8", _fp8(columns), columns)

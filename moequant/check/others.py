@@ -2,6 +2,7 @@
 
 It unpacks codes and multiplies scales. What it cannot know is told to it: which tensor is the scale, how many
 weights share one, and that GPTQ's first version stores zero points less one. AWQ's order of codes is its own.
+It has no FP6 with three bits of exponent: its codes are looked up.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from moequant.checkpoint.codecs.gptq import Gptq
 from moequant.checkpoint.codecs.mxfp4 import BLOCK, Mxfp4
 from moequant.checkpoint.codecs.mxfp6 import Mxfp6
 from moequant.checkpoint.codecs.nvfp4 import BLOCK as NV_BLOCK
-from moequant.checkpoint.codecs.nvfp4 import Nvfp4
+from moequant.checkpoint.codecs.nvfp4 import Nvfp4, Nvfp4Across
 from moequant.checkpoint.codecs.packed_int import PackedInt
 from moequant.values import Codec, Origin, Stored, Weight
+
+_E3M2 = torch.tensor([0, 1, 2, 3, *(m * 2**e for e in range(7) for m in range(4, 8))]) / 16
+"""FP6 with three bits of exponent, by code: up to 28."""
 
 
 def by_others(weight: Weight) -> Weight:
@@ -123,26 +127,42 @@ def _awq(codec: Awq, parts: _Parts) -> Tensor:
     from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
 
     reader = AutoAWQConverter(group_size=codec.group)
-    unpacked = reader.reverse_awq_order(*reader.unpack_awq(parts["weight"], parts["zero_point"], 4), 4)
-    codes, zeros = (each.bitwise_and(15).T for each in unpacked)
+    unpacked = reader.unpack_awq(parts["weight"], parts.get("zero_point"), 4)
+    if codec.reordered:
+        unpacked = reader.reverse_awq_order(*unpacked, 4)
+    sign = 8 if codec.signed else 0  # of two's complement
+    codes, zeros = (None if each is None else ((each & 15) ^ sign).T - sign for each in unpacked)
+    assert codes is not None
     return _dequantize(codes, parts["scale"].T, (1, codec.group), zeros)
 
 
 def _nvfp4(codec: Nvfp4, parts: _Parts) -> Tensor:
-    whole = parts["global_scale"].float().reshape(())
+    whole = _whole(parts)
     whole = whole if codec.divides else 1 / whole  # as the package converts ModelOpt's
-    return _dequantize(_fp4(parts), parts["scale"], (1, NV_BLOCK), whole=whole)
+    return _dequantize(_fp4(parts["weight"]), parts["scale"], (1, NV_BLOCK), whole=whole)
+
+
+def _nvfp4_across(codec: Nvfp4Across, parts: _Parts) -> Tensor:
+    codes = _fp4(parts["weight"].T.contiguous())
+    return _dequantize(codes, parts["scale"].T, (1, NV_BLOCK), whole=1 / _whole(parts)).T
+
+
+def _whole(parts: _Parts) -> Tensor:
+    return parts["global_scale"].float().reshape(())
 
 
 def _mxfp4(codec: Mxfp4, parts: _Parts) -> Tensor:
-    return _dequantize(_fp4(parts), _powers(parts), (1, BLOCK))
+    return _dequantize(_fp4(parts["weight"]), _powers(parts), (1, BLOCK))
 
 
 def _mxfp6(codec: Mxfp6, parts: _Parts) -> Tensor:
-    from compressed_tensors.compressors.mxfp6.helpers import unpack_fp6_from_uint8
+    from compressed_tensors.compressors.mxfp6.helpers import kE2M3ToFloat, unpack_fp6_from_uint8
 
-    codes = unpack_fp6_from_uint8(parts["weight"], *parts.stored.shape[-2:])
-    return _dequantize(codes, _powers(parts), (1, BLOCK))
+    values = unpack_fp6_from_uint8(parts["weight"], *parts.stored.shape[-2:])
+    if codec.exponent == 3:
+        codes = torch.searchsorted(kE2M3ToFloat, values.abs().float())
+        values = _E3M2[codes].copysign(values)
+    return _dequantize(values, _powers(parts), (1, BLOCK))
 
 
 _DECODERS: Mapping[type, Callable[[Any, _Parts], Tensor]] = {
@@ -151,15 +171,16 @@ _DECODERS: Mapping[type, Callable[[Any, _Parts], Tensor]] = {
     Gptq: _gptq,
     Awq: _awq,
     Nvfp4: _nvfp4,
+    Nvfp4Across: _nvfp4_across,
     Mxfp4: _mxfp4,
     Mxfp6: _mxfp6,
 }
 
 
-def _fp4(parts: _Parts) -> Tensor:
+def _fp4(packed: Tensor) -> Tensor:
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 
-    made: Tensor = unpack_fp4_from_uint8(parts["weight"], *parts.stored.shape[-2:])
+    made: Tensor = unpack_fp4_from_uint8(packed, len(packed), 2 * packed.shape[1])
     return made
 
 

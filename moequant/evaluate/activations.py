@@ -51,8 +51,7 @@ def dynamic(inputs: Tensor, told: Inputs) -> Tensor:
     all of them where it is 0."""
     width = inputs.shape[-1]
     group = told.group or width
-    padded = nn.functional.pad(inputs, (0, -width % group))
-    blocks = padded.reshape(*inputs.shape[:-1], padded.shape[-1] // group, group)
+    blocks = _blocks(inputs, group)
     top = 448.0 if told.numbers == "FP8" else 127.0
     reach = blocks.abs().amax(-1, keepdim=True)
     if told.most is not None:
@@ -72,24 +71,31 @@ def fixed(inputs: Tensor, scale: float) -> Tensor:
 
 
 def nvfp4(inputs: Tensor, divisor: float) -> Tensor:
-    """NVFP4 and back: [..., n], an e4m3 scale for each 16 channels, which `divisor` divides."""
-    blocks = inputs.reshape(*inputs.shape[:-1], -1, 16)
+    """NVFP4 and back: [..., n], an e4m3 scale for each 16 channels (the last may be fewer), which `divisor`
+    divides."""
+    blocks = _blocks(inputs, 16)
     reach = (blocks.abs().amax(-1, keepdim=True) * (divisor / 6)).clamp_max(448.0)
     scale = reach.to(torch.float8_e4m3fn).to(inputs.dtype) / divisor
-    return _e2m1(blocks, scale).view_as(inputs)
+    return _e2m1(blocks, scale).flatten(-2)[..., : inputs.shape[-1]]
 
 
 def mxfp4(inputs: Tensor) -> Tensor:
-    """MXFP4 and back: [..., n], a power of two for each 32 channels.
+    """MXFP4 and back: [..., n], a power of two for each 32 channels (the last may be fewer).
 
     It puts the largest below 8, from 7 on a power higher; what is then beyond 6 is cut off. So does vLLM's
     kernel (`cvt_warp_fp16_to_fp4` in csrc, read), and compressed-tensors.
     """
-    blocks = inputs.reshape(*inputs.shape[:-1], -1, 32)
+    blocks = _blocks(inputs, 32)
     reach = blocks.abs().amax(-1, keepdim=True).frexp()
     exponent = reach.exponent - 3 + (reach.mantissa >= 0.875)
     scale = torch.ldexp(torch.ones_like(reach.mantissa), exponent.clamp(-126, 127))
-    return _e2m1(blocks, scale).view_as(inputs)
+    return _e2m1(blocks, scale).flatten(-2)[..., : inputs.shape[-1]]
+
+
+def _blocks(inputs: Tensor, size: int) -> Tensor:
+    """[..., n] -> [..., n / size, size], the last filled up with zeros."""
+    padded = nn.functional.pad(inputs, (0, -inputs.shape[-1] % size))
+    return padded.reshape(*inputs.shape[:-1], padded.shape[-1] // size, size)
 
 
 def _e2m1(blocks: Tensor, scale: Tensor) -> Tensor:

@@ -93,11 +93,17 @@ MOST_LAYERS = 10_000
 LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 """What the classes in transformers call the number of layers."""
 
+MOST_EXPERTS = 1 << 14
+"""Experts of a layer, at most: where they are stored one by one, the names of all are listed."""
+
 MOST = 1 << 20
 """Any other size of a model, at most: lists of so many numbers are made of them."""
 
 _SIZES = re.compile(r"num_.+|n_(?!positions|ctx).+|d_.+|.+_(size|heads?|dim|rank|groups?|experts)")
 """Keys that say how many or how wide."""
+
+_EXPERTS = re.compile(r"(.+_)?experts(_per_tok(en)?)?")
+"""Those of them that count experts."""
 
 _NOT_GIVEN = (
     "auto_map",
@@ -177,8 +183,15 @@ def _check_sizes(family: Family, given: Mapping[str, Any]) -> None:
             _check_sizes(family, value)
         if not isinstance(value, int | float) or not _SIZES.fullmatch(key):
             continue
-        if not value <= (MOST_LAYERS if key in LAYERS else MOST):  # so that NaN is too much as well
+        if not value <= _most(key):  # so that NaN is too much as well
             raise FamilyError(f"{family.name}: config key {key} = {value}: more than any model has")
+
+
+def _most(key: str) -> int:
+    """What a key that says how many or how wide says at most."""
+    if key in LAYERS:
+        return MOST_LAYERS
+    return MOST_EXPERTS if _EXPERTS.fullmatch(key) else MOST
 
 
 def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> None:

@@ -100,8 +100,31 @@ class Rounder:
         except FormatError as error:
             some = [each if experts is None else each.of(experts) for each in weights]
             broken = (not_finite(part, values(each)) for part, each in zip(some, weights, strict=True))
-            told = next((found for found in broken if found), f"{weights[0].name}: {error}")
+            told = next((found for found in broken if found), None)
+            told = told or self._too_large(weights, values, grams, experts) or f"{weights[0].name}: {error}"
             raise CheckpointError(told) from error
+
+    def _too_large(
+        self,
+        weights: Sequence[Weight],
+        values: Callable[[Weight], Tensor],
+        grams: Grams,
+        experts: range | None,
+    ) -> str | None:
+        """The weight and expert whose target is the first that the format cannot hold; None where all fit."""
+        for weight in weights:
+            fmt, target = self.format(weight), self.target(values(weight), grams)
+            beyond = (target.abs() > fmt.limit).flatten(1)
+            if not bool(beyond.any()):
+                continue
+            first = int(beyond.any(1).nonzero()[0])
+            found = target[first].flatten()[int(beyond[first].nonzero()[0])]
+            at = f" of expert {first + (experts.start if experts else 0)}" if weight.is_expert else ""
+            return (
+                f"{weight.name}: {fmt.name} cannot hold {float(found):g}{at}, weights must be within "
+                f"±{fmt.limit:g}; is the checkpoint damaged?"
+            )
+        return None
 
     def _round(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from moequant.values import Calibration
 from tests.containers.folders.cases import quantized
 from tests.containers.folders.test_inputs import rows
 from tests.evaluate import released
+from tests.families.test_layouts import relaid
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"
 
@@ -39,6 +40,13 @@ PACKED = {
     "ignore": ["re:.*mlp.gate$", "lm_head"],
 }
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+def quark(dtype: str, pack_method: str = "reorder", **more: Any) -> dict[str, Any]:
+    every = {"weight": {"dtype": dtype, "qscheme": "per_group", "group_size": 64} | more}
+    exported = {"pack_method": pack_method, "weight_format": "real_quantized"}
+    return {"quant_method": "quark", "global_quant_config": every, "export": exported}
+
 
 Form = Callable[[str, Tensor], dict[str, Tensor]]
 
@@ -86,6 +94,30 @@ CASES: dict[str, tuple[Form, dict[str, Any], str, str | None]] = {
         "INT8",
     ),
     "integers of llm-compressor": (released.packed, PACKED, "INT4_G64_F16", "INT8"),
+    "uint4 of Quark": (
+        released.quark_int(False, False, released.GEMM),
+        quark("uint4", symmetric=False),
+        "INT4_G64_F16",
+        "INT8",
+    ),
+    "int4 of Quark with zero points": (
+        released.quark_int(True, False, tuple(range(8))),
+        quark("int4", "order", symmetric=False),
+        "INT4_G64_F16",
+        "INT8",
+    ),
+    "int4 of Quark": (
+        released.quark_int(True, True, released.GEMM),
+        quark("int4", symmetric=True),
+        "INT4_G64_F16",
+        "INT4",
+    ),
+    "fp6 of Quark": (
+        released.fp6,
+        quark("fp6_e3m2", group_size=32, scale_format="e8m0"),
+        "MXFP6",
+        None,
+    ),
 }
 """How it is stored, its config, what its numbers are called, and the kernel that takes them."""
 
@@ -146,6 +178,42 @@ def test_every_scheme_of_ours_holds(
         assert all(expert.same_decoded for tensor in report.tensors for expert in tensor.experts)
         assert not any("records no checksums" in note for note in report.notes)
         assert any("no kernel" in note for note in report.notes) == scheme.startswith("FP8")
+
+
+@pytest.mark.parametrize(
+    ("form", "algorithm", "called"),
+    [
+        (released.nvfp4, "NVFP4", "NVFP4"),
+        (released.channels, "FP8_PER_CHANNEL_PER_TOKEN", "FP8_G128_F32"),
+    ],
+)
+def test_stacks_that_modelopt_turned_hold(
+    tiny, text: Path, tmp_path: Path, form: Form, algorithm: str, called: str
+) -> None:
+    """They are packed as [E, out, in], and stored as [E, in, out]; those of `down` are square."""
+    model = tiny("gpt_oss", hidden_size=128, intermediate_size=128, num_hidden_layers=1)
+
+    def stack(parts: list[Tensor]) -> Tensor:
+        if parts[0].element_size() > 1:
+            return torch.stack(parts)
+        return torch.stack([part.contiguous().view(torch.uint8) for part in parts]).view(parts[0].dtype)
+
+    def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        made = dict(tensors)
+        for name in (f"model.layers.0.mlp.experts.{each}_proj" for each in ("gate_up", "down")):
+            experts = [form(name, weight.T.contiguous()) for weight in made.pop(name)]
+            for key in experts[0].keys() - {"input_scale"}:
+                parts = [each[key].T if each[key].ndim == 2 else each[key] for each in experts]
+                made[name + key.removeprefix("weight").replace("_", "_weight_", 1)] = stack(parts)
+        return made
+
+    config = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"]}
+    relaid(model, tmp_path / "out", stacked, {"quantization_config": config})
+    report = checked(tmp_path / "out", model, text)
+    assert report.damages == ()
+    assert [tensor.format for tensor in report.tensors] == [called] * 3
+    for expert in (expert for tensor in report.tensors for expert in tensor.experts):
+        assert expert.same_decoded and expert.weight_error is not None and expert.weight_error > 0
 
 
 def test_what_a_folder_of_another_tool_has_lost_is_named(model: Path, text: Path, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from moequant.checkpoint import folder_of, load, open_checkpoint
 from moequant.containers.folders.plan import FolderSettings
 from moequant.containers.gguf.export import export
 from moequant.errors import CheckpointError, FamilyError
+from moequant.families import FAMILIES
+from moequant.families.config import make_config
 from moequant.forward.model import empty_model
 from moequant.inspection.folder import inspect_folder
 from moequant.report.card import Card
@@ -341,6 +343,23 @@ def test_a_size_that_no_model_has_is_named_before_anything_is_made_of_it(broken:
     models.edit_config(broken, **{key: 10**9})
     with pytest.raises(FamilyError, match=f"config key {key} = 1000000000: more than any model has"):
         open_checkpoint(broken)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("gpt_oss", "num_local_experts"),
+        ("mixtral", "num_experts_per_tok"),
+        ("deepseek_v3", "n_routed_experts"),
+        ("ernie4_5_moe", "moe_num_experts"),
+    ],
+)
+def test_more_experts_than_any_model_has(family: str, key: str) -> None:
+    """Their names would take seconds, and those of a layer are listed before any is looked for."""
+    described = next(each for each in FAMILIES if each.name == family)
+    raw = {"architectures": list(described.classes), "model_type": described.model_type, key: 20_000}
+    with pytest.raises(FamilyError, match=f"config key {key} = 20000: more than any model has"):
+        make_config(described, raw)
 
 
 @pytest.mark.parametrize("used", [0, 9])

@@ -115,16 +115,48 @@ def gptq(
     return made
 
 
+def _eights(codes: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Codes [out, n] -> i32 [n, out / 8]: nibble i of a word is the output `order[i]` of its eight."""
+    words = ((codes & 15).T.unflatten(1, (-1, 8))[..., order] << 4 * torch.arange(8)).sum(-1)
+    return (words - (words >> 31 << 32)).to(torch.int32)
+
+
+GEMM = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
 def awq(name: str, weight: Tensor) -> dict[str, Tensor]:
     """AutoAWQ's in gemm order, groups of 64."""
     codes, scale, zero = _codes(weight, 4, 64, False)
+    return {"qweight": _eights(codes, GEMM), "qzeros": _eights(zero, GEMM), "scales": scale.T}
 
-    def packed(t: Tensor) -> Tensor:
-        eights = t.T.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]]
-        words = (eights << 4 * torch.arange(8)).sum(-1)
-        return (words - (words >> 31 << 32)).to(torch.int32)
 
-    return {"qweight": packed(codes), "qzeros": packed(zero), "scales": scale.T}
+def quark_int(
+    signed: bool, symmetric: bool, order: tuple[int, ...]
+) -> Callable[[str, Tensor], dict[str, Tensor]]:
+    """Quark's integers of 4 bits, groups of 64: with a sign as two's complement, without zero points where
+    they are symmetric."""
+
+    def made(name: str, weight: Tensor) -> dict[str, Tensor]:
+        codes, scale, zero = _codes(weight, 4, 64, symmetric)
+        less = 8 if signed else 0
+        parts = {"weight": _eights(codes - less, order), "weight_scale": scale.T}
+        return parts if symmetric else parts | {"weight_zero_point": _eights(zero - less, order)}
+
+    return made
+
+
+def fp6(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Quark's FP6 with three bits of exponent: four codes in three bytes, a power of two for 32 weights."""
+    numbers = torch.tensor(
+        [m / 16 for m in range(4)] + [(1 + m / 4) * 2.0**e for e in range(-2, 5) for m in range(4)]
+    )
+    groups = weight.float().unflatten(1, (-1, 32))
+    power = (groups.abs().amax(-1, keepdim=True) / 28).log2().ceil()
+    sizes = (groups.abs() / power.exp2()).contiguous()
+    codes = (sizes[..., None] - numbers).abs().argmin(-1) | (groups < 0).long() << 5
+    four = (codes.flatten(1).unflatten(1, (-1, 4)) << torch.arange(0, 24, 6)).sum(-1)
+    codes = (four[..., None] >> torch.arange(0, 24, 8) & 255).flatten(1)
+    return {"weight": codes.to(torch.uint8), "weight_scale": (power[..., 0] + 127).to(torch.uint8)}
 
 
 def packed(name: str, weight: Tensor) -> dict[str, Tensor]:

@@ -66,11 +66,18 @@ def test_rounding_is_that_of_compressed_tensors(told: Inputs) -> None:
     assert torch.equal(dynamic(ours, told), ours), "rounding again changes nothing"
 
 
-def test_the_last_channels_may_be_fewer_than_share_a_scale() -> None:
+@pytest.mark.parametrize(
+    "told", [TOLD["FP8_BLOCK"], Inputs("MXFP4", 32, power=True), Inputs("NVFP4", 16, number=700.3)]
+)
+def test_the_last_channels_may_be_fewer_than_share_a_scale(told: Inputs) -> None:
     x = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
-    told = TOLD["FP8_BLOCK"]
-    assert torch.equal(dynamic(x, told), torch.cat([dynamic(x[:, :128], told), dynamic(x[:, 128:], told)], 1))
-    assert dynamic(x[:0], told).shape == (0, 200)
+    x[:, -1] = 5  # the largest of those that are left over
+    whole, last = 200 // told.group * told.group, 200 % told.group
+    filled = torch.cat([x[:, whole:], torch.zeros(3, told.group - last)], 1)
+    as_rounded = rounding(told)
+    parts = [as_rounded(x[:, :whole]), as_rounded(filled)[:, :last]]
+    assert torch.equal(as_rounded(x), torch.cat(parts, 1))
+    assert as_rounded(x[:0]).shape == (0, 200)
 
 
 @pytest.mark.parametrize("number", [2688.0, 700.3, 12.96, 1e-3, 1e6])

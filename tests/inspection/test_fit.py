@@ -438,6 +438,22 @@ def test_state_space_layers_have_state_and_no_cache() -> None:
     assert kv_bytes(header, Load(1000, 2)) == (2 * state,) * 3 + (2 * 1024 * 2 * 2 * 256 * 2,)
 
 
+@pytest.mark.parametrize("ratios", [{}, {"attention.compress_ratios": (0, 0)}])
+def test_a_header_that_lacks_keys_of_its_indexer_and_table(ratios: dict[str, object]) -> None:
+    keys = {
+        "block_count": 2, "embedding_length": 2048, "attention.head_count": 16, "attention.head_count_kv": 2,
+        "attention.key_length": 256, "attention.value_length": 256, "ssm.conv_kernel": 4,
+        "ssm.inner_size": 4096, "ssm.state_size": 128, "ssm.group_count": 16,
+        "attention.indexer.key_length": 128, "attention.indexer.head_count": 4,
+        "attention.indexer.top_k": 512, "ple.layers": (0,), "ple.ngram_size": 3, "hyper_connection.count": 4,
+    } | ratios  # fmt: skip
+    metadata = {"general.architecture": "qwen4exp"} | {f"qwen4exp.{k}": v for k, v in keys.items()}
+    names = ("blk.0.ssm_conv1d.weight", "blk.1.attn_k.weight")
+    header = Header(Path("q"), metadata, tuple(TensorInfo(name, "F32", (1,), 4) for name in names), 0)
+    assert kv_bytes(header, Load(1000))[0] == 4 * (3 * (4096 + 2 * 16 * 128) + 4096 * 128)
+    assert compute_bytes(header, Load(1000)) > 1024 * 512 * 2
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moequant import formats
+from moequant.errors import CheckpointError
 from moequant.rounding.feedback import Options
 from moequant.rounding.paired import Grams, Seen
 from moequant.rounding.results import Result
@@ -74,6 +75,27 @@ def test_a_useless_hessian_is_told_once_however_many_bands() -> None:
     rounder = Rounder({"head": "Q4_0"}, lambda *_: pytest.fail(), Rounding(options=QUICK, band=1))
     ((_, loss),) = rounder.round([weight], lambda _: values, seen.own, seen)
     assert len(loss.fallbacks) == 1
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_what_a_format_cannot_hold_is_named(first: int) -> None:
+    """The second of two weights, and the expert's number in the model, not among those that are rounded."""
+    site, of = Site("experts", "mlp.experts"), Origin(())
+    place, shape = Place("mlp.experts.up"), (8, 32, COLUMNS)
+    gate, up = (
+        Weight(name, role, 0, shape, Stack.EXPERTS, of, place, site)
+        for name, role in (("gate", Role.GATE), ("up", Role.UP))
+    )
+    values = {name: 0.02 * torch.randn(4, 32, COLUMNS) for name in ("gate", "up")}
+    values["up"][2, 5, 7] = -1e30
+    alone = replace(gate, shape=(4, 32, COLUMNS))
+    seen = Grams.empty(4, alone, "cpu")
+    rounder = Rounder({"gate": "Q4_0", "up": "Q4_0"}, lambda *_: pytest.fail(), Rounding(options=QUICK))
+    with pytest.raises(
+        CheckpointError, match=rf"^up: Q4_0 cannot hold -1e\+30 of expert {first + 2}, "
+    ) as told:
+        rounder.round([gate, up], lambda each: values[each.name], seen.own, seen, range(first, first + 4))
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("band", [1, 1 << 25])

@@ -35,7 +35,9 @@ def eight_bit(name: str, parts: Parts, scheme: Scheme) -> Stored:
     shape, is_int = weight.shape, weight.dtype == "I8"
     # Integers of fewer bits lie in bytes too.
     scheme.check(name, min(scheme.bits or 8, 8) if is_int else 8, "int" if is_int else "float")
-    scale = as_grid(parts["scale"], shape)
+    # Behind a stack's own name ModelOpt puts this: it turns such a stack, scales its rows and turns it back.
+    turned = parts["scale"].name == f"{name}_weight_scale"
+    scale = as_grid(parts["scale"], shape, turned)
     grid = _ranks(name, scale, shape) if name.endswith("qkv_proj.weight") else None
     if scheme.block == (0, 0) and scheme.bits is None and scale.shape[-2:] != (1, 1):
         # Without the key vLLM wants one number a matrix, and transformers squares of 128 or else fails.
@@ -51,7 +53,7 @@ def eight_bit(name: str, parts: Parts, scheme: Scheme) -> Stored:
     kept = {"weight": weight, "scale": scale}
     if "zero_point" in parts:
         zero = parts["zero_point"]
-        kept["zero_point"] = replace(as_grid(zero, shape), dtype=zero.dtype)
+        kept["zero_point"] = replace(as_grid(zero, shape, turned), dtype=zero.dtype)
         if kept["zero_point"].shape != scale.shape:
             raise misfit(zero, shape, f"{list(scale.shape)} as its scales")
     elif scheme.symmetric is False:

@@ -70,7 +70,7 @@ _PER_TOKEN = Inputs("FP8", 0)
 _PER_TENSOR = replace(_PER_TOKEN, elsewhere="vLLM's experts: a scale for all tokens of a batch")
 """transformers has a scale a token here, and so have vLLM's linears where CUTLASS has FP8 (both read)."""
 
-MXFP4 = ("float", 4, 32)
+_MXFP4_FORM = ("float", 4, 32)
 """Type, bits and group of such weights."""
 
 _MXFP4 = Inputs("MXFP4", 32, power=True)
@@ -171,7 +171,7 @@ def _is_mxfp4(told: Config) -> bool:
 def _of_scheme(group: Config) -> Inputs:
     """What an entry of compressed-tensors' `config_groups` says."""
     weights, told = group.get("weights") or {}, group.get("input_activations")
-    if not told and (weights.get("type"), weights.get("num_bits"), weights.get("group_size")) == MXFP4:
+    if not told and (weights.get("type"), weights.get("num_bits"), weights.get("group_size")) == _MXFP4_FORM:
         return _MXFP4_WEIGHTS
     return of_group(told)
 

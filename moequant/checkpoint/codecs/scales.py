@@ -66,11 +66,11 @@ def scaled(values: Tensor, scales: Tensor, columns: int) -> Tensor:
     return values.mul_(spread(scales, columns, n_in))
 
 
-def as_grid(ref: TensorRef, shape: tuple[int, ...]) -> TensorRef:
+def as_grid(ref: TensorRef, shape: tuple[int, ...], turned: bool = False) -> TensorRef:
     """The scales of a weight of `shape` as [blocks, blocks] or [E, blocks, blocks], U8 taken as E8M0.
 
-    One number serves all; [E] or [E, 1] one matrix each; [out] or [E, out] one row each. Of a stack that
-    ModelOpt has turned back, [E, in, out], scales [E, out] are for its columns.
+    One number serves all; [E] or [E, 1] one matrix each; [out] or [E, out] one row each. Of a stack
+    [E, in, out], scales [E, out] are for its columns. `turned` says that it is one: squares do not tell.
     CheckpointError when they have another number of dimensions.
     """
     dtype = "F8_E8M0" if ref.dtype == "U8" else ref.dtype
@@ -81,9 +81,10 @@ def as_grid(ref: TensorRef, shape: tuple[int, ...]) -> TensorRef:
         return replace(ref, shape=(1, 1), dtype=dtype)
     if stack and ref.shape[0] == stack[0] == prod(ref.shape):
         return replace(ref, shape=(*stack, 1, 1), dtype=dtype)
-    if ref.shape == shape[:-1]:
+    of_columns = bool(stack) and ref.shape == (*stack, shape[-1])
+    if ref.shape == shape[:-1] and not (of_columns and turned):
         return replace(ref, shape=(*ref.shape, 1), dtype=dtype)
-    if stack and ref.shape == (*stack, shape[-1]):
+    if of_columns:
         return replace(ref, shape=(*stack, 1, shape[-1]), dtype=dtype)
     if len(ref.shape) != len(shape) or ref.shape[:-2] != stack:
         raise misfit(ref, shape, "one for each block of rows and columns")

@@ -228,7 +228,7 @@ def _indexed_bytes(header: Header, load: Load, widest: int) -> int:
     if header.arch == "minimax-m3":
         alone, head = _BY_HEAD
         chosen, scored = 0, alone + head * header.largest("attention.head_count_kv") / load.parallel
-    elif header.arch == BLOCKS:
+    elif header.arch == BLOCKS and pool:
         alone, few = _BY_BLOCK
         blocks = -(-(cells // pool + 1) // _BLOCKS) * _BLOCKS
         chosen, scored = _CHOSEN * min(pool * blocks, most), alone + few / pool**2
@@ -354,7 +354,7 @@ def _looked_up(header: Header, layer: int) -> int:
     if header.arch != BLOCKS or not isinstance(layers, tuple) or layer not in layers:
         return 0
     wide = header.count("hyper_connection.count") * header.count("embedding_length")
-    return 4 * (header.count("ple.conv_kernel") - 1) * header.count("ple.ngram_size") * wide
+    return 4 * max(header.count("ple.conv_kernel") - 1, 0) * header.count("ple.ngram_size") * wide
 
 
 def _window(header: Header) -> int:

@@ -111,6 +111,12 @@ def test_fused_experts_with_one_scale_each(tmp_path: Path, scale: Tensor) -> Non
     assert torch.equal(read(stored), (weight.double() * spread).float())
 
 
+def test_square_experts_that_nobody_turned_have_a_scale_for_each_row(tmp_path: Path) -> None:
+    weight, scale = codes(3, 136, 136), scales(3, 136)
+    stored = one(tmp_path, {"experts.w2_weight": weight, "experts.w2_weight_scale": scale})
+    assert torch.equal(read(stored), (weight.double() * scale.double()[..., None]).float())
+
+
 def test_a_stack_as_modelopt_names_its_parts(tmp_path: Path) -> None:
     """Llama 4: the stack is a parameter of its own, so the names of its scales begin with it."""
     weight, name = codes(3, 160, 136), "m.feed_forward.experts.gate_up_proj"
@@ -120,9 +126,11 @@ def test_a_stack_as_modelopt_names_its_parts(tmp_path: Path) -> None:
     assert torch.equal(read(stored), (weight.double() * scales(1)[0].double()).float())
 
 
-def test_a_stack_turned_with_a_scale_for_each_output(tmp_path: Path) -> None:
-    """ModelOpt's FP8_PER_CHANNEL_PER_TOKEN of Llama 4: [E, in, out] with scales [E, out]."""
-    weight, scale, name = codes(3, 160, 136), scales(3, 136), "m.feed_forward.experts.down_proj"
+@pytest.mark.parametrize("n_in", [160, 136])
+def test_a_stack_turned_with_a_scale_for_each_output(tmp_path: Path, n_in: int) -> None:
+    """ModelOpt's FP8_PER_CHANNEL_PER_TOKEN of Llama 4: [E, in, out] with scales [E, out]; gpt-oss's down_proj
+    is square."""
+    weight, scale, name = codes(3, n_in, 136), scales(3, 136), "m.feed_forward.experts.down_proj"
     config = {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
     stored = one(tmp_path, {name: weight, f"{name}_weight_scale": scale}, config)
     assert torch.equal(read(stored), (weight.double() * scale.double()[:, None]).float())
