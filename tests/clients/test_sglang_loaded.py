@@ -6,9 +6,6 @@ without a GPU; without it the tests skip and say so.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,11 +17,10 @@ from torch import Tensor
 
 from moequant.checkpoint import open_checkpoint
 from moequant.statistics.calibrate import calibrate
-from tests.clients.test_vllm import CACHE
+from tests.clients.environments import SGLANG
 from tests.containers.folders.cases import quantized
 from tests.containers.folders.test_inputs import rows
 
-ENVIRONMENT = CACHE / "moequant" / "sglang"
 SCRIPT = Path(__file__).with_name("sglang_loaded.py")
 
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 256}
@@ -45,23 +41,13 @@ STORED = ("weight", "weight_packed", "weight_scale", "weight_global_scale", "inp
 @pytest.fixture(scope="module")
 def told(tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By scheme: the folder of a Qwen3-MoE, and what SGLang holds of it or says."""
-    if not (ENVIRONMENT / "complete").is_file():
-        pytest.skip(f"SGLang's environment {ENVIRONMENT} is absent: tests/clients/sglang_env.sh makes it")
+    SGLANG.required()
     model, root = tiny("qwen3_moe", **SIZES), tmp_path_factory.mktemp("sglang")
     calibration = calibrate(open_checkpoint(model), rows("text"))
     folders = {scheme: root / scheme for scheme in (*LOADED, *REFUSED, DROPPED)}
     for scheme, out in folders.items():
         quantized(model, out, calibration, scheme=scheme)
-    run = subprocess.run(
-        [ENVIRONMENT / "bin" / "python", SCRIPT, *folders.values()],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.strip().splitlines()[-1])
+    found = SGLANG.told(SCRIPT, *folders.values(), HF_HUB_OFFLINE="1", PYTHONPATH="")
     return {scheme: (out, found[str(out)]) for scheme, out in folders.items()}
 
 

@@ -7,8 +7,6 @@ processors that vLLM has no int4 kernel for mixtures of experts for, the tests s
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,9 @@ import torch
 
 from tests import models
 from tests.clients import transformers_folder
+from tests.clients.environments import VLLM
 from tests.containers.folders.cases import quantized
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-ENVIRONMENT = CACHE / "moequant" / "vllm"
 SCRIPT = Path(__file__).with_name("vllm_generate.py")
 
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe"]
@@ -46,22 +43,13 @@ def folders(tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, s
 @pytest.fixture(scope="module")
 def scores(folders: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What vLLM says of every folder, loaded one after another by one process."""
-    if not (ENVIRONMENT / "complete").is_file():
-        pytest.skip(f"vLLM's environment {ENVIRONMENT} is absent: tests/clients/vllm_env.sh makes it")
+    VLLM.required()
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.json"
     prompts.write_text(json.dumps(PROMPTS))
     # Without a kernel a linear fails as it computes, after which nothing else can be loaded: the dense model
     # is the last.
     asked = [out for made, out in folders.items() if made != (DENSE, "compressed-tensors")]
-    run = subprocess.run(
-        [ENVIRONMENT / "bin" / "python", SCRIPT, prompts, *asked],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    found: dict[str, Any] = VLLM.told(SCRIPT, prompts, *asked)
     return found
 
 

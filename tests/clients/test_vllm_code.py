@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from moequant.plan.folders import FolderMenu
 from moequant.runtimes.vllm.memory import BLOCK, UTILIZATION, Serving, cache_bytes
 from moequant.values import Plan, Role
 from tests import served_shapes
-from tests.clients.test_vllm import ENVIRONMENT
+from tests.clients.environments import VLLM
 
 SCRIPT = Path(__file__).with_name("vllm_code.py")
 EXPERTS = {"mixtral": "block_sparse_moe.experts", "qwen3_moe": "mlp.experts", "deepseek_v3": "mlp.experts"}
@@ -114,8 +113,7 @@ def served(tiny, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Checkpo
 @pytest.fixture(scope="module")
 def told(planned, served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What vLLM says of all of them, in one process."""
-    if not (ENVIRONMENT / "complete").is_file():
-        pytest.skip(f"vLLM's environment {ENVIRONMENT} is absent: tests/clients/vllm_env.sh makes it")
+    VLLM.required()
     configs = [
         {
             "config": quantization(checkpoint, plan, FolderSettings()),
@@ -129,15 +127,7 @@ def told(planned, served, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     ]
     cases = tmp_path_factory.mktemp("vllm") / "cases.json"
     cases.write_text(json.dumps({"schemes": configs, "caches": caches}))
-    run = subprocess.run(
-        [ENVIRONMENT / "bin" / "python", SCRIPT, cases],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    said: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    said: dict[str, Any] = VLLM.told(SCRIPT, cases)
     return said
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from moequant.containers.folders.read import FolderWeights
 from moequant.evaluate.open_source import open_source
 from moequant.statistics.calibrate import calibrate
 from moequant.values import Weight
-from tests.clients.test_vllm import ENVIRONMENT
+from tests.clients.environments import VLLM
 from tests.containers.folders.cases import quantized
 from tests.containers.folders.test_inputs import rows
 
@@ -91,23 +89,14 @@ class Loaded:
 @pytest.fixture(scope="module")
 def loaded(tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Loaded]:
     """All families and forms, by one process."""
-    if not (ENVIRONMENT / "complete").is_file():
-        pytest.skip(f"vLLM's environment {ENVIRONMENT} is absent: tests/clients/vllm_env.sh makes it")
+    VLLM.required()
     checkpoints = {family: open_checkpoint(tiny(family, **SMALL[family])) for family in SMALL}
     root = tmp_path_factory.mktemp("loaded")
     outs = {(family, form): root / f"{family}-{form}" for family, form in CASES}
     for (family, form), out in outs.items():
         seen = calibrate(checkpoints[family], rows("text")) if form == "FP8" else None
         quantized(checkpoints[family].path, out, seen, quantize_attention=True, **FORMS[form])
-    run = subprocess.run(
-        [ENVIRONMENT / "bin" / "python", SCRIPT, *outs.values()],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    told = json.loads(run.stdout.strip().splitlines()[-1])
+    told = VLLM.told(SCRIPT, *outs.values())
     return {
         case: Loaded(checkpoints[case[0]], out, one["layers"], one["linears"])
         for (case, out), one in zip(outs.items(), told, strict=True)
