@@ -177,7 +177,7 @@ class Coupled:
         fmt = formats.get(self.formats[weight.name])
         if self.fishers is None or fmt.name in UNROUNDED or self.stream.checkpoint.tied:
             return self.plain(weight, fmt.name)
-        hessian = even_fisher(self.fishers.embedding[None], self.rounding.options.own_fisher)
+        hessian = even_fisher(self.fishers.embedding[None])
         values = self.stream.provider(weight)[None].to(hessian.device).float()
         found = round_to_hessian(fmt, values, hessian, self.rounding.options)
         return joined(weight, [judged(weight, fmt, found, lost_by(fmt, values, found, hessian))])

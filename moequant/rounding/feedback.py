@@ -40,7 +40,7 @@ class Options:
     damping: what is added to a Hessian's diagonal, in means of it. rounds: of coordinate descent.
     effort: of the search for scales. magnitude: exponent of the weights' size in that search, None: the
     format's own below COARSE bits, 0 above. two_sided: rounds under the Fisher of the outputs, where one is
-    given, its diagonal counting `own_fisher` more. memory: bytes of working memory. threads: None is one per
+    given. memory: bytes of working memory. threads: None is one per
     core. of: how many weights there are in all, where some experts are rounded at a time: whether kernels are
     compiled is decided by all of them.
     """
@@ -50,7 +50,6 @@ class Options:
     effort: Effort = "default"
     magnitude: float | None = None
     two_sided: int = 2
-    own_fisher: float = 0.1
     memory: int = 1 << 30
     threads: int | None = None
     of: int | None = None
@@ -114,7 +113,7 @@ def round_to_hessian(
         if good:
             some = every if good == chunk else good  # all of them need no copies
             factored, damping = factorise(lattice, hessian[some], options.damping)
-            felt = None if fisher is None else _usable(fisher[some], good, options, fallbacks)
+            felt = None if fisher is None else _usable(fisher[some], good, fallbacks)
             task = Task(target[some], None if shared is None else shared[some], felt)
             data[some] = _round_chunk(lattice, task, factored, options)
             used[some] = damping
@@ -182,9 +181,9 @@ def _plain(fmt: Format, target: Tensor, hessian: Tensor, options: Options, share
     return formats.quantize(fmt, target, columns, options.effort, threads=options.threads, shared=shared)
 
 
-def _usable(fisher: Tensor, experts: list[int], options: Options, fallbacks: list[Fallback]) -> Tensor:
+def _usable(fisher: Tensor, experts: list[int], fallbacks: list[Fallback]) -> Tensor:
     """Fisher [E, out, out] fit for descent; the identity, and an entry in `fallbacks`, where it cannot be."""
-    made = even_fisher(fisher, options.own_fisher)
+    made = even_fisher(fisher)
     for i, reason in enumerate(trouble(fisher)):
         if reason is not None:
             made[i] = torch.eye(made.shape[1], device=made.device)

@@ -58,8 +58,7 @@ def accepted(moved: Tensor, pull: Tensor, hessian: Tensor, fisher: Tensor) -> Te
     return kept
 
 
-def even_fisher(fisher: Tensor, own: float) -> Tensor:
-    """f32 [E, out, out], mean diagonal 1: (1 - own) · fisher + own · its diagonal, symmetric."""
-    diagonal = fisher.diagonal(dim1=1, dim2=2)
-    mixed = (1 - own) * (fisher + fisher.mT) / 2 + own * torch.diag_embed(diagonal)
-    return (mixed / diagonal.mean(1)[:, None, None]).float()
+def even_fisher(fisher: Tensor) -> Tensor:
+    """f32 [E, out, out]: symmetric, mean diagonal 1."""
+    mean = fisher.diagonal(dim1=1, dim2=2).mean(1)
+    return ((fisher + fisher.mT) / (2 * mean[:, None, None])).float()

@@ -129,7 +129,7 @@ def test_a_quantized_file_is_compared_and_generates(saved, tmp_path: Path, text:
         produced = llama.generate([5, 6, 7], 4)
         assert produced and np.isfinite(llama.logits(produced)).all()
     if (header := read_header(out)).arch not in UNMODELLED:
-        (planned,) = [made.header for made in preset_files(headers(folder)) if made.name == "Q4_K_M"]
+        planned = next(made.header for made in preset_files(headers(folder)) if made.name == "Q4_K_M")
         assert memory(planned) == memory(header), "fit answers for the folder as for its file"
 
 

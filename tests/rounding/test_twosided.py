@@ -37,7 +37,7 @@ def test_every_round_lowers_the_objective(name: str) -> None:
     lattice = lattice_of(fmt)
     weights, hessian = correlated(2, 40, 256, 800)
     hessian = hessian / hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    fisher = even_fisher(fisher_of(2, 40), 0.1)
+    fisher = even_fisher(fisher_of(2, 40))
     x = weights.reshape(-1, fmt.block)
     fields = lattice.read(fmt.encode(x, torch.ones_like(x), "fast").view(2, 40, -1))
     target = weights.mT.contiguous()

@@ -15,7 +15,7 @@ from moequant.errors import CheckpointError
 from moequant.forward.experts import EXPERTS
 from moequant.forward.model import build_model
 from moequant.statistics import fisher
-from moequant.statistics.fisher import PRIOR, Needs, check_memory, gather, needs
+from moequant.statistics.fisher import PRIOR, Needs, check_memory, gather, needs, noise, shrink
 from moequant.values import Weight
 from moequant.values.ops import apply
 from tests import models
@@ -44,8 +44,8 @@ def in_batches(model: torch.nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor
     return made
 
 
-def exact_grams(folder: Path, ids: Tensor) -> dict[str, Tensor]:
-    """Grams of the gradients, in float64, at the outputs of the embedding and of layer 0.
+def exact_gradients(folder: Path, ids: Tensor) -> dict[str, Tensor]:
+    """Gradients f64 [n, outputs] at the outputs of the embedding and of layer 0.
 
     Experts run in transformers' own loop; products with their weights are recognised by where those are.
     """
@@ -53,7 +53,7 @@ def exact_grams(folder: Path, ids: Tensor) -> dict[str, Tensor]:
     drawn = in_batches(model, ids)
     model = model.double().requires_grad_(False)
     block = model.get_submodule("model.layers.0.mlp.experts")
-    grams: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {}
     kept: list[tuple[str, Tensor]] = []
     plain = torch.nn.functional.linear
 
@@ -87,9 +87,20 @@ def exact_grams(folder: Path, ids: Tensor) -> dict[str, Tensor]:
             ).backward()
             for name, output in kept:
                 assert output.grad is not None
-                flat = output.grad.flatten(0, -2)
-                grams[name] = grams.get(name, 0) + flat.T @ flat
-    return grams
+                found.setdefault(name, []).append(output.grad.flatten(0, -2))
+    return {name: torch.cat(each) for name, each in found.items()}
+
+
+def shrunk(gradients: list[Tensor], prior: float = 0.0) -> Tensor:
+    """f64 [E, out, out]: what the documentation says of experts that have seen gradients f64 [n, out]."""
+    made, beside = [], 1 - torch.eye(gradients[0].shape[1], dtype=torch.float64)
+    for own in gradients:
+        weighed = [(1 + prior if each is own else prior, each) for each in gradients]
+        gram = sum(share * each.T @ each for share, each in weighed)
+        variance = sum(share**2 * (each**2).T @ each**2 for share, each in weighed)
+        noise = float((variance * beside).sum() / (gram**2 * beside).sum())
+        made.append(gram * (1 - min(1.0, noise) * beside))
+    return torch.stack(made)
 
 
 def rows_of(weight: Weight, outputs: int) -> Tensor:
@@ -102,25 +113,25 @@ def test_fishers_are_the_sums_that_the_definition_says(tiny, family: str) -> Non
     folder = tiny(family)
     checkpoint, ids = export(open_checkpoint(folder)).checkpoint, text()
     found = gather(checkpoint, ids, seed=SEED)
-    exact = exact_grams(folder, ids)
+    exact = exact_gradients(folder, ids)
 
     def same(one: Tensor, other: Tensor) -> None:
         assert float((one.double() - other).norm()) < 2e-3 * float(other.norm())
 
-    same(found.embedding, exact["embedding"])
+    same(found.embedding, shrunk([exact["embedding"]])[0])
     for name, weight in (("v_proj", "attn_v"), ("o_proj", "attn_out")):
-        same(found.outputs[f"layers.0.{weight}"][0], exact[name])
+        same(found.outputs[f"layers.0.{weight}"], shrunk([exact[name]]))
     q = next(weight for weight in checkpoint.weights if weight.name == "layers.0.attn_q")
-    order = rows_of(q, len(exact["q_proj"]))  # that of a file: rotary pairs for llama.cpp's `llama`
-    same(found.outputs[q.name][0], exact["q_proj"][order][:, order])
+    order = rows_of(q, exact["q_proj"].shape[1])  # that of a file: rotary pairs for llama.cpp's `llama`
+    same(found.outputs[q.name], shrunk([exact["q_proj"][:, order]]))
     for weight in checkpoint.weights:
         if weight.layer == 0 and weight.role.is_expert:
             leaf = weight.place.param.rpartition(".")[2]
-            rows = rows_of(weight, len(exact[f"{leaf}.0"]))
-            own = torch.stack([exact[f"{leaf}.{e}"][rows][:, rows] for e in range(weight.matrices)])
+            rows = rows_of(weight, exact[f"{leaf}.0"].shape[1])
+            own = [exact[f"{leaf}.{expert}"][:, rows] for expert in range(weight.matrices)]
             prior = PRIOR * weight.shape[-2] / (ids.numel() * checkpoint.shape.experts_used)
-            for expert in range(weight.matrices):
-                same(found.outputs[weight.name][expert], own[expert] + prior * own.sum(0))
+            for one, other in zip(found.outputs[weight.name], shrunk(own, prior), strict=True):
+                same(one, other)
 
 
 def test_experts_that_lie_transposed_have_the_gradients_of_their_biases(tiny) -> None:
@@ -134,8 +145,8 @@ def test_experts_that_lie_transposed_have_the_gradients_of_their_biases(tiny) ->
     gate_up, down = experts.gate_up_proj_bias.grad, experts.down_proj_bias.grad
     assert int((down.abs().sum(1) > 0).sum()) == 3
     for name, felt in (("gate", gate_up[:, ::2]), ("up", gate_up[:, 1::2]), ("down", down)):
-        own = felt[:, :, None] * felt[:, None]
-        expected = own + PRIOR * felt.shape[1] / 3 * own.sum(0)
+        own = [each[None].double() for each in felt]
+        expected = shrunk(own, PRIOR * felt.shape[1] / 3)
         difference = found.outputs[f"layers.1.experts.{name}"] - expected
         assert float(difference.norm()) < 1e-3 * float(expected.norm())
 
@@ -181,3 +192,18 @@ def test_a_gradient_that_is_not_finite_names_its_weight(tiny) -> None:
 
     with pytest.raises(CheckpointError, match=r"^layers\.0\.attn_q: the loss has no finite gradient"):
         gather(checkpoint, text()[:1], broken)
+
+
+def test_what_tokens_do_not_agree_on_is_left_out() -> None:
+    """Of rows that are felt apart nothing is left beside the diagonal; of those felt together nearly all."""
+    g = torch.Generator().manual_seed(5)
+    apart = torch.randn(64, 48, generator=g)
+    together = torch.randn(64, 1, generator=g) * torch.linspace(1, 2, 48) + 0.05 * apart
+    kept = []
+    for gradients in (apart, together):
+        gram = (gradients.T @ gradients)[None]
+        before = gram.clone()
+        shrink(gram, noise(gradients)[None])
+        assert torch.equal(gram.diagonal(dim1=1, dim2=2), before.diagonal(dim1=1, dim2=2))
+        kept.append(float(gram[0, 0, 1] / before[0, 0, 1]))
+    assert kept[0] < 0.1 and kept[1] > 0.9, kept
