@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -22,7 +23,10 @@ class Environment:
     name: str
 
     def required(self) -> None:
-        """The test skips where nobody has made it."""
+        """The test waits while somebody makes it, and skips where nobody has."""
+        if (lock := self._folder.with_name(f"{self.name}.lock")).is_file():
+            with lock.open() as held:
+                fcntl.flock(held, fcntl.LOCK_SH)
         if not (self._folder / "complete").is_file():
             made = f"tests/clients/{self.name}_env.sh makes it"
             pytest.skip(f"{self.program}'s environment {self._folder} is absent: {made}")

@@ -3,10 +3,13 @@
 # CUDA, and with a torch for CPUs instead of the one that it pins. About 2.7 GB. Usage: sglang_env.sh [FOLDER]
 set -euo pipefail
 folder="${1:-${XDG_CACHE_HOME:-$HOME/.cache}/moequant/sglang}"
+mkdir -p "$folder"
+exec 9> "$folder.lock"
+flock 9 # tests wait for this script, and so does another of it
 if [ -f "$folder/complete" ]; then
     exit 0
 fi
-free=$(df -Pk "$(dirname "$(mkdir -p "$folder" && realpath "$folder")")" | awk 'NR == 2 { print $4 }')
+free=$(df -Pk "$(dirname "$(realpath "$folder")")" | awk 'NR == 2 { print $4 }')
 if [ "$free" -lt 5000000 ]; then
     echo "sglang_env: 5 GB are needed for $folder, $((free / 1000000)) GB are free" >&2
     exit 3

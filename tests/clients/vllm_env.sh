@@ -3,6 +3,9 @@
 # transformers, so it cannot share ours. About 3 GB on the disk. Usage: vllm_env.sh [FOLDER]
 set -euo pipefail
 folder="${1:-${XDG_CACHE_HOME:-$HOME/.cache}/moequant/vllm}"
+mkdir -p "$folder"
+exec 9> "$folder.lock"
+flock 9 # tests wait for this script, and so does another of it
 if [ -f "$folder/complete" ]; then
     exit 0
 fi
@@ -10,7 +13,7 @@ if [ "$(uname -m)" != x86_64 ]; then
     echo "vllm_env: the CPU build of vLLM exists for x86_64 only, this is $(uname -m)" >&2
     exit 3
 fi
-free=$(df -Pk "$(dirname "$(mkdir -p "$folder" && realpath "$folder")")" | awk 'NR == 2 { print $4 }')
+free=$(df -Pk "$(dirname "$(realpath "$folder")")" | awk 'NR == 2 { print $4 }')
 if [ "$free" -lt 6000000 ]; then
     echo "vllm_env: 6 GB are needed for $folder, $((free / 1000000)) GB are free" >&2
     exit 3

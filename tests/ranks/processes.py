@@ -1,10 +1,10 @@
 """`python -m torch.distributed.run … -m tests.ranks.processes WHAT …`: what torchrun starts in tests.
 
-`deal` says what three ranks are told; `fail` has the last of them fail in a stage, `lack` run out of memory;
-`orphan` kills torchrun and goes on; `convert RANK …` is the command with a rank that kills itself when it has
-made its second part of the output, `measure RANK …` with one that does so when its versions of the model have
-crossed the second layer. Each rank of it finds another amount of memory free, which is little: all take a few
-experts at a time, the same.
+`deal` says what three ranks are told, and then has the last of them fail in a stage; in `lack` it runs out
+of memory; `orphan` kills torchrun and goes on; `convert RANK …` is the command with a rank that kills
+itself when it has made its second part of the output, `measure RANK …` with one that does so when its
+versions of the model have crossed the second layer. Each rank of it finds another amount of memory free,
+which is little: all take a few experts at a time, the same.
 """
 
 from __future__ import annotations
@@ -65,17 +65,11 @@ def lacking(ranks: Ranks) -> None:
 
 @small.command()
 def deal(out: Path) -> None:
-    """What ranks are told, into a file."""
+    """What ranks are told, into a file; see `failing` as well."""
     ranks = here()
     columns = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
     found = ranks.together(stage, ranks, columns), list(ranks.together(numbers, ranks))
     out.write_text(repr(found))
-
-
-@small.command()
-def fail() -> None:
-    """See `failing`."""
-    ranks = here()
     guarded(lambda: ranks.together(failing, ranks))
 
 
