@@ -214,7 +214,7 @@ def _sensitivities(
 
 
 def gradients(checkpoint: Checkpoint, settings: Settings) -> Needs | None:
-    """What the gradients of effort best need, None at other efforts. CheckpointError when memory is short."""
+    """What the gradients of effort best need, None at other efforts. ShortageError when memory is short."""
     tokens = min(Rounding.of(settings.effort).fisher_tokens, settings.calib_tokens)
     if not tokens:
         return None

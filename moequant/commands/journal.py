@@ -34,6 +34,7 @@ from moequant.errors import (
     MoequantError,
     OutputError,
     RankError,
+    ShortageError,
     UnreadableError,
     VerifyError,
     one_line,
@@ -63,9 +64,9 @@ they name is compared itself."""
 _INPUTS = ("stats", "imatrix", "plan")
 """Settings that name a file, which is compared by what is in it."""
 
-ANOTHER_TIME = (OutputError, VerifyError, HubError, RankError, UnreadableError)
-"""Errors that the same command may not meet again: disks get room and come back, the Hub answers, the
-self-check can be left out, and processes are not killed again."""
+ANOTHER_TIME = (OutputError, VerifyError, HubError, RankError, UnreadableError, ShortageError)
+"""Errors that the same command may not meet again: disks get room and come back, the Hub answers, other
+programs end, the self-check can be left out, and processes are not killed again."""
 
 GOES_ON = "finished work is kept: give the same command again to continue"
 
@@ -165,7 +166,12 @@ class RunJournal:
 
     @property
     def begun(self) -> bool:
-        """Whether anything is finished, so that there is something to go on from."""
+        """Whether anything is finished, so that there is something to go on from; true where nobody may
+        look."""
+        try:
+            next(self.folder.iterdir(), None)  # where it may not look, glob finds nothing and says nothing
+        except OSError:
+            return os.path.lexists(self.folder)
         measured = ("plan.safetensors", "plan/errors-*", "plan/*/reached*")
         finished = ("route/layer-*", *measured, "*/part-*", "*/piece-*", "done-*")
         return any(True for pattern in finished for _ in self.folder.glob(pattern))
