@@ -286,7 +286,7 @@ def _made(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finis
             told = card.text(Conversion((_report(finished, known, None, meter),)), partial)
             card.write(told, partial / CARD)
         if journal is not None:
-            journal.finish(number, written, losses, checked)
+            journal.finish(number, job, written, losses, checked)
     if journal is not None:
         journal.forget_parts(number)
     return finished

@@ -29,6 +29,7 @@ from moequant.commands.journal_files import check, dismiss, remove
 from moequant.commands.settings import Settings
 from moequant.commands.text import Texts
 from moequant.containers.base import Written
+from moequant.containers.folders import side_files
 from moequant.errors import (
     HubError,
     MoequantError,
@@ -214,7 +215,7 @@ class RunJournal:
         return Parts(self.folder / str(number), checkpoint.weights, types, self.name, self.again)
 
     def finish(
-        self, number: int, written: Written, losses: Sequence[ExpertLoss], checked: str | None
+        self, number: int, job: Job, written: Written, losses: Sequence[ExpertLoss], checked: str | None
     ) -> None:
         """An output is written and verified; it gets its name now."""
         meta = {
@@ -224,6 +225,7 @@ class RunJournal:
             "checksums": dict(written.checksums),
             "notes": written.notes,
             "checked": checked,
+            "beside": side_files.digest(job.model.path),
             "losses": [loss_fields(loss) for loss in losses],
         }
         tensors = [loss_tensors(loss, str(at)) for at, loss in enumerate(losses)]
@@ -254,6 +256,8 @@ class RunJournal:
                 for at, each in enumerate(meta["losses"])
             )
             checksums = {k: int(v) for k, v in meta["checksums"].items()}
+            if meta["beside"] != side_files.digest(job.model.path):
+                raise self._changed(out, job)
             written = Written(first, int(meta["bytes"]), checksums, tuple(meta["notes"]))
             return written, losses, meta["checked"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -271,6 +275,12 @@ class RunJournal:
 
     def _done(self, number: int) -> Path:
         return self.folder / f"done-{number}.safetensors"
+
+    def _changed(self, out: Path, job: Job) -> OutputError:
+        return OutputError(
+            f"{job.model.path}: its tokenizer, template, settings or README.md have changed since {out} was "
+            f"made of them; put them back, or {self.again}"
+        )
 
     def _damaged(self, path: Path, error: Exception) -> OutputError:
         return OutputError(f"{path}: cannot be continued from ({error}); {self.again}")

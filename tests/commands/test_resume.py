@@ -17,7 +17,7 @@ import torch
 
 from moequant import errors
 from moequant.checkpoint import open_checkpoint
-from moequant.commands.convert import Settings, convert
+from moequant.commands.convert import Settings, convert, convert_all
 from moequant.commands.job import open_jobs
 from moequant.commands.journal import GOES_ON, RunJournal, finished_by, journal_of, kept
 from moequant.commands.outputs import check_targets
@@ -296,6 +296,31 @@ def test_an_output_of_somebody_else_in_the_place_of_a_finished_one_is_kept(
         "it is verified, and not made again"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "a.gguf"]
+
+
+def test_a_file_beside_the_weights_that_changes_between_two_outputs_is_named(
+    tiny, text: Path, tmp_path: Path
+) -> None:
+    """Else the first file would have the old template, and the second the new one."""
+    model = shutil.copytree(tiny("qwen3_moe", **SMALL), tmp_path / "model")
+    out, settings = tmp_path / "out" / "{type}.gguf", fast(text, "Q4_0,Q5_0")
+    out.parent.mkdir()
+
+    def interrupt(step: Progress) -> None:
+        if step.stage == "quantize Q5_0":
+            raise Interrupted(2)
+
+    with listening(interrupt), pytest.raises(Interrupted):
+        convert_all(model, out, settings)
+    template = model / "chat_template.jinja"
+    template.write_text("{{ messages }}")
+    with pytest.raises(
+        OutputError, match=r"model: its tokenizer, .*Q4_0\.gguf was made.*; put them back, or"
+    ):
+        convert_all(model, out, settings)
+    template.unlink()
+    convert_all(model, out, settings)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["Q4_0.gguf", "Q5_0.gguf"]
 
 
 def test_what_is_made_in_a_temporary_folder_is_not_continued(small: Path, text: Path, tmp_path: Path) -> None:
