@@ -90,6 +90,16 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, kernel: str) -> None:
     assert out.read_bytes() == OLD and names(tmp_path) == {"out", "folder", "folder/a", f"folder/{RECORD}"}
 
 
+def test_a_lock_that_cannot_be_removed_does_not_hide_what_went_wrong(tmp_path: Path) -> None:
+    """As in a folder that has become read-only; a folder in its place cannot be unlinked either."""
+    with pytest.raises(KeyError), atomic(tmp_path / "out"):
+        (tmp_path / ".out.moequant-lock").unlink()
+        (tmp_path / ".out.moequant-lock").mkdir()
+        raise KeyError
+    (tmp_path / ".out.moequant-lock").rmdir()
+    put(tmp_path / "out")
+
+
 def test_errors_of_the_disk_are_one_line(tmp_path: Path) -> None:
     def full() -> None:
         with atomic(tmp_path / "out"):
