@@ -15,7 +15,7 @@ from moequant.commands.beside import write_beside, write_card, write_imatrix
 from moequant.commands.compare import rounded_by_runtime
 from moequant.commands.duration import forecast
 from moequant.commands.job import Job, check_runtime, chosen, measured, notes, open_job, open_jobs
-from moequant.commands.journal import RunJournal, begun, kept
+from moequant.commands.journal import RunJournal, begun, digests, kept
 from moequant.commands.outputs import CARD, card_path, check_targets, claimed, keeping, names
 from moequant.commands.settings import Settings
 from moequant.commands.statistics import all_sites, given_statistics
@@ -119,7 +119,7 @@ def planned(model: Source, out: Path, settings: Settings = DEFAULT) -> tuple[tup
 
 
 def _convert(source: Folder, outs: Sequence[Path], settings: Settings, finished: Set[Path]) -> Conversion:
-    meter = Meter()
+    meter, files = Meter(), digests(settings)
     with meter.stage("open"):
         jobs = open_jobs(source, settings)
         first = jobs[0]
@@ -145,7 +145,7 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings, finished:
         checkpoint = first.container.checkpoint
     passes = _routes(first, read, calibration) + any(job.measures for job in jobs) + len(jobs)
     announce(first.model, passes + (read.evaluation is not None))
-    journal = begun(jobs, outs, settings, read)
+    journal = begun(jobs, outs, settings, read, files)
     with kept(journal):
         goes_on = journal is not None and journal.begun
         expected = None if goes_on else forecast(jobs, read, _routes(first, read, calibration))

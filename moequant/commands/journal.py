@@ -15,7 +15,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -94,10 +94,24 @@ def _beside(folder: Path) -> list[Path]:
         return []
 
 
-def identity(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts) -> dict[str, str]:
-    """What decides the bytes of a run, by the name that a person knows it under."""
+def digests(settings: Settings) -> dict[str, str]:
+    """What tells the files that settings name from others; to be asked before they are read: a model may be
+    downloaded between that and the journal. Those that cannot be read are left to their readers."""
+    found = dict[str, str]()
+    for name in _INPUTS:
+        path: Path | None = getattr(settings, name)
+        with suppress(OSError, ValueError):
+            if path is not None and path.is_file():  # and no pipe, which can be read once
+                found[name] = _digest(path)
+    return found
+
+
+def identity(
+    jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts, files: Mapping[str, str]
+) -> dict[str, str]:
+    """What decides the bytes of a run, by the name that a person knows it under; `files` are `digests`."""
     told = {each.name: getattr(settings, each.name) for each in fields(settings) if each.name not in LATER}
-    told |= {name: _digest(told[name]) for name in _INPUTS if told[name] is not None}
+    told |= files
     told["imatrix_out"] = told["imatrix_out"] is not None
     options = {f"--{name.replace('_', '-')}": _shown(value) for name, value in told.items()}
     rows = {"text for calibration": read.calibration, "text for the plan": read.probes}
@@ -286,13 +300,15 @@ class RunJournal:
         return OutputError(f"{path}: cannot be continued from ({error}); {self.again}")
 
 
-def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts) -> RunJournal | None:
-    """The journal of this run, from what a killed one left or new; None where the disk has no room for one
-    beside the outputs, and for outputs in a temporary folder."""
+def begun(
+    jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts, files: Mapping[str, str]
+) -> RunJournal | None:
+    """The journal of this run, from what a killed one left or new; `files` are `digests`. None where
+    the disk has no room for one beside the outputs, and for outputs in a temporary folder."""
     folder = journal_of(outs)
     if is_scratch(folder):
         return None
-    run = identity(jobs, outs, settings, read)
+    run = identity(jobs, outs, settings, read, files)
     if settings.fresh:  # only now, when nothing is left that would refuse this run
         dismiss(folder)
     if os.path.lexists(folder):

@@ -21,6 +21,7 @@ from moequant.commands.convert import Settings, convert, convert_all
 from moequant.commands.job import open_jobs
 from moequant.commands.journal import GOES_ON, RunJournal, finished_by, journal_of, kept
 from moequant.commands.outputs import check_targets
+from moequant.commands.route import Outputs, RouteSettings, route
 from moequant.errors import (
     CheckpointError,
     CorpusError,
@@ -41,7 +42,7 @@ from moequant.forward.hidden import OnDisk
 from moequant.hub.fetch import headers
 from moequant.plan import Sensitivities
 from moequant.plan.document import to_json
-from moequant.progress import Progress, listening
+from moequant.progress import Listener, Progress, listening
 from moequant.rounding.parts import Parts
 from moequant.values import ExpertLoss, Packed
 from tests import models
@@ -58,6 +59,16 @@ def small(tiny) -> Path:
 def fast(text: Path, type_: str | None = "Q4_0", **changes: object) -> Settings:
     usual = {"calib": text, "calib_tokens": 1024, "eval_tokens": 0, "effort": "fast", "self_check": False}
     return Settings(type_, **(usual | changes))
+
+
+def interrupted_at(stage: str) -> Listener:
+    """What interrupts a run when that stage begins."""
+
+    def told(step: Progress) -> None:
+        if step.stage == stage:
+            raise Interrupted(2)
+
+    return told
 
 
 KILLS = {
@@ -298,6 +309,27 @@ def test_an_output_of_somebody_else_in_the_place_of_a_finished_one_is_kept(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "a.gguf"]
 
 
+def test_a_file_that_changes_after_it_was_read_is_another(
+    small: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may be downloaded for hours between the reading of statistics and the journal."""
+    first, second = tmp_path / "s", tmp_path / "t"
+    for path, tokens in ((first, 1024), (second, 1536)):
+        route(small, RouteSettings(calib=text, calib_tokens=tokens), Outputs(stats=path))
+
+    def downloaded(*args: object) -> bool:
+        shutil.copy(second, first)
+        return True
+
+    out, settings = tmp_path / "a.gguf", fast(text, stats=first)
+    with monkeypatch.context() as patched:
+        patched.setattr("moequant.commands.convert.is_here", downloaded)
+        with listening(interrupted_at("verify")), pytest.raises(Interrupted):
+            convert(small, out, settings)
+    with pytest.raises(OutputError, match="left by a run with another --stats"):
+        convert(small, out, settings)
+
+
 def test_a_file_beside_the_weights_that_changes_between_two_outputs_is_named(
     tiny, text: Path, tmp_path: Path
 ) -> None:
@@ -306,11 +338,7 @@ def test_a_file_beside_the_weights_that_changes_between_two_outputs_is_named(
     out, settings = tmp_path / "out" / "{type}.gguf", fast(text, "Q4_0,Q5_0")
     out.parent.mkdir()
 
-    def interrupt(step: Progress) -> None:
-        if step.stage == "quantize Q5_0":
-            raise Interrupted(2)
-
-    with listening(interrupt), pytest.raises(Interrupted):
+    with listening(interrupted_at("quantize Q5_0")), pytest.raises(Interrupted):
         convert_all(model, out, settings)
     template = model / "chat_template.jinja"
     template.write_text("{{ messages }}")
