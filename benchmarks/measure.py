@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 from torch import Tensor
@@ -18,6 +22,22 @@ def cpu(work: Callable[[], T]) -> tuple[T, float]:
     began = time.process_time()
     result = work()
     return result, time.process_time() - began
+
+
+def ended(process: int) -> tuple[int, resource.struct_rusage, int]:
+    """How a child ended, what it used, and the most memory that it was seen with, in bytes.
+
+    `ru_maxrss` is no such figure: a process that this one starts begins with the size of this one, and each
+    stage of a conversion lets Linux count anew.
+    """
+    peak, status = 0, Path(f"/proc/{process}/status")
+    while True:
+        gone, code, used = os.wait4(process, os.WNOHANG)
+        if gone:
+            return code, used, peak
+        with suppress(OSError, IndexError):
+            peak = max(peak, int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024)
+        time.sleep(0.02)
 
 
 def clock(work: Callable[[], T]) -> tuple[T, float]:

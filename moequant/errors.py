@@ -2,7 +2,8 @@
 
 MoequantError
 ├── CheckpointError    a model folder that cannot be read: missing, truncated, NaN, …
-│   └── UnreadableError    a file of it that the system does not let us read now
+│   ├── UnreadableError    a file of it that the system does not let us read now
+│   └── ShortageError      memory that the machine has not free now
 ├── HubError           a model of the Hub that cannot be had: no such name, gated, offline, …
 ├── FamilyError        an architecture, tensor or config key nobody has described
 ├── TokenizerError     a tokenizer that cannot be written faithfully
@@ -54,6 +55,10 @@ class UnreadableError(CheckpointError):
     """A file of a model that the system does not let us read. It may be there another time."""
 
 
+class ShortageError(CheckpointError):
+    """A model that needs more memory than the machine has free. It may have it another time."""
+
+
 class HubError(MoequantError):
     """A model of the Hugging Face Hub that cannot be had."""
 
@@ -90,16 +95,29 @@ class RankError(MoequantError):
     """Another process of the same run has ended."""
 
 
-_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""In messages of a plain RuntimeError of torch."""
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "std::bad_alloc",
+    "Cannot allocate memory",
+    "can't start new thread",
+    "failed to map segment",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""In messages of a plain RuntimeError, of torch and of Python's threads, or of a library's ImportError."""
+
+
+MEMORY_ERRORS = (MemoryError, RuntimeError, ImportError)
+"""What `lacks_memory` may be true of."""
 
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out: Python's and numpy's error, or torch's for a CPU or another
-    device. What CUDA itself lacks, for its context or for cuBLAS, torch tells as any other failure."""
+    device. What C++ lacks, a thread, or CUDA itself for its context or for cuBLAS, is told as any other
+    failure."""
     if isinstance(error, MemoryError):
         return True
-    if not isinstance(error, RuntimeError):
+    if not isinstance(error, MEMORY_ERRORS):
         return False
     return type(error).__name__ == "OutOfMemoryError" or any(each in str(error) for each in _NO_MEMORY)
 
@@ -109,11 +127,13 @@ def foreign(kind: type[MoequantError], what: str) -> Iterator[None]:
     """Whatever code of others raises in the block, as an error of ours that begins with `what`.
 
     For code that is given values from files and does not say what it raises: classes of transformers, and
-    decoders. Our own errors, and a lack of memory, pass.
+    decoders. Our own errors, and a lack of memory, pass. What the system refuses is no fault of a file.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, MoequantError) or lacks_memory(error):
             raise
+        if isinstance(error, OSError) and error.errno is not None:  # without: a library's own words
+            raise UnreadableError(f"{error.filename or what}: cannot be read ({error.strerror})") from error
         raise kind(f"{what} ({one_line(error)})") from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
 
-from moequant.errors import FormatError, foreign, lacks_memory
+from moequant.errors import FormatError, UnreadableError, foreign, lacks_memory
 
 CUDA = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
 CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
@@ -13,7 +16,15 @@ CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(hand
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CUDA), RuntimeError(CUBLAS)],
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError(CUDA),
+        RuntimeError(CUBLAS),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("can't start new thread"),
+        ImportError("_core.so: failed to map segment from shared object"),
+    ],
 )
 def test_a_lack_of_memory_is_no_fault_of_a_file(error: BaseException) -> None:
     assert lacks_memory(error)
@@ -26,3 +37,14 @@ def test_a_lack_of_memory_is_no_fault_of_a_file(error: BaseException) -> None:
 )
 def test_other_failures_are_not_a_lack_of_memory(error: BaseException) -> None:
     assert not lacks_memory(error)
+
+
+def test_what_the_system_refuses_is_no_fault_of_a_file() -> None:
+    refused = OSError(errno.EMFILE, os.strerror(errno.EMFILE), "model.safetensors")
+    with (
+        pytest.raises(UnreadableError, match=r"model\.safetensors: cannot be read \(Too many open files"),
+        foreign(FormatError, "a file"),
+    ):
+        raise refused
+    with pytest.raises(FormatError, match=r"a file \(no such layer"), foreign(FormatError, "a file"):
+        raise OSError("no such layer")  # libraries say so what they do not like in a file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moequant.errors import OutputError, VerifyError
@@ -88,6 +90,31 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, kernel: str) -> None:
         (partial / "b").write_text("2")
         raise KeyError
     assert out.read_bytes() == OLD and names(tmp_path) == {"out", "folder", "folder/a", f"folder/{RECORD}"}
+
+
+def test_a_lock_that_cannot_be_removed_does_not_hide_what_went_wrong(tmp_path: Path) -> None:
+    """As in a folder that has become read-only; a folder in its place cannot be unlinked either."""
+    with pytest.raises(KeyError), atomic(tmp_path / "out"):
+        (tmp_path / ".out.moequant-lock").unlink()
+        (tmp_path / ".out.moequant-lock").mkdir()
+        raise KeyError
+    (tmp_path / ".out.moequant-lock").rmdir()
+    put(tmp_path / "out")
+
+
+def test_a_disk_that_takes_a_part_is_full(tmp_path: Path) -> None:
+    """numpy tells numbers of items, and no reason."""
+
+    def half() -> None:
+        with atomic(tmp_path / "out") as partial:
+            np.zeros(100_000, np.uint8).tofile(partial)
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        refused(half, r"out: cannot be written \(the disk took less than it was given; is it full\?\)")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_errors_of_the_disk_are_one_line(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import measure
 from benchmarks.data import CALIB, DEMO, EVAL, MIX, ONE_TEXT, rows
 from benchmarks.harness import Rows, case
+from benchmarks.measure import ended
 from benchmarks.record import ROOT
 from moequant.commands.compare import CompareSettings, run
 from moequant.evaluate import Measured
@@ -144,9 +145,9 @@ def process(out: Path, command: Callable[[Path], list[str]]) -> Made:
             started = subprocess.Popen(
                 command(out), env=os.environ | one_thread, stdout=log, stderr=subprocess.STDOUT
             )
-            _, status, used = os.wait4(started.pid, 0)
+            status, used, peak = ended(started.pid)
         if status:
             raise RuntimeError(f"{out}: could not be made; {log.name} says why")
-        told.write_text(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
+        told.write_text(json.dumps([used.ru_utime + used.ru_stime, peak]))
     cpu, peak = json.loads(told.read_text())
     return Made(out, cpu, peak)

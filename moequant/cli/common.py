@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from moequant import escape
 from moequant.cli.output import AsJson, console, emit, guarded, silent, tell
 from moequant.containers.gguf.presets import BASE_TYPES
-from moequant.errors import MoequantError, RankError, lacks_memory, one_line
+from moequant.errors import MEMORY_ERRORS, MoequantError, RankError, lacks_memory, one_line
 from moequant.files import Interrupted, interruptible
 from moequant.hub import GgufModel, HubModel, located
 from moequant.ranks import Ranks, joined
@@ -146,8 +146,8 @@ def helped(ranks: Ranks) -> None:
     try:
         with interruptible(), silent():
             ranks.serve()
-    except (MoequantError, OSError, MemoryError, RuntimeError, Interrupted) as error:
-        if isinstance(error, RuntimeError) and not lacks_memory(error):
+    except (MoequantError, OSError, *MEMORY_ERRORS, Interrupted) as error:
+        if isinstance(error, MEMORY_ERRORS) and not lacks_memory(error):
             raise
         if ranks.end(error):
             typer.echo(f"moequant: {one_line(error)}; give the same command again to continue", err=True)

@@ -18,7 +18,7 @@ from rich.console import Console
 from moequant import escape
 from moequant.cli.lines import SILENT, Lines
 from moequant.document import document
-from moequant.errors import LONGEST, MoequantError, lacks_memory, one_line
+from moequant.errors import LONGEST, MEMORY_ERRORS, MoequantError, lacks_memory, one_line
 from moequant.progress import listening
 
 _LOG = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def guarded(action: Callable[[], T]) -> T:
     except OSError as error:  # a name that no file can have, a file that vanished, a disk that fails
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         raise _failed("OSError", _noted(what, error)) from None
-    except (MemoryError, RuntimeError) as error:
+    except MEMORY_ERRORS as error:
         if not lacks_memory(error):
             raise
         what = f"memory ran out ({one_line(error)}); end other programs, or use a machine with more"

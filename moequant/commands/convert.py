@@ -15,7 +15,7 @@ from moequant.commands.beside import write_beside, write_card, write_imatrix
 from moequant.commands.compare import rounded_by_runtime
 from moequant.commands.duration import forecast
 from moequant.commands.job import Job, check_runtime, chosen, measured, notes, open_job, open_jobs
-from moequant.commands.journal import RunJournal, begun, kept
+from moequant.commands.journal import RunJournal, begun, digests, kept
 from moequant.commands.outputs import CARD, card_path, check_targets, claimed, keeping, names
 from moequant.commands.settings import Settings
 from moequant.commands.statistics import all_sites, given_statistics
@@ -119,7 +119,7 @@ def planned(model: Source, out: Path, settings: Settings = DEFAULT) -> tuple[tup
 
 
 def _convert(source: Folder, outs: Sequence[Path], settings: Settings, finished: Set[Path]) -> Conversion:
-    meter = Meter()
+    meter, files = Meter(), digests(settings)
     with meter.stage("open"):
         jobs = open_jobs(source, settings)
         first = jobs[0]
@@ -145,7 +145,7 @@ def _convert(source: Folder, outs: Sequence[Path], settings: Settings, finished:
         checkpoint = first.container.checkpoint
     passes = _routes(first, read, calibration) + any(job.measures for job in jobs) + len(jobs)
     announce(first.model, passes + (read.evaluation is not None))
-    journal = begun(jobs, outs, settings, read)
+    journal = begun(jobs, outs, settings, read, files)
     with kept(journal):
         goes_on = journal is not None and journal.begun
         expected = None if goes_on else forecast(jobs, read, _routes(first, read, calibration))
@@ -214,7 +214,7 @@ def _sensitivities(
 
 
 def gradients(checkpoint: Checkpoint, settings: Settings) -> Needs | None:
-    """What the gradients of effort best need, None at other efforts. CheckpointError when memory is short."""
+    """What the gradients of effort best need, None at other efforts. ShortageError when memory is short."""
     tokens = min(Rounding.of(settings.effort).fisher_tokens, settings.calib_tokens)
     if not tokens:
         return None
@@ -286,7 +286,7 @@ def _made(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finis
             told = card.text(Conversion((_report(finished, known, None, meter),)), partial)
             card.write(told, partial / CARD)
         if journal is not None:
-            journal.finish(number, written, losses, checked)
+            journal.finish(number, job, written, losses, checked)
     if journal is not None:
         journal.forget_parts(number)
     return finished

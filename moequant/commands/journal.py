@@ -15,7 +15,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -29,11 +29,13 @@ from moequant.commands.journal_files import check, dismiss, remove
 from moequant.commands.settings import Settings
 from moequant.commands.text import Texts
 from moequant.containers.base import Written
+from moequant.containers.folders import side_files
 from moequant.errors import (
     HubError,
     MoequantError,
     OutputError,
     RankError,
+    ShortageError,
     UnreadableError,
     VerifyError,
     one_line,
@@ -63,9 +65,9 @@ they name is compared itself."""
 _INPUTS = ("stats", "imatrix", "plan")
 """Settings that name a file, which is compared by what is in it."""
 
-ANOTHER_TIME = (OutputError, VerifyError, HubError, RankError, UnreadableError)
-"""Errors that the same command may not meet again: disks get room and come back, the Hub answers, the
-self-check can be left out, and processes are not killed again."""
+ANOTHER_TIME = (OutputError, VerifyError, HubError, RankError, UnreadableError, ShortageError)
+"""Errors that the same command may not meet again: disks get room and come back, the Hub answers, other
+programs end, the self-check can be left out, and processes are not killed again."""
 
 GOES_ON = "finished work is kept: give the same command again to continue"
 
@@ -92,10 +94,24 @@ def _beside(folder: Path) -> list[Path]:
         return []
 
 
-def identity(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts) -> dict[str, str]:
-    """What decides the bytes of a run, by the name that a person knows it under."""
+def digests(settings: Settings) -> dict[str, str]:
+    """What tells the files that settings name from others; to be asked before they are read: a model may be
+    downloaded between that and the journal. Those that cannot be read are left to their readers."""
+    found = dict[str, str]()
+    for name in _INPUTS:
+        path: Path | None = getattr(settings, name)
+        with suppress(OSError, ValueError):
+            if path is not None and path.is_file():  # and no pipe, which can be read once
+                found[name] = _digest(path)
+    return found
+
+
+def identity(
+    jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts, files: Mapping[str, str]
+) -> dict[str, str]:
+    """What decides the bytes of a run, by the name that a person knows it under; `files` are `digests`."""
     told = {each.name: getattr(settings, each.name) for each in fields(settings) if each.name not in LATER}
-    told |= {name: _digest(told[name]) for name in _INPUTS if told[name] is not None}
+    told |= files
     told["imatrix_out"] = told["imatrix_out"] is not None
     options = {f"--{name.replace('_', '-')}": _shown(value) for name, value in told.items()}
     rows = {"text for calibration": read.calibration, "text for the plan": read.probes}
@@ -165,7 +181,12 @@ class RunJournal:
 
     @property
     def begun(self) -> bool:
-        """Whether anything is finished, so that there is something to go on from."""
+        """Whether anything is finished, so that there is something to go on from; true where nobody may
+        look."""
+        try:
+            next(self.folder.iterdir(), None)  # where it may not look, glob finds nothing and says nothing
+        except OSError:
+            return os.path.lexists(self.folder)
         measured = ("plan.safetensors", "plan/errors-*", "plan/*/reached*")
         finished = ("route/layer-*", *measured, "*/part-*", "*/piece-*", "done-*")
         return any(True for pattern in finished for _ in self.folder.glob(pattern))
@@ -208,7 +229,7 @@ class RunJournal:
         return Parts(self.folder / str(number), checkpoint.weights, types, self.name, self.again)
 
     def finish(
-        self, number: int, written: Written, losses: Sequence[ExpertLoss], checked: str | None
+        self, number: int, job: Job, written: Written, losses: Sequence[ExpertLoss], checked: str | None
     ) -> None:
         """An output is written and verified; it gets its name now."""
         meta = {
@@ -218,6 +239,7 @@ class RunJournal:
             "checksums": dict(written.checksums),
             "notes": written.notes,
             "checked": checked,
+            "beside": side_files.digest(job.model.path),
             "losses": [loss_fields(loss) for loss in losses],
         }
         tensors = [loss_tensors(loss, str(at)) for at, loss in enumerate(losses)]
@@ -248,6 +270,8 @@ class RunJournal:
                 for at, each in enumerate(meta["losses"])
             )
             checksums = {k: int(v) for k, v in meta["checksums"].items()}
+            if meta["beside"] != side_files.digest(job.model.path):
+                raise self._changed(out, job)
             written = Written(first, int(meta["bytes"]), checksums, tuple(meta["notes"]))
             return written, losses, meta["checked"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -266,17 +290,25 @@ class RunJournal:
     def _done(self, number: int) -> Path:
         return self.folder / f"done-{number}.safetensors"
 
+    def _changed(self, out: Path, job: Job) -> OutputError:
+        return OutputError(
+            f"{job.model.path}: its tokenizer, template, settings or README.md have changed since {out} was "
+            f"made of them; put them back, or {self.again}"
+        )
+
     def _damaged(self, path: Path, error: Exception) -> OutputError:
         return OutputError(f"{path}: cannot be continued from ({error}); {self.again}")
 
 
-def begun(jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts) -> RunJournal | None:
-    """The journal of this run, from what a killed one left or new; None where the disk has no room for one
-    beside the outputs, and for outputs in a temporary folder."""
+def begun(
+    jobs: Sequence[Job], outs: Sequence[Path], settings: Settings, read: Texts, files: Mapping[str, str]
+) -> RunJournal | None:
+    """The journal of this run, from what a killed one left or new; `files` are `digests`. None where
+    the disk has no room for one beside the outputs, and for outputs in a temporary folder."""
     folder = journal_of(outs)
     if is_scratch(folder):
         return None
-    run = identity(jobs, outs, settings, read)
+    run = identity(jobs, outs, settings, read, files)
     if settings.fresh:  # only now, when nothing is left that would refuse this run
         dismiss(folder)
     if os.path.lexists(folder):

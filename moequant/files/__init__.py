@@ -10,7 +10,7 @@ from moequant.files.large import room
 from moequant.files.parts import part_names
 from moequant.files.scratch import is_scratch, scratch, sweep_scratch
 from moequant.files.signals import Interrupted, interruptible
-from moequant.files.targets import check_space
+from moequant.files.targets import check_space, reason, unwritable
 from moequant.files.temporary import discard, sync
 from moequant.files.write import atomic, atomic_folder, atomic_parts, check_output, claim
 
@@ -28,8 +28,10 @@ __all__ = [
     "interruptible",
     "is_scratch",
     "part_names",
+    "reason",
     "room",
     "scratch",
     "sweep_scratch",
     "sync",
+    "unwritable",
 ]

@@ -10,7 +10,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moequant.errors import OutputError
@@ -25,7 +25,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 def locked(path: Path) -> Iterator[bool]:
     """Hold the lock of the target `path`; False where the file system knows none.
 
-    OutputError when another run holds it. The lock file is gone afterwards.
+    OutputError when another run holds it. The lock file is gone afterwards, unless the system forbids it:
+    then it is no obstacle either.
     """
     lock = path.with_name(f".{path.name}.moequant-lock")
     handle, held = _acquire(lock, path)
@@ -34,7 +35,8 @@ def locked(path: Path) -> Iterator[bool]:
     finally:
         try:
             # While the lock is held, so that nobody holds a lock on a file without a name.
-            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # or it would be told instead of what went wrong inside
+                lock.unlink()
         finally:
             os.close(handle)
 

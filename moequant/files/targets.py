@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,8 @@ NAME_BYTES = 230
 
 _OPEN_FILES = ("/dev/fd/", "/dev/std", "/proc/")
 """Names of what a process has open. What they lead to is not a place that a file can be put at."""
+
+_TAKEN = re.compile(r"\d+ requested and \d+ written")
 
 Kind = Literal["file", "folder", "parts"]
 """What stands at a target; `parts` is a file in as many parts as it takes, known when it is written."""
@@ -109,7 +112,14 @@ def check_space(folder: Path, size: int) -> None:
 
 def unwritable(path: Path, error: Exception) -> OutputError:
     """The one line for an error of the operating system while `path` was written."""
-    return OutputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})")
+    return OutputError(f"{path}: cannot be written ({reason(error)})")
+
+
+def reason(error: Exception) -> str:
+    """What the system says. Where a disk takes less than it is given, numpy says how much and not why."""
+    if _TAKEN.fullmatch(str(error)):
+        return "the disk took less than it was given; is it full?"
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _resolved(given: Path, folder: bool) -> Path:

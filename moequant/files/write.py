@@ -176,7 +176,8 @@ def _partial(target: Target) -> Iterator[Path]:
         if target.kind == "parts":
             with suppress(FileExistsError):
                 set_of_parts.settle(target.path)
-        remove(partial)
+        with suppress(OSError):  # the next run to the target removes it
+            remove(partial)
 
 
 def _move(partial: Path, target: Target) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moequant.errors import OutputError
-from moequant.files import sync
+from moequant.files import reason, sync
 from moequant.ranks import Ranks
 
 
@@ -114,7 +114,8 @@ class OnDisk:
         except OSError as error:
             needed = 4 * self._starts[-1]
             raise OutputError(
-                f"{path}: hidden states cannot be kept ({error}); a layer's take {needed:,} bytes, twice"
+                f"{path}: hidden states cannot be kept ({reason(error)}); a layer's take {needed:,} bytes, "
+                "twice"
             ) from None
 
     def drop(self, layer: int) -> None:
@@ -128,7 +129,7 @@ class OnDisk:
                 os.fsync(file)
             sync(self.folder)
         except OSError as error:
-            raise OutputError(f"{self.path(layer)}: hidden states cannot be kept ({error})") from None
+            raise OutputError(f"{self.path(layer)}: hidden states cannot be kept ({reason(error)})") from None
 
     def _open(self, layer: int, flags: int) -> BinaryIO:
         """The file of a layer itself, never what a link in its place leads to."""

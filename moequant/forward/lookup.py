@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from moequant.checkpoint import Checkpoint
-from moequant.errors import CheckpointError
+from moequant.errors import ShortageError
 from moequant.forward.memory import usable_bytes
 from moequant.values import Weight
 
@@ -54,7 +54,7 @@ def looked_up(
     """The checkpoint with those rows alone of each table that batches of tokens look up, i64 [rows, n] each,
     on the device; `model`, still empty, has room for them.
 
-    CheckpointError where they take more than half of what may be used, `limit` bytes or what is free.
+    ShortageError where they take more than half of what may be used, `limit` bytes or what is free.
     """
     batches, found = list(batches), dict[str, Weight]()
     for weight in checkpoint.weights:
@@ -64,7 +64,7 @@ def looked_up(
     needed = 4 * sum(weight.numel for weight in found.values())
     if usable is not None and needed > usable // 2:
         tokens = sum(batch.numel() for batch in batches)
-        raise CheckpointError(
+        raise ShortageError(
             f"{checkpoint.path}: what {tokens:,} tokens look up takes {needed / 1e9:.1f} GB, half "
             f"of {usable / 1e9:.1f} GB may be used; give fewer tokens (--calib-tokens, --eval-tokens)"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from moequant.checkpoint import Checkpoint
-from moequant.errors import CheckpointError
+from moequant.errors import ShortageError
 from moequant.progress import available_bytes
 from moequant.values import Weight
 
@@ -76,7 +76,7 @@ def chunks(weights: Sequence[Weight], models: int, usable: int | None) -> tuple[
 
 
 def check_memory(checkpoint: Checkpoint, models: int, available: int | None = None) -> None:
-    """CheckpointError when the least that a pass needs does not fit: said before any work is done.
+    """ShortageError when the least that a pass needs does not fit: said before any work is done.
 
     `models` is 0 when nothing runs, 1 for calibration, 2 for a comparison as well. `available`
     bytes are what the machine has free when None; hidden states are not counted, they may spill.
@@ -84,7 +84,7 @@ def check_memory(checkpoint: Checkpoint, models: int, available: int | None = No
     free = available_bytes() if available is None else available
     needed = working_bytes(checkpoint, models) if models else 0
     if free is not None and needed > free:
-        raise CheckpointError(
+        raise ShortageError(
             f"{checkpoint.path}: {needed / 1e9:.1f} GB of memory are needed for its largest layer, without "
             f"its routed experts, or its head, {free / 1e9:.1f} GB are free; use a larger machine "
             "(--eval-tokens 0 may need less)"

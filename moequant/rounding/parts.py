@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moequant.errors import OutputError
 from moequant.files import atomic
+from moequant.files.read import unreadable
 from moequant.rounding.results import Result
 from moequant.statistics import sealed
 from moequant.values import ExpertLoss, Packed, Weight
@@ -145,11 +146,14 @@ def _spill(path: Path, data: Tensor) -> int:
 
 
 def _mapped(path: Path, shape: list[int], crc: int) -> Tensor:
-    """The same bytes, which are read as they are used; ValueError where they are others."""
+    """The same bytes, which are read as they are used; ValueError where they are others, UnreadableError
+    where the system does not let us read them."""
     try:
         found = np.memmap(path, np.uint8, "c", shape=tuple(shape))
+    except FileNotFoundError:
+        raise ValueError(f"{path.name}: is gone") from None
     except OSError as error:
-        raise ValueError(f"{path.name}: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     if zlib.crc32(found.data) != crc:
         raise ValueError(f"{path.name}: checksum differs")
     return torch.from_numpy(found)

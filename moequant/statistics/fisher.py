@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from moequant.checkpoint import Checkpoint, load
-from moequant.errors import CheckpointError
+from moequant.errors import CheckpointError, ShortageError
 from moequant.forward.experts import EXPERTS
 from moequant.forward.memory import free_bytes
 from moequant.forward.model import Provider, empty_model, fill
@@ -86,10 +86,10 @@ def needs(checkpoint: Checkpoint, tokens: int, device: str = "cpu") -> Needs:
 
 
 def check_memory(needed: Needs, device: str = "cpu", free: int | None = None) -> None:
-    """CheckpointError when the device has not that much memory; `free` bytes, None: as it says itself."""
+    """ShortageError when the device has not that much memory; `free` bytes, None: as it says itself."""
     free = free_bytes(device) if free is None else free
     if free is not None and needed.bytes > free:
-        raise CheckpointError(
+        raise ShortageError(
             f"effort best holds the whole model for its gradients: {needed.bytes / 1e9:.1f} GB are needed, "
             f"{free / 1e9:.1f} GB are free; use --effort default"
         )
@@ -100,9 +100,9 @@ def gather(
 ) -> Fishers:
     """Fishers of every weight of the layers, over rows of tokens ids i64 [rows, n].
 
-    Experts that saw few tokens lean on their layer's, and what tokens do not agree on is left out (`shrunk`).
+    Experts that saw few tokens lean on their layer's, and what tokens do not agree on is left out (`shrink`).
     The same seed draws the same labels.
-    Raises CheckpointError when memory is short (`needs`), or a gradient is not finite.
+    Raises ShortageError when memory is short (`needs`), CheckpointError when a gradient is not finite.
     """
     check_memory(needs(checkpoint, ids.numel(), device), device)
     model = empty_model(checkpoint, EXPERTS, device)

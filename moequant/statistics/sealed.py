@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moequant.checkpoint.headers import read_header
-from moequant.errors import CheckpointError
+from moequant.errors import CheckpointError, UnreadableError
 from moequant.files import atomic
 from moequant.files.local import LocalFile
+from moequant.files.read import unreadable
 
 METADATA = "moequant"
 
@@ -46,14 +47,19 @@ def write(
 def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """The JSON value, whatever it is, and the tensors; whether the checksum is right is the caller's to ask.
 
-    ValueError for a file that is no safetensors file, or has no JSON.
+    ValueError for a file that is no safetensors file, or has no JSON. UnreadableError where the system does
+    not let us read it: that is no damage.
     """
     try:
         read_header(LocalFile(path))  # the format's rules, before the library sees a byte
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get(METADATA, "null"))
             return meta, {name: file.get_tensor(name) for name in file.keys()}
-    except (CheckpointError, OSError, SafetensorError, RecursionError) as error:
+    except UnreadableError:
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (CheckpointError, SafetensorError, RecursionError) as error:
         raise ValueError(str(error)) from None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -83,7 +84,10 @@ def save(path: Path, what: Stored, overwrite: bool = False) -> None:
 
 
 def load(path: Path) -> Stored:
-    """Read what `save` wrote; CorpusError for a file that is damaged, or something else."""
+    """Read what `save` wrote; CorpusError for a file that is damaged, or something else, UnreadableError for
+    one that is not to be read."""
+    if not os.path.lexists(path):
+        raise CorpusError(f"{path}: cannot be read as statistics (no such file)")
     try:
         meta, tensors = sealed.read(path)
     except ValueError as error:

@@ -22,6 +22,7 @@ from moequant.commands.pace import Speed, Work, decoding, speed
 from moequant.commands.settings import Settings
 from moequant.commands.text import Texts, texts
 from moequant.hub import GgufModel
+from moequant.rounding.rounder import UNROUNDED
 from moequant.values import Codec, Origin, Stored
 from tests.checkpoint.codecs.files import one, write
 from tests.checkpoint.codecs.test_gptq_awq import AWQ, awq, config, gptq
@@ -67,6 +68,29 @@ def test_shared_stages_are_counted_once_and_grow_with_the_text(tiny: Tiny) -> No
     assert "plan" not in folder and folder["quantize"].products > 0
 
 
+def test_effort_best_takes_gradients_and_rounds_longer(tiny: Tiny) -> None:
+    folder, tokens = tiny("qwen3_moe"), 512
+    best, default = (work(folder, effort=effort)["quantize"] for effort in ("best", "default"))
+    (job,) = open_jobs(folder, Settings(type="Q4_K_M"))
+    types = job.container.formats(job.plan)
+    rounded = [w for w in job.container.checkpoint.weights if w.site and types.get(w.name) not in UNROUNDED]
+    longer = (duration.LONGER - 1) * duration.FOLLOWED * sum(w.numel * w.n_in for w in rounded)
+    used = job.model.shape.experts_used
+    layers = [w for w in job.container.checkpoint.weights if w.site and w.layer is not None]
+    grams = sum(2 * (used if w.is_expert else 1) * w.shape[-2] ** 2 for w in layers if len(w.shape) > 1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    ).requires_grad_(False)
+    embedded = model.get_input_embeddings()(
+        torch.arange(tokens)[None] % job.model.shape.vocab
+    ).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=embedded).logits.sum().backward()
+    told = (best.products - default.products - longer) / 2048
+    assert told == pytest.approx(counter.get_total_flops() / tokens + grams, rel=0.15)
+    assert best.calls > default.calls and best.numbers > default.numbers
+
+
 def test_a_self_check_starts_llama_cpp_for_files_and_is_of_what_fits(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +117,7 @@ def test_the_machine_is_asked_briefly() -> None:
     assert Speed(10, 5, 2, 1).seconds(Work(100, 10, 2)) == 13
 
 
-def test_a_short_conversion_is_not_predicted_nor_one_that_nobody_measured(tiny: Tiny) -> None:
+def test_a_short_conversion_is_not_predicted(tiny: Tiny) -> None:
     def asked(**given: object) -> object:
         jobs = open_jobs(tiny("qwen3_moe"), Settings(**({"type": "Q4_K_M"} | given)))  # type: ignore[arg-type]
         return forecast(jobs, Texts(None, None, None), False)

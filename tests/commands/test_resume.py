@@ -15,17 +15,34 @@ from pathlib import Path
 import pytest
 import torch
 
+from moequant import errors
 from moequant.checkpoint import open_checkpoint
-from moequant.commands.convert import Settings, convert
+from moequant.commands.convert import Settings, convert, convert_all
 from moequant.commands.job import open_jobs
 from moequant.commands.journal import GOES_ON, RunJournal, finished_by, journal_of, kept
 from moequant.commands.outputs import check_targets
-from moequant.errors import CheckpointError, OutputError, PlanError, UnreadableError
+from moequant.commands.route import Outputs, RouteSettings, route
+from moequant.errors import (
+    CheckpointError,
+    CorpusError,
+    FamilyError,
+    FormatError,
+    HubError,
+    MoequantError,
+    OutputError,
+    PlanError,
+    RankError,
+    ShortageError,
+    TokenizerError,
+    UnreadableError,
+    VerifyError,
+)
 from moequant.files import Interrupted, scratch
 from moequant.forward.hidden import OnDisk
 from moequant.hub.fetch import headers
 from moequant.plan import Sensitivities
-from moequant.progress import Progress, listening
+from moequant.plan.document import to_json
+from moequant.progress import Listener, Progress, listening
 from moequant.rounding.parts import Parts
 from moequant.values import ExpertLoss, Packed
 from tests import models
@@ -42,6 +59,16 @@ def small(tiny) -> Path:
 def fast(text: Path, type_: str | None = "Q4_0", **changes: object) -> Settings:
     usual = {"calib": text, "calib_tokens": 1024, "eval_tokens": 0, "effort": "fast", "self_check": False}
     return Settings(type_, **(usual | changes))
+
+
+def interrupted_at(stage: str) -> Listener:
+    """What interrupts a run when that stage begins."""
+
+    def told(step: Progress) -> None:
+        if step.stage == stage:
+            raise Interrupted(2)
+
+    return told
 
 
 KILLS = {
@@ -282,6 +309,48 @@ def test_an_output_of_somebody_else_in_the_place_of_a_finished_one_is_kept(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "a.gguf"]
 
 
+def test_a_file_that_changes_after_it_was_read_is_another(
+    small: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may be downloaded for hours between the reading of statistics and the journal."""
+    first, second = tmp_path / "s", tmp_path / "t"
+    for path, tokens in ((first, 1024), (second, 1536)):
+        route(small, RouteSettings(calib=text, calib_tokens=tokens), Outputs(stats=path))
+
+    def downloaded(*args: object) -> bool:
+        shutil.copy(second, first)
+        return True
+
+    out, settings = tmp_path / "a.gguf", fast(text, stats=first)
+    with monkeypatch.context() as patched:
+        patched.setattr("moequant.commands.convert.is_here", downloaded)
+        with listening(interrupted_at("verify")), pytest.raises(Interrupted):
+            convert(small, out, settings)
+    with pytest.raises(OutputError, match="left by a run with another --stats"):
+        convert(small, out, settings)
+
+
+def test_a_file_beside_the_weights_that_changes_between_two_outputs_is_named(
+    tiny, text: Path, tmp_path: Path
+) -> None:
+    """Else the first file would have the old template, and the second the new one."""
+    model = shutil.copytree(tiny("qwen3_moe", **SMALL), tmp_path / "model")
+    out, settings = tmp_path / "out" / "{type}.gguf", fast(text, "Q4_0,Q5_0")
+    out.parent.mkdir()
+
+    with listening(interrupted_at("quantize Q5_0")), pytest.raises(Interrupted):
+        convert_all(model, out, settings)
+    template = model / "chat_template.jinja"
+    template.write_text("{{ messages }}")
+    with pytest.raises(
+        OutputError, match=r"model: its tokenizer, .*Q4_0\.gguf was made.*; put them back, or"
+    ):
+        convert_all(model, out, settings)
+    template.unlink()
+    convert_all(model, out, settings)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["Q4_0.gguf", "Q5_0.gguf"]
+
+
 def test_what_is_made_in_a_temporary_folder_is_not_continued(small: Path, text: Path, tmp_path: Path) -> None:
     """`moequant demo` makes its file in one: a run that is interrupted must not say that its work is kept."""
 
@@ -302,6 +371,61 @@ def test_what_is_made_in_a_temporary_folder_is_not_continued(small: Path, text: 
 def test_the_root_of_a_disk_is_no_output() -> None:
     with pytest.raises(OutputError, match="/: is a whole disk"):
         journal_of([Path("/")])
+
+
+KEPT = {OutputError, VerifyError, HubError, RankError, UnreadableError, ShortageError}
+"""About the machine: a disk, memory, a network, a file that is away."""
+
+DROPPED = {CheckpointError, FamilyError, TokenizerError, CorpusError, FormatError, PlanError}
+"""About the request or the model: the same command would meet them again."""
+
+
+def test_every_error_either_keeps_what_is_finished_or_not(tmp_path: Path) -> None:
+    every = {each for each in vars(errors).values() if isinstance(each, type)}
+    assert {each for each in every if issubclass(each, MoequantError)} == KEPT | DROPPED | {MoequantError}
+    for kind in KEPT | DROPPED:
+        journal = RunJournal(tmp_path / kind.__name__, RUN)
+        journal.keep_sensitivities(Sensitivities({}, {}, "nowhere"))
+        with pytest.raises(kind) as told, kept(journal):
+            raise kind("boom")
+        assert journal.folder.exists() == (kind in KEPT) == (GOES_ON in str(told.value))
+
+
+def test_a_journal_that_nobody_may_look_into_is_kept(tmp_path: Path) -> None:
+    """Another user's, or of a disk that fails: a folder that leads to itself is as good."""
+    journal = RunJournal(tmp_path / "a.journal", RUN)
+    journal.keep_sensitivities(Sensitivities({}, {}, "nowhere"))
+    away = journal.folder.rename(tmp_path / "away")
+    journal.folder.symlink_to(journal.folder)
+    with pytest.raises(OutputError, match=GOES_ON), kept(journal):
+        raise OutputError("boom")
+    journal.folder.unlink()
+    away.rename(journal.folder)
+    found = RunJournal(journal.folder, RUN).sensitivities()
+    assert found is not None and found.source == "nowhere"
+
+
+def test_memory_that_runs_short_for_gradients_costs_nothing_that_is_finished(
+    small: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program takes it while statistics are collected."""
+    plan = tmp_path / "plan.json"
+    weights = open_jobs(headers(small), Settings("Q4_0"))[0].plan
+    plan.write_text(to_json(weights))
+    settings = fast(text, None, effort="best", plan=plan)
+    out, layers = tmp_path / "a.gguf", list[list[int]]()
+
+    def taken(step: Progress) -> None:
+        if step.stage == "quantize":
+            monkeypatch.setattr("moequant.statistics.fisher.free_bytes", lambda device: 1000)
+
+    for _ in range(2):
+        monkeypatch.undo()
+        with listening(taken), pytest.raises(ShortageError, match=f"effort best holds.*{GOES_ON}"):
+            convert(small, out, settings)
+        finished = sorted((tmp_path / "a.gguf.journal" / "route").glob("layer-*"))
+        layers.append([path.stat().st_mtime_ns for path in finished])
+    assert layers[0] and layers[0] == layers[1], "they are not collected again"
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "Input/output error")])

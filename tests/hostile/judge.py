@@ -21,6 +21,7 @@ from moequant.commands.journal import GOES_ON
 from tests.hostile import crafted, every_option, files, folders, options, quantized, special
 from tests.hostile.attempts import Attempt, Maker
 from tests.hostile.ground import MARK, Ground
+from tests.peak import watched
 
 KINDS: dict[str, Maker] = {
     "headers": folders.headers,
@@ -150,7 +151,8 @@ def _work(ground: Ground, todo: list[Case], work: Path, out: IO[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     os.dup2(os.open(work / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))  # an error here, not the machine's end
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = watched()
+    base = memory()
     for case in todo:
         signal.setitimer(signal.ITIMER_PROF, HANG)  # ends the process, whatever it is at
         folder = work / f"{case.kind}-{case.seed}"
@@ -160,9 +162,9 @@ def _work(ground: Ground, todo: list[Case], work: Path, out: IO[str]) -> None:
         out.write(json.dumps({"arguments": attempt.arguments, "what": attempt.what}) + "\n")
         out.flush()
         why = judge(ground, attempt, folder)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = memory()
         if why is None and peak > MEMORY * base:
-            why, base = f"{peak // 1024} MiB of memory, {base // 1024} before", peak
+            why = f"{peak >> 20} MiB of memory, {base >> 20} before"
         if why is None:
             shutil.rmtree(folder, ignore_errors=True)
         out.write(json.dumps(why) + "\n")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.statistics import load_statistics
-from moequant.errors import CorpusError, OutputError
+from moequant.errors import CorpusError, OutputError, UnreadableError
 from moequant.files import claim
 from moequant.statistics import sealed, store
 from moequant.statistics.calibrate import calibrate
@@ -141,6 +141,13 @@ def test_a_file_cut_short_anywhere(whole, tmp_path: Path) -> None:
     for length in (0, 5, 8, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
         refused(path, "cannot be read as statistics")
+
+
+def test_a_file_that_nobody_may_read_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    path.symlink_to(path)
+    with pytest.raises(UnreadableError, match=r"s: cannot be read \(Too many levels"):
+        store.load(path)
 
 
 def test_a_flipped_bit_anywhere_is_noticed(whole, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ code, pickles or keys, is not published with the quantized one.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,3 +35,13 @@ def side_files(source: Path) -> Iterator[Path]:
     """The files of the model folder `source` that are copied, each once."""
     found = {file for pattern in COPIED for file in source.glob(pattern)}
     return (file for file in sorted(found) if belongs(file, source))
+
+
+def digest(source: Path) -> str:
+    """What tells the side files of the model folder `source`, and its README.md, from others."""
+    found = hashlib.sha256()
+    for file in (*side_files(source), source / "README.md"):
+        if file.is_file():
+            found.update(f"{file.relative_to(source)} {file.stat().st_size} ".encode())
+            found.update(file.read_bytes())
+    return found.hexdigest()

@@ -20,7 +20,8 @@ from gguf import GGUFValueType, GGUFWriter
 
 from moequant.containers.gguf.header import TensorInfo
 from moequant.containers.gguf.read import Bytes, GgufFile
-from moequant.errors import OutputError, VerifyError
+from moequant.errors import VerifyError
+from moequant.files import unwritable
 
 KEY = "moequant.crc32"
 
@@ -63,7 +64,7 @@ def record(path: Path, checksums: Mapping[str, tuple[int, ...]]) -> None:
                 out.seek(room.offset)
                 out.write(np.array(values[key], "<u4").tobytes())
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise unwritable(path, error) from error
 
 
 def recorded(file: GgufFile) -> dict[str, tuple[int, ...]] | None:

@@ -26,7 +26,7 @@ from moequant.containers.gguf.presets import FILE_TYPES
 from moequant.containers.gguf.sizes import ALIGNMENT
 from moequant.containers.gguf.tokenizer.spec import TokenizerSpec, add_tokenizer
 from moequant.errors import CheckpointError, OutputError, VerifyError
-from moequant.files import part_names
+from moequant.files import part_names, unwritable
 from moequant.files.parts import MOST, PART
 from moequant.values import Packed, Plan
 
@@ -101,7 +101,7 @@ def write(
             writer.write_tensor_data(data)
         writer.flush()
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise unwritable(path, error) from error
     finally:
         writer.close()
     checksums.record(files[0], slices)
