@@ -84,6 +84,8 @@ def save(path: Path, what: Stored, overwrite: bool = False) -> None:
 
 def load(path: Path) -> Stored:
     """Read what `save` wrote; CorpusError for a file that is damaged, or something else."""
+    if not path.is_file():
+        raise CorpusError(f"{path}: no such file; give one that `moequant route -o` wrote")
     try:
         meta, tensors = sealed.read(path)
     except ValueError as error:

@@ -119,6 +119,30 @@ def test_errors_are_json_too(arguments: tuple[str, ...], kind: str) -> None:
     assert not run(*arguments).stdout, "without --json nothing is said on stdout"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("convrt", "demo"), "no such command 'convrt'; did you mean 'convert'? `moequant --help`"),
+        (("convert", "demo"), "missing option '--out' / '-o'; `moequant convert --help` shows what there is"),
+        (("convert", "demo", "-o", "x", "--typ", "Q8_0"), "no such option: --typ"),
+        (
+            ("compare", "demo", "x", "--engine", "llamacpp"),
+            "'llamacpp' is not one of 'moequant', 'llama.cpp'",
+        ),
+        (("inspect",), "missing argument 'path'; `moequant inspect --help`"),
+        (("fit", "demo", "--vram", "24"), "is 24 bytes; write 24GiB"),
+        (("--nothing",), "no such option: --nothing; `moequant --help`"),
+    ],
+)
+def test_what_is_typed_wrongly_is_one_line_and_json(arguments: tuple[str, ...], says: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2 and not done.stdout
+    assert says in done.stderr and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("moequant: ")
+    value = json.loads(run(*arguments, "--json").stdout)
+    assert value["schema"] == SCHEMA and value["error"]["kind"] == "UsageError"
+    assert f"moequant: {value['error']['message']}\n" == done.stderr or "--nothing" in arguments
+
+
 def test_numbers_that_json_has_not() -> None:
     value = json.loads(document("x", {"a": [float("nan"), 1.5, (float("inf"), 2)], 3: {"b": -float("inf")}}))
     assert value["a"] == [None, 1.5, [None, 2]] and value["3"] == {"b": None}
