@@ -100,6 +100,9 @@ def test_what_every_command_prints(tiny, text: Path, tmp_path: Path) -> None:
     )
     assert planned["wanted"][0]["types"] and planned["curve"][0]["bytes"] < planned["curve"][-1]["bytes"]
     assert printed("check", "check", out, "--device", "cpu", "--sample", 2)["holds"] is True
+    for file in (out, stats):
+        places = [str(place).encode() for place in (tmp_path, text.parent, model.parent)]
+        assert not [place for place in places if place in file.read_bytes()], "files tell no place either"
 
 
 @pytest.mark.parametrize(
