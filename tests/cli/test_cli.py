@@ -128,6 +128,7 @@ def test_best_has_nothing_to_say_where_nothing_is_rounded(model: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("demo", "--type", "Q9"), "unknown type 'Q9'; known: F32, BF16"),
         (
             ("inspect", "{here}/file.txt"),
             "not a GGUF file (it starts with other bytes); give one, or a model folder",
@@ -154,7 +155,10 @@ def test_what_newcomers_type_is_answered_with_what_to_do(
 ) -> None:
     (tmp_path / "file.txt").write_text("words")
     place = {"demo": str(bundled.path("demo"))}
-    given = [place.get(each, each).replace("{here}", str(tmp_path)) for each in arguments]
+    given = [
+        arguments[0],
+        *(place.get(each, each).replace("{here}", str(tmp_path)) for each in arguments[1:]),
+    ]
     done = run(*given, *(["--dry-run"] if given[0] == "convert" else []))
     assert done.returncode == 1 and says in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1 and [each.name for each in tmp_path.iterdir()] == ["file.txt"]
