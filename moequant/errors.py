@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 LONGEST = 1000
 """Characters of a message: files may hold names and values of any length."""
@@ -37,6 +38,13 @@ def few(names: Iterable[object], most: int = 10) -> str:
     """Names for a message: of a long list the first, and how many more there are."""
     shown = [str(name) for name in names]
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What to write instead of a name that is none: the one that looks like it, else some that exist."""
+    names = {name.upper(): name for name in known}
+    found = get_close_matches(word.upper(), names, 1)
+    return f"did you mean {names[found[0]]}?" if found else f"known: {few(names.values())}"
 
 
 class MoequantError(Exception):

@@ -16,7 +16,7 @@ from typing import Any
 
 from moequant import errors, library, progress
 from moequant.check.figures import CheckReport
-from moequant.commands.compare import Engine
+from moequant.commands.compare import CacheType, Engine
 from moequant.commands.plan import Survey
 from moequant.commands.route import Routed
 from moequant.commands.settings import FormatName
@@ -24,6 +24,7 @@ from moequant.evaluate import Comparison, Estimate, Measured, RoutingChange, Wei
 from moequant.evaluate.compared import Compared
 from moequant.formats import Effort
 from moequant.forward.stream import Resources
+from moequant.hub.publish import Piece, Push
 from moequant.inspection import Inspection
 from moequant.inspection.fit import Fit
 from moequant.inspection.served import FolderFit
@@ -103,7 +104,18 @@ VerifyError nothing.gguf: no such file or folder
 ```
 """
 
-VERBS = ("inspect", "fit", "fit_folder", "plan", "route", "convert", "convert_all", "compare", "check")
+VERBS = (
+    "inspect",
+    "fit",
+    "fit_folder",
+    "plan",
+    "route",
+    "convert",
+    "convert_all",
+    "compare",
+    "check",
+    "push",
+)
 
 SETTINGS = (
     library.Settings,
@@ -119,6 +131,7 @@ SETTINGS = (
     library.RouteOutputs,
     library.CompareSettings,
     library.CheckSettings,
+    library.PushSettings,
     Resources,
 )
 
@@ -143,6 +156,8 @@ FOUND = (
     WeightError,
     RoutingChange,
     CheckReport,
+    Push,
+    Piece,
     progress.Progress,
     progress.StageCost,
     progress.Forecast,
@@ -157,6 +172,7 @@ CHOICES = {
         "FormatName": FormatName,
         "PlannedFormat": PlannedFormat,
         "Engine": Engine,
+        "CacheType": CacheType,
     }.items()
 }
 """What stands behind the names of choices."""

@@ -115,6 +115,7 @@ WITHOUT_TORCH = {
     "convert --help": 0,
     "convert --no-such-option": 2,
     "inspect nothing": 1,
+    "push owner/name nothing": 1,
     "inspect {file}": 0,
     "fit {file} --vram 1GiB --ram 1GiB --ctx 64": 0,
 }

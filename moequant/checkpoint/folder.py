@@ -49,7 +49,13 @@ def folder_of(model: Path | Folder) -> Folder:
     if isinstance(model, Folder):
         return model
     if not model.exists():
-        raise CheckpointError(f"{model}: no such folder; give a Hugging Face model folder")
+        raise CheckpointError(
+            f"{model}: no such file or folder; give a model folder, or OWNER/NAME of a model on the Hub"
+        )
+    if model.is_file():
+        raise CheckpointError(
+            f"{model}: is a file; give the folder with config.json and *.safetensors, or a .gguf file"
+        )
     if not (model / "config.json").is_file():
         if (model / MISTRAL).is_file():
             raise CheckpointError(
@@ -57,7 +63,7 @@ def folder_of(model: Path | Folder) -> Folder:
                 "as transformers saves it"
             )
         raise CheckpointError(
-            f"{model}: not a Hugging Face model folder (config.json and *.safetensors expected)"
+            f"{model}: not a Hugging Face model folder; give the one that has config.json and *.safetensors"
         )
     there = {file.name: LocalFile(file) for file in sorted(model.glob("*.safetensors"))}
     chosen = files_of_model(there, read_index(model))

@@ -17,6 +17,7 @@ from moequant.cli.inspect import inspect
 from moequant.cli.output import command as with_output
 from moequant.cli.output import start_logging
 from moequant.cli.plan import plan
+from moequant.cli.push import push
 from moequant.cli.route import route
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (check, compare, convert, demo, fit, inspect, plan, route):
+for command in (check, compare, convert, demo, fit, inspect, plan, push, route):
     app.command()(with_output(command))
 
 

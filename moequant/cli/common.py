@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +16,7 @@ from typer.core import TyperGroup
 from moequant import escape
 from moequant.cli.output import AsJson, console, emit, guarded, silent, tell
 from moequant.containers.gguf.presets import BASE_TYPES
-from moequant.errors import MEMORY_ERRORS, MoequantError, RankError, lacks_memory, one_line
+from moequant.errors import MEMORY_ERRORS, MoequantError, PlanError, RankError, lacks_memory, one_line
 from moequant.files import Interrupted, interruptible
 from moequant.hub import GgufModel, HubModel, located
 from moequant.ranks import Ranks, joined
@@ -36,6 +38,11 @@ class Effort(StrEnum):
     default = "default"
     best = "best"
 
+
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
+"""Whatever is wrong with what was typed. Typer has a click of its own, and does not name this class."""
+
+_TYPED = "moequant.typed"
 
 MOST = 1 << 40
 """No number of tokens is larger: sums of them must not leave 64 bits."""
@@ -127,6 +134,14 @@ class Commands(TyperGroup):
             typer.echo(f"moequant: {error}", err=True)
             raise SystemExit(1) from None
 
+    def make_context(self, info_name: str | None, args: list[str], *given: Any, **named: Any) -> Any:
+        """See the class. What was typed is kept for `invoke`, which has to know of --json."""
+        typed = list(args)
+        with _usage(typed):
+            made = super().make_context(info_name, args, *given, **named)
+        made.meta[_TYPED] = typed
+        return made
+
     def invoke(self, ctx: Any) -> Any:
         """See the class. A signal ends the process with one line and the exit code that shells expect."""
         for stream in (sys.stdout, sys.stderr):
@@ -134,11 +149,33 @@ class Commands(TyperGroup):
                 stream.reconfigure(errors=escape.STAND_IN)
         with interruptible():
             try:
-                return super().invoke(ctx)
+                with _usage(ctx.meta[_TYPED]):
+                    return super().invoke(ctx)
             except Interrupted as signal:
                 left = ["what was unfinished is removed", *getattr(signal, "__notes__", ())][-1]
                 typer.echo(f"moequant: ended by {signal}; {left}", err=True)
                 raise typer.Exit(signal.exit_code) from None
+
+
+@contextmanager
+def _usage(typed: list[str]) -> Iterator[None]:
+    """What was typed wrongly is one line, like every error, and exit code 2; with --json an object too."""
+    try:
+        yield
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise  # it prints the help
+        nested = error.ctx is not None and error.ctx.parent is not None
+        name = str(error.ctx.info_name) if error.ctx is not None and nested else ""
+        where = " ".join(["moequant", *([name] if name else []), "--help"])
+        told = error.format_message().replace("Value error, ", "").replace(". Did you mean", "; did you mean")
+        told = one_line(told).rstrip(".")
+        asks = "" if told.endswith("?") else ";"
+        message = f"{told[:1].lower()}{told[1:]}{asks} `{where}` shows what there is"
+        typer.echo(f"moequant: {escape.plain(message)}", err=True)
+        if "--json" in typed:
+            emit(name, {"error": {"kind": "UsageError", "message": message}})
+        raise typer.Exit(2) from None
 
 
 def helped(ranks: Ranks) -> None:
@@ -179,6 +216,14 @@ def local(place: Path | HubModel | GgufModel | None) -> Path | None:
 
 def ram_bytes(size: str | None) -> int | None:
     """Bytes of `--ram`; PlanError for what is no size."""
+    return None if size is None else memory_bytes(size)
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes of some memory; PlanError for what is no size, and for a unit that somebody forgot."""
     from moequant.plan import parse_size
 
-    return None if size is None else parse_size(size)
+    found = parse_size(text)
+    if text.strip().isdecimal() and found < 1 << 20:
+        raise PlanError(f"size {text!r}: is {text.strip()} bytes; write {text.strip()}GiB for gigabytes")
+    return found

@@ -33,6 +33,14 @@ class Engine(StrEnum):
     llama_cpp = "llama.cpp"
 
 
+class Cache(StrEnum):
+    """How llama.cpp keeps keys and values."""
+
+    f32 = "f32"
+    f16 = "f16"
+    q8_0 = "q8_0"
+
+
 def compare(
     base: Annotated[
         str,
@@ -57,11 +65,26 @@ def compare(
     eval_tokens: Annotated[
         int, typer.Option(min=1, max=MOST, help="At most so many tokens of text; half of them are scored.")
     ] = 16_384,
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=MOST,
+            help="Tokens in a row of that text, such as 4096: longer rows show what long contexts lose "
+            "(default: 512).",
+        ),
+    ] = None,
     seed: Seed = 0,
     engine: Annotated[
         Engine,
         typer.Option(help="What computes the models; llama.cpp takes only GGUF files and needs xllamacpp."),
     ] = Engine.moequant,
+    cache_type: Annotated[
+        Cache,
+        typer.Option(
+            help="With --engine llama.cpp: how candidates keep keys and values. The baseline keeps f32."
+        ),
+    ] = Cache.f32,
     model: Annotated[
         str | None,
         typer.Option(help="The unquantized model, folder or name, when it is not among the compared ones."),
@@ -108,8 +131,10 @@ def compare(
     settings = CompareSettings(
         eval=eval_,
         eval_tokens=eval_tokens,
+        ctx=ctx,
         seed=seed,
         engine=engine.value,
+        cache_type=cache_type.value,
         model=shape,
         exact=exact,
         prompts=tuple(prompt or ()),

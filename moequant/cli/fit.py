@@ -27,12 +27,12 @@ _CACHES = {Format.gguf: (CacheType.f16, CacheType.q8_0), Format.safetensors: (Ca
 
 def memory(text: str) -> int:
     """Bytes of a size as every command reads it: 24GiB is 24 · 2³⁰, 24G is 24 · 10⁹; 0 is none."""
-    from moequant.plan import parse_size
+    from moequant.cli.common import memory_bytes
 
     try:
-        return 0 if text.strip() == "0" else parse_size(text.strip())
+        return 0 if text.strip() == "0" else memory_bytes(text.strip())
     except PlanError as error:
-        raise typer.BadParameter(f"{error}; memory is sold in GiB, such as 24GiB, and 0 is none") from None
+        raise typer.BadParameter(f"{error}; 0 is none") from None
 
 
 def fit(

@@ -106,7 +106,7 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*, quiet: bool, verbose: bool, **given: Any) -> None:
         with _said(quiet, verbose):
             try:
-                run(**given)
+                _ran(run, given)
             except Failed as failed:
                 if given.get("as_json"):
                     emit(run.__name__, {"error": {"kind": failed.kind, "message": failed.message}})
@@ -121,6 +121,14 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = whole  # type: ignore[attr-defined]  # what typer reads
     wrapped.__annotations__ = {name: each.annotation for name, each in whole.parameters.items()}
     return wrapped
+
+
+def _ran(run: Callable[..., None], given: dict[str, Any]) -> None:
+    """The command. What it raises on purpose is one line, wherever: settings look at what they hold."""
+    try:
+        run(**given)
+    except MoequantError as error:
+        raise _failed(type(error).__name__, str(error)) from None
 
 
 @contextmanager

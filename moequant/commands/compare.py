@@ -13,6 +13,7 @@ import torch
 from moequant.checkpoint import Checkpoint
 from moequant.commands.text import leading
 from moequant.containers.opened import open_model
+from moequant.errors import PlanError
 from moequant.escape import of_cache, text_names
 from moequant.evaluate import Measured, Ran, difference, runtime, samples
 from moequant.evaluate import environment as record
@@ -24,12 +25,14 @@ from moequant.forward.resources import Resources
 from moequant.hub import Model, named
 from moequant.hub.fetch import headers, whole
 from moequant.progress import Meter
-from moequant.runtimes.llama_cpp.serving import BATCH, Prompt, serve
+from moequant.runtimes.llama_cpp.engine import PIECE
+from moequant.runtimes.llama_cpp.serving import Prompt, serve, trained_context
 from moequant.text import bundled, corpus
 from moequant.text.corpus import Rows
 from moequant.text.rows import ROW, load_encoder, row_length
 
 Engine = Literal["moequant", "llama.cpp"]
+CacheType = Literal["f32", "f16", "q8_0"]
 
 SAMPLE_TOKENS = 32
 """Tokens that a prompt is continued by, unless somebody says otherwise."""
@@ -39,10 +42,12 @@ SAMPLE_TOKENS = 32
 class CompareSettings:
     """On which text to compare, and what computes the models.
 
-    `eval` is a file, a folder, a .jsonl file or a dataset; None is the bundled text. `engine` computes the
-    models: moequant itself, or llama.cpp, which takes GGUF files only. `model` is the unquantized folder,
-    needed when it is not among the compared models. llama.cpp and vLLM round activations before quantized
-    weights, and so does moequant, unless `exact` is set.
+    `eval` is a file, a folder, a .jsonl file or a dataset; None is the bundled text. It is cut into rows of
+    `ctx` tokens, of which the second half is scored; None means 512, or all of a shorter context. `engine`
+    computes the models: moequant itself, or llama.cpp, which takes GGUF files only. `model` is the
+    unquantized folder, needed when it is not among the compared models. llama.cpp and vLLM round activations
+    before quantized weights, and so does moequant, unless `exact` is set. With llama.cpp `cache_type` is how
+    candidates keep keys and values; the baseline keeps f32.
 
     Every model continues the bundled prompts and those of `prompts` by `sample_tokens` tokens; 0 for none.
     None means 32 with llama.cpp or with `prompts`, else none. `command` is the command line, for the record.
@@ -50,8 +55,10 @@ class CompareSettings:
 
     eval: str | Path | None = None
     eval_tokens: int = 16_384
+    ctx: int | None = None
     seed: int = 0
     engine: Engine = "moequant"
+    cache_type: CacheType = "f32"
     model: Model | None = None
     exact: bool = False
     prompts: tuple[str, ...] = ()
@@ -80,6 +87,11 @@ def run(
     """Score every candidate against `base`: folders, files and names of the Hub. A MoequantError with one
     clear line when something is wrong."""
     meter = Meter()
+    if settings.engine == "moequant" and settings.cache_type != "f32":
+        raise PlanError(
+            f"--cache-type {settings.cache_type}: only llama.cpp keeps keys and values so; add "
+            "--engine llama.cpp, which takes GGUF files"
+        )
     with meter.stage("compare"):
         opened = _opened(whole(base), [whole(each) for each in candidates], settings)
         measured = _scored(opened, settings)
@@ -122,8 +134,10 @@ def _opened(base: Path, candidates: Sequence[Path], settings: CompareSettings) -
     # Without its folder the baseline's own tokenizer has to do.
     encoder = runtime.LlamaEncoder(base)
     documents = corpus.read(settings.eval, "evaluation")
-    rows = corpus.pack(documents, encoder, ROW, settings.eval_tokens, settings.seed, encoder.bos)
-    return _Opened(sources, rows, None)
+    trained = trained_context(base)
+    length = settings.ctx or min(ROW, trained or ROW)
+    rows = corpus.pack(documents, encoder, length, settings.eval_tokens, settings.seed, encoder.bos)
+    return _Opened(sources, corpus.check(rows, max_length=trained), None)
 
 
 def _scored(opened: _Opened, settings: CompareSettings) -> tuple[Measured, ...]:
@@ -132,7 +146,7 @@ def _scored(opened: _Opened, settings: CompareSettings) -> tuple[Measured, ...]:
     if checkpoint is None:
         paths = [source.path for source in opened.sources]
         candidates = list(zip(names[1:], paths[1:], strict=True))
-        return runtime.compare(paths[0], candidates, opened.rows, settings.threads)
+        return runtime.compare(paths[0], candidates, opened.rows, settings.threads, settings.cache_type)
     versions = [
         Version(name, source.provider, _rounded(checkpoint, source, settings))
         for name, source in zip(names, opened.sources, strict=True)
@@ -198,11 +212,13 @@ def _settings(rows: Rows, settings: CompareSettings) -> dict[str, record.Setting
         "tokens": rows.ids.numel(),
         "tokens SHA-256": record.digest(rows.ids),
         "context": rows.ids.shape[1],
-        "batch": settings.resources.batch_tokens if ours else BATCH,
+        "batch": settings.resources.batch_tokens if ours else PIECE,
         "threads": settings.resources.workers if ours else settings.threads,
         "device": settings.resources.device,
         "seed": settings.seed,
     }
+    if not ours:
+        found["keys and values"] = f"{settings.cache_type}, the baseline's f32"
     if settings.model is not None:
         found["model"] = named(settings.model)
     if settings.tokens_sampled:
@@ -219,5 +235,6 @@ def _rows(checkpoint: Checkpoint, settings: CompareSettings) -> Rows:
     bos = leading(checkpoint)
     documents = corpus.read(settings.eval, "evaluation")
     encoder = load_encoder(checkpoint.path)
-    rows = corpus.pack(documents, encoder, row_length(checkpoint), settings.eval_tokens, settings.seed, bos)
+    length = settings.ctx or row_length(checkpoint)
+    rows = corpus.pack(documents, encoder, length, settings.eval_tokens, settings.seed, bos)
     return corpus.check(rows, max_length=checkpoint.shape.context, vocab_size=checkpoint.shape.vocab)

@@ -40,7 +40,7 @@ from moequant.errors import (
     VerifyError,
     one_line,
 )
-from moequant.files import atomic, is_scratch, part_names
+from moequant.files import JOURNAL, atomic, is_scratch, part_names
 from moequant.plan import Sensitivities
 from moequant.plan.figures import Figures
 from moequant.report.style import size
@@ -78,7 +78,7 @@ def journal_of(outs: Sequence[Path]) -> Path:
     first = outs[0] if outs[0].name not in ("", "..") else outs[0].resolve()
     if not first.name:
         raise OutputError(f"{outs[0]}: is a whole disk; give the name of a file or folder on it")
-    return first.with_name(f"{first.name}.journal")
+    return first.with_name(f"{first.name}{JOURNAL}")
 
 
 def finished_by(folder: Path, outs: Sequence[Path]) -> frozenset[Path]:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moequant.errors import OutputError
-from moequant.files import discard
+from moequant.files import JOURNAL, discard
 
 _PART = r"\d+/(part-\d{4,}|piece-\d{4,}-(experts|inner)-\d+-\d+)"
 _CROSSING = r"plan/(probes|plans)"
@@ -26,7 +26,7 @@ def dismiss(folder: Path) -> None:
     """Remove a journal at once, so that no part of one is left. Files that no run has put there stay."""
     try:
         check(folder)
-        discard(folder, folder.with_name(folder.name.removesuffix(".journal")))
+        discard(folder, folder.with_name(folder.name.removesuffix(JOURNAL)))
     except (OutputError, OSError):
         remove(folder)
 

@@ -13,7 +13,7 @@ from moequant.containers.gguf import imatrix
 from moequant.containers.gguf.export import export
 from moequant.containers.opened import open_model
 from moequant.errors import CorpusError, OutputError, PlanError
-from moequant.files import claim
+from moequant.files import JOURNAL, claim
 from moequant.forward.memory import check_memory
 from moequant.forward.resources import Resources
 from moequant.hub import Source
@@ -123,7 +123,7 @@ def _route(source: Folder, settings: RouteSettings, outputs: Outputs) -> Routed:
 
 def journals(stats: Path) -> Path:
     """Where a run that will write `stats` keeps what it has finished."""
-    return stats.with_name(f"{stats.name}.journal")
+    return stats.with_name(f"{stats.name}{JOURNAL}")
 
 
 class _Passes:

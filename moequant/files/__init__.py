@@ -11,10 +11,11 @@ from moequant.files.parts import part_names
 from moequant.files.scratch import is_scratch, scratch, sweep_scratch
 from moequant.files.signals import Interrupted, interruptible
 from moequant.files.targets import check_space, reason, unwritable
-from moequant.files.temporary import discard, sync
+from moequant.files.temporary import JOURNAL, discard, sync
 from moequant.files.write import atomic, atomic_folder, atomic_parts, check_output, claim
 
 __all__ = [
+    "JOURNAL",
     "RECORD",
     "Interrupted",
     "atomic",

@@ -12,6 +12,9 @@ import secrets
 import shutil
 from pathlib import Path
 
+JOURNAL = ".journal"
+"""What the names of folders end with in which a run keeps what it has finished."""
+
 
 def create(path: Path, folder: bool) -> Path:
     """A new empty file or folder beside `path`, under a name that nobody can know before."""

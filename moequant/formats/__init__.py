@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moequant.errors import FormatError, few
+from moequant.errors import FormatError, nearest
 from moequant.formats import (
     engine,
     float8,
@@ -62,7 +62,7 @@ def get(name: str) -> Format:
     """The format of that ggml name, or of one like INT4_G128_BF16; FormatError lists the names that exist."""
     found = FORMATS.get(name) or groups.named(name) or float8.named(name) or nvfp4.named(name)
     if found is None:
-        raise FormatError(f"no format is called {name!r}; known are {few(FORMATS)}")
+        raise FormatError(f"no format is called {name!r}; {nearest(name, FORMATS)}")
     return found
 
 

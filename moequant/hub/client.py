@@ -1,4 +1,4 @@
-"""The one place that speaks to the Hub, through huggingface_hub; what goes wrong is a HubError."""
+"""The one place that reads from the Hub, through huggingface_hub; what goes wrong is a HubError."""
 
 from __future__ import annotations
 

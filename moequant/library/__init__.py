@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moequant.library.fitting import FitSettings, Hardware, Load, fit
     from moequant.library.inspecting import inspect
     from moequant.library.planning import PlanOutputs, PlanSettings, plan
+    from moequant.library.pushing import PushSettings, push
     from moequant.library.routing import RouteOutputs, RouteSettings, route
     from moequant.library.serving import FolderFitSettings, Gpus, Serving, fit_folder
     from moequant.report.shown import Result
@@ -40,6 +41,7 @@ __all__ = [
     "Load",
     "PlanOutputs",
     "PlanSettings",
+    "PushSettings",
     "Report",
     "Result",
     "RouteOutputs",
@@ -54,6 +56,7 @@ __all__ = [
     "fit_folder",
     "inspect",
     "plan",
+    "push",
     "route",
 ]
 
@@ -66,6 +69,7 @@ PLACES = {
     "moequant.library.fitting": ("FitSettings", "Hardware", "Load", "fit"),
     "moequant.library.inspecting": ("inspect",),
     "moequant.library.planning": ("PlanOutputs", "PlanSettings", "plan"),
+    "moequant.library.pushing": ("PushSettings", "push"),
     "moequant.library.routing": ("RouteOutputs", "RouteSettings", "route"),
     "moequant.library.serving": ("FolderFitSettings", "Gpus", "Serving", "fit_folder"),
     "moequant.report.shown": ("Result",),

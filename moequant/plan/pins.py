@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from moequant.containers.gguf.presets import BASE_TYPES
-from moequant.errors import PlanError
+from moequant.errors import PlanError, nearest
 from moequant.plan.document import check_fit
 from moequant.values import Weight
 
@@ -50,7 +50,7 @@ def parsed(pin: str) -> tuple[re.Pattern[str], str]:
     if not equals or not text:
         raise PlanError(f"{OPTION} {pin}: a pattern and a type were expected, such as experts.down=Q6_K")
     if name.upper() not in TYPES:
-        raise PlanError(f"{OPTION} {pin}: unknown type {name!r}; known: {', '.join(sorted(TYPES))}")
+        raise PlanError(f"{OPTION} {pin}: unknown type {name!r}; {nearest(name, sorted(TYPES))}")
     try:
         return re.compile(text), name.upper()
     except re.error as error:

@@ -87,7 +87,7 @@ def load(path: Path) -> Stored:
     """Read what `save` wrote; CorpusError for a file that is damaged, or something else, UnreadableError for
     one that is not to be read."""
     if not os.path.lexists(path):
-        raise CorpusError(f"{path}: cannot be read as statistics (no such file)")
+        raise CorpusError(f"{path}: no such file; give one that `moequant route -o` wrote")
     try:
         meta, tensors = sealed.read(path)
     except ValueError as error:

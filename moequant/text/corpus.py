@@ -350,7 +350,7 @@ def check(rows: Rows, *, max_length: int | None = None, vocab_size: int | None =
     length = rows.ids.shape[1]
     if max_length is not None and length > max_length:
         raise CorpusError(
-            f"row length {length}: the model's context is {max_length} tokens; use shorter rows"
+            f"rows of {length} tokens: the model's context is {max_length}; give a smaller --ctx"
         )
     low, high = int(rows.ids.min()), int(rows.ids.max())
     if vocab_size is not None and not 0 <= low <= high < vocab_size:

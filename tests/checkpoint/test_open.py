@@ -162,7 +162,7 @@ def fails(folder: Path, *parts: str, kind: type[Exception] = CheckpointError) ->
 
 
 def test_a_missing_folder_and_a_folder_without_a_model(tmp_path: Path) -> None:
-    fails(tmp_path / "nowhere", "no such folder")
+    fails(tmp_path / "nowhere", "no such file or folder")
     fails(tmp_path, "config.json")
 
 

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import moequant
 from moequant.cli import app
 from moequant.commands.journal import GOES_ON
+from moequant.text import bundled
 from tests import models
 
 SMALL = {
@@ -124,6 +125,45 @@ def test_best_has_nothing_to_say_where_nothing_is_rounded(model: Path, tmp_path:
     assert done.returncode == 0 and done.stderr == "" and out.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("demo", "--type", "Q9"), "unknown type 'Q9'; known: F32, BF16"),
+        (
+            ("inspect", "{here}/file.txt"),
+            "not a GGUF file (it starts with other bytes); give one, or a model folder",
+        ),
+        (
+            ("convert", "{here}/file.txt", "-o", "{here}/x.gguf"),
+            "is a file; give the folder with config.json",
+        ),
+        (("convert", "{here}", "-o", "{here}/x.gguf"), "give the one that has config.json and"),
+        (("convert", "Qwen3-30B", "-o", "{here}/x.gguf"), "or OWNER/NAME of a model on the Hub"),
+        (("convert", "demo", "-o", "{here}/x.gguf", "--type", "q4_k_m"), "did you mean Q4_K_M?"),
+        (("convert", "demo", "-o", "{here}/x.gguf", "--type", "zz"), "known: F32, BF16"),
+        (("convert", "demo", "-o", "{here}/x.gguf", "--size", "14"), "at most 14 bytes: the smallest"),
+        (("convert", "demo", "-o", "{here}/x.gguf", "--ram", "64"), "is 64 bytes; write 64GiB"),
+        (("convert", "demo", "-o", "{here}/x.gguf", "--tensor-type", "down=Q6"), "did you mean Q6_K?"),
+        (
+            ("route", "demo", "--merge", "{here}/none"),
+            "no such file; give one that `moequant route -o` wrote",
+        ),
+    ],
+)
+def test_what_newcomers_type_is_answered_with_what_to_do(
+    tmp_path: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    (tmp_path / "file.txt").write_text("words")
+    place = {"demo": str(bundled.path("demo"))}
+    given = [
+        arguments[0],
+        *(place.get(each, each).replace("{here}", str(tmp_path)) for each in arguments[1:]),
+    ]
+    done = run(*given, *(["--dry-run"] if given[0] == "convert" else []))
+    assert done.returncode == 1 and says in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and [each.name for each in tmp_path.iterdir()] == ["file.txt"]
+
+
 def test_an_existing_output_is_kept(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "q.gguf"
     out.write_text("precious")
@@ -172,7 +212,7 @@ def test_weights_that_are_not_finite_are_named(model: Path, text: Path, tmp_path
 
 def test_broken_models(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "q.gguf"
-    refused(out, tmp_path / "nowhere", says="no such folder")
+    refused(out, tmp_path / "nowhere", says="no such file or folder; give a model folder")
     refused(out, model, "--type", "Q9_K", says="Q9_K.*Q4_K_M")
     (model / "tokenizer.json").rename(model / "hidden")
     refused(out, model, "--calib", text, says="tokenizer.json")

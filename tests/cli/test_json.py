@@ -100,6 +100,9 @@ def test_what_every_command_prints(tiny, text: Path, tmp_path: Path) -> None:
     )
     assert planned["wanted"][0]["types"] and planned["curve"][0]["bytes"] < planned["curve"][-1]["bytes"]
     assert printed("check", "check", out, "--device", "cpu", "--sample", 2)["holds"] is True
+    for file in (out, stats):
+        places = [str(place).encode() for place in (tmp_path, text.parent, model.parent)]
+        assert not [place for place in places if place in file.read_bytes()], "files tell no place either"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,30 @@ def test_errors_are_json_too(arguments: tuple[str, ...], kind: str) -> None:
     assert done.returncode == 1 and (value["schema"], value["command"]) == (SCHEMA, arguments[0])
     assert value["error"]["kind"] == kind and done.stderr == f"moequant: {value['error']['message']}\n"
     assert not run(*arguments).stdout, "without --json nothing is said on stdout"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("convrt", "demo"), "no such command 'convrt'; did you mean 'convert'? `moequant --help`"),
+        (("convert", "demo"), "missing option '--out' / '-o'; `moequant convert --help` shows what there is"),
+        (("convert", "demo", "-o", "x", "--typ", "Q8_0"), "no such option: --typ"),
+        (
+            ("compare", "demo", "x", "--engine", "llamacpp"),
+            "'llamacpp' is not one of 'moequant', 'llama.cpp'",
+        ),
+        (("inspect",), "missing argument 'path'; `moequant inspect --help`"),
+        (("fit", "demo", "--vram", "24"), "is 24 bytes; write 24GiB"),
+        (("--nothing",), "no such option: --nothing; `moequant --help`"),
+    ],
+)
+def test_what_is_typed_wrongly_is_one_line_and_json(arguments: tuple[str, ...], says: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2 and not done.stdout
+    assert says in done.stderr and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("moequant: ")
+    value = json.loads(run(*arguments, "--json").stdout)
+    assert value["schema"] == SCHEMA and value["error"]["kind"] == "UsageError"
+    assert f"moequant: {value['error']['message']}\n" == done.stderr or "--nothing" in arguments
 
 
 def test_numbers_that_json_has_not() -> None:

@@ -181,7 +181,7 @@ def test_a_dense_model_has_moments_but_no_routers(tiny, text: Path, tmp_path: Pa
 
 
 def test_broken_models_and_texts(model: Path, tmp_path: Path) -> None:
-    refused(tmp_path, tmp_path / "nowhere", says="no such folder")
+    refused(tmp_path, tmp_path / "nowhere", says="no such file or folder")
     junk = tmp_path / "junk.txt"
     junk.write_bytes(b"\x00\xff" * 500)
     refused(tmp_path, model, "--calib", junk, says="junk.txt.*UTF-8")

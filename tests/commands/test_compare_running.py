@@ -43,7 +43,7 @@ def file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_file_is_timed_and_sampled_in_a_process_of_its_own(file: Path) -> None:
     found = serve(file, [SHORT, Prompt("long", models.TEXT[1] * 40)], 6, 1)
-    with Llama(file, n_ctx=1024, threads=1, exact=False) as model:
+    with Llama(file, n_ctx=1024, threads=1, cache=None) as model:
         ids = model.tokenize(SHORT.text, add_special=True)
         made = model.generate(ids, 6)
         assert found.samples[0].ids == tuple(made) and found.samples[0].text == model.detokenize(made)

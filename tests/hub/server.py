@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,9 @@ class Hub:
 
     `cut` is how often a body ends after half of its bytes; `status` and `code` answer everything with an
     error; `longer` adds bytes to every size in the listing; `ranges` False ignores range requests; `token`
-    is asked of whoever reads. `asked` has method, path and range of every request, `sent` the bytes of all
+    is asked of whoever reads or writes. `created` has the repositories that were made, and whether they are
+    private; `received` the files of all commits that were pushed, `parents` what each was pushed onto,
+    `stored` what came by LFS. `asked` has method, path and range of every request, `sent` the bytes of all
     bodies.
     """
 
@@ -36,8 +39,12 @@ class Hub:
     longer: int = 0
     ranges: bool = True
     token: str | None = None
+    created: dict[str, bool] = field(default_factory=dict)
+    received: dict[str, bytes] = field(default_factory=dict)
+    parents: list[str | None] = field(default_factory=list)
     asked: list[tuple[str, str, str]] = field(default_factory=list)
     sent: int = 0
+    stored: dict[str, bytes] = field(default_factory=dict)
     endpoint: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -90,6 +97,68 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._receive()
+
+    def do_PUT(self) -> None:
+        self._receive()
+
+    def _receive(self) -> None:
+        """What huggingface_hub sends to publish: a repository, files by LFS, a commit that names them."""
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b"".join(self._chunks())
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        with hub.lock:
+            hub.asked.append((self.command, path, ""))
+        if hub.status != 200:
+            return self._error(hub.status, hub.code)
+        if path.startswith("/lfs/"):
+            hub.stored[path.rsplit("/", 1)[1]] = body
+            return self._send(200, b"", {})
+        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self._error(401, "")
+        if found := re.fullmatch("/api/models/(.+)/commit/main", path):
+            return self._commit(found[1], [json.loads(row) for row in body.splitlines() if row])
+        told = json.loads(body)
+        if path == "/api/repos/create":
+            name = f"{told.get('organization') or 'me'}/{told['name']}"
+            hub.created[name] = told.get("private") or told.get("visibility") == "private"
+            return self._json({"url": f"{hub.endpoint}/{name}", "name": name})
+        if path == "/api/validate-yaml":
+            return self._json({"warnings": [], "errors": []})
+        if "/preupload/" in path:
+            modes = [
+                {"path": each["path"], "shouldIgnore": False}
+                | {"uploadMode": "lfs" if each["path"].endswith(".gguf") else "regular"}
+                for each in told["files"]
+            ]
+            return self._json({"files": modes})
+        assert path.endswith(".git/info/lfs/objects/batch"), path
+        there = [each for each in told["objects"] if each["oid"] not in hub.stored]
+        objects = [
+            each | {"actions": {"upload": {"href": f"{hub.endpoint}/lfs/{each['oid']}"}}} for each in there
+        ] + [each for each in told["objects"] if each["oid"] in hub.stored]
+        return self._json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, name: str, rows: list[dict[str, Any]]) -> None:
+        hub, parent = self.hub, rows[0]["value"].get("parentCommit")
+        if parent is not None and parent != hub.main:
+            return self._error(412, "")
+        hub.parents.append(parent)
+        for row in rows[1:]:
+            value = row["value"]
+            content = hub.stored[value["oid"]] if row["key"] == "lfsFile" else b64decode(value["content"])
+            hub.received[value["path"]] = content
+        return self._json({"commitUrl": f"{hub.endpoint}/{name}/commit/{SECOND}", "commitOid": SECOND})
+
+    def _chunks(self) -> Iterator[bytes]:
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
     def _answer(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path)
         with hub.lock:
@@ -109,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json([self._entry(name, size) for name, size in self._sizes(commit).items()])
         if api:
             siblings = [{"rfilename": name, "size": size} for name, size in self._sizes(commit).items()]
-            return self._json({"id": REPOSITORY, "sha": commit, "siblings": siblings})
+            return self._json({"id": REPOSITORY, "sha": commit, "private": False, "siblings": siblings})
         assert file is not None
         source = hub.files(commit).get(file[2])
         if source is None:

@@ -96,7 +96,7 @@ def test_bits_per_weight_count_every_weight() -> None:
 def test_a_budget_below_the_smallest_file_says_how_small_it_can_be() -> None:
     weights = layers()
     with pytest.raises(
-        PlanError, match=r"at most 1000: the smallest possible file has ([\d,]+) bytes"
+        PlanError, match=r"at most 1000 bytes: the smallest possible file has ([\d,]+) bytes"
     ) as found:
         make_plan(weights, Budget.of_size("1000"), FACTS, overhead=500)
     smallest = str(found.value).split(" has ")[1].split(" bytes")[0].replace(",", "")

@@ -218,7 +218,7 @@ def test_check_holds_rows_against_the_model() -> None:
     top = int(rows.ids.max())
     assert corpus.check(rows, max_length=16, vocab_size=top + 1) is rows
     assert corpus.check(rows) is rows
-    with pytest.raises(CorpusError, match="row length 16: the model's context is 15 tokens"):
+    with pytest.raises(CorpusError, match="rows of 16 tokens: the model's context is 15"):
         corpus.check(rows, max_length=15)
     with pytest.raises(
         CorpusError, match=rf"a\.txt: token id {top}, but .* tokenizer disagrees with the embedding"

@@ -112,7 +112,9 @@ class _Cursor:
     def part(self) -> Part:
         """All of the header."""
         if self.size < 4 or self.take(4) != b"GGUF":
-            raise CheckpointError(f"{self.path}: not a GGUF file (it starts with other bytes)")
+            raise CheckpointError(
+                f"{self.path}: not a GGUF file (it starts with other bytes); give one, or a model folder"
+            )
         self.version()
         n_tensors, n_keys = self.entries("tensors"), self.entries("keys")
         metadata: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from moequant.containers.gguf.presets import BASE_TYPES, ModelFacts, llama_cpp_types
-from moequant.errors import PlanError, few
+from moequant.errors import PlanError, nearest
 from moequant.values import Weight
 
 ALIGNMENT = 32
@@ -39,7 +39,8 @@ class Budget:
     @classmethod
     def of_size(cls, text: str) -> Budget:
         """`14G`, `14GB`, `13.5GiB`, `800M`, `3300000`; PlanError for anything else."""
-        return cls(f"at most {text.strip()}", file_bytes=parse_size(text), label="".join(text.split()))
+        unit = " bytes" if text.strip().isdecimal() else ""
+        return cls(f"at most {text.strip()}{unit}", file_bytes=parse_size(text), label="".join(text.split()))
 
     @classmethod
     def of_bpw(cls, bits: float | str) -> Budget:
@@ -87,7 +88,7 @@ def parse_size(text: str) -> int:
 def check_preset(preset: str) -> None:
     """PlanError, with the presets that exist, when this is none of them."""
     if preset not in BASE_TYPES:
-        raise PlanError(f"unknown type {preset!r}; known: {few(BASE_TYPES)}")
+        raise PlanError(f"unknown type {preset!r}; {nearest(preset, BASE_TYPES)}")
 
 
 def aligned(size: int) -> int:

@@ -173,12 +173,20 @@ def library() -> Library:
     return Library(Path(spec.submodule_search_locations[0]) / "xllamacpp.abi3.so")
 
 
+PIECE = 512
+"""Tokens that llama.cpp computes at a time: its default for a micro-batch."""
+
+CACHES = {"f32": 0, "f16": 1, "q8_0": 8}
+"""Types of keys and values, with their numbers in ggml."""
+
+
 class Llama:
     """One GGUF file loaded in llama.cpp, on the CPU; a context manager that frees it.
 
-    Every call to `logits` or `stream` starts from an empty KV cache. The context (KV cache and compute
-    buffers for `n_ctx` positions) is made at the first such call, so `tokenize` alone stays cheap. With
-    `exact` False the cache and attention are llama.cpp's own defaults, those that llama-server runs with.
+    Every call to `logits`, `pieces` or `stream` starts from an empty KV cache. The context (KV cache and
+    compute buffers for `n_ctx` positions) is made at the first such call, so `tokenize` alone stays cheap.
+    `cache` is the type of keys and values, one of CACHES; None stands for llama.cpp's own defaults of cache
+    and attention, those that llama-server runs with.
     """
 
     def __init__(
@@ -187,11 +195,11 @@ class Llama:
         n_ctx: int = 512,
         threads: int = 2,
         vocab_only: bool = False,
-        exact: bool = True,
+        cache: str | None = "f32",
     ) -> None:
         self._lib = library()
         self._context: int | None = None
-        self.n_ctx, self.threads, self.vocab_only, self.exact = n_ctx, threads, vocab_only, exact
+        self.n_ctx, self.threads, self.vocab_only, self.cache = n_ctx, threads, vocab_only, cache
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers, params.vocab_only = 0, vocab_only
         self._lib.lines.clear()
@@ -270,6 +278,17 @@ class Llama:
         self._start(len(ids))
         return self._decode(ids, every=True)
 
+    def pieces(self, ids: Sequence[int], begin: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Logits after every token from `begin` on, PIECE of them at most at a time, each with the place of
+        its first token: those of a long text do not fit memory together."""
+        self._start(len(ids))
+        for at in range(0, len(ids), PIECE):
+            part = ids[at : at + PIECE]
+            found = self._decode(part, every=at + len(part) > begin)
+            if at + len(part) > begin:
+                skipped = max(0, begin - at)
+                yield at + skipped, found[skipped:]
+
     def generate(self, ids: Sequence[int], n: int) -> list[int]:
         """`n` greedy continuations of `ids`; fewer when a token that ends generation comes, which is kept."""
         return list(self.stream(ids, n))
@@ -302,10 +321,11 @@ class Llama:
     def _new_context(self) -> int:
         params = self._lib.llama_context_default_params()
         params.n_ctx = params.n_batch = self.n_ctx
-        params.n_ubatch, params.n_seq_max = min(self.n_ctx, 512), 1
-        if self.exact:
-            params.flash_attn = 0
-            params.type_k = params.type_v = 0  # GGML_TYPE_F32
+        params.n_ubatch, params.n_seq_max = min(self.n_ctx, PIECE), 1
+        if self.cache is not None:
+            params.type_k = params.type_v = CACHES[self.cache]
+            # Only flash attention reads values that are quantized.
+            params.flash_attn = int(self.cache == "q8_0")
         self._lib.lines.clear()
         context: int | None = self._lib.llama_init_from_model(self._model, params)
         if not context:

@@ -22,9 +22,6 @@ from moequant.runtimes.llama_cpp.isolated import ask
 CONTEXT = 4096
 """Positions at most; fewer where the model was made for fewer."""
 
-BATCH = 512
-"""Prompt tokens that llama.cpp computes at a time: its default for a micro-batch."""
-
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -112,11 +109,11 @@ def _child(job: dict[str, Any]) -> Serving:
     """The job itself, in the process that `serve` started."""
     path, tokens, threads = Path(job["path"]), int(job["tokens"]), int(job["threads"])
     idle = resident_bytes()
-    n_ctx = _context(path)
+    n_ctx = min(CONTEXT, trained_context(path) or CONTEXT)
     if tokens >= n_ctx:
         raise LlamaError(f"{path}: {tokens} tokens to sample do not fit the model's context of {n_ctx}")
     start = time.perf_counter()
-    with Llama(path, n_ctx=n_ctx, threads=threads, exact=False) as model:
+    with Llama(path, n_ctx=n_ctx, threads=threads, cache=None) as model:
         model.warm_up()
         load = time.perf_counter() - start
         samples = tuple(_sample(model, Prompt(**prompt), tokens) for prompt in job["prompts"])
@@ -124,11 +121,11 @@ def _child(job: dict[str, Any]) -> Serving:
     return Serving(n_ctx, threads, load, peak - idle, peak, samples)
 
 
-def _context(path: Path) -> int:
-    """CONTEXT, or what the model was trained for when that is less."""
+def trained_context(path: Path) -> int | None:
+    """The tokens that a model was trained for, None where its file does not say."""
     with Llama(path, vocab_only=True) as model:
         trained = model.meta(f"{model.meta('general.architecture')}.context_length")
-    return CONTEXT if trained is None else min(CONTEXT, int(trained))
+    return None if trained is None else int(trained)
 
 
 def _sample(model: Llama, prompt: Prompt, tokens: int) -> Sample:

@@ -1,0 +1,167 @@
+"""Publishing a folder, with the real client against a Hub of our own on loopback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from typer.testing import CliRunner
+
+from moequant.cli import app
+from moequant.errors import HubError, MoequantError, OutputError
+from moequant.library import PushSettings, push
+from moequant.report.shown import Result
+from tests.cli.test_json import documented, naming
+from tests.hub.server import FIRST, REPOSITORY, SECOND, Hub
+
+# huggingface_hub's upload by LFS uses a parameter that httpx is about to give up.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+
+NEW = "me/Tiny-MoE-GGUF"
+
+FILES = {
+    "tiny-Q4_K_M.gguf": b"GGUF" + b"\1" * 5000,
+    "README.md": b"---\nlicense: mit\n---\n# Tiny\n",
+    "q.png": b"\2",
+}
+
+LEFT = ("tiny-Q8_0.gguf.journal/run.json", ".cache/x", ".tiny.gguf.moequant-00ff00ff")
+"""What is kept of runs, and hidden files."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Files as a conversion leaves them, beside what it keeps while it runs."""
+    made = tmp_path / "made"
+    for name, data in FILES.items() | {(name, b"{}") for name in LEFT}:
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_bytes(data)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def lfs(online: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large files go by LFS: Xet has a server of its own."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+
+def said(*arguments: object, given: str | None = None) -> Any:
+    return CliRunner().invoke(app, ["push", *map(str, arguments)], input=given)
+
+
+def written(hub: Hub) -> list[str]:
+    """Requests that change something."""
+    return [path for method, path, _ in hub.asked if method in ("POST", "PUT")]
+
+
+def test_nothing_is_sent_unless_somebody_agrees(hub: Hub, folder: Path) -> None:
+    done = said(NEW, folder)
+    assert done.exit_code == 0 and "nothing was uploaded; --yes uploads" in done.stdout
+    for shown in (
+        *FILES,
+        "a new repository, public",
+        "5.00 kB",
+        "stays here: .cache, .tiny.gguf.moequant-00ff00ff",
+    ):
+        assert shown in done.stdout, shown
+    assert push(NEW, folder).found.commit is None
+    assert push(NEW, folder, agree=lambda planned: False).found.commit is None
+    assert hub.asked and not written(hub), "it only looked"
+
+
+def test_a_new_repository_gets_the_files_and_no_others(hub: Hub, folder: Path) -> None:
+    done = said(NEW, folder, "--yes", "--private", "--message", "Four bits")
+    assert done.exit_code == 0, done.output
+    assert hub.received == FILES and hub.created == {NEW: True} and hub.parents == [None]
+    assert done.stdout.index("README.md") < done.stdout.index(
+        f"uploaded: {hub.endpoint}/{NEW}/commit/{SECOND}"
+    )
+    hub.received.clear()
+    hub.asked.clear()
+    value = json.loads(said(NEW, folder, "--yes", "--json").stdout)
+    assert value["commit"] == SECOND and value.keys() - {"schema", "command"} == documented()["push"]
+    assert not naming(str(folder.parent), value)
+    assert hub.received == FILES and not [path for path in written(hub) if path.startswith("/lfs/")], (
+        "they are there"
+    )
+
+
+def test_what_is_there_is_named_and_a_later_change_is_kept(hub: Hub, folder: Path) -> None:
+    seen: list[Result[Any]] = []
+
+    def changed(planned: Result[Any]) -> bool:
+        seen.append(planned)
+        hub.main = SECOND
+        return True
+
+    with pytest.raises(HubError, match="has changed since it was looked at"):
+        push(REPOSITORY, folder, agree=changed)
+    assert {each.name for each in seen[0].found.files if each.replaces} == {"README.md"}
+    assert "replaces what is there" in seen[0].summary() and not hub.received
+    hub.main = FIRST
+    done = push(REPOSITORY, folder, agree=lambda planned: True)
+    assert done.found.commit == SECOND and hub.parents == [FIRST] and not hub.created
+
+
+def test_what_is_not_fit_to_publish_is_noted(hub: Hub, folder: Path) -> None:
+    (folder / "README.md").write_text("---\n# base_model: OWNER/Tiny\n---\n")
+    (folder / "out.json").write_text(json.dumps({"out": str(folder / "tiny.gguf")}))
+    notes = "\n".join(push(NEW, folder).found.notes)
+    assert (
+        "README.md does not name the base model" in notes
+        and "out.json names a folder of this machine" in notes
+    )
+    (folder / "README.md").unlink()
+    assert "there is no README.md" in push(NEW, folder).summary()
+
+
+def test_without_a_token_that_may_write(hub: Hub, folder: Path) -> None:
+    hub.token = "secret"
+    done = said(NEW, folder, "--yes")
+    assert done.exit_code == 1 and "(401); log in with `hf auth login`" in done.stderr and not hub.received
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "kind", "message"),
+    [
+        ("made", "a/b", HubError, "is no name of a repository on the Hub; write OWNER/NAME"),
+        ("{folder}", "a/b", HubError, "the name comes first, then the folder"),
+        ("a/b:c.gguf", "{folder}", HubError, "is no name of a repository"),
+        (NEW, "{folder}/q.png", OutputError, "is a file; give the folder"),
+        (NEW, "{folder}/none", OutputError, "no such folder"),
+        (NEW, "{folder}/.cache/..", OutputError, None),
+        (f"{NEW}@draft", "{folder}", HubError, "is not on the Hub, so it has no branch draft"),
+        (f"{REPOSITORY}@draft", "{folder}", HubError, "has no branch draft"),
+    ],
+)
+def test_refusals(
+    folder: Path, name: str, place: str, kind: type[MoequantError], message: str | None
+) -> None:
+    given = (name.format(folder=folder), place.format(folder=folder))
+    if message is None:
+        assert push(*given).found.files
+        return
+    with pytest.raises(kind, match=message) as refused:
+        push(*given)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_public_repository_is_not_made_private_and_an_empty_folder_not_pushed(
+    hub: Hub, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OutputError, match="has no file to upload"):
+        push(NEW, tmp_path / "empty")
+    (tmp_path / "empty" / "a.txt").write_text("a")
+    with pytest.raises(HubError, match="is there already and public"):
+        push(REPOSITORY, tmp_path / "empty", PushSettings(private=True))
+
+
+def test_offline_is_one_line(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE forbids"):
+        push(NEW, folder)
