@@ -248,17 +248,23 @@ def _yarn(config: Config, found: Mapping[str, Any], factor: float) -> tuple[Key,
     for name, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
         if found.get(name) is not None:
             keys.append(Key(f"rope.scaling.{key}", "f32", float(found[name])))
-    own = _grown(factor)
-    whole = found.get("attention_factor")
-    if whole is None and found.get("mscale") and found.get("mscale_all_dim"):
-        whole = _grown(factor, found["mscale"]) / _grown(factor, found["mscale_all_dim"])
-    if whole is not None:
+    if found.get("attention_factor") is not None or (found.get("mscale") and found.get("mscale_all_dim")):
         # llama.cpp multiplies its own factor by this key (it reads yarn_attn_factor, and then forgets it).
-        keys.append(Key("rope.scaling.attn_factor", "f32", float(whole) / own))
+        keys.append(Key("rope.scaling.attn_factor", "f32", yarn_factor(found, factor) / grown(factor)))
     return tuple(keys)
 
 
-def _grown(factor: float, scale: float = 1.0) -> float:
+def yarn_factor(found: Mapping[str, Any], factor: float) -> float:
+    """What transformers multiplies rotated queries, and keys, by: YaRN's own factor, unless another is
+    said."""
+    if (said := found.get("attention_factor")) is not None:
+        return float(said)
+    if found.get("mscale") and found.get("mscale_all_dim"):
+        return grown(factor, found["mscale"]) / grown(factor, found["mscale_all_dim"])
+    return grown(factor)
+
+
+def grown(factor: float, scale: float = 1.0) -> float:
     """What YaRN multiplies queries and keys by in a context that is `factor` times as long."""
     return 1.0 + 0.1 * scale * math.log(factor) if factor > 1 else 1.0
 
