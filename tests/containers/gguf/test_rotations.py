@@ -176,3 +176,39 @@ def test_half_a_pair_is_refused() -> None:
     turned = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.33}
     with pytest.raises(FamilyError, match=r"partial_rotary_factor = 0\.33: 13 of 40 .* rotates pairs"):
         check(own, text_config("glm4_moe", head_dim=40, rope_parameters=turned))
+
+
+@pytest.mark.parametrize(
+    ("family", "sections", "changes"),
+    [
+        ("qwen3_5_moe", [8, 0, 0], {}),
+        ("qwen3_5_moe", [11, 11, 10], {"head_dim": 24}),
+        ("qwen3_vl_moe", [7, 5, 4], {}),
+    ],
+)
+def test_text_turns_by_all_frequencies(
+    tmp_path: Path, text: Path, family: str, sections: list[int], changes: dict[str, int]
+) -> None:
+    """Also by those that no section covers, as of Qwen3-VL the last but one; and sections may be more than a
+    head has. llama.cpp left the one out and aborted at the other."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    part = {"partial_rotary_factor": 0.25} if family == "qwen3_5_moe" else {}
+    rope |= part | {"mrope_interleaved": True}
+    folder = models.build(tmp_path / "model", family, rope_parameters=rope, **changes)
+    ids = torch.randint(1, models.VOCAB, (96,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = models.reference(folder)(ids[None]).logits[0].numpy()
+    difference = np.abs(logits(folder, tmp_path / "f32.gguf", text, ids) - expected).max(1)
+    assert np.quantile(difference, 0.95) < 5e-4
+
+
+def test_pictures_that_turn_otherwise_are_said() -> None:
+    """As of Qwen3-VL: 64 frequencies, of which the class's sections leave two to time."""
+    (told,) = EXPORTS["qwen3_vl_moe"].told(text_config("qwen3_vl_moe", head_dim=128, rope_parameters=None))
+    assert "in pictures, llama.cpp turns rotary frequencies 61, 62 of 64 with height and width" in told
+    config = text_config("qwen3_5_moe", head_dim=256, rope_parameters=None)
+    assert EXPORTS["qwen3_5_moe"].told(config) == ()
+    (sections,) = (
+        each.value for each in EXPORTS["qwen3_5_moe"].keys(config) if each.name == "rope.dimension_sections"
+    )
+    assert sections == [11, 11, 10, 0], "what the release says"
