@@ -157,6 +157,7 @@ def test_latent_attention_grows_as_in_transformers(
     ("family", "scaling"),
     [
         ("glm_moe_dsa", LINEAR),
+        ("deepseek_v3", models.YARN | {"factor": 1.0, "attention_factor": 1.3}),
         *((family, BOUNDS) for family in ("glm_moe_dsa", "hy_v4", "bailing_hybrid")),
     ],
 )

@@ -27,13 +27,13 @@ def scaling_keys(config: Config, arch: str) -> tuple[Key, ...]:
     found = dict(config.rope_parameters or {})
     keys = rope(config, {key: value for key, value in found.items() if key not in OWN})
     kind, factor = found.get("rope_type"), float(found.get("factor") or 1.0)
-    if kind not in ("yarn", "linear") or factor <= 1:
+    if kind not in ("yarn", "linear"):
         return keys
     turned, whole = _scales(config)
-    yarn = grown(factor)
-    times = turned / yarn if kind == "yarn" else turned
-    if arch in BOTH:
-        more = whole / turned if kind == "yarn" else whole / turned / yarn
+    times = turned / grown(factor) if kind == "yarn" else turned
+    if arch in BOTH and factor != 1:
+        undone = 1.0 if kind == "yarn" else 1.0 + 0.1 * math.log(factor)
+        more = whole / turned / undone
         slope = round((more - 1) / math.log(factor), 12)  # so that equal mscales stay what they are
         if slope:
             keys = (*keys, Key("rope.scaling.yarn_log_multiplier", "f32", slope))
@@ -44,16 +44,16 @@ def scaling_keys(config: Config, arch: str) -> tuple[Key, ...]:
 
 def scaling_complaints(config: Config, arch: str) -> Iterator[str]:
     """A complaint about numbers that the graph does not reach."""
-    kind = (config.rope_parameters or {}).get("rope_type")
-    turned, whole = _scales(config)
-    if kind in ("yarn", "linear") and arch in BOTH:
+    found = config.rope_parameters or {}
+    kind = found.get("rope_type")
+    if arch in BOTH and kind in ("yarn", "linear") and found.get("factor") != 1:
         return
-    least = turned if arch == ONE and kind == "yarn" else 1.0
-    undone = arch == ONE and kind == "linear"
-    if undone or not math.isclose(whole, least):
-        found = ", ".join(f"{key} {config.rope_parameters.get(key)!r}" for key in OWN)
+    turned, whole = _scales(config)
+    least = turned if kind == "yarn" and arch in (*BOTH, ONE) else 1.0
+    if (kind == "linear" and arch == ONE) or not math.isclose(whole, least):
+        said = ", ".join(f"{key} {found.get(key)!r}" for key in OWN)
         yield (
-            f"rope scaling {kind!r} with {found}: llama.cpp's {arch!r} would multiply attention by another "
+            f"rope scaling {kind!r} with {said}: llama.cpp's {arch!r} would multiply attention by another "
             "number, the file would compute something else"
         )
 
