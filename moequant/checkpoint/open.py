@@ -268,11 +268,7 @@ def _check_shape(family: Family, config: Config, shape: ModelShape) -> None:
     for key, size in sizes.items():
         if size < 1:
             raise FamilyError(f"{family.name}: config key {key} = {size}: a size above 0 was expected")
-    if shape.heads % shape.kv_heads:
-        raise FamilyError(
-            f"{family.name}: config key num_attention_heads = {shape.heads}: a multiple of "
-            f"num_key_value_heads = {shape.kv_heads} was expected"
-        )
+    _check_heads(family, config, shape)
     for key in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
         epsilon = getattr(config, key, None)
         if epsilon is not None and not 0 <= epsilon < 1:
@@ -281,6 +277,20 @@ def _check_shape(family: Family, config: Config, shape: ModelShape) -> None:
             )
     check_experts(family, shape.experts, shape.experts_used)
     check_groups(family, config, shape.experts, shape.experts_used)
+
+
+def _check_heads(family: Family, config: Config, shape: ModelShape) -> None:
+    """FamilyError for heads that do not share others evenly."""
+    pairs = [("linear_num_value_heads", "linear_num_key_heads")]
+    if getattr(config, "kv_lora_rank", None) is None:  # else every query has keys of its own
+        pairs.append(("num_attention_heads", "num_key_value_heads"))
+    counts = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
+    for sharing, shared in pairs:
+        many, each = (counts.get(key) or getattr(config, key, None) for key in (sharing, shared))
+        if many is not None and each is not None and many % each:
+            raise FamilyError(
+                f"{family.name}: config key {sharing} = {many}: a multiple of {shared} = {each} was expected"
+            )
 
 
 def _assemble(

@@ -48,6 +48,20 @@ def test_any_number_of_experts_converts(tmp_path: Path, text: Path, count: int, 
     assert np.quantile(np.abs(found - expected).max(1), TIES) < 5e-4
 
 
+def test_a_single_expert_stands_in_no_group(tmp_path: Path, text: Path) -> None:
+    """llama.cpp aborts where there are as many groups as experts."""
+    one = {"n_routed_experts": 1, "num_experts_per_tok": 1}
+    folder, out = models.build(tmp_path / "model", "deepseek_v2", **one), tmp_path / "out.gguf"
+    usual = {"effort": "fast", "eval_tokens": 0, "self_check": False}
+    convert(folder, out, Settings("F32", text, 1024, text, **usual))
+    ids = torch.randint(1, models.VOCAB, (48,), generator=torch.Generator().manual_seed(0))
+    with Llama(out, threads=1) as llama:
+        found = llama.logits(ids.tolist())
+    with torch.inference_mode():
+        expected = models.reference(folder)(ids[None]).logits[0].numpy()
+    assert np.abs(found - expected).max() < 5e-4
+
+
 @pytest.fixture
 def without_shared(tmp_path: Path) -> Callable[[str], Path]:
     """A tiny model that has no shared experts: of them transformers saves matrices without a number."""

@@ -172,13 +172,36 @@ def test_groups_that_do_not_hold_the_experts_are_refused(
         open_checkpoint(folder)
 
 
-def test_heads_that_share_no_keys_evenly_are_refused(tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        (
+            "mixtral",
+            {"num_key_value_heads": 3},
+            "num_attention_heads = 4: a multiple of num_key_value_heads = 3",
+        ),
+        (
+            "qwen3_next",
+            {"linear_num_value_heads": 7},
+            "linear_num_value_heads = 7: a multiple of linear_num_key_heads = 2",
+        ),
+    ],
+)
+def test_heads_that_share_others_unevenly_are_refused(
+    tiny, tmp_path: Path, family: str, changes: dict[str, int], named: str
+) -> None:
     """transformers fails on them later, and llama.cpp aborts."""
     folder = tmp_path / "model"
-    shutil.copytree(tiny("mixtral"), folder)
-    models.edit_config(folder, num_key_value_heads=3)
-    with pytest.raises(FamilyError, match=r"num_attention_heads = 4: a multiple of num_key_value_heads = 3"):
+    shutil.copytree(tiny(family), folder)
+    models.edit_config(folder, **changes)
+    with pytest.raises(FamilyError, match=named):
         open_checkpoint(folder)
+
+
+def test_key_heads_that_nobody_reads_are_any_number(tiny) -> None:
+    """Latent attention makes keys for every query, and llama.cpp sees one."""
+    assert written(tiny, "deepseek_v3", num_key_value_heads=128) == written(tiny, "deepseek_v3")
+    open_checkpoint(tiny("deepseek_v3", num_key_value_heads=128))
 
 
 @pytest.mark.parametrize(("family", "key"), [("deepseek_v2", "mlp_bias"), ("deepseek_v4", "mlp_bias")])

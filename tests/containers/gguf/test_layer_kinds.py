@@ -1,4 +1,4 @@
-"""Graphs of two kinds of layers need both: llama.cpp aborts, with the whole program, where one is missing."""
+"""What graphs of llama.cpp take for granted: it aborts, with the whole program, or loads no such file."""
 
 from __future__ import annotations
 
@@ -59,3 +59,48 @@ def test_indexers_that_are_not_turned_whole_are_refused(family: str) -> None:
     check(own, text_config(family, index_head_dim=128))
     with pytest.raises(FamilyError, match=r"index_head_dim = 96: .* needs a multiple of 64"):
         check(own, text_config(family, index_head_dim=96))
+
+
+TAKEN = {
+    "qwen2_moe": {"head_dim": 40},
+    "olmoe": {"num_attention_heads": 6, "num_key_value_heads": 3},
+    "jamba": {"head_dim": 128},
+    "lfm2_moe": {"head_dim": 24},
+}
+"""Heads that are not as wide as the stream in all, of graphs whose loader wants a square."""
+
+
+@pytest.mark.parametrize("family", TAKEN)
+def test_heads_that_are_not_as_wide_as_the_stream_are_refused(family: str) -> None:
+    (own,) = (each for each in FAMILIES if each.name == family)
+    with pytest.raises(
+        FamilyError, match=r"num_attention_heads = \d and head_dim = \d+: .* hidden_size = 256"
+    ):
+        check(own, text_config(family, **TAKEN[family]))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("deepseek_v3", {"routed_scaling_factor": 0.0}, "expert_weights_scale would be 0"),
+        ("cohere2_moe", {"logit_scale": 0.0}, "logit_scale would be 0"),
+        ("granitemoe", {"residual_multiplier": 0.0}, "residual_scale would be 0"),
+        ("cohere2_moe", {"rms_norm_eps": 0.0}, "rms_norm_eps = 0"),
+        ("cohere2_moe", {"sliding_window": None}, "sliding_window = None"),
+        ("lfm2_moe", {"conv_L_cache": 1}, "conv_L_cache = 1"),
+    ],
+)
+def test_numbers_that_llama_cpp_takes_for_none_are_refused(family: str, changes: dict, named: str) -> None:
+    """It left a factor of 0 out, took another norm, or failed to begin."""
+    (own,) = (each for each in FAMILIES if each.name == family)
+    with pytest.raises(FamilyError, match=named):
+        check(own, text_config(family, **changes))
+
+
+def test_dense_layers_that_all_have_a_window_need_no_pattern() -> None:
+    """llama.cpp rotates dense layers, whatever they see; transformers, by a pattern, those with a window."""
+    (own,) = (each for each in FAMILIES if each.name == "cohere2_moe")
+    dense = {"first_k_dense_replace": 2, "prefix_dense_sliding_window_pattern": 9}
+    check(own, text_config("cohere2_moe", **dense))
+    with pytest.raises(FamilyError, match="prefix_dense_sliding_window_pattern = 2"):
+        check(own, text_config("cohere2_moe", **dense | {"prefix_dense_sliding_window_pattern": 2}))

@@ -122,14 +122,53 @@ def test_gemma_rotates_a_part_where_transformers_does(kind: str) -> None:
     assert torch.allclose(usual / torch.tensor(factors.values, dtype=torch.float64), expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"])
-def test_latent_attention_that_linear_scaling_would_change_is_refused(family: str) -> None:
-    """Its graphs undo what YaRN does to attention, scaled by YaRN or not: logits were off by their size."""
-    scaling = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-    config = text_config(family, rope_parameters=scaling)
+UNLIKE = models.YARN | {"mscale": 0.8, "mscale_all_dim": 0.5}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "scaling"),
+    [
+        ("deepseek_v3", models.YARN),
+        ("deepseek_v3", UNLIKE),
+        ("deepseek_v3", LINEAR),
+        ("deepseek_v2", models.YARN | {"attention_factor": 1.2, "mscale_all_dim": 0.6}),
+        ("deepseek_v32", models.YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}),
+        ("deepseek_v32", LINEAR | {"mscale_all_dim": 1.0}),
+        ("mistral4", UNLIKE | {"llama_4_scaling_beta": 0.1}),
+        ("glm_moe_dsa", models.YARN | {"attention_factor": 1.0}),
+        ("hy_v4", models.YARN | {"attention_factor": 1.3}),
+        ("bailing_hybrid", LINEAR),
+    ],
+)
+def test_latent_attention_grows_as_in_transformers(
+    tmp_path: Path, text: Path, family: str, scaling: dict[str, object]
+) -> None:
+    """Whatever a config says of it: each graph of llama.cpp scales attention in a way of its own."""
+    folder = models.build(tmp_path / "model", family, rope_parameters=scaling)
+    ids = torch.randint(1, models.VOCAB, (96,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = models.reference(folder)(ids[None]).logits[0].numpy()
+    difference = np.abs(logits(folder, tmp_path / "f32.gguf", text, ids) - expected).max(1)
+    assert np.quantile(difference, 0.95) < 5e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "scaling"),
+    [
+        ("glm_moe_dsa", LINEAR),
+        ("deepseek_v3", models.YARN | {"factor": 1.0, "attention_factor": 1.3}),
+        *((family, BOUNDS) for family in ("glm_moe_dsa", "hy_v4", "bailing_hybrid")),
+    ],
+)
+def test_latent_attention_that_no_key_of_a_file_grows_is_refused(
+    family: str, scaling: dict[str, object]
+) -> None:
+    """GLM-5's graph undoes what YaRN does to attention, scaled by YaRN or not: logits were off by their
+    size."""
     (own,) = (each for each in FAMILIES if each.name == family)
-    with pytest.raises(FamilyError, match=r"rope scaling 'linear': llama\.cpp's .* as with YaRN"):
-        check(own, config)
+    with pytest.raises(FamilyError, match=r"rope scaling '\w+' with mscale .* multiply attention by another"):
+        check(own, text_config(family, rope_parameters=scaling))
 
 
 def test_half_a_pair_is_refused() -> None:
@@ -138,3 +177,39 @@ def test_half_a_pair_is_refused() -> None:
     turned = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.33}
     with pytest.raises(FamilyError, match=r"partial_rotary_factor = 0\.33: 13 of 40 .* rotates pairs"):
         check(own, text_config("glm4_moe", head_dim=40, rope_parameters=turned))
+
+
+@pytest.mark.parametrize(
+    ("family", "sections", "changes"),
+    [
+        ("qwen3_5_moe", [8, 0, 0], {}),
+        ("qwen3_5_moe", [11, 11, 10], {"head_dim": 24}),
+        ("qwen3_vl_moe", [7, 5, 4], {}),
+    ],
+)
+def test_text_turns_by_all_frequencies(
+    tmp_path: Path, text: Path, family: str, sections: list[int], changes: dict[str, int]
+) -> None:
+    """Also by those that no section covers, as of Qwen3-VL the last but one; and sections may be more than a
+    head has. llama.cpp left the one out and aborted at the other."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    part = {"partial_rotary_factor": 0.25} if family == "qwen3_5_moe" else {}
+    rope |= part | {"mrope_interleaved": True}
+    folder = models.build(tmp_path / "model", family, rope_parameters=rope, **changes)
+    ids = torch.randint(1, models.VOCAB, (96,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = models.reference(folder)(ids[None]).logits[0].numpy()
+    difference = np.abs(logits(folder, tmp_path / "f32.gguf", text, ids) - expected).max(1)
+    assert np.quantile(difference, 0.95) < 5e-4
+
+
+def test_pictures_that_turn_otherwise_are_said() -> None:
+    """As of Qwen3-VL: 64 frequencies, of which the class's sections leave two to time."""
+    (told,) = EXPORTS["qwen3_vl_moe"].told(text_config("qwen3_vl_moe", head_dim=128, rope_parameters=None))
+    assert "in pictures, llama.cpp turns rotary frequencies 61, 62 of 64 with height and width" in told
+    config = text_config("qwen3_5_moe", head_dim=256, rope_parameters=None)
+    assert EXPORTS["qwen3_5_moe"].told(config) == ()
+    (sections,) = (
+        each.value for each in EXPORTS["qwen3_5_moe"].keys(config) if each.name == "rope.dimension_sections"
+    )
+    assert sections == [11, 11, 10, 0], "what the release says"

@@ -17,12 +17,24 @@ Kind = Literal["u32", "f32", "bool", "str", "u32s", "u64s", "f32s", "bools"]
 F32 = 3.4e38
 """Numbers of an f32 are below."""
 
+FACTORS = frozenset(
+    {
+        "attention.scale",
+        "attention.value_scale",
+        "embedding_scale",
+        "expert_weights_scale",
+        "logit_scale",
+        "residual_scale",
+    }
+)
+"""Keys of which llama.cpp takes 0 for none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
     """A key of the file. Its name is without the architecture's, which is put before it.
 
-    FamilyError for a value that its kind cannot hold.
+    FamilyError for a value that its kind cannot hold, and for a factor of 0.
     """
 
     name: str
@@ -36,6 +48,11 @@ class Key:
             if not _holds(kind, value):
                 shown = one_line(repr(value), 80)
                 raise FamilyError(f"config.json: GGUF's key {self.name} would be {shown}, which is no {kind}")
+        if self.name in FACTORS and self.value == 0:
+            raise FamilyError(
+                f"config.json: GGUF's key {self.name} would be 0, which llama.cpp takes for no factor: the "
+                "file would compute something else"
+            )
 
 
 def _holds(kind: str, value: Any) -> bool:
@@ -244,6 +261,17 @@ def whole_indexers(config: Config, arch: str) -> Iterator[str]:
     width = config.index_head_dim
     if width % 64:
         yield f"config key index_head_dim = {width}: llama.cpp's {arch!r} needs a multiple of 64"
+
+
+def square_heads(config: Config, arch: str) -> Iterator[str]:
+    """A complaint when queries are wider or narrower than the stream, where the loader wants a square."""
+    heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
+    width = int(getattr(config, "head_dim", None) or hidden // heads)
+    if heads * width != hidden:
+        yield (
+            f"config keys num_attention_heads = {heads} and head_dim = {width}: llama.cpp's {arch!r} needs "
+            f"heads of hidden_size = {hidden} in all"
+        )
 
 
 def dense_in_front(config: Config, arch: str) -> Iterator[str]:

@@ -48,7 +48,10 @@ def complaints(config: Config) -> Iterator[str]:
     yield from dense_in_front(config, ARCH)
     if config.num_shared_experts:
         yield from only(config, ARCH, "shared_expert_combination_strategy", "average")
-    if "dense" in config.mlp_layer_types:
+    if config.rms_norm_eps == 0:
+        yield f"config key rms_norm_eps = 0: llama.cpp's {ARCH!r} would take another norm"
+    # Which kinds dense layers have is in layer_types: of those that look at everything, it rotates each.
+    if ("dense", "full_attention") in zip(config.mlp_layer_types, config.layer_types, strict=True):
         yield from only(config, ARCH, "prefix_dense_sliding_window_pattern", 1)
     yield from some_window(config, ARCH)
 

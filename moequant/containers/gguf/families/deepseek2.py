@@ -21,17 +21,17 @@ from moequant.containers.gguf.families.keys import (
     SOFTMAX,
     head_dim,
     leading_dense,
-    rope,
     rotated_part,
     routing,
     sizes,
 )
+from moequant.containers.gguf.families.latent_scaling import scaling_complaints, scaling_keys
 from moequant.families import Config
 from moequant.families.mla import query_module
 from moequant.values import Role, Site, Stack, Weight
 from moequant.values.ops import Joined, Part, Stacked, Transposed
 
-ARCH = "deepseek2"
+ARCH, MISTRAL = "deepseek2", "mistral4"
 
 
 def split_latent(config: Config, weight: Weight) -> tuple[FileTensor, ...] | None:
@@ -57,11 +57,9 @@ def split_latent(config: Config, weight: Weight) -> tuple[FileTensor, ...] | Non
     )
 
 
-def latent_keys(config: Config) -> tuple[Key, ...]:
-    """Sizes of latent attention, and its rotation. The graph scales attention as a whole, not its halves."""
-    scaling = config.rope_parameters or {}
-    turned = {key: value for key, value in scaling.items() if key not in ("mscale", "mscale_all_dim")}
-    return (*latent_sizes(config), *rope(config, turned), *_yarn(config))
+def latent_keys(config: Config, arch: str) -> tuple[Key, ...]:
+    """Sizes of latent attention, and its rotation."""
+    return (*latent_sizes(config), *scaling_keys(config, arch))
 
 
 def latent_sizes(config: Config) -> tuple[Key, ...]:
@@ -81,23 +79,15 @@ def latent_sizes(config: Config) -> tuple[Key, ...]:
     )
 
 
-def _yarn(config: Config) -> tuple[Key, ...]:
-    """How YaRN scales attention: llama.cpp divides the key by 0.1 again."""
-    found = config.rope_parameters or {}
-    if found.get("rope_type") != "yarn" or not found.get("mscale_all_dim"):
-        return ()
-    return (Key("rope.scaling.yarn_log_multiplier", "f32", 0.1 * float(found["mscale_all_dim"])),)
-
-
 def one_key_head(keys: tuple[Key, ...]) -> tuple[Key, ...]:
     """The sizes with the number of key heads that llama.cpp sees."""
     return tuple(Key(k.name, k.kind, 1) if k.name == "attention.head_count_kv" else k for k in keys)
 
 
-def v2_keys(config: Config) -> tuple[Key, ...]:
+def v2_keys(config: Config, arch: str = ARCH) -> tuple[Key, ...]:
     """Keys of DeepSeek-V2. Its class never renormalises the weights of the chosen experts."""
     router = routing(config, SOFTMAX, int(config.first_k_dense_replace), _limited(config))
-    return (*one_key_head(sizes(config)), *router, *latent_keys(config))
+    return (*one_key_head(sizes(config)), *router, *latent_keys(config, arch))
 
 
 def _limited(config: Config) -> bool:
@@ -108,13 +98,13 @@ def _limited(config: Config) -> bool:
 def v3_keys(config: Config) -> tuple[Key, ...]:
     """Keys of DeepSeek-V3."""
     router = routing(config, SIGMOID, int(config.first_k_dense_replace))
-    return (*one_key_head(sizes(config)), *router, *latent_keys(config))
+    return (*one_key_head(sizes(config)), *router, *latent_keys(config, ARCH))
 
 
 def glm_keys(config: Config) -> tuple[Key, ...]:
     """Keys of GLM-4.7-Flash."""
     router = routing(config, SIGMOID, leading_dense(config))
-    return (*one_key_head(sizes(config)), *router, *latent_keys(config))
+    return (*one_key_head(sizes(config)), *router, *latent_keys(config, ARCH))
 
 
 def mistral_keys(config: Config) -> tuple[Key, ...]:
@@ -128,7 +118,7 @@ def mistral_keys(config: Config) -> tuple[Key, ...]:
         if found.get("llama_4_scaling_beta")
         else ()
     )
-    return (*v2_keys(config), *scaled)
+    return (*v2_keys(config, MISTRAL), *scaled)
 
 
 def latent_complaints(config: Config, arch: str) -> Iterator[str]:
@@ -137,25 +127,14 @@ def latent_complaints(config: Config, arch: str) -> Iterator[str]:
     yield from only(config, arch, "attention_bias", False)
     yield from only(config, arch, "rope_interleave", True)
     yield from dense_in_front(config, arch)
-    found = config.rope_parameters or {}
-    if (rotated := int(head_dim(config) * rotated_part(config))) != config.qk_rope_head_dim:
+    width = head_dim(config)
+    if (rotated := int(width * rotated_part(config))) != config.qk_rope_head_dim:
         yield (
-            f"rope parameter partial_rotary_factor: {rotated} dimensions are rotated; llama.cpp's {arch!r} "
-            f"rotates all of qk_rope_head_dim = {config.qk_rope_head_dim}"
+            f"rope parameter partial_rotary_factor = {rotated_part(config):g}, of head_dim = {width}: "
+            f"{rotated} dimensions would be rotated; llama.cpp's {arch!r} rotates all of qk_rope_head_dim = "
+            f"{config.qk_rope_head_dim}"
         )
-    if found.get("rope_type") == "linear":
-        yield (
-            f"rope scaling 'linear': llama.cpp's {arch!r} scales attention as with YaRN, the file would "
-            "compute something else"
-        )
-    if found.get("rope_type") == "yarn":
-        both = found.get("mscale"), found.get("mscale_all_dim")
-        if not both[0] or both[0] != both[1] or found.get("attention_factor") is not None:
-            yield (
-                f"rope scaling 'yarn' with mscale {both[0]!r}, mscale_all_dim {both[1]!r}, attention_factor "
-                f"{found.get('attention_factor')!r}: llama.cpp's {arch!r} implements only equal ones, the "
-                "file would compute something else"
-            )
+    yield from scaling_complaints(config, arch)
 
 
 def complaints(config: Config) -> Iterator[str]:
@@ -197,4 +176,4 @@ def v2_warnings(config: Config) -> tuple[str, ...]:
 DEEPSEEK_V2 = Export(ARCH, v2_keys, complaints, cut=split_latent, warnings=v2_warnings)
 DEEPSEEK_V3 = Export(ARCH, v3_keys, complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)
 GLM4_MOE_LITE = Export(ARCH, glm_keys, complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)
-MISTRAL4 = Export("mistral4", mistral_keys, mistral_complaints, cut=split_latent, warnings=warnings)
+MISTRAL4 = Export(MISTRAL, mistral_keys, mistral_complaints, cut=split_latent, warnings=warnings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, both_kinds, only
+from moequant.containers.gguf.families.base import Export, FileTensor, Key, both_kinds, only, square_heads
 from moequant.containers.gguf.families.keys import expert_counts, instead, sizes
 from moequant.families import Config
 from moequant.families.jamba import is_mamba
@@ -36,6 +36,7 @@ def rates(config: Config, weight: Weight) -> tuple[FileTensor, ...] | None:
 
 def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
+    yield from square_heads(config, ARCH)
     yield from only(config, ARCH, "hidden_act", "silu")
     yield from only(config, ARCH, "mamba_expand", 2)
     yield from only(config, ARCH, "mamba_conv_bias", True)

@@ -91,7 +91,10 @@ def scoring(gating: int, normalised: bool, scale: float = 1.0) -> tuple[Key, ...
 
 def groups(config: Config, limited: bool = True) -> tuple[Key, ...]:
     """Experts are chosen out of the best groups of them; where all groups are the best, or choice is not
-    `limited` to some, there is one. llama.cpp takes no file in which all of several are."""
+    `limited` to some, there is one. llama.cpp takes no file in which all of several are, and none in which
+    there are as many groups as experts."""
+    if (getattr(config, "num_local_experts", None) or config.num_experts) == 1:
+        return ()
     found, best = int(config.n_group or 1), int(config.topk_group or 1)
     if not limited or best >= found:
         found = best = 1
@@ -109,6 +112,8 @@ def windows(config: Config) -> tuple[Key, ...]:
     short = [kind == "sliding_attention" for kind in config.layer_types]
     if not any(short):
         return ()
+    if config.sliding_window is None:
+        raise FamilyError("config key sliding_window = None: layer_types has layers with a window")
     return (
         Key("attention.sliding_window", "u32", int(config.sliding_window)),
         Key("attention.sliding_window_pattern", "bools", short),
@@ -153,27 +158,30 @@ def head_sizes(config: Config, rotated: float = 1.0, in_tensors: bool = False) -
     return (*head_widths(config, rotated), *rope(config, in_tensors=in_tensors))
 
 
-def rope_sections(config: Config, default: tuple[int, ...]) -> Key:
-    """How many frequencies turn with time, height and width: of text, all three are the same position."""
+def rope_sections(config: Config, rotated: int) -> Key:
+    """Which of the rotated frequencies turn with time, height and width, one after the other: all of them. Of
+    text, all three are the same position, and those that llama.cpp finds in no section do not turn."""
+    turned = [len(range(axis, rotated // 2, 3)) for axis in range(3)]
+    return Key("rope.dimension_sections", "u32s", [*turned, 0])
+
+
+def turned_by_time(config: Config, rotated: int, default: tuple[int, ...]) -> tuple[str, ...]:
+    """A warning about frequencies behind the config's sections, which transformers turns with time."""
     found = tuple((config.rope_parameters or {}).get("mrope_section") or default)
-    return Key("rope.dimension_sections", "u32s", [*map(int, found), *[0] * (4 - len(found))])
+    if len(found) < 3:
+        raise FamilyError(f"rope parameter mrope_section = {list(found)}: three numbers were expected")
+    behind = [i for i in range(rotated // 2) if i % 3 and i >= 3 * found[i % 3]]
+    if not behind:
+        return ()
+    return (
+        f"in pictures, llama.cpp turns rotary frequencies {few(behind)} of {rotated // 2} with height and "
+        "width, transformers with time: no part of mrope_section covers them. Text is the same",
+    )
 
 
 def rotated_part(config: Config) -> float:
     """The share of each head that is rotated, for classes that read it."""
     return float((config.rope_parameters or {}).get("partial_rotary_factor") or 1.0)
-
-
-def not_turned(sections: Key, rotated: int) -> tuple[str, ...]:
-    """A warning where llama.cpp gives frequencies of interleaved sections to none of time, height and width:
-    transformers turns those with time, llama.cpp with a fourth position, which is 0 in text."""
-    left = [i for i in range(rotated // 2) if i >= 3 * sections.value[i % 3]]
-    if not left:
-        return ()
-    return (
-        f"llama.cpp leaves out rotary frequencies {few(left)} of {rotated // 2}, which no part of "
-        "mrope_section covers: far into a long context logits differ a little",
-    )
 
 
 def rope(
@@ -248,17 +256,23 @@ def _yarn(config: Config, found: Mapping[str, Any], factor: float) -> tuple[Key,
     for name, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
         if found.get(name) is not None:
             keys.append(Key(f"rope.scaling.{key}", "f32", float(found[name])))
-    own = _grown(factor)
-    whole = found.get("attention_factor")
-    if whole is None and found.get("mscale") and found.get("mscale_all_dim"):
-        whole = _grown(factor, found["mscale"]) / _grown(factor, found["mscale_all_dim"])
-    if whole is not None:
+    if found.get("attention_factor") is not None or (found.get("mscale") and found.get("mscale_all_dim")):
         # llama.cpp multiplies its own factor by this key (it reads yarn_attn_factor, and then forgets it).
-        keys.append(Key("rope.scaling.attn_factor", "f32", float(whole) / own))
+        keys.append(Key("rope.scaling.attn_factor", "f32", yarn_factor(found, factor) / grown(factor)))
     return tuple(keys)
 
 
-def _grown(factor: float, scale: float = 1.0) -> float:
+def yarn_factor(found: Mapping[str, Any], factor: float) -> float:
+    """What transformers multiplies rotated queries, and keys, by: YaRN's own factor, unless another is
+    said."""
+    if (said := found.get("attention_factor")) is not None:
+        return float(said)
+    if found.get("mscale") and found.get("mscale_all_dim"):
+        return grown(factor, found["mscale"]) / grown(factor, found["mscale_all_dim"])
+    return grown(factor)
+
+
+def grown(factor: float, scale: float = 1.0) -> float:
     """What YaRN multiplies queries and keys by in a context that is `factor` times as long."""
     return 1.0 + 0.1 * scale * math.log(factor) if factor > 1 else 1.0
 

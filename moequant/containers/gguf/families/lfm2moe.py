@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, Key, both_kinds, only
+from moequant.containers.gguf.families.base import Export, Key, both_kinds, only, square_heads
 from moequant.containers.gguf.families.keys import SIGMOID, experts, head_sizes, instead, scoring, sizes
 from moequant.families import Config
 from moequant.families.lfm2_moe import is_conv
@@ -30,8 +30,11 @@ def keys(config: Config) -> tuple[Key, ...]:
 
 def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
+    yield from square_heads(config, ARCH)
     yield from only(config, ARCH, "norm_topk_prob", True)
     yield from only(config, ARCH, "routed_scaling_factor", 1.0)
+    if config.conv_L_cache < 2:
+        yield f"config key conv_L_cache = {config.conv_L_cache}: llama.cpp's {ARCH!r} needs 2 or more"
     convolved = (is_conv(config, number) for number in range(config.num_hidden_layers))
     yield from both_kinds("layer_types", convolved, ARCH)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moequant.containers.gguf.families.base import Export, FileTensor, Key, full_attention, only
+from moequant.containers.gguf.families.base import Export, FileTensor, Key, full_attention, only, square_heads
 from moequant.containers.gguf.families.keys import expert_counts, head_sizes, sizes
 from moequant.families import Config
 from moequant.values import Role, Weight
@@ -32,6 +32,7 @@ def keys(config: Config) -> tuple[Key, ...]:
 
 def complaints(config: Config) -> Iterator[str]:
     """What the graph takes for granted."""
+    yield from square_heads(config, ARCH)
     yield from only(config, ARCH, "hidden_act", "silu")
     yield from only(config, ARCH, "norm_topk_prob", False)
     yield from only(config, ARCH, "decoder_sparse_step", 1)

@@ -24,10 +24,10 @@ from moequant.containers.gguf.families.keys import (
     expert_counts,
     head_dim,
     head_sizes,
-    not_turned,
     rope_sections,
     rotated_part,
     sizes,
+    turned_by_time,
 )
 from moequant.containers.gguf.families.qwen2moe import expert_widths, shared_gate
 from moequant.families import Config
@@ -133,9 +133,14 @@ def next_keys(config: Config) -> tuple[Key, ...]:
     )
 
 
+def rotated(config: Config) -> int:
+    """How many dimensions of a head are rotated."""
+    return int(head_dim(config) * rotated_part(config))
+
+
 def tiled_keys(config: Config) -> tuple[Key, ...]:
     """Keys of Qwen3.5."""
-    return (*next_keys(config), rope_sections(config, SECTIONS))
+    return (*next_keys(config), rope_sections(config, rotated(config)))
 
 
 def next_complaints(config: Config, arch: str = "qwen3next") -> Iterator[str]:
@@ -163,8 +168,7 @@ def next_warnings(config: Config) -> tuple[str, ...]:
 
 def tiled_warnings(config: Config) -> tuple[str, ...]:
     """The same, and frequencies that no section covers."""
-    rotated = int(head_dim(config) * rotated_part(config))
-    return (*next_warnings(config), *not_turned(rope_sections(config, SECTIONS), rotated))
+    return (*next_warnings(config), *turned_by_time(config, rotated(config), SECTIONS))
 
 
 def not_recurrent(config: Config, number: int) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moequant.containers.gguf.families.base import Export, Key, only
-from moequant.containers.gguf.families.keys import head_dim, not_turned, rope_sections
+from moequant.containers.gguf.families.keys import head_dim, rope_sections, turned_by_time
 from moequant.containers.gguf.families.qwen3 import moe_keys
 from moequant.families import Config
 
@@ -23,7 +23,7 @@ def keys(config: Config) -> tuple[Key, ...]:
     stacked = getattr(config, "deepstack_visual_indexes", DEEPSTACK)
     return (
         *moe_keys(config),
-        rope_sections(config, SECTIONS),
+        rope_sections(config, head_dim(config)),
         Key("n_deepstack_layers", "u32", len(stacked)),
     )
 
@@ -38,7 +38,7 @@ def complaints(config: Config) -> Iterator[str]:
 
 def warnings(config: Config) -> tuple[str, ...]:
     """What llama.cpp computes a little differently."""
-    return not_turned(rope_sections(config, SECTIONS), head_dim(config))
+    return turned_by_time(config, head_dim(config), SECTIONS)
 
 
 QWEN3_VL_MOE = Export(ARCH, keys, complaints, warnings=warnings)
