@@ -22,9 +22,9 @@ ALIKE: dict[str, list[dict[str, Any]]] = {
     "jamba": [{"attn_layer_period": 8, "attn_layer_offset": 7}],
     "gpt_oss": [{"layer_types": [FULL] * 4}],
     "gemma4": [{"layer_types": [FULL] * 2}],
-    "granitemoe_swa": [{"layer_types": [FULL] * 4}],
+    "granitemoe_swa": [{"layer_types": [FULL] * 4}, {"layer_rope_theta": [0] * 4}],
 }
-"""Changes of configs that leave one kind: with a state, or with a window, and those that see everything."""
+"""Changes of configs that leave one kind: with a state, with a window, or without a rotation."""
 
 
 @pytest.mark.parametrize(("family", "changes"), [(name, each) for name in ALIKE for each in ALIKE[name]])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moequant.containers.gguf.families.attention_scale import scales, unscaled
 from moequant.containers.gguf.families.base import (
     DRAFTING,
     Export,
@@ -31,7 +32,7 @@ from moequant.families.mla import query_module
 from moequant.values import Role, Site, Stack, Weight
 from moequant.values.ops import Joined, Part, Stacked, Transposed
 
-ARCH = "deepseek2"
+ARCH, MISTRAL = "deepseek2", "mistral4"
 
 
 def split_latent(config: Config, weight: Weight) -> tuple[FileTensor, ...] | None:
@@ -57,11 +58,12 @@ def split_latent(config: Config, weight: Weight) -> tuple[FileTensor, ...] | Non
     )
 
 
-def latent_keys(config: Config) -> tuple[Key, ...]:
-    """Sizes of latent attention, and its rotation. The graph scales attention as a whole, not its halves."""
-    scaling = config.rope_parameters or {}
-    turned = {key: value for key, value in scaling.items() if key not in ("mscale", "mscale_all_dim")}
-    return (*latent_sizes(config), *rope(config, turned), *_yarn(config))
+def latent_keys(config: Config, arch: str) -> tuple[Key, ...]:
+    """Sizes of latent attention, and its rotation; how much that is scaled is said by `scales`."""
+    found = config.rope_parameters or {}
+    ours = ("attention_factor", "mscale", "mscale_all_dim")
+    turned = {key: value for key, value in found.items() if key not in ours}
+    return (*latent_sizes(config), *rope(config, turned), *scales(config, arch))
 
 
 def latent_sizes(config: Config) -> tuple[Key, ...]:
@@ -81,23 +83,15 @@ def latent_sizes(config: Config) -> tuple[Key, ...]:
     )
 
 
-def _yarn(config: Config) -> tuple[Key, ...]:
-    """How YaRN scales attention: llama.cpp divides the key by 0.1 again."""
-    found = config.rope_parameters or {}
-    if found.get("rope_type") != "yarn" or not found.get("mscale_all_dim"):
-        return ()
-    return (Key("rope.scaling.yarn_log_multiplier", "f32", 0.1 * float(found["mscale_all_dim"])),)
-
-
 def one_key_head(keys: tuple[Key, ...]) -> tuple[Key, ...]:
     """The sizes with the number of key heads that llama.cpp sees."""
     return tuple(Key(k.name, k.kind, 1) if k.name == "attention.head_count_kv" else k for k in keys)
 
 
-def v2_keys(config: Config) -> tuple[Key, ...]:
+def v2_keys(config: Config, arch: str = ARCH) -> tuple[Key, ...]:
     """Keys of DeepSeek-V2. Its class never renormalises the weights of the chosen experts."""
     router = routing(config, SOFTMAX, int(config.first_k_dense_replace), _limited(config))
-    return (*one_key_head(sizes(config)), *router, *latent_keys(config))
+    return (*one_key_head(sizes(config)), *router, *latent_keys(config, arch))
 
 
 def _limited(config: Config) -> bool:
@@ -108,13 +102,13 @@ def _limited(config: Config) -> bool:
 def v3_keys(config: Config) -> tuple[Key, ...]:
     """Keys of DeepSeek-V3."""
     router = routing(config, SIGMOID, int(config.first_k_dense_replace))
-    return (*one_key_head(sizes(config)), *router, *latent_keys(config))
+    return (*one_key_head(sizes(config)), *router, *latent_keys(config, ARCH))
 
 
 def glm_keys(config: Config) -> tuple[Key, ...]:
     """Keys of GLM-4.7-Flash."""
     router = routing(config, SIGMOID, leading_dense(config))
-    return (*one_key_head(sizes(config)), *router, *latent_keys(config))
+    return (*one_key_head(sizes(config)), *router, *latent_keys(config, ARCH))
 
 
 def mistral_keys(config: Config) -> tuple[Key, ...]:
@@ -128,7 +122,7 @@ def mistral_keys(config: Config) -> tuple[Key, ...]:
         if found.get("llama_4_scaling_beta")
         else ()
     )
-    return (*v2_keys(config), *scaled)
+    return (*v2_keys(config, MISTRAL), *scaled)
 
 
 def latent_complaints(config: Config, arch: str) -> Iterator[str]:
@@ -137,42 +131,29 @@ def latent_complaints(config: Config, arch: str) -> Iterator[str]:
     yield from only(config, arch, "attention_bias", False)
     yield from only(config, arch, "rope_interleave", True)
     yield from dense_in_front(config, arch)
-    found = config.rope_parameters or {}
     if (rotated := int(head_dim(config) * rotated_part(config))) != config.qk_rope_head_dim:
         yield (
             f"rope parameter partial_rotary_factor: {rotated} dimensions are rotated; llama.cpp's {arch!r} "
             f"rotates all of qk_rope_head_dim = {config.qk_rope_head_dim}"
         )
-    if found.get("rope_type") == "linear":
-        yield (
-            f"rope scaling 'linear': llama.cpp's {arch!r} scales attention as with YaRN, the file would "
-            "compute something else"
-        )
-    if found.get("rope_type") == "yarn":
-        both = found.get("mscale"), found.get("mscale_all_dim")
-        if not both[0] or both[0] != both[1] or found.get("attention_factor") is not None:
-            yield (
-                f"rope scaling 'yarn' with mscale {both[0]!r}, mscale_all_dim {both[1]!r}, attention_factor "
-                f"{found.get('attention_factor')!r}: llama.cpp's {arch!r} implements only equal ones, the "
-                "file would compute something else"
-            )
+    yield from unscaled(config, arch)
 
 
-def complaints(config: Config) -> Iterator[str]:
+def complaints(config: Config, arch: str = ARCH) -> Iterator[str]:
     """What `deepseek2` takes for granted."""
-    yield from latent_complaints(config, ARCH)
+    yield from latent_complaints(config, arch)
     lite = config.num_hidden_layers in (26, 27)
     lite |= config.num_hidden_layers == 48 and config.vocab_size == 128256
     if lite != (config.q_lora_rank is None):
         yield (
-            f"config key q_lora_rank = {config.q_lora_rank!r}: llama.cpp's {ARCH!r} takes queries without a "
+            f"config key q_lora_rank = {config.q_lora_rank!r}: llama.cpp's {arch!r} takes queries without a "
             "latent in models of 26 or 27 layers, or of 48 and 128256 tokens, and only there"
         )
 
 
 def mistral_complaints(config: Config) -> Iterator[str]:
     """What `mistral4` takes for granted."""
-    yield from complaints(config)
+    yield from complaints(config, MISTRAL)
     found = config.rope_parameters or {}
     if found.get("llama_4_scaling_beta") and not found.get("original_max_position_embeddings"):
         yield "rope parameter llama_4_scaling_beta needs original_max_position_embeddings"
@@ -197,4 +178,4 @@ def v2_warnings(config: Config) -> tuple[str, ...]:
 DEEPSEEK_V2 = Export(ARCH, v2_keys, complaints, cut=split_latent, warnings=v2_warnings)
 DEEPSEEK_V3 = Export(ARCH, v3_keys, complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)
 GLM4_MOE_LITE = Export(ARCH, glm_keys, complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)
-MISTRAL4 = Export("mistral4", mistral_keys, mistral_complaints, cut=split_latent, warnings=warnings)
+MISTRAL4 = Export(MISTRAL, mistral_keys, mistral_complaints, cut=split_latent, warnings=warnings)

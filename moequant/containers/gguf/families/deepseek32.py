@@ -15,13 +15,15 @@ from moequant.containers.gguf.families.deepseek2 import (
 from moequant.containers.gguf.families.keys import SIGMOID, leading_dense, routing, sizes
 from moequant.families import Config
 
+V32, GLM = "deepseek32", "glm-dsa"
 
-def keys(config: Config) -> tuple[Key, ...]:
+
+def keys(config: Config, arch: str = V32) -> tuple[Key, ...]:
     """Keys of DeepSeek-V3.2."""
     return (
         *one_key_head(sizes(config)),
         *routing(config, SIGMOID, leading_dense(config)),
-        *latent_keys(config),
+        *latent_keys(config, arch),
         Key("attention.indexer.head_count", "u32", int(config.index_n_heads)),
         Key("attention.indexer.key_length", "u32", int(config.index_head_dim)),
         Key("attention.indexer.top_k", "u32", int(config.index_topk)),
@@ -31,22 +33,20 @@ def keys(config: Config) -> tuple[Key, ...]:
 def glm_keys(config: Config) -> tuple[Key, ...]:
     """Keys of GLM-5; llama.cpp would guess by the context which layers choose for themselves."""
     own = [kind == "full" for kind in config.indexer_types]
-    return (*keys(config), Key("attention.indexer.types", "bools", own))
+    return (*keys(config, GLM), Key("attention.indexer.types", "bools", own))
 
 
 def complaints(config: Config) -> Iterator[str]:
     """What `deepseek32` takes for granted."""
-    yield from latent_complaints(config, "deepseek32")
-    yield from whole_indexers(config, "deepseek32")
+    yield from latent_complaints(config, V32)
+    yield from whole_indexers(config, V32)
 
 
 def glm_complaints(config: Config) -> Iterator[str]:
     """What `glm-dsa` takes for granted."""
-    yield from latent_complaints(config, "glm-dsa")
-    yield from whole_indexers(config, "glm-dsa")
+    yield from latent_complaints(config, GLM)
+    yield from whole_indexers(config, GLM)
 
 
-DEEPSEEK_V32 = Export("deepseek32", keys, complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)
-GLM_MOE_DSA = Export(
-    "glm-dsa", glm_keys, glm_complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING
-)
+DEEPSEEK_V32 = Export(V32, keys, complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)
+GLM_MOE_DSA = Export(GLM, glm_keys, glm_complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)

@@ -34,7 +34,7 @@ def keys(config: Config) -> tuple[Key, ...]:
     return (
         *one_key_head(sizes(config)),
         *routing(config, SIGMOID, leading_dense(config)),
-        *latent_keys(config),
+        *latent_keys(config, ARCH),
         Key("attention.indexer.head_count", "u32", int(config.index_n_heads)),
         Key("attention.indexer.key_length", "u32", int(config.index_head_dim)),
         Key("attention.indexer.top_k", "u32", int(config.index_topk)),

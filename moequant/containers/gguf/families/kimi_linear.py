@@ -58,7 +58,7 @@ def bailing_keys(config: Config) -> tuple[Key, ...]:
     shared = int(config.moe_intermediate_size) * int(config.n_shared_experts)
     return (
         *recurrent_keys(config),
-        *latent_keys(config),
+        *latent_keys(config, BAILING),
         Key("expert_shared_feed_forward_length", "u32", shared),
         Key("kda.safe_gate", "bool", True),
         Key("kda.gate_lower_bound", "f32", float(config.kda_lower_bound)),
