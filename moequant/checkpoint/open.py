@@ -354,8 +354,11 @@ def slots_of(family: Family, config: Config, layer: int) -> tuple[Slot, ...]:
 
 
 def _unknown(family: Family, config: Config, stored: Stored) -> FamilyError:
-    """The error for a tensor that no slot names; of a bias it names the key that adds it."""
+    """The error for a tensor that no slot names; of a bias it names the key that adds it, of a shared expert
+    the key by which there is none."""
     shown = f"tensor {stored.name} {list(stored.shape)}"
+    if (none := no_shared(config)) and "shared" in stored.name:
+        return FamilyError(f"{family.name}: config key {none} = 0: no shared experts, but there is {shown}")
     key = "attention_bias" if "attn" in stored.name else "mlp_bias"
     if stored.name.endswith(".bias") and getattr(config, key, False) is True:
         return FamilyError(

@@ -29,8 +29,8 @@ def weight_of(
     if not ways:
         if slot.optional:
             return None
-        name = slot.ways[0].name
-        raise CheckpointError(f"{where} is missing ({name}); is the download complete?")
+        name, asked = slot.ways[0].name, f", which config key {slot.asked} asks for" if slot.asked else ""
+        raise CheckpointError(f"{where} is missing ({name}){asked}; is the download complete?")
     if len(ways) > 1:
         one, two = (names[0] for names in list(ways.values())[:2])
         raise CheckpointError(f"{where}: stored twice, as {one} and as {two}; remove one of them")

@@ -36,7 +36,8 @@ class Slot:
 
     `name` is our own; `param` is the parameter or buffer of the transformers model that holds it, `ops`
     make the weight of it. `get` are the ways in which checkpoints store it, the release's own first; by
-    default there is one, under the parameter's name. An `optional` one may be absent.
+    default there is one, under the parameter's name. An `optional` one may be absent; `asked` says which
+    config key asks for one that other models of the family do not have.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Slot:
     stack: Stack = Stack.NONE
     adds: bool = False
     optional: bool = False
+    asked: str = ""
 
     @property
     def ways(self) -> tuple[Get, ...]:

@@ -271,11 +271,16 @@ SHARED = (Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN)
 """What shared experts are made of."""
 
 
+OWN_WIDTH = "moe_shared_expert_intermediate_size"
+"""How wide shared experts are together, in classes that know this key; no number of them counts there."""
+
+
 def no_shared(config: Config) -> str | None:
     """The config key that says that there are no shared experts, of a class that knows them; None where there
     are some."""
     keys = ("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size")
-    return next((key for key in keys if getattr(config, key, None) == 0), None)
+    own = (OWN_WIDTH,) if getattr(type(config), OWN_WIDTH, None) is not None else keys
+    return next((key for key in own if getattr(config, key, None) == 0), None)
 
 
 def check_experts(family: Family, experts: int, used: int) -> None:

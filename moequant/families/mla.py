@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moequant.families.base import Config, Slot
 from moequant.families.blocks import linear, norm, seen
 from moequant.values import Role, Site
@@ -44,7 +46,9 @@ def query_module(config: Config) -> str:
 
 def _queries(config: Config, layer: int, into: Site) -> tuple[Slot, ...]:
     if config.q_lora_rank is None:
-        return linear(layer, "attn_q", Role.ATTN_Q, "self_attn.q_proj", into)
+        # Of Kimi-K2.5, transformers 5.24 saves none: it takes them for the eye's.
+        plain = linear(layer, "attn_q", Role.ATTN_Q, "self_attn.q_proj", into)
+        return tuple(replace(slot, asked="q_lora_rank = None") for slot in plain)
     latent = seen(layer, "attn.q_latent", "self_attn.q_b_proj")
     return (
         *linear(layer, "attn_q_a", Role.Q_A, "self_attn.q_a_proj", into, biased=True),

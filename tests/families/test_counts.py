@@ -90,6 +90,25 @@ def test_no_shared_experts_are_no_weights(without_shared, tmp_path: Path, text: 
         assert not any("shared" in weight.name for weight in open_checkpoint(made).weights)
 
 
+@pytest.mark.parametrize("key", ["n_shared_experts", "moe_shared_expert_intermediate_size"])
+def test_where_a_width_is_said_no_number_of_shared_experts_counts(tmp_path: Path, key: str) -> None:
+    """Nemotron-H's class has one all the same; of width 0 it takes that of dense blocks."""
+    folder = models.build(tmp_path / "model", "nemotron_h", **{key: 0}, intermediate_size=96)
+    if key == "n_shared_experts":
+        found = {each.shape for each in open_checkpoint(folder).weights if each.name.endswith("shared.up")}
+        assert found == {(160, 256)}
+        return
+    with pytest.raises(FamilyError, match=f"{key} = 0: no shared experts, but there is tensor .*shared_expe"):
+        open_checkpoint(folder)
+
+
+def test_queries_that_are_missing_are_asked_for_by_a_key(tmp_path: Path) -> None:
+    """transformers takes those of Kimi-K2.5 without a latent for its eye's, and saves none."""
+    folder = models.build(tmp_path / "model", "kimi_k25", q_lora_rank=None)
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight\), which config key q_lora_rank = None asks"):
+        open_checkpoint(folder)
+
+
 def test_mistrals_own_format_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"params\.json and no config\.json.*as transformers saves"):

@@ -136,6 +136,7 @@ def test_an_absent_key_is_refused_as_its_default_is(tiny) -> None:
         ("deepseek_v3", {"q_lora_rank": None}, "q_lora_rank"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
+        ("mellum", {"sliding_window": None}, "sliding_window is None"),
         ("llama", {"model_type": "qwen3"}, "model_type 'qwen3'"),
         (
             "laguna",

@@ -20,6 +20,7 @@ FOUR = {"n_group": 4, "topk_group": 2}
     [
         ("deepseek_v2", {**FOUR, "topk_method": "greedy"}),  # as V2-Lite says it: groups are ignored
         ("deepseek_v3", {"n_group": 4, "topk_group": 4}),  # llama.cpp aborts on four of four
+        ("deepseek_v2", {"n_routed_experts": 1, "num_experts_per_tok": 1}),  # and on one of one expert
     ],
 )
 def test_groups_that_limit_nothing_are_none(

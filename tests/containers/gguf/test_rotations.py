@@ -33,6 +33,15 @@ LLAMA3 = {
 }
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1 + i / 50 for i in range(32)],
+    "long_factor": [1.5 + i / 20 for i in range(32)],
+}
+"""Other numbers for long texts: llama.cpp takes a context of 512 tokens in these tests, for texts of 256."""
+
+
 def text_config(family: str, **changes: Any) -> Config:
     """The config of a tiny model's text."""
     given = models.COMMON | models.CONFIGS[family] | changes
@@ -82,15 +91,35 @@ def logits(folder: Path, out: Path, text: Path, ids: torch.Tensor) -> np.ndarray
         return llama.logits(ids.tolist())
 
 
+UNLIKE = {"mscale": 0.8, "mscale_all_dim": 0.5}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("family", "scaling"),
     [
         ("mixtral", LLAMA3),
         ("exaone_moe", LLAMA3),
         ("qwen3_moe", {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+        ("llama", LONGROPE | {"original_max_position_embeddings": 512}),
+        ("granitemoe", LONGROPE | {"original_max_position_embeddings": 64}),
+        ("deepseek_v3", models.YARN | {"mscale": 0.5, "mscale_all_dim": 1.0}),
+        ("deepseek_v3", LINEAR),
+        ("glm4_moe_lite", models.YARN),
+        ("mistral4", models.CONFIGS["mistral4"]["rope_parameters"] | {"mscale": 0.7, "mscale_all_dim": 0.7}),
+        ("glm_moe_dsa", models.YARN | {"mscale_all_dim": 1.0}),
+        ("hy_v4", models.YARN | {"attention_factor": 1.3}),
+        ("bailing_hybrid", models.YARN),
+        ("deepseek_v3", models.YARN | UNLIKE),
+        ("deepseek_v2", models.YARN | {"attention_factor": 1.2, "mscale_all_dim": 0.6}),
+        ("deepseek_v32", models.YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}),
+        ("deepseek_v32", LINEAR | {"mscale_all_dim": 1.0}),
+        ("mistral4", models.YARN | UNLIKE | {"llama_4_scaling_beta": 0.1}),
+        ("glm_moe_dsa", models.YARN | {"attention_factor": 1.0}),
+        ("bailing_hybrid", LINEAR),
     ],
 )
-def test_scalings_without_keys_compute_what_transformers_does(
+def test_scalings_compute_what_transformers_does(
     tmp_path: Path, text: Path, family: str, scaling: dict[str, object]
 ) -> None:
     folder = models.build(tmp_path / "model", family, rope_parameters=scaling)
@@ -99,6 +128,41 @@ def test_scalings_without_keys_compute_what_transformers_does(
         expected = models.reference(folder)(ids[None]).logits[0].numpy()
     difference = np.abs(logits(folder, tmp_path / "f32.gguf", text, ids) - expected).max(1)
     assert np.quantile(difference, 0.99) < 5e-4
+
+
+EQUAL = {"mscale": 1.0, "mscale_all_dim": 1.0}
+"""YaRN as DeepSeek-V3 has it: attention is scaled, what is rotated is not."""
+
+
+@pytest.mark.parametrize(
+    ("family", "scaling"),
+    [
+        ("glm_moe_dsa", models.YARN | EQUAL),
+        ("glm_moe_dsa", LINEAR),
+        ("deepseek_v3", models.YARN | {"factor": 1.0, "attention_factor": 1.3}),
+        ("hy_v4", models.YARN | EQUAL),
+        ("bailing_hybrid", models.YARN | EQUAL),
+        (
+            "deepseek_v3",
+            {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0, "mscale_all_dim": 1.0},
+        ),
+    ],
+)
+def test_a_scale_of_attention_without_a_key_is_refused(family: str, scaling: dict[str, object]) -> None:
+    """These graphs scale attention as what is rotated, or not at all."""
+    (own,) = (each for each in FAMILIES if each.name == family)
+    with pytest.raises(FamilyError, match=r"attention is scaled by 1.*, in llama\.cpp's .* by 1"):
+        check(own, text_config(family, rope_parameters=scaling))
+
+
+def test_numbers_of_longrope_are_one_for_each_frequency() -> None:
+    (own,) = (each for each in FAMILIES if each.name == "granitemoe")
+    scaling = LONGROPE | {"original_max_position_embeddings": 256}
+    config = text_config("granitemoe", rope_parameters=scaling)
+    (told,) = check(own, config).told(config)
+    assert "where its context is longer than 256 tokens" in told
+    with pytest.raises(FamilyError, match="short_factor is 5 numbers; 32 numbers were expected"):
+        check(own, text_config("granitemoe", rope_parameters=scaling | {"short_factor": [1.0] * 5}))
 
 
 def test_a_base_that_transformers_stretches_is_said() -> None:
@@ -120,55 +184,6 @@ def test_gemma_rotates_a_part_where_transformers_does(kind: str) -> None:
     usual = 1e6 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
     expected = Gemma4TextRotaryEmbedding(config).full_attention_inv_freq.double()
     assert torch.allclose(usual / torch.tensor(factors.values, dtype=torch.float64), expected, atol=1e-9)
-
-
-UNLIKE = models.YARN | {"mscale": 0.8, "mscale_all_dim": 0.5}
-LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-
-
-@pytest.mark.parametrize(
-    ("family", "scaling"),
-    [
-        ("deepseek_v3", models.YARN),
-        ("deepseek_v3", UNLIKE),
-        ("deepseek_v3", LINEAR),
-        ("deepseek_v2", models.YARN | {"attention_factor": 1.2, "mscale_all_dim": 0.6}),
-        ("deepseek_v32", models.YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}),
-        ("deepseek_v32", LINEAR | {"mscale_all_dim": 1.0}),
-        ("mistral4", UNLIKE | {"llama_4_scaling_beta": 0.1}),
-        ("glm_moe_dsa", models.YARN | {"attention_factor": 1.0}),
-        ("hy_v4", models.YARN | {"attention_factor": 1.3}),
-        ("bailing_hybrid", LINEAR),
-    ],
-)
-def test_latent_attention_grows_as_in_transformers(
-    tmp_path: Path, text: Path, family: str, scaling: dict[str, object]
-) -> None:
-    """Whatever a config says of it: each graph of llama.cpp scales attention in a way of its own."""
-    folder = models.build(tmp_path / "model", family, rope_parameters=scaling)
-    ids = torch.randint(1, models.VOCAB, (96,), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected = models.reference(folder)(ids[None]).logits[0].numpy()
-    difference = np.abs(logits(folder, tmp_path / "f32.gguf", text, ids) - expected).max(1)
-    assert np.quantile(difference, 0.95) < 5e-4
-
-
-@pytest.mark.parametrize(
-    ("family", "scaling"),
-    [
-        ("glm_moe_dsa", LINEAR),
-        ("deepseek_v3", models.YARN | {"factor": 1.0, "attention_factor": 1.3}),
-        *((family, BOUNDS) for family in ("glm_moe_dsa", "hy_v4", "bailing_hybrid")),
-    ],
-)
-def test_latent_attention_that_no_key_of_a_file_grows_is_refused(
-    family: str, scaling: dict[str, object]
-) -> None:
-    """GLM-5's graph undoes what YaRN does to attention, scaled by YaRN or not: logits were off by their
-    size."""
-    (own,) = (each for each in FAMILIES if each.name == family)
-    with pytest.raises(FamilyError, match=r"rope scaling '\w+' with mscale .* multiply attention by another"):
-        check(own, text_config(family, rope_parameters=scaling))
 
 
 def test_half_a_pair_is_refused() -> None:

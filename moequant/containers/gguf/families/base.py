@@ -162,6 +162,20 @@ def not_stretched(config: Config) -> tuple[str, ...]:
     )
 
 
+def chosen_by_context(config: Config) -> tuple[str, ...]:
+    """A warning where llama.cpp asks its context, and transformers the text, which numbers stretch it."""
+    lengths = {
+        rope.get("original_max_position_embeddings")
+        for rope in rotations(config)
+        if rope.get("rope_type") == "longrope"
+    }
+    return tuple(
+        f"llama.cpp stretches the rotation (rope type 'longrope') as for long texts where its context is "
+        f"longer than {length} tokens, transformers where a text is: give it no more for shorter texts"
+        for length in sorted(lengths, key=str)
+    )
+
+
 def twice(config: Config, arch: str) -> tuple[str, ...]:
     """A warning where the file holds the embedding a second time."""
     if not config.tie_word_embeddings:
@@ -217,6 +231,7 @@ class Export:
         return (
             *yarn_bounds(config),
             *not_stretched(config),
+            *chosen_by_context(config),
             *(twice(config, self.arch) if self.own_head else ()),
             *self.warnings(config),
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moequant.containers.gguf.families.attention_scale import scales, unscaled
 from moequant.containers.gguf.families.base import (
     DRAFTING,
     Export,
@@ -21,11 +22,11 @@ from moequant.containers.gguf.families.keys import (
     SOFTMAX,
     head_dim,
     leading_dense,
+    rope,
     rotated_part,
     routing,
     sizes,
 )
-from moequant.containers.gguf.families.latent_scaling import scaling_complaints, scaling_keys
 from moequant.families import Config
 from moequant.families.mla import query_module
 from moequant.values import Role, Site, Stack, Weight
@@ -58,8 +59,11 @@ def split_latent(config: Config, weight: Weight) -> tuple[FileTensor, ...] | Non
 
 
 def latent_keys(config: Config, arch: str) -> tuple[Key, ...]:
-    """Sizes of latent attention, and its rotation."""
-    return (*latent_sizes(config), *scaling_keys(config, arch))
+    """Sizes of latent attention, and its rotation; how much that is scaled is said by `scales`."""
+    found = config.rope_parameters or {}
+    ours = ("attention_factor", "mscale", "mscale_all_dim")
+    turned = {key: value for key, value in found.items() if key not in ours}
+    return (*latent_sizes(config), *rope(config, turned), *scales(config, arch))
 
 
 def latent_sizes(config: Config) -> tuple[Key, ...]:
@@ -134,24 +138,24 @@ def latent_complaints(config: Config, arch: str) -> Iterator[str]:
             f"{rotated} dimensions would be rotated; llama.cpp's {arch!r} rotates all of qk_rope_head_dim = "
             f"{config.qk_rope_head_dim}"
         )
-    yield from scaling_complaints(config, arch)
+    yield from unscaled(config, arch)
 
 
-def complaints(config: Config) -> Iterator[str]:
+def complaints(config: Config, arch: str = ARCH) -> Iterator[str]:
     """What `deepseek2` takes for granted."""
-    yield from latent_complaints(config, ARCH)
+    yield from latent_complaints(config, arch)
     lite = config.num_hidden_layers in (26, 27)
     lite |= config.num_hidden_layers == 48 and config.vocab_size == 128256
     if lite != (config.q_lora_rank is None):
         yield (
-            f"config key q_lora_rank = {config.q_lora_rank!r}: llama.cpp's {ARCH!r} takes queries without a "
+            f"config key q_lora_rank = {config.q_lora_rank!r}: llama.cpp's {arch!r} takes queries without a "
             "latent in models of 26 or 27 layers, or of 48 and 128256 tokens, and only there"
         )
 
 
 def mistral_complaints(config: Config) -> Iterator[str]:
     """What `mistral4` takes for granted."""
-    yield from complaints(config)
+    yield from complaints(config, MISTRAL)
     found = config.rope_parameters or {}
     if found.get("llama_4_scaling_beta") and not found.get("original_max_position_embeddings"):
         yield "rope parameter llama_4_scaling_beta needs original_max_position_embeddings"

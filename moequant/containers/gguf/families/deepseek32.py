@@ -15,10 +15,10 @@ from moequant.containers.gguf.families.deepseek2 import (
 from moequant.containers.gguf.families.keys import SIGMOID, leading_dense, routing, sizes
 from moequant.families import Config
 
-ARCH, GLM = "deepseek32", "glm-dsa"
+V32, GLM = "deepseek32", "glm-dsa"
 
 
-def keys(config: Config, arch: str = ARCH) -> tuple[Key, ...]:
+def keys(config: Config, arch: str = V32) -> tuple[Key, ...]:
     """Keys of DeepSeek-V3.2."""
     return (
         *one_key_head(sizes(config)),
@@ -38,8 +38,8 @@ def glm_keys(config: Config) -> tuple[Key, ...]:
 
 def complaints(config: Config) -> Iterator[str]:
     """What `deepseek32` takes for granted."""
-    yield from latent_complaints(config, ARCH)
-    yield from whole_indexers(config, ARCH)
+    yield from latent_complaints(config, V32)
+    yield from whole_indexers(config, V32)
 
 
 def glm_complaints(config: Config) -> Iterator[str]:
@@ -48,5 +48,5 @@ def glm_complaints(config: Config) -> Iterator[str]:
     yield from whole_indexers(config, GLM)
 
 
-DEEPSEEK_V32 = Export(ARCH, keys, complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)
+DEEPSEEK_V32 = Export(V32, keys, complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)
 GLM_MOE_DSA = Export(GLM, glm_keys, glm_complaints, cut=split_latent, warnings=warnings, drafting=DRAFTING)

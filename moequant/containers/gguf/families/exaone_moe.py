@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from moequant.containers.gguf.families.base import Export, Key, dense_in_front, only
 from moequant.containers.gguf.families.keys import (
+    LLAMA3,
     SIGMOID,
     experts,
     groups,
@@ -32,7 +33,7 @@ def keys(config: Config) -> tuple[Key, ...]:
         Key("expert_shared_count", "u32", shared),
         Key("leading_dense_block_count", "u32", leading_dense(config)),
         *windows(config),
-        *head_sizes(config, in_tensors=True),
+        *head_sizes(config, in_tensors=(LLAMA3,)),
     )
 
 

@@ -14,7 +14,15 @@ from moequant.containers.gguf.families.base import (
     only,
     some_window,
 )
-from moequant.containers.gguf.families.keys import expert_counts, head_sizes, rope_factors, sizes
+from moequant.containers.gguf.families.keys import (
+    LLAMA3,
+    LONG,
+    expert_counts,
+    head_sizes,
+    rope_factors,
+    sizes,
+    window,
+)
 from moequant.containers.gguf.families.llama import pairs
 from moequant.families import Config
 from moequant.values import Role, Weight
@@ -58,7 +66,7 @@ def hybrid(config: Config, weight: Weight) -> tuple[FileTensor, ...] | None:
     return halves(config, weight)
 
 
-def keys(config: Config) -> tuple[Key, ...]:
+def keys(config: Config, in_tensors: tuple[str, ...] = (LLAMA3, LONG)) -> tuple[Key, ...]:
     """Keys of a model; experts are as wide as the key says that a dense block is."""
     return (
         *sizes(config),
@@ -68,7 +76,7 @@ def keys(config: Config) -> tuple[Key, ...]:
         Key("embedding_scale", "f32", float(config.embedding_multiplier)),
         Key("residual_scale", "f32", float(config.residual_multiplier)),
         Key("logit_scale", "f32", float(config.logits_scaling)),
-        *head_sizes(config, in_tensors=True),
+        *head_sizes(config, in_tensors=in_tensors),
     )
 
 
@@ -89,7 +97,7 @@ def window_keys(config: Config) -> tuple[Key, ...]:
     windows = [kind == "sliding_attention" for kind in config.layer_types]
     return (
         *found,
-        Key("attention.sliding_window", "u32", int(config.sliding_window)),
+        window(config),
         Key("attention.sliding_window_pattern", "bools", windows),
         Key("attention.rope_pattern", "bools", [bool(theta) for theta in config.layer_rope_theta]),
     )
@@ -100,7 +108,7 @@ def hybrid_keys(config: Config) -> tuple[Key, ...]:
     heads = [0 if _is_mixer(kind) else int(config.num_key_value_heads) for kind in config.layer_types]
     width = config.intermediate_size if config.num_local_experts else config.shared_intermediate_size
     changed = {"attention.head_count_kv": ("u32s", heads), "feed_forward_length": ("u32", int(width))}
-    found = [Key(k.name, *changed[k.name]) if k.name in changed else k for k in keys(config)]  # type: ignore[arg-type]
+    found = [Key(k.name, *changed[k.name]) if k.name in changed else k for k in keys(config, (LLAMA3,))]  # type: ignore[arg-type]
     return (
         *found,
         Key("ssm.conv_kernel", "u32", int(config.mamba_d_conv)),
@@ -127,6 +135,8 @@ def window_complaints(config: Config) -> Iterator[str]:
     yield from only(config, WINDOW, "hidden_act", "silu")
     yield from some_window(config, WINDOW)
     bases = sorted({theta for theta in config.layer_rope_theta if theta})
+    if not bases:
+        yield f"config key layer_rope_theta: llama.cpp's {WINDOW!r} needs layers with a rotation"
     if len(bases) > 1:
         yield f"config key layer_rope_theta has {bases}: llama.cpp's {WINDOW!r} rotates with one base"
 

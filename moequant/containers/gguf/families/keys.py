@@ -91,9 +91,9 @@ def scoring(gating: int, normalised: bool, scale: float = 1.0) -> tuple[Key, ...
 
 def groups(config: Config, limited: bool = True) -> tuple[Key, ...]:
     """Experts are chosen out of the best groups of them; where all groups are the best, or choice is not
-    `limited` to some, there is one. llama.cpp takes no file in which all of several are, and none in which
-    there are as many groups as experts."""
-    if (getattr(config, "num_local_experts", None) or config.num_experts) == 1:
+    `limited` to some, there is one. llama.cpp takes no file in which all of several are, and none with as
+    many groups as experts: one expert is in no group."""
+    if expert_counts(config)[0].value == 1:
         return ()
     found, best = int(config.n_group or 1), int(config.topk_group or 1)
     if not limited or best >= found:
@@ -107,17 +107,18 @@ def leading_dense(config: Config) -> int:
     return kinds.index("sparse") if "sparse" in kinds else len(kinds)
 
 
+def window(config: Config) -> Key:
+    """How far layers with a window look back. FamilyError where the config does not say it."""
+    width = config.sliding_window
+    if width is None:
+        raise FamilyError("config key sliding_window is None, but layer_types has layers with a window")
+    return Key("attention.sliding_window", "u32", int(width))
+
+
 def windows(config: Config) -> tuple[Key, ...]:
     """How far layers look back, and which of them look only so far; nothing where all look at everything."""
     short = [kind == "sliding_attention" for kind in config.layer_types]
-    if not any(short):
-        return ()
-    if config.sliding_window is None:
-        raise FamilyError("config key sliding_window = None: layer_types has layers with a window")
-    return (
-        Key("attention.sliding_window", "u32", int(config.sliding_window)),
-        Key("attention.sliding_window_pattern", "bools", short),
-    )
+    return (window(config), Key("attention.sliding_window_pattern", "bools", short)) if any(short) else ()
 
 
 def routing(config: Config, gating: int, dense: int, limited: bool = True) -> tuple[Key, ...]:
@@ -153,7 +154,7 @@ def head_widths(config: Config, rotated: float = 1.0) -> tuple[Key, ...]:
     )
 
 
-def head_sizes(config: Config, rotated: float = 1.0, in_tensors: bool = False) -> tuple[Key, ...]:
+def head_sizes(config: Config, rotated: float = 1.0, in_tensors: tuple[str, ...] = ()) -> tuple[Key, ...]:
     """The same, with the base of the rotation and its scaling; see `rope`."""
     return (*head_widths(config, rotated), *rope(config, in_tensors=in_tensors))
 
@@ -184,19 +185,29 @@ def rotated_part(config: Config) -> float:
     return float((config.rope_parameters or {}).get("partial_rotary_factor") or 1.0)
 
 
+LLAMA3, LONG = "llama3", "longrope"
+"""Scalings by numbers of each frequency, which files have in tensors."""
+
+
 def rope(
-    config: Config, parameters: Mapping[str, Any] | None = None, in_tensors: bool = False
+    config: Config, parameters: Mapping[str, Any] | None = None, in_tensors: tuple[str, ...] = ()
 ) -> tuple[Key, ...]:
     """Base and scaling of rotary positions, by the config's `rope_parameters` unless others are given.
 
-    `in_tensors` says that the family also writes `rope_factors`. A dynamic scaling does nothing within the
-    context of the model.
+    `in_tensors` are scalings of which the family also writes `rope_factors`. A dynamic scaling does nothing
+    within the context of the model.
 
     Raises FamilyError for a scaling that GGUF cannot express or that is not known here.
     """
     found = dict((config.rope_parameters if parameters is None else parameters) or {})
     kind = found.get("rope_type", "default")
-    if unknown := sorted(str(key) for key in found.keys() - _SCALING):
+    known = ("default", "dynamic", "linear", "yarn", *in_tensors)
+    if kind not in known:
+        raise FamilyError(
+            f"config key rope_parameters, or rope_scaling: llama.cpp has no rope type {kind!r} for this "
+            f"family; there are {', '.join(known)}"
+        )
+    if unknown := sorted(str(key) for key in found.keys() - _SCALING - (_LISTS if kind == LONG else set())):
         raise FamilyError(f"rope scaling {kind!r}: key {unknown[0]} is not supported yet")
     if kind == "yarn" and not found.get("truncate", True):
         raise FamilyError(
@@ -204,14 +215,10 @@ def rope(
             "file would compute something else"
         )
     base = Key("rope.freq_base", "f32", _number(found, "rope_theta", kind))
-    known = ("default", "dynamic", "linear", "yarn", *(["llama3"] if in_tensors else []))
-    if kind not in known:
-        raise FamilyError(
-            f"config key rope_parameters, or rope_scaling: rope type {kind!r} is not converted for this "
-            f"family; known: {', '.join(known)}"
-        )
-    if kind in ("default", "dynamic", "llama3"):
+    if kind in ("default", "dynamic", LLAMA3):
         return (base,)
+    if kind == LONG:
+        return (base, *_long(config, found))
     factor = _number(found, "factor", kind)
     keys = [base, Key("rope.scaling.type", "str", kind), Key("rope.scaling.factor", "f32", factor)]
     return (*keys, *(_yarn(config, found, factor) if kind == "yarn" else ()))
@@ -223,22 +230,27 @@ def rope_factors(
     rotated: int | None = None,
     length: int | None = None,
 ) -> tuple[Computed, ...]:
-    """What divides each frequency, for a scaling that llama.cpp has no keys for: Llama 3.1's.
+    """What divides each frequency, for scalings that llama.cpp has no keys for: Llama 3.1's and LongRoPE's.
 
     By the config's `rope_parameters` and all of each head, unless others and `rotated` dimensions are given;
     up to `length`, nothing is divided.
     """
     found = dict((config.rope_parameters if parameters is None else parameters) or {})
-    if found.get("rope_type") != "llama3":
+    if found.get("rope_type") == LONG:
+        names = {"long": "long_factor", "short": "short_factor"}
+        return tuple(
+            Computed(f"rope_factors_{name}.weight", _list(config, found, key)) for name, key in names.items()
+        )
+    if found.get("rope_type") != LLAMA3:
         return ()
-    names = (
+    numbers = (
         "rope_theta",
         "factor",
         "low_freq_factor",
         "high_freq_factor",
         "original_max_position_embeddings",
     )
-    base, factor, low, high, context = (_number(found, name, "llama3") for name in names)
+    base, factor, low, high, context = (_number(found, name, LLAMA3) for name in numbers)
     width = head_dim(config) if rotated is None else rotated
     factors = []
     for at in range(0, width, 2):
@@ -260,6 +272,36 @@ def _yarn(config: Config, found: Mapping[str, Any], factor: float) -> tuple[Key,
         # llama.cpp multiplies its own factor by this key (it reads yarn_attn_factor, and then forgets it).
         keys.append(Key("rope.scaling.attn_factor", "f32", yarn_factor(found, factor) / grown(factor)))
     return tuple(keys)
+
+
+_LISTS = frozenset({"long_factor", "short_factor"})
+"""What LongRoPE divides each frequency by, in long texts and in short ones."""
+
+
+def _long(config: Config, found: Mapping[str, Any]) -> tuple[Key, ...]:
+    """Keys of LongRoPE; the numbers of its frequencies are in tensors."""
+    for name in sorted(_LISTS):
+        _list(config, found, name)
+    context = int(_number(found, "original_max_position_embeddings", LONG))
+    factor, scale = found.get("factor") or config.max_position_embeddings / context, 1.0
+    if found.get("attention_factor") is not None:
+        scale = _number(found, "attention_factor", LONG)
+    elif factor > 1:
+        scale = math.sqrt(1 + math.log(factor) / math.log(context))
+    return (
+        Key("rope.scaling.type", "str", LONG),
+        Key("rope.scaling.original_context_length", "u32", context),
+        Key("rope.scaling.attn_factor", "f32", scale),
+    )
+
+
+def _list(config: Config, found: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    """One number for each pair of rotated dimensions."""
+    values, pairs = found.get(name), head_dim(config) // 2
+    if not isinstance(values, list | tuple) or len(values) != pairs:
+        shown = f"{len(values)} numbers" if isinstance(values, list | tuple) else repr(values)
+        raise FamilyError(f"rope scaling {LONG!r}: {name} is {shown}; {pairs} numbers were expected")
+    return tuple(_number({name: value}, name, LONG) for value in values)
 
 
 def yarn_factor(found: Mapping[str, Any], factor: float) -> float:

@@ -6,7 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moequant.containers.gguf.families.base import Export, FileTensor, Key, full_attention, only
-from moequant.containers.gguf.families.keys import expert_counts, head_sizes, rope_factors, sizes
+from moequant.containers.gguf.families.keys import (
+    LLAMA3,
+    LONG,
+    expert_counts,
+    head_sizes,
+    rope_factors,
+    sizes,
+)
 from moequant.families import Config
 from moequant.values import Role, Weight
 from moequant.values.ops import Interleaved
@@ -34,12 +41,12 @@ def complaints(config: Config) -> Iterator[str]:
 
 def dense_keys(config: Config) -> tuple[Key, ...]:
     """Keys of a dense model."""
-    return (*sizes(config), *head_sizes(config, in_tensors=True))
+    return (*sizes(config), *head_sizes(config, in_tensors=(LLAMA3, LONG)))
 
 
 def moe_keys(config: Config) -> tuple[Key, ...]:
     """Keys of Mixtral."""
-    return (*sizes(config), *expert_counts(config), *head_sizes(config, in_tensors=True))
+    return (*sizes(config), *expert_counts(config), *head_sizes(config, in_tensors=(LLAMA3, LONG)))
 
 
 LLAMA = Export(ARCH, dense_keys, complaints, cut=pairs, computed=rope_factors)

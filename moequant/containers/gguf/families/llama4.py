@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moequant.containers.gguf.families.base import Export, Key, only
-from moequant.containers.gguf.families.keys import expert_counts, head_sizes, rope_factors, sizes
+from moequant.containers.gguf.families.keys import LLAMA3, expert_counts, head_sizes, rope_factors, sizes
 from moequant.families import Config
 
 ARCH = "llama4"
@@ -28,7 +28,7 @@ def keys(config: Config) -> tuple[Key, ...]:
         Key("expert_feed_forward_length", "u32", int(config.intermediate_size)),
         Key("interleave_moe_layer_step", "u32", int(config.interleave_moe_layer_step)),
         Key("attention.sliding_window_pattern", "bools", chunked),
-        *head_sizes(config, in_tensors=True),
+        *head_sizes(config, in_tensors=(LLAMA3,)),
     )
 
 

@@ -7,7 +7,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moequant.containers.gguf.families.base import Computed, Drafting, Export, FileTensor, Key, only
-from moequant.containers.gguf.families.keys import SIGMOID, experts, rope, rope_factors, scoring, windows
+from moequant.containers.gguf.families.keys import (
+    LLAMA3,
+    SIGMOID,
+    experts,
+    rope,
+    rope_factors,
+    scoring,
+    windows,
+)
 from moequant.families import Config
 from moequant.families.predictions import last_of
 from moequant.families.step3p7 import heads, predicted_kind
@@ -37,7 +45,7 @@ def keys(config: Config) -> tuple[Key, ...]:
         Key("rope.dimension_count", "u32", width),
         Key("attention.key_length", "u32", width),
         Key("attention.value_length", "u32", width),
-        *rope(config, config.rope_parameters[FULL], in_tensors=True),
+        *rope(config, config.rope_parameters[FULL], in_tensors=(LLAMA3,)),
         Key("rope.freq_base_swa", "f32", float(config.rope_parameters[WINDOW]["rope_theta"])),
         *_clamps("swiglu_clamp_exp", config.swiglu_limits),
         *_clamps("swiglu_clamp_shexp", config.swiglu_limits_shared),
