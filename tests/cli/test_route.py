@@ -166,7 +166,7 @@ def test_statistics_that_do_not_fit(model: Path, text: Path, tiny, tmp_path: Pat
     refused(tmp_path, tiny("mixtral"), "-o", out, "--merge", part, says="part: statistics of another model")
     part.write_bytes(part.read_bytes()[:-1])
     refused(tmp_path, model, "-o", out, "--merge", part, says="part: cannot be read as statistics")
-    refused(tmp_path, model, "-o", out, "--merge", tmp_path / "gone", says="gone: cannot be read")
+    refused(tmp_path, model, "-o", out, "--merge", tmp_path / "gone", says="gone: no such file")
 
 
 def test_a_dense_model_has_moments_but_no_routers(tiny, text: Path, tmp_path: Path) -> None:

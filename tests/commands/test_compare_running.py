@@ -72,7 +72,7 @@ def test_a_prompt_that_is_too_long_loses_its_start(file: Path) -> None:
     found = serve(file, [Prompt("long", bundled.prompts()["long"])], 4, 1)
     assert found.n_ctx == 2048, "what the model was made for"
     assert (found.samples[0].fed, found.samples[0].cut) == (2044, len(ids) - 2044)
-    with Llama(file, n_ctx=2048, threads=1, exact=False) as model:
+    with Llama(file, n_ctx=2048, threads=1, cache=None) as model:
         assert tuple(model.generate(ids[-2044:], 4)) == found.samples[0].ids
 
 
