@@ -162,7 +162,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         formats.quantize("Q4_K", torch.zeros(3, 4, 256), torch.ones(256))
     with pytest.raises(FormatError, match="whole 144-byte blocks"):
         formats.dequantize("Q4_K", torch.zeros(4, 143, dtype=torch.uint8))
-    with pytest.raises(FormatError, match="no format is called 'Q4_X'; known are F32, F16"):
+    with pytest.raises(FormatError, match="no format is called 'Q4_X'; did you mean "):
         formats.get("Q4_X")
 
 
