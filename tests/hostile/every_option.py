@@ -16,6 +16,9 @@ from tests.hostile.special import PLACES
 
 SKIPPED = ("--help", "--speed")
 
+ELSEWHERE = ("demo", "push")
+"""Commands that are not called: one takes no model, the other talks to a server (tests/hub)."""
+
 ROOMS = (0, 1, 100, 4096, 20_000, 100_000)
 """Bytes that a file may have before the disk is full."""
 
@@ -32,7 +35,7 @@ def _options() -> list[tuple[str, str, bool]]:
     for name, command in root.commands.items():
         for option in command.params:
             for spelled in (*option.opts, *option.secondary_opts):
-                if spelled.startswith("--") and spelled not in SKIPPED and name != "demo":
+                if spelled.startswith("--") and spelled not in SKIPPED and name not in ELSEWHERE:
                     found.append((name, spelled, not getattr(option, "is_flag", False)))
     return found
 
