@@ -34,6 +34,9 @@ from moequant.text.rows import ROW, load_encoder, row_length
 Engine = Literal["moequant", "llama.cpp"]
 CacheType = Literal["f32", "f16", "q8_0"]
 
+SHORTEST = 16
+"""Tokens in a row at least: the few that are scored must have a standard error."""
+
 SAMPLE_TOKENS = 32
 """Tokens that a prompt is continued by, unless somebody says otherwise."""
 
@@ -92,6 +95,8 @@ def run(
             f"--cache-type {settings.cache_type}: only llama.cpp keeps keys and values so; add "
             "--engine llama.cpp, which takes GGUF files"
         )
+    if settings.ctx is not None and settings.ctx < SHORTEST:
+        raise PlanError(f"--ctx {settings.ctx}: rows of {SHORTEST} tokens or more were expected")
     with meter.stage("compare"):
         opened = _opened(whole(base), [whole(each) for each in candidates], settings)
         measured = _scored(opened, settings)

@@ -11,7 +11,7 @@ from typing import Any
 
 from moequant import __version__
 from moequant.errors import HubError, MoequantError, OutputError, one_line
-from moequant.escape import shown
+from moequant.escape import plain, shown
 from moequant.files import JOURNAL
 from moequant.hub.client import TIMEOUT, Unreachable
 from moequant.hub.names import HubModel
@@ -35,11 +35,15 @@ class PushSettings:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One file that goes up: its name in the repository, and whether it replaces one of that name."""
+    """One file that goes up: its name in the repository, and whether it replaces one of that name.
+
+    `written` is when it was last written, in nanoseconds: a file that changes after it was shown stays.
+    """
 
     name: str
     bytes: int
     replaces: bool
+    written: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ def prepare(name: str, folder: Path, settings: PushSettings) -> Push:
         folder=folder,
         parent=None if there is None else there.sha,
         private=settings.private if there is None else bool(there.private),
-        files=tuple(Piece(each, (folder / each).stat().st_size, each in known) for each in names),
+        files=tuple(_piece(folder, each, each in known) for each in names),
         left_out=left_out,
         notes=tuple(_notes(folder, names, known)),
     )
@@ -90,16 +94,19 @@ def prepare(name: str, folder: Path, settings: PushSettings) -> Push:
 
 def upload(push: Push, settings: PushSettings) -> Push:
     """Do it, in one commit. HubError when the Hub refuses, or when somebody changed the repository since
-    `prepare`: then nothing is seen there, and the bytes that have arrived are not sent again."""
+    `prepare`: then nothing is seen there, and the bytes that have arrived are not sent again. OutputError for
+    a file that is not what `prepare` found."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api, model = HfApi(library_name="moequant", library_version=__version__), push.repository
     with _translated(model), _quiet():
+        _check_same(push)
         if push.parent is None:
             api.create_repo(model.repository, private=push.private, exist_ok=False)
         adding = [CommitOperationAdd(each.name, push.folder / each.name) for each in push.files]
         for each in counted("upload", adding, "file"):
             api.preupload_lfs_files(model.repository, [each], revision=model.revision, free_memory=False)
+        _check_same(push)
         made = api.create_commit(
             model.repository,
             adding,
@@ -108,6 +115,18 @@ def upload(push: Push, settings: PushSettings) -> Push:
             parent_commit=push.parent,
         )
     return replace(push, commit=made.oid, url=made.commit_url)
+
+
+def _piece(folder: Path, name: str, replaces: bool) -> Piece:
+    found = (folder / name).stat()
+    return Piece(name, found.st_size, replaces, found.st_mtime_ns)
+
+
+def _check_same(push: Push) -> None:
+    for each in push.files:
+        file = push.folder / each.name
+        if not file.is_file() or _piece(push.folder, each.name, each.replaces) != each:
+            raise OutputError(f"{file}: has changed since it was shown; give the command again")
 
 
 def _parsed(name: str, folder: Path) -> HubModel:
@@ -126,7 +145,8 @@ def _parsed(name: str, folder: Path) -> HubModel:
 
 
 def _names(folder: Path) -> tuple[list[str], tuple[str, ...]]:
-    """Files to upload, and what stays: hidden names, and what is kept of a run that did not end."""
+    """Files to upload, and what stays: hidden names, what is kept of a run that did not end, links to
+    folders, and what is no file."""
     names, left = [], set()
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
@@ -135,6 +155,8 @@ def _names(folder: Path) -> tuple[list[str], tuple[str, ...]]:
             left.add("/".join(parts[: stays[0] + 1]))
         elif file.is_file():
             names.append("/".join(parts))
+        elif file.is_symlink() or not file.is_dir():
+            left.add("/".join(parts))
     if not names:
         raise OutputError(
             f"{folder}: has no file to upload; `moequant convert -o {shown(folder)}/` makes some"
@@ -150,6 +172,8 @@ def _notes(folder: Path, names: list[str], known: set[str]) -> Iterator[str]:
         yield "README.md does not name the base model yet: its first lines have the place"
     places = {f"{place}/" for place in (Path.home(), folder.resolve().parent, Path.cwd()) if place.parts[1:]}
     for name in names:
+        if (folder / name).is_symlink():
+            yield f"{name} is a link: what is uploaded is {plain(str((folder / name).resolve()))}"
         if Path(name).suffix in TEXTS and any(place in _text(folder / name) for place in places):
             yield f"{name} names a folder of this machine; look at it before it is public"
 
@@ -208,6 +232,15 @@ def _translated(model: HubModel) -> Iterator[None]:
         raise _error(model, error) from error
 
 
+def _why(error: Any, status: int) -> str:
+    """The status, and what the Hub says: it may be full, or the name somebody else's."""
+    return (
+        f"{status}: {one_line(error.server_message, 200).rstrip('.')}"
+        if error.server_message
+        else str(status)
+    )
+
+
 def _error(model: HubModel, error: Any) -> HubError:
     from huggingface_hub import errors
 
@@ -222,8 +255,8 @@ def _error(model: HubModel, error: Any) -> HubError:
             return HubError(f"{name}: HF_HUB_OFFLINE forbids to ask the Hub; unset it to upload")
         case errors.HfHubHTTPError() if status in (401, 403, 404):
             return HubError(
-                f"{name}: the Hub does not let you write there ({status}); log in with `hf auth login`, or "
-                "set HF_TOKEN to a token that may write"
+                f"{name}: the Hub does not let you write there ({_why(error, status)}); log in with "
+                "`hf auth login`, or set HF_TOKEN to a token that may write"
             )
         case errors.HfHubHTTPError() if status in (409, 412):
             return HubError(f"{name}: has changed since it was looked at; give the command again")

@@ -210,8 +210,8 @@ class _Sums(Recorder):
 def noise(gradients: Tensor) -> Tensor:
     """f64: by how much the sum of g gᵀ over gradients [n, out] may be off beside its diagonal, squared: the
     variance of a sum of n independent terms, their means counted in, which are small."""
-    squares = gradients.square()
-    return squares.sum(1).double().square().sum() - squares.square().sum().double()
+    squares = gradients.double().square()  # where one row is felt most, float32 leaves nothing of the others
+    return squares.sum(1).square().sum() - squares.square().sum()
 
 
 def shrink(gram: Tensor, spread: Tensor) -> None:
@@ -223,8 +223,9 @@ def shrink(gram: Tensor, spread: Tensor) -> None:
     """
     for matrix, off in zip(gram, spread, strict=True):
         diagonal = matrix.diagonal().clone()
-        beside = matrix.double().square().sum() - diagonal.double().square().sum()
-        matrix *= 1 - (off / beside.clamp_min(TINY)).clamp_max(1)
+        matrix.diagonal().zero_()
+        beside = matrix.double().square().sum()
+        matrix *= 1 - (off / beside.clamp_min(TINY)).clamp(0, 1)
         matrix.diagonal().copy_(diagonal)
 
 

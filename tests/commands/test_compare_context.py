@@ -87,6 +87,8 @@ def test_pieces_are_the_logits_of_the_whole(file: Path) -> None:
         ({"ctx": 5000, "eval_tokens": 10_000}, CorpusError, "the model's context is .*smaller --ctx"),
         ({"ctx": 5000, "eval_tokens": 10_000, "engine": "llama.cpp"}, CorpusError, "smaller --ctx"),
         ({"cache_type": "q8_0"}, PlanError, "--engine llama.cpp"),
+        ({"ctx": 2}, PlanError, "rows of 16 tokens or more"),
+        ({"ctx": 2, "engine": "llama.cpp"}, PlanError, "rows of 16 tokens or more"),
     ],
 )
 def test_what_cannot_be_scored_is_one_line(

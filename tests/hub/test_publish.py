@@ -118,6 +118,36 @@ def test_what_is_not_fit_to_publish_is_noted(hub: Hub, folder: Path) -> None:
     assert "there is no README.md" in push(NEW, folder).summary()
 
 
+def test_a_file_that_changes_after_it_was_shown_is_not_published(hub: Hub, folder: Path) -> None:
+    def changed(planned: Result[Any]) -> bool:
+        (folder / "README.md").write_bytes(FILES["README.md"].replace(b"Tiny", b"Tina"))
+        return True
+
+    with pytest.raises(OutputError, match=r"README\.md: has changed since it was shown"):
+        push(NEW, folder, agree=changed)
+    assert not hub.received and not hub.created
+
+    def gone(planned: Result[Any]) -> bool:
+        (folder / "q.png").unlink()
+        return True
+
+    with pytest.raises(OutputError, match=r"q\.png: has changed since it was shown"):
+        push(NEW, folder, agree=gone)
+    assert not hub.received
+
+
+def test_links_are_named_or_stay(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret.bin").write_bytes(b"s")
+    (folder / "inner").symlink_to(tmp_path / "elsewhere")
+    (folder / "link.bin").symlink_to(tmp_path / "elsewhere" / "secret.bin")
+    (folder / "broken").symlink_to(tmp_path / "none")
+    found = push(NEW, folder).found
+    assert {each.name for each in found.files} == FILES.keys() | {"link.bin"}
+    assert {"inner", "broken"} <= set(found.left_out)
+    assert f"link.bin is a link: what is uploaded is {tmp_path / 'elsewhere' / 'secret.bin'}" in found.notes
+
+
 def test_without_a_token_that_may_write(hub: Hub, folder: Path) -> None:
     hub.token = "secret"
     done = said(NEW, folder, "--yes")

@@ -207,3 +207,21 @@ def test_what_tokens_do_not_agree_on_is_left_out() -> None:
         assert torch.equal(gram.diagonal(dim1=1, dim2=2), before.diagonal(dim1=1, dim2=2))
         kept.append(float(gram[0, 0, 1] / before[0, 0, 1]))
     assert kept[0] < 0.1 and kept[1] > 0.9, kept
+
+
+@pytest.mark.parametrize("other", [0.0, 1e-6, 1e-4])
+def test_a_row_that_is_felt_much_more_leaves_the_others_numbers(other: float) -> None:
+    """Little is beside the diagonal, less than float32 shows: it must not grow, or be no number."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        gradients = torch.randn(300, 4, generator=g) * torch.tensor([1.0, other, other, other])
+        exact = gradients.double()
+        beside = float(exact.T.mm(exact).square().fill_diagonal_(0).sum())
+        squares = exact.square()
+        expected = float(squares.T.mm(squares).fill_diagonal_(0).sum()) / beside if beside else 1.0
+        gram = (gradients.T @ gradients)[None]
+        before = gram.clone()
+        shrink(gram, noise(gradients)[None])
+        wanted = before[0, 0, 1] * (1 - min(1.0, expected))
+        torch.testing.assert_close(gram[0, 0, 1], wanted, rtol=1e-2, atol=1e-12)
+        assert bool(gram.isfinite().all())
