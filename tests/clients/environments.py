@@ -6,11 +6,15 @@ import fcntl
 import json
 import os
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+MINUTES = 15
+"""How long a test waits for an environment that is being made."""
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 
@@ -26,7 +30,12 @@ class Environment:
         """The test waits while somebody makes it, and skips where nobody has."""
         if (lock := self._folder.with_name(f"{self.name}.lock")).is_file():
             with lock.open() as held:
-                fcntl.flock(held, fcntl.LOCK_SH)
+                for _ in range(MINUTES * 60):
+                    try:
+                        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        time.sleep(1)
         if not (self._folder / "complete").is_file():
             made = f"tests/clients/{self.name}_env.sh makes it"
             pytest.skip(f"{self.program}'s environment {self._folder} is absent: {made}")
