@@ -13,7 +13,6 @@ from typing import Any
 
 from moequant.checkpoint import Checkpoint, Folder
 from moequant.errors import HubError
-from moequant.escape import size
 from moequant.files import scratch
 from moequant.hub.client import Snapshot, cache_folder, fetch
 from moequant.hub.ranges import RemoteFile
@@ -102,14 +101,14 @@ def announce(checkpoint: Checkpoint, passes: int) -> int:
     for files in layers:
         if sum(files.values()) > shelf.limit:
             raise HubError(
-                f"{checkpoint.repository}: one layer lies in files of {size(sum(files.values()))}; "
+                f"{checkpoint.repository}: one layer lies in files of {sum(files.values()) / 1e9:.1f} GB; "
                 f"--stream {shelf.limit / 1e9:.1f}G is too small for it"
             )
     for files in layers * passes:
         total += sum(size for name, size in files.items() if held.take(name, size))
     _LOG.info(
-        "%s: %d passes over its layers fetch %s in all, with at most %s of them on disk",
-        checkpoint.repository, passes, size(total), size(shelf.limit),
+        "%s: %d passes over its layers fetch %.1f GB in all, with at most %.1f GB of them on disk",
+        checkpoint.repository, passes, total / 1e9, shelf.limit / 1e9,
     )  # fmt: skip
     return total
 
