@@ -50,6 +50,16 @@ def _visible(character: str) -> bool:
     return unicodedata.category(character) not in _HIDDEN
 
 
+def size(count: int) -> str:
+    """Bytes as people say them, in powers of ten like file managers and download pages."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
 def shown(path: Path) -> str:
     """What reports and pages call a file: not where it lies on this machine. In Hugging Face's cache it is
     what the Hub calls it."""

@@ -281,7 +281,7 @@ def convert(
         return
     shown = console()
     shown.print(made.renderable(details))
-    shown.print(next_steps(made, model, card is not None), soft_wrap=True)  # a command is copied whole
+    shown.print(next_steps(made, model, card), soft_wrap=True)  # a command is copied whole
 
 
 def _announce(model: Path | HubModel | GgufModel, settings: Settings) -> None:

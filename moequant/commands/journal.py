@@ -40,10 +40,10 @@ from moequant.errors import (
     VerifyError,
     one_line,
 )
+from moequant.escape import size
 from moequant.files import JOURNAL, atomic, is_scratch, part_names
 from moequant.plan import Sensitivities
 from moequant.plan.figures import Figures
-from moequant.report.style import size
 from moequant.rounding.parts import Parts, loss_fields, loss_of, loss_tensors
 from moequant.statistics import sealed
 from moequant.statistics.journal import Journal, digest, fingerprint

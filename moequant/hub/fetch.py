@@ -17,6 +17,7 @@ from moequant.containers.folders.side_files import COPIED
 from moequant.containers.gguf.header import Header
 from moequant.containers.gguf.read import read_header, shards
 from moequant.errors import CheckpointError, HubError
+from moequant.escape import size
 from moequant.files.local import LocalFile
 from moequant.hub.client import Snapshot, Unreachable, cache_folder, cached, download, look_up
 from moequant.hub.names import GgufModel, HubModel, Model, Source, located
@@ -184,13 +185,15 @@ def _download(found: Snapshot, names: Collection[str]) -> Path:
     """Weights into the cache, after a look at the disk."""
     cache = cache_folder(found.model)
     there = _snapshot(found)
-    needed = sum(found.sizes[name] for name in names if not (there / name).exists())
+    missing = [name for name in names if not (there / name).exists()]
+    needed = sum(found.sizes[name] for name in missing)
     if needed:
         begun = sum(file.stat().st_blocks * 512 for file in there.parents[1].glob("blobs/*.incomplete"))
         _check_space(cache, found, max(needed - begun, 0))
+        files = "1 file" if len(missing) == 1 else f"{len(missing)} files"
         _LOG.info(
-            "%s at %s: %.1f GB in %d files to download into %s",
-            found.model.repository, found.commit[:12], needed / 1e9, len(names), cache,
+            "%s at %s: %s in %s to download into %s",
+            found.model.repository, found.commit[:12], size(needed), files, cache,
         )  # fmt: skip
     return download(found, names)
 
@@ -201,6 +204,6 @@ def _check_space(cache: Path, found: Snapshot, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise HubError(
-            f"{found.model}: {needed / 1e9:.1f} GB are still to download and {cache} has {free / 1e9:.1f} GB "
+            f"{found.model}: {size(needed)} are still to download and {cache} has {size(free)} "
             "free; --cache-dir names a folder on another disk"
         )

@@ -20,6 +20,9 @@ from moequant.progress import counted
 TEXTS = (".md", ".json", ".html", ".txt", ".jinja", ".csv")
 """Files that people read, and in which a place on this machine would be seen."""
 
+PLACEHOLDER = "YOUR_NAME/REPOSITORY"
+"""What a card says for the repository, which nobody knows when the card is written."""
+
 READ = 8_000_000
 """Bytes of such a file that are looked at."""
 
@@ -88,7 +91,7 @@ def prepare(name: str, folder: Path, settings: PushSettings) -> Push:
         private=settings.private if there is None else bool(there.private),
         files=tuple(_piece(folder, each, each in known) for each in names),
         left_out=left_out,
-        notes=tuple(_notes(folder, names, known)),
+        notes=tuple(_notes(model.repository, folder, names, known)),
     )
 
 
@@ -164,12 +167,14 @@ def _names(folder: Path) -> tuple[list[str], tuple[str, ...]]:
     return names, tuple(sorted(left))
 
 
-def _notes(folder: Path, names: list[str], known: set[str]) -> Iterator[str]:
+def _notes(repository: str, folder: Path, names: list[str], known: set[str]) -> Iterator[str]:
     """What a person should see before it is public."""
     if "README.md" not in names and "README.md" not in known:
         yield "there is no README.md; `moequant convert --card` writes one"
     if "README.md" in names and "# base_model: " in _text(folder / "README.md"):
         yield "README.md does not name the base model yet: its first lines have the place"
+    if "README.md" in names and PLACEHOLDER in _text(folder / "README.md"):
+        yield f"README.md says {PLACEHOLDER}; put {repository} there, so that its commands can be copied"
     places = {f"{place}/" for place in (Path.home(), folder.resolve().parent, Path.cwd()) if place.parts[1:]}
     for name in names:
         if (folder / name).is_symlink():

@@ -9,26 +9,25 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from moequant import __version__
 from moequant.containers.about import front_matter, licenses
 from moequant.containers.folders.plan import KEPT, FolderSettings, scheme_groups
 from moequant.containers.folders.schemes import find
-from moequant.escape import markdown, plain, shown, text_names, yaml
+from moequant.escape import markdown, plain, shown, size, text_names, yaml
 from moequant.files import atomic
+from moequant.hub.publish import PLACEHOLDER
 from moequant.report import figures
 from moequant.report.conversion import Conversion
-from moequant.report.style import size
 from moequant.report.summary import Report, estimate, kind
+from moequant.text.bundled import LABELS
 
 PICTURES = ("curve.png", "curve.svg")
 """Names under which a picture of the size/quality curve is looked for beside the card."""
 
 DRAWN = "quality.png"
 """The picture that is drawn where there is none: size and KL divergence of the files that were measured."""
-
-REPOSITORY = "YOUR_NAME/REPOSITORY"
-"""Stands for where somebody will upload the files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +87,24 @@ class Card:
         every = "Every expert is rounded under statistics of its own. " if checkpoint.n_experts else ""
         return (
             f"# {name}, GGUF\n\nFor llama.cpp and what is built on it, made by moequant {__version__} from "
-            f"{markdown(checkpoint.repository)}. {every}Router and norms stay F32.\n"
+            f"{self._source()}. {every}Router and norms stay F32.\n"
         )
+
+    def _source(self) -> str:
+        """The original, as a link where the Hub has it."""
+        checkpoint = self.first.checkpoint
+        text = markdown(checkpoint.repository)
+        named = checkpoint.hub_name
+        return text if named is None else f"[{text}](https://huggingface.co/{quote(named)})"
 
     def _files(self) -> str:
         """A row a file, with what it lost where that was measured."""
         reports = self.made.reports
         found = self.first.comparison
         columns = ["file", "size", "bits per weight"]
-        columns += ["perplexity", "KL divergence, mean", "99 %", "same top token"] if found else []
+        columns += (
+            ["perplexity", "KL divergence, mean", "KL divergence, 99 %", "same top token"] if found else []
+        )
         rows = [columns, ["---"] * len(columns)]
         if found is not None:
             numel = sum(weight.numel for weight in self.first.checkpoint.weights)
@@ -145,18 +153,18 @@ class Card:
 
     def _running(self) -> str:
         """How each of the usual programs starts it; whoever uploads the files knows the name."""
-        head = f"## How to run it\n\n`{REPOSITORY}` stands for where you found this page"
-        more = "" if self.first.checkpoint.hub_name else ", `OWNER` for who published the original"
+        head = f"## How to run it\n\n`{PLACEHOLDER}` is where you found this page"
+        more = "" if self.first.checkpoint.hub_name else "; `OWNER` is who published the original"
         head += f"{'' if self.first.how.folder else more}.\n\n"
         if self.first.checkpoint.encodes:
             return head + (
                 "transformers loads it, with `pip install compressed-tensors`, and decodes the experts to "
                 "their original precision in memory:\n\n"
                 "```python\nfrom transformers import AutoModelForSeq2SeqLM\n\n"
-                f'model = AutoModelForSeq2SeqLM.from_pretrained("{REPOSITORY}", dtype="auto")\n```\n'
+                f'model = AutoModelForSeq2SeqLM.from_pretrained("{PLACEHOLDER}", dtype="auto")\n```\n'
             )
         if (folder := self.first.how.folder) is not None:
-            text = head + f"```sh\nvllm serve {REPOSITORY}\n```\n"
+            text = head + f"```sh\nvllm serve {PLACEHOLDER}\n```\n"
             if folder.layout in ("gptq", "awq"):
                 return text
             stored = [find(name) for name in scheme_groups(self.first.plan)]
@@ -170,10 +178,10 @@ class Card:
         name = self.first.out.name
         return head + (
             "llama.cpp:\n\n"
-            f"```sh\nllama-server --hf-repo {REPOSITORY} --hf-file {name}\n"
-            f"llama-server -m {name}    # a file that is here already\n```\n\n"
-            f"ollama:\n\n```sh\nollama run hf.co/{REPOSITORY}:{name}\n```\n\n"
-            f"LM Studio:\n\n```sh\nlms get https://huggingface.co/{REPOSITORY}\n```\n\n"
+            f"```sh\nllama-server --hf-repo {PLACEHOLDER} --hf-file {name}\n"
+            f"llama-server -m {name}    # a file that you have downloaded\n```\n\n"
+            f"ollama:\n\n```sh\nollama run hf.co/{PLACEHOLDER}:{name}\n```\n\n"
+            f"LM Studio:\n\n```sh\nlms get https://huggingface.co/{PLACEHOLDER}\n```\n\n"
             "vLLM reads safetensors folders. This makes one of the same model, and starts it:\n\n"
             f"```sh\nmoequant convert {shlex.quote(plain(self._original()))} -o FOLDER "
             "--format safetensors\nvllm serve FOLDER\n```\n"
@@ -253,5 +261,6 @@ def _words(name: str) -> str:
 
 
 def _named(source: str) -> str:
-    """A text by its name, not by where it lies."""
-    return markdown(text_names(source))
+    """A text by its name, not by where it lies; whoever reads the card does not know what is bundled."""
+    ours = {label: f"moequant's {label}" for label in LABELS.values()}
+    return markdown(text_names(", ".join(ours.get(each, each) for each in source.split(", "))))

@@ -10,13 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from moequant.checkpoint.codecs.inputs import AS_THEY_ARE
-from moequant.escape import shown
+from moequant.escape import shown, size
 from moequant.evaluate import Comparison, Difference, Estimate, Measured, WeightError
 from moequant.evaluate.compared import Compared
 from moequant.evaluate.divergence import PERCENTILES
 from moequant.evaluate.open_source import Source
 from moequant.report.compare_running import ran_tables, ran_value, record_table, record_value
-from moequant.report.style import line, size, table
+from moequant.report.style import line, table
 
 WORST = 8
 """Experts listed as worst; the JSON has all."""

@@ -10,10 +10,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moequant.escape import plain, shown
+from moequant.escape import plain, shown, size
 from moequant.evaluate import Ran
 from moequant.evaluate.environment import Record
-from moequant.report.style import line, size, table
+from moequant.report.style import line, table
 from moequant.runtimes.llama_cpp.serving import Sample
 
 QUOTED = "average"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from moequant.escape import shown
+from moequant.escape import shown, size
 from moequant.report.machine import conversion_json
 from moequant.report.shown import Shown
-from moequant.report.style import line, size, table
+from moequant.report.style import line, table
 from moequant.report.summary import Report, estimate, made_how, stages, verdict
 
 
@@ -54,9 +55,9 @@ class Conversion(Shown):
         return page(self)
 
 
-def next_steps(made: Conversion, model: str, card: bool = False) -> RenderableType:
-    """What a person does next, `model` as was typed: the commands that start a file and compare all of them,
-    and what the card still lacks, if there is one."""
+def next_steps(made: Conversion, model: str, card: Path | None = None) -> RenderableType:
+    """What a person does next, `model` as was typed: the commands that start a file, compare all of them and
+    upload them with their `card`, and what the card still lacks, if there is one."""
     first, outs = made.reports[0], [str(report.out) for report in made.reports]
     if first.checkpoint.encodes:
         start = None
@@ -66,13 +67,24 @@ def next_steps(made: Conversion, model: str, card: bool = False) -> RenderableTy
         context = min(first.checkpoint.shape.context, 8192)
         start = f"llama-server -m {shlex.quote(outs[0])} -c {context}"
     compared = shlex.join(["moequant", "compare", model, *outs, "--html", "compare.html"])
-    steps = [each for each in (start, compared) if each]
+    steps = [each for each in (start, compared, _upload(made, card)) if each]
     lines = [line(f"  {each}", style="cyan") for each in steps]
-    if card and first.checkpoint.hub_name is None:
+    if card is not None and first.checkpoint.hub_name is None:
         lines.append(
             line("  before you publish the card, put the original's name on the Hub into its first lines")
         )
     return Group(line("next", style="bold"), *lines)
+
+
+def _upload(made: Conversion, card: Path | None) -> str | None:
+    """The command for a folder that has all files and the card."""
+    if card is None:
+        return None
+    folder = card.parent if card.suffix == ".md" else card
+    if any(report.out.resolve().parent != folder.resolve() for report in made.reports):
+        return None
+    name = f"YOUR_NAME/{made.reports[0].checkpoint.name}-GGUF"
+    return shlex.join(["moequant", "push", name, str(folder)])
 
 
 def _files(reports: tuple[Report, ...]) -> Table:

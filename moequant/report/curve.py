@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
-from moequant.escape import mathtext
+from moequant.escape import mathtext, size
 from moequant.files import atomic
 from moequant.plan import Point
 from moequant.plan.curve import Curve
 from moequant.report.figures import by_decades
-from moequant.report.style import line, size, table
+from moequant.report.style import line, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

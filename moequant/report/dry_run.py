@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 
 from moequant.checkpoint import Checkpoint
-from moequant.escape import shown
-from moequant.report.style import line, parts_table, size, table
+from moequant.escape import shown, size
+from moequant.report.style import line, parts_table, table
 from moequant.values import Choice, Plan
 
 

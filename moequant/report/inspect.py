@@ -9,9 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moequant.escape import described, of_cache, shown
+from moequant.escape import described, of_cache, shown, size
 from moequant.inspection import Inspection
-from moequant.report.style import line, size, table
+from moequant.report.style import line, table
 
 
 def inspection_report(found: Inspection) -> RenderableType:

@@ -17,10 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from moequant import __version__
-from moequant.escape import plain
+from moequant.escape import plain, size
 from moequant.files import atomic
 from moequant.report.maps import Map
-from moequant.report.style import size
 
 
 def render(template: str, **values: Any) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from moequant.escape import shown
+from moequant.escape import shown, size
 from moequant.hub.publish import Push
-from moequant.report.style import line, size, table
+from moequant.report.style import line, table
 
 
 def push_tables(found: Push) -> RenderableType:

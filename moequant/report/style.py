@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moequant.escape import plain
+from moequant.escape import plain, size
 
 
 def line(text: str, style: str = "") -> Text:
@@ -47,13 +47,3 @@ def parts_table(parts: Mapping[Path, int]) -> Table:
     for path, count in parts.items():
         made.add_row(path.name, f"{count:,}", size(count))
     return made
-
-
-def size(count: int) -> str:
-    """Bytes as people say them, in powers of ten like file managers and download pages."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from moequant.checkpoint import Checkpoint
 from moequant.containers.folders.plan import FolderSettings, scheme_groups
-from moequant.escape import shown
+from moequant.escape import shown, size
 from moequant.evaluate import Comparison, Estimate, Measured
 from moequant.progress import Forecast, StageCost
 from moequant.report.shown import Shown
-from moequant.report.style import line, parts_table, size, table
+from moequant.report.style import line, parts_table, table
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, ExpertLoss, Plan, Role
 

@@ -16,6 +16,9 @@ from moequant.errors import CorpusError
 
 Split = Literal["calibration", "evaluation"]
 
+LABELS: dict[Split, str] = {"calibration": "bundled calibration set", "evaluation": "bundled evaluation set"}
+"""What reports call the text of a split."""
+
 
 def path(name: Literal["calib", "demo"], package: Path = Path(__file__).parents[1]) -> Path:
     """The folder of bundled data called `name`, in an installed wheel or in a checkout.

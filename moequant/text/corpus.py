@@ -85,7 +85,7 @@ def read(
     not text or not in that form.
     """
     if source is None:
-        label = f"bundled {split} set"
+        label = bundled.LABELS[split]
         return [
             Document(domain, text, label) for domain, texts in bundled.texts(split).items() for text in texts
         ]

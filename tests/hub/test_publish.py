@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from moequant.cli import app
 from moequant.errors import HubError, MoequantError, OutputError
+from moequant.hub.publish import PLACEHOLDER
 from moequant.library import PushSettings, push
 from moequant.report.shown import Result
 from tests.cli.test_json import documented, naming
@@ -195,3 +196,13 @@ def test_offline_is_one_line(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE forbids"):
         push(NEW, folder)
+
+
+def test_commands_of_the_card_that_lack_the_name_are_noted(hub: Hub, folder: Path) -> None:
+    card = folder / "README.md"
+    card.write_text(f"```sh\nollama run hf.co/{PLACEHOLDER}:tiny-Q4_K_M.gguf\n```\n")
+    assert push(NEW, folder).found.notes == (
+        f"README.md says {PLACEHOLDER}; put {NEW} there, so that its commands can be copied",
+    )
+    card.write_text(card.read_text().replace(PLACEHOLDER, NEW))
+    assert not push(NEW, folder).found.notes

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from html import unescape
+from io import StringIO
 from pathlib import Path
 
 import gguf
 import pytest
 import yaml
+from rich.console import Console
 
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.convert import Settings, convert_all
 from moequant.containers.about import front_matter, licenses
 from moequant.errors import OutputError, PlanError
+from moequant.report.card import text as write_text
+from moequant.report.conversion import Conversion, next_steps
 from moequant.report.summary import verdict
 from tests.cli.test_cli import run
 from tests.commands.test_convert import settings
@@ -68,10 +73,20 @@ def test_a_card_has_what_its_readers_look_for(cached: Path, text: Path, tmp_path
         (row,) = [line for line in card.splitlines() if line.startswith(f"| {name} |")]
         assert f"{comparison.kl_mean.value:.5f} ± {comparison.kl_mean.error:.5f}" in row
         assert f"{report.bits_per_weight:.2f}" in row and f"{comparison.same_top:.2%}" in row
+    for folder, pushed in ((out, True), (tmp_path, False)):
+        steps = Console(file=StringIO(), width=500)
+        steps.print(next_steps(found, "acme/Tiny-MoE-1B", folder))
+        said = steps.file.getvalue()
+        assert (f"moequant push YOUR_NAME/Tiny-MoE-1B-GGUF {out}" in said) is pushed, "all lie in one folder"
+    statistics = replace(found.reports[0].calibration, source="bundled calibration set, acme/bundled-text")
+    bundled = Conversion((replace(found.reports[0], calibration=statistics),))
+    assert "of: moequant's bundled calibration set, acme/bundled-text." in write_text(bundled, out)
     first = found.reports[0].comparison
     assert first is not None and f"Measured on {first.tokens:,} tokens of: text.txt." in card
     for words in (
         "| the original |",
+        "| KL divergence, mean | KL divergence, 99 % |",
+        "from [acme/Tiny-MoE-1B](https://huggingface.co/acme/Tiny-MoE-1B).",
         "llama-server --hf-repo YOUR_NAME/REPOSITORY --hf-file Tiny-MoE-1B-Q4_K_M.gguf",
         "ollama run hf.co/YOUR_NAME/REPOSITORY:Tiny-MoE-1B-Q4_K_M.gguf",
         "lms get",
@@ -130,7 +145,7 @@ def test_the_card_of_a_folder_says_where_its_base_model_goes(tiny, text: Path, t
     assert not {"base_model", "base_model_relation"} & yaml.safe_load(front).keys()
     filled = yaml.safe_load(front.replace("# base", "base").replace("OWNER", "acme"))
     assert filled["base_model"] == "acme/Tiny-MoE" and filled["base_model_relation"] == "quantized"
-    assert "moequant convert OWNER/Tiny-MoE -o FOLDER" in card and "`OWNER` for who published" in card
+    assert "moequant convert OWNER/Tiny-MoE -o FOLDER" in card and "`OWNER` is who published" in card
     assert "/home/me" not in card and str(tmp_path) not in card and "Tiny-MoE-1B-Base" not in card
 
 

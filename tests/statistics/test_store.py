@@ -182,7 +182,7 @@ def refused(path: Path, says: str) -> None:
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
-    refused(path, "cannot be read")
+    refused(path, "no such file; give one")
     path.write_text("{}")
     refused(path, "cannot be read")
     save_file({"weight": torch.ones(3)}, path)
