@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ def look_up(model: HubModel) -> Snapshot:
     """What the name means now. Unreachable without the Hub; HubError for a model that is not to be had."""
     from huggingface_hub import HfApi  # a second to import
 
-    with _translated(model):
+    with translated(model):
         found = HfApi(**_MINE).model_info(
             model.repository, revision=model.revision, files_metadata=True, timeout=TIMEOUT
         )
@@ -66,7 +66,7 @@ def download(found: Snapshot, names: Iterable[str]) -> Path:
     """Those files of a snapshot into the cache, from where a cut download stopped; the snapshot's folder."""
     from huggingface_hub import snapshot_download
 
-    with _translated(found.model):
+    with translated(found.model):
         folder = Path(
             snapshot_download(
                 found.model.repository,
@@ -89,7 +89,7 @@ def fetch(found: Snapshot, name: str, folder: Path) -> None:
     """One file of a snapshot into a folder of its own."""
     from huggingface_hub import hf_hub_download
 
-    with _translated(found.model):
+    with translated(found.model):
         hf_hub_download(
             found.model.repository,
             name,
@@ -134,7 +134,7 @@ def read_range(found: Snapshot, name: str, begin: int, end: int) -> bytes:
         if attempt:
             time.sleep(WAIT * 2 ** (attempt - 1))
         try:
-            with _translated(found.model):
+            with translated(found.model):
                 for part in _parts(found, name, begin + len(got), end):
                     got += part
         except Unreachable:
@@ -172,14 +172,15 @@ def _is_range(text: str, begin: int, end: int) -> bool:
 
 
 @contextmanager
-def _translated(model: HubModel) -> Iterator[None]:
-    """Errors of huggingface_hub, and of the libraries under it, as HubError."""
+def translated(model: HubModel, told: Callable[[HubModel, Any], HubError] | None = None) -> Iterator[None]:
+    """Errors of huggingface_hub, and of the libraries under it, as what `told` makes of them; None: what a
+    person is told who wants to read."""
     try:
         yield
     except (MoequantError, MemoryError):
         raise
     except Exception as error:
-        raise _error(model, error) from error
+        raise (told or _error)(model, error) from error
 
 
 def _error(model: HubModel, error: Any) -> HubError:

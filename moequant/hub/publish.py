@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from moequant import __version__
-from moequant.errors import HubError, MoequantError, OutputError, one_line
+from moequant.errors import HubError, OutputError, one_line
 from moequant.escape import plain, shown
 from moequant.files import JOURNAL
-from moequant.hub.client import TIMEOUT, Unreachable
+from moequant.hub.client import TIMEOUT, Unreachable, translated
 from moequant.hub.names import HubModel
 from moequant.progress import counted
 
@@ -102,7 +102,7 @@ def upload(push: Push, settings: PushSettings) -> Push:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api, model = HfApi(library_name="moequant", library_version=__version__), push.repository
-    with _translated(model), _quiet():
+    with translated(model, _error), _quiet():
         _check_same(push)
         if push.parent is None:
             api.create_repo(model.repository, private=push.private, exist_ok=False)
@@ -194,7 +194,7 @@ def _look_up(model: HubModel) -> Any:
 
     api = HfApi(library_name="moequant", library_version=__version__)
     try:
-        with _translated(model):
+        with translated(model, _error):
             return api.model_info(model.repository, revision=model.revision, timeout=TIMEOUT)
     except HubError as error:
         why = error.__cause__
@@ -224,17 +224,6 @@ def _quiet() -> Iterator[None]:
     finally:
         if hides:
             enable_progress_bars()
-
-
-@contextmanager
-def _translated(model: HubModel) -> Iterator[None]:
-    """Errors of huggingface_hub, and of the libraries under it, as HubError."""
-    try:
-        yield
-    except (MoequantError, MemoryError):
-        raise
-    except Exception as error:
-        raise _error(model, error) from error
 
 
 def _why(error: Any, status: int) -> str:
