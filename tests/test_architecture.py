@@ -16,7 +16,7 @@ PACKAGE = Path(moequant.__file__).parent
 
 ORDER = [
     {"errors", "escape", "document"},
-    {"values", "progress", "files", "ranks"},
+    {"values", "progress", "files", "ranks", "native"},
     {"formats", "families"},
     {"kernels", "checkpoint"},
     {"text"},

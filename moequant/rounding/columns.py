@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from moequant.formats.codebook import inverse
+from moequant.native import WIDE, loops
 from moequant.rounding.hessian import Factored, spans
 from moequant.rounding.lattice import Fields, Lattice
-from moequant.rounding.vectors import DOWN, EIGHT, Groups, nearest_points
+from moequant.rounding.vectors import DOWN, EIGHT, Eights, nearest_points
 
 CHUNK = 16
-"""Columns whose feedback to each other is applied one by one; farther ones get it in one product."""
+"""Columns whose feedback to each other torch applies one by one; farther ones get it in one product."""
 
 Encode = Callable[[Tensor, int, int], Fields]
 """(weights f32 [E, columns, rows], first column, last column) -> the fields that the encoder finds."""
@@ -80,18 +81,44 @@ def _walk(lattice: Lattice, span: Span, fields: Fields) -> Tensor:
     if offset is not None:
         weights = weights + take(lattice.spread(offset, lattice.sub), order)
     error, level = torch.empty_like(weights), torch.empty_like(weights)
-    for first in range(0, weights.shape[1], CHUNK):
-        chunk = slice(first, first + CHUNK)
+    width = chunk_of(lattice, weights)
+    for first in range(0, weights.shape[1], width):
+        chunk = slice(first, first + width)
         wanted = weights[:, chunk] + span.pull[:, chunk] + unit[:, :first, chunk].mT @ error[:, :first]
-        across = unit[:, chunk, chunk]
-        for k in range(wanted.shape[1]):
-            at = first + k
-            near = lattice.snap(wanted[:, k] * by[:, at])
-            left = torch.addcmul(weights[:, at], near, step[:, at], value=-1, out=error[:, at])
-            level[:, at] = near
-            wanted[:, k + 1 :].addcmul_(across[:, k, k + 1 :, None], left[:, None])
+        given = weights[:, chunk], wanted, step[:, chunk], by[:, chunk]
+        walk(lattice, unit[:, chunk, chunk], given, level[:, chunk], error[:, chunk])
     fields.level.copy_(take(level, order.argsort(1)))
     return error
+
+
+def chunk_of(lattice: Lattice, weights: Tensor) -> int:
+    """How many columns of these weights [E, n, R] are rounded one by one before products follow."""
+    return CHUNK if lattice.native is None or loops(weights.device) is None else WIDE
+
+
+def walk(lattice: Lattice, unit: Tensor, given: tuple[Tensor, ...], level: Tensor, error: Tensor) -> None:
+    """Round the columns of a chunk one after another, under unit f32 [E, n, n].
+
+    `given` are weights, what they are rounded to with the feedback of all chunks before, steps and their
+    inverses; level and error are written; f32 [E, n, R] each.
+    """
+    native = loops(level.device)
+    if native is not None and lattice.native is not None:
+        native.walk(lattice.native, unit, given, level, error)
+    else:
+        walk_by_torch(lattice, unit, given, level, error)
+
+
+def walk_by_torch(
+    lattice: Lattice, unit: Tensor, given: tuple[Tensor, ...], level: Tensor, error: Tensor
+) -> None:
+    """The same, computed by torch; it writes to what is wanted."""
+    weights, wanted, step, by = given
+    for k in range(wanted.shape[1]):
+        near = lattice.snap(wanted[:, k] * by[:, k])
+        left = torch.addcmul(weights[:, k], near, step[:, k], value=-1, out=error[:, k])
+        level[:, k] = near
+        wanted[:, k + 1 :].addcmul_(unit[:, k, k + 1 :, None], left[:, None])
 
 
 def _walk_groups(lattice: Lattice, span: Span, fields: Fields) -> Tensor:
@@ -105,11 +132,11 @@ def _walk_groups(lattice: Lattice, span: Span, fields: Fields) -> Tensor:
     for g in range(eights.shape[1]):
         own, own_rows = slice(g * EIGHT, (g + 1) * EIGHT), slice(g * rows, (g + 1) * rows)
         back = span.unit[:, : own.start, own].mT @ error[:, : own.start]
-        wanted = (span.weights[:, own] + span.pull[:, own] + back).mT
+        wanted = span.weights[:, own] + span.pull[:, own] + back
         down = row[:, own_rows.start] >= DOWN if layout.one_delta else None
-        found = nearest_points(layout, Groups(wanted, step[:, g], span.corner[:, g], down))
-        row[:, own_rows] = found.row.mT
-        level[:, own] = found.level.mT
+        found = nearest_points(layout, Eights(wanted, step[:, g], span.corner[:, g], down))
+        row[:, own_rows] = found.row
+        level[:, own] = found.level
         error[:, own] = span.weights[:, own] - step[:, g, None] * level[:, own]
     fields.level.copy_(take(level, span.order.argsort(1)))
     fields.row.copy_(take(row, by_row.argsort(1)))

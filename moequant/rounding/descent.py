@@ -15,9 +15,10 @@ from torch import Tensor
 
 from moequant.formats.codebook import inverse
 from moequant.formats.parts import look_up
-from moequant.rounding.columns import CHUNK
+from moequant.native import loops
+from moequant.rounding.columns import chunk_of
 from moequant.rounding.lattice import Fields, Lattice
-from moequant.rounding.vectors import DOWN, EIGHT, Groups, error_of, nearest_points
+from moequant.rounding.vectors import DOWN, EIGHT, Eights, error_of, nearest_points
 
 REACH = 2
 """How far a scale or minimum code may move in one round."""
@@ -133,16 +134,36 @@ def move_levels(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tens
     by_sub = lattice.step(block)
     step, by = (lattice.spread(x, lattice.sub) for x in (by_sub, inverse(by_sub)))
     by = by * inverse(hessian.diagonal(dim1=1, dim2=2))[..., None]
-    moved = torch.empty_like(gradient)
-    for first in range(0, step.shape[1], CHUNK):
-        chunk = slice(first, first + CHUNK)
-        pull, across = _follow(gradient, hessian, moved, chunk), hessian[:, chunk, chunk]
-        for k in range(pull.shape[1]):
-            level = block.level[:, first + k]
-            near = lattice.snap(torch.addcmul(level, pull[:, k], by[:, first + k]))
-            change = torch.mul(near - level, step[:, first + k], out=moved[:, first + k])
-            pull[:, k + 1 :].addcmul_(across[:, k, k + 1 :, None], change[:, None], value=-1)
-            level.copy_(near)
+    moved, width = torch.empty_like(gradient), chunk_of(lattice, gradient)
+    for first in range(0, step.shape[1], width):
+        chunk = slice(first, first + width)
+        given = _follow(gradient, hessian, moved, chunk), step[:, chunk], by[:, chunk]
+        move(lattice, hessian[:, chunk, chunk], given, block.level[:, chunk], moved[:, chunk])
+
+
+def move(lattice: Lattice, hessian: Tensor, given: tuple[Tensor, ...], level: Tensor, moved: Tensor) -> None:
+    """Move the levels of a chunk, one column after another, under hessian f32 [E, n, n].
+
+    `given` are gradients that know what all chunks before have moved, steps, and what a gradient of 1 moves a
+    level by; level is changed and moved, what weights move by, is written; f32 [E, n, R] each.
+    """
+    native = loops(level.device)
+    if native is not None and lattice.native is not None:
+        native.move(lattice.native, hessian, given, level, moved)
+    else:
+        move_by_torch(lattice, hessian, given, level, moved)
+
+
+def move_by_torch(
+    lattice: Lattice, hessian: Tensor, given: tuple[Tensor, ...], level: Tensor, moved: Tensor
+) -> None:
+    """The same, computed by torch; it writes to the gradients."""
+    pull, step, by = given
+    for k in range(pull.shape[1]):
+        near = lattice.snap(torch.addcmul(level[:, k], pull[:, k], by[:, k]))
+        change = torch.mul(near - level[:, k], step[:, k], out=moved[:, k])
+        pull[:, k + 1 :].addcmul_(hessian[:, k, k + 1 :, None], change[:, None], value=-1)
+        level[:, k] = near
 
 
 def move_groups(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tensor) -> None:
@@ -160,10 +181,10 @@ def move_groups(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tens
         by = step[:, g, None]
         wanted = by * level + undo[:, g] @ _follow(gradient, hessian, moved, columns)
         down = row[:, 0] >= DOWN if layout.one_delta else None
-        groups = Groups(wanted.mT, step[:, g], corner[:, g], down)
-        found = nearest_points(layout, groups)
-        won = (found.error < error_of(groups, level.mT))[:, None]
-        change = torch.where(won, found.level.mT - level, 0.0)
+        eights = Eights(wanted, step[:, g], corner[:, g], down)
+        found = nearest_points(layout, eights)
+        won = (found.error < error_of(eights, level))[:, None]
+        change = torch.where(won, found.level - level, 0.0)
         torch.mul(by, change, out=moved[:, columns])
         level += change
-        row.copy_(torch.where(won, found.row.mT, row))
+        row.copy_(torch.where(won, found.row, row))

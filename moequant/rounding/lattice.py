@@ -23,6 +23,7 @@ from moequant.formats.grids import Layout
 from moequant.formats.layout import half
 from moequant.formats.parts import Parts, Scalar, Vector, VectorParts, count_up, look_up
 from moequant.formats.signs import join_signs
+from moequant.native import Levels
 from moequant.rounding.vectors import DOWN, EIGHT
 
 
@@ -127,6 +128,15 @@ class Lattice:
     def counts_up(self) -> bool:
         """Whether the levels are all integers between the first and the last."""
         return self.levels == count_up(int(self.levels[0]), int(self.levels[-1]))
+
+    @cached_property
+    def native(self) -> Levels | None:
+        """The levels as compiled loops take them; None where they are no integers."""
+        if self._scalar.snap is not None:
+            return None
+        low, high = self.levels[0], self.levels[-1]
+        table = None if self.counts_up else _nearest_by_halves(self.levels, torch.device("cpu")).data_ptr()
+        return Levels(low, high, table)
 
     def storable(self, d: Tensor) -> Tensor:
         """d or dmin, f32, as a block can hold it."""

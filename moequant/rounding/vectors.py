@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moequant.formats.codebook import inverse
 from moequant.formats.grids import Layout, near_lists, points
+from moequant.native import Grid, loops
 
 EIGHT = 8
 """Weights that are rounded together: a byte of signs belongs to them."""
@@ -25,11 +26,23 @@ DOWN = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
-    """Weights to be rounded, rows first: x f32 [E, R, n], step f32 [E, R].
+class Eights:
+    """Eight weights of R rows to be rounded: x f32 [E, 8, R], step f32 [E, R].
 
-    corner f32 [E, n, n] is upper triangular; `down` bool [E, R] says where their shift is settled; `odd`
-    whether the number of signs must be odd, None that it is free.
+    corner f32 [E, 8, 8] is upper triangular; `down` bool [E, R] says where their shift is settled.
+    """
+
+    x: Tensor
+    step: Tensor
+    corner: Tensor
+    down: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The same, or four of them, as torch computes with them, rows first: x f32 [E, R, n].
+
+    `odd` says whether the number of signs must be odd, None that it is free.
     """
 
     x: Tensor
@@ -41,7 +54,10 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """level f32 [E, R, n] with signs and shift; row i32 [E, R, n / group]; error f32 [E, R] by the metric."""
+    """level f32 [E, R, n] with signs and shift; row i32 [E, R, n / group]; error f32 [E, R] by the metric.
+
+    What `nearest_points` gives is [E, 8, R] and [E, 8 / group, R].
+    """
 
     level: Tensor
     row: Tensor
@@ -57,19 +73,50 @@ class Found:
         )
 
 
-def nearest_points(layout: Layout, groups: Groups) -> Found:
+def nearest_points(layout: Layout, eights: Eights) -> Found:
     """The best points found for eight weights."""
+    native, x = loops(eights.x.device), eights.x
+    if native is None:
+        return nearest_by_torch(layout, eights)
+    found = Found(
+        torch.empty_like(x),
+        torch.empty((len(x), EIGHT // layout.grid.group, x.shape[2]), dtype=torch.int32),
+        torch.empty_like(eights.step),
+    )
+    down = None if eights.down is None else eights.down.float()
+    given = x, eights.step, eights.corner.contiguous()
+    native.nearest_points(_grid(layout), given, down, (found.level, found.row, found.error))
+    return found
+
+
+def nearest_by_torch(layout: Layout, eights: Eights) -> Found:
+    """The same, computed by torch."""
+    groups = Groups(eights.x.mT, eights.step, eights.corner, eights.down)
+    found = _nearest(layout, groups)
+    return Found(found.level.mT, found.row.mT, found.error)
+
+
+def error_of(eights: Eights, level: Tensor) -> Tensor:
+    """f32 [E, R]: the metric for those levels [E, 8, R]."""
+    off = eights.x - eights.step[:, None] * level
+    return (eights.corner.mT @ off).square().sum(1)
+
+
+@cache
+def _grid(layout: Layout) -> Grid:
+    """The format as compiled loops take it."""
+    grid, near = layout.grid, near_lists(layout.grid, 1, torch.device("cpu"))[0]
+    kind = grid.group, grid.bits, grid.highest, layout.even, layout.signed
+    return Grid(*kind, *near.shape, DOWN, grid.low, grid.step, grid.extra, grid.delta, near.data_ptr())
+
+
+def _nearest(layout: Layout, groups: Groups) -> Found:
     if layout.grid.group == EIGHT:
         return _nearest_rows(layout, replace(groups, odd=False if layout.even else None))
     if not layout.even:
         return _nearest_pair(layout, groups)
     even, odd = (_nearest_pair(layout, replace(groups, odd=wanted)) for wanted in (False, True))
     return even.or_better(odd)
-
-
-def error_of(groups: Groups, level: Tensor) -> Tensor:
-    """f32 [E, R]: the metric for those levels [E, R, n]."""
-    return ((groups.x - groups.step[..., None] * level) @ groups.corner).square().sum(-1)
 
 
 def _nearest_pair(layout: Layout, groups: Groups) -> Found:

@@ -1,0 +1,188 @@
+"""Loops that torch has no fast call for, in C: compiled once on a machine, kept in the user's cache.
+
+Rounding goes from column to column, a few numbers of every row at a time. Torch takes longer to begin such
+a call than to compute it. `loops` gives these loops on a CPU; where there are none (on a GPU, without a C
+compiler) callers compute the same with torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("loops.c")
+
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-shared", "-fPIC")
+NATIVE = "-march=native"
+
+WIDE = 256
+"""Columns that a call takes at most: what it has of a row stays in the first-level cache."""
+
+
+class Levels(ctypes.Structure):
+    """Levels that are integers: all from low to high, or those of `nearest`, a table by steps of a half."""
+
+    _fields_ = (("low", c_float), ("high", c_float), ("nearest", c_void_p))
+
+
+class Grid(ctypes.Structure):
+    """Rows of a grid, and lists of them, words i32 [listed, keys]; see `formats.grids`."""
+
+    _fields_ = (
+        *(
+            (name, c_int32)
+            for name in ("group", "bits", "highest", "even", "signed", "listed", "keys", "down")
+        ),
+        *((name, c_float) for name in ("low", "step", "extra", "delta")),
+        ("words", c_void_p),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Loops:
+    """The loops. Tensors are f32 on the CPU, [E, columns, R] unless said otherwise, each expert's contiguous;
+    results are written to the last ones."""
+
+    library: ctypes.CDLL
+
+    def walk(
+        self, levels: Levels, unit: Tensor, given: tuple[Tensor, ...], level: Tensor, error: Tensor
+    ) -> None:
+        """`rounding.columns.walk` of WIDE columns at most; unit [E, columns, columns]."""
+        self._columns(self.library.walk, levels, unit, (*given, level, error))
+
+    def move(
+        self, levels: Levels, hessian: Tensor, given: tuple[Tensor, ...], level: Tensor, moved: Tensor
+    ) -> None:
+        """`rounding.descent.move` of WIDE columns at most; hessian [E, columns, columns]."""
+        self._columns(self.library.move, levels, hessian, (*given, level, moved))
+
+    def _columns(
+        self, call: ctypes._NamedFuncPointer, levels: Levels, matrix: Tensor, tensors: tuple[Tensor, ...]
+    ) -> None:
+        experts, columns, rows = tensors[0].shape
+        for e in range(experts):
+            pointers = [pointer(each[e]) for each in tensors]
+            call(columns, rows, ctypes.byref(levels), matrix[e].data_ptr(), matrix.stride(1), *pointers)
+
+    def nearest_points(
+        self,
+        grid: Grid,
+        given: tuple[Tensor, Tensor, Tensor],
+        settled: Tensor | None,
+        found: tuple[Tensor, ...],
+    ) -> None:
+        """`rounding.vectors.nearest_points`: of x [E, 8, R], step [E, R] and corner [E, 8, 8]; settled
+        [E, R]; to level [E, 8, R], row i32 [E, 8 / group, R] and error [E, R]."""
+        for e in range(len(given[0])):
+            before = [pointer(each[e]) for each in given]
+            down = None if settled is None else pointer(settled[e])
+            after = [pointer(each[e]) for each in found]
+            self.library.nearest_points(given[0].shape[2], ctypes.byref(grid), *before, down, *after)
+
+
+def pointer(tensor: Tensor) -> int:
+    """Where a tensor begins that lies in one piece."""
+    assert tensor.is_contiguous() and tensor.element_size() == 4, (
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+    )
+    return tensor.data_ptr()
+
+
+def loops(device: torch.device) -> Loops | None:
+    """The loops for tensors on that device, None: there are none."""
+    return _loaded() if device.type == "cpu" else None
+
+
+_lock = Lock()
+
+
+def _loaded() -> Loops | None:
+    with _lock:  # threads ask at once, and one compiles
+        return _compiled()
+
+
+@cache
+def _compiled() -> Loops | None:
+    try:
+        library = ctypes.CDLL(str(built()))
+    except OSError as error:
+        log.warning("rounding cannot be compiled here and runs slower: %s", error)
+        return None
+    library.walk.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_int64, *(c_void_p,) * 6)
+    library.move.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_int64, *(c_void_p,) * 5)
+    library.nearest_points.argtypes = (c_int64, *(c_void_p,) * 8)
+    for call in (library.walk, library.move, library.nearest_points):
+        call.restype = None
+    return Loops(library)
+
+
+def built() -> Path:
+    """The compiled library, of the cache or made anew. OSError where it cannot be made."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise OSError("there is no C compiler (cc, gcc or clang)")
+    path = folder() / f"loops-{_fingerprint(compiler)}.so"
+    if not path.exists():
+        _build(compiler, path)
+    return path
+
+
+def folder() -> Path:
+    """Where compiled libraries are kept: the user's cache, or a new folder where that cannot be written."""
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moequant" / "native"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        if os.access(kept, os.W_OK | os.X_OK):
+            return kept
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="moequant-native-"))
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of all that decides what is compiled: source, compiler, and what this processor can do."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    parts = [SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, _processor().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    abilities = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {abilities}"
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Compile to `path`, which is there whole or not at all; without NATIVE where that is not known."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as name:
+        made = Path(name) / path.name
+        for flags in ((*FLAGS, NATIVE), FLAGS):
+            command = [compiler, *flags, "-o", str(made), str(SOURCE)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                made.replace(path)
+                return
+        first = (done.stderr.strip().splitlines() or [f"{compiler} failed"])[0]
+        raise OSError(first)

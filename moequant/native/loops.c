@@ -1,0 +1,300 @@
+/* The loops of rounding that go from column to column, over all rows of a tile.
+
+   Everything is f32 and lies columns first, [columns, rows]. Rows do not depend on each other: LANES of them are
+   computed side by side in one vector. moequant.rounding has a function of the same name for each of these, which
+   computes the same with torch and says what it is for. */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+enum { STEP = 8, EIGHT = 8 };
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+static inline vec all(float x) { return (vec){0} + x; }
+
+static inline ivec all_int(int32_t x) { return (ivec){0} + x; }
+
+static inline vec load(const float *from, int64_t lanes) {
+    vec x = {0};
+    memcpy(&x, from, 4 * (lanes < LANES ? lanes : LANES));
+    return x;
+}
+
+static inline void store(float *to, vec x, int64_t lanes) { memcpy(to, &x, 4 * (lanes < LANES ? lanes : LANES)); }
+
+static inline vec pick(ivec which, vec yes, vec no) { return (vec)((which & (ivec)yes) | (~which & (ivec)no)); }
+
+static inline ivec pick_int(ivec which, ivec yes, ivec no) { return (which & yes) | (~which & no); }
+
+static inline vec absolute(vec x) { return (vec)((ivec)x & 0x7fffffff); }
+
+static inline vec clamp(vec x, float low, float high) {
+    x = pick(x > low, x, all(low)); /* what is no number as well */
+    return pick(x < high, x, all(high));
+}
+
+static inline ivec whole_below(vec x) { /* the floor of numbers that an integer can hold */
+    ivec down = __builtin_convertvector(x, ivec);
+    return down + (__builtin_convertvector(down, vec) > x); /* a comparison that holds is -1 */
+}
+
+/* The levels of a format, all integers: every one from low to high, or, by steps of a half from low on, the
+   nearest of those there are. */
+typedef struct {
+    float low, high;
+    const float *nearest;
+} levels;
+
+static inline vec snap(const levels *of, vec x) {
+    if (!of->nearest) {
+        const float even = 12582912.0f; /* 1.5 · 2²³: what is added to it is rounded to an integer */
+        return (clamp(x, of->low, of->high) + even) - even;
+    }
+    ivec at = whole_below(clamp(2 * x, 2 * of->low, 2 * of->high)) - (int32_t)(2 * of->low);
+    vec found;
+    for (int l = 0; l < LANES; l++) found[l] = of->nearest[at[l]];
+    return found;
+}
+
+/* Columns first.. of `from`, STEP at most, with what the columns before them, which are `done`, do to them by the
+   matrix: sum[k] = from[first + k] + Σ_{j < first} matrix[j, first + k] · done[j]. */
+static inline void follow(vec *sum, int64_t first, int64_t count, const float *matrix, int64_t stride, const vec *done) {
+    if (count == STEP) {
+        vec own[STEP];
+        for (int k = 0; k < STEP; k++) own[k] = sum[k];
+        for (int64_t j = 0; j < first; j++) {
+            const float *by = matrix + j * stride + first;
+            for (int k = 0; k < STEP; k++) own[k] += by[k] * done[j];
+        }
+        for (int k = 0; k < STEP; k++) sum[k] = own[k];
+    } else {
+        for (int64_t j = 0; j < first; j++) {
+            for (int64_t k = 0; k < count; k++) sum[k] += matrix[j * stride + first + k] * done[j];
+        }
+    }
+}
+
+/* columns.walk. unit [n, n] with `stride`; weights, wanted, step, inverse (1/step), level and error [n, rows]. */
+void walk(int64_t n, int64_t rows, const levels *of, const float *unit, int64_t stride, const float *weights,
+          const float *wanted, const float *step, const float *inverse, float *level, float *error) {
+    vec done[n], sum[STEP];
+    for (int64_t r = 0; r < rows; r += LANES) {
+        const int64_t lanes = rows - r;
+        for (int64_t first = 0; first < n; first += STEP) {
+            const int64_t count = n - first < STEP ? n - first : STEP;
+            for (int64_t k = 0; k < count; k++) sum[k] = load(wanted + (first + k) * rows + r, lanes);
+            follow(sum, first, count, unit, stride, done);
+            for (int64_t k = first; k < first + count; k++) {
+                const int64_t at = k * rows + r;
+                vec goal = sum[k - first];
+                for (int64_t j = first; j < k; j++) goal += unit[j * stride + k] * done[j];
+                const vec near = snap(of, goal * load(inverse + at, lanes));
+                done[k] = load(weights + at, lanes) - near * load(step + at, lanes);
+                store(level + at, near, lanes);
+                store(error + at, done[k], lanes);
+            }
+        }
+    }
+}
+
+/* descent.move. hessian [n, n] with `stride`, symmetric; pull (the gradient), step, by (what a gradient of 1 moves a
+   level), level and moved (what weights move by) [n, rows]. */
+void move(int64_t n, int64_t rows, const levels *of, const float *hessian, int64_t stride, const float *pull,
+          const float *step, const float *by, float *level, float *moved) {
+    vec back[n], sum[STEP]; /* minus what weights have moved by */
+    for (int64_t r = 0; r < rows; r += LANES) {
+        const int64_t lanes = rows - r;
+        for (int64_t first = 0; first < n; first += STEP) {
+            const int64_t count = n - first < STEP ? n - first : STEP;
+            for (int64_t k = 0; k < count; k++) sum[k] = load(pull + (first + k) * rows + r, lanes);
+            follow(sum, first, count, hessian, stride, back);
+            for (int64_t k = first; k < first + count; k++) {
+                const int64_t at = k * rows + r;
+                vec left = sum[k - first];
+                for (int64_t j = first; j < k; j++) left += hessian[j * stride + k] * back[j];
+                const vec old = load(level + at, lanes), near = snap(of, old + left * load(by + at, lanes));
+                back[k] = (old - near) * load(step + at, lanes);
+                store(level + at, near, lanes);
+                store(moved + at, -back[k], lanes);
+            }
+        }
+    }
+}
+
+/* What grids.Layout says of a format, and grids.near_lists: words [listed, keys]. */
+typedef struct {
+    int32_t group, bits, highest, even, is_signed, listed, keys, down;
+    float low, step, extra, delta;
+    const int32_t *words;
+} grid;
+
+/* Points for `n` weights of LANES rows, and what they leave by the metric. */
+typedef struct {
+    vec level[EIGHT], error;
+    ivec row[2];
+} found;
+
+static inline vec value(const grid *g, ivec word, int i, float low) {
+    ivec c = word >> (g->bits * i) & ((1 << g->bits) - 1);
+    vec up = __builtin_convertvector(c, vec);
+    if (g->extra) up += (vec)((c == g->highest) & (ivec)all(g->extra / g->step));
+    return low + g->step * up;
+}
+
+/* vectors._best: one row of the grid for weights x[0..n), with those signs, under corner[i, i + 1..] (EIGHT to a line). */
+static inline __attribute__((always_inline)) void best_of(const grid *g, int n, const vec *x, const vec *sign, vec step,
+                                                          const float *corner, float shift, found *out) {
+    const float low = g->low + shift;
+    const ivec usable = absolute(step) > 1e-30f;
+    const vec inverse = (vec)(usable & (ivec)(1.0f / pick(usable, step, all(1.0f))));
+    ivec key = {0};
+    for (int i = 0; i < n; i++) {
+        vec c = clamp((x[i] * sign[i] * inverse - low) / g->step + 0.5f, 0, (float)g->highest);
+        key = key * (g->highest + 1) + __builtin_convertvector(c, ivec);
+    }
+    vec by[EIGHT], least = all(__builtin_inff());
+    ivec word = {0};
+    for (int i = 0; i < n; i++) by[i] = step * sign[i];
+    for (int candidate = 0; candidate < g->listed; candidate++) {
+        const int32_t *words = g->words + (int64_t)candidate * g->keys;
+        ivec other;
+        for (int l = 0; l < LANES; l++) other[l] = words[key[l]];
+        vec off[EIGHT], error = {0};
+        for (int i = 0; i < n; i++) {
+            off[i] = x[i] - by[i] * value(g, other, i, low);
+            vec felt = off[0] * corner[i];
+            for (int j = 1; j <= i; j++) felt += off[j] * corner[j * EIGHT + i];
+            error += felt * felt;
+        }
+        ivec better = error < least;
+        least = pick(better, error, least);
+        word = pick_int(better, other, word);
+    }
+    for (int i = 0; i < n; i++) out->level[i] = sign[i] * value(g, word, i, low);
+    out->row[0] = (word >> 16 & 0xFFF) | (shift < 0 ? g->down : 0);
+    out->row[1] = all_int(0);
+    out->error = least;
+}
+
+/* The same, compiled once for each n that there is. */
+static __attribute__((noinline)) void best(const grid *g, int n, const vec *x, const vec *sign, const vec *step,
+                                           const float *corner, float shift, found *out) {
+    if (n == EIGHT) {
+        best_of(g, EIGHT, x, sign, *step, corner, shift, out);
+    } else {
+        best_of(g, EIGHT / 2, x, sign, *step, corner, shift, out);
+    }
+}
+
+/* The one of less error; another than `one` only where it is allowed, NULL: everywhere. */
+static void or_better(int n, found *one, const found *other, const ivec *allowed) {
+    ivec won = other->error < one->error;
+    if (allowed) won &= *allowed;
+    for (int i = 0; i < n; i++) one->level[i] = pick(won, other->level[i], one->level[i]);
+    for (int i = 0; i < 2; i++) one->row[i] = pick_int(won, other->row[i], one->row[i]);
+    one->error = pick(won, other->error, one->error);
+}
+
+/* vectors._signs and _nearest_rows of a grid without signs; odd: 0, 1, or -1 for a number of signs that is free. */
+static void best_signs(const grid *g, int n, const vec *x, const vec *step, const float *corner, int odd, found *out) {
+    const vec plus = all(1.0f), infinite = all(__builtin_inff());
+    vec sign[EIGHT], cost[EIGHT], least = infinite, second = infinite;
+    ivec negative = {0}, cheapest = {0}, next = {0};
+    for (int i = 0; i < n; i++) {
+        ivec below = x[i] < 0.0f;
+        sign[i] = pick(below, -plus, plus);
+        negative ^= below;
+        float weight = 0;
+        for (int j = i; j < n; j++) weight += corner[i * EIGHT + j] * corner[i * EIGHT + j];
+        cost[i] = weight * absolute(x[i]);
+        ivec first = cost[i] < least, other = cost[i] < second;
+        next = pick_int(first, cheapest, pick_int(other, all_int(i), next));
+        second = pick(first, least, pick(other, cost[i], second));
+        cheapest = pick_int(first, all_int(i), cheapest);
+        least = pick(first, cost[i], least);
+    }
+    /* The sign that is cheapest to turn is turned in one of both; where the number is wrong, another in the other. */
+    ivec wrong = odd < 0 ? all_int(0) : negative ^ all_int(-odd);
+    vec turned[EIGHT];
+    for (int i = 0; i < n; i++) {
+        vec once = pick(cheapest == i, -sign[i], sign[i]), last = pick(next == i, -sign[i], sign[i]);
+        vec both = pick(next == i, -once, once);
+        turned[i] = odd < 0 ? once : pick(wrong, last, both);
+        sign[i] = pick(wrong, once, sign[i]);
+    }
+    found other;
+    best(g, n, x, sign, step, corner, 0, out);
+    best(g, n, x, turned, step, corner, 0, &other);
+    or_better(n, out, &other, NULL);
+}
+
+/* vectors._nearest_pair: the second four make up for what the first leave. */
+static void best_pair(const grid *g, const vec *x, const vec *step, const float *corner, int odd, found *out) {
+    enum { HALF = EIGHT / 2 };
+    vec left[HALF], rest[HALF];
+    best_signs(g, HALF, x, step, corner, odd, out);
+    for (int i = 0; i < HALF; i++) left[i] = x[i] - *step * out->level[i];
+    for (int i = 0; i < HALF; i++) {
+        vec undone = {0};
+        for (int j = 0; j < HALF; j++) undone += left[j] * corner[j * EIGHT + HALF + i];
+        for (int j = 0; j < i; j++) undone -= rest[j] * corner[(HALF + j) * EIGHT + HALF + i];
+        rest[i] = undone / corner[(HALF + i) * EIGHT + HALF + i];
+    }
+    for (int i = 0; i < HALF; i++) rest[i] += x[HALF + i];
+    found last;
+    best_signs(g, HALF, rest, step, corner + HALF * EIGHT + HALF, odd, &last);
+    for (int i = 0; i < HALF; i++) out->level[HALF + i] = last.level[i];
+    out->row[1] = last.row[0];
+    out->error += last.error;
+}
+
+static void best_shift(const grid *g, const vec *x, const vec *step, const float *corner, const vec *settled,
+                       found *out) {
+    vec plus[EIGHT];
+    found down;
+    for (int i = 0; i < EIGHT; i++) plus[i] = all(1.0f);
+    best(g, EIGHT, x, plus, step, corner, g->delta, out);
+    best(g, EIGHT, x, plus, step, corner, -g->delta, &down);
+    if (settled) {
+        const ivec shifted = *settled > 0.0f;
+        out->error = pick(shifted, all(__builtin_inff()), out->error);
+        or_better(EIGHT, out, &down, &shifted);
+    } else {
+        or_better(EIGHT, out, &down, NULL);
+    }
+}
+
+/* vectors.nearest_points: x and level [EIGHT, rows], step, error and settled [rows] (1: shifted down; NULL: free),
+   corner [EIGHT, EIGHT], row [EIGHT / group, rows]. */
+void nearest_points(int64_t rows, const grid *g, const float *x, const float *step, const float *corner,
+                    const float *settled, float *level, int32_t *row, float *error) {
+    for (int64_t r = 0; r < rows; r += LANES) {
+        const int64_t lanes = rows - r;
+        vec weights[EIGHT], by = load(step + r, lanes), down = all(0.0f);
+        for (int i = 0; i < EIGHT; i++) weights[i] = load(x + i * rows + r, lanes);
+        if (settled) down = load(settled + r, lanes);
+        found out, odd;
+        if (g->is_signed) {
+            best_shift(g, weights, &by, corner, settled ? &down : NULL, &out);
+        } else if (g->group == EIGHT) {
+            best_signs(g, EIGHT, weights, &by, corner, g->even ? 0 : -1, &out);
+        } else {
+            best_pair(g, weights, &by, corner, g->even ? 0 : -1, &out);
+            if (g->even) {
+                best_pair(g, weights, &by, corner, 1, &odd);
+                or_better(EIGHT, &out, &odd, NULL);
+            }
+        }
+        for (int i = 0; i < EIGHT; i++) store(level + i * rows + r, out.level[i], lanes);
+        for (int i = 0; i < EIGHT / g->group; i++) store((float *)row + i * rows + r, (vec)out.row[i], lanes);
+        store(error + r, out.error, lanes);
+    }
+}

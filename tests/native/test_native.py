@@ -1,0 +1,126 @@
+"""The loops in C against torch, and where they come from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moequant import native
+from moequant.formats import FORMATS
+from moequant.rounding.columns import walk, walk_by_torch
+from moequant.rounding.descent import move, move_by_torch
+from moequant.rounding.lattice import lattice_of
+
+SCALAR = ["Q2_K", "Q4_K", "Q8_0", "IQ4_NL", "MXFP4", "TQ1_0"]
+"""Levels that count up, those of tables, few and many."""
+
+
+def problem(columns: int, rows: int = 101, experts: int = 2) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A unit triangular matrix for each expert, and weights, what is wanted, steps and their inverses; some
+    steps are 0, and rows are no multiple of what a vector holds."""
+    g = torch.Generator().manual_seed(columns)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    matrix = (0.1 * numbers(experts, columns, columns)).triu(1) + torch.eye(columns)
+    weights = 5 * numbers(experts, columns, rows)
+    step = 0.2 + numbers(experts, columns, rows).abs()
+    step[:, :, 3] = 0
+    inverse = torch.where(step > 0, 1 / step, 0.0)
+    return matrix, (weights, weights + numbers(experts, columns, rows), step, inverse)
+
+
+@pytest.mark.parametrize("name", SCALAR)
+@pytest.mark.parametrize("columns", [32, 21, 256])
+def test_walk(name: str, columns: int) -> None:
+    lattice = lattice_of(FORMATS[name])
+    matrix, given = problem(columns)
+    found, known = ([torch.full_like(given[0], torch.nan) for _ in range(2)] for _ in range(2))
+    walk(lattice, matrix, given, *found)
+    walk_by_torch(lattice, matrix, (given[0], given[1].clone(), *given[2:]), *known)
+    assert rows_alike(found, known) > 0.98
+
+
+@pytest.mark.parametrize("name", SCALAR)
+@pytest.mark.parametrize("columns", [32, 21, 256])
+def test_move(name: str, columns: int) -> None:
+    lattice = lattice_of(FORMATS[name])
+    matrix, (weights, pull, step, by) = problem(columns)
+    hessian = matrix @ matrix.mT
+    levels = [lattice.snap(weights.clone()) for _ in range(2)]
+    moved = [torch.full_like(weights, torch.nan) for _ in range(2)]
+    move(lattice, hessian, (pull, step, 0.3 * by), levels[0], moved[0])
+    move_by_torch(lattice, hessian, (pull.clone(), step, 0.3 * by), levels[1], moved[1])
+    assert rows_alike((levels[0], moved[0]), (levels[1], moved[1])) > 0.98
+
+
+def rows_alike(found: list[Tensor] | tuple[Tensor, ...], known: list[Tensor] | tuple[Tensor, ...]) -> float:
+    """How many rows have the same levels, and nearly the same errors. Sums in another order may turn one
+    level, and all behind it in its row."""
+    levels = (found[0] == known[0]).all(1)
+    errors = ((found[1] - known[1]).abs() < 1e-3).all(1)
+    return float((levels & errors).float().mean())
+
+
+def test_a_part_of_a_matrix_is_read_with_its_stride() -> None:
+    lattice = lattice_of(FORMATS["Q4_K"])
+    matrix, given = problem(64)
+    part = slice(16, 48)
+    inner = tuple(each[:, part] for each in given)
+    found, known = ([torch.empty(2, 32, 101) for _ in range(2)] for _ in range(2))
+    walk(lattice, matrix[:, part, part], inner, *found)
+    walk(lattice, matrix[:, part, part].contiguous(), tuple(each.contiguous() for each in inner), *known)
+    assert torch.equal(found[0], known[0]) and torch.equal(found[1], known[1])
+
+
+def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = native.built()
+    made = first.stat().st_mtime_ns
+    assert first.is_relative_to(tmp_path / "moequant")
+    assert native.built() == first and first.stat().st_mtime_ns == made
+    assert [each.name for each in first.parent.iterdir()] == [first.name]
+
+
+def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'cc: no such header' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(OSError, match="no such header"):
+        native.built()
+
+
+ROUND = """
+import torch
+from moequant.rounding.feedback import round_to_hessian
+torch.manual_seed(1)
+x = torch.randn(2, 400, 256)
+data = round_to_hessian("IQ3_S", 0.1 * torch.randn(2, 16, 256), x.mT @ x).data
+torch.save(data, "{}")
+"""
+
+
+def test_without_a_compiler_torch_computes_the_same(tmp_path: Path) -> None:
+    found = []
+    for number, path in enumerate((os.environ["PATH"], str(tmp_path))):
+        out = tmp_path / f"{number}.pt"
+        variables = os.environ | {"PATH": path, "XDG_CACHE_HOME": str(tmp_path), "CC": "cc"}
+        done = subprocess.run(
+            [sys.executable, "-c", ROUND.format(out)],
+            env=variables,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("rounding cannot be compiled here" in done.stderr) == (number == 1)
+        found.append(torch.load(out))
+    assert (found[0] == found[1]).float().mean() > 0.98
