@@ -56,8 +56,8 @@ class Grid(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Loops:
-    """The loops. Tensors are f32 on the CPU, [E, columns, R] unless said otherwise, each expert's contiguous;
-    results are written to the last ones."""
+    """The loops. Tensors are f32 on the CPU, [E, columns, R] unless said otherwise; results are written to
+    the last ones, of which each expert's lies in one piece."""
 
     library: ctypes.CDLL
 
@@ -65,20 +65,26 @@ class Loops:
         self, levels: Levels, unit: Tensor, given: tuple[Tensor, ...], level: Tensor, error: Tensor
     ) -> None:
         """`rounding.columns.walk` of WIDE columns at most; unit [E, columns, columns]."""
-        self._columns(self.library.walk, levels, unit, (*given, level, error))
+        self._columns(self.library.walk, levels, unit, given, (level, error))
 
     def move(
         self, levels: Levels, hessian: Tensor, given: tuple[Tensor, ...], level: Tensor, moved: Tensor
     ) -> None:
         """`rounding.descent.move` of WIDE columns at most; hessian [E, columns, columns]."""
-        self._columns(self.library.move, levels, hessian, (*given, level, moved))
+        self._columns(self.library.move, levels, hessian, given, (level, moved))
 
+    @staticmethod
     def _columns(
-        self, call: ctypes._NamedFuncPointer, levels: Levels, matrix: Tensor, tensors: tuple[Tensor, ...]
+        call: ctypes._NamedFuncPointer,
+        levels: Levels,
+        matrix: Tensor,
+        given: tuple[Tensor, ...],
+        found: tuple[Tensor, ...],
     ) -> None:
-        experts, columns, rows = tensors[0].shape
+        experts, columns, rows = found[0].shape
         for e in range(experts):
-            pointers = [pointer(each[e]) for each in tensors]
+            tensors = [*(each[e].contiguous() for each in given), *(each[e] for each in found)]
+            pointers = [pointer(each) for each in tensors]
             call(columns, rows, ctypes.byref(levels), matrix[e].data_ptr(), matrix.stride(1), *pointers)
 
     def nearest_points(
@@ -91,19 +97,17 @@ class Loops:
         """`rounding.vectors.nearest_points`: of x [E, 8, R], step [E, R] and corner [E, 8, 8]; settled
         [E, R]; to level [E, 8, R], row i32 [E, 8 / group, R] and error [E, R]."""
         for e in range(len(given[0])):
-            before = [pointer(each[e]) for each in given]
-            down = None if settled is None else pointer(settled[e])
-            after = [pointer(each[e]) for each in found]
-            self.library.nearest_points(given[0].shape[2], ctypes.byref(grid), *before, down, *after)
+            before = [each[e].contiguous() for each in given]
+            down = None if settled is None else settled[e].contiguous()
+            pointers = [pointer(each) for each in before], [pointer(each[e]) for each in found]
+            moved = None if down is None else pointer(down)
+            rows = given[0].shape[2]
+            self.library.nearest_points(rows, ctypes.byref(grid), *pointers[0], moved, *pointers[1])
 
 
 def pointer(tensor: Tensor) -> int:
     """Where a tensor begins that lies in one piece."""
-    assert tensor.is_contiguous() and tensor.element_size() == 4, (
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-    )
+    assert tensor.is_contiguous() and tensor.element_size() == 4
     return tensor.data_ptr()
 
 

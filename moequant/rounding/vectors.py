@@ -84,7 +84,7 @@ def nearest_points(layout: Layout, eights: Eights) -> Found:
         torch.empty_like(eights.step),
     )
     down = None if eights.down is None else eights.down.float()
-    given = x, eights.step, eights.corner.contiguous()
+    given = x, eights.step, eights.corner
     native.nearest_points(_grid(layout), given, down, (found.level, found.row, found.error))
     return found
 

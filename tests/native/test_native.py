@@ -80,6 +80,17 @@ def test_a_part_of_a_matrix_is_read_with_its_stride() -> None:
     assert torch.equal(found[0], known[0]) and torch.equal(found[1], known[1])
 
 
+def test_what_columns_have_in_common_may_be_given_once() -> None:
+    lattice = lattice_of(FORMATS["Q8_0"])
+    matrix, (weights, wanted, step, inverse) = problem(32)
+    once = step[:, :1], inverse[:, :1]
+    spread = tuple(each.expand(-1, 32, -1) for each in once)
+    found, known = ([torch.empty_like(weights) for _ in range(2)] for _ in range(2))
+    walk(lattice, matrix, (weights, wanted, *spread), *found)
+    walk(lattice, matrix, (weights, wanted, *(each.contiguous() for each in spread)), *known)
+    assert torch.equal(found[0], known[0]) and torch.equal(found[1], known[1])
+
+
 def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = native.built()
