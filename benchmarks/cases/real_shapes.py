@@ -26,10 +26,11 @@ SHAPES = {"Qwen3-30B-A3B": QWEN3_30B, "tiny": TINY}
 
 @dataclass(frozen=True)
 class RealShapes:
-    """A shape by name, with so many layers and experts (0: its own); `tokens` cross it, in `ram` bytes (0: no
-    limit)."""
+    """A shape by name, with so many layers and experts (0: its own), made a file of that type; `tokens` cross
+    it, in `ram` bytes (0: no limit)."""
 
     shape: str = "Qwen3-30B-A3B"
+    type: str = "Q4_K_M"
     layers: int = 0
     experts: int = 0
     vocab: int = 0
@@ -40,7 +41,7 @@ class RealShapes:
 
 @case("Real shapes: time and memory of layers of real size", RealShapes("tiny", efforts=("default",)))
 def real_shapes(o: RealShapes) -> Rows:
-    """Conversion to Q4_K_M of random layers whose inputs are correlated, each effort in a fresh process,
+    """Conversion of random layers whose inputs are correlated, each effort in a fresh process,
     stage by stage: seconds, CPU seconds, peak resident bytes, bytes read. The last row is about routing, plan
     and rounding together: their CPU seconds times the rate of a matrix product (operations in a CPU second,
     all cores busy, measured right after) over the operations of four passes through the layers and of all
@@ -51,13 +52,14 @@ def real_shapes(o: RealShapes) -> Rows:
         folder = Path(name)
         build(folder / "model", shape)
         for effort in o.efforts:
-            found = alone(converted, folder / "model", folder / f"{effort}.gguf", effort, shape, o.ram)
+            found = alone(converted, folder / "model", folder / f"{effort}.gguf", effort, shape, o)
             yield from ({"effort": effort, **row} for row in found)
 
 
-def converted(model: Path, out: Path, effort: Any, shape: Shape, ram: int) -> list[dict[str, Any]]:
+def converted(model: Path, out: Path, effort: Any, shape: Shape, o: RealShapes) -> list[dict[str, Any]]:
     """The stages of a conversion, all of it, and how its CPU seconds stand to its arithmetic."""
-    settings = Settings("Q4_K_M", calib_tokens=shape.tokens, eval_tokens=4096, effort=effort, ram=ram or None)
+    text = {"calib_tokens": shape.tokens, "eval_tokens": 4096}
+    settings = Settings(o.type, **text, effort=effort, ram=o.ram or None)
     report = convert(model, out, settings)
     used = resource.getrusage(resource.RUSAGE_SELF)
     stages = [
