@@ -22,13 +22,24 @@ static inline vec all(float x) { return (vec){0} + x; }
 
 static inline ivec all_int(int32_t x) { return (ivec){0} + x; }
 
+/* Of fewer rows than LANES the rest is 0. A copy of a size that is known is one instruction. */
 static inline vec load(const float *from, int64_t lanes) {
     vec x = {0};
-    memcpy(&x, from, 4 * (lanes < LANES ? lanes : LANES));
+    if (lanes >= LANES) {
+        memcpy(&x, from, sizeof x);
+    } else {
+        memcpy(&x, from, sizeof *from * lanes);
+    }
     return x;
 }
 
-static inline void store(float *to, vec x, int64_t lanes) { memcpy(to, &x, 4 * (lanes < LANES ? lanes : LANES)); }
+static inline void store(float *to, vec x, int64_t lanes) {
+    if (lanes >= LANES) {
+        memcpy(to, &x, sizeof x);
+    } else {
+        memcpy(to, &x, sizeof *to * lanes);
+    }
+}
 
 static inline vec pick(ivec which, vec yes, vec no) { return (vec)((which & (ivec)yes) | (~which & (ivec)no)); }
 
