@@ -15,6 +15,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -127,7 +129,8 @@ def _loaded() -> Loops | None:
 @cache
 def _compiled() -> Loops | None:
     try:
-        library = ctypes.CDLL(str(built()))
+        with folder() as kept:
+            library = ctypes.CDLL(str(built(kept)))  # once loaded, its file may go
     except OSError as error:
         log.warning("rounding cannot be compiled here and runs slower: %s", error)
         return None
@@ -139,27 +142,32 @@ def _compiled() -> Loops | None:
     return Loops(library)
 
 
-def built() -> Path:
-    """The compiled library, of the cache or made anew. OSError where it cannot be made."""
+@contextmanager
+def folder() -> Iterator[Path]:
+    """Where compiled libraries are kept: the user's cache, or, where that cannot be written, a folder that is
+    gone at the end of the block."""
+    try:
+        kept = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moequant" / "native"
+        kept.mkdir(parents=True, exist_ok=True)
+        writable = os.access(kept, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):  # no home at all is a RuntimeError
+        writable = False
+    if writable:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="moequant-native-") as name:
+        yield Path(name)
+
+
+def built(kept: Path) -> Path:
+    """The compiled library, found in that folder or made there. OSError where it cannot be made."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "cc", "gcc", "clang"))), None)
     if compiler is None:
         raise OSError("there is no C compiler (cc, gcc or clang)")
-    path = folder() / f"loops-{_fingerprint(compiler)}.so"
+    path = kept / f"loops-{_fingerprint(compiler)}.so"
     if not path.exists():
         _build(compiler, path)
     return path
-
-
-def folder() -> Path:
-    """Where compiled libraries are kept: the user's cache, or a new folder where that cannot be written."""
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moequant" / "native"
-    try:
-        kept.mkdir(parents=True, exist_ok=True)
-        if os.access(kept, os.W_OK | os.X_OK):
-            return kept
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="moequant-native-"))
 
 
 def _fingerprint(compiler: str) -> str:

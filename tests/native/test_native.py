@@ -93,11 +93,20 @@ def test_what_columns_have_in_common_may_be_given_once() -> None:
 
 def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = native.built()
-    made = first.stat().st_mtime_ns
-    assert first.is_relative_to(tmp_path / "moequant")
-    assert native.built() == first and first.stat().st_mtime_ns == made
-    assert [each.name for each in first.parent.iterdir()] == [first.name]
+    with native.folder() as kept:
+        first = native.built(kept)
+        made = first.stat().st_mtime_ns
+        assert native.built(kept) == first and first.stat().st_mtime_ns == made
+    assert kept == tmp_path / "moequant" / "native"
+    assert [each.name for each in kept.iterdir()] == [first.name]
+
+
+@pytest.mark.parametrize("cache", ["/dev/null", "/proc/no/such/place"])
+def test_a_cache_that_cannot_be_written_is_done_without(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    with native.folder() as kept:
+        assert native.built(kept).stat().st_size
+    assert not kept.exists()
 
 
 def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +114,9 @@ def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monk
     compiler.write_text("#!/bin/sh\necho 'cc: no such header' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(OSError, match="no such header"):
-        native.built()
+        native.built(tmp_path)
+    assert list(tmp_path.iterdir()) == [compiler]
 
 
 ROUND = """
