@@ -29,7 +29,7 @@ from moequant.errors import CheckpointError, MoequantError, OutputError, PlanErr
 from moequant.evaluate import Measured
 from moequant.evaluate.activations import Rounded
 from moequant.evaluate.open_source import open_source
-from moequant.evaluate.self_check import Output, computes_plainly, self_check
+from moequant.evaluate.self_check import Output, SelfChecks, computes_plainly
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder, atomic_parts, part_names, sweep_scratch
 from moequant.forward.memory import check_memory
@@ -165,10 +165,7 @@ def _made_all(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Me
     if known.calibration is not None and read.probes is not None:
         with meter.stage("plan"):
             jobs = chosen(jobs, _sensitivities(jobs, known.calibration, read.probes, known.journal))
-    done = list[Finished]()
-    for number, (job, out) in enumerate(zip(jobs, outs, strict=True)):
-        with keeping([each.written.path for each in done]):
-            done.append(_again(job, out, number, known, meter) or _made(job, out, number, known, meter))
+    done = _all_made(jobs, outs, known, meter)
     comparisons: Sequence[Measured | None] = [None] * len(done)
     if read.evaluation is not None:
         with meter.stage("compare"), keeping(outs):
@@ -186,6 +183,16 @@ def _made_all(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Me
         with keeping(outs):
             write_beside(page, lambda: conversion_page.write(made, page), settings, known.journal)
     return made
+
+
+def _all_made(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Meter) -> list[Finished]:
+    """Every output, made or as a run that was killed made it."""
+    done, checks = list[Finished](), SelfChecks(jobs[0].model, any(job.keeps for job in jobs))
+    for number, (job, out) in enumerate(zip(jobs, outs, strict=True)):
+        with keeping([each.written.path for each in done]):
+            again = _again(job, out, number, known, meter)
+            done.append(again or _made((job, out, number), known, checks, meter))
+    return done
 
 
 def _routed(job: Job, rows: Rows, journal: RunJournal | None) -> Calibration:
@@ -259,8 +266,9 @@ def _again(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Fini
     return Finished(job, out, written, losses, checked)
 
 
-def _made(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finished:
+def _made(one: tuple[Job, Path, int], known: Known, checks: SelfChecks, meter: Meter) -> Finished:
     """Quantize, pack and verify one output; it has its name then."""
+    job, out, number = one
     losses: list[ExpertLoss] = []
     checked: str | None = None
     container, journal = job.container, known.journal
@@ -279,7 +287,7 @@ def _made(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finis
         if job.settings.self_check and shelf_of(job.model) is None:  # transformers reads a whole folder
             with meter.stage(job.stage("self-check")):
                 left = None if job.settings.ram is None else max(0, job.settings.ram - resident_bytes())
-                checked = self_check(job.model, _output(job, written), left).note
+                checked = checks.of(_output(job, written), left).note
         first = part_names(out, len(container.parts(job.plan)))[0]
         finished = Finished(job, out, replace(written, path=first), tuple(losses), checked)
         if container.is_folder:  # whole when it appears; what was compared is written into it later

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 
 from moequant.checkpoint import load
 from moequant.commands import convert as line
@@ -25,13 +26,26 @@ def model(tiny) -> Path:
     return tiny("qwen3_moe", num_hidden_layers=1)
 
 
-def alone(model: Path, folder: Path, wanted: Sequence[Settings]) -> list[bytes]:
-    """The bytes of every file when nothing else is made with it."""
+def alone(model: Path, folder: Path, wanted: Sequence[Settings]) -> list[tuple[bytes, str | None]]:
+    """The bytes of every file when nothing else is made with it, and what its self-check says."""
     files = []
     for number, each in enumerate(wanted):
-        convert(model, folder / f"alone-{number}.gguf", each)
-        files.append((folder / f"alone-{number}.gguf").read_bytes())
+        report = convert(model, folder / f"alone-{number}.gguf", each)
+        files.append((report.out.read_bytes(), report.checked))
     return files
+
+
+def whole_loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that transformers loads from now on, weights and all."""
+    loads = list[Path]()
+    load_whole = PreTrainedModel.from_pretrained.__func__
+
+    def noted(kind: type, folder: Path, *given: object, **options: object) -> object:
+        loads.append(folder)
+        return load_whole(kind, folder, *given, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(noted))
+    return loads
 
 
 def test_every_file_is_what_it_is_alone_and_shared_stages_run_once(
@@ -41,15 +55,20 @@ def test_every_file_is_what_it_is_alone_and_shared_stages_run_once(
     wanted = settings(text, ",".join(TYPES), effort="default", calib_tokens=1024, eval_tokens=1024)
     baseline = Reader()
     monkeypatch.setattr(line, "load", baseline)
+    loads = whole_loads(monkeypatch)
     found = convert_all(model, tmp_path / "out", wanted)
     own = [f"{stage} {type_}" for type_ in TYPES for stage in ("quantize", "verify", "self-check")]
     assert [cost.name for cost in found.reports[0].stages] == ["open", "route", "plan", *own, "compare"]
     assert baseline.reads and set(baseline.reads.values()) == {1}, "the original crosses once for all"
+    assert loads == [model], "transformers reads the original once for all self-checks"
+    assert all("compared with transformers" in str(report.checked) for report in found.reports)
     monkeypatch.setattr(line, "load", load)
     outs = [tmp_path / "out" / f"{model.name}-{type_}.gguf" for type_ in TYPES]
     assert [report.out for report in found.reports] == outs
     (last,) = alone(model, tmp_path, wanted.each[-1:])
-    assert outs[-1].read_bytes() == last, "nothing is left over from the files before it"
+    assert (outs[-1].read_bytes(), found.reports[-1].checked) == last, (
+        "nothing is left over from the files before it"
+    )
     summary = found.summary(120)
     assert all(out.name in summary for out in outs)
     for report in found.reports:
@@ -58,11 +77,11 @@ def test_every_file_is_what_it_is_alone_and_shared_stages_run_once(
 
 
 def test_sizes_that_need_different_things(model: Path, text: Path, tmp_path: Path) -> None:
-    """One file that keeps every number beside one that rounds."""
-    wanted = settings(text, "F32,Q2_K", eval_tokens=0)
+    """One file that keeps every number behind one that rounds."""
+    wanted = settings(text, "Q2_K,F32", eval_tokens=0)
     found = convert_all(model, tmp_path / "a-{type}.gguf", wanted)
-    files = [report.out.read_bytes() for report in found.reports]
-    assert [report.out.name for report in found.reports] == ["a-F32.gguf", "a-Q2_K.gguf"]
+    files = [(report.out.read_bytes(), report.checked) for report in found.reports]
+    assert [report.out.name for report in found.reports] == ["a-Q2_K.gguf", "a-F32.gguf"]
     assert files == alone(model, tmp_path, wanted.each)
 
 
