@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint, Folder, load
 from moequant.commands.beside import write_beside, write_card, write_imatrix
 from moequant.commands.compare import rounded_by_runtime
 from moequant.commands.duration import forecast
+from moequant.commands.finished import Finished, Holdings, Sharing, holdings
 from moequant.commands.job import Job, check_runtime, chosen, measured, notes, open_job, open_jobs
 from moequant.commands.journal import RunJournal, begun, digests, kept
 from moequant.commands.outputs import CARD, card_path, check_targets, claimed, keeping, names
@@ -63,24 +64,15 @@ DEFAULT = Settings()
 @dataclass(frozen=True, slots=True)
 class Known:
     """What all outputs of a run share: the statistics, the texts, where it keeps what is finished, and what
-    it was expected to take. `model` is the fingerprint of what is read."""
+    it was expected to take. `model` is the fingerprint of what is read; `held` is what those hold that are
+    finished."""
 
     calibration: Calibration | None
     texts: Texts
     journal: RunJournal | None
     forecast: Forecast | None
     model: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """An output that lies under its name."""
-
-    job: Job
-    out: Path
-    written: Written
-    losses: tuple[ExpertLoss, ...]
-    checked: str | None
+    held: Holdings = field(default_factory=dict)
 
 
 def convert(model: Source, out: str | Path, settings: Settings = DEFAULT) -> Report:
@@ -192,6 +184,8 @@ def _all_made(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Me
         with keeping([each.written.path for each in done]):
             again = _again(job, out, number, known, meter)
             done.append(again or _made((job, out, number), known, checks, meter))
+            if job is not jobs[-1] and not _under_hessians(job, known):
+                known = replace(known, held={**holdings(done[-1]), **known.held})
     return done
 
 
@@ -314,6 +308,8 @@ def _rounded(job: Job, known: Known, parts: Parts | None, losses: list[ExpertLos
     weights = [each for each in job.container.checkpoint.weights if each.name in types]
     if _under_hessians(job, known):  # beside which a plain search is nothing
         given |= {each.name for each in weights if each.role is Role.EMBEDDING or each.site is None}
+    else:
+        given |= {name for name, kind in types.items() if (name, kind) in known.held}
     nothing = frozenset[str]()
     found = _unfinished(job, known, None, nothing) if parts is None else _resumed(job, known, parts, given)
     for packed, loss in progress(found, weights, given):
@@ -337,13 +333,14 @@ def _unfinished(job: Job, known: Known, parts: Parts | None, finished: Set[str])
     `parts`."""
     settings, checkpoint = job.settings, job.container.checkpoint
     types = job.container.formats(job.plan)
-    quantizer = Quantizer(known.calibration, settings.effort, settings.gating, settings.resources.device)
+    how = known.calibration, settings.effort, settings.gating, settings.resources.device
     rows = known.texts.calibration
     if rows is None or not _under_hessians(job, known):
-        found = pack_all(checkpoint, types, quantizer, finished)
+        found = pack_all(checkpoint, types, Sharing(*how, known.held), finished)
         return found if parts is None else parts.kept(found)
     rounding = Rounding.of(settings.effort, settings.coupled)
-    return round_checkpoint(checkpoint, rows.ids, types, quantizer.pack, rounding, settings.resources, parts)
+    plain = Quantizer(*how).pack
+    return round_checkpoint(checkpoint, rows.ids, types, plain, rounding, settings.resources, parts)
 
 
 def _under_hessians(job: Job, known: Known) -> bool:

@@ -259,10 +259,13 @@ def counted(
         found["route"] = _route(model, read.calibration.tokens, batch)
     if read.probes is not None and any(job.measures for job in jobs):
         found["plan"] = _plan(model, read.probes, probing_of(first.container, first.settings))
+    searched = set[tuple[str, str]]()
     for job in jobs:
         plain = read.calibration is None or job.settings.effort == "fast" or not job.quantizes
         types = job.container.formats(job.plan)
         tokens = 0 if plain or read.calibration is None else read.calibration.tokens
+        if plain:  # the same weight in the same format is searched once
+            types, searched = dict(types.items() - searched), searched | types.items()
         found[job.stage("quantize")] = _quantize(model, types, tokens, search, job.settings.effort)
         found[job.stage("verify")] = Work(numbers=VERIFIED * model.numel)
         if job.settings.self_check:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from moequant.checkpoint import load
@@ -15,7 +16,12 @@ from moequant.commands.convert import Settings, convert, convert_all
 from moequant.commands.outputs import names
 from moequant.errors import OutputError, PlanError
 from moequant.forward.stream import Reader
+from moequant.progress import Progress, listening
+from moequant.rounding.diagonal import Quantizer
+from moequant.rounding.results import Result
+from moequant.values import Weight
 from tests.cli.test_cli import run
+from tests.commands.killed import state
 from tests.commands.test_convert import NARROW, settings
 
 TYPES = "Q5_K_M", "Q4_K_M"
@@ -83,6 +89,54 @@ def test_sizes_that_need_different_things(model: Path, text: Path, tmp_path: Pat
     files = [(report.out.read_bytes(), report.checked) for report in found.reports]
     assert [report.out.name for report in found.reports] == ["a-Q2_K.gguf", "a-F32.gguf"]
     assert files == alone(model, tmp_path, wanted.each)
+
+
+ALIKE = "IQ4_XS", "Q4_K_S", "Q4_K_M"
+"""Sizes at which some weights get one type."""
+
+
+def test_a_weight_is_searched_once_in_a_format_for_all_files(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched, pack = list[tuple[str, str]](), Quantizer.pack
+
+    def noted(self: Quantizer, weight: Weight, kind: str, *together: Sequence[Weight]) -> Result:
+        searched.append((weight.name, kind))
+        return pack(self, weight, kind, *together)
+
+    wanted = settings(text, ",".join(ALIKE), eval_tokens=0, self_check=False, split_size="500K")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "each").mkdir()
+    monkeypatch.setattr(Quantizer, "pack", noted)
+    found = convert_all(model, tmp_path / "one" / "{type}.gguf", wanted).reports
+    monkeypatch.setattr(Quantizer, "pack", pack)
+    every = [(loss.weight, loss.format) for report in found for loss in report.losses]
+    rounded, once = ([each for each in some if each[1] != "F32"] for some in (every, searched))
+    assert sorted(once) == sorted(set(rounded)) and len(once) < len(rounded)
+    for report, each in zip(found, wanted.each, strict=True):
+        own = convert(model, tmp_path / "each" / f"{each.label}.gguf", each)
+        assert all(torch.equal(a.error, b.error) for a, b in zip(report.losses, own.losses, strict=True))
+    assert state(tmp_path / "one") == state(tmp_path / "each") and len(found[0].parts) > 1
+
+
+@pytest.mark.parametrize("becomes", ["other bytes", "nothing"])
+def test_a_finished_file_that_is_not_what_was_written_is_not_taken_from(
+    model: Path, text: Path, tmp_path: Path, becomes: str
+) -> None:
+    wanted = settings(text, ",".join(ALIKE[:2]), eval_tokens=0, self_check=False)
+    first, second = (tmp_path / f"{type_}.gguf" for type_ in ALIKE[:2])
+
+    def damage(step: Progress) -> None:
+        if step.stage == f"quantize {ALIKE[1]}" and first.exists():
+            data = first.read_bytes()
+            first.unlink()
+            if becomes == "other bytes":
+                first.write_bytes(data[:-200_000] + bytes(200_000))
+
+    with listening(damage):
+        convert_all(model, tmp_path / "{type}.gguf", wanted)
+    ((own, _),) = alone(model, tmp_path, wanted.each[1:])
+    assert second.read_bytes() == own
 
 
 def test_one_that_fails_leaves_those_before_it(model: Path, text: Path, tmp_path: Path) -> None:
