@@ -20,39 +20,47 @@ BOTH = ("one run", "a run each")
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model, what is made of it, and how often each side has its turn."""
+    """A model, what is made of it at which efforts, and how often each side has its turn."""
 
     model: Path = MIX
     types: tuple[str, ...] = ("Q2_K", "Q3_K_M", "Q4_K_M", "IQ2_S")
-    effort: Effort = "default"
+    efforts: tuple[Effort, ...] = ("fast", "default")
     tokens: int = 8_192
     eval_tokens: int = 4_096
     turns: int = 2
 
 
 @case(
-    "Several sizes in one run beside a run for each", Sizes(DEMO, ("Q4_K_M", "Q8_0"), "fast", 1024, 1024, 1)
+    "Several sizes in one run beside a run for each",
+    Sizes(DEMO, ("Q4_K_M", "Q8_0"), ("fast",), 1024, 1024, 1),
 )
 def sizes(o: Sizes) -> Rows:
     """All types in one conversion, then a conversion for each, in turn in one process, so that the start of
     Python and torch counts for neither. Figures are CPU seconds by stage, those of the self-check's processes
     included; the ratio is the one run over the others together. The files of both have the same bytes, or the
     case fails. A first run is not counted: torch may compile in it. Rows of a turn first, then all turns."""
-    whole = {side: Counter[str]() for side in BOTH}
     with tempfile.TemporaryDirectory(prefix="moequant-sizes-") as name:
-        folder = Path(name)
-        made(o, o.types, folder / "first")
-        for turn in range(o.turns):
-            spent, files = made(o, o.types, folder / f"{turn}")
-            others, alone = Counter[str](), dict[str, str]()
-            for kind in o.types:
-                more, file = made(o, (kind,), folder / f"{turn}-{kind}")
-                others.update(more)
-                alone |= file
-            assert files == alone, f"other bytes: {files} and {alone}"
-            yield {"turn": turn + 1} | row("all", spent, others)
-            for side, found in zip(BOTH, (spent, others), strict=True):
-                whole[side].update(found)
+        for effort in o.efforts:
+            (folder := Path(name) / effort).mkdir()
+            for found in turns(o, effort, folder):
+                yield {"effort": effort} | found
+
+
+def turns(o: Sizes, effort: Effort, folder: Path) -> Rows:
+    """The rows of one effort."""
+    whole = {side: Counter[str]() for side in BOTH}
+    made(o, effort, o.types, folder / "first")
+    for turn in range(o.turns):
+        spent, files = made(o, effort, o.types, folder / f"{turn}")
+        others, alone = Counter[str](), dict[str, str]()
+        for kind in o.types:
+            more, file = made(o, effort, (kind,), folder / f"{turn}-{kind}")
+            others.update(more)
+            alone |= file
+        assert files == alone, f"other bytes: {files} and {alone}"
+        yield {"turn": turn + 1} | row("all", spent, others)
+        for side, found in zip(BOTH, (spent, others), strict=True):
+            whole[side].update(found)
     for stage in (*whole[BOTH[0]], "all"):
         yield {"turn": "all"} | row(stage, *whole.values())
 
@@ -63,10 +71,10 @@ def row(stage: str, spent: Counter[str], others: Counter[str]) -> dict[str, str 
     return {"stage": stage, "one run, CPU s": one, "a run each, CPU s": each, "ratio": one / each}
 
 
-def made(o: Sizes, types: Sequence[str], folder: Path) -> tuple[Counter[str], dict[str, str]]:
+def made(o: Sizes, effort: Effort, types: Sequence[str], folder: Path) -> tuple[Counter[str], dict[str, str]]:
     """CPU seconds by stage of one conversion, and the digests of its files by name."""
     folder.mkdir()
-    settings = Settings(",".join(types), calib_tokens=o.tokens, eval_tokens=o.eval_tokens, effort=o.effort)
+    settings = Settings(",".join(types), calib_tokens=o.tokens, eval_tokens=o.eval_tokens, effort=effort)
     report = convert_all(o.model, folder / "{type}.gguf", settings).reports[0]
     spent = Counter[str]()
     for cost in report.stages:

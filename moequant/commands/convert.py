@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moequant.checkpoint import Checkpoint, Folder, load
 from moequant.commands.beside import write_beside, write_card, write_imatrix
 from moequant.commands.compare import rounded_by_runtime
 from moequant.commands.duration import forecast
+from moequant.commands.finished import Finished, Holdings, Sharing, holdings
 from moequant.commands.job import Job, check_runtime, chosen, measured, notes, open_job, open_jobs
 from moequant.commands.journal import RunJournal, begun, digests, kept
 from moequant.commands.outputs import CARD, card_path, check_targets, claimed, keeping, names
@@ -29,7 +30,7 @@ from moequant.errors import CheckpointError, MoequantError, OutputError, PlanErr
 from moequant.evaluate import Measured
 from moequant.evaluate.activations import Rounded
 from moequant.evaluate.open_source import open_source
-from moequant.evaluate.self_check import Output, computes_plainly, self_check
+from moequant.evaluate.self_check import Output, SelfChecks, computes_plainly
 from moequant.evaluate.side_by_side import Version, compare
 from moequant.files import atomic, atomic_folder, atomic_parts, part_names, sweep_scratch
 from moequant.forward.memory import check_memory
@@ -63,24 +64,15 @@ DEFAULT = Settings()
 @dataclass(frozen=True, slots=True)
 class Known:
     """What all outputs of a run share: the statistics, the texts, where it keeps what is finished, and what
-    it was expected to take. `model` is the fingerprint of what is read."""
+    it was expected to take. `model` is the fingerprint of what is read; `held` is what those hold that are
+    finished."""
 
     calibration: Calibration | None
     texts: Texts
     journal: RunJournal | None
     forecast: Forecast | None
     model: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """An output that lies under its name."""
-
-    job: Job
-    out: Path
-    written: Written
-    losses: tuple[ExpertLoss, ...]
-    checked: str | None
+    held: Holdings = field(default_factory=dict)
 
 
 def convert(model: Source, out: str | Path, settings: Settings = DEFAULT) -> Report:
@@ -165,10 +157,7 @@ def _made_all(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Me
     if known.calibration is not None and read.probes is not None:
         with meter.stage("plan"):
             jobs = chosen(jobs, _sensitivities(jobs, known.calibration, read.probes, known.journal))
-    done = list[Finished]()
-    for number, (job, out) in enumerate(zip(jobs, outs, strict=True)):
-        with keeping([each.written.path for each in done]):
-            done.append(_again(job, out, number, known, meter) or _made(job, out, number, known, meter))
+    done = _all_made(jobs, outs, known, meter)
     comparisons: Sequence[Measured | None] = [None] * len(done)
     if read.evaluation is not None:
         with meter.stage("compare"), keeping(outs):
@@ -186,6 +175,18 @@ def _made_all(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Me
         with keeping(outs):
             write_beside(page, lambda: conversion_page.write(made, page), settings, known.journal)
     return made
+
+
+def _all_made(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Meter) -> list[Finished]:
+    """Every output, made or as a run that was killed made it."""
+    done, checks = list[Finished](), SelfChecks(jobs[0].model, any(job.keeps for job in jobs))
+    for number, (job, out) in enumerate(zip(jobs, outs, strict=True)):
+        with keeping([each.written.path for each in done]):
+            again = _again(job, out, number, known, meter)
+            done.append(again or _made((job, out, number), known, checks, meter))
+            if job is not jobs[-1] and not _under_hessians(job, known):
+                known = replace(known, held={**holdings(done[-1]), **known.held})
+    return done
 
 
 def _routed(job: Job, rows: Rows, journal: RunJournal | None) -> Calibration:
@@ -259,8 +260,9 @@ def _again(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Fini
     return Finished(job, out, written, losses, checked)
 
 
-def _made(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finished:
+def _made(one: tuple[Job, Path, int], known: Known, checks: SelfChecks, meter: Meter) -> Finished:
     """Quantize, pack and verify one output; it has its name then."""
+    job, out, number = one
     losses: list[ExpertLoss] = []
     checked: str | None = None
     container, journal = job.container, known.journal
@@ -279,7 +281,7 @@ def _made(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Finis
         if job.settings.self_check and shelf_of(job.model) is None:  # transformers reads a whole folder
             with meter.stage(job.stage("self-check")):
                 left = None if job.settings.ram is None else max(0, job.settings.ram - resident_bytes())
-                checked = self_check(job.model, _output(job, written), left).note
+                checked = checks.of(_output(job, written), left).note
         first = part_names(out, len(container.parts(job.plan)))[0]
         finished = Finished(job, out, replace(written, path=first), tuple(losses), checked)
         if container.is_folder:  # whole when it appears; what was compared is written into it later
@@ -306,6 +308,8 @@ def _rounded(job: Job, known: Known, parts: Parts | None, losses: list[ExpertLos
     weights = [each for each in job.container.checkpoint.weights if each.name in types]
     if _under_hessians(job, known):  # beside which a plain search is nothing
         given |= {each.name for each in weights if each.role is Role.EMBEDDING or each.site is None}
+    else:
+        given |= {name for name, kind in types.items() if (name, kind) in known.held}
     nothing = frozenset[str]()
     found = _unfinished(job, known, None, nothing) if parts is None else _resumed(job, known, parts, given)
     for packed, loss in progress(found, weights, given):
@@ -329,13 +333,14 @@ def _unfinished(job: Job, known: Known, parts: Parts | None, finished: Set[str])
     `parts`."""
     settings, checkpoint = job.settings, job.container.checkpoint
     types = job.container.formats(job.plan)
-    quantizer = Quantizer(known.calibration, settings.effort, settings.gating, settings.resources.device)
+    how = known.calibration, settings.effort, settings.gating, settings.resources.device
     rows = known.texts.calibration
     if rows is None or not _under_hessians(job, known):
-        found = pack_all(checkpoint, types, quantizer, finished)
+        found = pack_all(checkpoint, types, Sharing(*how, known.held), finished)
         return found if parts is None else parts.kept(found)
     rounding = Rounding.of(settings.effort, settings.coupled)
-    return round_checkpoint(checkpoint, rows.ids, types, quantizer.pack, rounding, settings.resources, parts)
+    plain = Quantizer(*how).pack
+    return round_checkpoint(checkpoint, rows.ids, types, plain, rounding, settings.resources, parts)
 
 
 def _under_hessians(job: Job, known: Known) -> bool:

@@ -259,30 +259,34 @@ def counted(
         found["route"] = _route(model, read.calibration.tokens, batch)
     if read.probes is not None and any(job.measures for job in jobs):
         found["plan"] = _plan(model, read.probes, probing_of(first.container, first.settings))
+    searched = set[tuple[str, str]]()
     for job in jobs:
         plain = read.calibration is None or job.settings.effort == "fast" or not job.quantizes
         types = job.container.formats(job.plan)
         tokens = 0 if plain or read.calibration is None else read.calibration.tokens
+        if plain:  # the same weight in the same format is searched once
+            types, searched = dict(types.items() - searched), searched | types.items()
         found[job.stage("quantize")] = _quantize(model, types, tokens, search, job.settings.effort)
         found[job.stage("verify")] = Work(numbers=VERIFIED * model.numel)
         if job.settings.self_check:
-            found[job.stage("self-check")] = _self_check(model, job)
+            found[job.stage("self-check")] = _self_check(model, job, job is first)
     if read.evaluation is not None:
         found["compare"] = _compare(model, read.evaluation.tokens, 1 + len(jobs), batch)
     more = {name: READ.get(name.partition(" ")[0], 0) * decode * model.seen for name in found}
     return {name: work + Work(numbers=more[name]) for name, work in found.items()}
 
 
-def _self_check(model: Model, job: Job) -> Work:
-    """A few tokens through transformers' model, ours and what was written, and llama.cpp's of a file; of a
-    model that does not fit memory, through its first layers in the first three."""
+def _self_check(model: Model, job: Job, first: bool) -> Work:
+    """A few tokens through transformers' model and ours, once for all outputs, what was written, and
+    llama.cpp's of a file; of a model that does not fit memory, through the first layers of the others."""
     free = usable_bytes(job.settings.ram)
     share = 1.0 if free is None else min(1.0, free / (WEIGHT * model.numel))
-    runs = not job.container.is_folder and share == 1
-    handled = CHECKED + (0 if job.container.is_folder else UNPACKED)
-    products = (3 + runs) * ROWS * TOKENS * (model.passed + model.head)
+    runs, loads = not job.container.is_folder and share == 1, 3 if first else 1
+    handled = CHECKED * loads / 3 + (0 if job.container.is_folder else UNPACKED)
     return Work(
-        share * products, share * handled * model.numel, share * HELD * model.calls + STARTED * (1 + runs)
+        share * (loads + runs) * ROWS * TOKENS * (model.passed + model.head),
+        share * handled * model.numel,
+        share * HELD * loads / 3 * model.calls + STARTED * (first + runs),
     )
 
 

@@ -9,27 +9,21 @@ of its own, which our engine never reads: where llama.cpp is installed, it compu
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
-from io import StringIO
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from moequant.checkpoint import Checkpoint, load
-from moequant.errors import VerifyError, few, foreign, one_line
+from moequant.errors import VerifyError, foreign, one_line
 from moequant.evaluate import ties
 from moequant.evaluate.activations import by_32
 from moequant.evaluate.misreadings import MISREADINGS
+from moequant.evaluate.reference import logits_of, reference
 from moequant.families.config import LAYERS
-from moequant.files.read import read_json
-from moequant.forward.causal import logits, whole_class
 from moequant.forward.memory import usable_bytes
 from moequant.forward.model import Provider, build_model
 from moequant.runtimes.llama_cpp import logits as llama_cpp
@@ -121,51 +115,95 @@ def self_check(checkpoint: Checkpoint, output: Output | None, available: int | N
 
     `available` bytes of memory may be used, None: all that are free. VerifyError when the logits differ.
     """
-    free = usable_bytes(available)
-    layers = checkpoint.n_layers if free is None else _layers_within(checkpoint, free)
-    if layers < checkpoint.n_layers:
-        if checkpoint.encodes:
-            return SelfCheck(skipped="it does not fit memory, and a part of an encoder is no model")
-        if not layers:
-            return SelfCheck(skipped=f"{_bytes(checkpoint, 1) / 1e9:.1f} GB are needed for its first layer")
-        if checkpoint.gguf is not None:
-            return SelfCheck(skipped="it does not fit memory, and llama.cpp runs GGUF files as a whole")
-        return _first_layers(checkpoint, output, layers)
-    return _checked(checkpoint, output)
+    return SelfChecks(checkpoint, output is not None and output.exact).of(output, available)
 
 
-def _checked(checkpoint: Checkpoint, output: Output | None) -> SelfCheck:
-    """`self_check` of a model that fits."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The original, read and run: the `checkpoint`, whole or its first layers, the tokens `ids` and what was
+    `found`. `ours` f32 [rows, n, vocab] are our logits where they are needed again; without `ids` nothing can
+    be held against it."""
+
+    checkpoint: Checkpoint
+    found: SelfCheck
+    ids: Tensor | None = None
+    ours: Tensor | None = None
+
+
+@dataclass(slots=True)
+class SelfChecks:
+    """`self_check` of every output of a checkpoint, any of which may be `exact`.
+
+    The original is read and run once for all of them, and again only where memory has room for other layers.
+    """
+
+    checkpoint: Checkpoint
+    exact: bool
+    _readings: dict[int, Reading] = field(default_factory=dict)
+
+    def of(self, output: Output | None, available: int | None = None) -> SelfCheck:
+        """One of them."""
+        whole, free = self.checkpoint.n_layers, usable_bytes(available)
+        layers = whole if free is None else _layers_within(self.checkpoint, free)
+        if layers not in self._readings:
+            self._readings = {layers: _reading(self.checkpoint, layers, self.exact)}
+        reading = self._readings[layers]
+        if output is None or reading.ids is None:
+            return reading.found
+        # llama.cpp is asked only of the whole: its file has all layers.
+        return _against(reading, reading.ids, output if layers == whole else replace(output, file=None))
+
+
+def _reading(checkpoint: Checkpoint, layers: int, exact: bool) -> Reading:
+    """The original with so many of its layers, from the first."""
+    if layers == checkpoint.n_layers:
+        return _read(checkpoint, exact)
+    skipped: str | None = None
+    if checkpoint.encodes:
+        skipped = "it does not fit memory, and a part of an encoder is no model"
+    elif not layers:
+        skipped = f"{_bytes(checkpoint, 1) / 1e9:.1f} GB are needed for its first layer"
+    elif checkpoint.gguf is not None:
+        skipped = "it does not fit memory, and llama.cpp runs GGUF files as a whole"
+    if skipped is not None:
+        return Reading(checkpoint, SelfCheck(skipped=skipped))
+    return _first_layers(checkpoint, layers, exact)
+
+
+def _read(checkpoint: Checkpoint, exact: bool) -> Reading:
+    """A model that fits; our logits are kept for `exact` outputs."""
     length = min(TOKENS, checkpoint.shape.context)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, checkpoint.shape.vocab, (ROWS, length), generator=generator)
     if checkpoint.gguf is not None:
-        return _of_file(checkpoint, output, ids)
+        return _of_file(checkpoint, ids, exact)
     theirs: Tensor | None = None
     skipped: str | None = None
     try:
-        theirs = _reference(checkpoint, ids, dict(checkpoint.raw))
+        theirs = reference(checkpoint, ids, dict(checkpoint.raw))
     except Exception as error:  # transformers and its quantizers raise what they like
         said = one_line(error, 160).partition(". For details look at")[0]  # at a report that was not printed
         skipped = f"transformers does not run it here ({said})"
     with foreign(VerifyError, f"{checkpoint.path}: transformers cannot run what config.json describes"):
         ours = _ours(checkpoint, load, ids)
     source, differs = (None, None) if theirs is None else _source(checkpoint, ids, theirs, ours)
-    return _against(checkpoint, output, ids, ours, SelfCheck(source, skipped=skipped, differs=differs))
+    found = SelfCheck(source, skipped=skipped, differs=differs)
+    return Reading(checkpoint, found, ids, ours if exact else None)
 
 
-def _of_file(checkpoint: Checkpoint, output: Output | None, ids: Tensor) -> SelfCheck:
-    """The check of a GGUF file as a source, which transformers does not load: llama.cpp runs it."""
+def _of_file(checkpoint: Checkpoint, ids: Tensor, exact: bool) -> Reading:
+    """A GGUF file as a source, which transformers does not load: llama.cpp runs it."""
     if not llama_cpp.available():
-        return SelfCheck(skipped="llama.cpp, which would run the GGUF file that was read, is not here")
+        skipped = "llama.cpp, which would run the GGUF file that was read, is not here"
+        return Reading(checkpoint, SelfCheck(skipped=skipped))
     ours = _ours(checkpoint, load, ids)
     stored = (each for weight in checkpoint.weights for each in weight.origin.stored)
     plain = computes_plainly(checkpoint, (ref.dtype for each in stored for ref in each.parts.values()))
     try:
         read = _in_llama_cpp(checkpoint, Output(load, True, checkpoint.gguf, plain), ids, ours)
     except ties.TiedError as error:
-        return SelfCheck(tied=str(error))
-    return _against(checkpoint, output, ids, ours, SelfCheck(read=read))
+        return Reading(checkpoint, SelfCheck(tied=str(error)))
+    return Reading(checkpoint, SelfCheck(read=read), ids, ours if exact else None)
 
 
 def computes_plainly(checkpoint: Checkpoint, types: Iterable[str]) -> bool:
@@ -175,21 +213,18 @@ def computes_plainly(checkpoint: Checkpoint, types: Iterable[str]) -> bool:
     return set(types) == {"F32"} and "gelu" not in "".join(acts)
 
 
-def _against(
-    checkpoint: Checkpoint, output: Output | None, ids: Tensor, ours: Tensor, found: SelfCheck
-) -> SelfCheck:
-    """What was found of the source, and what was written held against it."""
-    if output is None:
-        return found
+def _against(reading: Reading, ids: Tensor, output: Output) -> SelfCheck:
+    """What was found of the original, and what was written held against it."""
+    checkpoint = reading.checkpoint
     written = _ours(checkpoint, output.load, ids)
-    decoded = _distance(ours, written) if output.exact else None
+    decoded = _distance(reading.ours, written) if output.exact and reading.ours is not None else None
     if not torch.isfinite(written).all() or (decoded is not None and not decoded <= LIMIT):
         off = "are no numbers" if decoded is None else f"differ by {decoded:.2g}, at most {LIMIT:g} expected"
         raise VerifyError(
             f"{checkpoint.path}: what was written computes something else (logits {off}); nothing was kept, "
             "please report it"
         )
-    found = replace(found, decoded=decoded)
+    found = replace(reading.found, decoded=decoded)
     try:
         return replace(found, runtime=_in_llama_cpp(checkpoint, output, ids, written))
     except ties.TiedError as error:
@@ -221,8 +256,8 @@ def _layers_within(checkpoint: Checkpoint, free: int) -> int:
     return max((n for n in range(1, checkpoint.n_layers + 1) if _bytes(checkpoint, n) <= free), default=0)
 
 
-def _first_layers(checkpoint: Checkpoint, output: Output | None, layers: int) -> SelfCheck:
-    """The check of a model as if it had only its first layers; llama.cpp is not asked, whose file has all."""
+def _first_layers(checkpoint: Checkpoint, layers: int, exact: bool) -> Reading:
+    """A model as if it had only its first layers."""
     whole = checkpoint.n_layers
     try:
         short = replace(
@@ -233,9 +268,11 @@ def _first_layers(checkpoint: Checkpoint, output: Output | None, layers: int) ->
             weights=tuple(weight for weight in checkpoint.weights if (weight.layer or 0) < layers),
         )
     except Exception as error:  # classes of configs raise what they like
-        return SelfCheck(skipped=f"its first {layers} layers make no model ({one_line(error, 160)})")
-    found = _checked(short, None if output is None else replace(output, file=None))
-    return replace(found, layers=None if found.source is None else (layers, whole))
+        skipped = f"its first {layers} layers make no model ({one_line(error, 160)})"
+        return Reading(checkpoint, SelfCheck(skipped=skipped))
+    reading = _read(short, exact)
+    part = None if reading.found.source is None else (layers, whole)
+    return replace(reading, found=replace(reading.found, layers=part))
 
 
 def _shortened(raw: Mapping[str, Any], whole: int, layers: int) -> dict[str, Any]:
@@ -260,7 +297,7 @@ def _known(
     raw = dict(checkpoint.raw)
     given = checkpoint.family.dialect(raw)
     if changed := sorted(key for key in given if given[key] != raw.get(key)):
-        left = _distance(_reference(checkpoint, ids, given), ours)
+        left = _distance(reference(checkpoint, ids, given), ours)
         if left <= LIMIT:
             of = ", ".join(changed)
             return f"transformers takes no account of the release's {of}, which alone is {off:.1g}", left
@@ -290,7 +327,7 @@ def _in_llama_cpp(checkpoint: Checkpoint, output: Output, ids: Tensor, written: 
     if not median <= limit and not output.plain:
         model = build_model(checkpoint, provider=output.load)
         _round_inputs(model)
-        limit = min(max(limit, AMPLIFIED * _spread_apart(_logits(model, ids), written)), WORST_LIMIT)
+        limit = min(max(limit, AMPLIFIED * _spread_apart(logits_of(model, ids), written)), WORST_LIMIT)
     if not median <= limit:
         ties.check(checkpoint)
         raise VerifyError(
@@ -320,78 +357,8 @@ def _round_inputs(model: torch.nn.Module) -> None:
             module.register_forward_pre_hook(hook)
 
 
-def _reference(checkpoint: Checkpoint, ids: Tensor, raw: dict[str, Any]) -> Tensor:
-    """Logits [rows, n, vocab] of transformers' own loading of the folder, under the config.json `raw`."""
-    with _quiet():
-        config = transformers.AutoConfig.from_pretrained(
-            checkpoint.path, trust_remote_code=False, local_files_only=True
-        )
-        if raw != read_json(checkpoint.path / "config.json"):
-            config = type(config).from_dict(raw)
-        _must_decode(checkpoint, config)
-        # Ours to say, not the config's: it may ask for kernels of the Hub, which are code.
-        config._attn_implementation = config._experts_implementation = None
-        config.return_dict = config.get_text_config().return_dict = True
-        _without_kernels(config)
-        model, told = whole_class(config).from_pretrained(
-            checkpoint.path,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        # What it does not find it makes up, with a warning: files may have names that it does not read.
-        ours = {name for each in checkpoint.weights for name in (each.place.param, *each.names)}
-        if made_up := sorted(ours & {*told["missing_keys"]}):
-            raise VerifyError(f"it knows no file's names for {few(made_up, 2)}")
-        for parameter in model.parameters():  # experts that it decoded stay in bfloat16, whatever was asked
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
-        return _logits(model, ids)
-
-
-def _must_decode(checkpoint: Checkpoint, config: transformers.PretrainedConfig) -> None:
-    """VerifyError for quantized weights that transformers would take for plain ones: where it knows of no
-    method, it loads codes as numbers."""
-    if all(stored.parts.keys() == {""} for weight in checkpoint.weights for stored in weight.origin.stored):
-        return
-    from transformers.quantizers import AutoHfQuantizer  # seconds: all that transformers knows of models
-
-    told = getattr(config, "quantization_config", None)
-    if told is None:
-        raise VerifyError("it reads no other quantization_config than that of config.json")
-    if isinstance(told, dict) and not AutoHfQuantizer.supports_quant_method(told):
-        raise VerifyError(f"it does not decode weights of the quant_method {told['quant_method']}")
-
-
-_NO_KERNELS: dict[Any, dict[str, bool]] = {
-    "mxfp4": {"dequantize": True},
-    "fp8": {"dequantize": True},
-    "compressed-tensors": {"use_optimized_inference": False},
-}
-"""What keeps transformers from fetching kernels of the Hub, which are code, for each `quant_method` that
-would: it does so where the package `kernels` is installed, for MXFP4 without being asked."""
-
-
-def _without_kernels(config: transformers.PretrainedConfig) -> None:
-    """Have a quantized model computed with decoded weights."""
-    asked = getattr(config, "quantization_config", None)
-    if isinstance(asked, dict):
-        config.quantization_config = asked | _NO_KERNELS.get(asked.get("quant_method"), {})
-
-
 def _ours(checkpoint: Checkpoint, provider: Provider, ids: Tensor) -> Tensor:
-    return _logits(build_model(checkpoint, provider=provider), ids)
-
-
-def _logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    with torch.inference_mode():
-        found = logits(model, ids).float()
-    # A model holds cycles and goes when it pleases Python; the next one needs the room of its weights now.
-    for held in (*model.parameters(), *model.buffers()):
-        held.data = torch.empty(0, dtype=held.dtype)
-    return found
+    return logits_of(build_model(checkpoint, provider=provider), ids)
 
 
 def _distance(theirs: Tensor, ours: Tensor) -> float:
@@ -400,20 +367,3 @@ def _distance(theirs: Tensor, ours: Tensor) -> float:
     scale = max(1.0, float(theirs.abs().max()))
     off = (theirs - ours).abs().amax(-1).flatten() / scale
     return float(torch.nan_to_num(off, nan=torch.inf).quantile(QUANTILE))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Bars and warnings of transformers, and of the packages it loads with, are not about the conversion."""
-    logger = logging.getLogger("transformers")
-    before, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
-    logger.setLevel(logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with redirect_stderr(StringIO()), warnings.catch_warnings():  # compressed-tensors asks nobody
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()

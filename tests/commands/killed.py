@@ -45,8 +45,8 @@ SMALL = {
 KINDS = {
     "gguf": ("-o", "{out}/a.gguf", "--plan", "{plan}", "--imatrix-out", "{out}/i.gguf"),
     "folder": ("-o", "{out}/f", "--format", "safetensors", "--group-size", "32"),
-    "sizes": ("-o", "{out}/a-{type}.gguf", "--type", "Q4_0,Q5_0", "--effort", "fast", "--split-size", "100K",
-              "--card", "{out}/README.md"),
+    "sizes": ("-o", "{out}/a-{type}.gguf", "--type", "Q4_K_M,Q5_K_M", "--effort", "fast",
+              "--split-size", "100K", "--card", "{out}/README.md"),
     "measured": ("-o", "{out}/a.gguf", "--type", "Q4_0"),
 }  # fmt: skip
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 from moequant.checkpoint import load
 from moequant.commands import convert as line
@@ -14,7 +16,12 @@ from moequant.commands.convert import Settings, convert, convert_all
 from moequant.commands.outputs import names
 from moequant.errors import OutputError, PlanError
 from moequant.forward.stream import Reader
+from moequant.progress import Progress, listening
+from moequant.rounding.diagonal import Quantizer
+from moequant.rounding.results import Result
+from moequant.values import Weight
 from tests.cli.test_cli import run
+from tests.commands.killed import state
 from tests.commands.test_convert import NARROW, settings
 
 TYPES = "Q5_K_M", "Q4_K_M"
@@ -25,13 +32,26 @@ def model(tiny) -> Path:
     return tiny("qwen3_moe", num_hidden_layers=1)
 
 
-def alone(model: Path, folder: Path, wanted: Sequence[Settings]) -> list[bytes]:
-    """The bytes of every file when nothing else is made with it."""
+def alone(model: Path, folder: Path, wanted: Sequence[Settings]) -> list[tuple[bytes, str | None]]:
+    """The bytes of every file when nothing else is made with it, and what its self-check says."""
     files = []
     for number, each in enumerate(wanted):
-        convert(model, folder / f"alone-{number}.gguf", each)
-        files.append((folder / f"alone-{number}.gguf").read_bytes())
+        report = convert(model, folder / f"alone-{number}.gguf", each)
+        files.append((report.out.read_bytes(), report.checked))
     return files
+
+
+def whole_loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that transformers loads from now on, weights and all."""
+    loads = list[Path]()
+    load_whole = PreTrainedModel.from_pretrained.__func__
+
+    def noted(kind: type, folder: Path, *given: object, **options: object) -> object:
+        loads.append(folder)
+        return load_whole(kind, folder, *given, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(noted))
+    return loads
 
 
 def test_every_file_is_what_it_is_alone_and_shared_stages_run_once(
@@ -41,15 +61,20 @@ def test_every_file_is_what_it_is_alone_and_shared_stages_run_once(
     wanted = settings(text, ",".join(TYPES), effort="default", calib_tokens=1024, eval_tokens=1024)
     baseline = Reader()
     monkeypatch.setattr(line, "load", baseline)
+    loads = whole_loads(monkeypatch)
     found = convert_all(model, tmp_path / "out", wanted)
     own = [f"{stage} {type_}" for type_ in TYPES for stage in ("quantize", "verify", "self-check")]
     assert [cost.name for cost in found.reports[0].stages] == ["open", "route", "plan", *own, "compare"]
     assert baseline.reads and set(baseline.reads.values()) == {1}, "the original crosses once for all"
+    assert loads == [model], "transformers reads the original once for all self-checks"
+    assert all("compared with transformers" in str(report.checked) for report in found.reports)
     monkeypatch.setattr(line, "load", load)
     outs = [tmp_path / "out" / f"{model.name}-{type_}.gguf" for type_ in TYPES]
     assert [report.out for report in found.reports] == outs
     (last,) = alone(model, tmp_path, wanted.each[-1:])
-    assert outs[-1].read_bytes() == last, "nothing is left over from the files before it"
+    assert (outs[-1].read_bytes(), found.reports[-1].checked) == last, (
+        "nothing is left over from the files before it"
+    )
     summary = found.summary(120)
     assert all(out.name in summary for out in outs)
     for report in found.reports:
@@ -58,12 +83,60 @@ def test_every_file_is_what_it_is_alone_and_shared_stages_run_once(
 
 
 def test_sizes_that_need_different_things(model: Path, text: Path, tmp_path: Path) -> None:
-    """One file that keeps every number beside one that rounds."""
-    wanted = settings(text, "F32,Q2_K", eval_tokens=0)
+    """One file that keeps every number behind one that rounds."""
+    wanted = settings(text, "Q2_K,F32", eval_tokens=0)
     found = convert_all(model, tmp_path / "a-{type}.gguf", wanted)
-    files = [report.out.read_bytes() for report in found.reports]
-    assert [report.out.name for report in found.reports] == ["a-F32.gguf", "a-Q2_K.gguf"]
+    files = [(report.out.read_bytes(), report.checked) for report in found.reports]
+    assert [report.out.name for report in found.reports] == ["a-Q2_K.gguf", "a-F32.gguf"]
     assert files == alone(model, tmp_path, wanted.each)
+
+
+ALIKE = "IQ4_XS", "Q4_K_S", "Q4_K_M"
+"""Sizes at which some weights get one type."""
+
+
+def test_a_weight_is_searched_once_in_a_format_for_all_files(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched, pack = list[tuple[str, str]](), Quantizer.pack
+
+    def noted(self: Quantizer, weight: Weight, kind: str, *together: Sequence[Weight]) -> Result:
+        searched.append((weight.name, kind))
+        return pack(self, weight, kind, *together)
+
+    wanted = settings(text, ",".join(ALIKE), eval_tokens=0, self_check=False, split_size="500K")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "each").mkdir()
+    monkeypatch.setattr(Quantizer, "pack", noted)
+    found = convert_all(model, tmp_path / "one" / "{type}.gguf", wanted).reports
+    monkeypatch.setattr(Quantizer, "pack", pack)
+    every = [(loss.weight, loss.format) for report in found for loss in report.losses]
+    rounded, once = ([each for each in some if each[1] != "F32"] for some in (every, searched))
+    assert sorted(once) == sorted(set(rounded)) and len(once) < len(rounded)
+    for report, each in zip(found, wanted.each, strict=True):
+        own = convert(model, tmp_path / "each" / f"{each.label}.gguf", each)
+        assert all(torch.equal(a.error, b.error) for a, b in zip(report.losses, own.losses, strict=True))
+    assert state(tmp_path / "one") == state(tmp_path / "each") and len(found[0].parts) > 1
+
+
+@pytest.mark.parametrize("becomes", ["other bytes", "nothing"])
+def test_a_finished_file_that_is_not_what_was_written_is_not_taken_from(
+    model: Path, text: Path, tmp_path: Path, becomes: str
+) -> None:
+    wanted = settings(text, ",".join(ALIKE[:2]), eval_tokens=0, self_check=False)
+    first, second = (tmp_path / f"{type_}.gguf" for type_ in ALIKE[:2])
+
+    def damage(step: Progress) -> None:
+        if step.stage == f"quantize {ALIKE[1]}" and first.exists():
+            data = first.read_bytes()
+            first.unlink()
+            if becomes == "other bytes":
+                first.write_bytes(data[:-200_000] + bytes(200_000))
+
+    with listening(damage):
+        convert_all(model, tmp_path / "{type}.gguf", wanted)
+    ((own, _),) = alone(model, tmp_path, wanted.each[1:])
+    assert second.read_bytes() == own
 
 
 def test_one_that_fails_leaves_those_before_it(model: Path, text: Path, tmp_path: Path) -> None:

@@ -59,8 +59,13 @@ def test_shared_stages_are_counted_once_and_grow_with_the_text(tiny: Tiny) -> No
     assert two["route"] == one["route"] and two["plan"] == one["plan"]
     assert two["quantize Q4_K_M"] == one["quantize"] and "quantize Q3_K_M" in two
     assert two["compare"].products == pytest.approx(1.5 * one["compare"].products)
+    checks = [two[f"self-check {type_}"].products for type_ in ("Q4_K_M", "Q3_K_M")]
+    assert checks[0] == one["self-check"].products and checks[1] == pytest.approx(checks[0] / 2)
     fast = work(model, effort="fast")
     assert "plan" not in fast and fast["quantize"].products == 0
+    both = work(model, effort="fast", type="IQ4_XS,Q4_K_S")
+    less = work(model, effort="fast", type="Q4_K_S")["quantize"].numbers
+    assert both["quantize Q4_K_S"].numbers < less, "the same weight in the same format is searched once"
     twice = work(model, effort="fast", calib_tokens=4096)
     assert twice["route"].products == pytest.approx(2 * fast["route"].products)
     assert "compare" not in work(model, eval_tokens=0) and "self-check" not in work(model, self_check=False)

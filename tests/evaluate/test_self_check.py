@@ -21,8 +21,9 @@ from moequant.checkpoint import Checkpoint, load, open_checkpoint
 from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.container import GgufContainer
 from moequant.errors import CheckpointError, MoequantError, VerifyError
-from moequant.evaluate.self_check import LIMIT, WEIGHT, Output, _without_kernels, self_check
-from moequant.values import Role
+from moequant.evaluate.reference import without_kernels
+from moequant.evaluate.self_check import LIMIT, WEIGHT, Output, SelfChecks, self_check
+from moequant.values import Role, Weight
 from tests import models
 from tests.containers.folders.cases import quantized
 from tests.containers.folders.test_schemes import FAMILIES
@@ -91,7 +92,7 @@ def test_what_a_config_says_of_running_it_is_ours_to_say(tiny, tmp_path: Path, t
 def test_a_quantized_folder_brings_no_kernels_of_the_hub(method: str) -> None:
     """Where the package `kernels` is installed, transformers would fetch and run them."""
     config = AutoConfig.for_model("gpt_oss", quantization_config={"quant_method": method})
-    _without_kernels(config)
+    without_kernels(config)
     found = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
     assert found.quantization_config.dequantize
 
@@ -144,7 +145,7 @@ def test_where_transformers_does_not_load_a_folder_llama_cpp_still_counts(
     def refuse(*given: object) -> None:
         raise ImportError("no library for it")
 
-    monkeypatch.setattr("moequant.evaluate.self_check._reference", refuse)
+    monkeypatch.setattr("moequant.evaluate.self_check.reference", refuse)
     checkpoint, file = files("qwen3_moe", "F32")
     output = Output(GgufContainer(checkpoint).open(file).load, True, file, True)
     found = self_check(checkpoint, output)
@@ -156,13 +157,28 @@ def test_where_transformers_does_not_load_a_folder_llama_cpp_still_counts(
         self_check(misread(checkpoint, norm_topk_prob=False), replace(output, exact=False))
 
 
-def test_weights_that_are_written_wrong_are_caught(tiny) -> None:
-    def doubled(weight: object) -> torch.Tensor:
-        values = load(weight)
-        return values * 2 if weight.name == "layers.1.experts.down" else values
+def doubled(weight: Weight) -> torch.Tensor:
+    values = load(weight)
+    return values * 2 if weight.name == "layers.1.experts.down" else values
 
+
+def test_weights_that_are_written_wrong_are_caught(tiny) -> None:
     with pytest.raises(VerifyError, match="what was written computes something else"):
         self_check(open_checkpoint(tiny("mixtral")), Output(doubled, exact=True))
+
+
+def test_what_is_known_of_the_original_excuses_no_output_after_the_first(tiny) -> None:
+    """Nor do its first layers, which memory had room for, stand for the whole."""
+    checkpoint = open_checkpoint(tiny("mixtral"))
+    checks = SelfChecks(checkpoint, exact=True)
+    rounded = checks.of(Output(doubled, exact=False))
+    assert rounded.source is not None and rounded.decoded is None
+    assert checks.of(Output(load, exact=True)).decoded == 0
+    with pytest.raises(VerifyError, match="what was written computes something else"):
+        checks.of(Output(doubled, exact=True))
+    first = WEIGHT * sum(weight.numel for weight in checkpoint.weights if not weight.layer)
+    assert checks.of(Output(load, exact=True), first).layers == (1, checkpoint.n_layers)
+    assert checks.of(Output(load, exact=True)).layers is None
 
 
 def test_too_little_memory_is_said_and_no_error(tiny) -> None:
