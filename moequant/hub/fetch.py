@@ -72,7 +72,7 @@ def _of_gguf(model: GgufModel) -> Folder:
         place = "its folder" if model.config is None else f"{path}"
         raise CheckpointError(
             f"{file}: a GGUF file does not say all that transformers needs, and {place} has no config.json; "
-            f"put the original's config.json and tokenizer there, or, with convert, plan and route, name their "
+            "put the original's config.json and tokenizer there, or, with convert, plan and route, name their "
             f"place by {where}"
         )
     return Folder(path, {part.name: LocalFile(part) for part in shards(file)}, file)
