@@ -72,8 +72,8 @@ def _of_gguf(model: GgufModel) -> Folder:
         place = "its folder" if model.config is None else f"{path}"
         raise CheckpointError(
             f"{file}: a GGUF file does not say all that transformers needs, and {place} has no config.json; "
-            "put the original's config.json and tokenizer there, or, with convert, plan and route, name their "
-            f"place by {where}"
+            "put the original's config.json and tokenizer there, or tell convert, plan and route their place "
+            f"by {where}"
         )
     return Folder(path, {part.name: LocalFile(part) for part in shards(file)}, file)
 
