@@ -194,3 +194,23 @@ def test_pages_name_every_family_and_every_unknown_cache() -> None:
         assert f"`{name}`" in pages["families"], name
     for name in UNMODELLED:
         assert f"`{name}`" in pages["limits"], name
+
+
+def test_the_glossary_has_the_words_that_people_meet() -> None:
+    """A page short enough to be read: every word of it is on another page, or in what the program prints."""
+    page = ROOT / "docs" / "glossary.md"
+    words = re.findall(r"^\| \*\*(.+?)\*\*", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert 20 <= len(words) <= 25
+    others = [each for each in (*PAGES, ROOT / "README.md") if each != page]
+    sources = (ROOT / "moequant").rglob("*.py")
+    met = "\n".join(each.read_text(encoding="utf-8") for each in others)
+    printed = "\n".join(
+        text for each in sources for text in re.findall(r'"[^"\n]+"', each.read_text("utf-8"))
+    )
+    unmet = [
+        word
+        for row in words
+        for word in row.split(", ")
+        if not re.search(rf"\b{re.escape(word)}", met + printed, re.IGNORECASE)
+    ]
+    assert not unmet

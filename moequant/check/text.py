@@ -18,5 +18,6 @@ def token_rows(baseline: Checkpoint, calib: str | Path | None, tokens: int, bos:
     """i64 [rows, n] of `calib` as `corpus.read` takes it, None the bundled text."""
     encoder, shape = load_encoder(baseline.path), baseline.shape
     length = min(ROW, shape.context)
+    corpus.check_budget(tokens, length, "--tokens")
     rows = corpus.pack(corpus.read(calib, "calibration"), encoder, length, tokens, 0, bos)
     return corpus.check(rows, max_length=shape.context, vocab_size=shape.vocab).ids

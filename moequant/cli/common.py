@@ -149,7 +149,8 @@ class Commands(TyperGroup):
                 stream.reconfigure(errors=escape.STAND_IN)
         with interruptible():
             try:
-                with _usage(ctx.meta[_TYPED]):
+                typed = ctx.meta[_TYPED]
+                with _usage(typed, next((word for word in typed if word in self.commands), "")):
                     return super().invoke(ctx)
             except Interrupted as signal:
                 left = ["what was unfinished is removed", *getattr(signal, "__notes__", ())][-1]
@@ -158,15 +159,17 @@ class Commands(TyperGroup):
 
 
 @contextmanager
-def _usage(typed: list[str]) -> Iterator[None]:
-    """What was typed wrongly is one line, like every error, and exit code 2; with --json an object too."""
+def _usage(typed: list[str], command: str = "") -> Iterator[None]:
+    """What was typed wrongly is one line, like every error, and exit code 2; with --json an object too. It is
+    about `command` where the error itself does not say of which: the parser's own know none."""
     try:
         yield
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             raise  # it prints the help
-        nested = error.ctx is not None and error.ctx.parent is not None
-        name = str(error.ctx.info_name) if error.ctx is not None and nested else ""
+        name = command
+        if error.ctx is not None:
+            name = "" if error.ctx.parent is None else str(error.ctx.info_name)
         where = " ".join(["moequant", *([name] if name else []), "--help"])
         told = error.format_message().replace("Value error, ", "").replace(". Did you mean", "; did you mean")
         told = one_line(told).rstrip(".")

@@ -80,11 +80,12 @@ def compare(
         typer.Option(help="What computes the models; llama.cpp takes only GGUF files and needs xllamacpp."),
     ] = Engine.moequant,
     cache_type: Annotated[
-        Cache,
+        Cache | None,
         typer.Option(
-            help="With --engine llama.cpp: how candidates keep keys and values. The baseline keeps f32."
+            help="With --engine llama.cpp: how candidates keep keys and values; the baseline then keeps f32 "
+            "(default: f32 to score, f16 to continue prompts)."
         ),
-    ] = Cache.f32,
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="The unquantized model, folder or name, when it is not among the compared ones."),
@@ -134,7 +135,7 @@ def compare(
         ctx=ctx,
         seed=seed,
         engine=engine.value,
-        cache_type=cache_type.value,
+        cache_type=None if cache_type is None else cache_type.value,
         model=shape,
         exact=exact,
         prompts=tuple(prompt or ()),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moequant.cli.common import AsJson, console, guarded, tell
+from moequant.errors import HubError
 
 if TYPE_CHECKING:
     from moequant.report.shown import Result
@@ -31,6 +32,9 @@ def push(
         str | None, typer.Option(help="What the commit says (default: which moequant uploaded it).")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload without asking.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be uploaded, and upload nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Publish a folder on the Hugging Face Hub: show what would be uploaded, and upload it once you agree."""
@@ -41,8 +45,15 @@ def push(
     def agree(planned: Result[Any]) -> bool:
         if not as_json:
             tell(planned, False)
-        if yes or as_json or not sys.stdin.isatty():
-            return yes
+        if dry_run:
+            return False
+        if yes:
+            return True
+        if as_json or not sys.stdin.isatty():
+            raise HubError(
+                f"{name}: nothing was uploaded, for nobody can be asked here; --yes uploads without asking, "
+                "--dry-run only shows"
+            )
         return typer.confirm("Upload?", err=True)
 
     done = guarded(lambda: run(name, folder, PushSettings(private, message), agree))

@@ -50,7 +50,8 @@ class CompareSettings:
     computes the models: moequant itself, or llama.cpp, which takes GGUF files only. `model` is the
     unquantized folder, needed when it is not among the compared models. llama.cpp and vLLM round activations
     before quantized weights, and so does moequant, unless `exact` is set. With llama.cpp `cache_type` is how
-    candidates keep keys and values; the baseline keeps f32.
+    candidates keep keys and values, where they are scored and where they continue prompts; the baseline then
+    keeps f32. None scores all of them with f32, and lets llama.cpp choose for prompts (f16).
 
     Every model continues the bundled prompts and those of `prompts` by `sample_tokens` tokens; 0 for none.
     None means 32 with llama.cpp or with `prompts`, else none. `command` is the command line, for the record.
@@ -61,7 +62,7 @@ class CompareSettings:
     ctx: int | None = None
     seed: int = 0
     engine: Engine = "moequant"
-    cache_type: CacheType = "f32"
+    cache_type: CacheType | None = None
     model: Model | None = None
     exact: bool = False
     prompts: tuple[str, ...] = ()
@@ -90,7 +91,7 @@ def run(
     """Score every candidate against `base`: folders, files and names of the Hub. A MoequantError with one
     clear line when something is wrong."""
     meter = Meter()
-    if settings.engine == "moequant" and settings.cache_type != "f32":
+    if settings.engine == "moequant" and settings.cache_type not in (None, "f32"):
         raise PlanError(
             f"--cache-type {settings.cache_type}: only llama.cpp keeps keys and values so; add "
             "--engine llama.cpp, which takes GGUF files"
@@ -140,7 +141,7 @@ def _opened(base: Path, candidates: Sequence[Path], settings: CompareSettings) -
     encoder = runtime.LlamaEncoder(base)
     documents = corpus.read(settings.eval, "evaluation")
     trained = trained_context(base)
-    length = settings.ctx or min(ROW, trained or ROW)
+    length = _length(settings, min(ROW, trained or ROW))
     rows = corpus.pack(documents, encoder, length, settings.eval_tokens, settings.seed, encoder.bos)
     return _Opened(sources, corpus.check(rows, max_length=trained), None)
 
@@ -151,7 +152,9 @@ def _scored(opened: _Opened, settings: CompareSettings) -> tuple[Measured, ...]:
     if checkpoint is None:
         paths = [source.path for source in opened.sources]
         candidates = list(zip(names[1:], paths[1:], strict=True))
-        return runtime.compare(paths[0], candidates, opened.rows, settings.threads, settings.cache_type)
+        return runtime.compare(
+            paths[0], candidates, opened.rows, settings.threads, settings.cache_type or "f32"
+        )
     versions = [
         Version(name, source.provider, _rounded(checkpoint, source, settings))
         for name, source in zip(names, opened.sources, strict=True)
@@ -197,7 +200,9 @@ def _ran(opened: _Opened, settings: CompareSettings) -> tuple[Ran, ...]:
     found = []
     for name, source in zip(_names(opened.sources), opened.sources, strict=True):
         if source.kind == "GGUF":
-            serving = serve(source.path, prompts, tokens, settings.threads)
+            baseline = source is opened.sources[0]
+            cache = "f32" if baseline and settings.cache_type else settings.cache_type
+            serving = serve(source.path, prompts, tokens, settings.threads, cache)
             found.append(Ran(name, serving.samples, serving))
             continue
         assert opened.checkpoint is not None and source.provider is not None
@@ -223,7 +228,7 @@ def _settings(rows: Rows, settings: CompareSettings) -> dict[str, record.Setting
         "seed": settings.seed,
     }
     if not ours:
-        found["keys and values"] = f"{settings.cache_type}, the baseline's f32"
+        found["keys and values"] = f"{settings.cache_type or 'f32'}, the baseline's f32"
     if settings.model is not None:
         found["model"] = named(settings.model)
     if settings.tokens_sampled:
@@ -240,6 +245,14 @@ def _rows(checkpoint: Checkpoint, settings: CompareSettings) -> Rows:
     bos = leading(checkpoint)
     documents = corpus.read(settings.eval, "evaluation")
     encoder = load_encoder(checkpoint.path)
-    length = settings.ctx or row_length(checkpoint)
+    length = _length(settings, row_length(checkpoint))
     rows = corpus.pack(documents, encoder, length, settings.eval_tokens, settings.seed, bos)
     return corpus.check(rows, max_length=checkpoint.shape.context, vocab_size=checkpoint.shape.vocab)
+
+
+def _length(settings: CompareSettings, usual: int) -> int:
+    """Tokens in a row, `usual` unless somebody says otherwise. CorpusError for more than the text gives."""
+    length = settings.ctx or usual
+    shorter = "--ctx" if settings.ctx is not None and settings.ctx > usual else ""
+    corpus.check_budget(settings.eval_tokens, length, corpus.EVALUATING, shorter)
+    return length

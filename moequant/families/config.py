@@ -162,6 +162,7 @@ def make_config(family: Family, raw: Mapping[str, Any], tied: bool | None = None
     if vars(config).get("head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
     _check_keys(family, given, config)
+    _check_attention(family, config)
     return config
 
 
@@ -221,6 +222,25 @@ def _check_keys(family: Family, given: Mapping[str, Any], config: Config) -> Non
             continue
         if (now := getattr(config, key, default)) != default:
             raise _refused(family, key, now, f"only the class's own {default!r} is described")
+
+
+def _check_attention(family: Family, config: Config) -> None:
+    """FamilyError where layers look back over no tokens, or where their kind has no rotation: transformers'
+    classes take such a config, and fail when they compute."""
+    cls: type = type(config)
+    kinds = getattr(config, "layer_types", None)
+    width = getattr(config, "sliding_window", None) if hasattr(cls, "sliding_window") else None
+    if isinstance(width, int) and width < 1 and not _WINDOWED.isdisjoint(kinds or _WINDOWED):
+        raise _refused(family, "sliding_window", width, "1 or more was expected, or null for no window")
+    told, found = _defaults(cls).get("rope_parameters") or {}, getattr(config, "rope_parameters", None) or {}
+    for kind in sorted({each for each in kinds or () if isinstance(told.get(each), Mapping)}):
+        if not isinstance(found.get(kind), Mapping):
+            why = f"one for each kind of layer was expected, and {kind!r} has none"
+            raise _refused(family, "rope_parameters", found, why)
+
+
+_WINDOWED = frozenset({"sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"})
+"""Kinds of layers that look back over a window."""
 
 
 def _refused(family: Family, key: str, value: Any, why: str) -> FamilyError:
@@ -295,8 +315,17 @@ def check_experts(family: Family, experts: int, used: int) -> None:
 def check_groups(family: Family, config: Config, experts: int, used: int) -> None:
     """CheckpointError when experts are chosen out of groups, and the groups do not hold them.
 
-    For configs that say both how many groups there are and how many are chosen.
+    For configs that say both how many groups there are and how many are chosen; a class that has a number of
+    its own for them fails where the config says null.
     """
+    limited = getattr(config, "topk_method", None) == "group_limited_greedy"
+    keys = [
+        key for key in ("n_group", "topk_group") if limited or getattr(type(config), key, None) is not None
+    ]
+    if experts and (null := next((key for key in keys if getattr(config, key) is None), None)):
+        raise CheckpointError(
+            f"{family.name}: {null} is null, but this class counts groups of experts; 1 is for none"
+        )
     groups, chosen = (getattr(config, key, None) for key in ("n_group", "topk_group"))
     if groups is None or chosen is None or not experts or (groups, chosen) == (1, 1):
         return

@@ -218,4 +218,20 @@ def _error(model: HubModel, error: Any) -> HubError:
             return HubError(f"{error.filename or cache_folder(model)}: {error.strerror}")
         case ValueError():
             return HubError(f"{name}: {one_line(error)}")
-    return Unreachable(f"{name}: is no folder here, and the Hub cannot be reached ({one_line(error)})")
+    if is_network(error):
+        return Unreachable(f"{name}: is no folder here, and the Hub cannot be reached ({one_line(error)})")
+    return HubError(f"{name}: cannot be read from the Hub ({named_error(error)})")
+
+
+def is_network(error: Exception) -> bool:
+    """Whether the Hub was not reached at all, or its answer broke off. huggingface_hub's versions use HTTP
+    libraries of different names, with the same names of errors, and say by one of their own that there is
+    neither a connection nor a cached file."""
+    names = {each.__name__ for each in type(error).__mro__}
+    broken = isinstance(error, ConnectionError | TimeoutError)
+    return broken or not names.isdisjoint({"TransportError", "LocalEntryNotFoundError"})
+
+
+def named_error(error: Exception) -> str:
+    """An error that nobody expected: its kind, and what it says."""
+    return f"{type(error).__name__}: {one_line(error)}" if str(error).strip() else type(error).__name__

@@ -69,9 +69,11 @@ def _of_gguf(model: GgufModel) -> Folder:
     if not (path / "config.json").is_file():
         told = read_header(file).text("general.source.huggingface.repository")
         where = f"--config {told or 'FOLDER'}" + ("" if told else " or --config OWNER/NAME")
+        place = "its folder" if model.config is None else f"{path}"
         raise CheckpointError(
-            f"{file}: a GGUF file does not say all that transformers needs, and {path} has no config.json; "
-            f"{where} names where the original's config.json and tokenizer are"
+            f"{file}: a GGUF file does not say all that transformers needs, and {place} has no config.json; "
+            "put the original's config.json and tokenizer there, or tell convert, plan and route their place "
+            f"by {where}"
         )
     return Folder(path, {part.name: LocalFile(part) for part in shards(file)}, file)
 

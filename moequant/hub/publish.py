@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,18 @@ from moequant import __version__
 from moequant.errors import HubError, OutputError, one_line
 from moequant.escape import plain, shown
 from moequant.files import JOURNAL
-from moequant.hub.client import TIMEOUT, Unreachable, translated
+from moequant.hub.client import TIMEOUT, Unreachable, is_network, named_error, translated
 from moequant.hub.names import HubModel
-from moequant.progress import counted
+from moequant.progress import Bar, counted
 
 TEXTS = (".md", ".json", ".html", ".txt", ".jinja", ".csv")
 """Files that people read, and in which a place on this machine would be seen."""
 
 PLACEHOLDER = "YOUR_NAME/REPOSITORY"
 """What a card says for the repository, which nobody knows when the card is written."""
+
+CHUNK = 1 << 24
+"""Bytes that are hashed at a time."""
 
 READ = 8_000_000
 """Bytes of such a file that are looked at."""
@@ -107,6 +112,7 @@ def upload(push: Push, settings: PushSettings) -> Push:
         if push.parent is None:
             api.create_repo(model.repository, private=push.private, exist_ok=False)
         adding = [CommitOperationAdd(each.name, push.folder / each.name) for each in push.files]
+        _hash(adding, push.bytes)
         for each in counted("upload", adding, "file"):
             api.preupload_lfs_files(model.repository, [each], revision=model.revision, free_memory=False)
         _check_same(push)
@@ -118,6 +124,24 @@ def upload(push: Push, settings: PushSettings) -> Push:
             parent_commit=push.parent,
         )
     return replace(push, commit=made.oid, url=made.commit_url)
+
+
+def _hash(adding: list[Any], total: int) -> None:
+    """The digests that LFS asks for, counted: large files take minutes. Xet finds them as it uploads."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None:
+        return
+    with Bar("hash", total, "B") as bar:
+        for each in adding:
+            if each.upload_info.is_hashed:
+                continue
+            digest = hashlib.sha256()
+            with each.as_file() as file:
+                while part := file.read(CHUNK):
+                    digest.update(part)
+                    bar.update(len(part))
+            each.upload_info.sha256 = digest.digest()
 
 
 def _piece(folder: Path, name: str, replaces: bool) -> Piece:
@@ -169,6 +193,11 @@ def _names(folder: Path) -> tuple[list[str], tuple[str, ...]]:
 
 def _notes(repository: str, folder: Path, names: list[str], known: set[str]) -> Iterator[str]:
     """What a person should see before it is public."""
+    for journal in _journals(folder):
+        yield (
+            f"a conversion has not ended ({journal}): what it makes is not among these files; give its "
+            "command again to finish it"
+        )
     if "README.md" not in names and "README.md" not in known:
         yield "there is no README.md; `moequant convert --card` writes one"
     if "README.md" in names and "# base_model: " in _text(folder / "README.md"):
@@ -181,6 +210,17 @@ def _notes(repository: str, folder: Path, names: list[str], known: set[str]) -> 
             yield f"{name} is a link: what is uploaded is {plain(str((folder / name).resolve()))}"
         if Path(name).suffix in TEXTS and any(place in _text(folder / name) for place in places):
             yield f"{name} names a folder of this machine; look at it before it is public"
+
+
+def _journals(folder: Path) -> Iterator[str]:
+    """What runs that did not end keep: of files in the folder, and of the folder itself."""
+    whole = folder.resolve()
+    yield from sorted(
+        each.relative_to(whole).as_posix() for each in whole.rglob(f"*{JOURNAL}") if each.is_dir()
+    )
+    beside = whole.with_name(whole.name + JOURNAL)
+    if beside.is_dir():
+        yield beside.name
 
 
 def _text(file: Path) -> str:
@@ -260,4 +300,6 @@ def _error(model: HubModel, error: Any) -> HubError:
             return HubError(f"{error.filename}: {error.strerror}")
         case ValueError():
             return HubError(f"{name}: {one_line(error)}")
-    return Unreachable(f"{name}: the Hub cannot be reached ({one_line(error)}); give the command again")
+    if is_network(error):
+        return Unreachable(f"{name}: the Hub cannot be reached ({one_line(error)}); give the command again")
+    return HubError(f"{name}: the upload failed ({named_error(error)})")

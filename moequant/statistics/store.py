@@ -91,7 +91,9 @@ def load(path: Path) -> Stored:
     try:
         meta, tensors = sealed.read(path)
     except ValueError as error:
-        raise CorpusError(f"{path}: cannot be read as statistics ({error})") from None
+        raise CorpusError(
+            f"{path}: cannot be read as statistics ({error}); give what `moequant route -o` wrote"
+        ) from None
     if not isinstance(meta, dict):
         raise CorpusError(f"{path}: a safetensors file, but not statistics from moequant route")
     if meta.get("version") not in (1, 2, VERSION):

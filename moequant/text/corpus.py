@@ -33,6 +33,9 @@ MIXED = "mixed"
 MIN_ROWS = 2
 """Fewer rows measure nothing; llama.cpp's tools draw the line at the same place."""
 
+CALIBRATING, EVALUATING = "--calib-tokens", "--eval-tokens"
+"""The options that say how many tokens of a text are read."""
+
 DATASET_BYTES = 16 * 2**20
 """How much text of a Hugging Face dataset is read: about 4 million tokens, far past the need."""
 
@@ -246,7 +249,7 @@ def pack(
             f"row length {length}: a row needs at least 2 tokens, one to read and one to predict"
         )
     if tokens is not None:
-        check_budget(tokens, length)
+        check_budget(tokens, length, EVALUATING)
     streams = _streams(documents, tokenizer, seed, bos_id)
     total = sum(len(stream) for stream in streams.values())
     if total < MIN_ROWS * length:
@@ -273,7 +276,7 @@ def spread(rows: Rows, tokens: int) -> Rows:
     Raises CorpusError when the budget gives fewer than MIN_ROWS rows.
     """
     length = rows.ids.shape[1]
-    check_budget(tokens, length)
+    check_budget(tokens, length, CALIBRATING)
     places: dict[str, list[int]] = {}
     for row, domain in enumerate(rows.domains):
         places.setdefault(domain, []).append(row)
@@ -286,12 +289,14 @@ def spread(rows: Rows, tokens: int) -> Rows:
     return Rows(ids, tuple(rows.domains[row] for row in chosen), rows.source, ids.numel())
 
 
-def check_budget(tokens: int, length: int) -> None:
-    """CorpusError when `tokens` are fewer than MIN_ROWS rows of `length`."""
+def check_budget(tokens: int, length: int, option: str, shorter: str = "") -> None:
+    """CorpusError when `tokens`, which `option` says, are fewer than MIN_ROWS rows of `length`; `shorter`
+    names the option that makes rows shorter, where there is one."""
     if tokens < MIN_ROWS * length:
+        instead = f", or give a smaller {shorter}" if shorter else ""
         raise CorpusError(
             f"a budget of {tokens} tokens: {MIN_ROWS * length} are the least ({MIN_ROWS} rows of {length}); "
-            "raise --calib-tokens or --eval-tokens"
+            f"raise {option}{instead}"
         )
 
 

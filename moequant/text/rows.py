@@ -47,7 +47,7 @@ def probed_rows(
     """At most `tokens` tokens to calibrate on, as `calibration_rows` gives them, and besides them one row to
     probe with for every seven, at least one and at most `most`."""
     length = row_length(checkpoint)
-    corpus.check_budget(tokens, length)
+    corpus.check_budget(tokens, length, corpus.CALIBRATING)
     wanted = tokens // length
     total = wanted + min(most, max(1, wanted // PROBED))
     return split_probes(calibration_rows(checkpoint, documents, total * length, seed, bos), most)

@@ -19,6 +19,8 @@ from moequant.check.source import Entry
 from moequant.check.tensors import check_tensor
 from moequant.checkpoint import open_checkpoint
 from moequant.commands.check import CheckSettings, check
+from moequant.commands.compare import CompareSettings
+from moequant.commands.compare import run as compare
 from moequant.containers.folders.schemes import PRESETS
 from moequant.errors import VerifyError
 from moequant.kernels import Matrix
@@ -263,6 +265,33 @@ def test_a_decoder_of_ours_that_errs_is_found_out(model: Path, tmp_path: Path, n
         figures, damages = check_tensor(source, entry, product, None)
         assert [expert.same_decoded for expert in figures.experts] == [holds] * len(figures.experts)
         assert holds == (not damages)
+
+
+def test_groups_of_several_formats_hold(model: Path, text: Path, tmp_path: Path) -> None:
+    """As llm-compressor mixes them: an expression for all, names before it, and a group for the class."""
+    downs = [f"model.layers.{layer}.mlp.experts.{e}.down_proj" for layer in range(2) for e in range(9)]
+
+    def mixed(name: str, weight: Tensor) -> dict[str, Tensor]:
+        if name not in downs:
+            return released.packed(name, weight)
+        parts = released.channels(name, weight)
+        return parts | {"weight_scale": parts["weight_scale"][:, None]}
+
+    floats = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    groups = {
+        "a": {"targets": ["re:.*proj$"], "weights": ASYM, "format": "pack-quantized"},
+        "b": {"targets": downs, "weights": floats, "format": "float-quantized"},
+        "c": {"targets": ["Linear"], "weights": floats, "format": "float-quantized"},
+    }
+    out = tmp_path / "out"
+    released.release(model, out, mixed, PACKED | {"format": "mixed-precision", "config_groups": groups})
+    report = checked(out, model, text)
+    assert report.damages == () and report.holds
+    formats = {tensor.name: tensor.format for tensor in report.tensors}
+    told = {name: formats[f"layers.1.experts.{name}"].split("_")[0] for name in ("gate", "up", "down")}
+    assert told == {"gate": "INT4", "up": "INT4", "down": "FP8"}
+    (found,) = compare(model, [out], CompareSettings(text, eval_tokens=1024)).measured
+    assert 0 < found.comparison.kl_mean.value < 1
 
 
 @pytest.mark.parametrize("name", ["FP8 of ModelOpt", "AWQ"])

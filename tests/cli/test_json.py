@@ -146,6 +146,21 @@ def test_what_is_typed_wrongly_is_one_line_and_json(arguments: tuple[str, ...], 
     assert f"moequant: {value['error']['message']}\n" == done.stderr or "--nothing" in arguments
 
 
+def test_what_the_parser_misses_is_shown_by_the_help_of_the_command() -> None:
+    """Its errors do not say of which command they are."""
+    for typed, where in (
+        (("--json", "convert", "demo", "--type"), "moequant"),
+        (("convert", "demo", "--json", "--type"), "moequant convert"),
+        (("fit", "--json=3"), "moequant fit"),
+        (("--version=3", "convert"), "moequant"),
+    ):
+        done = run(*typed)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert done.stderr.endswith(f"; `{where} --help` shows what there is\n"), done.stderr
+    value = json.loads(run("convert", "demo", "--json", "--type").stdout)
+    assert value["command"] == "convert" and value["error"]["kind"] == "UsageError"
+
+
 def test_numbers_that_json_has_not() -> None:
     value = json.loads(document("x", {"a": [float("nan"), 1.5, (float("inf"), 2)], 3: {"b": -float("inf")}}))
     assert value["a"] == [None, 1.5, [None, 2]] and value["3"] == {"b": None}

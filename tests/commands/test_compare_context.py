@@ -83,7 +83,17 @@ def test_pieces_are_the_logits_of_the_whole(file: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"ctx": 1 << 20}, CorpusError, "raise --calib-tokens or --eval-tokens"),
+        ({"ctx": 1 << 20}, CorpusError, "; raise --eval-tokens, or give a smaller --ctx$"),
+        (
+            {"ctx": 1 << 20, "engine": "llama.cpp"},
+            CorpusError,
+            "; raise --eval-tokens, or give a smaller --ctx$",
+        ),
+        (
+            {"ctx": None, "eval_tokens": 500},
+            CorpusError,
+            r"1024 are the least \(2 rows of 512\); raise --eval-tokens$",
+        ),
         ({"ctx": 5000, "eval_tokens": 10_000}, CorpusError, "the model's context is .*smaller --ctx"),
         ({"ctx": 5000, "eval_tokens": 10_000, "engine": "llama.cpp"}, CorpusError, "smaller --ctx"),
         ({"cache_type": "q8_0"}, PlanError, "--engine llama.cpp"),

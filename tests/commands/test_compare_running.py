@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from moequant.evaluate.samples import sample
 from moequant.forward.resources import Resources
 from moequant.report.compare_running import same_tokens, speeds
 from moequant.runtimes.llama_cpp.engine import Llama, LlamaError
-from moequant.runtimes.llama_cpp.serving import Prompt, serve
+from moequant.runtimes.llama_cpp.serving import Prompt, Serving, serve
 from moequant.text import bundled, corpus
 from moequant.text.rows import load_encoder
 from tests import models
@@ -57,6 +58,35 @@ def test_a_file_is_timed_and_sampled_in_a_process_of_its_own(file: Path) -> None
     assert found.first_token("average") == found.samples[0].seconds[0]
     assert found.prompt_speed == found.samples[1].fed / found.samples[1].seconds[0]
     assert found.load_seconds > 0
+
+
+def test_keys_and_values_are_kept_as_they_are_scored(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In continuations too: the candidate's as was asked for, the baseline's exactly."""
+    asked: list[str | None] = []
+
+    def served(*given: Any) -> Serving:
+        asked.append(given[4])
+        return serve(*given)
+
+    monkeypatch.setattr("moequant.commands.compare.serve", served)
+    for kind, expected in (("q8_0", ["f32", "q8_0"]), (None, [None, None])):
+        settings = CompareSettings(eval_tokens=1024, engine="llama.cpp", cache_type=kind, sample_tokens=2)
+        run(file, [file], settings)
+        assert asked == expected
+        asked.clear()
+
+
+def test_a_cache_of_eight_bits_takes_less_memory(file: Path) -> None:
+    """It reaches llama.cpp in the process of the file; tokens of this model do not differ by it."""
+    exact, eight = (serve(file, [SHORT], 2, 1, cache) for cache in ("f32", "q8_0"))
+    with Llama(file, n_ctx=2048, threads=1, vocab_only=True) as model:
+        heads, layers = (
+            int(model.meta(f"{model.meta('general.architecture')}.{key}") or 0)
+            for key in ("attention.head_count_kv", "block_count")
+        )
+        width = int(model.meta(f"{model.meta('general.architecture')}.attention.key_length") or 0)
+    saved = 2 * 2048 * heads * width * layers * (4 - 34 / 32)
+    assert saved > 2e6 and exact.bytes - eight.bytes > 0.3 * saved
 
 
 def test_memory_is_the_model_s_and_not_ours(file: Path) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from typer.testing import CliRunner
 
 from moequant.cli import app
 from moequant.errors import HubError, MoequantError, OutputError
+from moequant.hub import publish
+from moequant.hub.client import Unreachable
 from moequant.hub.publish import PLACEHOLDER
 from moequant.library import PushSettings, push
+from moequant.progress import Progress
 from moequant.report.shown import Result
 from tests.cli.test_json import documented, naming
 from tests.hub.server import FIRST, REPOSITORY, SECOND, Hub
@@ -59,15 +64,21 @@ def written(hub: Hub) -> list[str]:
 
 
 def test_nothing_is_sent_unless_somebody_agrees(hub: Hub, folder: Path) -> None:
-    done = said(NEW, folder)
+    done = said(NEW, folder, "--dry-run", "--yes")
     assert done.exit_code == 0 and "nothing was uploaded; --yes uploads" in done.stdout
     for shown in (
         *FILES,
         "a new repository, public",
         "5.00 kB",
         "stays here: .cache, .tiny.gguf.moequant-00ff00ff",
+        "note: a conversion has not ended (tiny-Q8_0.gguf.journal)",
     ):
         assert shown in done.stdout, shown
+    for asked in ([], ["--json"]):
+        refused = said(NEW, folder, *asked)
+        assert refused.exit_code == 1 and len(refused.stderr.splitlines()) == 1, "nobody can be asked"
+        assert "nothing was uploaded" in refused.stderr and "--yes uploads without asking" in refused.stderr
+    assert json.loads(refused.stdout)["error"]["kind"] == "HubError"
     assert push(NEW, folder).found.commit is None
     assert push(NEW, folder, agree=lambda planned: False).found.commit is None
     assert hub.asked and not written(hub), "it only looked"
@@ -201,8 +212,70 @@ def test_offline_is_one_line(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyP
 def test_commands_of_the_card_that_lack_the_name_are_noted(hub: Hub, folder: Path) -> None:
     card = folder / "README.md"
     card.write_text(f"```sh\nollama run hf.co/{PLACEHOLDER}:tiny-Q4_K_M.gguf\n```\n")
-    assert push(NEW, folder).found.notes == (
+    assert push(NEW, folder).found.notes[1:] == (
         f"README.md says {PLACEHOLDER}; put {NEW} there, so that its commands can be copied",
     )
     card.write_text(card.read_text().replace(PLACEHOLDER, NEW))
+    assert not push(NEW, folder).found.notes[1:]
+
+
+def test_a_run_that_did_not_end_is_noted_wherever_its_journal_lies(hub: Hub, tmp_path: Path) -> None:
+    """A journal of the folder itself is kept beside it."""
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (folder / "README.md").write_bytes(FILES["README.md"])
     assert not push(NEW, folder).found.notes
+    (tmp_path / "made.journal").mkdir()
+    (folder / "sub" / "a.gguf.journal").mkdir(parents=True)
+    inside, beside = push(NEW, folder).found.notes
+    assert "(sub/a.gguf.journal)" in inside and "(made.journal)" in beside
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (RuntimeError("no such shard"), HubError, r"the upload failed \(RuntimeError: no such shard\)$"),
+        (KeyError("oid"), HubError, r"the upload failed \(KeyError: 'oid'\)$"),
+        (AssertionError(), HubError, r"the upload failed \(AssertionError\)$"),
+        (ConnectionResetError("gone"), Unreachable, "the Hub cannot be reached"),
+        (httpx.ReadTimeout("slow"), Unreachable, "the Hub cannot be reached"),
+    ],
+)
+def test_what_went_wrong_is_said(
+    hub: Hub,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: Exception,
+    kind: type[HubError],
+    message: str,
+) -> None:
+    """Only what is known to be the network's fault is called so."""
+
+    def breaks(*given: Any, **named: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(HfApi, "create_commit", breaks)
+    with pytest.raises(HubError, match=message) as error:
+        push(NEW, folder, agree=lambda planned: True)
+    assert type(error.value) is kind
+
+
+def test_the_hub_that_is_gone_is_unreachable(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the real client says it."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(Unreachable, match="the Hub cannot be reached"):
+        push(NEW, folder)
+
+
+def test_hashing_is_counted_by_the_byte(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "CHUNK", 1000)
+    steps: list[Progress] = []
+    push(NEW, folder, agree=lambda planned: True, progress=steps.append)
+    counted = [step for step in steps if step.stage == "hash"]
+    total = sum(map(len, FILES.values()))
+    assert counted[-1].done == counted[-1].total == total and counted[-1].unit == "B"
+    assert len(counted) > len(FILES) + 4, "a large file is counted while it is read"
+    assert {name: hashlib.sha256(data).hexdigest() for name, data in hub.stored.items()} == {
+        name: name for name in hub.stored
+    }
+    assert hub.stored

@@ -135,7 +135,7 @@ def test_spread_rows_lie_evenly() -> None:
             assert len(at) in (count // 2, -(-count // 2))
             gaps = [y - x for x, y in zip([0, *at], [*at, size], strict=True)]
             assert max(gaps) <= 4 * size / len(at) + 1
-    with pytest.raises(CorpusError, match="a budget of 3 tokens"):
+    with pytest.raises(CorpusError, match=r"a budget of 3 tokens: .*; raise --calib-tokens$"):
         corpus.spread(rows, 3)
 
 
@@ -200,7 +200,7 @@ def test_sources_are_named_once() -> None:
     [
         (1, None, r"row length 1: a row needs at least 2 tokens"),
         (512, None, r"a\.txt: 20 tokens found, 1024 needed \(2 rows of 512\)"),
-        (8, 15, r"a budget of 15 tokens: 16 are the least \(2 rows of 8\)"),
+        (8, 15, r"a budget of 15 tokens: 16 are the least \(2 rows of 8\); raise --eval-tokens$"),
     ],
 )
 def test_rows_that_cannot_be(length: int, tokens: int | None, message: str) -> None:

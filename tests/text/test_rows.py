@@ -52,7 +52,7 @@ def test_as_many_tokens_calibrate_as_were_asked_for(tmp_path: Path, wanted: int,
     for tokens in (8 * wanted, 8 * wanted + 7):
         kept, others = probed_rows(checkpoint, documents, tokens, 0, None, 16)
         assert (len(kept.ids), len(others.ids)) == (wanted, probes)
-    with pytest.raises(CorpusError, match="a budget of 15 tokens"):
+    with pytest.raises(CorpusError, match=r"a budget of 15 tokens: .*; raise --calib-tokens$"):
         probed_rows(checkpoint, documents, 15, 0, None, 16)
 
 

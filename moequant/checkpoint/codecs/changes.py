@@ -37,6 +37,10 @@ class Changes:
                 return entry, found
         return None
 
+    def removes(self, entry: str) -> bool:
+        """Whether an entry says that its modules stay as they were."""
+        return self.key == "dynamic" and entry.startswith("-:")
+
 
 def changes_of(raw: Config) -> tuple[Changes, ...]:
     """Those of GPTQModel (`dynamic`), auto-round (`extra_config`), ModelOpt (`quantized_layers`) and Quark
@@ -45,10 +49,10 @@ def changes_of(raw: Config) -> tuple[Changes, ...]:
 
 
 def _dynamic(raw: Config) -> Changes:
-    """Regular expressions that fit the start; those with "-:" leave a module out."""
-    told = {entry: change for entry, change in raw["dynamic"].items() if not entry.startswith("-:")}
-    patterns = [(entry, rf"\A(?:{entry.removeprefix('+:')})", change) for entry, change in told.items()]
-    return Changes("dynamic", {}, tuple((entry, compiled(by), change) for entry, by, change in patterns))
+    """Regular expressions that fit the start, in their order; those with "-:" leave a module out."""
+    told = {entry: entry.removeprefix("+:").removeprefix("-:") for entry in raw["dynamic"]}
+    patterns = [(entry, compiled(rf"\A(?:{by})"), raw["dynamic"][entry]) for entry, by in told.items()]
+    return Changes("dynamic", {}, tuple(patterns))
 
 
 def _extra_config(raw: Config) -> Changes:

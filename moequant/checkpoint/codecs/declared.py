@@ -13,7 +13,8 @@ from typing import Any
 
 from moequant.checkpoint.codecs import quark
 from moequant.checkpoint.codecs.changes import Changes, changes_of
-from moequant.checkpoint.codecs.patterns import compiled, matches, names_of
+from moequant.checkpoint.codecs.patterns import compiled
+from moequant.checkpoint.codecs.targets import NONE, Targets, targets_of
 from moequant.errors import CheckpointError, few
 
 Config = Mapping[str, Any]
@@ -105,6 +106,7 @@ class Declared:
     raw: Config = field(default_factory=dict)
     left_out: LeftOut = field(default_factory=lambda: LeftOut({}, ()))
     changes: tuple[Changes, ...] = ()
+    targets: Targets = NONE
 
     @property
     def again(self) -> bool:
@@ -116,7 +118,7 @@ class Declared:
     def scheme(self, tensor: str) -> Scheme:
         """What holds for a quantized tensor, by its plain name. CheckpointError when it should not be one."""
         module = tensor.removesuffix(".weight")
-        found = self.left_out.find(module)
+        found = self.left_out.find(module) or self._removed(module)
         if found and not self.again:
             key, pattern = found
             raise disagrees(tensor, "is quantized", f"quantization_config.{key} has {pattern!r}")
@@ -136,20 +138,12 @@ class Declared:
         return Scheme("weight_block_size", kind=kind, block=(int(block[0]), int(block[1])))
 
     def group(self, tensor: str) -> tuple[str, Config] | None:
-        """compressed-tensors: name and entry of the config group that names the tensor's module, else of the
-        one for its class; None without groups. CheckpointError when none is for it."""
-        groups: Mapping[str, Config] = self.raw.get("config_groups") or {}
-        named, by_class = names_of(tensor.removesuffix(".weight")), None
-        for module in named:
-            for name, group in groups.items():
-                for target in map(str, group.get("targets") or ()):
-                    if target == module or (target.startswith("re:") and matches(target[3:], module)):
-                        return name, group
-                    if re.fullmatch(r"[A-Z]\w*", target):
-                        by_class = by_class or (name, group)
-        if groups and by_class is None:
+        """compressed-tensors: name and entry of the config group for the tensor's module; None without
+        groups. CheckpointError when none is for it."""
+        found = self.targets.find(tensor.removesuffix(".weight"))
+        if self.targets and found is None:
             raise disagrees(tensor, "is quantized", "no targets of quantization_config.config_groups name it")
-        return by_class
+        return found
 
     def algorithm(self, module: str) -> str | None:
         """ModelOpt: the algorithm of the layer, else of all; in capitals. CheckpointError: it is unknown.
@@ -172,6 +166,18 @@ class Declared:
         source, change = self._change(module)
         everywhere = self.raw.get("global_quant_config") or {}
         return (source, change) if change else ("quantization_config.global_quant_config", everywhere)
+
+    def setting(self, module: str, key: str) -> Any:
+        """What a config says under a key of a module, else of all."""
+        return self._change(module)[1].get(key, self.raw.get(key))
+
+    def _removed(self, module: str) -> tuple[str, str] | None:
+        """The key and the entry that leave a module out where others say what becomes of it: the first that
+        fits counts."""
+        for changes in self.changes:
+            if (found := changes.find(module)) and changes.removes(found[0]):
+                return changes.key, found[0]
+        return None
 
     def _change(self, module: str) -> tuple[str, Config]:
         """Where a config says something of a module alone, and what; an empty name and nothing else."""
@@ -231,7 +237,8 @@ def read_config(quantization: Config | None) -> Declared:
         raw, method = {**raw, "checkpoint_format": "gptq_v2"}, "gptq"
     if method == "quark":
         quark.check(raw)
-    return Declared(method, raw, _left_out(raw, method), changes_of(raw))
+    targets = targets_of(raw) if method == "compressed-tensors" else NONE
+    return Declared(method, raw, _left_out(raw, method), changes_of(raw), targets)
 
 
 def _left_out(raw: Config, method: str) -> LeftOut:
@@ -248,20 +255,30 @@ def _left_out(raw: Config, method: str) -> LeftOut:
                 patterns.append((key, entry, translate(entry)))
             else:
                 patterns.append((key, entry, rf"(?:{entry})(?:\.|$)"))
-    removed = [entry for entry in raw.get("dynamic") or () if entry.startswith("-:")]
-    patterns += [("dynamic", entry, entry.removeprefix("-:")) for entry in removed]
     found = tuple((key, entry, compiled(pattern)) for key, entry, pattern in patterns)
     # compressed-tensors, ModelOpt and Quark want whole names, transformers' own methods parts of them.
     return LeftOut(names, found, method != "compressed-tensors" and not globs)
 
 
+_TURNED = ("rotation_config", "spinquant_config", "hadamard_config", "rotation")
+"""Where auto-round and GPTQModel say that weights are turned, and inputs as the model runs.
+compressed-tensors says so in `transform_config`."""
+
+
 def _refuse_parts(raw: Config) -> None:
-    """Weights that are not what they seem: turned by a transform, or sparse."""
-    transform = raw.get("transform_config") or {}
-    if transform.get("config_groups"):
+    """Weights that are not what they seem: turned by a transform, sparse, or in words of another width."""
+    turned = [key for key in _TURNED if raw.get(key)]
+    if (raw.get("transform_config") or {}).get("config_groups"):
+        turned.append("transform_config")
+    if turned:
         raise CheckpointError(
-            "quantization_config.transform_config: weights are stored turned, expected none; give the "
+            f"quantization_config.{turned[0]}: weights are stored turned, expected none; give the "
             "unquantized checkpoint"
+        )
+    if str(raw.get("pack_dtype") or "int32").removeprefix("torch.") != "int32":
+        raise CheckpointError(
+            f"quantization_config.pack_dtype is {raw['pack_dtype']}, expected int32; give the unquantized "
+            "checkpoint"
         )
     sparsity = (raw.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":

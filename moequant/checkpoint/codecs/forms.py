@@ -280,9 +280,10 @@ def _gptq(name: str, parts: Parts, declared: Declared, scheme: Scheme) -> Stored
     group = _group(scale, n_in, scheme)
     if "g_idx" in parts and parts["g_idx"].shape != (n_in,):
         raise misfit(parts["g_idx"], (n_out, n_in), f"[{n_in}], a group for each channel")
-    if "g_idx" not in parts and declared.raw.get("desc_act"):
+    desc_act = declared.setting(name.removesuffix(".weight"), "desc_act")
+    if "g_idx" not in parts and desc_act:
         raise CheckpointError(f"tensor {weight.name}: g_idx is missing, but desc_act is set; is it complete?")
-    act_order = bool(declared.raw.get("desc_act")) and group < n_in
+    act_order = bool(desc_act) and group < n_in
     codec = Gptq(width, group, version == "gptq", bool(scheme.symmetric), act_order)
     return Stored(name, (n_out, n_in), "F32", dict(parts), codec)
 

@@ -115,7 +115,7 @@ def inputs_of(declared: Declared, tensor: str) -> Inputs:
             return _of_quark(declared.layer(module)[1].get("input_tensors"))
         case _ if method.startswith("modelopt"):
             return Inputs(untold=f"{method} without a quant_algo")
-    bits = raw.get("act_bits") or 16
+    bits = declared.setting(module, "act_bits") or 16
     return AS_THEY_ARE if bits >= 16 else Inputs(untold=f"act_bits {bits}, which no runtime is known for")
 
 
@@ -173,7 +173,10 @@ def _of_scheme(group: Config) -> Inputs:
     weights, told = group.get("weights") or {}, group.get("input_activations")
     if not told and (weights.get("type"), weights.get("num_bits"), weights.get("group_size")) == _MXFP4_FORM:
         return _MXFP4_WEIGHTS
-    return of_group(told)
+    found = of_group(told)
+    if group.get("output_activations") and not found.untold:
+        return replace(found, elsewhere="compressed-tensors: outputs are rounded too")
+    return found
 
 
 def of_group(told: Config | None) -> Inputs:

@@ -13,6 +13,7 @@ from torch import Tensor
 from moequant.checkpoint import Checkpoint
 from moequant.containers.gguf import nextn
 from moequant.containers.gguf.families import COMMON, EXPORTS, OTHERS, Computed, Export, FileTensor, Key
+from moequant.containers.gguf.families.base import Unsayable
 from moequant.errors import CheckpointError, FamilyError, foreign
 from moequant.families import Config, Family
 from moequant.families.config import no_shared, one_by_one
@@ -116,21 +117,21 @@ def check(family: Family, config: Config) -> Export:
         raise FamilyError(f"{family.name}: {why}; --format safetensors writes a folder")
     with foreign(FamilyError, f"{family.name}: config.json has values that make no model"):
         lacking = [*way.complaints(config), *_without_shared(family, config, way.arch)]
-        reasons = lacking or list(_unwritable(way, config))
+        reasons, computes = (lacking, True) if lacking else _unwritable(way, config)
     if reasons:
         more = f" (also: {'; '.join(reasons[1:])})" if reasons[1:] else ""
-        can = bool(lacking) and one_by_one(family, config)
-        folder = "; --format safetensors writes a folder" if can else ""
+        folder = "; --format safetensors writes a folder" if computes and one_by_one(family, config) else ""
         raise FamilyError(f"{family.name}: {reasons[0]}{more}{folder}")
     return way
 
 
-def _unwritable(way: Export, config: Config) -> Iterator[str]:
-    """A complaint about what no key of the file can say."""
+def _unwritable(way: Export, config: Config) -> tuple[list[str], bool]:
+    """A complaint about what no key of the file can say, and whether the model computes all the same."""
     try:
         way.keys(config)
     except FamilyError as error:
-        yield str(error)
+        return [str(error)], isinstance(error, Unsayable)
+    return [], True
 
 
 def _without_shared(family: Family, config: Config, arch: str) -> Iterator[str]:

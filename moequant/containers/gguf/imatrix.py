@@ -213,7 +213,9 @@ def parse(path: Path) -> Imatrix:
 def _parse_gguf(path: Path) -> Imatrix:
     file = GgufFile(path)
     if (kind := file.header.text("general.type")) != "imatrix":
-        raise CorpusError(f"{path}: GGUF of type {kind!r}, expected 'imatrix'")
+        raise CorpusError(
+            f"{path}: GGUF of type {kind!r}, expected 'imatrix'; give one that llama-imatrix wrote"
+        )
     chunks, chunk_size = (_number(file.header, f"imatrix.{key}") for key in ("chunk_count", "chunk_size"))
     array = file.header.arrays.get("imatrix.datasets")
     if array is None or array.kind is not GGUFValueType.STRING:

@@ -1,7 +1,7 @@
 """How a GGUF file runs in llama.cpp: timed and sampled in a process of its own, whose memory is the model's.
 
 `serve` starts one for every file, a job as JSON on its standard input and the result on its output.
-Cache and attention are llama.cpp's defaults; decoding is greedy.
+Cache and attention are llama.cpp's defaults unless a cache is asked for; decoding is greedy.
 """
 
 from __future__ import annotations
@@ -86,8 +86,11 @@ class Serving:
         return found[min(len(found) - 1, int(share * len(found)))] if found else None
 
 
-def serve(path: Path, prompts: Sequence[Prompt], tokens: int, threads: int) -> Serving:
-    """Load the file in a fresh process and continue every prompt by up to `tokens` tokens.
+def serve(
+    path: Path, prompts: Sequence[Prompt], tokens: int, threads: int, cache: str | None = None
+) -> Serving:
+    """Load the file in a fresh process and continue every prompt by up to `tokens` tokens. Keys and values
+    are kept as `cache` says; see `Llama`.
 
     Raises LlamaError with what llama.cpp said when it refuses or the process ends early.
     """
@@ -95,6 +98,7 @@ def serve(path: Path, prompts: Sequence[Prompt], tokens: int, threads: int) -> S
         "path": str(path),
         "tokens": tokens,
         "threads": threads,
+        "cache": cache,
         "prompts": [asdict(prompt) for prompt in prompts],
     }
     found = json.loads(ask(__name__, job, f"{path}: llama.cpp did not get through the prompts"))
@@ -113,7 +117,7 @@ def _child(job: dict[str, Any]) -> Serving:
     if tokens >= n_ctx:
         raise LlamaError(f"{path}: {tokens} tokens to sample do not fit the model's context of {n_ctx}")
     start = time.perf_counter()
-    with Llama(path, n_ctx=n_ctx, threads=threads, cache=None) as model:
+    with Llama(path, n_ctx=n_ctx, threads=threads, cache=job["cache"]) as model:
         model.warm_up()
         load = time.perf_counter() - start
         samples = tuple(_sample(model, Prompt(**prompt), tokens) for prompt in job["prompts"])

@@ -30,11 +30,15 @@ FACTORS = frozenset(
 """Keys of which llama.cpp takes 0 for none."""
 
 
+class Unsayable(FamilyError):
+    """The model computes, but no file can tell llama.cpp so; a folder holds the config as it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
     """A key of the file. Its name is without the architecture's, which is put before it.
 
-    FamilyError for a value that its kind cannot hold, and for a factor of 0.
+    FamilyError for a value that its kind cannot hold, Unsayable for a factor of 0.
     """
 
     name: str
@@ -49,7 +53,7 @@ class Key:
                 shown = one_line(repr(value), 80)
                 raise FamilyError(f"config.json: GGUF's key {self.name} would be {shown}, which is no {kind}")
         if self.name in FACTORS and self.value == 0:
-            raise FamilyError(
+            raise Unsayable(
                 f"config.json: GGUF's key {self.name} would be 0, which llama.cpp takes for no factor: the "
                 "file would compute something else"
             )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moequant.containers.gguf.families.base import Computed, Key
+from moequant.containers.gguf.families.base import Computed, Key, Unsayable
 from moequant.errors import FamilyError, few
 from moequant.families import Config
 
@@ -197,20 +197,21 @@ def rope(
     `in_tensors` are scalings of which the family also writes `rope_factors`. A dynamic scaling does nothing
     within the context of the model.
 
-    Raises FamilyError for a scaling that GGUF cannot express or that is not known here.
+    Raises Unsayable for a scaling that GGUF cannot express or that is not known here, FamilyError for one
+    that transformers does not know either.
     """
     found = dict((config.rope_parameters if parameters is None else parameters) or {})
     kind = found.get("rope_type", "default")
     known = ("default", "dynamic", "linear", "yarn", *in_tensors)
     if kind not in known:
-        raise FamilyError(
+        raise (Unsayable if _is_computed(kind) else FamilyError)(
             f"config key rope_parameters, or rope_scaling: llama.cpp has no rope type {kind!r} for this "
             f"family; there are {', '.join(known)}"
         )
     if unknown := sorted(str(key) for key in found.keys() - _SCALING - (_LISTS if kind == LONG else set())):
-        raise FamilyError(f"rope scaling {kind!r}: key {unknown[0]} is not supported yet")
+        raise Unsayable(f"rope scaling {kind!r}: no key of GGUF is known for {unknown[0]}")
     if kind == "yarn" and not found.get("truncate", True):
-        raise FamilyError(
+        raise Unsayable(
             "rope scaling 'yarn': truncate is false: llama.cpp rounds the bounds to whole dimensions, so the "
             "file would compute something else"
         )
@@ -222,6 +223,13 @@ def rope(
     factor = _number(found, "factor", kind)
     keys = [base, Key("rope.scaling.type", "str", kind), Key("rope.scaling.factor", "f32", factor)]
     return (*keys, *(_yarn(config, found, factor) if kind == "yarn" else ()))
+
+
+def _is_computed(kind: str) -> bool:
+    """Whether transformers knows that type of scaling."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # only when something is refused
+
+    return kind in ROPE_INIT_FUNCTIONS
 
 
 def rope_factors(
