@@ -144,15 +144,17 @@ def _compiled() -> Loops | None:
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """Where compiled libraries are kept: the user's cache, or, where that cannot be written, a folder that is
-    gone at the end of the block."""
+    """Where compiled libraries are kept: the user's cache, or, where that cannot be written or others can
+    write it, a folder that is gone at the end of the block."""
     try:
         kept = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moequant" / "native"
-        kept.mkdir(parents=True, exist_ok=True)
-        writable = os.access(kept, os.W_OK | os.X_OK)
+        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = kept.stat()
+        # What lies there is run: nobody else may have put it there.
+        own = status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(kept, os.W_OK)
     except (OSError, RuntimeError):  # no home at all is a RuntimeError
-        writable = False
-    if writable:
+        own = False
+    if own:
         yield kept
         return
     with tempfile.TemporaryDirectory(prefix="moequant-native-") as name:

@@ -109,6 +109,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(cache: str, monkeypatch:
     assert not kept.exists()
 
 
+def test_a_cache_that_others_can_write_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with native.folder() as kept:
+        assert kept.is_relative_to(tmp_path)
+    kept.chmod(0o777)
+    with native.folder() as other:
+        assert not other.is_relative_to(tmp_path)
+
+
 def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\necho 'cc: no such header' >&2\nexit 1\n")
