@@ -29,11 +29,6 @@ def names_of(module: str) -> tuple[str, ...]:
     return (module, f"{before}{dot}{_SERVED[last]}") if last in _SERVED else (module,)
 
 
-def matches(pattern: str, module: str) -> bool:
-    """Whether a regular expression fits the start of a name, as nearly all of these libraries ask."""
-    return compiled(pattern).match(module) is not None
-
-
 @cache
 def compiled(pattern: str) -> re.Pattern[str]:
     """A regular expression; one that is none ("*", for example) is taken as a plain name.

@@ -20,8 +20,9 @@ FORMATS = (
 )  # fmt: skip
 """Every `format` that is read, of all weights or of those of a group."""
 
-_EMBEDDING = "Embedding"
-"""The class of tables; all others that have weights are taken for those of products."""
+_EMBEDDING, _PRODUCT = "Embedding", "Linear"
+"""The class of tables, and that of products. Others that have weights are taken for those of products that no
+group is for by `Linear`: a group may be for the cache alone, by the class of the attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +75,8 @@ def targets_of(raw: Config) -> Targets:
         every |= {str(target): (name, group) for target in group.get("targets") or ()}
     patterns = [(compiled(each[3:]), every[each]) for each in sorted(every) if each.startswith("re:")]
     plain = {each: every[each] for each in sorted(every) if not each.startswith("re:")}
-    classes = [(each, group) for each, group in plain.items() if re.fullmatch(r"[A-Z]\w*", each)]
-    return Targets(plain, tuple(patterns), tuple(classes))
+    names = sorted((each for each in plain if re.fullmatch(r"[A-Z]\w*", each)), key=_PRODUCT.__ne__)
+    return Targets(plain, tuple(patterns), tuple((each, plain[each]) for each in names))
 
 
 def _check_format(key: str, told: Config) -> None:

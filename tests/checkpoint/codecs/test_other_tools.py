@@ -133,6 +133,7 @@ SETS = [
     {"a": ["Linear"], "b": ["Embedding"]},
     {"a": ["re:model.*", "Linear"], "b": [r"re:.*up_proj$", "model.embed_tokens"]},
     {"a": ["Linear"], "b": ["Linear"], "c": ["re:.*embed.*"]},
+    {"a": ["Linear"], "b": ["DeepseekV3Attention"]},
 ]
 
 
