@@ -84,6 +84,7 @@ class Loops:
         found: tuple[Tensor, ...],
     ) -> None:
         experts, columns, rows = found[0].shape
+        matrix = matrix if matrix.stride(2) == 1 else matrix.contiguous()
         for e in range(experts):
             tensors = [*(each[e].contiguous() for each in given), *(each[e] for each in found)]
             pointers = [pointer(each) for each in tensors]

@@ -79,9 +79,9 @@ def nearest_points(layout: Layout, eights: Eights) -> Found:
     if native is None:
         return nearest_by_torch(layout, eights)
     found = Found(
-        torch.empty_like(x),
+        torch.empty(x.shape),
         torch.empty((len(x), EIGHT // layout.grid.group, x.shape[2]), dtype=torch.int32),
-        torch.empty_like(eights.step),
+        torch.empty(eights.step.shape),
     )
     down = None if eights.down is None else eights.down.float()
     given = x, eights.step, eights.corner

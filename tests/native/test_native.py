@@ -80,6 +80,22 @@ def test_a_part_of_a_matrix_is_read_with_its_stride() -> None:
     assert torch.equal(found[0], known[0]) and torch.equal(found[1], known[1])
 
 
+@pytest.mark.parametrize("columns", [1, 32])
+def test_a_matrix_may_lie_turned(columns: int) -> None:
+    lattice = lattice_of(FORMATS["Q4_K"])
+    matrix, given = problem(columns)
+    turned = matrix.mT.contiguous().mT
+    found, known = ([torch.empty_like(given[0]) for _ in range(2)] for _ in range(2))
+    walk(lattice, turned, given, *found)
+    walk(lattice, matrix, given, *known)
+    assert torch.equal(found[0], known[0]) and torch.equal(found[1], known[1])
+    hessian, (pull, step, by) = matrix @ matrix.mT + 0.1 * matrix, given[1:]
+    levels = [torch.zeros_like(step) for _ in range(2)]
+    move(lattice, hessian.mT.contiguous().mT, (pull, step, by), levels[0], found[1])
+    move(lattice, hessian, (pull, step, by), levels[1], known[1])
+    assert torch.equal(levels[0], levels[1]) and torch.equal(found[1], known[1])
+
+
 def test_what_columns_have_in_common_may_be_given_once() -> None:
     lattice = lattice_of(FORMATS["Q8_0"])
     matrix, (weights, wanted, step, inverse) = problem(32)

@@ -102,3 +102,14 @@ def test_the_loop_in_c_finds_what_torch_finds(name: str) -> None:
     assert same.float().mean() > 0.995  # of two signs that cost the same either may be turned
     torch.testing.assert_close(found.error[same], known.error[same])
     assert found.error.sum() < 1.001 * known.error.sum()
+
+
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ2_XXS", "IQ3_S"])
+def test_weights_may_lie_in_any_order(name: str) -> None:
+    """Rows first, and one step for all rows."""
+    layout = lattice_of(FORMATS[name]).layout
+    one = eights(layout)
+    turned = Eights(one.x.mT.contiguous().mT, one.step[:, :1].expand(-1, 60), one.corner.mT.contiguous().mT)
+    found, known = nearest_points(layout, turned), nearest_points(layout, one)
+    assert torch.equal(found.row, known.row) and torch.equal(found.level, known.level)
+    assert torch.equal(found.error, known.error)
