@@ -130,8 +130,7 @@ def _loaded() -> Loops | None:
 @cache
 def _compiled() -> Loops | None:
     try:
-        with folder() as kept:
-            library = ctypes.CDLL(str(built(kept)))  # once loaded, its file may go
+        library = _library()
     except OSError as error:
         log.warning("rounding cannot be compiled here and runs slower: %s", error)
         return None
@@ -141,6 +140,17 @@ def _compiled() -> Loops | None:
     for call in (library.walk, library.move, library.nearest_points):
         call.restype = None
     return Loops(library)
+
+
+def _library() -> ctypes.CDLL:
+    with folder() as kept:
+        path = built(kept)
+        try:
+            return ctypes.CDLL(str(path))  # once loaded, its file may go
+        except OSError as error:  # a cut file, or nothing there may be run
+            log.info("%s cannot be loaded (%s): it is compiled again for this process", path, error)
+    with tempfile.TemporaryDirectory(prefix="moequant-native-") as name:
+        return ctypes.CDLL(str(built(Path(name))))
 
 
 @contextmanager
@@ -166,7 +176,7 @@ def built(kept: Path) -> Path:
     """The compiled library, found in that folder or made there. OSError where it cannot be made."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "cc", "gcc", "clang"))), None)
     if compiler is None:
-        raise OSError("there is no C compiler (cc, gcc or clang)")
+        raise OSError("there is no C compiler; install cc, gcc or clang")
     path = kept / f"loops-{_fingerprint(compiler)}.so"
     if not path.exists():
         _build(compiler, path)

@@ -136,6 +136,15 @@ def test_a_cache_that_others_can_write_is_done_without(
         assert not other.is_relative_to(tmp_path)
 
 
+def test_a_library_that_was_cut_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with native.folder() as kept:
+        native.built(kept).write_bytes(b"half")
+    script = "import torch; from moequant.native import loops; assert loops(torch.device('cpu'))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\necho 'cc: no such header' >&2\nexit 1\n")
