@@ -91,7 +91,8 @@ These are the families of models that moequant converts. The columns say:
 - **class**: `architectures` in the model's config.json.
 - **llama.cpp**: what llama.cpp calls the architecture; *no* where the family cannot become a GGUF file.
 - **folder**: whether it can become a [folder](safetensors.md) for vLLM and transformers. A folder needs
-  releases that store experts one by one.
+  releases that store experts one by one. gpt-oss is the exception: its experts are written in the layout
+  of its release, in `MXFP4A16` alone.
 - **left out**: parts of the model that are not converted.
 - **llama.cpp differs**: where llama.cpp computes something else than transformers. Reports say it too.
 
