@@ -171,7 +171,7 @@ def check_picture(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401  asked for here, so that nobody waits for a pass and then has no picture
     except ImportError:
-        raise OutputError(f"{path}: drawing needs matplotlib; pip install 'moequant[plots]'") from None
+        raise OutputError(f"{path}: drawing needs matplotlib; pip install matplotlib") from None
 
 
 def heatmap(calibration: Calibration, path: Path) -> None:

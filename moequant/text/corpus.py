@@ -195,7 +195,7 @@ def _dataset(name: str, split: Split, render: Render | None) -> Iterator[Documen
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        hint = "if it is a Hugging Face dataset: pip install 'moequant[datasets]'"
+        hint = "if it is a Hugging Face dataset: pip install datasets"
         raise CorpusError(f"{name}: no such file or folder; {hint}") from None
     path, config, wanted = (*name.split(":"), "", "")[:3]
     try:
