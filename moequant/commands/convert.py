@@ -183,7 +183,7 @@ def _all_made(jobs: Sequence[Job], outs: Sequence[Path], known: Known, meter: Me
     for number, (job, out) in enumerate(zip(jobs, outs, strict=True)):
         with keeping([each.written.path for each in done]):
             again = _again(job, out, number, known, meter)
-            done.append(again or _made((job, out, number), known, checks, meter))
+            done.append(again or _made(job, out, number, known, checks, meter))
             if job is not jobs[-1] and not _under_hessians(job, known):
                 known = replace(known, held={**holdings(done[-1]), **known.held})
     return done
@@ -260,9 +260,8 @@ def _again(job: Job, out: Path, number: int, known: Known, meter: Meter) -> Fini
     return Finished(job, out, written, losses, checked)
 
 
-def _made(one: tuple[Job, Path, int], known: Known, checks: SelfChecks, meter: Meter) -> Finished:
+def _made(job: Job, out: Path, number: int, known: Known, checks: SelfChecks, meter: Meter) -> Finished:
     """Quantize, pack and verify one output; it has its name then."""
-    job, out, number = one
     losses: list[ExpertLoss] = []
     checked: str | None = None
     container, journal = job.container, known.journal

@@ -264,7 +264,7 @@ def counted(
         plain = read.calibration is None or job.settings.effort == "fast" or not job.quantizes
         types = job.container.formats(job.plan)
         tokens = 0 if plain or read.calibration is None else read.calibration.tokens
-        if plain:  # the same weight in the same format is searched once
+        if plain and not job.container.is_folder:  # the same weight in the same format is searched once
             types, searched = dict(types.items() - searched), searched | types.items()
         found[job.stage("quantize")] = _quantize(model, types, tokens, search, job.settings.effort)
         found[job.stage("verify")] = Work(numbers=VERIFIED * model.numel)

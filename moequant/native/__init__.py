@@ -116,19 +116,18 @@ def pointer(tensor: Tensor) -> int:
 
 def loops(device: torch.device) -> Loops | None:
     """The loops for tensors on that device, None: there are none."""
-    return _loaded() if device.type == "cpu" else None
+    if device.type != "cpu":
+        return None
+    with _lock:  # threads ask at once, and one compiles
+        return compiled()
 
 
 _lock = Lock()
 
 
-def _loaded() -> Loops | None:
-    with _lock:  # threads ask at once, and one compiles
-        return _compiled()
-
-
 @cache
-def _compiled() -> Loops | None:
+def compiled() -> Loops | None:
+    """The loops for this processor, None, with a warning, where they cannot be compiled."""
     try:
         library = _library()
     except OSError as error:

@@ -37,6 +37,11 @@ def problem(columns: int, rows: int = 101, experts: int = 2) -> tuple[Tensor, tu
     return matrix, (weights, weights + numbers(experts, columns, rows), step, inverse)
 
 
+def test_there_are_loops_for_the_cpu_alone() -> None:
+    assert native.loops(torch.device("cpu")) is not None, "the tests need a C compiler"
+    assert native.loops(torch.device("meta")) is None
+
+
 @pytest.mark.parametrize("name", SCALAR)
 @pytest.mark.parametrize("columns", [32, 21, 256])
 def test_walk(name: str, columns: int) -> None:
