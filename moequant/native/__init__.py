@@ -28,7 +28,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("loops.c")
+SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("columns", "steps", "grids"))
+HEADER = Path(__file__).with_name("lanes.h")
 
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-shared", "-fPIC")
 NATIVE = "-march=native"
@@ -41,6 +42,16 @@ class Levels(ctypes.Structure):
     """Levels that are integers: all from low to high, or those of `nearest`, a table by steps of a half."""
 
     _fields_ = (("low", c_float), ("high", c_float), ("nearest", c_void_p))
+
+
+class Steps(ctypes.Structure):
+    """How steps and offsets come about, see `rounding.lattice.Lattice`; `scales` is a table of f32."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("sub", "lowest", "highest", "minima", "moves_scales", "moves_d")),
+        ("only", c_float),
+        ("scales", c_void_p),
+    )
 
 
 class Grid(ctypes.Structure):
@@ -90,6 +101,18 @@ class Loops:
             pointers = [pointer(each) for each in tensors]
             call(columns, rows, ctypes.byref(levels), matrix[e].data_ptr(), matrix.stride(1), *pointers)
 
+    def move_steps(
+        self, steps: Steps, hessian: Tensor, level: Tensor, gradient: Tensor, moved: tuple[Tensor, ...]
+    ) -> None:
+        """`rounding.descent.move_steps` of WIDE columns at most. hessian [E, columns, columns]; scale and
+        minimum [E, sub-blocks, R], d and dmin [E, 1, R] are `moved`, and the gradient follows."""
+        rows, columns = level.shape[2], level.shape[1]
+        hessian = hessian if hessian.stride(2) == 1 else hessian.contiguous()
+        for e in range(len(level)):
+            matrix = hessian[e].data_ptr(), hessian.stride(1)
+            pointers = [pointer(each[e]) for each in (level, gradient, *moved)]
+            self.library.move_steps(columns, rows, ctypes.byref(steps), *matrix, *pointers)
+
     def nearest_points(
         self,
         grid: Grid,
@@ -135,8 +158,9 @@ def compiled() -> Loops | None:
         return None
     library.walk.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_int64, *(c_void_p,) * 6)
     library.move.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_int64, *(c_void_p,) * 5)
+    library.move_steps.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_int64, *(c_void_p,) * 6)
     library.nearest_points.argtypes = (c_int64, *(c_void_p,) * 8)
-    for call in (library.walk, library.move, library.nearest_points):
+    for call in (library.walk, library.move, library.move_steps, library.nearest_points):
         call.restype = None
     return Loops(library)
 
@@ -185,7 +209,8 @@ def built(kept: Path) -> Path:
 def _fingerprint(compiler: str) -> str:
     """Of all that decides what is compiled: source, compiler, and what this processor can do."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = [SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, _processor().encode()]
+    sources = b"".join(each.read_bytes() for each in (HEADER, *SOURCES))
+    parts = [sources, " ".join(FLAGS).encode(), version, _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -203,7 +228,7 @@ def _build(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as name:
         made = Path(name) / path.name
         for flags in ((*FLAGS, NATIVE), FLAGS):
-            command = [compiler, *flags, "-o", str(made), str(SOURCE)]
+            command = [compiler, *flags, "-o", str(made), *map(str, SOURCES)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 made.replace(path)

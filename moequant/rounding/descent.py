@@ -33,15 +33,30 @@ def descend(lattice: Lattice, target: Tensor, fields: Fields, hessian: Tensor, r
             gradient = hessian[:, begin:end] @ error
             block = lattice.block_of(fields, begin)
             within = hessian[:, begin:end, begin:end]
-            if len(lattice.scale_codes) > 1:
-                move_scales(lattice, block, within, gradient)
-            if lattice.moves_d:
-                solve_steps(lattice, block, within, gradient)
+            move_steps(lattice, block, within, gradient)
             if lattice.group == 1:
                 move_levels(lattice, block, within, gradient)
             else:
                 move_groups(lattice, block, within, gradient)
             error[:, begin:end] = target[:, begin:end] - lattice.value(block)
+
+
+def move_steps(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tensor) -> None:
+    """Scales and minima of a block, then its d and dmin, in place; `gradient` follows."""
+    native = loops(gradient.device)
+    if native is not None and lattice.native_steps is not None:
+        moved = block.scale, block.minimum, block.d, block.dmin
+        native.move_steps(lattice.native_steps, hessian, block.level, gradient, moved)
+    else:
+        move_steps_by_torch(lattice, block, hessian, gradient)
+
+
+def move_steps_by_torch(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tensor) -> None:
+    """The same, computed by torch."""
+    if len(lattice.scale_codes) > 1:
+        move_scales(lattice, block, hessian, gradient)
+    if lattice.moves_d:
+        solve_steps(lattice, block, hessian, gradient)
 
 
 def move_scales(lattice: Lattice, block: Fields, hessian: Tensor, gradient: Tensor) -> None:

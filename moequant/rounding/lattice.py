@@ -23,7 +23,7 @@ from moequant.formats.grids import Layout
 from moequant.formats.layout import half
 from moequant.formats.parts import Parts, Scalar, Vector, VectorParts, count_up, look_up
 from moequant.formats.signs import join_signs
-from moequant.native import Levels
+from moequant.native import WIDE, Levels, Steps
 from moequant.rounding.vectors import DOWN, EIGHT
 
 
@@ -138,6 +138,18 @@ class Lattice:
         table = None if self.counts_up else _nearest_by_halves(self.levels, torch.device("cpu")).data_ptr()
         return Levels(low, high, table)
 
+    @cached_property
+    def native_steps(self) -> Steps | None:
+        """Scales and minima as compiled loops take them; None where a block is too wide for them, or d is not
+        stored in 16 bits."""
+        stored = self.fmt.view.storable if isinstance(self.fmt.view, Scalar) else half
+        if self.block > WIDE or (self.moves_d and stored is not half):
+            return None
+        first, last = self.scale_codes[0], self.scale_codes[-1]
+        only = self.minima[0] if len(self.minima) == 1 else 0.0
+        moves_scales, scales = len(self.scale_codes) > 1, _table(self.scales).data_ptr()
+        return Steps(self.sub, first, last, len(self.minima), moves_scales, self.moves_d, only, scales)
+
     def storable(self, d: Tensor) -> Tensor:
         """d or dmin, f32, as a block can hold it."""
         view = self.fmt.view
@@ -220,6 +232,12 @@ def lattice_of(fmt: Format) -> Lattice:
         scales = tuple(layout.unit * level for level in odd)
         return Lattice(fmt, EIGHT, layout.sub, scales, range(len(scales)), (), True)
     raise FormatError(f"{fmt.name} has no blocks whose scales could be set; round to a quantized type")
+
+
+@cache
+def _table(numbers: tuple[float, ...]) -> Tensor:
+    """The same, f32, which stay where they are."""
+    return torch.tensor(numbers)
 
 
 @cache

@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moequant import native
+from moequant import formats, native
 from moequant.formats import FORMATS
 from moequant.rounding.columns import walk, walk_by_torch
-from moequant.rounding.descent import move, move_by_torch
-from moequant.rounding.lattice import lattice_of
+from moequant.rounding.descent import move, move_by_torch, move_steps, move_steps_by_torch
+from moequant.rounding.lattice import Fields, Lattice, lattice_of
+
+STEPS = ["Q2_K", "Q4_K", "Q6_K", "Q8_0", "Q4_1", "IQ4_XS", "TQ1_0", "MXFP4", "NVFP4", "IQ3_S", "IQ1_M"]
+"""Scales that move and those that do not, with and without minima and d; a grid's."""
 
 SCALAR = ["Q2_K", "Q4_K", "Q8_0", "IQ4_NL", "MXFP4", "TQ1_0"]
 """Levels that count up, those of tables, few and many."""
@@ -64,6 +67,51 @@ def test_move(name: str, columns: int) -> None:
     move(lattice, hessian, (pull, step, 0.3 * by), levels[0], moved[0])
     move_by_torch(lattice, hessian, (pull.clone(), step, 0.3 * by), levels[1], moved[1])
     assert rows_alike((levels[0], moved[0]), (levels[1], moved[1])) > 0.98
+
+
+def block(lattice: Lattice, rows: int = 101, experts: int = 2) -> tuple[Fields, Tensor, Tensor]:
+    """A block of plainly rounded weights, some rows of zeros, some tiny; a Hessian of inputs that are
+    correlated; and the gradient, where twice the weights are wanted: scales have somewhere to go."""
+    g = torch.Generator().manual_seed(1)
+    n = lattice.block
+    weights = 0.02 * torch.randn(experts, rows, n, generator=g)
+    weights[:, 5], weights[:, 6] = 0, weights[:, 6] * 1e-6
+    fields = lattice.read(formats.quantize(lattice.fmt, weights.flatten(0, 1)).view(experts, rows, -1))
+    mixed = torch.eye(n) + torch.randn(n, n, generator=g) / n**0.5
+    inputs = torch.randn(experts, 4 * n, n, generator=g) @ mixed
+    hessian = inputs.mT @ inputs
+    return fields, hessian, hessian @ (2 * weights.mT - lattice.value(fields))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_move_steps(name: str) -> None:
+    lattice = lattice_of(FORMATS[name])
+    before, hessian, gradient = block(lattice)
+    found, known, gradients = before.copy(), before.copy(), [gradient.clone() for _ in range(2)]
+    assert lattice.native_steps is not None
+    move_steps(lattice, found, hessian, gradients[0])
+    move_steps_by_torch(lattice, known, hessian, gradients[1])
+    pairs = list(zip(found.all(), known.all(), strict=True))
+    same = torch.stack([(one == other).all(1) for one, other in pairs]).all(0)
+    assert float(same.float().mean()) > 0.98  # sums in another order may choose another code
+    off = (gradients[0] - gradients[1]).abs().amax(1) / gradients[1].abs().amax(1).clamp_min(1e-20)
+    assert float(off[same].max()) < 1e-4
+    assert any((one != other).any() for one, other in zip(known.all(), before.all(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K"])
+def test_steps_of_a_part_of_a_matrix(name: str) -> None:
+    lattice = lattice_of(FORMATS[name])
+    before, hessian, gradient = block(lattice)
+    larger = torch.full((2, 600, 600), torch.nan)
+    larger[:, 300:556, 300:556] = hessian
+    each = [(before.copy(), gradient.clone()) for _ in range(3)]
+    move_steps(lattice, each[0][0], hessian, each[0][1])
+    move_steps(lattice, each[1][0], larger[:, 300:556, 300:556], each[1][1])
+    move_steps(lattice, each[2][0], hessian.mT.contiguous().mT, each[2][1])
+    for fields, followed in each[1:]:
+        assert torch.equal(followed, each[0][1])
+        assert all(torch.equal(one, other) for one, other in zip(fields.all(), each[0][0].all(), strict=True))
 
 
 def rows_alike(found: list[Tensor] | tuple[Tensor, ...], known: list[Tensor] | tuple[Tensor, ...]) -> float:

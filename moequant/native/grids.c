@@ -1,145 +1,6 @@
-/* The loops of rounding that go from column to column, over all rows of a tile.
+/* Levels of vector formats, eight columns at once. */
 
-   Everything is f32 and lies columns first, [columns, rows]. Rows do not depend on each other: LANES of them are
-   computed side by side in one vector. moequant.rounding has a function of the same name for each of these, which
-   computes the same with torch and says what it is for. */
-
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__AVX__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
-enum { STEP = 8, EIGHT = 8 };
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-
-static inline vec all(float x) { return (vec){0} + x; }
-
-static inline ivec all_int(int32_t x) { return (ivec){0} + x; }
-
-/* Of fewer rows than LANES the rest is 0. A copy of a size that is known is one instruction. */
-static inline vec load(const float *from, int64_t lanes) {
-    vec x = {0};
-    if (lanes >= LANES) {
-        memcpy(&x, from, sizeof x);
-    } else {
-        memcpy(&x, from, sizeof *from * lanes);
-    }
-    return x;
-}
-
-static inline void store(float *to, vec x, int64_t lanes) {
-    if (lanes >= LANES) {
-        memcpy(to, &x, sizeof x);
-    } else {
-        memcpy(to, &x, sizeof *to * lanes);
-    }
-}
-
-static inline vec pick(ivec which, vec yes, vec no) { return (vec)((which & (ivec)yes) | (~which & (ivec)no)); }
-
-static inline ivec pick_int(ivec which, ivec yes, ivec no) { return (which & yes) | (~which & no); }
-
-static inline vec absolute(vec x) { return (vec)((ivec)x & 0x7fffffff); }
-
-static inline vec clamp(vec x, float low, float high) {
-    x = pick(x > low, x, all(low)); /* what is no number as well */
-    return pick(x < high, x, all(high));
-}
-
-static inline ivec whole_below(vec x) { /* the floor of numbers that an integer can hold */
-    ivec down = __builtin_convertvector(x, ivec);
-    return down + (__builtin_convertvector(down, vec) > x); /* a comparison that holds is -1 */
-}
-
-/* The levels of a format, all integers: every one from low to high, or, by steps of a half from low on, the
-   nearest of those there are. */
-typedef struct {
-    float low, high;
-    const float *nearest;
-} levels;
-
-static inline vec snap(const levels *of, vec x) {
-    if (!of->nearest) {
-        const float even = 12582912.0f; /* 1.5 · 2²³: what is added to it is rounded to an integer */
-        return (clamp(x, of->low, of->high) + even) - even;
-    }
-    ivec at = whole_below(clamp(2 * x, 2 * of->low, 2 * of->high)) - (int32_t)(2 * of->low);
-    vec found;
-    for (int l = 0; l < LANES; l++) found[l] = of->nearest[at[l]];
-    return found;
-}
-
-/* Columns first.. of `from`, STEP at most, with what the columns before them, which are `done`, do to them by the
-   matrix: sum[k] = from[first + k] + Σ_{j < first} matrix[j, first + k] · done[j]. */
-static inline void follow(vec *sum, int64_t first, int64_t count, const float *matrix, int64_t stride, const vec *done) {
-    if (count == STEP) {
-        vec own[STEP];
-        for (int k = 0; k < STEP; k++) own[k] = sum[k];
-        for (int64_t j = 0; j < first; j++) {
-            const float *by = matrix + j * stride + first;
-            for (int k = 0; k < STEP; k++) own[k] += by[k] * done[j];
-        }
-        for (int k = 0; k < STEP; k++) sum[k] = own[k];
-    } else {
-        for (int64_t j = 0; j < first; j++) {
-            for (int64_t k = 0; k < count; k++) sum[k] += matrix[j * stride + first + k] * done[j];
-        }
-    }
-}
-
-/* One column after another is snapped to a level, and what is left of it is felt by the columns behind it. What a
-   column wants is in `wanted`; by: levels that 1 of it is. With `weights`, `done` is what those lack of the new
-   levels; without, minus what weights move by as their levels change. */
-static inline __attribute__((always_inline)) void columns(int64_t n, int64_t rows, const levels *of, const float *matrix,
-                                                          int64_t stride, const float *weights, const float *wanted,
-                                                          const float *step, const float *by, float *level,
-                                                          float *found) {
-    vec done[n], sum[STEP];
-    for (int64_t r = 0; r < rows; r += LANES) {
-        const int64_t lanes = rows - r;
-        for (int64_t first = 0; first < n; first += STEP) {
-            const int64_t count = n - first < STEP ? n - first : STEP;
-            for (int64_t k = 0; k < count; k++) sum[k] = load(wanted + (first + k) * rows + r, lanes);
-            follow(sum, first, count, matrix, stride, done);
-            for (int64_t k = first; k < first + count; k++) {
-                const int64_t at = k * rows + r;
-                vec goal = sum[k - first];
-                for (int64_t j = first; j < k; j++) goal += matrix[j * stride + k] * done[j];
-                goal *= load(by + at, lanes);
-                if (weights) {
-                    const vec near = snap(of, goal);
-                    done[k] = load(weights + at, lanes) - near * load(step + at, lanes);
-                    store(level + at, near, lanes);
-                    store(found + at, done[k], lanes);
-                } else {
-                    const vec old = load(level + at, lanes), near = snap(of, old + goal);
-                    done[k] = (old - near) * load(step + at, lanes);
-                    store(level + at, near, lanes);
-                    store(found + at, -done[k], lanes);
-                }
-            }
-        }
-    }
-}
-
-/* columns.walk. unit [n, n] with `stride`; weights, wanted, step, inverse (1/step), level and error [n, rows]. */
-void walk(int64_t n, int64_t rows, const levels *of, const float *unit, int64_t stride, const float *weights,
-          const float *wanted, const float *step, const float *inverse, float *level, float *error) {
-    columns(n, rows, of, unit, stride, weights, wanted, step, inverse, level, error);
-}
-
-/* descent.move. hessian [n, n] with `stride`, symmetric; pull (the gradient), step, by (what a gradient of 1 moves a
-   level), level and moved (what weights move by) [n, rows]. */
-void move(int64_t n, int64_t rows, const levels *of, const float *hessian, int64_t stride, const float *pull,
-          const float *step, const float *by, float *level, float *moved) {
-    columns(n, rows, of, hessian, stride, NULL, pull, step, by, level, moved);
-}
+#include "lanes.h"
 
 /* What grids.Layout says of a format, and grids.near_lists: words [listed, keys]. */
 typedef struct {
@@ -165,11 +26,10 @@ static inline vec value(const grid *g, ivec word, int i, float low) {
 static inline __attribute__((always_inline)) void best_of(const grid *g, int n, const vec *x, const vec *sign, vec step,
                                                           const float *corner, float shift, found *out) {
     const float low = g->low + shift;
-    const ivec usable = absolute(step) > 1e-30f;
-    const vec inverse = (vec)(usable & (ivec)(1.0f / pick(usable, step, all(1.0f))));
+    const vec by_step = inverse(step);
     ivec key = {0};
     for (int i = 0; i < n; i++) {
-        vec c = clamp((x[i] * sign[i] * inverse - low) / g->step + 0.5f, 0, (float)g->highest);
+        vec c = clamp((x[i] * sign[i] * by_step - low) / g->step + 0.5f, 0, (float)g->highest);
         key = key * (g->highest + 1) + __builtin_convertvector(c, ivec);
     }
     vec by[EIGHT], least = all(__builtin_inff());
