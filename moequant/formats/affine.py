@@ -29,6 +29,8 @@ from moequant.formats.base import Effort
 from moequant.formats.kernel import kernel
 from moequant.formats.layout import better, clip, from_lanes, half, inverse, positive_half, storable, to_lanes
 from moequant.formats.parts import Parts
+from moequant.native import Affine as Native
+from moequant.native import loops
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,13 @@ class _SuperFit(NamedTuple):
 
 def search(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFit:
     """The best super-blocks found for x [n, block] under weights w."""
+    if (native := loops(x.device)) is not None:
+        return AffineFit(*native.search_affine(_native(grid, x.shape[1], effort)[0], x, w))
+    return search_by_torch(grid, x, w, effort)
+
+
+def search_by_torch(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFit:
+    """The same, computed by torch."""
     plan, n = _PLANS[effort], len(x)
     x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
     moments, fit = _fit_sub_blocks(grid, plan, x, w)
@@ -219,6 +228,13 @@ def search(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFit:
 
 def search_block(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFit:
     """Blocks without sub-blocks: (d, dmin) are the scale and the minimum, which may have either sign."""
+    if (native := loops(x.device)) is not None:
+        return AffineFit(*native.search_affine(_native(grid, grid.sub, effort)[0], x, w))
+    return search_block_by_torch(grid, x, w, effort)
+
+
+def search_block_by_torch(grid: Affine, x: Tensor, w: Tensor, effort: Effort) -> AffineFit:
+    """The same, computed by torch."""
     n = len(x)
     x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
     _, fit = _fit_sub_blocks(grid, _PLANS[effort], x, w)
@@ -252,6 +268,16 @@ def _lines(grid: Affine, plan: _Plan, device: torch.device) -> tuple[Tensor, ...
     ends = torch.tensor(_ENDS[grid.top][: plan.ends], device=device)
     low, high = ends[:, 0], grid.top - ends[:, 1]
     return torch.stack([(high - low) / 2, (high + low) / 2], 1).tensor_split(len(ends) // 4)
+
+
+@cache
+def _native(grid: Affine, block: int, effort: Effort) -> tuple[Native, tuple[Tensor, ...]]:
+    """What compiled loops search, and the tables that it points to."""
+    plan, device = _PLANS[effort], torch.device("cpu")
+    lines, factors = torch.cat(_lines(grid, plan, device)), torch.stack(_factors(grid, plan, device))
+    counts = block, grid.sub, grid.top, grid.top_scale, len(lines), plan.refits, len(factors), grid.steps
+    tables = lines.contiguous(), factors.contiguous()
+    return Native(*counts, plan.sweeps, *(each.data_ptr() for each in tables)), tables
 
 
 def _codes(x: Tensor, s: Tensor, m: Tensor, top: int) -> Tensor:

@@ -71,6 +71,7 @@ class Format:
     limit: float = 65504.0  # the largest weight in size: scales are f16
     tiles: int = 1  # how many of `kernel.TILE` weights the encoder takes at once, where it is faster so
     view: Scalar | Vector | None = None  # what the bytes say, where codes and scales can be told apart
+    loops: bool = False  # whether `encode` has compiled loops on a CPU, see `native`
     shared: Shared | None = None  # where rows have scales in common; `encode` alone gives each block its own
 
     @property

@@ -23,6 +23,7 @@ from torch import Tensor
 from moequant.errors import FormatError
 from moequant.formats.base import Effort, Format
 from moequant.formats.kernel import TILE, as_compiled, kernel, plain, tile
+from moequant.native import loops
 
 # Importance below this share of its expert's median (of the channels that were excited at all) is raised to
 # it: what calibration never excited must still be stored as what it is, not sacrificed for its neighbours.
@@ -64,7 +65,7 @@ def quantize(
     exponent = fmt.magnitude if magnitude is None else magnitude
     there = weights.device if device is None else torch.device(device)
     large = compiles(fmt, weights.numel(), exponent, effort, there)
-    step = _blocks_at_once(fmt, there.type) if large else max(1, tile(there.type) // 4 // fmt.block)
+    step = _blocks_at_once(fmt, there.type, large)
     if shared is None and fmt.shared is not None:
         shared = fmt.shared.find(stack.float(), per_expert, effort)
     given = None if shared is None else shared.reshape(-1, 1).to(there)
@@ -115,7 +116,7 @@ def encode_blocks(fmt: Format, blocks: Blocks, effort: Effort, magnitude: float,
     and the format's gain is left out. `compiled` says that `compiles` agreed.
     """
     device = blocks.x.device.type
-    step = _blocks_at_once(fmt, device) if compiled else max(1, tile(device) // 4 // fmt.block)
+    step = _blocks_at_once(fmt, device, compiled)
     plain = replace(fmt, gain=1.0)
     # Views with strides of their own would be summed in another order, and each compiled anew.
     x, importance = blocks.x.contiguous().clamp(-fmt.limit, fmt.limit), blocks.importance.contiguous()
@@ -126,7 +127,9 @@ def encode_blocks(fmt: Format, blocks: Blocks, effort: Effort, magnitude: float,
 
 
 def compiles(fmt: Format, weights: int, magnitude: float, effort: Effort, device: torch.device) -> bool:
-    """Whether compiled kernels are worth it for so many weights, and to be had; compiles them if so."""
+    """Whether torch's compiler is worth it for so many weights, and to be had; compiles them if so."""
+    if fmt.loops and loops(device) is not None:
+        return False
     return weights >= COMPILE_FROM and device.type in TILE and _compiles(fmt, magnitude, effort, device.type)
 
 
@@ -206,12 +209,15 @@ def _compiles(fmt: Format, exponent: float, effort: Effort, device_type: str) ->
     return True
 
 
-def _blocks_at_once(fmt: Format, device_type: str) -> int:
-    return max(1, tile(device_type) * fmt.tiles // fmt.block)
+def _blocks_at_once(fmt: Format, device_type: str, compiled: bool) -> int:
+    """Whole tiles for torch's compiler; less than one, which is not compiled, and more of it for loops: they
+    need no room for what torch writes between two calls."""
+    weights = tile(device_type) * fmt.tiles if compiled else tile(device_type) // (2 if fmt.loops else 4)
+    return max(1, weights // fmt.block)
 
 
 def _encode_a_tile(fmt: Format, exponent: float, effort: Effort, device_type: str) -> None:
-    step = _blocks_at_once(fmt, device_type)
+    step = _blocks_at_once(fmt, device_type, True)
     x, importance = (torch.ones((step, fmt.block), device=device_type) for _ in range(2))
     d = None if fmt.shared is None else torch.ones((step, 1), device=device_type)
     _encode(fmt, Blocks(x, importance, d), effort, exponent, step)

@@ -20,21 +20,19 @@ from torch import Tensor
 from moequant.formats.affine import Affine
 from moequant.formats.affine import search_block as search_affine
 from moequant.formats.base import Effort, Format
-from moequant.formats.kernel import kernel
 from moequant.formats.layout import (
-    better,
     half_at,
     half_bytes,
-    inverse,
     join_nibbles,
-    signed_half,
     split_nibbles,
 )
 from moequant.formats.parts import Parts, Scalar, count_up
-from moequant.formats.symmetric import Symmetric
+from moequant.formats.symmetric import Symmetric, land_block
 from moequant.formats.symmetric import search_block as search_symmetric
 
-_Q8_LANDINGS = {"fast": [127.0], "default": [127.0, 125.0, 122.0, 118.0]}
+_Q8 = Symmetric(sub=32, low=-127, high=127)
+# Eight bits leave little to win and ggml takes 4 ns a weight: so a few places, and a search at best alone.
+_Q8_LANDINGS: dict[Effort, tuple[float, ...]] = {"fast": (127.0,), "default": (127.0, 125.0, 122.0, 118.0)}
 
 
 def _join_bits(bits: Tensor) -> Tensor:
@@ -78,7 +76,17 @@ def _symmetric(name: str, ggml_type: int, bits: int) -> Format:
     view = Scalar(32, count_up(-middle, middle - 1), unpack, pack, range(1 << bits))
     size = 2 + 4 * bits
     return Format(
-        name, ggml_type, 32, size, encode, view.decode, magnitude=1.0, spread=1.0, tiles=4, view=view
+        name,
+        ggml_type,
+        32,
+        size,
+        encode,
+        view.decode,
+        magnitude=1.0,
+        spread=1.0,
+        tiles=4,
+        view=view,
+        loops=True,
     )
 
 
@@ -100,7 +108,17 @@ def _affine(name: str, ggml_type: int, bits: int) -> Format:
     view = Scalar(32, count_up(0, grid.top), unpack, pack, range(grid.top + 1), minima=(-1.0,))
     size = 4 + 4 * bits
     return Format(
-        name, ggml_type, 32, size, encode, view.decode, magnitude=1.0, spread=1.0, tiles=4, view=view
+        name,
+        ggml_type,
+        32,
+        size,
+        encode,
+        view.decode,
+        magnitude=1.0,
+        spread=1.0,
+        tiles=4,
+        view=view,
+        loops=True,
     )
 
 
@@ -109,32 +127,10 @@ def _plain_parts(codes: Tensor, d: Tensor) -> Parts:
     return Parts(codes, torch.zeros_like(codes[:, :1]), codes[:, :0], d, d[:, :0])
 
 
-@kernel
-def _round_q8(x: Tensor, w: Tensor, landings: Tensor) -> tuple[Tensor, Tensor]:
-    """d [n] and codes i8 [n, 32], the largest weight landing on the best of a few codes.
-
-    Eight bits leave little to win and ggml takes 4 ns a weight: so no search, and blocks as they lie.
-    """
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    by = inverse(torch.where(high > -low, high, low))
-    fit: tuple[Tensor, ...] = (torch.zeros_like(by), torch.zeros_like(by))
-    for landing in landings.unbind():
-        c = (x * (by * landing)).round()
-        wc = w * c
-        b, p = (wc * x).sum(-1, keepdim=True), (wc * c).sum(-1, keepdim=True)
-        s = b * inverse(p)
-        fit = better(fit, (-b * s, s))
-    d = signed_half(fit[1])
-    return d[:, 0], (x * inverse(d)).round().clamp(-127, 127).to(torch.int8)
-
-
 def _encode_q8(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
-    if effort == "best":
-        fit = search_symmetric(Symmetric(sub=32, low=-127, high=127), x, w, effort)
-        d, codes = fit.d, fit.codes
-    else:
-        d, codes = _round_q8(x, w, torch.tensor(_Q8_LANDINGS[effort], device=x.device))
-    return torch.cat([half_bytes(d), codes.view(torch.uint8)], 1)
+    landings = _Q8_LANDINGS.get(effort)
+    fit = search_symmetric(_Q8, x, w, effort) if landings is None else land_block(_Q8, x, w, landings)
+    return torch.cat([half_bytes(fit.d), fit.codes.view(torch.uint8)], 1)
 
 
 def _pack_q8(parts: Parts) -> Tensor:
@@ -150,4 +146,4 @@ Q4_1 = _affine("Q4_1", 3, 4)
 Q5_0 = _symmetric("Q5_0", 6, 5)
 Q5_1 = _affine("Q5_1", 7, 5)
 VIEW_Q8 = Scalar(32, count_up(-128, 127), _unpack_q8, _pack_q8, range(1, 256))
-Q8_0 = Format("Q8_0", 8, 32, 34, _encode_q8, VIEW_Q8.decode, view=VIEW_Q8)
+Q8_0 = Format("Q8_0", 8, 32, 34, _encode_q8, VIEW_Q8.decode, view=VIEW_Q8, loops=True)

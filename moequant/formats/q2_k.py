@@ -48,4 +48,6 @@ VIEW = Scalar(
     minima=count_up(0, 15),
 )
 # ggml takes mean(x²) of the block once here, twice in its other K types.
-Q2_K = Format("Q2_K", 10, 256, 84, _encode, VIEW.decode, magnitude=1.0, spread=1.0, tiles=4, view=VIEW)
+Q2_K = Format(
+    "Q2_K", 10, 256, 84, _encode, VIEW.decode, magnitude=1.0, spread=1.0, tiles=4, view=VIEW, loops=True
+)

@@ -53,4 +53,4 @@ VIEW = Scalar(
     scales=count_up(-32, 31),
     scale_codes=range(64),
 )
-Q3_K = Format("Q3_K", 11, 256, 110, _encode, VIEW.decode, magnitude=1.0, tiles=4, view=VIEW)
+Q3_K = Format("Q3_K", 11, 256, 110, _encode, VIEW.decode, magnitude=1.0, tiles=4, view=VIEW, loops=True)

@@ -90,5 +90,9 @@ def _encode_q5(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
 _SIX = count_up(0, 63)  # scales and minima
 VIEW_Q4 = Scalar(32, count_up(0, 15), _unpack_q4, _pack_q4, range(16), _SIX, range(64), _SIX)
 VIEW_Q5 = Scalar(32, count_up(0, 31), _unpack_q5, _pack_q5, range(32), _SIX, range(64), _SIX)
-Q4_K = Format("Q4_K", 12, 256, 144, _encode_q4, VIEW_Q4.decode, magnitude=1.0, tiles=4, view=VIEW_Q4)
-Q5_K = Format("Q5_K", 13, 256, 176, _encode_q5, VIEW_Q5.decode, magnitude=1.0, tiles=4, view=VIEW_Q5)
+Q4_K = Format(
+    "Q4_K", 12, 256, 144, _encode_q4, VIEW_Q4.decode, magnitude=1.0, tiles=4, view=VIEW_Q4, loops=True
+)
+Q5_K = Format(
+    "Q5_K", 13, 256, 176, _encode_q5, VIEW_Q5.decode, magnitude=1.0, tiles=4, view=VIEW_Q5, loops=True
+)

@@ -48,4 +48,4 @@ VIEW = Scalar(
     scales=count_up(-128, 127),
     scale_codes=range(256),
 )
-Q6_K = Format("Q6_K", 14, 256, 210, _encode, VIEW.decode, tiles=4, view=VIEW)
+Q6_K = Format("Q6_K", 14, 256, 210, _encode, VIEW.decode, tiles=4, view=VIEW, loops=True)

@@ -24,6 +24,8 @@ from moequant.formats.base import Effort
 from moequant.formats.kernel import kernel
 from moequant.formats.layout import better, from_lanes, half, inverse, signed_half, storable, to_lanes
 from moequant.formats.parts import Parts
+from moequant.native import Symmetric as Native
+from moequant.native import loops
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,13 @@ class _SuperFit(NamedTuple):
 
 def search(grid: Symmetric, x: Tensor, w: Tensor, effort: Effort) -> SymmetricFit:
     """The best super-blocks found for x [n, block] under weights w."""
+    if (native := loops(x.device)) is not None:
+        return SymmetricFit(*native.search_symmetric(_native(grid, x.shape[1], effort)[0], x, w))
+    return search_by_torch(grid, x, w, effort)
+
+
+def search_by_torch(grid: Symmetric, x: Tensor, w: Tensor, effort: Effort) -> SymmetricFit:
+    """The same, computed by torch."""
     plan, n = _PLANS[effort], len(x)
     x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
     fit = _fit_sub_blocks(grid, plan, x, w)
@@ -194,11 +203,26 @@ def search(grid: Symmetric, x: Tensor, w: Tensor, effort: Effort) -> SymmetricFi
 
 def search_block(grid: Symmetric, x: Tensor, w: Tensor, effort: Effort) -> SymmetricFit:
     """Blocks without sub-blocks: d, of either sign, is the scale."""
+    if (native := loops(x.device)) is not None:
+        return SymmetricFit(*native.search_symmetric(_native(grid, grid.sub, effort)[0], x, w))
+    return search_block_by_torch(grid, x, w, effort)
+
+
+def search_block_by_torch(grid: Symmetric, x: Tensor, w: Tensor, effort: Effort) -> SymmetricFit:
+    """The same, computed by torch."""
     n = len(x)
     x, w = to_lanes(x, grid.sub), to_lanes(w, grid.sub, 1.0)
     d = signed_half(_fit_sub_blocks(grid, _PLANS[effort], x, w).s)
     codes = from_lanes(_final_codes(grid, x, inverse(d)), n)
     return SymmetricFit(codes, codes[:, :0], from_lanes(d, n)[:, 0])
+
+
+def land_block(grid: Symmetric, x: Tensor, w: Tensor, landings: tuple[float, ...]) -> SymmetricFit:
+    """Blocks without sub-blocks, their largest weight at the best of a few places."""
+    if (native := loops(x.device)) is not None:
+        return SymmetricFit(*native.search_symmetric(_landing(grid, landings)[0], x, w))
+    d, codes = _land(grid, x, w, torch.tensor(landings, device=x.device))
+    return SymmetricFit(codes, codes[:, :0], d)
 
 
 def _fit_sub_blocks(grid: Symmetric, plan: _Plan, x: Tensor, w: Tensor) -> _SubFit:
@@ -227,6 +251,25 @@ def _landings(grid: Symmetric, plan: _Plan, device: torch.device) -> tuple[Tenso
     spread = torch.linspace(0.6, 1.25, plan.extra // 2, device=device)
     landings = torch.cat([known, spread * grid.low, spread * grid.high])
     return landings.tensor_split(len(landings) // 4)
+
+
+@cache
+def _native(grid: Symmetric, block: int, effort: Effort) -> tuple[Native, tuple[Tensor, ...]]:
+    """What compiled loops search, and the tables that it points to."""
+    plan, device = _PLANS[effort], torch.device("cpu")
+    landings, factors = torch.cat(_landings(grid, plan, device)), torch.stack(_factors(grid, plan, device))
+    codes = grid.low, grid.high, grid.low_scale, grid.high_scale
+    counts = block, grid.sub, *codes, len(landings), plan.refits, len(factors), grid.steps, plan.sweeps
+    tables = landings.contiguous(), factors.contiguous()
+    return Native(*counts, *(each.data_ptr() for each in tables)), tables
+
+
+@cache
+def _landing(grid: Symmetric, landings: tuple[float, ...]) -> tuple[Native, Tensor]:
+    """The same for `land_block`."""
+    table = torch.tensor(landings)
+    codes = grid.low, grid.high, 0, 0
+    return Native(grid.sub, grid.sub, *codes, len(table), 0, 0, 0, 0, table.data_ptr(), None), table
 
 
 def _codes(grid: Symmetric, x: Tensor, inverse_s: Tensor) -> Tensor:
@@ -314,3 +357,19 @@ def _refit_step(grid: Symmetric, x: Tensor, w: Tensor, fit: _SuperFit) -> _Super
 @kernel
 def _final_codes(grid: Symmetric, x: Tensor, inverse_s: Tensor) -> Tensor:
     return _codes(grid, x, inverse_s).to(torch.int8)
+
+
+@kernel
+def _land(grid: Symmetric, x: Tensor, w: Tensor, landings: Tensor) -> tuple[Tensor, Tensor]:
+    """d [n] and codes i8 [n, sub] of blocks as they lie."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    by = inverse(torch.where(high > -low, high, low))
+    fit: tuple[Tensor, ...] = (torch.zeros_like(by), torch.zeros_like(by))
+    for landing in landings.unbind():
+        c = (x * (by * landing)).round()
+        wc = w * c
+        b, p = (wc * x).sum(-1, keepdim=True), (wc * c).sum(-1, keepdim=True)
+        s = b * inverse(p)
+        fit = better(fit, (-b * s, s))
+    d = signed_half(fit[1])
+    return d[:, 0], (x * inverse(d)).round().clamp(grid.low, grid.high).to(torch.int8)

@@ -28,7 +28,9 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("columns", "steps", "grids"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.c") for name in ("affine", "columns", "grids", "steps", "symmetric")
+)
 HEADER = Path(__file__).with_name("lanes.h")
 
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-shared", "-fPIC")
@@ -51,6 +53,26 @@ class Steps(ctypes.Structure):
         *((name, c_int32) for name in ("sub", "lowest", "highest", "minima", "moves_scales", "moves_d")),
         ("only", c_float),
         ("scales", c_void_p),
+    )
+
+
+class Affine(ctypes.Structure):
+    """What `formats.affine` searches: tables f32 of lines [ends, 2] and of factors [pairs, 2, steps]."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("block", "sub", "top", "top_scale", "ends", "refits", "pairs")),
+        *((name, c_int32) for name in ("steps", "sweeps")),
+        *((name, c_void_p) for name in ("lines", "factors")),
+    )
+
+
+class Symmetric(ctypes.Structure):
+    """What `formats.symmetric` searches: tables f32 of landings [places] and of factors [centers, steps]."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("block", "sub", "low", "high", "low_scale", "high_scale", "places")),
+        *((name, c_int32) for name in ("refits", "centers", "steps", "sweeps")),
+        *((name, c_void_p) for name in ("landings", "factors")),
     )
 
 
@@ -113,6 +135,28 @@ class Loops:
             pointers = [pointer(each[e]) for each in (level, gradient, *moved)]
             self.library.move_steps(columns, rows, ctypes.byref(steps), *matrix, *pointers)
 
+    def search_affine(self, of: Affine, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        """`formats.affine.search` of x, w [n, block]: codes u8 [n, block], scale and minimum u8 [n,
+        sub-blocks], d and dmin [n]."""
+        n, subs = len(x), of.block // of.sub if of.top_scale else 0
+        codes, scale, minimum = (torch.empty(n, k, dtype=torch.uint8) for k in (of.block, subs, subs))
+        found = codes, scale, minimum, torch.empty(n), torch.empty(n)
+        x, w = x.contiguous(), w.contiguous()
+        pointers = [each.data_ptr() for each in found]
+        self.library.search_affine(n, ctypes.byref(of), pointer(x), pointer(w), *pointers)
+        return found
+
+    def search_symmetric(self, of: Symmetric, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        """`formats.symmetric.search` of x, w [n, block]: codes i8 [n, block], scale i8 [n, sub-blocks], d
+        [n]."""
+        n, subs = len(x), of.block // of.sub if of.low_scale else 0
+        codes, scale = (torch.empty(n, k, dtype=torch.int8) for k in (of.block, subs))
+        found = codes, scale, torch.empty(n)
+        x, w = x.contiguous(), w.contiguous()
+        pointers = [each.data_ptr() for each in found]
+        self.library.search_symmetric(n, ctypes.byref(of), pointer(x), pointer(w), *pointers)
+        return found
+
     def nearest_points(
         self,
         grid: Grid,
@@ -129,6 +173,17 @@ class Loops:
             moved = None if down is None else pointer(down)
             rows = given[0].shape[2]
             self.library.nearest_points(rows, ctypes.byref(grid), *pointers[0], moved, *pointers[1])
+
+
+_CALLS = {
+    "walk": ((c_int64, c_int64, c_void_p, c_void_p, c_int64), 6),
+    "move": ((c_int64, c_int64, c_void_p, c_void_p, c_int64), 5),
+    "move_steps": ((c_int64, c_int64, c_void_p, c_void_p, c_int64), 6),
+    "nearest_points": ((c_int64,), 8),
+    "search_affine": ((c_int64,), 8),
+    "search_symmetric": ((c_int64,), 6),
+}
+"""Numbers that come first, and how many pointers follow."""
 
 
 def pointer(tensor: Tensor) -> int:
@@ -156,12 +211,9 @@ def compiled() -> Loops | None:
     except OSError as error:
         log.warning("rounding cannot be compiled here and runs slower: %s", error)
         return None
-    library.walk.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_int64, *(c_void_p,) * 6)
-    library.move.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_int64, *(c_void_p,) * 5)
-    library.move_steps.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_int64, *(c_void_p,) * 6)
-    library.nearest_points.argtypes = (c_int64, *(c_void_p,) * 8)
-    for call in (library.walk, library.move, library.move_steps, library.nearest_points):
-        call.restype = None
+    for name, (numbers, pointers) in _CALLS.items():
+        call = getattr(library, name)
+        call.argtypes, call.restype = (*numbers, *(c_void_p,) * pointers), None
     return Loops(library)
 
 

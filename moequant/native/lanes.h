@@ -9,6 +9,7 @@
 #include <string.h>
 
 #if defined(__AVX__)
+#include <immintrin.h>
 enum { LANES = 8 };
 #else
 enum { LANES = 4 };
@@ -41,16 +42,25 @@ static inline void store(float *to, vec x, int64_t lanes) {
     }
 }
 
+#if defined(__AVX__)
+static inline vec pick(ivec which, vec yes, vec no) { return (vec)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)which); }
+
+static inline vec smaller(vec x, vec y) { return (vec)_mm256_min_ps((__m256)x, (__m256)y); } /* y where one is no number */
+
+static inline vec larger(vec x, vec y) { return (vec)_mm256_max_ps((__m256)x, (__m256)y); }
+#else
 static inline vec pick(ivec which, vec yes, vec no) { return (vec)((which & (ivec)yes) | (~which & (ivec)no)); }
+
+static inline vec smaller(vec x, vec y) { return pick(x < y, x, y); } /* y where one is no number */
+
+static inline vec larger(vec x, vec y) { return pick(x > y, x, y); }
+#endif
 
 static inline ivec pick_int(ivec which, ivec yes, ivec no) { return (which & yes) | (~which & no); }
 
 static inline vec absolute(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 
-static inline vec clamp(vec x, float low, float high) {
-    x = pick(x > low, x, all(low)); /* what is no number as well */
-    return pick(x < high, x, all(high));
-}
+static inline vec clamp(vec x, float low, float high) { return smaller(larger(x, all(low)), all(high)); } /* no number: low */
 
 static inline vec whole(vec x) { /* the nearest integer, of two the even one, of numbers below 2²² */
     const float even = 12582912.0f; /* 1.5 · 2²³: what is added to it is rounded to an integer */
@@ -80,6 +90,80 @@ static inline void add_product(vec *sum, int64_t count, const float *matrix, int
     } else {
         for (int64_t j = 0; j < terms; j++) {
             for (int64_t k = 0; k < count; k++) sum[k] += matrix[j * stride + k] * by[j];
+        }
+    }
+}
+
+static inline vec half(vec x) { /* the nearest number of 16 bits, of two the even one */
+    x = clamp(x, -65504.0f, 65504.0f);
+    const ivec bits = (ivec)x;
+    const vec normal = (vec)((bits + 0xfff + (bits >> 13 & 1)) & ~0x1fff), small = (x + 0.75f) - 0.75f;
+    return pick(absolute(x) < 0x1p-14f, small, normal);
+}
+
+/* layout.inverse: 0 of 0 alone. */
+static inline vec inverse_or_0(vec x) { return (vec)((ivec)(1.0f / x) & (x != 0.0f)); }
+
+/* layout.storable: a step, as 16 bits hold it where that matters. */
+static inline vec storable(vec step) { return larger((step + 0.75f) - 0.75f, all(0x1p-24f)); }
+
+/* layout.positive_half and layout.signed_half: never 0 but of 0. */
+static inline vec positive_half(vec x) { return (vec)((ivec)larger(half(x), all(0x1p-24f)) & (x > 0.0f)); }
+
+static inline vec signed_half(vec x) {
+    const vec near = half(x), tiny = pick(x > 0.0f, all(0x1p-24f), pick(x < 0.0f, all(-0x1p-24f), all(0)));
+    return pick(near == 0.0f, tiny, near);
+}
+
+/* Turn LANES vectors: number l of vector k becomes number k of vector l. */
+static inline void turn(vec *x) {
+#if defined(__AVX__)
+    __m256 pair[LANES], four[LANES];
+    for (int k = 0; k < LANES; k += 2) {
+        pair[k] = _mm256_unpacklo_ps((__m256)x[k], (__m256)x[k + 1]);
+        pair[k + 1] = _mm256_unpackhi_ps((__m256)x[k], (__m256)x[k + 1]);
+    }
+    for (int k = 0; k < LANES; k += 4) {
+        four[k] = _mm256_shuffle_ps(pair[k], pair[k + 2], 0x44);
+        four[k + 1] = _mm256_shuffle_ps(pair[k], pair[k + 2], 0xee);
+        four[k + 2] = _mm256_shuffle_ps(pair[k + 1], pair[k + 3], 0x44);
+        four[k + 3] = _mm256_shuffle_ps(pair[k + 1], pair[k + 3], 0xee);
+    }
+    for (int k = 0; k < LANES / 2; k++) {
+        x[k] = (vec)_mm256_permute2f128_ps(four[k], four[k + 4], 0x20);
+        x[k + 4] = (vec)_mm256_permute2f128_ps(four[k], four[k + 4], 0x31);
+    }
+#else
+    for (int k = 0; k < LANES; k++) {
+        for (int l = 0; l < k; l++) {
+            const float other = x[k][l];
+            x[k][l] = x[l][k];
+            x[l][k] = other;
+        }
+    }
+#endif
+}
+
+/* `n` numbers of LANES blocks side by side, from [blocks, n]; blocks that are missing hold `fill`. */
+static inline void gather(vec *to, const float *from, int64_t n, int64_t lanes, float fill) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        for (int64_t l = 0; l < LANES; l++) to[i + l] = l < lanes ? load(from + l * n + i, LANES) : all(fill);
+        turn(to + i);
+    }
+}
+
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+
+/* The inverse, to bytes; of fewer numbers than LANES as well. */
+static inline void scatter(uint8_t *to, const vec *from, int64_t n, int64_t lanes) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        const int64_t count = n - i < LANES ? n - i : LANES;
+        vec x[LANES] = {0};
+        for (int64_t k = 0; k < count; k++) x[k] = from[i + k];
+        turn(x);
+        for (int64_t l = 0; l < lanes && l < LANES; l++) {
+            const bytes made = __builtin_convertvector(__builtin_convertvector(x[l], ivec), bytes);
+            memcpy(to + l * n + i, &made, count);
         }
     }
 }

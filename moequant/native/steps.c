@@ -19,13 +19,6 @@ static inline vec looked_up(const float *table, vec code) {
     return found;
 }
 
-static inline vec half(vec x) { /* the nearest number of 16 bits, of two the even one */
-    x = clamp(x, -65504.0f, 65504.0f);
-    const ivec bits = (ivec)x;
-    const vec normal = (vec)((bits + 0xfff + (bits >> 13 & 1)) & ~0x1fff), small = (x + 0.75f) - 0.75f;
-    return pick(absolute(x) < 0x1p-14f, small, normal);
-}
-
 static inline vec sum_of(const vec *x, int64_t n) {
     vec sum = {0};
     for (int64_t i = 0; i < n; i++) sum += x[i];

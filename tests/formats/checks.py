@@ -6,6 +6,7 @@ from functools import cache
 
 import gguf
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -129,3 +130,23 @@ def casualties(fmt: Format, effort: Effort) -> list[str]:
 def survives(x: Tensor, w: Tensor, q: Tensor) -> bool:
     """Finite, and at least as good as storing zeros."""
     return bool(torch.isfinite(q).all()) and loss(w, x, q) <= loss(w, x, torch.zeros_like(x)) * (1 + 1e-6)
+
+
+def odd_blocks(block: int) -> tuple[Tensor, Tensor]:
+    """Blocks [203, block] and their weights; the first twenty are zeros, single weights, constants, offsets,
+    outliers, of one sign, huge or tiny."""
+    g = torch.Generator().manual_seed(block)
+    x = 0.02 * torch.randn(203, block, generator=g)
+    x[0], x[1, 1:], x[2, 3], x[3], x[4] = 0, 0, 5, 0.5, -0.5
+    x[5], x[6], x[7], x[8], x[9] = x[5] + 1000, x[6].abs(), -x[7].abs(), 60000, 1e-30
+    x[10], x[11, : block // 2], x[12, ::2], x[13] = x[10] * 1e-6, 0, 0, x[13] * 1e5
+    return x, torch.rand(203, block, generator=g) + 0.05
+
+
+def as_good(found: Tensor, known: Tensor, x: Tensor, w: Tensor) -> None:
+    """Both lose as much of the blocks [n, block] in all, and neither much more of one of the odd ones than a
+    float's own error. Rounded elsewhere, sums may choose another of several that are nearly as good."""
+    lost = [((each - x).square() * w).sum(1).double() for each in (found, known)]
+    assert float(lost[0][20:].sum() / lost[1][20:].sum()) == pytest.approx(1, abs=2e-3)
+    whole = (x.double().square() * w).sum(1)
+    assert bool((lost[0] <= 1.1 * lost[1] + 1e-5 * whole).all())
