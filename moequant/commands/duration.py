@@ -14,6 +14,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moequant import formats
 from moequant.checkpoint import Checkpoint
 from moequant.commands.job import Job, probing_of
 from moequant.commands.journal import journal_bytes
@@ -47,12 +48,12 @@ SQUARED = 7
 CALL = 140
 """Calls of a matrix in a batch: it is found, its tokens are gathered, multiplied and put back."""
 
-SEARCHED, COMPILED = 150.0, 1 / 7
-"""Times that the plain search for a usual type handles a weight; the share that is left where it is compiled.
-Where it counts the search is measured, type by type."""
+SEARCHED, COMPILED = 20.0, 1 / 7
+"""Times that the plain search for a usual type handles a weight; the share that is left where torch compiles
+it. Where it counts the search is measured, type by type."""
 
 COMPILING = 700_000
-"""Calls until a compiled encoder is loaded; the first time on a machine it takes longer."""
+"""Calls until an encoder that torch compiled is loaded; the first time on a machine it takes longer."""
 
 DISTORTED = 12
 """Times that a weight is handled until it has the error of a probe."""
@@ -320,9 +321,14 @@ def _plan(model: Model, probes: Rows, probing: Probing) -> Work:
     return passes + head + Work(numbers=SAMPLED * samples + changed + 2 * LOADED * model.stored)
 
 
-def _searched(weight: Weight, times: float) -> Work:
-    """The plain search for a weight, handled so often while it is not compiled."""
-    return Work(numbers=weight.numel * times * (COMPILED if weight.numel >= engine.COMPILE_FROM else 1))
+def _searched(weight: Weight, name: str, times: float) -> Work:
+    """The plain search for a weight in a format, handled so often while torch does not compile it."""
+    return Work(numbers=weight.numel * times * (COMPILED if _compiled(weight, name) else 1))
+
+
+def _compiled(weight: Weight, name: str) -> bool:
+    """Whether torch compiles the search for a weight in a format."""
+    return weight.numel >= engine.COMPILE_FROM and not formats.get(name).loops
 
 
 def _gradients(model: Model, tokens: int) -> Work:
@@ -348,14 +354,14 @@ def _quantize(model: Model, types: dict[str, str], tokens: int, search: Search, 
         if name is None or name in UNROUNDED:
             found += Work(numbers=LOADED * weight.numel)
             continue
-        compiled |= {name} if weight.numel >= engine.COMPILE_FROM else set()
+        compiled |= {name} if _compiled(weight, name) else set()
         if not tokens or weight.site is None or not weight.runs:
-            found += _searched(weight, SEARCHES[0] * search(name))
+            found += _searched(weight, name, SEARCHES[0] * search(name))
             continue
         sites[weight.site.name] = weight
         found += Work(times * FOLLOWED * weight.numel * weight.n_in, times * ROUNDED * weight.numel)
         found += Work(calls=SWEPT * weight.n_in * (effort == "best"))
-        found += _searched(weight, SEARCHES[1] * search(name))
+        found += _searched(weight, name, SEARCHES[1] * search(name))
         if weight.adds:
             met = tokens * weight.matrices * _met(model.checkpoint, weight)
             found += Work(2 * met * weight.n_in * model.checkpoint.shape.hidden)
