@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moequant.formats.kernel import kernel
+from moequant.native import Rungs, loops
 
 TINY = 1e-30  # stands for 0 where something divides by it
 
@@ -86,13 +87,21 @@ class Ladder(NamedTuple):
         return rung.clamp(self.lowest, self.highest)
 
 
-@kernel
 def propose(x: Tensor, scale: Tensor, curvature: Tensor, reach: Tensor, ladder: Ladder) -> Tensor:
     """d [n] whose multiples on the ladder come closest to the scales [s, n], weighted by their curvature.
 
     reach [t]: the multiples tried for the scale that is largest in size. x, the weights, only tells
     `kernel` how many there are.
     """
+    if (native := loops(x.device)) is None:
+        return propose_by_torch(x, scale, curvature, reach, ladder)
+    rungs = Rungs(ladder.lowest, ladder.highest, ladder.step)
+    return native.propose(rungs, *(each.contiguous() for each in (scale, curvature, reach)))
+
+
+@kernel
+def propose_by_torch(x: Tensor, scale: Tensor, curvature: Tensor, reach: Tensor, ladder: Ladder) -> Tensor:
+    """The same, computed by torch."""
     lowest, highest = scale.amin(0), scale.amax(0)
     d = torch.where(highest >= -lowest, highest, lowest) / reach[:, None]
     for _ in range(2):

@@ -24,6 +24,8 @@ from moequant.formats.codebook import Ladder, inverse, propose, ratio
 from moequant.formats.kernel import kernel
 from moequant.formats.layout import half
 from moequant.formats.parts import VectorParts
+from moequant.native import Grid as Native
+from moequant.native import loops
 
 # d of each round over that of the best before it: few levels leave valleys between good d.
 NUDGES = (1.0, 1.0, 1.05, 0.95, 1.1)
@@ -156,6 +158,13 @@ def near_lists(grid: Grid, lists: int, device: torch.device) -> list[Tensor]:
     keys = torch.cartesian_prod(*[levels] * grid.group)
     near = words[torch.cdist(keys, rows).topk(LISTED * lists, largest=False).indices]
     return [part.contiguous().to(device) for part in near.t().view(lists, LISTED, -1)]
+
+
+def native_grid(grid: Grid, near: Tensor | None) -> Native:
+    """The grid as compiled loops take it, with a list of near rows."""
+    listed, words = ((0, 0), None) if near is None else (near.shape, near.data_ptr())
+    kind = grid.group, grid.bits, grid.highest, 0, 0
+    return Native(*kind, *listed, DOWN, grid.low, grid.step, grid.extra, grid.delta, words)
 
 
 def steps_up(grid: Grid, word: Tensor, i: int) -> Tensor:
@@ -297,7 +306,11 @@ def _judge_at_once(
 def keep(x: Tensor, w: Tensor, grid: Grid, word: Tensor, step: Tensor | None, best: Rows) -> Rows:
     """The better of `best` and the rows `word`, per sub-block; see `judge`."""
     # The words are picked outside: inside, the compiler would redo the sums for every part of a sub-block.
-    better, a, b, saved = judge(x, w, grid, word, step, best)
+    if (native := loops(x.device)) is not None:
+        known = native.judge(native_grid(grid, None), x, w, word)
+        better, a, b, saved = _judged(*known, step, best)
+    else:
+        better, a, b, saved = judge(x, w, grid, word, step, best)
     return Rows(torch.where(better, word, best.word), a, b, saved)
 
 
@@ -320,6 +333,16 @@ def nearest_rows(
 def _closest_of(
     grid: Grid, lists: list[Tensor], x: Tensor, w: Tensor, target: Target, found: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
+    if (native := loops(x.device)) is not None:
+        if found is None:
+            error = torch.full(x.shape[1:], torch.inf)
+            found = torch.zeros(x.shape[1:], dtype=torch.int32), error
+        else:
+            found = found[0].clone(), found[1].clone()
+        for near in lists:
+            given = x, w, target.inv.contiguous()
+            native.closest(native_grid(grid, near), given, target.shift.contiguous(), found)
+        return found
     for near in lists:
         found = closest(x, w, grid, near, target, found)
     assert found is not None
@@ -358,7 +381,8 @@ def search(layout: Layout, x: Tensor, w: Tensor, effort: Effort) -> Fit:
     x, w = (v.view(n, s, layout.sub // 8, 8).permute(3, 2, 1, 0).contiguous() for v in (x, w))
     signs = torch.zeros_like(x[0], dtype=torch.int32)
     if not layout.signed:
-        x, signs = fold_signs(x, w, layout.even)
+        native = loops(x.device)
+        x, signs = (fold_signs if native is None else native.fold_signs)(x, w, layout.even)
     x, w = (_split_groups(v, grid.group).flatten(2) for v in (x, w))
     lists = near_lists(grid, budget.lists, x.device)
     rows = _search_scales(layout, budget, lists, x, w)

@@ -79,5 +79,5 @@ def encode_m(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
 
 VIEW_S = Vector(LAYOUT_S, unpack_s, pack_s)
 VIEW_M = Vector(LAYOUT_M, unpack_m, pack_m)
-IQ1_S = Format("IQ1_S", 19, 256, 50, encode_s, VIEW_S.decode, magnitude=1.0, gain=1.1, view=VIEW_S)
-IQ1_M = Format("IQ1_M", 29, 256, 56, encode_m, VIEW_M.decode, magnitude=1.0, gain=1.09, view=VIEW_M)
+IQ1_S = Format("IQ1_S", 19, 256, 50, encode_s, VIEW_S.decode, 1.0, gain=1.1, view=VIEW_S, loops=True)
+IQ1_M = Format("IQ1_M", 29, 256, 56, encode_m, VIEW_M.decode, 1.0, gain=1.09, view=VIEW_M, loops=True)

@@ -102,6 +102,8 @@ def encode_xxs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
 VIEW_S = Vector(LAYOUT_S, unpack_s, pack_s)
 VIEW_XS = Vector(LAYOUT_XS, unpack_xs, pack_xs)
 VIEW_XXS = Vector(LAYOUT_XXS, unpack_xxs, pack_xxs)
-IQ2_S = Format("IQ2_S", 22, 256, 82, encode_s, VIEW_S.decode, magnitude=1.0, gain=1.03, view=VIEW_S)
-IQ2_XS = Format("IQ2_XS", 17, 256, 74, encode_xs, VIEW_XS.decode, magnitude=1.0, gain=1.05, view=VIEW_XS)
-IQ2_XXS = Format("IQ2_XXS", 16, 256, 66, encode_xxs, VIEW_XXS.decode, magnitude=1.0, gain=1.06, view=VIEW_XXS)
+IQ2_S = Format("IQ2_S", 22, 256, 82, encode_s, VIEW_S.decode, 1.0, gain=1.03, view=VIEW_S, loops=True)
+IQ2_XS = Format("IQ2_XS", 17, 256, 74, encode_xs, VIEW_XS.decode, 1.0, gain=1.05, view=VIEW_XS, loops=True)
+IQ2_XXS = Format(
+    "IQ2_XXS", 16, 256, 66, encode_xxs, VIEW_XXS.decode, 1.0, gain=1.06, view=VIEW_XXS, loops=True
+)

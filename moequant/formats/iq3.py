@@ -72,7 +72,7 @@ def encode_xxs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
 
 VIEW_S = Vector(LAYOUT_S, unpack_s, pack_s)
 VIEW_XXS = Vector(LAYOUT_XXS, unpack_xxs, pack_xxs)
-IQ3_S = Format("IQ3_S", 21, 256, 110, encode_s, VIEW_S.decode, magnitude=1.0, gain=1.01, view=VIEW_S)
+IQ3_S = Format("IQ3_S", 21, 256, 110, encode_s, VIEW_S.decode, 1.0, gain=1.01, view=VIEW_S, loops=True)
 IQ3_XXS = Format(
-    "IQ3_XXS", 18, 256, 98, encode_xxs, VIEW_XXS.decode, magnitude=1.0, gain=1.015, view=VIEW_XXS
+    "IQ3_XXS", 18, 256, 98, encode_xxs, VIEW_XXS.decode, 1.0, gain=1.015, view=VIEW_XXS, loops=True
 )

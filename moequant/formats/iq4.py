@@ -15,6 +15,8 @@ them are compared by the error of the codes they give.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from gguf import quants
 from torch import Tensor
@@ -24,6 +26,8 @@ from moequant.formats.codebook import Ladder, inverse, midpoints, nearest, propo
 from moequant.formats.kernel import kernel
 from moequant.formats.layout import half, half_at, half_bytes, join_nibbles, split_nibbles
 from moequant.formats.parts import Parts, Scalar, count_up
+from moequant.native import Levels as Native
+from moequant.native import loops
 
 VALUES = [float(v) for v in quants.IQ4_NL.kvalues]
 MIDS = midpoints(VALUES)
@@ -43,12 +47,23 @@ GROUP = 4  # scales a kernel tries at once: its sums stay in registers
 
 def fit(x: Tensor, w: Tensor, inverses: Tensor) -> list[tuple[Tensor, Tensor]]:
     """x, w [k, m], inverses [c, m] -> c times (a, b), [m]: sum(w·x·q), sum(w·q²) of the codes at each."""
+    if not torch.compiler.is_compiling() and (native := loops(x.device)) is not None:
+        return list(
+            zip(*native.fit_levels(_native(tuple(VALUES))[0], x, w, inverses.contiguous()), strict=True)
+        )
     fits = []
     for inv in inverses.unbind():
         q = nearest(x * inv, MIDS, VALUES)
         wq = w * q
         fits.append(((wq * x).sum(0), (wq * q).sum(0)))
     return fits
+
+
+@cache
+def _native(found: tuple[float, ...]) -> tuple[Native, Tensor]:
+    """The levels as compiled loops take them, and the table of what is `found` nearest, by half steps."""
+    table = nearest(torch.arange(2 * int(VALUES[0]), 2 * int(VALUES[-1]) + 1) / 2 + 0.25, MIDS, found)
+    return Native(VALUES[0], VALUES[-1], table.data_ptr()), table
 
 
 @kernel
@@ -82,9 +97,15 @@ def try_levels(x: Tensor, w: Tensor, d: Tensor, scale: Tensor) -> tuple[Tensor, 
     return level, best.sum(0), ratio((level * best_a).sum(0), (level * level * best_b).sum(0))
 
 
-@kernel
 def codes(x: Tensor, inv: Tensor) -> Tensor:
     """x [32, m], inv [m] -> uint8 [32, m]."""
+    if (native := loops(x.device)) is not None:
+        return native.code_levels(_native(tuple(CODES))[0], x, inv.contiguous())
+    return _codes_by_torch(x, inv)
+
+
+@kernel
+def _codes_by_torch(x: Tensor, inv: Tensor) -> Tensor:
     return nearest(x * inv, MIDS, CODES).to(torch.uint8)
 
 
@@ -177,5 +198,5 @@ VIEW_NL = Scalar(32, tuple(VALUES), unpack_nl, pack_nl, range(16))
 VIEW_XS = Scalar(
     32, tuple(VALUES), unpack_xs, pack_xs, range(16), count_up(LADDER.lowest, LADDER.highest), range(64)
 )
-IQ4_NL = Format("IQ4_NL", 20, 32, 18, encode_nl, VIEW_NL.decode, magnitude=1.0, view=VIEW_NL)
-IQ4_XS = Format("IQ4_XS", 23, 256, 136, encode_xs, VIEW_XS.decode, magnitude=1.0, view=VIEW_XS)
+IQ4_NL = Format("IQ4_NL", 20, 32, 18, encode_nl, VIEW_NL.decode, magnitude=1.0, view=VIEW_NL, loops=True)
+IQ4_XS = Format("IQ4_XS", 23, 256, 136, encode_xs, VIEW_XS.decode, magnitude=1.0, view=VIEW_XS, loops=True)

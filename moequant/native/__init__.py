@@ -28,10 +28,9 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.c") for name in ("affine", "columns", "grids", "steps", "symmetric")
-)
 HEADER = Path(__file__).with_name("lanes.h")
+PARTS = "affine", "columns", "grids", "levels", "steps", "symmetric"
+SOURCES = tuple(HEADER.with_name(f"{part}.c") for part in PARTS)
 
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-shared", "-fPIC")
 NATIVE = "-march=native"
@@ -74,6 +73,12 @@ class Symmetric(ctypes.Structure):
         *((name, c_int32) for name in ("refits", "centers", "steps", "sweeps")),
         *((name, c_void_p) for name in ("landings", "factors")),
     )
+
+
+class Rungs(ctypes.Structure):
+    """`formats.codebook.Ladder`."""
+
+    _fields_ = tuple((name, c_float) for name in ("lowest", "highest", "step"))
 
 
 class Grid(ctypes.Structure):
@@ -174,12 +179,61 @@ class Loops:
             rows = given[0].shape[2]
             self.library.nearest_points(rows, ctypes.byref(grid), *pointers[0], moved, *pointers[1])
 
+    def closest(
+        self, grid: Grid, given: tuple[Tensor, ...], shift: Tensor, found: tuple[Tensor, Tensor]
+    ) -> None:
+        """`formats.grids.closest` of x, w [group, parts, m] and the inverse [m], with shifts [m]. `found` are
+        words i32 and errors [parts, m] so far, and become those of better rows."""
+        parts, m = found[0].shape
+        pointers = [pointer(each) for each in (*given, shift, *found)]
+        self.library.closest(parts, m, ctypes.byref(grid), *pointers)
+
+    def judge(self, grid: Grid, x: Tensor, w: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums [m] of `formats.grids.judge` for x, w [group, parts, m] and rows i32 [parts, m]."""
+        parts, m = word.shape
+        found = torch.empty(m), torch.empty(m)
+        self.library.judge(parts, m, ctypes.byref(grid), *(pointer(each) for each in (x, w, word, *found)))
+        return found
+
+    def fold_signs(self, x: Tensor, w: Tensor, even: bool) -> tuple[Tensor, Tensor]:
+        """`formats.grids.fold_signs` of x, w [8, ...]: sizes like x, bits i32 [...]."""
+        sizes, bits = torch.empty(x.shape), torch.empty(x.shape[1:], dtype=torch.int32)
+        self.library.fold_signs(bits.numel(), even, *(pointer(each) for each in (x, w, sizes, bits)))
+        return sizes, bits
+
+    def fit_levels(self, levels: Levels, x: Tensor, w: Tensor, inverses: Tensor) -> tuple[Tensor, Tensor]:
+        """`formats.iq4.fit` of x, w [k, m] and inverses [tried, m]: a and b [tried, m]."""
+        found = torch.empty(inverses.shape), torch.empty(inverses.shape)
+        pointers = [pointer(each) for each in (x, w, inverses, *found)]
+        self.library.fit_levels(*x.shape, len(inverses), ctypes.byref(levels), *pointers)
+        return found
+
+    def code_levels(self, codes: Levels, x: Tensor, inverse: Tensor) -> Tensor:
+        """`formats.iq4.codes` of x [k, m] and the inverse [m]: u8 [k, m], out of a table of codes."""
+        found = torch.empty(x.shape, dtype=torch.uint8)
+        given = pointer(x), pointer(inverse), found.data_ptr()
+        self.library.code_levels(*x.shape, ctypes.byref(codes), *given)
+        return found
+
+    def propose(self, rungs: Rungs, scale: Tensor, curvature: Tensor, reach: Tensor) -> Tensor:
+        """`formats.codebook.propose` for scales and curvatures [s, n]: d [n]."""
+        found = torch.empty(scale.shape[1])
+        pointers = [pointer(each) for each in (scale, curvature, reach, found)]
+        self.library.propose(*scale.shape, len(reach), ctypes.byref(rungs), *pointers)
+        return found
+
 
 _CALLS = {
     "walk": ((c_int64, c_int64, c_void_p, c_void_p, c_int64), 6),
     "move": ((c_int64, c_int64, c_void_p, c_void_p, c_int64), 5),
     "move_steps": ((c_int64, c_int64, c_void_p, c_void_p, c_int64), 6),
     "nearest_points": ((c_int64,), 8),
+    "closest": ((c_int64, c_int64), 7),
+    "judge": ((c_int64, c_int64), 6),
+    "fold_signs": ((c_int64, c_int32), 4),
+    "fit_levels": ((c_int64, c_int64, c_int64), 6),
+    "code_levels": ((c_int64, c_int64), 4),
+    "propose": ((c_int64, c_int64, c_int64), 5),
     "search_affine": ((c_int64,), 8),
     "search_symmetric": ((c_int64,), 6),
 }

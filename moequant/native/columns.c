@@ -2,21 +2,6 @@
 
 #include "lanes.h"
 
-/* The levels of a format, all integers: every one from low to high, or, by steps of a half from low on, the
-   nearest of those there are. */
-typedef struct {
-    float low, high;
-    const float *nearest;
-} levels;
-
-static inline vec snap(const levels *of, vec x) {
-    if (!of->nearest) return whole(clamp(x, of->low, of->high));
-    ivec at = whole_below(clamp(2 * x, 2 * of->low, 2 * of->high)) - (int32_t)(2 * of->low);
-    vec found;
-    for (int l = 0; l < LANES; l++) found[l] = of->nearest[at[l]];
-    return found;
-}
-
 /* One column after another is snapped to a level, and what is left of it is felt by the columns behind it. What a
    column wants is in `wanted`; by: levels that 1 of it is. With `weights`, `done` is what those lack of the new
    levels; without, minus what weights move by as their levels change. */

@@ -15,11 +15,19 @@ typedef struct {
     ivec row[2];
 } found;
 
-static inline vec value(const grid *g, ivec word, int i, float low) {
-    ivec c = word >> (g->bits * i) & ((1 << g->bits) - 1);
-    vec up = __builtin_convertvector(c, vec);
-    if (g->extra) up += (vec)((c == g->highest) & (ivec)all(g->extra / g->step));
-    return low + g->step * up;
+/* (value - low) / step of weight i in rows of the grid. */
+static inline vec steps_up(const grid *g, ivec word, int i) {
+    const ivec c = word >> (g->bits * i) & ((1 << g->bits) - 1);
+    const vec up = __builtin_convertvector(c, vec);
+    return g->extra ? up + (vec)((c == g->highest) & (ivec)all(g->extra / g->step)) : up;
+}
+
+static inline vec value(const grid *g, ivec word, int i, float low) { return low + g->step * steps_up(g, word, i); }
+
+static inline ivec words_of(const int32_t *words, ivec key) {
+    ivec found;
+    for (int l = 0; l < LANES; l++) found[l] = words[key[l]];
+    return found;
 }
 
 /* vectors._best: one row of the grid for weights x[0..n), with those signs, under corner[i, i + 1..] (EIGHT to a line). */
@@ -36,9 +44,7 @@ static inline __attribute__((always_inline)) void best_of(const grid *g, int n, 
     ivec word = {0};
     for (int i = 0; i < n; i++) by[i] = step * sign[i];
     for (int candidate = 0; candidate < g->listed; candidate++) {
-        const int32_t *words = g->words + (int64_t)candidate * g->keys;
-        ivec other;
-        for (int l = 0; l < LANES; l++) other[l] = words[key[l]];
+        const ivec other = words_of(g->words + (int64_t)candidate * g->keys, key);
         vec off[EIGHT], error = {0};
         for (int i = 0; i < n; i++) {
             off[i] = x[i] - by[i] * value(g, other, i, low);
@@ -168,5 +174,99 @@ void nearest_points(int64_t rows, const grid *g, const float *x, const float *st
         for (int i = 0; i < EIGHT; i++) store(level + i * rows + r, out.level[i], lanes);
         for (int i = 0; i < EIGHT / g->group; i++) store((float *)row + i * rows + r, (vec)out.row[i], lanes);
         store(error + r, out.error, lanes);
+    }
+}
+
+/* grids.closest of one group of n weights, of LANES sub-blocks. */
+static inline __attribute__((always_inline)) void closest_of(const grid *g, int n, const float *x, const float *w,
+                                                             int64_t next, int64_t lanes, vec inverse, vec low,
+                                                             ivec shifted, ivec *word, vec *least) {
+    vec pull[EIGHT], weight[EIGHT], start = {0};
+    ivec key = {0};
+    for (int i = 0; i < n; i++) {
+        const vec t = load(x + i * next, lanes) * inverse, up = t - low;
+        weight[i] = load(w + i * next, lanes);
+        key = key * (g->highest + 1) + __builtin_convertvector(clamp(up + 0.5f, 0, (float)g->highest), ivec);
+        pull[i] = -2 * weight[i] * up;
+        start += weight[i] * low * (low - 2 * t); /* what the row of nothing but `low` leaves */
+    }
+    for (int candidate = 0; candidate < g->listed; candidate++) {
+        const ivec other = words_of(g->words + (int64_t)candidate * g->keys, key);
+        vec error = start;
+        for (int i = 0; i < n; i++) {
+            const vec c = steps_up(g, other, i);
+            error += c * (weight[i] * c + pull[i]);
+        }
+        const ivec better = error < *least;
+        *least = pick(better, error, *least);
+        *word = pick_int(better, other | shifted, *word);
+    }
+}
+
+/* grids.closest: x and w [group, parts, m], inverse and shift [m], word and least [parts, m]; those are what was found
+   before. */
+void closest(int64_t parts, int64_t m, const grid *g, const float *x, const float *w, const float *inverse,
+             const float *shift, int32_t *word, float *least) {
+    for (int64_t r = 0; r < m; r += LANES) {
+        const int64_t lanes = m - r;
+        const vec by = load(inverse + r, lanes) / g->step, shifts = load(shift + r, lanes);
+        const vec low = (shifts + g->low) / g->step;
+        const ivec shifted = g->delta ? (shifts < 0.0f) & all_int(g->down) : all_int(0);
+        for (int64_t p = 0; p < parts; p++) {
+            const int64_t at = p * m + r;
+            vec error = load(least + at, lanes);
+            ivec rows = (ivec)load((const float *)word + at, lanes);
+            if (g->group == EIGHT) closest_of(g, EIGHT, x + at, w + at, parts * m, lanes, by, low, shifted, &rows, &error);
+            else closest_of(g, EIGHT / 2, x + at, w + at, parts * m, lanes, by, low, shifted, &rows, &error);
+            store(least + at, error, lanes);
+            store((float *)word + at, (vec)rows, lanes);
+        }
+    }
+}
+
+/* What grids.judge sums up: w · v · x and w · v² of sub-blocks with these rows; word [parts, m], a and b [m]. */
+void judge(int64_t parts, int64_t m, const grid *g, const float *x, const float *w, const int32_t *word, float *a,
+           float *b) {
+    for (int64_t r = 0; r < m; r += LANES) {
+        const int64_t lanes = m - r;
+        vec wvx = {0}, wvv = {0};
+        for (int64_t p = 0; p < parts; p++) {
+            const ivec rows = (ivec)load((const float *)word + p * m + r, lanes);
+            const vec low = g->low + pick(rows < g->down, all(g->delta), all(-g->delta));
+            for (int i = 0; i < g->group; i++) {
+                const int64_t at = (i * parts + p) * m + r;
+                const vec v = low + g->step * steps_up(g, rows, i), wv = load(w + at, lanes) * v;
+                wvx += wv * load(x + at, lanes);
+                wvv += wv * v;
+            }
+        }
+        store(a + r, wvx, lanes);
+        store(b + r, wvv, lanes);
+    }
+}
+
+/* grids.fold_signs: x, w and sizes [EIGHT, m], bits [m]. */
+void fold_signs(int64_t m, int32_t even, const float *x, const float *w, float *sizes, int32_t *bits) {
+    for (int64_t r = 0; r < m; r += LANES) {
+        const int64_t lanes = m - r;
+        vec own[EIGHT], least = all(0);
+        ivec odd = {0}, cheapest = {0}, signs = {0};
+        for (int i = 0; i < EIGHT; i++) {
+            const vec given = load(x + i * m + r, lanes);
+            const ivec negative = given < 0.0f;
+            own[i] = absolute(given);
+            odd ^= negative;
+            signs |= negative & all_int(1 << i);
+            const vec cost = load(w + i * m + r, lanes) * own[i];
+            const ivec better = i ? cost < least : all_int(-1);
+            least = pick(better, cost, least);
+            cheapest = pick_int(better, all_int(i), cheapest);
+        }
+        for (int i = 0; i < EIGHT; i++) {
+            const ivec flip = even ? odd & (cheapest == i) : all_int(0);
+            signs ^= flip & all_int(1 << i);
+            store(sizes + i * m + r, pick(flip, -own[i], own[i]), lanes);
+        }
+        store((float *)bits + r, (vec)signs, lanes);
     }
 }

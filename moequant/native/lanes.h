@@ -167,3 +167,18 @@ static inline void scatter(uint8_t *to, const vec *from, int64_t n, int64_t lane
         }
     }
 }
+
+/* The levels of a format, all integers: every one from low to high, or, by steps of a half from low on, the
+   nearest of those there are. */
+typedef struct {
+    float low, high;
+    const float *nearest;
+} levels;
+
+static inline vec snap(const levels *of, vec x) {
+    if (!of->nearest) return whole(clamp(x, of->low, of->high));
+    ivec at = whole_below(clamp(2 * x, 2 * of->low, 2 * of->high)) - (int32_t)(2 * of->low);
+    vec found;
+    for (int l = 0; l < LANES; l++) found[l] = of->nearest[at[l]];
+    return found;
+}
