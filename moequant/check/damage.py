@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from moequant import formats
-from moequant.formats.grids import points
 from moequant.formats.parts import Scalar, Vector, look_up
+from moequant.formats.rows import points
 
 DIRECTION = 0.3
 """Least cosine of an expert with its source; the coarsest type (1.6 bits, with feedback) keeps 0.8, what

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from moequant.formats.base import Effort, Format
 from moequant.formats.codebook import Ladder, u16_bytes, u16_from
-from moequant.formats.grids import Grid, Layout, search
+from moequant.formats.grids import Layout, search
 from moequant.formats.layout import half_at, half_bytes, join_nibbles, split_nibbles
 from moequant.formats.parts import Vector, VectorParts
+from moequant.formats.rows import Grid
 
 DELTA = 0.125
 LADDER = Ladder(1, 15, 2)

@@ -20,12 +20,12 @@ from torch import Tensor
 from moequant.formats.base import Effort, Format
 from moequant.formats.codebook import Ladder, u16_bytes, u16_from
 from moequant.formats.grids import (
-    Grid,
     Layout,
     search,
 )
 from moequant.formats.layout import half_at, half_bytes, join_nibbles, split_nibbles
 from moequant.formats.parts import Vector, VectorParts
+from moequant.formats.rows import Grid
 from moequant.formats.signs import fill_parity, join_signs_and_scales, split_signs_and_scales
 
 LADDER = Ladder(1, 31, 2)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from moequant.formats.base import Effort, Format
 from moequant.formats.codebook import Ladder
-from moequant.formats.grids import Grid, Layout, search
+from moequant.formats.grids import Layout, search
 from moequant.formats.layout import half_at, half_bytes
 from moequant.formats.parts import Vector, VectorParts
+from moequant.formats.rows import Grid
 from moequant.formats.signs import join_signs_and_scales, split_signs_and_scales
 
 LADDER = Ladder(1, 31, 2)

@@ -108,7 +108,7 @@ class Vector:
 
     def points(self, parts: VectorParts) -> Tensor:
         """What the scales multiply, f32 [n, 256]."""
-        from moequant.formats.grids import points
+        from moequant.formats.rows import points
         from moequant.formats.signs import sign_values
 
         grid = self.layout.grid

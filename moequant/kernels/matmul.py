@@ -17,7 +17,7 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from moequant.errors import FormatError, few
-from moequant.formats.grids import points
+from moequant.formats.rows import points
 from moequant.kernels.activations import round_activations
 from moequant.kernels.decoders import DECODERS, Decoder
 from moequant.kernels.matrix import Matrix

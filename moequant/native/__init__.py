@@ -182,21 +182,21 @@ class Loops:
     def closest(
         self, grid: Grid, given: tuple[Tensor, ...], shift: Tensor, found: tuple[Tensor, Tensor]
     ) -> None:
-        """`formats.grids.closest` of x, w [group, parts, m] and the inverse [m], with shifts [m]. `found` are
+        """`formats.rows.closest` of x, w [group, parts, m] and the inverse [m], with shifts [m]. `found` are
         words i32 and errors [parts, m] so far, and become those of better rows."""
         parts, m = found[0].shape
         pointers = [pointer(each) for each in (*given, shift, *found)]
         self.library.closest(parts, m, ctypes.byref(grid), *pointers)
 
     def judge(self, grid: Grid, x: Tensor, w: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums [m] of `formats.grids.judge` for x, w [group, parts, m] and rows i32 [parts, m]."""
+        """The sums [m] of `formats.rows.judge` for x, w [group, parts, m] and rows i32 [parts, m]."""
         parts, m = word.shape
         found = torch.empty(m), torch.empty(m)
         self.library.judge(parts, m, ctypes.byref(grid), *(pointer(each) for each in (x, w, word, *found)))
         return found
 
     def fold_signs(self, x: Tensor, w: Tensor, even: bool) -> tuple[Tensor, Tensor]:
-        """`formats.grids.fold_signs` of x, w [8, ...]: sizes like x, bits i32 [...]."""
+        """`formats.rows.fold_signs` of x, w [8, ...]: sizes like x, bits i32 [...]."""
         sizes, bits = torch.empty(x.shape), torch.empty(x.shape[1:], dtype=torch.int32)
         self.library.fold_signs(bits.numel(), even, *(pointer(each) for each in (x, w, sizes, bits)))
         return sizes, bits

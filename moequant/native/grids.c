@@ -2,7 +2,7 @@
 
 #include "lanes.h"
 
-/* What grids.Layout says of a format, and grids.near_lists: words [listed, keys]. */
+/* What grids.Layout says of a format, and rows.near_lists: words [listed, keys]. */
 typedef struct {
     int32_t group, bits, highest, even, is_signed, listed, keys, down;
     float low, step, extra, delta;
@@ -177,7 +177,7 @@ void nearest_points(int64_t rows, const grid *g, const float *x, const float *st
     }
 }
 
-/* grids.closest of one group of n weights, of LANES sub-blocks. */
+/* rows.closest of one group of n weights, of LANES sub-blocks. */
 static inline __attribute__((always_inline)) void closest_of(const grid *g, int n, const float *x, const float *w,
                                                              int64_t next, int64_t lanes, vec inverse, vec low,
                                                              ivec shifted, ivec *word, vec *least) {
@@ -203,7 +203,7 @@ static inline __attribute__((always_inline)) void closest_of(const grid *g, int 
     }
 }
 
-/* grids.closest: x and w [group, parts, m], inverse and shift [m], word and least [parts, m]; those are what was found
+/* rows.closest: x and w [group, parts, m], inverse and shift [m], word and least [parts, m]; those are what was found
    before. */
 void closest(int64_t parts, int64_t m, const grid *g, const float *x, const float *w, const float *inverse,
              const float *shift, int32_t *word, float *least) {
@@ -224,7 +224,7 @@ void closest(int64_t parts, int64_t m, const grid *g, const float *x, const floa
     }
 }
 
-/* What grids.judge sums up: w · v · x and w · v² of sub-blocks with these rows; word [parts, m], a and b [m]. */
+/* What rows.judge sums up: w · v · x and w · v² of sub-blocks with these rows; word [parts, m], a and b [m]. */
 void judge(int64_t parts, int64_t m, const grid *g, const float *x, const float *w, const int32_t *word, float *a,
            float *b) {
     for (int64_t r = 0; r < m; r += LANES) {
@@ -245,7 +245,7 @@ void judge(int64_t parts, int64_t m, const grid *g, const float *x, const float 
     }
 }
 
-/* grids.fold_signs: x, w and sizes [EIGHT, m], bits [m]. */
+/* rows.fold_signs: x, w and sizes [EIGHT, m], bits [m]. */
 void fold_signs(int64_t m, int32_t even, const float *x, const float *w, float *sizes, int32_t *bits) {
     for (int64_t r = 0; r < m; r += LANES) {
         const int64_t lanes = m - r;

@@ -9,7 +9,6 @@
 #include <string.h>
 
 #if defined(__AVX__)
-#include <immintrin.h>
 enum { LANES = 8 };
 #else
 enum { LANES = 4 };
@@ -43,11 +42,12 @@ static inline void store(float *to, vec x, int64_t lanes) {
 }
 
 #if defined(__AVX__)
-static inline vec pick(ivec which, vec yes, vec no) { return (vec)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)which); }
+/* By name, because the system's header takes longer to read than all of this to compile. */
+static inline vec pick(ivec which, vec yes, vec no) { return __builtin_ia32_blendvps256(no, yes, (vec)which); }
 
-static inline vec smaller(vec x, vec y) { return (vec)_mm256_min_ps((__m256)x, (__m256)y); } /* y where one is no number */
+static inline vec smaller(vec x, vec y) { return __builtin_ia32_minps256(x, y); } /* y where one is no number */
 
-static inline vec larger(vec x, vec y) { return (vec)_mm256_max_ps((__m256)x, (__m256)y); }
+static inline vec larger(vec x, vec y) { return __builtin_ia32_maxps256(x, y); }
 #else
 static inline vec pick(ivec which, vec yes, vec no) { return (vec)((which & (ivec)yes) | (~which & (ivec)no)); }
 
@@ -115,23 +115,29 @@ static inline vec signed_half(vec x) {
     return pick(near == 0.0f, tiny, near);
 }
 
+#if defined(__clang__)
+#define MIXED(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define MIXED(x, y, ...) __builtin_shuffle(x, y, (ivec){__VA_ARGS__})
+#endif
+
 /* Turn LANES vectors: number l of vector k becomes number k of vector l. */
 static inline void turn(vec *x) {
 #if defined(__AVX__)
-    __m256 pair[LANES], four[LANES];
+    vec pair[LANES], four[LANES];
     for (int k = 0; k < LANES; k += 2) {
-        pair[k] = _mm256_unpacklo_ps((__m256)x[k], (__m256)x[k + 1]);
-        pair[k + 1] = _mm256_unpackhi_ps((__m256)x[k], (__m256)x[k + 1]);
+        pair[k] = MIXED(x[k], x[k + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        pair[k + 1] = MIXED(x[k], x[k + 1], 2, 10, 3, 11, 6, 14, 7, 15);
     }
     for (int k = 0; k < LANES; k += 4) {
-        four[k] = _mm256_shuffle_ps(pair[k], pair[k + 2], 0x44);
-        four[k + 1] = _mm256_shuffle_ps(pair[k], pair[k + 2], 0xee);
-        four[k + 2] = _mm256_shuffle_ps(pair[k + 1], pair[k + 3], 0x44);
-        four[k + 3] = _mm256_shuffle_ps(pair[k + 1], pair[k + 3], 0xee);
+        four[k] = MIXED(pair[k], pair[k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        four[k + 1] = MIXED(pair[k], pair[k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        four[k + 2] = MIXED(pair[k + 1], pair[k + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+        four[k + 3] = MIXED(pair[k + 1], pair[k + 3], 2, 3, 10, 11, 6, 7, 14, 15);
     }
     for (int k = 0; k < LANES / 2; k++) {
-        x[k] = (vec)_mm256_permute2f128_ps(four[k], four[k + 4], 0x20);
-        x[k + 4] = (vec)_mm256_permute2f128_ps(four[k], four[k + 4], 0x31);
+        x[k] = MIXED(four[k], four[k + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        x[k + 4] = MIXED(four[k], four[k + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
 #else
     for (int k = 0; k < LANES; k++) {

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moequant.formats.codebook import inverse
-from moequant.formats.grids import Layout, near_lists, points
+from moequant.formats.grids import Layout
+from moequant.formats.rows import near_lists, points
 from moequant.native import Grid, loops
 
 EIGHT = 8

@@ -184,7 +184,7 @@ def test_kernels_run_compiled_on_whole_tiles_only() -> None:
 def test_without_a_compiler_large_tensors_are_packed_eagerly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = formats.get("IQ4_XS")
+    whole = formats.get("NVFP4")
 
     def encode(x: torch.Tensor, w: torch.Tensor, effort: Effort) -> torch.Tensor:
         if x.numel() >= TILE["cpu"]:
@@ -204,12 +204,12 @@ def test_compiled_tiles_are_as_good_as_eager_ones(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     x = weights("gauss", rows=1200, columns=1024)  # whole tiles, and a piece to fill up
-    eager = formats.quantize("IQ4_NL", x)
+    eager = formats.quantize("MXFP4", x)
     monkeypatch.setattr(engine, "COMPILE_FROM", 1)
     with caplog.at_level(logging.INFO):
-        compiled = formats.quantize("IQ4_NL", x)
-    assert "IQ4_NL: the encoder was compiled in" in caplog.text
-    lost = [float((formats.dequantize("IQ4_NL", p) - x).square().sum()) for p in (eager, compiled)]
+        compiled = formats.quantize("MXFP4", x)
+    assert "MXFP4: the encoder was compiled in" in caplog.text
+    lost = [float((formats.dequantize("MXFP4", p) - x).square().sum()) for p in (eager, compiled)]
     assert lost[1] == pytest.approx(lost[0], rel=1e-3)
     # Least squares round differently compiled; hardly any block may notice.
     assert (eager != compiled).float().mean() < 0.01

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moequant.formats.base import Effort, Format
-from moequant.formats.codebook import nearest
-from moequant.formats.iq4 import IQ4_NL, IQ4_XS, MIDS, VALUES
+from moequant.formats.codebook import inverse, nearest
+from moequant.formats.iq4 import CODES, IQ4_NL, IQ4_XS, MIDS, VALUES, codes, fit
 from tests.formats.checks import (
     casualties,
     decodes_like_others,
@@ -72,3 +72,15 @@ def test_nl_comes_close_to_the_least_error_there_is(effort: Effort, above: float
     w, blocks = objective(IQ4_NL, x, v), x.reshape(-1, 32)
     least = least_error(blocks, w)
     assert least * 0.9999 <= loss(w, blocks, IQ4_NL.decode(IQ4_NL.encode(blocks, w, effort))) <= above * least
+
+
+def test_loops_fit_and_code_the_nearest_levels() -> None:
+    g = torch.Generator().manual_seed(9)
+    x, w = torch.randn(32, 101, generator=g), torch.rand(32, 101, generator=g)
+    scales = (torch.rand(3, 101, generator=g) + 0.1) * torch.tensor([0.01, -0.02, 0.3])[:, None]
+    scales[0, 5] = 0
+    for scale, (a, b) in zip(inverse(scales), fit(x, w, inverse(scales)), strict=True):
+        q = nearest(x * scale, MIDS, VALUES)
+        torch.testing.assert_close(a, (w * q * x).sum(0), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(b, (w * q * q).sum(0), rtol=1e-4, atol=1e-3)
+        assert torch.equal(codes(x, scale), nearest(x * scale, MIDS, CODES).to(torch.uint8))

@@ -14,7 +14,7 @@ from moequant.formats.engine import Blocks, compiles, encode_blocks
 from moequant.formats.kernel import VARIANTS, as_compiled
 
 
-@pytest.mark.parametrize("name", ["IQ4_NL", "NVFP4"])
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4"])
 def test_nothing_compiles_after_the_first_tile(name: str) -> None:
     """Torch compiles anew for other numbers of threads, without gradients, and for tensors of inference mode.
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moequant.formats import FORMATS
-from moequant.formats.grids import Layout, points
+from moequant.formats.grids import Layout
+from moequant.formats.rows import points
 from moequant.rounding.lattice import lattice_of
 from moequant.rounding.vectors import DOWN, Eights, error_of, nearest_by_torch, nearest_points
 

@@ -7,19 +7,23 @@ import torch
 from gguf import quants
 
 from moequant.formats import iq1, iq2, iq3
-from moequant.formats.grids import (
+from moequant.formats.rows import (
     LISTED,
     Grid,
+    Rows,
     Target,
     closest,
+    closest_of,
     fold_signs,
     judge,
+    keep,
     near_lists,
     nothing,
     points,
     steps_up,
 )
 from moequant.formats.signs import fill_parity, sign_values
+from moequant.native import loops
 
 GRIDS = pytest.mark.parametrize(
     "grid", [iq3.GRID_S, iq3.GRID_XXS, iq2.GRID_S, iq2.GRID_XS, iq2.GRID_XXS, iq1.GRID], ids=lambda g: g.name
@@ -87,6 +91,44 @@ def test_all_at_once_is_one_by_one(grid: Grid) -> None:
                 judge(x, w, grid, found[0], step, best),
             )
         )
+
+
+@GRIDS
+@pytest.mark.parametrize("lists", [1, 3])
+def test_loops_find_the_same_rows(grid: Grid, lists: int) -> None:
+    g = torch.Generator().manual_seed(4)
+    x, w = (torch.rand(grid.group, 4, 101, generator=g) for _ in range(2))
+    x, near = (x - 0.5 if grid.delta else x) * 3, near_lists(grid, lists, CPU)
+    inverse = torch.full((101,), 1.1)
+    inverse[7] = 0
+    target, found = Target(inverse, torch.full((101,), -grid.delta)), None
+    for each in near:
+        found = closest(x, w, grid, each, target, found)
+    assert found is not None
+    other = closest_of(grid, near, x, w, target, None)
+    same = found[0] == other[0]
+    assert float(same.float().mean()) > 0.99  # of two as good, sums in another order may choose the other
+    torch.testing.assert_close(other[1], found[1], rtol=1e-4, atol=1e-4)
+    back = closest_of(grid, near[:1], x, w, Target(0.9 * inverse, target.shift), other)
+    assert bool((back[1] <= other[1]).all()) and torch.equal(other[0][same], found[0][same])
+    best = nothing(x, 4, 101)
+    for step in (None, torch.full((101,), 0.7)):
+        better, a, b, saved = judge(x, w, grid, other[0], step, best)
+        kept = keep(x, w, grid, other[0], step, best)
+        word = torch.where(better, other[0], best.word)
+        known = Rows(word, a, b, saved)
+        assert torch.equal(kept.word, known.word)
+        torch.testing.assert_close(kept[1:], known[1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_loops_fold_the_same_signs(even: bool) -> None:
+    g = torch.Generator().manual_seed(6)
+    x, w = torch.randn(8, 3, 67, generator=g), torch.rand(8, 3, 67, generator=g) + 0.1
+    x[:, 1, 4] = 0
+    native = loops(CPU)
+    assert native is not None
+    assert all(map(torch.equal, native.fold_signs(x, w, even), fold_signs(x, w, even)))
 
 
 def test_signs_are_made_even_at_the_cheapest_weight() -> None:
