@@ -1,8 +1,9 @@
 """Loops that torch has no fast call for, in C: compiled once on a machine, kept in the user's cache.
 
-Rounding goes from column to column, a few numbers of every row at a time. Torch takes longer to begin such
-a call than to compute it. `loops` gives these loops on a CPU; where there are none (on a GPU, without a C
-compiler) callers compute the same with torch.
+Rounding goes from column to column, a few numbers of every row at a time, and torch takes longer to begin such
+a call than to compute it. A search for scales tries many of them, and torch writes every try to memory.
+`loops` gives these loops on a CPU; where there are none (on a GPU, without a C compiler) callers compute the
+same with torch.
 """
 
 from __future__ import annotations
@@ -263,7 +264,7 @@ def compiled() -> Loops | None:
     try:
         library = _library()
     except OSError as error:
-        log.warning("rounding cannot be compiled here and runs slower: %s", error)
+        log.warning("quantizing cannot be compiled here and runs slower: %s", error)
         return None
     for name, (numbers, pointers) in _CALLS.items():
         call = getattr(library, name)
