@@ -1,7 +1,7 @@
 """Loops that torch has no fast call for, in C: compiled once on a machine, kept in the user's cache.
 
-Rounding goes from column to column, a few numbers of every row at a time, and torch takes longer to begin such
-a call than to compute it. A search for scales tries many of them, and torch writes every try to memory.
+Rounding goes from column to column, a few numbers of every row at a time, and torch takes longer to begin
+such a call than to compute it. A search for scales tries many of them, and torch writes every try to memory.
 `loops` gives these loops on a CPU; where there are none (on a GPU, without a C compiler) callers compute the
 same with torch.
 """
