@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,10 +31,10 @@ class Searches:
 
 @case("Searches for scales in C and by torch", Searches(("Q4_0",), "fast", 1 << 16, 1 << 14, 1))
 def searches(o: Searches) -> Rows:
-    """CPU nanoseconds of one thread for a weight that is packed alone, the best of a few times. By torch, large
-    tensors are packed by what torch compiled, small ones without. "First" is the CPU seconds of the first
-    large tensor where torch has compiled nothing yet, compilers included. Each in a fresh process, C and
-    torch in turn; `lost` is the error of the large one over the energy of its weights."""
+    """CPU nanoseconds of one thread for a weight that is packed alone, the best of a few times. By torch,
+    large tensors are packed by what torch compiled, small ones without. "First" is the CPU seconds of the
+    first large tensor where torch has compiled nothing yet, compilers included. Each in a fresh process, C
+    and torch in turn; `lost` is the error of the large one over the energy of its weights."""
     for name in o.formats:
         for turn in range(o.turns):
             both = {who: alone(measured, replace(o, formats=(name,)), who == "C") for who in ("C", "torch")}
@@ -53,13 +54,14 @@ def measured(o: Searches, there: bool) -> dict[str, Any]:
     weights, importance = 0.02 * torch.randn(o.large // 1024, 1024), torch.rand(1024) + 0.1
 
     def seconds(rows: int) -> float:
-        began = sum(os.times()[:4])  # with processes that have ended
+        began = time.process_time()
         formats.quantize(o.formats[0], weights[:rows], importance, o.effort, threads=1)
-        return sum(os.times()[:4]) - began
+        return time.process_time() - began
 
     with tempfile.TemporaryDirectory(prefix="moequant-searches-") as empty:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
-        first = seconds(len(weights))
+        others = sum(os.times()[2:4])  # of processes that have ended
+        first = seconds(len(weights)) + sum(os.times()[2:4]) - others
         large = min(seconds(len(weights)) for _ in range(3))
         small = min(seconds(o.small // 1024) for _ in range(4))
         found = formats.quantize(o.formats[0], weights, importance, o.effort, threads=1)
