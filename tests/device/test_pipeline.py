@@ -1,7 +1,7 @@
 """Every command on a device that does not mix with the CPU: the same statistics, plans and bytes.
 
-On a device torch rounds from column to column. On the CPU it does so where nothing is compiled, and must
-give the same bytes; what is compiled is held against it in tests/native.
+On a device torch searches and rounds. On the CPU it does so where nothing is compiled, and must give the same
+bytes; what is compiled is held against it in tests/native and tests/formats.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def ram(small: Path) -> int:
     return found
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU has no compiled loops either."""
     monkeypatch.setattr(native, "compiled", lambda: None)
@@ -100,7 +100,7 @@ def test_route_and_plan(small: Path, text: Path, tmp_path: Path, ram: int) -> No
     ids=["gguf", "safetensors"],
 )
 def test_rounding_under_hessians(
-    small: Path, text: Path, tmp_path: Path, ram: int, how: dict[str, Any], by_torch: None
+    small: Path, text: Path, tmp_path: Path, ram: int, how: dict[str, Any]
 ) -> None:
     """On the device in little memory."""
     name = "out" if "format" in how else "out.gguf"
@@ -110,7 +110,7 @@ def test_rounding_under_hessians(
     assert one.comparison == two.comparison and one.plan == two.plan
 
 
-def test_what_the_loss_feels(small: Path, by_torch: None) -> None:
+def test_what_the_loss_feels(small: Path) -> None:
     """Gradients, for which torch's attention is not the CPU's kernel, and rounding under them."""
     checkpoint = open_checkpoint(small)
     ids = torch.randint(1, models.VOCAB, (2, 64), generator=torch.Generator().manual_seed(0))
