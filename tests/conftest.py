@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import models
+from tests import forks, models
 from tests.strike import kernel, struck  # noqa: F401  fixtures
 
 # Processes that tests start share two cores with other tests: their threads would wait for each other.
@@ -48,6 +48,7 @@ def settled() -> None:
 def pytest_unconfigure() -> None:
     """So that libraries which count what is left at the end find nothing."""
     gc.unfreeze()
+    forks.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,13 @@ from moequant.evaluate import environment as record
 from moequant.evaluate.samples import sample
 from moequant.forward.resources import Resources
 from moequant.report.compare_running import same_tokens, speeds
-from moequant.runtimes.llama_cpp.engine import Llama, LlamaError
+from moequant.runtimes.llama_cpp.binding import LlamaError
+from moequant.runtimes.llama_cpp.engine import Llama
 from moequant.runtimes.llama_cpp.serving import Prompt, Serving, serve
 from moequant.text import bundled, corpus
 from moequant.text.rows import load_encoder
 from tests import models
+from tests.forks import python
 
 SHORT = Prompt("average", models.TEXT[0])
 
@@ -164,9 +164,7 @@ def test_who_samples_unasked() -> None:
 def test_the_command_line_is_in_the_record(file: Path) -> None:
     words = ["compare", str(file), str(file), "--engine", "llama.cpp", "--eval-tokens", "1024", "--json"]
     words += ["--sample-tokens", "2", "--prompt", "a b"]
-    done = subprocess.run(
-        [sys.executable, "-m", "moequant", *words], capture_output=True, text=True, check=False
-    )
+    done = python("-m", "moequant", *words)
     assert done.returncode == 0, done.stderr
     value = json.loads(done.stdout)
     kept = value["record"]
