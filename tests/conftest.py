@@ -74,6 +74,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model, every number of it, as a file."""
+    from moequant.commands.convert import Settings, convert  # a second's work, which most files do without
+    from moequant.text import bundled
+
+    path = tmp_path_factory.mktemp("demo") / "F32.gguf"
+    convert(bundled.path("demo"), path, Settings("F32", eval_tokens=0, self_check=False))
+    return path
+
+
+@pytest.fixture(scope="session")
 def mix() -> Path:
     """The shared trained Mixtral checkpoint; the test skips where it is absent."""
     path = models.SHARED / "models" / "mix"

@@ -16,7 +16,6 @@ import tempfile
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,24 +44,22 @@ class Server:
         return self.told()
 
 
-_servers: list[Server] = []
+_servers: dict[bool, Server] = {}
 
 
-@cache
 def server(interprets: bool = False) -> Server:
     """The one of this session, started when it is first needed."""
-    env = os.environ | ({INTERPRETED: "1"} if interprets else {})
-    given = [sys.executable, "-m", __name__]
-    process = subprocess.Popen(
-        given, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
-    )
-    _servers.append(Server(process))
-    return _servers[-1]
+    if interprets not in _servers:
+        env = os.environ | ({INTERPRETED: "1"} if interprets else {})
+        given, pipe = [sys.executable, "-m", __name__], subprocess.PIPE
+        process = subprocess.Popen(given, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=env)
+        _servers[interprets] = Server(process)
+    return _servers[interprets]
 
 
 def close() -> None:
     """No more processes."""
-    for each in _servers:
+    for each in _servers.values():
         each.process.communicate()
 
 

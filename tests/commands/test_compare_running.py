@@ -11,7 +11,6 @@ import pytest
 
 from moequant.checkpoint import load, open_checkpoint
 from moequant.commands.compare import CompareSettings, run
-from moequant.commands.convert import Settings, convert
 from moequant.errors import MoequantError
 from moequant.escape import plain
 from moequant.evaluate import environment as record
@@ -36,10 +35,8 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("file") / "F32.gguf"
-    convert(folder, path, Settings("F32", eval_tokens=0))
-    return path
+def file(demo_file: Path) -> Path:
+    return demo_file
 
 
 def test_a_file_is_timed_and_sampled_in_a_process_of_its_own(file: Path) -> None:
