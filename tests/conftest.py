@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import models
+from tests import forks, models
 from tests.strike import kernel, struck  # noqa: F401  fixtures
 
 # Processes that tests start share two cores with other tests: their threads would wait for each other.
@@ -48,6 +48,7 @@ def settled() -> None:
 def pytest_unconfigure() -> None:
     """So that libraries which count what is left at the end find nothing."""
     gc.unfreeze()
+    forks.close()
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +70,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of a few thousand tokens of the tiny checkpoints."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model, every number of it, as a file."""
+    from moequant.commands.convert import Settings, convert  # a second's work, which most files do without
+    from moequant.text import bundled
+
+    path = tmp_path_factory.mktemp("demo") / "F32.gguf"
+    convert(bundled.path("demo"), path, Settings("F32", eval_tokens=0, self_check=False))
     return path
 
 

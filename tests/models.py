@@ -193,14 +193,14 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2_lite": {
         "model_type": "deepseek_v2",
         "hidden_size": 96,
-        "num_hidden_layers": 27,
+        "num_hidden_layers": 27,  # by which llama.cpp knows it; two have experts, each layer takes time
         "num_key_value_heads": 4,
         "intermediate_size": 160,
         "moe_intermediate_size": 32,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "n_shared_experts": 2,
-        "first_k_dense_replace": 1,
+        "first_k_dense_replace": 25,
         "q_lora_rank": None,
         "kv_lora_rank": 64,
         "qk_rope_head_dim": 16,

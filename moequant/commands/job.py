@@ -30,7 +30,7 @@ from moequant.plan.measure import Probing, measure
 from moequant.plan.menu import GgufMenu, Menu
 from moequant.rounding.rounder import UNROUNDED
 from moequant.runtimes.llama_cpp import acceptance
-from moequant.runtimes.llama_cpp.engine import LlamaError
+from moequant.runtimes.llama_cpp.binding import LlamaError
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, Plan
 

@@ -27,7 +27,7 @@ from moequant.families.config import LAYERS
 from moequant.forward.memory import usable_bytes
 from moequant.forward.model import Provider, build_model
 from moequant.runtimes.llama_cpp import logits as llama_cpp
-from moequant.runtimes.llama_cpp.engine import LlamaError
+from moequant.runtimes.llama_cpp.binding import LlamaError
 
 TOKENS = 96
 """Tokens of a row: past most windows of tiny models, and a second's work for large ones."""

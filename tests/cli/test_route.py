@@ -6,8 +6,6 @@ import json
 import re
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from moequant.statistics import store
 from moequant.values import Calibration
 from tests import models
 from tests.cli.test_cli import Finished, run
+from tests.forks import python
 from tests.statistics import starving
 
 
@@ -211,8 +210,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tiny, tmp_path: Path)
         "app(sys.argv[1:])\n"
     )
     out, whole = tmp_path / "killed.safetensors", tmp_path / "whole.safetensors"
-    command = [sys.executable, "-c", killed, "route", *arguments, "-o", str(out)]
-    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert python("-c", killed, "route", *arguments, "-o", out).returncode == -signal.SIGKILL
     assert not out.exists() and list(tmp_path.glob("killed.safetensors.journal/*/layer-*"))
     for path in (out, whole):
         result = run("route", *arguments, "-o", path)

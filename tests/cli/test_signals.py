@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import pytest
 
 from tests import models
+from tests.forks import server
 
 WAITING = """
-import json, os, signal, sys, time
-from pathlib import Path
-from moequant.checkpoint import open_checkpoint
+import os, signal, sys, time
 from moequant.cli import app
 from moequant.containers.folders import write as folder
 from moequant.containers.gguf import write as file
-from moequant.forward.model import empty_model
 
 def forever(*args):
     print("writing", flush=True)
@@ -33,18 +30,9 @@ def forever(*args):
 file.write = folder.write = forever
 for each in (signal.SIGINT, signal.SIGHUP):  # tests that run in the background inherit them as ignored
     signal.signal(each, signal.SIG_DFL)
-import moequant.commands.convert
-empty_model(open_checkpoint(Path(sys.argv[1])))
-for line in sys.stdin:
-    arguments, says = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(says, os.O_WRONLY | os.O_CREAT), 2)
-        app(arguments)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+app(sys.argv[1:])
 """
-"""Commands, each in a process of its own; what they import, which takes seconds, is imported once."""
+"""A command that waits when it has begun to write."""
 
 
 @pytest.fixture(scope="module")
@@ -52,38 +40,28 @@ def model(tiny) -> Path:
     return tiny("qwen3_moe", num_hidden_layers=1)
 
 
-@pytest.fixture(scope="module")
-def commands(model: Path) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
-        [sys.executable, "-c", WAITING, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process
-        process.communicate()
-
-
 @pytest.mark.parametrize(
     ("number", "format_"),
     [(signal.SIGINT, "gguf"), (signal.SIGTERM, "safetensors"), (signal.SIGHUP, "gguf")],
 )
-def test_a_conversion_ends_clean(
-    model: Path, commands: subprocess.Popen[str], tmp_path: Path, number: signal.Signals, format_: str
-) -> None:
-    out, text, says = tmp_path / "out" / "q.gguf", tmp_path / "t.txt", tmp_path / "stderr"
+def test_a_conversion_ends_clean(model: Path, tmp_path: Path, number: signal.Signals, format_: str) -> None:
+    out, text, begun = tmp_path / "out" / "q.gguf", tmp_path / "t.txt", tmp_path / "stdout"
     out.parent.mkdir()
     text.write_text("\n".join(models.TEXT) * 2, encoding="utf-8")
     command = ["convert", model, "-o", out, "--format", format_]
     options = ["--calib", text, "--calib-tokens", "1024", "--eval-tokens", "0", "--effort", "fast"]
     options += ["--type", "Q8_0"] if format_ == "gguf" else ["--bits", "8", "--group-size", "64"]
-    assert commands.stdin is not None and commands.stdout is not None
-    commands.stdin.write(json.dumps([[str(each) for each in (*command, *options)], str(says)]) + "\n")
-    commands.stdin.flush()
-    child = int(commands.stdout.readline())
-    assert commands.stdout.readline() == "writing\n", says.read_text()
+    given = [str(each) for each in ("-c", WAITING, *command, *options)]
+    child = server().start(given, os.environ, models.ROOT, tmp_path)
+    until = time.monotonic() + 120
+    while not (begun.exists() and begun.read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert begun.read_text() == "writing\n", (tmp_path / "stderr").read_text()
     assert len(list(out.parent.iterdir())) == 3, "a lock, a temporary and the journal"
     os.kill(child, number)
-    assert int(commands.stdout.readline()) == 128 + number
+    assert server().told() == 128 + number
     kept = "finished work is kept: give the same command again to continue"
-    assert says.read_text() == f"moequant: ended by {number.name}; {kept}\n"
+    assert (tmp_path / "stderr").read_text() == f"moequant: ended by {number.name}; {kept}\n"
     assert [path.name for path in out.parent.iterdir()] == ["q.gguf.journal"]
 
 

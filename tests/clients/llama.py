@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from moequant.runtimes.llama_cpp.engine import Batch, Library, Llama, LlamaError, ModelParams, library
+from moequant.runtimes.llama_cpp.binding import Batch, Library, LlamaError, ModelParams, library
+from moequant.runtimes.llama_cpp.engine import Llama
 
 __all__ = ["Llama", "LlamaError", "MemoryReport", "drafting", "drafts", "memory_report", "model_bytes"]
 

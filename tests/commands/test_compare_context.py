@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moequant.commands.compare import CompareSettings, run
-from moequant.commands.convert import Settings, convert
 from moequant.errors import CorpusError, MoequantError, PlanError
 from moequant.forward.resources import Resources
 from moequant.runtimes.llama_cpp.engine import PIECE, Llama
@@ -28,10 +27,8 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("file") / "F32.gguf"
-    convert(folder, path, Settings("F32", eval_tokens=0, self_check=False))
-    return path
+def file(demo_file: Path) -> Path:
+    return demo_file
 
 
 def settings(**changes: object) -> CompareSettings:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +11,19 @@ import pytest
 
 from moequant.checkpoint import load, open_checkpoint
 from moequant.commands.compare import CompareSettings, run
-from moequant.commands.convert import Settings, convert
 from moequant.errors import MoequantError
 from moequant.escape import plain
 from moequant.evaluate import environment as record
 from moequant.evaluate.samples import sample
 from moequant.forward.resources import Resources
 from moequant.report.compare_running import same_tokens, speeds
-from moequant.runtimes.llama_cpp.engine import Llama, LlamaError
+from moequant.runtimes.llama_cpp.binding import LlamaError
+from moequant.runtimes.llama_cpp.engine import Llama
 from moequant.runtimes.llama_cpp.serving import Prompt, Serving, serve
 from moequant.text import bundled, corpus
 from moequant.text.rows import load_encoder
 from tests import models
+from tests.forks import python
 
 SHORT = Prompt("average", models.TEXT[0])
 
@@ -36,10 +35,8 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("file") / "F32.gguf"
-    convert(folder, path, Settings("F32", eval_tokens=0))
-    return path
+def file(demo_file: Path) -> Path:
+    return demo_file
 
 
 def test_a_file_is_timed_and_sampled_in_a_process_of_its_own(file: Path) -> None:
@@ -164,9 +161,7 @@ def test_who_samples_unasked() -> None:
 def test_the_command_line_is_in_the_record(file: Path) -> None:
     words = ["compare", str(file), str(file), "--engine", "llama.cpp", "--eval-tokens", "1024", "--json"]
     words += ["--sample-tokens", "2", "--prompt", "a b"]
-    done = subprocess.run(
-        [sys.executable, "-m", "moequant", *words], capture_output=True, text=True, check=False
-    )
+    done = python("-m", "moequant", *words)
     assert done.returncode == 0, done.stderr
     value = json.loads(done.stdout)
     kept = value["record"]

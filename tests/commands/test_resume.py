@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -45,8 +43,8 @@ from moequant.plan.document import to_json
 from moequant.progress import Listener, Progress, listening
 from moequant.rounding.parts import Parts
 from moequant.values import ExpertLoss, Packed
-from tests import models
 from tests.commands.killed import SMALL, state
+from tests.forks import python
 
 RUN = {"--type": "Q4_K_M", "--stats": "0123456789abcdef", "model": "m"}
 
@@ -85,14 +83,8 @@ def killed(tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """What `tests.commands.killed` tells of the undisturbed run and of each kill; all went on well. One
     process for all kinds: what it imports takes seconds."""
     model, work = tiny("qwen3_moe", **SMALL), tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.commands.killed", model, text, work, json.dumps(KILLS)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=models.ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = python("-m", "tests.commands.killed", model, text, work, json.dumps(KILLS), env=surroundings)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from moequant.commands.convert import Settings, convert
 from moequant.containers.gguf.container import GgufContainer
 from moequant.containers.gguf.header import Header
 from moequant.containers.gguf.read import read_header
+from moequant.containers.opened import open_model
 from moequant.forward.model import Provider, build_model
 from moequant.forward.resources import Resources
 from moequant.forward.stream import LayerStream
+from moequant.hub import GgufModel
 from moequant.hub.fetch import headers
 from moequant.inspection.presets import preset_files
 from moequant.report.summary import Report
@@ -29,6 +32,7 @@ from moequant.rounding.shrinkage import DIAGONAL, Trial
 from moequant.rounding.streams import Streams
 from moequant.runtimes.llama_cpp.kv_cache import UNMODELLED, Load, compute_bytes, kv_bytes
 from moequant.values import Role, Weight
+from moequant.values.ops import Exp, NegativeExp, Plus
 from tests import models
 from tests.clients.llama import Llama
 
@@ -38,6 +42,9 @@ random model by 0.24 of their spread, ten times as much as others, and at Q8_0 i
 
 TIES = 0.99
 """The share of positions at which logits agree: at others the router's choice may have been a tie."""
+
+INEXACT = (Plus, NegativeExp, Exp)
+"""Ops that round: what they are given back is off by as much."""
 
 QUICK = Rounding(
     options=Options(effort="fast", rounds=0, threads=1),
@@ -118,6 +125,28 @@ def test_however_it_is_saved_the_file_is_the_same(exact, tmp_path: Path, text: P
         file = tmp_path / f"{number}.gguf"
         converted(folder, file, text, "F32", self_check=False, mtp=False)
         assert file.read_bytes() == exact(family).read_bytes()
+
+
+def without_weights(folder: Path, to: Path) -> Path:
+    """The folder's config and tokenizer alone; of its name, since files say it."""
+    return shutil.copytree(folder, to / folder.name, ignore=shutil.ignore_patterns("*.safetensors*"))
+
+
+@pytest.mark.parametrize("family", models.CONFIGS)
+def test_a_file_of_a_file_is_the_same(saved, exact, tmp_path: Path, text: Path, family: str) -> None:
+    """A file as the source: its tensors are gone back to the weights, and then forth again."""
+    second, source = tmp_path / "2.gguf", GgufModel(exact(family), without_weights(saved(family), tmp_path))
+    converted(source, second, text, "F32", self_check=False)
+    assert second.read_bytes() == exact(family).read_bytes()
+    theirs = {weight.name: weight for weight in open_model(headers(source)).weights}
+    mine = open_checkpoint(saved(family)).weights
+    assert theirs.keys() == {weight.name for weight in mine}
+    for weight in mine:
+        other = theirs[weight.name]
+        rounds = any(isinstance(op, INEXACT) for ops, _ in other.origin.pieces for op in ops)
+        torch.testing.assert_close(
+            load(other).float(), load(weight).float(), rtol=0, atol=1e-6 if rounds else 0, msg=weight.name
+        )
 
 
 @pytest.mark.parametrize("family", models.CONFIGS)

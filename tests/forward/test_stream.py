@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +26,7 @@ from moequant.statistics.moments import Moments
 from moequant.text.corpus import Rows
 from moequant.values import Calibration, Weight
 from tests import models
+from tests.forks import python
 
 SMALL = Resources(threads=1, batch_tokens=128)
 
@@ -233,14 +232,10 @@ def test_a_weight_of_another_shape_is_named(tiny) -> None:
 def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     """A model of 24 layers needs a few layers more than one of two, which is what malloc keeps for itself."""
     # glibc keeps freed blocks below 32 MB for later; told to map those of a megabyte, it gives them back.
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "run", "depth", "--layers", "2", "24", "--out", tmp_path],
-        cwd=models.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"},
-    )
+    # The benchmark measures in processes that it starts anew.
+    surroundings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+    how = ("--layers", 2, 24, "--out", tmp_path)
+    done = python("-m", "benchmarks", "run", "depth", *how, env=surroundings)
     assert done.returncode == 0, done.stderr[-2000:]
     shallow, deep = json.loads((tmp_path / "depth.json").read_text(encoding="utf-8"))["rows"]
     more = deep["growth"] - shallow["growth"]

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import models
+from tests.forks import python
 from tests.hostile.keys import broken
-from tests.models import ROOT
 
 INPUTS = 220
 
 
 def test_every_input_gets_a_result_or_one_line() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.hostile", "--inputs", str(INPUTS)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    ran = python("-m", "tests.hostile", "--inputs", INPUTS)
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-3000:]
     assert f"{INPUTS} inputs" in ran.stdout
 

@@ -19,7 +19,7 @@ from moequant.containers.gguf.header import Header, TensorInfo
 from moequant.containers.gguf.read import read_header
 from moequant.errors import CheckpointError, PlanError
 from moequant.inspection.fit import RESERVE, Candidate, Hardware, fit, place
-from moequant.runtimes.llama_cpp.engine import LlamaError
+from moequant.runtimes.llama_cpp.binding import LlamaError
 from moequant.runtimes.llama_cpp.kv_cache import Load, compute_bytes, kv_bytes
 from tests import gguf_shapes
 from tests.clients.llama import memory_report, model_bytes

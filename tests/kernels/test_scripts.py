@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.forks import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,14 +17,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 
 def lines_of(script: str, *arguments: str) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, f"scripts/gpu/{script}", "--device", "cpu", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    surroundings = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = python(f"scripts/gpu/{script}", "--device", "cpu", *arguments, env=surroundings)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from moequant.formats import FORMATS
 from moequant.rounding.columns import walk, walk_by_torch
 from moequant.rounding.descent import move, move_by_torch, move_steps, move_steps_by_torch
 from moequant.rounding.lattice import Fields, Lattice, lattice_of
+from tests.forks import python
 
 STEPS = ["Q2_K", "Q4_K", "Q6_K", "Q8_0", "Q4_1", "IQ4_XS", "TQ1_0", "MXFP4", "NVFP4", "IQ3_S", "IQ1_M"]
 """Scales that move and those that do not, with and without minima and d; a grid's."""
@@ -194,8 +193,8 @@ def test_a_library_that_was_cut_is_compiled_again(tmp_path: Path, monkeypatch: p
     with native.folder() as kept:
         native.built(kept).write_bytes(b"half")
     script = "import torch; from moequant.native import loops; assert loops(torch.device('cpu'))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+    done = python("-c", script)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_compiler_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,13 +222,8 @@ def test_without_a_compiler_torch_computes_the_same(tmp_path: Path) -> None:
     for number, path in enumerate((os.environ["PATH"], str(tmp_path))):
         out = tmp_path / f"{number}.pt"
         variables = os.environ | {"PATH": path, "XDG_CACHE_HOME": str(tmp_path), "CC": "cc"}
-        done = subprocess.run(
-            [sys.executable, "-c", ROUND.format(out)],
-            env=variables,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = python("-c", ROUND.format(out), env=variables)
+        assert done.returncode == 0, done.stderr
         assert ("quantizing cannot be compiled here" in done.stderr) == (number == 1)
         found.append(torch.load(out))
     assert (found[0] == found[1]).float().mean() > 0.98

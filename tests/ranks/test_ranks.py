@@ -23,10 +23,15 @@ from moequant.ranks import ALONE, TORCHRUN, deal, joined
 from moequant.ranks.wire import packed, unpacked
 from tests import models
 from tests.commands.killed import SMALL
+from tests.forks import python
+from tests.ranks import processes
 
 SIZE = "900K"
 """Of a folder, so that types are measured: its probes are dealt."""
 SCHEMES = "W4A16_G32,W8A16"
+
+SURROUNDINGS = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Of what torchrun starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +54,19 @@ def torchrun(count: int, *arguments: object) -> Ended:
         text=True,
         check=False,
         cwd=models.ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env=SURROUNDINGS,
         timeout=300,
     )
+    return ended(done)
+
+
+def forked(count: int, *arguments: object) -> Ended:
+    """`torchrun` where ranks are forks of a process that has imported what a command needs."""
+    how = ("--nproc-per-node", count, "--start-method", "fork", "--run-path", processes.__file__)
+    return ended(python("-m", "torch.distributed.run", *how, *arguments, env=SURROUNDINGS))
+
+
+def ended(done: subprocess.CompletedProcess[str]) -> Ended:
     ours = [line for line in done.stderr.splitlines() if line.startswith("moequant:")]
     return Ended(done.returncode, ours, done.stderr + done.stdout)
 
@@ -75,7 +90,7 @@ def test_a_killed_run_of_two_goes_on_alone_and_ends_with_the_bytes_of_one(
     plan.write_text(to_json(plan_from_types(weights, types)))
     given = (model, "-o", out, "--plan", plan, *options(text))
     started = time.monotonic()
-    killed = torchrun(2, "convert", 1, *given)
+    killed = forked(2, "convert", 1, *given)
     assert killed.code and time.monotonic() - started < 120, killed.says
     (line,) = killed.ours
     assert "finished work is kept: give the same command again to continue" in line
@@ -95,9 +110,9 @@ def test_a_folder_of_ranks_that_measured_types_has_the_bytes_of_one(tiny, text: 
     model = tiny("deepseek_v3", hidden_size=128, moe_intermediate_size=64, intermediate_size=128)
     given = (model, "-o", tmp_path / "two", "--format", "safetensors", "--size", SIZE)
     given += ("--schemes", SCHEMES, *options(text))
-    killed, kept = torchrun(2, "measure", 1, *given), tmp_path / "two.journal" / "plan" / "probes"
+    killed, kept = forked(2, "measure", 1, *given), tmp_path / "two.journal" / "plan" / "probes"
     assert killed.code and (kept / "hidden-0001.f32").exists() and (kept / "reached.safetensors").exists()
-    ended = torchrun(3, "convert", -1, *given)
+    ended = forked(3, "convert", -1, *given)
     assert ended.code == 0, ended.says
     assert ended.ours == [
         f"moequant: {tmp_path}/two.journal: continues after the work that is finished there"
@@ -137,7 +152,7 @@ def test_ranks_whose_torchrun_was_killed_end_well(tmp_path: Path) -> None:
 
 
 def test_a_rank_without_memory_says_so() -> None:
-    ended = torchrun(2, "lack")
+    ended = forked(2, "lack")
     assert ended.code and len(ended.ours) == 1 and "moequant: memory ran out (" in ended.ours[0], ended.says
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moequant.runtimes.llama_cpp.engine import cause
+from moequant.runtimes.llama_cpp.binding import cause
 
 SAID = {
     "loading tensor a\nllama_model_load: error loading model: tensor 'a' not found\nfailed to load":

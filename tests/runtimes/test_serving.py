@@ -10,7 +10,7 @@ import pytest
 
 import moequant
 from moequant.runtimes.llama_cpp import isolated, serving
-from moequant.runtimes.llama_cpp.engine import LlamaError
+from moequant.runtimes.llama_cpp.binding import LlamaError
 
 HOSTILE = "import pathlib; pathlib.Path(__file__).with_name('ran').touch(); raise SystemExit('owned')"
 

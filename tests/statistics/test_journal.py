@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from moequant.statistics.calibrate import calibrate
 from moequant.statistics.journal import Journal
 from moequant.text.corpus import Rows
 from tests import models
+from tests.forks import python
 
 SMALL = Resources(threads=1, batch_tokens=128)
 
@@ -84,13 +83,7 @@ def rows(seed: int = 0, length: int = 64) -> Rows:
 
 
 def test_killed_anywhere_it_resumes_with_the_same_bytes(tiny, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, tiny("qwen3_moe"), tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=models.ROOT,
-    )
+    done = python("-c", KILLED, tiny("qwen3_moe"), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [line.split() for line in done.stdout.splitlines()]
     assert [line[0] for line in found] == ["early", "middle", "late", "end"]

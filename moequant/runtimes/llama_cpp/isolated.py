@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import moequant
-from moequant.runtimes.llama_cpp.engine import LlamaError, cause
+from moequant.runtimes.llama_cpp.binding import LlamaError, cause
 
 _START = """
 import importlib, importlib.util, pathlib, sys

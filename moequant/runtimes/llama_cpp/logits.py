@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moequant.errors import MoequantError
-from moequant.runtimes.llama_cpp.engine import Llama, LlamaError, library
+from moequant.runtimes.llama_cpp.binding import LlamaError, library
+from moequant.runtimes.llama_cpp.engine import Llama
 from moequant.runtimes.llama_cpp.isolated import ask
 
 

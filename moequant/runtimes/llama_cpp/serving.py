@@ -16,7 +16,8 @@ from typing import Any
 
 from moequant.errors import MoequantError
 from moequant.progress import peak_bytes, resident_bytes
-from moequant.runtimes.llama_cpp.engine import Llama, LlamaError
+from moequant.runtimes.llama_cpp.binding import LlamaError
+from moequant.runtimes.llama_cpp.engine import Llama
 from moequant.runtimes.llama_cpp.isolated import ask
 
 CONTEXT = 4096

@@ -14,7 +14,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from moequant.containers.gguf.tokenizer.spec import Kind, read_tokenizer
-from moequant.runtimes.llama_cpp.engine import library
+from moequant.runtimes.llama_cpp.binding import library
 from tests.clients.llama import Llama
 from tests.containers.gguf.tokenizer import folders
 from tests.containers.gguf.tokenizer.families import FAMILIES
