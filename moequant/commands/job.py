@@ -235,8 +235,8 @@ def notes(job: Job) -> tuple[str, ...]:
     """What a person should know about this output, and could not guess from the tables."""
     dense = ["a dense model: there are no experts to treat one by one"] if not job.model.n_experts else []
     halves = [HALVES] if job.model.encodes else []
-    left_out = {} if job.container.is_folder else job.model.skipped  # folders copy it
-    skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in left_out.items()]
+    left_out = job.container.checkpoint.skipped.items()
+    skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in left_out]
     at = job.model.revision
     source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
     shelf = shelf_of(job.model)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, prod
 from typing import Literal
 
 import torch
 
-from moequant.checkpoint import Checkpoint
+from moequant.checkpoint import EMPTY, Checkpoint
 from moequant.containers.folders import schemes
 from moequant.containers.folders.schemes import Scheme
 from moequant.containers.folders.shards import DTYPE_BYTES
 from moequant.containers.folders.storage import AwqIntegers, GptqIntegers, Storage
 from moequant.errors import FamilyError, PlanError
+from moequant.families.base import PREDICTION
 from moequant.formats.groups import GROUPS, GroupFormat
 from moequant.values import Choice, Origin, Place, Plan, Role, Stack, Stored, Weight
 from moequant.values.ops import Transposed
@@ -96,7 +97,8 @@ def with_copies(checkpoint: Checkpoint) -> Checkpoint:
         )
         for each in (*checkpoint.predictions.stored, *beside_text(checkpoint), *checkpoint.constants)
     )
-    return checkpoint.with_weights((*checkpoint.weights, *copies))
+    left = {why: count for why, count in checkpoint.skipped.items() if why in (EMPTY, PREDICTION)}
+    return replace(checkpoint, weights=(*checkpoint.weights, *copies), skipped=left)
 
 
 def beside_text(checkpoint: Checkpoint) -> tuple[Stored, ...]:
@@ -117,7 +119,7 @@ def scheme_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
             f"{checkpoint.path}: no experts and no feed-forward blocks to quantize; --quantize-attention "
             "adds the other linears"
         )
-    check_tp(chosen, settings.tp)
+    check_tp(checkpoint, chosen, settings.tp)
     for weight in chosen:
         if reason := refusal(weight, scheme, settings):
             raise PlanError(reason)
@@ -266,10 +268,16 @@ def _shared_tensors(checkpoint: Checkpoint) -> frozenset[str]:
     return frozenset(twice)
 
 
-def check_tp(chosen: Iterable[Weight], tp: int) -> None:
-    """PlanError for the first weight that so many GPUs cannot share."""
+def check_tp(checkpoint: Checkpoint, chosen: Iterable[Weight], tp: int) -> None:
+    """PlanError for heads, or the first weight, that so many GPUs cannot share."""
     if tp < 1:
         raise PlanError(f"--tp {tp}: 1 GPU or more was expected")
+    shape = checkpoint.shape
+    if not shape.heads_on(tp):
+        raise PlanError(
+            f"{checkpoint.path}: --tp {tp} does not divide {shape.heads} heads, or their {shape.kv_heads} of "
+            "keys and values"
+        )
     for weight in chosen:
         cut = weight.shape[-1] if _by_rows(weight) else weight.shape[-2]
         if cut % tp:
