@@ -88,3 +88,17 @@ def test_the_indexers_keys_stay_with_its_weights_of_heads(tiny) -> None:
     kinds = {choice.weight: choice.format for choice in folder.plan.choices}
     assert {kinds[f"layers.{layer}.indexer.k"] for layer in range(3)} == {"BF16"}
     assert {kinds[f"layers.{layer}.indexer.q_b"] for layer in range(3)} == {"W4A16_G32"}
+
+
+def test_only_the_new_scheme_is_told(tmp_path: Path) -> None:
+    """Kimi-K2.5 is released with a quantization_config inside of text_config."""
+    model = models.as_released(models.build(tmp_path / "model", "kimi_k25"), "kimi_k25")
+    release, out = tmp_path / "release", tmp_path / "out"
+    quantized(model, release, scheme="W4A16_G32")
+    raw = json.loads((release / "config.json").read_text())
+    raw["text_config"]["quantization_config"] = raw.pop("quantization_config")
+    (release / "config.json").write_text(json.dumps(raw))
+    quantized(release, out, scheme="MXFP4A16")
+    told = json.loads((out / "config.json").read_text())
+    assert told["quantization_config"]["format"] == "mxfp4-pack-quantized"
+    assert "quantization_config" not in told["text_config"]
