@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import CONFIG_MAPPING
 
+from moequant.containers.folders import mxfp4
 from moequant.containers.gguf.families import EXPORTS
 from moequant.containers.gguf.nextn import refusal
 from moequant.families import FAMILIES, Config, Family
@@ -93,7 +94,7 @@ These are the families of models that moequant converts. The columns say:
 - **folder**: whether it can become a [folder](safetensors.md) for vLLM and transformers. A folder needs
   releases that store experts one by one. gpt-oss is the exception: its experts are written in the layout
   of its release, in `MXFP4A16` alone.
-- **left out**: parts of the model that are not converted.
+- **left out**: parts of the model that are not converted. Folders hold copies of them.
 - **llama.cpp differs**: where llama.cpp computes something else than transformers. Reports say it too.
 
 For each family the tests build a tiny model with transformers and convert it. In llama.cpp the logits
@@ -135,7 +136,7 @@ def row(family: Family) -> str:
         MODELS[family.name],
         ", ".join(f"`{name}`" for name in family.classes),
         f"`{way.arch}`" if way is not None else "no",
-        "yes" if folder else "no",
+        "`MXFP4A16`" if family.name == mxfp4.FAMILY else "yes" if folder else "no",
         "; ".join(shown),
         warned,
     )

@@ -31,6 +31,9 @@ from moequant.values import ModelShape, Place, Role, Stored, Weight
 DECLARED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where ModelOpt, AutoGPTQ and AutoAWQ say how they quantized; of the last two, old versions nowhere else."""
 
+EMPTY = "without any number"
+"""Why a tensor is skipped that has a dimension of 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -39,8 +42,9 @@ class Checkpoint:
     `raw` is config.json as it is, `config` what its class in transformers makes of it. `weights` are those of
     the model in the order in which they compute, the head last. `predictions` are layers behind the last,
     which transformers does not run. `skipped` counts the stored tensors that are left out on purpose, by the
-    reason. `constants` are whole numbers that the model makes of its config as well. `gguf` is the file that
-    has the weights where no safetensors do; `notes` are what a person should know of it.
+    reason; `unread` are those that text alone has no use for. `constants` are whole numbers that the model
+    makes of its config as well. `gguf` is the file that has the weights where no safetensors do; `notes` are
+    what a person should know of it.
     """
 
     path: Path
@@ -52,6 +56,7 @@ class Checkpoint:
     skipped: Mapping[str, int] = field(default_factory=dict)
     predictions: Predictions = field(default_factory=Predictions)
     constants: tuple[Stored, ...] = ()
+    unread: tuple[Stored, ...] = ()
     gguf: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -169,10 +174,11 @@ def open_checkpoint(model: Path | Folder) -> Checkpoint:
             f"{[shape.vocab, shape.hidden]} (vocab_size, hidden_size)"
         )
     counted = {reason: len(names) for reason, names in skipped.items()}
+    unread = tuple(stored[name] for reason, names in skipped.items() if reason != EMPTY for name in names)
     notes = [f"not read, as in transformers: {few(folder.beside, 5)}"] if folder.beside else []
     held = tuple(constants.values())
     return Checkpoint(
-        path, raw, config, family, shape, weights, counted, predictions, held, notes=tuple(notes)
+        path, raw, config, family, shape, weights, counted, predictions, held, unread, notes=tuple(notes)
     )
 
 
@@ -379,7 +385,7 @@ def _left_out(
     skipped: dict[str, list[str]] = {}
     for name in names:
         if 0 in stored[name].shape:  # of no shared experts transformers saves matrices all the same
-            skipped.setdefault("without any number", []).append(name)
+            skipped.setdefault(EMPTY, []).append(name)
             continue
         reason = next((reason for pattern, reason in reasons if pattern.fullmatch(name)), None)
         if reason is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from moequant.checkpoint.codecs import WHOLE, as_shipped, whole_numbers
 from moequant.errors import CheckpointError
@@ -44,7 +45,8 @@ def weight_of(
     except ValueError as error:
         raise CheckpointError(f"{where}: {names[0]} is {list(tensors[0].shape)}; {error} do not go") from None
     holds = None if way.below else _holds(tensors)
-    return filled(slot, layer, shape, whole, Origin(tensors, way.ops, holds))
+    made = filled(slot, layer, shape, whole, Origin(tensors, way.ops, holds))
+    return replace(made, names=_spelled(made.names, names[0], tensors[0].name))
 
 
 def filled(
@@ -128,6 +130,20 @@ def _shape_of(slot: Slot, way: Get, tensors: tuple[Stored, ...], experts: int) -
     if len(shape) != 3 or shape[0] != experts:
         raise ValueError(f"{experts} experts of config.json")
     return (experts, *shape_after(way.ops, shape[1:]))
+
+
+def _spelled(names: tuple[str, ...], slots: str, files: str) -> tuple[str, ...]:
+    """Names as the files spell them, of which one tensor is called `slots` by the family and `files` there:
+    what stands in front of their common end differs."""
+    ours, theirs = slots.split("."), files.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    begins = [name.split(".") for name in names]
+    return tuple(
+        ".".join([*theirs, *each[len(ours) :]]) if each[: len(ours)] == ours else ".".join(each)
+        for each in begins
+    )
 
 
 def _release_names(slot: Slot, experts: int) -> tuple[str, ...]:

@@ -235,7 +235,8 @@ def notes(job: Job) -> tuple[str, ...]:
     """What a person should know about this output, and could not guess from the tables."""
     dense = ["a dense model: there are no experts to treat one by one"] if not job.model.n_experts else []
     halves = [HALVES] if job.model.encodes else []
-    skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in job.model.skipped.items()]
+    left_out = job.container.checkpoint.skipped.items()
+    skipped = [f"left out: {count:,} tensors, {reason}" for reason, count in left_out]
     at = job.model.revision
     source = [f"made from {job.model.repository} of the Hugging Face Hub, commit {at}"] if at else []
     shelf = shelf_of(job.model)

@@ -177,7 +177,7 @@ class _Model:
     def __init__(self, checkpoint: Checkpoint, gpus: Gpus, serving: Serving) -> None:
         memory.check(checkpoint, serving)
         experts = [w for w in checkpoint.weights if w.is_expert and w.runs and len(w.shape) == 3]
-        check_tp(experts, serving.tp)
+        check_tp(checkpoint, experts, serving.tp)
         self.checkpoint, self.gpus, self.serving = checkpoint, gpus, serving
         self.stored = memory.stored_bytes(checkpoint.weights)
         batch = serving.batch(gpus.vram)

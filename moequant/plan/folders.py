@@ -72,8 +72,13 @@ class FolderMenu:
                 f"{checkpoint.family.name}: only transformers runs it, and reads one scheme for all experts; "
                 "name it with --scheme"
             )
-        names = USUAL if settings.schemes is None else tuple(settings.schemes.split(","))
-        found = [schemes.find(name.strip(), "--schemes") for name in names]
+        names = USUAL if settings.schemes is None else tuple(map(str.strip, settings.schemes.split(",")))
+        if "" in names:
+            raise PlanError(
+                f"--schemes '{settings.schemes}': names with a comma between were expected, such as "
+                "W4A16,FP8_BLOCK"
+            )
+        found = [schemes.find(name, "--schemes") for name in names]
         if settings.gpu is not None:
             runs = [scheme for scheme in found if scheme.capability <= settings.gpu * 10 + 0.5]
             if not runs:
@@ -84,7 +89,7 @@ class FolderMenu:
                 )
             found = runs
         menu = cls(checkpoint, settings, tuple(dict.fromkeys(found)))
-        check_tp(menu.choosable.values(), settings.tp)
+        check_tp(checkpoint, menu.choosable.values(), settings.tp)
         return menu
 
     @cached_property
@@ -227,10 +232,12 @@ def budget_plan(
         )
     limit = budget.file_bytes
     while True:  # headers of files depend on what is chosen
-        made = _made(menu, units, allocate(units, max(limit, smallest.bytes)), known, budget)
+        options = allocate(units, max(limit, smallest.bytes))
+        made = _made(menu, units, options, known, budget)
         if (over := size(made) - budget.file_bytes) <= 0:
             return made
-        limit -= over
+        # Not below the limit alone: with room for headers in it, the same plan would come again and again.
+        limit = min(limit, sum(option.bytes for option in options)) - over
 
 
 def bounds(menu: FolderMenu, size: Callable[[Plan], int], known: Sensitivities) -> tuple[int, int]:

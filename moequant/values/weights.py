@@ -303,3 +303,8 @@ class ModelShape:
     tied: bool = False
     streams: int = 1
     in_a_row: bool = False
+
+    def heads_on(self, tp: int) -> bool:
+        """Whether vLLM can share the heads among so many GPUs: queries evenly, keys and values evenly or each
+        on some."""
+        return not self.heads % tp and not (self.kv_heads % tp and tp % self.kv_heads)

@@ -20,7 +20,8 @@ from moequant.containers.folders.schemes import PRESETS
 from moequant.containers.gguf.sizes import Budget
 from moequant.errors import CheckpointError, FamilyError, PlanError
 from moequant.plan import from_json, to_json
-from moequant.plan.folders import FolderMenu, budget_plan
+from moequant.plan.folders import FolderMenu, bounds, budget_plan
+from moequant.values import Plan
 from tests.containers.folders.cases import own_decoder
 
 
@@ -95,6 +96,13 @@ def test_vllm_finds_experts_by_its_own_names(tiny) -> None:
         ({"bits": 8, "format": "awq"}, "--format awq holds W4A16, not W8A16"),
         ({"scheme": "W4A15", "format": "safetensors"}, "--scheme W4A15: no such scheme"),
         ({"size": "1G", "tp": 3}, "--tp 3 does not divide"),
+        ({"size": "1G", "tp": 8}, "--tp 8 does not divide 4 heads, or their 2 of keys and values"),
+        ({"scheme": "FP8_DYNAMIC", "tp": 8}, "--tp 8 does not divide 4 heads"),
+        ({"size": "1G", "schemes": "W4A16,"}, "--schemes 'W4A16,': names with a comma between were expected"),
+        (
+            {"size": "1G", "schemes": "W4A16_G33"},
+            "--schemes W4A16_G33: no such scheme; W4A16 has groups of 32",
+        ),
     ],
 )
 def test_what_cannot_be(tiny, changes: dict[str, object], message: str) -> None:
@@ -110,6 +118,24 @@ def test_more_bytes_expect_less_divergence(tiny) -> None:
     sizes = [round(low + share * (high - low)) for share in (0.0, 0.2, 0.5, 1.0)]
     found = [budget_plan(menu, Budget.of_size(str(size)), folder.size).kl for size in sizes]
     assert None not in found and sorted(found, reverse=True) == found and found[0] > found[-1]
+
+
+def test_a_byte_less_than_everything_is_planned_at_once(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers are not among the bytes that are shared out: room for them does not bring the same plan again,
+    once for each of its bytes."""
+    checkpoint = open_checkpoint(tiny("qwen3_moe"))
+    folder = FolderContainer(checkpoint, FolderSettings())
+    menu = FolderMenu.of(folder.checkpoint, FolderSettings())
+    _, high = bounds(menu, folder.size, menu.prior(folder.checkpoint.weights, 2))
+    asked: list[int] = []
+
+    def size(plan: Plan) -> int:
+        asked.append(folder.size(plan))
+        return asked[-1]
+
+    budget = Budget.of_size(str(high - 1))
+    assert folder.size(budget_plan(menu, budget, size)) == asked[-1] < high
+    assert len(asked) < 10
 
 
 @pytest.mark.parametrize("scheme", PRESETS)

@@ -33,7 +33,7 @@ def quantization_config(groups: Sequence[tuple[Scheme, list[str]]], kept: Sequen
         "config_groups": {
             f"group_{number}": scheme.config(targets) for number, (scheme, targets) in enumerate(groups)
         },
-        "ignore": list(kept),
+        "ignore": [rf"re:(.*\.)?{re.escape(each)}.*" if each.endswith(".") else each for each in kept],
         "kv_cache_scheme": None,
     }
 

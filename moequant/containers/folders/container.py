@@ -13,7 +13,14 @@ from moequant.containers.folders import mxfp4, schemes
 from moequant.containers.folders import write as folder
 from moequant.containers.folders.inputs import input_scales
 from moequant.containers.folders.layouts import LAYOUTS
-from moequant.containers.folders.plan import BITS_OF, FolderSettings, scheme_plan, stores, with_copies
+from moequant.containers.folders.plan import (
+    BITS_OF,
+    FolderSettings,
+    beside_text,
+    scheme_plan,
+    stores,
+    with_copies,
+)
 from moequant.containers.folders.read import FolderWeights
 from moequant.errors import FamilyError, PlanError
 from moequant.families.base import PREDICTION
@@ -34,12 +41,10 @@ class FolderContainer:
             )
         self.checkpoint, self.settings = with_copies(checkpoint), as_released(checkpoint, settings)
         self._sizes: dict[tuple[str, ...], int] = {}
-        copied = len(checkpoint.predictions.stored)
-        self.notes: tuple[str, ...] = (
-            (f"{PREDICTION} kept: {copied:,} tensors copied as they are, for vLLM to draft with",)
-            if copied
-            else ()
-        )
+        copied, beside = len(checkpoint.predictions.stored), len(beside_text(checkpoint))
+        drafts = f"{PREDICTION} kept: {copied:,} tensors copied as they are, for vLLM to draft with"
+        others = f"copied as they are: {beside:,} tensors that text does not need"
+        self.notes: tuple[str, ...] = (*([drafts] if copied else []), *([others] if beside else []))
 
     @cached_property
     def plan(self) -> Plan:

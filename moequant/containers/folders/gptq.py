@@ -57,10 +57,12 @@ def _patterns(kept: Sequence[str]) -> list[str]:
     """Regular expressions, from the start of a module's name, that match the kept modules and no others: one
     for all layers in which a module of that name is kept."""
     layers: dict[tuple[str, str], list[str]] = {}
-    for name in dict.fromkeys((*map(of_stack, kept), *_fused(kept))):
+    whole = [rf"(?:.*\.)?{re.escape(name)}" for name in kept if name.endswith(".")]
+    named = [name for name in kept if not name.endswith(".")]
+    for name in dict.fromkeys((*map(of_stack, named), *_fused(named))):
         before, number, after = re.fullmatch(r"(?:(.*?\.)(\d+)(?=\.))?(.*)", name).groups("")  # type: ignore[union-attr]
         layers.setdefault((before, after), []).append(number)
-    return sorted(
+    return whole + sorted(
         re.escape(before)
         + (f"(?:{'|'.join(sorted(numbers, key=int))})" if before else "")
         + re.escape(after)

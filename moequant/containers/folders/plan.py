@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, prod
 from typing import Literal
 
 import torch
 
-from moequant.checkpoint import Checkpoint
+from moequant.checkpoint import EMPTY, Checkpoint
 from moequant.containers.folders import schemes
 from moequant.containers.folders.schemes import Scheme
 from moequant.containers.folders.shards import DTYPE_BYTES
 from moequant.containers.folders.storage import AwqIntegers, GptqIntegers, Storage
 from moequant.errors import FamilyError, PlanError
+from moequant.families.base import PREDICTION
 from moequant.formats.groups import GROUPS, GroupFormat
-from moequant.values import Choice, Origin, Place, Plan, Role, Stack, Weight
+from moequant.values import Choice, Origin, Place, Plan, Role, Stack, Stored, Weight
 from moequant.values.ops import Transposed
 
 LayoutName = Literal["compressed-tensors", "gptq", "awq", "mxfp4"]
@@ -80,8 +81,8 @@ def storage(checkpoint: Checkpoint, scheme: Scheme, layout: LayoutName) -> Stora
 
 
 def with_copies(checkpoint: Checkpoint) -> Checkpoint:
-    """The model with every tensor of its layers that predict, and whole numbers that its config tells as
-    well, each a weight that nothing runs."""
+    """The model with every tensor of its layers that predict, of its eyes and ears, and with whole numbers
+    that its config tells as well, each a weight that nothing runs."""
     copies = (
         Weight(
             each.name,
@@ -94,9 +95,15 @@ def with_copies(checkpoint: Checkpoint) -> Checkpoint:
             None,
             (each.name,),
         )
-        for each in (*checkpoint.predictions.stored, *checkpoint.constants)
+        for each in (*checkpoint.predictions.stored, *beside_text(checkpoint), *checkpoint.constants)
     )
-    return checkpoint.with_weights((*checkpoint.weights, *copies))
+    left = {why: count for why, count in checkpoint.skipped.items() if why in (EMPTY, PREDICTION)}
+    return replace(checkpoint, weights=(*checkpoint.weights, *copies), skipped=left)
+
+
+def beside_text(checkpoint: Checkpoint) -> tuple[Stored, ...]:
+    """What a folder has for those who also see or hear: its config.json is the whole model's."""
+    return tuple(each for each in checkpoint.unread if each.dtype in KEPT)
 
 
 def scheme_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
@@ -112,7 +119,7 @@ def scheme_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
             f"{checkpoint.path}: no experts and no feed-forward blocks to quantize; --quantize-attention "
             "adds the other linears"
         )
-    check_tp(chosen, settings.tp)
+    check_tp(checkpoint, chosen, settings.tp)
     for weight in chosen:
         if reason := refusal(weight, scheme, settings):
             raise PlanError(reason)
@@ -171,19 +178,32 @@ def modules(weight: Weight) -> tuple[str, ...]:
 def kept_linears(checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     """Every linear module that stays as it is, by all names that loaders know it under; the head is one.
 
-    Experts of a layer have one pattern, as in `targets`.
+    Experts of a layer have one pattern, as in `targets`. What ends in a dot stands for all that lies in it.
     """
     formats = {choice.weight: choice.format for choice in plan.choices}
     names = {"lm_head"}
     for weight in checkpoint.weights:
         if not weight.runs:
-            names |= {*modules(weight)} if len(weight.shape) > 1 else set()
+            names |= {_around(weight, checkpoint.n_layers)} if len(weight.shape) > 1 else set()
             continue
         is_linear = len(weight.shape) == (2 if weight.stack is Stack.NONE else 3)
         is_linear &= weight.role not in (Role.EMBEDDING, Role.LOOKUP, Role.TABLE)
         if is_linear and formats[weight.name] in KEPT:
             names |= {*targets([weight])}
     return tuple(sorted(names))
+
+
+def _around(weight: Weight, layers: int) -> str:
+    """What a tensor that is only copied lies in, with a dot: a tower, or a layer that predicts.
+
+    vLLM's classes for those have modules of their own, and do not say which of them are several of the
+    checkpoint's: it would look for the names of parts in vain (`DeepSeekMTP` in vLLM 0.32).
+    """
+    (module,) = modules(weight)
+    first, *rest = (part for part in module.split(".") if part not in ("model", "language_model"))
+    if first != "layers":
+        return f"{first}."
+    return f"layers.{rest[0]}." if rest[0].isdecimal() and int(rest[0]) >= layers else module
 
 
 def of_stack(module: str) -> str:
@@ -221,11 +241,20 @@ def _is_quantized(checkpoint: Checkpoint, weight: Weight, attention: bool, share
         or weight.role in (Role.EMBEDDING, Role.LOOKUP, Role.OUTPUT)
     ):
         return False
-    if weight.origin.stored[0].name in shared:
+    if weight.origin.stored[0].name in shared or _beside_kept(checkpoint, weight):
         return False
     if weight.role in DENSE and checkpoint.n_experts == 0:
         return True
     return attention
+
+
+def _beside_kept(checkpoint: Checkpoint, weight: Weight) -> bool:
+    """Whether vLLM has it in one module with the indexer's weights of heads, which nobody rounds: the
+    indexer's keys (`wk_weights_proj` in vLLM 0.32's deepseek_v2.py)."""
+    if weight.role is not Role.INDEXER or weight.site is None:
+        return False
+    alike = (other for other in checkpoint.weights if other.role is Role.KV_A and other.site is not None)
+    return any(other.site == weight.site for other in alike)
 
 
 def _shared_tensors(checkpoint: Checkpoint) -> frozenset[str]:
@@ -239,10 +268,16 @@ def _shared_tensors(checkpoint: Checkpoint) -> frozenset[str]:
     return frozenset(twice)
 
 
-def check_tp(chosen: Iterable[Weight], tp: int) -> None:
-    """PlanError for the first weight that so many GPUs cannot share."""
+def check_tp(checkpoint: Checkpoint, chosen: Iterable[Weight], tp: int) -> None:
+    """PlanError for heads, or the first weight, that so many GPUs cannot share."""
     if tp < 1:
         raise PlanError(f"--tp {tp}: 1 GPU or more was expected")
+    shape = checkpoint.shape
+    if not shape.heads_on(tp):
+        raise PlanError(
+            f"{checkpoint.path}: --tp {tp} does not divide {shape.heads} heads, or their {shape.kv_heads} of "
+            "keys and values"
+        )
     for weight in chosen:
         cut = weight.shape[-1] if _by_rows(weight) else weight.shape[-2]
         if cut % tp:

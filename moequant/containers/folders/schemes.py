@@ -143,7 +143,13 @@ def find(name: str, option: str = "--scheme") -> Scheme:
     wanted = name.upper()
     if found := _GROUPED.fullmatch(wanted):
         preset, group = found.groups()
-        return with_group(PRESETS[preset], -1 if group == "CHANNEL" else int(group[1:]))
+        size = -1 if group == "CHANNEL" else int(group[1:])
+        if size not in GROUPS:
+            raise PlanError(
+                f"{option} {name}: no such scheme; {preset} has groups of "
+                f"{', '.join(map(str, GROUPS[:-1]))} ({preset}_G{GROUPS[0]}), or {preset}_CHANNEL"
+            )
+        return with_group(PRESETS[preset], size)
     if wanted in UNWRITTEN:
         raise PlanError(f"{option} {name}: {UNWRITTEN[wanted]}")
     if wanted not in PRESETS:

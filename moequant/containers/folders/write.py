@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,15 @@ def _finite(entry: Entry, data: Bytes) -> Bytes:
     return data
 
 
+def _unquantized(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without a word of how the checkpoint was quantized: models that see may say it of their
+    text alone."""
+    config = {key: value for key, value in raw.items() if key != "quantization_config"}
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+    return config
+
+
 def _write_side_files(
     folder: Path,
     checkpoint: Checkpoint,
@@ -224,7 +233,7 @@ def _write_side_files(
     record: dict[str, Any],
 ) -> None:
     """Everything but weights and card: config, index, record, and what lies beside the weights."""
-    config = {key: value for key, value in checkpoint.raw.items() if key != "quantization_config"}
+    config = _unquantized(checkpoint.raw)
     record["config"] = config
     texts = {"config.json": json.dumps(config | {"quantization_config": quantization}, indent=2) + "\n"}
     if len(files) > 1:

@@ -121,7 +121,7 @@ def check(checkpoint: Checkpoint, serving: Serving) -> None:
         )
     if shape.kv_heads < 1 or not cell_bytes(checkpoint, serving):
         raise PlanError(f"{checkpoint.path}: has no keys and values to cache; is its config.json whole?")
-    if shape.heads % tp or (shape.kv_heads % tp and tp % shape.kv_heads):
+    if not shape.heads_on(tp):
         raise PlanError(
             f"--tp {tp}: does not divide {shape.heads} heads, or their {shape.kv_heads} of keys and values"
         )
