@@ -199,12 +199,17 @@ def test_links_into_the_cache_of_hugging_face_are_followed(tiny, tmp_path: Path)
             r"experts.down: --group-size 128 does not divide rows of 64 \(256 / --tp 4\); "
             "--group-size 32 or 64 or -1 would work",
         ),
-        ({}, {"tp": 3}, "--tp 3 does not divide its 256 channels"),
+        ({}, {"tp": 8, "group_size": 32}, "--tp 8 does not divide 4 heads, or their 2 of keys and values"),
+        (
+            {"num_attention_heads": 6, "num_key_value_heads": 3},
+            {"tp": 3},
+            "--tp 3 does not divide its 256 channels",
+        ),
         ({}, {"tp": 0}, "1 GPU or more"),
         ({"moe_intermediate_size": 36}, {"group_size": -1}, "packed 8 at a time, not rows of 36; write GGUF"),
         ({"moe_intermediate_size": 36}, {"group_size": -1, "bits": 8, "layout": "gptq"}, None),
         ({}, {"tp": 2}, None),
-        ({}, {"tp": 8, "group_size": 32}, None),
+        ({"num_attention_heads": 8}, {"tp": 8, "group_size": 32}, None),
     ],
 )
 def test_sizes_that_no_loader_takes_are_refused(
