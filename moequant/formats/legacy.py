@@ -75,19 +75,7 @@ def _symmetric(name: str, ggml_type: int, bits: int) -> Format:
 
     view = Scalar(32, count_up(-middle, middle - 1), unpack, pack, range(1 << bits))
     size = 2 + 4 * bits
-    return Format(
-        name,
-        ggml_type,
-        32,
-        size,
-        encode,
-        view.decode,
-        magnitude=1.0,
-        spread=1.0,
-        tiles=4,
-        view=view,
-        loops=True,
-    )
+    return Format(name, ggml_type, 32, size, encode, view.decode, 1.0, 1.0, tiles=4, view=view, loops=True)
 
 
 def _affine(name: str, ggml_type: int, bits: int) -> Format:
@@ -107,19 +95,7 @@ def _affine(name: str, ggml_type: int, bits: int) -> Format:
     # The minimum is stored as what is added, so its table holds -1.
     view = Scalar(32, count_up(0, grid.top), unpack, pack, range(grid.top + 1), minima=(-1.0,))
     size = 4 + 4 * bits
-    return Format(
-        name,
-        ggml_type,
-        32,
-        size,
-        encode,
-        view.decode,
-        magnitude=1.0,
-        spread=1.0,
-        tiles=4,
-        view=view,
-        loops=True,
-    )
+    return Format(name, ggml_type, 32, size, encode, view.decode, 1.0, 1.0, tiles=4, view=view, loops=True)
 
 
 def _plain_parts(codes: Tensor, d: Tensor) -> Parts:

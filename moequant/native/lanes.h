@@ -1,6 +1,7 @@
-/* Vectors for loops over rows: everything is f32 and lies columns first, [columns, rows]. Rows do not depend on each
-   other: LANES of them are computed side by side in one vector. moequant.rounding has a function of the same name for
-   each of the exported ones, which computes the same with torch and says what it is for. */
+/* Vectors for loops over rows and blocks, which do not depend on each other: LANES of them are computed side by side in
+   one vector. Everything is f32; of rows it lies columns first, [columns, rows]. moequant.rounding and moequant.formats
+   have a function of the same name for each of the exported ones, which computes the same with torch and says what it is
+   for. */
 
 #pragma once
 
