@@ -31,6 +31,9 @@ from moequant.values import ModelShape, Place, Role, Stored, Weight
 DECLARED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where ModelOpt, AutoGPTQ and AutoAWQ say how they quantized; of the last two, old versions nowhere else."""
 
+FRONT = "model", "language_model", "backbone", "transformer"
+"""What names of the text model begin with."""
+
 EMPTY = "without any number"
 """Why a tensor is skipped that has a dimension of 0."""
 
@@ -42,9 +45,9 @@ class Checkpoint:
     `raw` is config.json as it is, `config` what its class in transformers makes of it. `weights` are those of
     the model in the order in which they compute, the head last. `predictions` are layers behind the last,
     which transformers does not run. `skipped` counts the stored tensors that are left out on purpose, by the
-    reason; `unread` are those that text alone has no use for. `constants` are whole numbers that the model
-    makes of its config as well. `gguf` is the file that has the weights where no safetensors do; `notes` are
-    what a person should know of it.
+    reason; `unread` are those of them that lie beside the text model, in towers. `constants` are whole
+    numbers that the model makes of its config as well. `gguf` is the file that has the weights where no
+    safetensors do; `notes` are what a person should know of it.
     """
 
     path: Path
@@ -56,7 +59,7 @@ class Checkpoint:
     skipped: Mapping[str, int] = field(default_factory=dict)
     predictions: Predictions = field(default_factory=Predictions)
     constants: tuple[Stored, ...] = ()
-    unread: tuple[Stored, ...] = ()
+    unread: Mapping[str, tuple[Stored, ...]] = field(default_factory=dict)
     gguf: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -146,6 +149,11 @@ def repository(path: Path) -> str:
     return cached[0] if cached else path.resolve().name
 
 
+def around(name: str) -> str:
+    """What a tensor or module lies in: "layers" of the text model, or a tower."""
+    return next(part for part in name.split(".") if part not in FRONT)
+
+
 def open_checkpoint(model: Path | Folder) -> Checkpoint:
     """Read config and headers of a model folder.
 
@@ -174,7 +182,11 @@ def open_checkpoint(model: Path | Folder) -> Checkpoint:
             f"{[shape.vocab, shape.hidden]} (vocab_size, hidden_size)"
         )
     counted = {reason: len(names) for reason, names in skipped.items()}
-    unread = tuple(stored[name] for reason, names in skipped.items() if reason != EMPTY for name in names)
+    unread = {
+        reason: tuple(stored[name] for name in names if around(name) != "layers")
+        for reason, names in skipped.items()
+        if reason != EMPTY
+    }
     notes = [f"not read, as in transformers: {few(folder.beside, 5)}"] if folder.beside else []
     held = tuple(constants.values())
     return Checkpoint(

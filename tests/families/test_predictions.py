@@ -219,7 +219,8 @@ def test_folders_hold_copies(tmp_path: Path, text: Path) -> None:
     told = models.predicting(folder, "glm4_moe")
     assert all(torch.equal(stored[name], values) for name, values in told.items())
     kept = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
-    assert {"model.layers.3.eh_proj", "model.layers.3.mlp.experts.7.down_proj"} <= {*kept}
+    for module in ("model.layers.3.eh_proj", "model.layers.3.mlp.experts.7.down_proj"):
+        assert any(re.match(each.removeprefix("re:"), module) for each in kept if each.startswith("re:"))
     assert "multi-token prediction kept" in (out / "README.md").read_text()
     without = open_job(folder, Settings(None, text, 1024, text, **given, mtp=False))
     assert not told.keys() & {each.weight for each in without.plan.choices}

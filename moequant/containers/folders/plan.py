@@ -10,13 +10,12 @@ from typing import Literal
 
 import torch
 
-from moequant.checkpoint import EMPTY, Checkpoint
+from moequant.checkpoint import Checkpoint, around
 from moequant.containers.folders import schemes
 from moequant.containers.folders.schemes import Scheme
 from moequant.containers.folders.shards import DTYPE_BYTES
 from moequant.containers.folders.storage import AwqIntegers, GptqIntegers, Storage
 from moequant.errors import FamilyError, PlanError
-from moequant.families.base import PREDICTION
 from moequant.formats.groups import GROUPS, GroupFormat
 from moequant.values import Choice, Origin, Place, Plan, Role, Stack, Stored, Weight
 from moequant.values.ops import Transposed
@@ -97,13 +96,19 @@ def with_copies(checkpoint: Checkpoint) -> Checkpoint:
         )
         for each in (*checkpoint.predictions.stored, *beside_text(checkpoint), *checkpoint.constants)
     )
-    left = {why: count for why, count in checkpoint.skipped.items() if why in (EMPTY, PREDICTION)}
+    copied = {why: len(_kept(found)) for why, found in checkpoint.unread.items()}
+    left = {why: count - copied.get(why, 0) for why, count in checkpoint.skipped.items()}
+    left = {why: count for why, count in left.items() if count}
     return replace(checkpoint, weights=(*checkpoint.weights, *copies), skipped=left)
 
 
 def beside_text(checkpoint: Checkpoint) -> tuple[Stored, ...]:
     """What a folder has for those who also see or hear: its config.json is the whole model's."""
-    return tuple(each for each in checkpoint.unread if each.dtype in KEPT)
+    return tuple(each for found in checkpoint.unread.values() for each in _kept(found))
+
+
+def _kept(found: tuple[Stored, ...]) -> tuple[Stored, ...]:
+    return tuple(each for each in found if each.dtype in KEPT)
 
 
 def scheme_plan(checkpoint: Checkpoint, settings: FolderSettings) -> Plan:
@@ -200,10 +205,10 @@ def _around(weight: Weight, layers: int) -> str:
     checkpoint's: it would look for the names of parts in vain (`DeepSeekMTP` in vLLM 0.32).
     """
     (module,) = modules(weight)
-    first, *rest = (part for part in module.split(".") if part not in ("model", "language_model"))
-    if first != "layers":
-        return f"{first}."
-    return f"layers.{rest[0]}." if rest[0].isdecimal() and int(rest[0]) >= layers else module
+    if (tower := around(module)) != "layers":
+        return f"{tower}."
+    number = module.partition("layers.")[2].partition(".")[0]
+    return f"layers.{number}." if number.isdecimal() and int(number) >= layers else module
 
 
 def of_stack(module: str) -> str:

@@ -50,7 +50,7 @@ def test_a_model_that_sees_keeps_its_eyes_and_its_names(tmp_path: Path, family: 
     quantized(model, tmp_path / "out", scheme="MXFP4A16", quantize_attention=True)
     source = {name: each for file in model.glob("*.safetensors") for name, each in load_file(file).items()}
     made = load_file(tmp_path / "out" / "model.safetensors")
-    seen = {each.name for each in checkpoint.unread}
+    seen = {each.name for found in checkpoint.unread.values() for each in found}
     assert seen and all("language_model.layers" not in name for name in seen)
     rounded = {weight.name for weight in checkpoint.weights if weight.is_expert or weight.role in ATTENTION}
     for weight in checkpoint.weights:
