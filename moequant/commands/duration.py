@@ -58,16 +58,16 @@ COMPILING = 700_000
 DISTORTED = 12
 """Times that a weight is handled until it has the error of a probe."""
 
-SAMPLED = 930
+SAMPLED = 100
 """Times that a sampled weight is handled in one type, small as samples are."""
 
-ROUNDED = 260
+ROUNDED = 50
 """Times that rounding under a Hessian handles a weight."""
 
 SEARCHES = (1.2, 2.4)
 """How often a weight is searched for, alone and under a Hessian; its error is counted in."""
 
-TRIALS, TRIED = (7, 28), 10_000
+TRIALS, TRIED = (7, 28), 4_500
 """Trial roundings of what is fed to a matrix, and to experts, of which several classes are tried; calls of
 one."""
 
