@@ -165,7 +165,8 @@ def test_importance_that_no_f32_holds_spoils_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_inference_mode_changes_nothing(threads: int) -> None:
+def test_inference_mode_changes_nothing(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # so that threads are started
     x = weights("gauss", 16, 1024)
     known = formats.quantize(formats.get("Q4_K"), x)
     with torch.inference_mode():
