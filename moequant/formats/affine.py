@@ -257,15 +257,15 @@ def _fit_sub_blocks(grid: Affine, plan: _Plan, x: Tensor, w: Tensor) -> tuple[_M
 @cache
 def _factors(grid: Affine, plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
     """[2, steps] for every pair of centers: what the natural d and dmin are multiplied with, to be priced."""
-    around = torch.linspace(-plan.width, plan.width, grid.steps, device=device)
-    pairs = torch.tensor(list(product(plan.centers, repeat=2)), device=device)
+    around = torch.linspace(-plan.width, plan.width, grid.steps, dtype=torch.float32, device=device)
+    pairs = torch.tensor(list(product(plan.centers, repeat=2)), dtype=torch.float32, device=device)
     return (pairs[..., None] + around).unbind()
 
 
 @cache
 def _lines(grid: Affine, plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
     """(slope, offset) [4, 2] each: codes of a sub-block as lines over -1..1, its range."""
-    ends = torch.tensor(_ENDS[grid.top][: plan.ends], device=device)
+    ends = torch.tensor(_ENDS[grid.top][: plan.ends], dtype=torch.float32, device=device)
     low, high = ends[:, 0], grid.top - ends[:, 1]
     return torch.stack([(high - low) / 2, (high + low) / 2], 1).tensor_split(len(ends) // 4)
 

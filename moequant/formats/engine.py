@@ -28,6 +28,9 @@ from moequant.native import loops
 # Importance below this share of its expert's median (of the channels that were excited at all) is raised to
 # it: what calibration never excited must still be stored as what it is, not sacrificed for its neighbours.
 FLOOR = 0.02
+# Importance beyond this many medians counts as this much: products of two of them, and of codes and scales,
+# must stay numbers of 32 bits.
+CEILING = 1e12
 # Tensors with fewer weights are packed before a compiler would have started to repay itself.
 COMPILE_FROM = 1 << 23
 EVEN = 32
@@ -177,11 +180,17 @@ def _for_each_tile(
     """Call work(first, last) for consecutive ranges of `step` blocks that cover `n_blocks`."""
     if threads is None:
         threads = os.cpu_count() or 1 if device.type == "cpu" else 1
+    inference = torch.is_inference_mode_enabled()  # a thread of its own does not know
+
+    def work_as_here(first: int, last: int) -> None:
+        with torch.inference_mode() if inference else torch.no_grad():
+            work(first, last)
+
     if 0 < n_blocks <= step and torch.get_num_threads() == 1:
-        work(0, n_blocks)  # what a thread of its own would compute, without the cost of starting one
+        work_as_here(0, n_blocks)  # what a thread of its own would compute, without the cost of starting one
         return
     with _workers(threads) as pool:
-        tiles = [pool.submit(work, i, min(i + step, n_blocks)) for i in range(0, n_blocks, step)]
+        tiles = [pool.submit(work_as_here, i, min(i + step, n_blocks)) for i in range(0, n_blocks, step)]
         try:
             for tile in tiles:
                 tile.result()
@@ -218,8 +227,8 @@ def _blocks_at_once(fmt: Format, device_type: str, compiled: bool) -> int:
 
 def _encode_a_tile(fmt: Format, exponent: float, effort: Effort, device_type: str) -> None:
     step = _blocks_at_once(fmt, device_type, True)
-    x, importance = (torch.ones((step, fmt.block), device=device_type) for _ in range(2))
-    d = None if fmt.shared is None else torch.ones((step, 1), device=device_type)
+    x, importance = (torch.ones((step, fmt.block), dtype=torch.float32, device=device_type) for _ in range(2))
+    d = None if fmt.shared is None else torch.ones((step, 1), dtype=torch.float32, device=device_type)
     _encode(fmt, Blocks(x, importance, d), effort, exponent, step)
 
 
@@ -253,7 +262,7 @@ def _check_importance(weights: Tensor, importance: Tensor | None) -> Tensor:
     """f32 [E, in] with median 1 in each expert and a positive floor; FormatError when it cannot be that."""
     expected = (*weights.shape[:-2], weights.shape[-1])
     if importance is None:
-        return torch.ones(expected, device=weights.device).view(-1, weights.shape[-1])
+        return torch.ones(expected, dtype=torch.float32, device=weights.device).view(-1, weights.shape[-1])
     if importance.shape != expected:
         raise FormatError(
             f"importance of weights {list(weights.shape)} must be {list(expected)}, one value per expert and "
@@ -274,7 +283,7 @@ def even_out(per_expert: Tensor) -> Tensor:
     usual = torch.where(per_expert > 0, per_expert, torch.nan).nanmedian(-1, keepdim=True).values
     # An expert that saw nothing has no opinion: all its channels count the same.
     per_expert = torch.where(usual > 0, per_expert / usual, torch.ones_like(per_expert))
-    return per_expert.clamp_min(FLOOR).to(torch.float32)
+    return per_expert.clamp(FLOOR, CEILING).to(torch.float32)
 
 
 def _importance_of(per_expert: Tensor, stack: Tensor, fmt: Format, first: int, last: int) -> Tensor:

@@ -123,7 +123,7 @@ def search(layout: Layout, x: Tensor, w: Tensor, effort: Effort) -> Fit:
     rows = _search_scales(layout, budget, lists, x, w)
     shift = None if grid.delta and not layout.one_delta else _settled(layout, rows)
     scale, curvature = ratio(rows.a, rows.b).view(s, n), rows.b.view(s, n)
-    reach = torch.linspace(0.75, 1.0, 8, device=x.device) * layout.ladder.highest
+    reach = torch.linspace(0.75, 1.0, 8, dtype=torch.float32, device=x.device) * layout.ladder.highest
     d = propose(x, scale, curvature, reach, layout.ladder)
     saved, best = torch.full_like(d, -torch.inf), Fit(d, scale, rows.word.view(-1, s, n), signs)
     for nudge in NUDGES[: budget.rounds]:
@@ -169,7 +169,7 @@ def _search_scales(layout: Layout, budget: Budget, lists: list[Tensor], x: Tenso
 def _settled(layout: Layout, rows: Rows) -> Tensor:
     """The shift [m] of rows that share one by sub-block."""
     delta = layout.grid.delta
-    return torch.where(rows.word[0] < DOWN, delta, -delta)
+    return torch.where(rows.word[0] < DOWN, delta, -delta).float()
 
 
 def _search_levels(

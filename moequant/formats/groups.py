@@ -147,7 +147,7 @@ def _block_format(fmt: GroupFormat) -> Format:
 
     def encode(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
         known = _LANDINGS.get(fmt.bits) or tuple(-fmt.low * side for side in _SIDES)
-        landings = torch.tensor(known[: _TRIED[effort]], device=x.device)
+        landings = torch.tensor(known[: _TRIED[effort]], dtype=torch.float32, device=x.device)
         scale = search(x, w, landings, fmt)[:, None]
         codes = torch.where(scale != 0, x / scale, 0.0).round_().clamp_(fmt.low, fmt.high) - fmt.low
         none = scale[:, :0]

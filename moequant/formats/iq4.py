@@ -62,7 +62,8 @@ def fit(x: Tensor, w: Tensor, inverses: Tensor) -> list[tuple[Tensor, Tensor]]:
 @cache
 def _native(found: tuple[float, ...]) -> tuple[Native, Tensor]:
     """The levels as compiled loops take them, and the table of what is `found` nearest, by half steps."""
-    table = nearest(torch.arange(2 * int(VALUES[0]), 2 * int(VALUES[-1]) + 1) / 2 + 0.25, MIDS, found)
+    steps = torch.arange(2 * int(VALUES[0]), 2 * int(VALUES[-1]) + 1, dtype=torch.float32, device="cpu")
+    table = nearest(steps / 2 + 0.25, MIDS, found)
     return Native(VALUES[0], VALUES[-1], table.data_ptr()), table
 
 
@@ -115,7 +116,7 @@ def search_scale(x: Tensor, w: Tensor, count: int, refits: int) -> tuple[Tensor,
     peak = inverse(torch.where(highest > -lowest, highest, lowest))
     landings = torch.tensor(LANDINGS, dtype=torch.float32, device=x.device)[:count]
     if count > len(LANDINGS):
-        spread = torch.linspace(60, 160, count // 2, device=x.device)
+        spread = torch.linspace(60, 160, count // 2, dtype=torch.float32, device=x.device)
         landings = torch.cat([spread, -spread])
     a = b = torch.zeros_like(peak)
     for i in range(0, len(landings), GROUP):
@@ -140,7 +141,7 @@ def encode_xs(x: Tensor, w: Tensor, effort: Effort) -> Tensor:
     weight = w.view(n, 8, 32).permute(2, 1, 0).reshape(32, 8 * n)
     count, refits, tries, rounds = BUDGET_XS[effort]
     a, b = search_scale(columns, weight, count, refits)
-    reach = torch.linspace(24, 32, tries // 2, device=x.device)
+    reach = torch.linspace(24, 32, tries // 2, dtype=torch.float32, device=x.device)
     scale = ratio(a, b).view(8, n)
     d = propose(columns, scale, b.view(8, n), torch.cat([-reach, reach - 1]), LADDER)
     best = torch.full_like(d, torch.inf)

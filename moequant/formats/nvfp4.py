@@ -108,7 +108,9 @@ def _block_format(block: int) -> Format:
         parts = unpack(blocks)  # with the roundings of compressed-tensors: f32, and bf16 in the end
         number = blocks[:, :4].clone().view(torch.float32)
         scale = parts.scale.contiguous().view(torch.float8_e4m3fn).float() / number
-        codes = torch.tensor(fp4.VALUES, device=blocks.device)[parts.codes.int()].view(len(blocks), -1, GROUP)
+        codes = torch.tensor(fp4.VALUES, dtype=torch.float32, device=blocks.device)[parts.codes.int()].view(
+            len(blocks), -1, GROUP
+        )
         return (scale[..., None] * (codes * 0.5)).to(torch.bfloat16).float().flatten(1)
 
     # fp4's levels are twice the codes' values, its scales half of e4m3's numbers.

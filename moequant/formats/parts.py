@@ -114,7 +114,7 @@ class Vector:
         grid = self.layout.grid
         value = points(grid.name).to(parts.row.device)[parts.row]
         if grid.delta:
-            value = value + torch.where(parts.down > 0, -grid.delta, grid.delta)[..., None]
+            value = value + torch.where(parts.down > 0, -grid.delta, grid.delta).float()[..., None]
         value = value.flatten(1)
         return value if self.layout.signed else value * sign_values(parts.signs)
 
@@ -125,7 +125,7 @@ def look_up(table: tuple[float, ...], codes: Tensor) -> Tensor:
         return torch.full_like(codes, table[0], dtype=torch.float32)
     if _counts_up(table):
         return codes.to(torch.float32) + table[0]
-    return torch.take(torch.tensor(table, device=codes.device), codes.to(torch.int64))
+    return torch.take(torch.tensor(table, dtype=torch.float32, device=codes.device), codes.to(torch.int64))
 
 
 def count_up(lowest: int, highest: int) -> tuple[float, ...]:

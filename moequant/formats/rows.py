@@ -76,9 +76,11 @@ def near_lists(grid: Grid, lists: int, device: torch.device) -> list[Tensor]:
     """
     rows = points(grid.name)
     c = ((rows - grid.low) / grid.step).floor().to(torch.int32)
-    places = torch.arange(grid.group, dtype=torch.int32) * grid.bits
-    words = (c << places).sum(1, dtype=torch.int32) | torch.arange(len(rows), dtype=torch.int32) << 16
-    levels = grid.low + grid.step * torch.arange(grid.highest + 1, dtype=torch.float32)
+    places = torch.arange(grid.group, dtype=torch.int32, device="cpu") * grid.bits
+    words = (c << places).sum(1, dtype=torch.int32) | torch.arange(
+        len(rows), dtype=torch.int32, device="cpu"
+    ) << 16
+    levels = grid.low + grid.step * torch.arange(grid.highest + 1, dtype=torch.float32, device="cpu")
     levels[-1] += grid.extra
     keys = torch.cartesian_prod(*[levels] * grid.group)
     near = words[torch.cdist(keys, rows).topk(LISTED * lists, largest=False).indices]
@@ -195,7 +197,7 @@ def judge(
     Gives bool [m] and a, b, saved of the better rows.
     """
     a = b = torch.zeros_like(x[0])
-    low = grid.low + torch.where(word < DOWN, grid.delta, -grid.delta)
+    low = grid.low + torch.where(word < DOWN, grid.delta, -grid.delta).float()
     for i in range(grid.group):
         v = low + grid.step * steps_up(grid, word, i)
         wv = w[i] * v
@@ -222,7 +224,7 @@ def _judge_at_once(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`judge`, all weights of a group in one call."""
     zero = torch.zeros_like(x[0])
-    low = grid.low + torch.where(word < DOWN, grid.delta, -grid.delta)
+    low = grid.low + torch.where(word < DOWN, grid.delta, -grid.delta).float()
     v = low + grid.step * _all_steps_up(grid, word)
     wv = w * v
     return _judged(_in_turn(zero, wv * x).sum(0), _in_turn(zero, wv * v).sum(0), step, best)
@@ -244,8 +246,8 @@ def closest_of(
 ) -> tuple[Tensor, Tensor]:
     if (native := loops(x.device)) is not None:
         if found is None:
-            error = torch.full(x.shape[1:], torch.inf)
-            found = torch.zeros(x.shape[1:], dtype=torch.int32), error
+            error = torch.full_like(x[0], torch.inf)
+            found = torch.zeros_like(error, dtype=torch.int32), error
         else:
             found = found[0].clone(), found[1].clone()
         for near in lists:
@@ -260,7 +262,7 @@ def closest_of(
 
 def nothing(x: Tensor, parts: int, m: int) -> Rows:
     """The rows that anything is better than."""
-    zero = torch.zeros(m, device=x.device)
+    zero = torch.zeros(m, dtype=torch.float32, device=x.device)
     return Rows(torch.zeros(parts, m, dtype=torch.int32, device=x.device), zero, zero, zero - torch.inf)
 
 

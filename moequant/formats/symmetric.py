@@ -221,7 +221,7 @@ def land_block(grid: Symmetric, x: Tensor, w: Tensor, landings: tuple[float, ...
     """Blocks without sub-blocks, their largest weight at the best of a few places."""
     if (native := loops(x.device)) is not None:
         return SymmetricFit(*native.search_symmetric(_landing(grid, landings)[0], x, w))
-    d, codes = _land(grid, x, w, torch.tensor(landings, device=x.device))
+    d, codes = _land(grid, x, w, torch.tensor(landings, dtype=torch.float32, device=x.device))
     return SymmetricFit(codes, codes[:, :0], d)
 
 
@@ -240,15 +240,15 @@ def _fit_sub_blocks(grid: Symmetric, plan: _Plan, x: Tensor, w: Tensor) -> _SubF
 @cache
 def _factors(grid: Symmetric, plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
     """[steps] for every center: what the natural d is multiplied with, to be priced."""
-    around = torch.linspace(-plan.width, plan.width, grid.steps, device=device)
+    around = torch.linspace(-plan.width, plan.width, grid.steps, dtype=torch.float32, device=device)
     return tuple(center + around for center in plan.centers)
 
 
 @cache
 def _landings(grid: Symmetric, plan: _Plan, device: torch.device) -> tuple[Tensor, ...]:
     """Codes for the largest weight, [4] each."""
-    known = torch.tensor(_LANDINGS[grid.low][: plan.landings], device=device)
-    spread = torch.linspace(0.6, 1.25, plan.extra // 2, device=device)
+    known = torch.tensor(_LANDINGS[grid.low][: plan.landings], dtype=torch.float32, device=device)
+    spread = torch.linspace(0.6, 1.25, plan.extra // 2, dtype=torch.float32, device=device)
     landings = torch.cat([known, spread * grid.low, spread * grid.high])
     return landings.tensor_split(len(landings) // 4)
 
@@ -267,7 +267,7 @@ def _native(grid: Symmetric, block: int, effort: Effort) -> tuple[Native, tuple[
 @cache
 def _landing(grid: Symmetric, landings: tuple[float, ...]) -> tuple[Native, Tensor]:
     """The same for `land_block`."""
-    table = torch.tensor(landings)
+    table = torch.tensor(landings, dtype=torch.float32, device="cpu")
     codes = grid.low, grid.high, 0, 0
     return Native(grid.sub, grid.sub, *codes, len(table), 0, 0, 0, 0, table.data_ptr(), None), table
 
@@ -320,7 +320,8 @@ def _solve(x: Tensor, w: Tensor, c: Tensor) -> _SubFit:
 def _round_scales(grid: Symmetric, x: Tensor, fit: _SubFit, factor: Tensor) -> _SuperFit:
     """Integer scales, with the f16 step that makes rounding them cheapest."""
     low, high = fit.s.amin(1, keepdim=True), fit.s.amax(1, keepdim=True)
-    sign = torch.where(high > -low, -1.0, 1.0)  # the largest takes the longer, negative side of the integers
+    # The largest takes the longer, negative side of the integers.
+    sign = torch.where(high > -low, -1.0, 1.0).float()
     unit = (torch.maximum(high, -low) / -grid.low_scale).unsqueeze(2)
     size = storable(unit * factor[:, None])  # [tiles, 1, steps, LANES]
     step = size * sign.unsqueeze(2)

@@ -145,8 +145,8 @@ class Loops:
         """`formats.affine.search` of x, w [n, block]: codes u8 [n, block], scale and minimum u8 [n,
         sub-blocks], d and dmin [n]."""
         n, subs = len(x), of.block // of.sub if of.top_scale else 0
-        codes, scale, minimum = (torch.empty(n, k, dtype=torch.uint8) for k in (of.block, subs, subs))
-        found = codes, scale, minimum, torch.empty(n), torch.empty(n)
+        codes, scale, minimum = (room(n, k, dtype=torch.uint8) for k in (of.block, subs, subs))
+        found = codes, scale, minimum, room(n), room(n)
         x, w = x.contiguous(), w.contiguous()
         pointers = [each.data_ptr() for each in found]
         self.library.search_affine(n, ctypes.byref(of), pointer(x), pointer(w), *pointers)
@@ -156,8 +156,8 @@ class Loops:
         """`formats.symmetric.search` of x, w [n, block]: codes i8 [n, block], scale i8 [n, sub-blocks], d
         [n]."""
         n, subs = len(x), of.block // of.sub if of.low_scale else 0
-        codes, scale = (torch.empty(n, k, dtype=torch.int8) for k in (of.block, subs))
-        found = codes, scale, torch.empty(n)
+        codes, scale = (room(n, k, dtype=torch.int8) for k in (of.block, subs))
+        found = codes, scale, room(n)
         x, w = x.contiguous(), w.contiguous()
         pointers = [each.data_ptr() for each in found]
         self.library.search_symmetric(n, ctypes.byref(of), pointer(x), pointer(w), *pointers)
@@ -192,33 +192,33 @@ class Loops:
     def judge(self, grid: Grid, x: Tensor, w: Tensor, word: Tensor) -> tuple[Tensor, Tensor]:
         """The sums [m] of `formats.rows.judge` for x, w [group, parts, m] and rows i32 [parts, m]."""
         parts, m = word.shape
-        found = torch.empty(m), torch.empty(m)
+        found = room(m), room(m)
         self.library.judge(parts, m, ctypes.byref(grid), *(pointer(each) for each in (x, w, word, *found)))
         return found
 
     def fold_signs(self, x: Tensor, w: Tensor, even: bool) -> tuple[Tensor, Tensor]:
         """`formats.rows.fold_signs` of x, w [8, ...]: sizes like x, bits i32 [...]."""
-        sizes, bits = torch.empty(x.shape), torch.empty(x.shape[1:], dtype=torch.int32)
+        sizes, bits = room(*x.shape), room(*x.shape[1:], dtype=torch.int32)
         self.library.fold_signs(bits.numel(), even, *(pointer(each) for each in (x, w, sizes, bits)))
         return sizes, bits
 
     def fit_levels(self, levels: Levels, x: Tensor, w: Tensor, inverses: Tensor) -> tuple[Tensor, Tensor]:
         """`formats.iq4.fit` of x, w [k, m] and inverses [tried, m]: a and b [tried, m]."""
-        found = torch.empty(inverses.shape), torch.empty(inverses.shape)
+        found = room(*inverses.shape), room(*inverses.shape)
         pointers = [pointer(each) for each in (x, w, inverses, *found)]
         self.library.fit_levels(*x.shape, len(inverses), ctypes.byref(levels), *pointers)
         return found
 
     def code_levels(self, codes: Levels, x: Tensor, inverse: Tensor) -> Tensor:
         """`formats.iq4.codes` of x [k, m] and the inverse [m]: u8 [k, m], out of a table of codes."""
-        found = torch.empty(x.shape, dtype=torch.uint8)
+        found = room(*x.shape, dtype=torch.uint8)
         given = pointer(x), pointer(inverse), found.data_ptr()
         self.library.code_levels(*x.shape, ctypes.byref(codes), *given)
         return found
 
     def propose(self, rungs: Rungs, scale: Tensor, curvature: Tensor, reach: Tensor) -> Tensor:
         """`formats.codebook.propose` for scales and curvatures [s, n]: d [n]."""
-        found = torch.empty(scale.shape[1])
+        found = room(scale.shape[1])
         pointers = [pointer(each) for each in (scale, curvature, reach, found)]
         self.library.propose(*scale.shape, len(reach), ctypes.byref(rungs), *pointers)
         return found
@@ -243,8 +243,14 @@ _CALLS = {
 
 def pointer(tensor: Tensor) -> int:
     """Where a tensor begins that lies in one piece."""
-    assert tensor.is_contiguous() and tensor.element_size() == 4
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    assert tensor.dtype in (torch.float32, torch.int32)
     return tensor.data_ptr()
+
+
+def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a loop writes to: of its own type, on the CPU, whatever torch makes where it is not told."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def loops(device: torch.device) -> Loops | None:
@@ -336,9 +342,9 @@ def _build(compiler: str, path: Path) -> None:
         made = Path(name) / path.name
         for flags in ((*FLAGS, NATIVE), FLAGS):
             command = [compiler, *flags, "-o", str(made), *map(str, SOURCES)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
+            done = subprocess.run(command, capture_output=True, check=False)
+            if done.returncode == 0 and made.exists():
                 made.replace(path)
                 return
-        first = (done.stderr.strip().splitlines() or [f"{compiler} failed"])[0]
-        raise OSError(first)
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise OSError((said or [f"{compiler} made no library; is it a C compiler?"])[0])

@@ -55,8 +55,8 @@ def factorise(lattice: Lattice, hessian: Tensor, damping: float) -> tuple[Factor
     experts, n = hessian.shape[:2]
     group, device = lattice.group, hessian.device
     order = _order(lattice, hessian.diagonal(dim1=1, dim2=2))
-    damped, unit = (torch.empty((experts, n, n), device=device) for _ in range(2))
-    corner = torch.empty((experts, n // group, group, group), device=device)
+    damped, unit = (torch.empty((experts, n, n), dtype=torch.float32, device=device) for _ in range(2))
+    corner = torch.empty((experts, n // group, group, group), dtype=torch.float32, device=device)
     used, failed = torch.full((experts,), damping, dtype=torch.float64), []
     for e in range(experts):  # one after another: what is in flight stays in the processor's cache
         torch.div(hessian[e], hessian[e].diagonal().mean(), out=damped[e])
@@ -94,7 +94,7 @@ def _damped_more(flipped: Tensor, damping: float) -> tuple[Tensor, float]:
         if not int(info):
             return upper, more
         damping = more
-    return torch.eye(len(flipped), device=flipped.device), float("inf")
+    return torch.eye(len(flipped), dtype=flipped.dtype, device=flipped.device), float("inf")
 
 
 def _order(lattice: Lattice, diagonal: Tensor) -> Tensor:

@@ -237,22 +237,23 @@ def lattice_of(fmt: Format) -> Lattice:
 @cache
 def _table(numbers: tuple[float, ...]) -> Tensor:
     """The same, f32, which stay where they are."""
-    return torch.tensor(numbers)
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
 @cache
 def _nearest_by_halves(levels: tuple[float, ...], device: torch.device) -> Tensor:
     """f32: the nearest level for every half step from the lowest to the highest level."""
-    table = torch.tensor(levels)
-    middle = torch.arange(2 * int(levels[0]), 2 * int(levels[-1]) + 1) / 2 + 0.25
-    return table[(middle[:, None] - table).abs().argmin(1)].to(device)
+    table = torch.tensor(levels, dtype=torch.float32, device=device)
+    steps = torch.arange(2 * int(levels[0]), 2 * int(levels[-1]) + 1, dtype=torch.float32, device=device)
+    middle = steps / 2 + 0.25
+    return table[(middle[:, None] - table).abs().argmin(1)]
 
 
 def _code_of(levels: tuple[float, ...], codes: range, level: Tensor) -> Tensor:
     """The code that stands for each level."""
     if levels == count_up(int(levels[0]), int(levels[-1])):
         return level - levels[0]
-    table = torch.zeros(int(max(levels) - min(levels)) + 1, device=level.device)
+    table = torch.zeros(int(max(levels) - min(levels)) + 1, dtype=torch.float32, device=level.device)
     for code in reversed(codes):  # of two codes for 0, the first
         table[int(levels[code] - min(levels))] = code
     return table[(level - min(levels)).to(torch.int32)]

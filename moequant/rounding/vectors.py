@@ -80,9 +80,9 @@ def nearest_points(layout: Layout, eights: Eights) -> Found:
     if native is None:
         return nearest_by_torch(layout, eights)
     found = Found(
-        torch.empty(x.shape),
-        torch.empty((len(x), EIGHT // layout.grid.group, x.shape[2]), dtype=torch.int32),
-        torch.empty(eights.step.shape),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty((len(x), EIGHT // layout.grid.group, x.shape[2]), dtype=torch.int32),
+        torch.empty_like(eights.step, memory_format=torch.contiguous_format),
     )
     down = None if eights.down is None else eights.down.float()
     given = x, eights.step, eights.corner
@@ -153,7 +153,7 @@ def _signs(groups: Groups) -> tuple[Tensor, Tensor]:
     To store v for -y instead of y costs 4·w·y·v, and v is about the same for all the small ones.
     """
     x = groups.x
-    signs = torch.where(x < 0, -1.0, 1.0)
+    signs = torch.where(x < 0, -1.0, 1.0).float()
     weight = groups.corner.square().sum(-1)[:, None]
     cheapest = (weight * x.abs()).topk(2, -1, largest=False).indices
 

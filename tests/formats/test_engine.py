@@ -155,6 +155,26 @@ def test_bad_importance_is_refused_with_its_position(bad: float) -> None:
         formats.quantize("Q4_K", torch.zeros(2, 4, 512), importance)
 
 
+@pytest.mark.parametrize("name", ["Q4_1", "Q8_0", "IQ4_XS", "TQ2_0"])
+def test_importance_that_no_f32_holds_spoils_nothing(name: str) -> None:
+    fmt, x, importance = formats.get(name), weights("gauss", 3, 256), torch.ones(256, dtype=torch.float64)
+    importance[5], importance[130] = 1e300, 1e36
+    back = formats.dequantize(fmt, formats.quantize(fmt, x, importance))
+    assert float((back - x)[:, [5, 130]].square().sum()) < 0.3 * float(x[:, [5, 130]].square().sum())
+    assert float((back - x).square().sum()) < 0.8 * float(x.square().sum())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_inference_mode_changes_nothing(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # so that threads are started
+    x = weights("gauss", 16, 1024)
+    known = formats.quantize(formats.get("Q4_K"), x)
+    with torch.inference_mode():
+        packed = formats.quantize(formats.get("Q4_K"), x.clone(), threads=threads)
+        assert torch.equal(packed, known)
+        assert formats.dequantize(formats.get("Q4_K"), packed, threads=threads).shape == x.shape
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(FormatError, match="256 weights at a time and cannot hold rows of 300"):
         formats.quantize("Q4_K", torch.zeros(4, 300))

@@ -227,3 +227,43 @@ def test_without_a_compiler_torch_computes_the_same(tmp_path: Path) -> None:
         assert ("quantizing cannot be compiled here" in done.stderr) == (number == 1)
         found.append(torch.load(out))
     assert (found[0] == found[1]).float().mean() > 0.98
+
+
+MADE = """
+import torch
+from moequant.formats import FORMATS, quantize
+torch.manual_seed(1)
+x, seen = 0.02 * torch.randn(3, 256), torch.rand(256) + 0.1
+{}
+made = [quantize(each, x, seen, "fast") for each in FORMATS.values() if each.loops]
+torch.set_default_device("cpu")
+torch.save(made, "{}")
+"""
+
+
+def test_what_torch_makes_untold_does_not_matter(tmp_path: Path) -> None:
+    """A loop would write its 32 bits to numbers of 16, and behind them."""
+    found = []
+    defaults = "", "torch.set_default_dtype(torch.bfloat16)", "torch.set_default_device('meta')"
+    for number, default in enumerate(defaults):
+        out = tmp_path / f"{number}.pt"
+        done = python("-c", MADE.format(default, out))
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(out))
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "script, said",
+    [("exit 0", "made no library; is it a C compiler"), ("printf 'n\\351' >&2; exit 1", "n\ufffd")],
+)
+def test_what_is_no_compiler_is_said(
+    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(OSError, match=said):
+        native.built(tmp_path)
