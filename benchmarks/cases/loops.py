@@ -44,12 +44,17 @@ def loops(o: Loops) -> Rows:
             yield {"format": name, "turn": turn + 1} | both | ratio | lost
 
 
-def measured(o: Loops, there: bool) -> dict[str, Any]:
-    """One format, with the loops or without: without a compiler there are none."""
+def settle(there: bool) -> None:
+    """Whether this process has the loops: it asks once, and without a compiler there are none."""
     usual = dict(os.environ)
     os.environ |= {} if there else {"PATH": "", "CC": "none"}
-    assert (native.loops(torch.device("cpu")) is not None) == there  # which a process asks once
+    assert (native.loops(torch.device("cpu")) is not None) == there
     os.environ |= usual
+
+
+def measured(o: Loops, there: bool) -> dict[str, Any]:
+    """One format, with the loops or without."""
+    settle(there)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     mixed = torch.eye(o.columns) + torch.randn(o.columns, o.columns) / o.columns**0.5

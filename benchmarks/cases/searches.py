@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.cases.loops import settle
 from benchmarks.cases.streaming import alone
 from benchmarks.harness import Rows, case
-from moequant import formats, native
+from moequant import formats
 from moequant.formats import Effort, engine
 
 FORMATS = ("Q4_K", "Q6_K", "Q3_K", "Q2_K", "Q5_0", "Q8_0", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ1_M")
@@ -43,11 +44,8 @@ def searches(o: Searches) -> Rows:
 
 
 def measured(o: Searches, there: bool) -> dict[str, Any]:
-    """One format, with the loops or without: without a compiler there are none."""
-    usual = dict(os.environ)
-    os.environ |= {} if there else {"PATH": "", "CC": "none"}
-    assert (native.loops(torch.device("cpu")) is not None) == there  # which a process asks once
-    os.environ |= usual
+    """One format, with the loops or without."""
+    settle(there)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     engine.COMPILE_FROM = o.large

@@ -151,7 +151,7 @@ def repository(path: Path) -> str:
 
 def around(name: str) -> str:
     """What a tensor or module lies in: "layers" of the text model, or a tower."""
-    return next(part for part in name.split(".") if part not in FRONT)
+    return next((part for part in name.split(".") if part not in FRONT), name)
 
 
 def open_checkpoint(model: Path | Folder) -> Checkpoint:

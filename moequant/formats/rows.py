@@ -77,9 +77,8 @@ def near_lists(grid: Grid, lists: int, device: torch.device) -> list[Tensor]:
     rows = points(grid.name)
     c = ((rows - grid.low) / grid.step).floor().to(torch.int32)
     places = torch.arange(grid.group, dtype=torch.int32, device="cpu") * grid.bits
-    words = (c << places).sum(1, dtype=torch.int32) | torch.arange(
-        len(rows), dtype=torch.int32, device="cpu"
-    ) << 16
+    numbers = torch.arange(len(rows), dtype=torch.int32, device="cpu")
+    words = (c << places).sum(1, dtype=torch.int32) | numbers << 16
     levels = grid.low + grid.step * torch.arange(grid.highest + 1, dtype=torch.float32, device="cpu")
     levels[-1] += grid.extra
     keys = torch.cartesian_prod(*[levels] * grid.group)
@@ -244,6 +243,7 @@ def keep(x: Tensor, w: Tensor, grid: Grid, word: Tensor, step: Tensor | None, be
 def closest_of(
     grid: Grid, lists: list[Tensor], x: Tensor, w: Tensor, target: Target, found: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
+    """Words and errors [parts, m] of the best rows of all lists: `found`, or better ones."""
     if (native := loops(x.device)) is not None:
         if found is None:
             error = torch.full_like(x[0], torch.inf)
