@@ -25,8 +25,8 @@ from moequant.forward.resources import Resources
 from moequant.hub import Model, named
 from moequant.hub.fetch import headers, whole
 from moequant.progress import Meter
-from moequant.runtimes.llama_cpp.engine import PIECE
 from moequant.runtimes.llama_cpp.serving import Prompt, serve, trained_context
+from moequant.runtimes.llama_cpp.session import PIECE
 from moequant.text import bundled, corpus
 from moequant.text.corpus import Rows
 from moequant.text.rows import ROW, load_encoder, row_length

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moequant.checkpoint import Checkpoint, load
 from moequant.errors import CheckpointError, foreign
@@ -65,7 +66,7 @@ def empty_model(
                 model._init_weights(module)
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if not parameter.numel():  # what has no number is complete
-                    _assign(module, name, torch.empty_like(parameter, device=device))
+                    _set(module, name, torch.empty_like(parameter, device=device))
     made: transformers.PreTrainedModel = model.eval().requires_grad_(False)
     return made
 
@@ -73,12 +74,25 @@ def empty_model(
 _UNFIT = "transformers cannot build the model that config.json describes"
 
 
+class _Undrawn(TorchFunctionMode):
+    """Inside the block torch's layers draw no numbers for their weights: on the meta device there is no place
+    for them, and asking for them was more than half of what making a model took."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """What is called, unless it draws."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _without_memory(path: Path, config: Config, experts: str = EXPERTS) -> transformers.PreTrainedModel:
     """The model of a config, everything in it on the meta device."""
     register()
     cls = causal_class(config)
-    with foreign(CheckpointError, f"{path}: {_UNFIT}"), torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no shared experts
+    with foreign(CheckpointError, f"{path}: {_UNFIT}"), torch.device("meta"), _Undrawn():
         model: transformers.PreTrainedModel = cls._from_config(
             copy.deepcopy(config),
             dtype=torch.float32,
@@ -114,19 +128,21 @@ def fill(
     time) and everything else in float32.
     """
     for weight in _placed(weights):
-        target, values = _target(model, weight.place.param), provider(weight)
+        module, leaf = _owner(model, weight.place.param)
+        target, values = getattr(module, leaf), provider(weight)
         wanted = dtype or (values.dtype if weight.is_expert else torch.float32)
         if target.is_meta:
-            target = _assign(model, weight.place.param, torch.empty_like(target, dtype=wanted, device=device))
+            target = _set(module, leaf, torch.empty_like(target, dtype=wanted, device=device))
         put(weight.place.ops, target.data, values)
 
 
 def release(model: nn.Module, weights: Iterable[Weight]) -> None:
     """Take the memory of these weights' parameters back."""
     for name in {weight.place.param for weight in _placed(weights)}:
-        target = _target(model, name)
-        if isinstance(target, nn.Parameter):
-            _assign(model, name, torch.empty_like(target, device="meta"))
+        module, leaf = _owner(model, name)
+        target = getattr(module, leaf)
+        if isinstance(target, nn.Parameter) and not target.is_meta:
+            _set(module, leaf, torch.empty_like(target, device="meta"))
 
 
 def held(model: nn.Module, name: str) -> Tensor:
@@ -137,9 +153,10 @@ def held(model: nn.Module, name: str) -> Tensor:
 def own_buffers(model: nn.Module, weights: Iterable[Weight]) -> None:
     """Give the buffers of these weights memory of their own: whoever has them keeps what they held."""
     for name in {weight.place.param for weight in _placed(weights)}:
-        target = _target(model, name)
+        module, leaf = _owner(model, name)
+        target = getattr(module, leaf)
         if not isinstance(target, nn.Parameter):
-            _assign(model, name, target.clone())
+            _set(module, leaf, target.clone())
 
 
 def replace_memory(model: nn.Module, name: str, keep: bool) -> None:
@@ -235,17 +252,26 @@ def _placed(weights: Iterable[Weight]) -> list[Weight]:
     return [weight for weight in weights if weight.runs]
 
 
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a parameter or a buffer, and what it calls it."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
 def _target(model: nn.Module, name: str) -> Tensor:
-    module, _, leaf = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(module), leaf)
+    found: Tensor = getattr(*_owner(model, name))
     return found
 
 
 def _assign(model: nn.Module, name: str, values: Tensor) -> Tensor:
-    module, _, leaf = name.rpartition(".")
-    is_parameter = isinstance(_target(model, name), nn.Parameter)
+    return _set(*_owner(model, name), values)
+
+
+def _set(module: nn.Module, leaf: str, values: Tensor) -> Tensor:
+    """The module's parameter or buffer, which is these values now."""
+    is_parameter = isinstance(getattr(module, leaf), nn.Parameter)
     new = nn.Parameter(values, requires_grad=False) if is_parameter else values
-    setattr(model.get_submodule(module), leaf, new)
+    setattr(module, leaf, new)
     return new
 
 

@@ -222,8 +222,10 @@ class LayerStream:
         """
         release(self.model, self.weights(layer))
         own_buffers(self.model, self.weights(layer))
-        for param in dict.fromkeys(weight.place.param for weight in self.resident(layer)):
-            weights = [weight for weight in self.resident(layer) if weight.place.param == param]
+        parameters: dict[str, list[Weight]] = {}
+        for weight in self.resident(layer):
+            parameters.setdefault(weight.place.param, []).append(weight)
+        for weights in parameters.values():
             fill(self.model, weights, provider, None, self.resources.device)
             filled(weights)
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from moequant.commands.compare import CompareSettings, run
 from moequant.errors import CorpusError, MoequantError, PlanError
 from moequant.forward.resources import Resources
-from moequant.runtimes.llama_cpp.engine import PIECE, Llama
+from moequant.runtimes.llama_cpp.engine import Llama
+from moequant.runtimes.llama_cpp.session import PIECE
 from moequant.text import bundled, corpus
 from moequant.text.rows import load_encoder
 

@@ -8,23 +8,14 @@ from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moequant.runtimes.llama_cpp.binding import Batch, LlamaError, library
-
-PIECE = 512
-"""Tokens that llama.cpp computes at a time: its default for a micro-batch."""
-
-CACHES = {"f32": 0, "f16": 1, "q8_0": 8}
-"""Types of keys and values, with their numbers in ggml."""
+from moequant.runtimes.llama_cpp.session import PIECE, Session
 
 
-class Llama:
+class Llama(Session):
     """One GGUF file loaded in llama.cpp, on the CPU; a context manager that frees it.
 
     Every call to `logits`, `pieces` or `stream` starts from an empty KV cache. The context (KV cache and
@@ -32,42 +23,6 @@ class Llama:
     `cache` is the type of keys and values, one of CACHES; None stands for llama.cpp's own defaults of cache
     and attention, those that llama-server runs with.
     """
-
-    def __init__(
-        self,
-        path: str | Path,
-        n_ctx: int = 512,
-        threads: int = 2,
-        vocab_only: bool = False,
-        cache: str | None = "f32",
-    ) -> None:
-        self._lib = library()
-        self._context: int | None = None
-        self.n_ctx, self.threads, self.vocab_only, self.cache = n_ctx, threads, vocab_only, cache
-        params = self._lib.llama_model_default_params()
-        params.n_gpu_layers, params.vocab_only = 0, vocab_only
-        self._lib.lines.clear()
-        self._model: int | None = self._lib.llama_model_load_from_file(str(path).encode(), params)
-        if not self._model:
-            raise LlamaError(f"{path}: llama.cpp cannot load it ({self._lib.log()})")
-        self._vocab = self._lib.llama_model_get_vocab(self._model)
-        self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._vocab)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Frees context and model; harmless when repeated."""
-        if self._context:
-            self._lib.llama_free(self._context)
-        if self._model:
-            self._lib.llama_model_free(self._model)
-        self._context = self._model = None
 
     @property
     def add_bos(self) -> bool:
@@ -119,13 +74,13 @@ class Llama:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits after every token, float32 [len(ids), n_vocab]; len(ids) ≤ n_ctx."""
-        self._start(len(ids))
+        self.start(len(ids))
         return self._decode(ids, every=True)
 
     def pieces(self, ids: Sequence[int], begin: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Logits after every token from `begin` on, PIECE of them at most at a time, each with the place of
         its first token: those of a long text do not fit memory together."""
-        self._start(len(ids))
+        self.start(len(ids))
         for at in range(0, len(ids), PIECE):
             part = ids[at : at + PIECE]
             found = self._decode(part, every=at + len(part) > begin)
@@ -139,7 +94,7 @@ class Llama:
 
     def stream(self, ids: Sequence[int], n: int) -> Iterator[int]:
         """What `generate` returns, each token as soon as it is known."""
-        self._start(len(ids) + n)
+        self.start(len(ids) + n)
         feed = list(ids)
         for _ in range(n):
             feed = [int(self._decode(feed, every=False)[0].argmax())]
@@ -149,44 +104,9 @@ class Llama:
 
     def warm_up(self) -> None:
         """Makes the context and runs a token through the model, as llama.cpp's programs do at first."""
-        self._start(1)
+        self.start(1)
         self._decode([0], every=False)
-
-    def _start(self, positions: int) -> None:
-        """An empty context with room for `positions`."""
-        if not self._model or self.vocab_only:
-            raise LlamaError("no weights: the model is closed or was loaded with vocab_only")
-        if positions > self.n_ctx:
-            raise LlamaError(f"{positions} positions do not fit n_ctx={self.n_ctx}")
-        if not self._context:
-            self._context = self._new_context()
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-
-    def _new_context(self) -> int:
-        params = self._lib.llama_context_default_params()
-        params.n_ctx = params.n_batch = self.n_ctx
-        params.n_ubatch, params.n_seq_max = min(self.n_ctx, PIECE), 1
-        if self.cache is not None:
-            params.type_k = params.type_v = CACHES[self.cache]
-            # Only flash attention reads values that are quantized.
-            params.flash_attn = int(self.cache == "q8_0")
-        self._lib.lines.clear()
-        context: int | None = self._lib.llama_init_from_model(self._model, params)
-        if not context:
-            raise LlamaError(f"llama.cpp cannot make a context of {self.n_ctx} tokens ({self._lib.log()})")
-        self._lib.llama_set_n_threads(context, self.threads, self.threads)
-        return context
 
     def _decode(self, ids: Sequence[int], every: bool) -> NDArray[np.float32]:
         """Appends `ids` to the cache; logits of all of them, or [1, n_vocab] of the last."""
-        tokens = np.asarray(ids, np.int32)
-        if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self.n_vocab:
-            raise LlamaError(f"token ids must lie in 0…{self.n_vocab - 1} and be at least one")
-        wanted = np.full(len(tokens), every, np.int8)
-        wanted[-1] = 1
-        batch = Batch(n_tokens=len(tokens), token=tokens.ctypes.data, logits=wanted.ctypes.data)
-        status = self._lib.llama_decode(self._context, batch)
-        if status != 0:
-            raise LlamaError(f"llama_decode returned {status} ({self._lib.log()})")
-        values = self._lib.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(values, (int(wanted.sum()), self.n_vocab)).copy()
+        return np.frombuffer(self.decode(ids, every), np.float32).reshape(-1, self.n_vocab).copy()

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moequant.errors import MoequantError
 from moequant.runtimes.llama_cpp.binding import LlamaError, library
-from moequant.runtimes.llama_cpp.engine import Llama
 from moequant.runtimes.llama_cpp.isolated import ask
 
 
@@ -30,16 +26,5 @@ def logits(path: Path, ids: NDArray[np.int64], threads: int = 1) -> NDArray[np.f
     LlamaError, with what llama.cpp said, when it refuses the file or does not get through.
     """
     job = {"path": str(path), "ids": ids.tolist(), "threads": threads}
-    found = ask(__name__, job, f"{path}: llama.cpp cannot run it")
+    found = ask(f"{__package__}.computing", job, f"{path}: llama.cpp cannot run it")
     return np.frombuffer(found, np.float32).reshape(*ids.shape, -1)
-
-
-def main() -> None:
-    """Reads a job from standard input, writes logits to standard output."""
-    job = json.load(sys.stdin)
-    try:
-        with Llama(job["path"], n_ctx=len(job["ids"][0]), threads=job["threads"]) as model:
-            for row in job["ids"]:
-                sys.stdout.buffer.write(model.logits(row).tobytes())
-    except MoequantError as error:
-        sys.exit(str(error))
