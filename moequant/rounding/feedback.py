@@ -15,7 +15,7 @@ from moequant.errors import FormatError
 from moequant.formats import Effort, Format, engine
 from moequant.rounding.columns import feed
 from moequant.rounding.descent import descend
-from moequant.rounding.hessian import Factored, factorise, trouble
+from moequant.rounding.hessian import SPAN, Factored, factorise, trouble
 from moequant.rounding.lattice import Fields, Lattice, lattice_of
 from moequant.rounding.twosided import descend_two_sided, even_fisher
 
@@ -137,9 +137,22 @@ def outputs_lost(
     lost = torch.zeros((), dtype=torch.float64, device=target.device)
     for rows in (slice(at, at + step) for at in range(0, len(target), step)):
         error = target[rows].float() - formats.dequantize(fmt, data[rows])
-        felt = error if fisher is None else fisher.float() @ error
-        lost += ((felt @ hessian.float()).double() * error.double()).sum()
+        if fisher is None:
+            lost += energy(error, hessian.float())
+        else:
+            lost += ((fisher.float() @ error @ hessian.float()).double() * error.double()).sum()
     return lost
+
+
+def energy(rows: Tensor, hessian: Tensor) -> Tensor:
+    """tr(X H Xᵀ), f64 [], of X f32 [n, in] under symmetric H f32 [in, in]: two columns meet once."""
+    found = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for at in range(0, len(hessian), SPAN):
+        own, behind = slice(at, at + SPAN), slice(at + SPAN, None)
+        felt = rows[:, own] @ hessian[own, own]
+        felt.addmm_(rows[:, behind], hessian[behind, own], alpha=2)
+        found += (felt.double() * rows[:, own].double()).sum()
+    return found
 
 
 def _check(fmt: Format, target: Tensor, hessian: Tensor, fisher: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moequant import formats
 from moequant.formats import Format
-from moequant.rounding.feedback import AT_ONCE, Rounded, outputs_lost
+from moequant.rounding.feedback import Rounded, energy, outputs_lost
 from moequant.values import ExpertLoss, Packed, Weight
 
 Result = tuple[Packed, ExpertLoss]
@@ -23,7 +23,7 @@ def lost_by(fmt: Format, target: Tensor, found: Rounded, hessians: Iterable[Tens
     lose: f64 [2, E] on the CPU; of more than JUDGED rows as every fourth of them tells."""
     rows = slice(None) if target.shape[1] <= JUDGED else slice(None, None, 4)
     both = [
-        torch.stack([outputs_lost(fmt, values, data, hessian), _energy(values, hessian)])
+        torch.stack([outputs_lost(fmt, values, data, hessian), energy(values, hessian)])
         for values, data, hessian in zip(target[:, rows], found.data[:, rows], hessians, strict=True)
     ]
     return torch.stack(both, 1).cpu() * (target.shape[1] / target[0, rows].shape[0])
@@ -44,23 +44,17 @@ def stacked(bands: Sequence[tuple[Rounded, Tensor]]) -> tuple[Rounded, Tensor]:
 
 def judged(weight: Weight, fmt: Format, found: Rounded, both: Tensor, tokens: Tensor | None = None) -> Result:
     """Experts as they were rounded, and what each lost of what there was (`lost_by`)."""
-    lost, energy = both
+    lost, whole = both
     loss = ExpertLoss(
         weight=weight.name,
         role=weight.role,
         layer=weight.layer,
         format=fmt.name,
-        error=(lost / energy.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(),
+        error=(lost / whole.clamp_min(torch.finfo(torch.float64).tiny)).nan_to_num(),
         tokens=tokens if weight.is_expert else None,
         fallbacks=tuple(bad.reason for bad in found.fallbacks),
     )
     return Packed(weight, fmt.name, found.data.cpu()), loss
-
-
-def _energy(values: Tensor, hessian: Tensor) -> Tensor:
-    """tr(W H Wᵀ) of one expert, f64 []."""
-    parts = torch.split(values, max(1, AT_ONCE // values.shape[1]))
-    return torch.stack([((part @ hessian) * part).sum().double() for part in parts]).sum()
 
 
 def decoded(packed: Packed) -> Tensor:

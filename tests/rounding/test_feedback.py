@@ -9,7 +9,7 @@ from moequant import formats
 from moequant.errors import FormatError
 from moequant.formats import FORMATS, Format, engine
 from moequant.rounding import Options, round_to_hessian
-from moequant.rounding.feedback import outputs_lost
+from moequant.rounding.feedback import energy, outputs_lost
 from tests.rounding.data import BLOCK_FORMATS, correlated, lost
 
 EVERY = pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=lambda f: f.name)
@@ -30,6 +30,13 @@ def test_loses_less_than_the_plain_search(fmt: Format) -> None:
     told = [outputs_lost(fmt, *each) for each in zip(weights, rounded.data, hessian, strict=True)]
     torch.testing.assert_close(torch.stack(told), error, rtol=1e-4, atol=0)
     assert (error / lost(fmt, weights, plain(fmt, weights, hessian), hessian)).max() < 0.65
+
+
+@pytest.mark.parametrize("columns", [1, 32, 256, 257, 800])
+def test_every_pair_of_columns_has_its_energy(columns: int) -> None:
+    rows, inputs = torch.randn(5, columns), torch.randn(columns + 40, columns)
+    exact = (rows.double() @ inputs.double().mT).square().sum()
+    torch.testing.assert_close(energy(rows, inputs.mT @ inputs), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_0", "IQ2_S"])
