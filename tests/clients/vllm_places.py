@@ -109,6 +109,7 @@ def without_kernels() -> None:
     chosen(f"{EXPERTS}_wna16", "int_wna16", "WNA16MoEBackend")
     chosen(f"{EXPERTS}_w4a4_nvfp4", "nvfp4", "NvFp4MoeBackend")
     chosen(f"{EXPERTS}_w8a8_fp8", "fp8", "Fp8MoeBackend")
+    chosen(f"{EXPERTS}_w8a8_int8", "int8", "Int8MoeBackend", "TRITON")
     floats = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
     chosen(floats, "unquantized", "UnquantizedMoeBackend", "CPU")
     released, mxfp4 = (import_module(name) for name in (f"{QUANTIZATION}.mxfp4", f"{ORACLE}.mxfp4"))
@@ -119,6 +120,7 @@ def without_kernels() -> None:
         "w4a4_mxfp4": ("init_mxfp4_linear_kernel", NoKernel),
         "w4a4_nvfp4": ("init_nvfp4_linear_kernel", NoKernel),
         "w8a8_fp8": ("init_fp8_linear_kernel", NoKernel),
+        "w8a8_int8": ("init_int8_linear_kernel", NoKernel),
     }.items():
         module = import_module(f"{LINEARS}_{scheme}")
         setattr(module, *found)
@@ -225,10 +227,24 @@ class Part:
             scales = self.stored["weight_scale"].float()
             squares = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
             return self.stored["weight"].float() * squares
+        if self.format == "pack-quantized" and 32 % self.args.num_bits:
+            # vLLM's words are dense, those of this version of the package are not.
+            codes = dense(self.stored["weight_packed"], self.args.num_bits)
+            scales = self.stored["weight_scale"].float()
+            return codes * scales.repeat_interleave(codes.shape[1] // scales.shape[1], 1)
         scheme = QuantizationScheme(targets=["Linear"], weights=self.args, format=self.format)
         compressor = BaseCompressor.get_value_from_registry(self.format)
         values: Tensor = compressor.decompress(self.stored, scheme)["weight"]
         return values
+
+
+def dense(words: Tensor, bits: int) -> Tensor:
+    """Codes that follow each other in the bits of a row, whatever words they cross."""
+    places = torch.arange(32)
+    stream = (words.long()[..., None] >> places & 1).flatten(-2)
+    count = stream.shape[-1] // bits
+    codes = stream[:, : count * bits].unflatten(-1, (count, bits)) << torch.arange(bits)
+    return codes.sum(-1).float() - 2 ** (bits - 1)
 
 
 def parts_of(module: Any) -> Iterator[Part]:
